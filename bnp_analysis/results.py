@@ -1,0 +1,295 @@
+"""What every result of the package shares: provenance, one honest line, tables and files.
+
+A result is a frozen dataclass that derives from :class:`Result` and holds numbers, words, arrays, tensors,
+containers of these, and other results; never a model or an operator. Files are strict JSON, written
+atomically, and read back bit for bit: finite floats as their shortest exact decimal form, everything that
+JSON lacks under a tag that starts with ``$`` (`_encoding` has the list).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import html
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+
+from bnp_analysis._encoding import decode, encode, plain, read_json, write_json
+from bnp_analysis.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["FORMAT_VERSION", "Result", "package_versions"]
+
+FORMAT_VERSION = 1
+_FORMAT = "bnp_analysis.result"
+_HTML_ROWS = 100
+_PROVENANCE = ("settings", "seed", "versions", "matvecs", "seconds")
+
+
+@functools.cache
+def _versions() -> tuple[tuple[str, str], ...]:
+    found = {"python": platform.python_version()}
+    for package in ("bnp_analysis", "torch", "numpy", "scipy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return tuple(found.items())
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions that a result records: Python, this package, torch, numpy and scipy.
+
+    Returns:
+        A new dict from name to version; ``"not installed"`` for a package without metadata.
+
+    >>> sorted(package_versions())
+    ['bnp_analysis', 'numpy', 'python', 'scipy', 'torch']
+    """
+    return dict(_versions())
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class Result:
+    """Base of every result: what was computed, under which settings, at which cost.
+
+    Subclasses are declared with ``@dataclass(frozen=True, kw_only=True)``; they override :meth:`summary` and,
+    when they hold a table, :meth:`records`. Class names are unique: files are read back by them. Two results
+    are equal when their types and all their contents but ``seconds`` are, to the last bit.
+
+    Args:
+        settings: the arguments that the computation ran with.
+        seed: the seed of its random numbers, None if it drew none.
+        versions: versions of the software.
+        matvecs: products with the curvature matrix.
+        seconds: wall-clock time.
+
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class Norm(Result):
+    ...     value: float
+    ...     def summary(self) -> str:
+    ...         return f"norm = {self.value:.3g}"
+    >>> Norm(value=2.0, seed=0)
+    <Norm: norm = 2>
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    versions: Mapping[str, str] = field(default_factory=package_versions)
+    matvecs: int = 0
+    seconds: float = field(default=0.0, compare=False)
+
+    _registry: ClassVar[dict[str, type[Result]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Register the class by its name; keep dataclass from replacing repr, equality and hash."""
+        super().__init_subclass__(**kwargs)
+        known = Result._registry.get(cls.__name__)
+        origin = (cls.__module__, cls.__qualname__)
+        if known is not None and (known.__module__, known.__qualname__) != origin:
+            raise TypeError(
+                f"two results are named {cls.__name__} ({known.__module__}, {cls.__module__}); rename one, "
+                "because files are read back by this name"
+            )
+        Result._registry[cls.__name__] = cls
+        for name in ("__repr__", "__eq__", "__hash__"):
+            if name not in cls.__dict__:
+                setattr(cls, name, getattr(cls, name))
+
+    def summary(self) -> str:
+        """Return one line that says what the result is; subclasses say it in words.
+
+        >>> Result(seed=3).summary()
+        'Result(seed=3, matvecs=0, seconds=0)'
+        """
+        inner = ", ".join(f"{name}={_short(value)}" for name, value in self._scalars().items())
+        return f"{type(self).__name__}({inner})"
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the rows of the result's table; by default one row with the scalar fields.
+
+        >>> Result(seed=3, matvecs=7).records()
+        [{'seed': 3, 'matvecs': 7, 'seconds': 0.0}]
+        """
+        return [self._scalars()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain Python data: nested lists for arrays, dicts with a key ``type`` for results.
+
+        >>> Result(settings={"v": np.arange(2)}, versions={}).to_dict()["settings"]
+        {'v': [0, 1]}
+        """
+        return {"type": type(self).__name__} | {
+            f.name: plain(getattr(self, f.name), _plain_other) for f in dataclasses.fields(self)
+        }
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Return :meth:`records` as a pandas data frame.
+
+        Raises:
+            ImportError: pandas is not installed.
+
+        >>> Result(seed=3).to_dataframe().shape
+        (1, 3)
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError(
+                "to_dataframe needs pandas: pip install 'bnp-analysis[dataframe]' (or use records(), "
+                "which returns the same rows as plain dicts)"
+            ) from error
+        return pandas.DataFrame.from_records(self.records())
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the result to a JSON file, atomically: the old file or the whole new one, nothing between.
+
+        Args:
+            path: the file; missing folders are made.
+
+        Returns:
+            The path.
+
+        Raises:
+            InvalidInputError: a field holds something that is not data; nothing is written.
+
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Result.load(Result(seed=3).save(folder + "/result.json")).seed
+        3
+        """
+        head = {"format": _FORMAT, "format_version": FORMAT_VERSION}
+        return write_json(path, head | _encode_result(self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a result that :meth:`save` wrote; it comes back as the class it was.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The result, tensors on the CPU.
+
+        Raises:
+            InvalidInputError: not such a file, damaged, of a newer format, or another kind of result.
+
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = Result(settings={"bound": float("inf")}, seed=3)
+        ...     Result.load(saved.save(folder + "/result.json")) == saved
+        True
+        """
+        raw = read_json(path)
+        if not isinstance(raw, dict) or raw.get("format") != _FORMAT:
+            raise InvalidInputError(f"{path} is JSON, but not a result that save() of this package wrote")
+        version = raw.get("format_version")
+        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+            raise InvalidInputError(
+                f"{path} has format version {version}; this package reads versions up to {FORMAT_VERSION}: "
+                "update bnp-analysis to read it"
+            )
+        try:
+            result = _decode_result(raw)
+        except InvalidInputError as error:
+            raise InvalidInputError(f"{path}: {error}") from error
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise InvalidInputError(f"{path} is damaged, or from another version: {error!r}") from error
+        if not isinstance(result, cls):
+            kind = type(result).__name__
+            raise InvalidInputError(f"{path} holds a {kind}, not a {cls.__name__}: use {kind}.load")
+        return result
+
+    def _scalars(self) -> dict[str, Any]:
+        """The scalar fields, a subclass's own first."""
+        names = sorted((f.name for f in dataclasses.fields(self)), key=lambda name: name in _PROVENANCE)
+        kinds = (bool, int, float, str, np.generic, type(None))
+        return {name: getattr(self, name) for name in names if isinstance(getattr(self, name), kinds)}
+
+    def _key(self) -> str:
+        return json.dumps(_encode_result(self, compared=True), sort_keys=True)
+
+    def __eq__(self, other: object) -> bool:
+        """Equal types and contents, bit for bit, NaN equal to itself; ``seconds`` does not count."""
+        if not isinstance(other, Result):
+            return NotImplemented
+        return type(self) is type(other) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        """Hash of what equality compares."""
+        return hash(self._key())
+
+    def __str__(self) -> str:
+        """One line, see :meth:`summary`."""
+        return self.summary()
+
+    def __repr__(self) -> str:
+        """The class and the line of :meth:`summary`."""
+        name, line = type(self).__name__, self.summary()
+        return f"<{line}>" if line.startswith(name) else f"<{name}: {line}>"
+
+    def _repr_html_(self) -> str:
+        """The line of :meth:`summary` above a table of :meth:`records`, escaped, for notebooks."""
+        rows = self.records()
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        body = "".join(_html_row("td", [row.get(name, "") for name in columns]) for row in rows[:_HTML_ROWS])
+        more = f"<p>{len(rows) - _HTML_ROWS} more rows</p>" if len(rows) > _HTML_ROWS else ""
+        head = f"<p>{html.escape(repr(self)[1:-1])}</p><table><thead>{_html_row('th', columns)}</thead>"
+        return f"{head}<tbody>{body}</tbody></table>{more}"
+
+
+def _encode_result(result: Result, *, compared: bool = False) -> dict[str, Any]:
+    """The type and the encoded fields; with `compared` only those that equality looks at."""
+
+    def nested(value: Any) -> Any:
+        return {"$result": _encode_result(value, compared=compared)} if isinstance(value, Result) else None
+
+    name = type(result).__name__
+    return {
+        "type": name,
+        "fields": {
+            f.name: encode(getattr(result, f.name), f"{name}.{f.name}", nested)
+            for f in dataclasses.fields(result)
+            if f.init and (f.compare or not compared)
+        },
+    }
+
+
+def _decode_result(raw: Mapping[str, Any]) -> Result:
+    kind = Result._registry.get(raw["type"])
+    if kind is None:
+        known = ", ".join(sorted(Result._registry))
+        raise InvalidInputError(
+            f"unknown type of result {raw['type']!r} (known: {known}); import the module that defines it, or "
+            "update bnp-analysis"
+        )
+
+    def nested(value: Mapping[str, Any]) -> Result:
+        return _decode_result(value["$result"])
+
+    return kind(**{name: decode(value, nested) for name, value in raw["fields"].items()})
+
+
+def _plain_other(value: Any) -> Any:
+    return value.to_dict() if isinstance(value, Result) else str(value)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, (float, np.floating)) else str(value)
+
+
+def _html_row(tag: str, cells: list[Any]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(_short(cell))}</{tag}>" for cell in cells) + "</tr>"
+
+
+Result._registry["Result"] = Result
