@@ -148,7 +148,7 @@ def plain(value: Any, nested: Callable[[Any], Any]) -> Any:
     if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, torch.Tensor):
-        return value.detach().cpu().tolist()
+        return value.tolist()
     if isinstance(value, (torch.dtype, torch.device)):
         return _name(value)
     return nested(value)

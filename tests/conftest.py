@@ -1,0 +1,28 @@
+"""Fixtures and settings that every test shares: no global seed, no display, reproducible property tests."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["MPLBACKEND"] = "Agg"
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "bnp",
+    deadline=None,
+    derandomize=True,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("bnp")
+
+torch.set_num_threads(2)  # sums add up in the same order on every machine
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A seeded generator of its own for each test; pass it as ``generator=``, the global one stays alone."""
+    return torch.Generator().manual_seed(20220823)
