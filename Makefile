@@ -1,0 +1,87 @@
+# Everything starts from Python 3.11 or newer and make: each target makes the environment that it needs.
+# Variables, on the command line or in the environment:
+#   PYTHON       the Python that makes the environment               (python3)
+#   VENV         the environment's folder                            (.venv)
+#   TORCH_INDEX  an index to take torch from first: on Linux the default index has the CUDA build, several GB;
+#                the address of the CPU build's index is on torch's own installation page
+#   PIP_FLAGS    more flags for pip install
+#   PYTEST_FLAGS more flags for pytest, such as "-n 2" or "-k lanczos"
+#   PRESET       of the figures: quick or full                       (quick)
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+PRESET ?= quick
+
+BIN := $(VENV)/bin
+BASE := $(VENV)/.installed-base
+DEV := $(VENV)/.installed-dev
+EXTRAS := dataframe,download,notebooks,test,lint
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
+SLOW_SUMMARY := benchmarks/results/test-slow.txt
+
+.PHONY: help demo test test-slow lint types figures notebooks bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(BASE) ## condition numbers of a small network on real data, with and without BNP
+	@mkdir -p demo
+	$(BIN)/bnp-analysis condition --json demo/condition.json --figure demo/condition.png
+
+test: $(DEV) ## the tests, but the slow ones
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-slow: $(DEV) ## the slow tests; writes benchmarks/results/test-slow.txt
+	@mkdir -p $(dir $(SLOW_SUMMARY))
+	@log=$(VENV)/test-slow.log; status=$(VENV)/test-slow.status; \
+	{ $(BIN)/python -m pytest -m slow --durations=0 --durations-min=0.01 $(PYTEST_FLAGS) 2>&1; \
+	  echo $$? > $$status; } | tee $$log; \
+	{ date -u +%Y-%m-%d; \
+	  $(BIN)/python -c 'import os; from bnp_analysis.results import package_versions as v; \
+	print(", ".join(f"{k} {x}" for k, x in v().items()) + f"; {os.cpu_count()} processors")'; \
+	  grep -E '^[0-9.]+s (setup|call|teardown) |^[0-9]+ [a-z]+.* in [0-9.]+s' $$log; } > $(SLOW_SUMMARY); \
+	exit $$(cat $$status)
+
+lint: $(DEV) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(DEV) ## mypy, strict
+	$(BIN)/mypy
+
+figures: $(DEV) ## the figures of paper_figures/ (PRESET=quick or full)
+	$(BIN)/bnp-analysis figures --preset $(PRESET)
+
+notebooks: $(DEV) ## run notebooks/*.py and write them, with outputs, as notebooks/*.ipynb
+	@set -e; for source in notebooks/*.py; do \
+	  echo "$$source"; \
+	  $(BIN)/jupytext --quiet --to ipynb --set-kernel python3 "$$source"; \
+	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter-execute --inplace "$${source%.py}.ipynb"; \
+	done
+
+bench: $(DEV) ## the benchmarks
+	$(BIN)/bnp-analysis bench
+
+clean: ## remove all that make made: environment, caches, builds, demo
+	rm -rf $(VENV) build dist demo .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BASE): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo 'make needs Python 3.11 or newer, and "$(PYTHON)" is not: name one with PYTHON=..., for example make PYTHON=python3.12' >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(if $(strip $(TORCH_INDEX)),$(PIP_INSTALL) --index-url $(TORCH_INDEX) torch)
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(DEV): $(BASE)
+	$(PIP_INSTALL) -e ".[$(EXTRAS)]"
+	@touch $@
