@@ -1,0 +1,191 @@
+"""Imports between the rooms of the package go one way, and promises about the whole tree are kept.
+
+Bugs that only these tests catch: a room that starts to know a room to its right, also when the import hides
+in a function, behind TYPE_CHECKING or in importlib; linear algebra that learns what a network is; drawing
+outside `plotting`; a stub left behind; a committed file that works only on the machine where it was made.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "bnp_analysis"
+ROOMS = (
+    *("errors", "_encoding", "results", "linalg", "testing", "distributed", "network", "curvature"),
+    *("precondition", "theory", "training", "diagnose", "plotting", "cli"),
+)
+LEFT_OF = {room: set(ROOMS[:place]) for place, room in enumerate(ROOMS)}
+LEFT_OF |= {"data": {"errors"}, "models": {"errors"}, "__main__": {"cli"}}
+for _room in ("theory", "training", "diagnose", "cli"):
+    LEFT_OF[_room] |= {"data", "models"}
+for _room in LEFT_OF.keys() - {"results"}:
+    LEFT_OF[_room] -= {"_encoding"}  # private to results
+
+DIFFERENTIATION = ("torch.autograd", "torch.func")
+FORBIDDEN = {  # what a room must not name at all, whether it imports it or reaches it as an attribute
+    "linalg": ("torch.nn", *DIFFERENTIATION),
+    "testing": ("torch.nn", *DIFFERENTIATION),
+    "theory": DIFFERENTIATION,
+    "diagnose": DIFFERENTIATION,
+    "cli": DIFFERENTIATION,
+}
+
+
+def imported(tree: ast.AST, module: str, *, is_package: bool) -> Iterator[tuple[int, str]]:
+    """The dotted names that a module imports, anywhere in it, with their lines."""
+    home = module.split(".") if is_package else module.split(".")[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = home[: len(home) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args:
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            argument = node.args[0]
+            if name in ("import_module", "__import__") and isinstance(argument, ast.Constant):
+                yield node.lineno, str(argument.value)
+
+
+def reached(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """The dotted names that a module reaches as attributes of torch, under whatever name it imported it."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "torch":
+                    names[alias.asname or "torch"] = alias.name if alias.asname else "torch"
+    for node in ast.walk(tree):
+        parts: list[str] = []
+        inner: ast.AST = node
+        while isinstance(inner, ast.Attribute):
+            parts.insert(0, inner.attr)
+            inner = inner.value
+        if isinstance(node, ast.Attribute) and isinstance(inner, ast.Name) and inner.id in names:
+            yield node.lineno, ".".join([names[inner.id], *parts])
+
+
+def violations(package: Path) -> list[str]:
+    """What the files of a package do against the plan of the house, one line each."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        is_package = parts[-1] == "__init__"
+        module = ".".join([PACKAGE, *(parts[:-1] if is_package else parts)])
+        room = parts[0]
+        where = path.relative_to(package.parent)
+        if room == "__init__":
+            continue
+        if room not in LEFT_OF:
+            found.append(f"{where}: {room} is no known room")
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        imports = list(imported(tree, module, is_package=is_package))
+        for line, name in imports:
+            top, _, rest = name.partition(".")
+            target = rest.split(".")[0]
+            if top == PACKAGE and target != room and target not in LEFT_OF[room]:
+                found.append(f"{where}:{line}: {room} imports {target or 'the whole package'}")
+            if top == "matplotlib" and room != "plotting":
+                found.append(f"{where}:{line}: {room} imports matplotlib")
+        for line, name in [*imports, *reached(tree)]:
+            if any(f"{name}.".startswith(f"{banned}.") for banned in FORBIDDEN.get(room, ())):
+                found.append(f"{where}:{line}: {room} names {name}")
+    return found
+
+
+def test_rooms_import_only_to_their_left() -> None:
+    assert violations(ROOT / PACKAGE) == []
+
+
+ALLOWED = {
+    "linalg/lanczos.py": "import torch\nfrom . import operators\nfrom ..errors import InvalidInputError",
+    "linalg/operators.py": "import torch\nfrom bnp_analysis.results import Result",
+    "network/risk.py": "import torch.nn as nn\nfrom bnp_analysis.linalg.lanczos import lanczos",
+    "results.py": "from bnp_analysis._encoding import encode",
+    "plotting.py": "def draw():\n    import matplotlib.pyplot",
+    "cli.py": "from bnp_analysis import data, diagnose, plotting",
+    "__init__.py": "from bnp_analysis.cli import main",
+    "__main__.py": "from bnp_analysis.cli import main",
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "message"),
+    [
+        ("linalg/a.py", "from bnp_analysis.network.risk import EmpiricalRisk", "imports network"),
+        ("linalg/a.py", "def f():\n    from ..curvature import hessian", "a.py:2: linalg imports curvature"),
+        ("linalg/a.py", "from .. import testing", "linalg imports testing"),
+        ("linalg/__init__.py", "from ..network import x", "linalg imports network"),
+        ("linalg/deep/a.py", "from ...theory import x", "linalg imports theory"),
+        ("linalg/a.py", "if TYPE_CHECKING:\n    import bnp_analysis.cli", "linalg imports cli"),
+        ("linalg/a.py", "import importlib\nimportlib.import_module('bnp_analysis.cli')", "imports cli"),
+        ("linalg/a.py", "from bnp_analysis import EmpiricalRisk", "imports EmpiricalRisk"),
+        ("linalg/a.py", "import bnp_analysis", "imports the whole package"),
+        ("linalg/a.py", "from bnp_analysis._encoding import encode", "imports _encoding"),
+        ("linalg/a.py", "from torch.func import vmap", "names torch.func.vmap"),
+        ("linalg/a.py", "from torch import nn", "names torch.nn"),
+        ("linalg/a.py", "import torch as t\nt.autograd.grad(1, 2)", "a.py:2: linalg names torch.autograd.grad"),
+        ("linalg/a.py", "import torch.linalg\ntorch.nn.Module", "names torch.nn.Module"),
+        ("theory/a.py", "import torch\ntorch.func.jvp", "theory names torch.func.jvp"),
+        ("data/a.py", "from bnp_analysis.results import Result", "data imports results"),
+        ("models/a.py", "import bnp_analysis.data", "models imports data"),
+        ("curvature/a.py", "from bnp_analysis.models import mlp", "curvature imports models"),
+        ("plotting.py", "from bnp_analysis.data import load", "plotting imports data"),
+        ("training/a.py", "from matplotlib import pyplot", "imports matplotlib"),
+        ("__main__.py", "from bnp_analysis.diagnose import compare", "__main__ imports diagnose"),
+        ("cellar.py", "x = 1", "cellar is no known room"),
+        ("cellar/a.py", "x = 1", "cellar is no known room"),
+    ],
+)
+def test_the_check_finds_what_it_must(path: str, source: str, message: str, tmp_path: Path) -> None:
+    def write(files: dict[str, str]) -> list[str]:
+        for name, text in files.items():
+            file = tmp_path / PACKAGE / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        return violations(tmp_path / PACKAGE)
+
+    assert write(ALLOWED) == []
+    found = write({path: source})
+    assert found
+    assert message in "\n".join(found)
+
+
+def test_nothing_is_left_unimplemented() -> None:
+    stubs = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in (ROOT / PACKAGE).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Name) and node.id == "NotImplementedError"
+    ]
+    assert stubs == []
+
+
+def tracked_texts() -> dict[str, str]:
+    """The text files under version control."""
+    try:
+        command = ["git", "-c", "safe.directory=*", "-C", str(ROOT), "ls-files", "-z"]
+        names = subprocess.run(command, capture_output=True, check=True, text=True).stdout.split("\0")
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    files = [name for name in names if name and (ROOT / name).is_file()]
+    raw = {name: (ROOT / name).read_bytes() for name in files}
+    return {name: content.decode() for name, content in raw.items() if b"\0" not in content}
+
+
+def test_no_file_depends_on_the_machine_where_it_was_made() -> None:
+    sibling = "../" + "shared"
+    home = re.compile(r"(?<![\w.:/<])/(?:home|root|Users|work)/\w")  # notebooks' outputs leak such paths easily
+    texts = tracked_texts()
+    assert texts
+    assert [name for name, text in texts.items() if sibling in text and not name.startswith(".ci/")] == []
+    assert [name for name, text in texts.items() if home.search(text)] == []
