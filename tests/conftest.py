@@ -19,7 +19,7 @@ settings.register_profile(
 )
 settings.load_profile("bnp")
 
-torch.set_num_threads(2)  # sums add up in the same order on every machine
+torch.set_num_threads(1)  # sums add up in the same order on every machine, and workers do not compete
 
 
 @pytest.fixture

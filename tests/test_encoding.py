@@ -41,18 +41,11 @@ def identical(a: Any, b: Any) -> bool:
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
-keys = (
-    st.text()
-    | st.integers()
-    | st.sampled_from(["$tuple", "$float", "type"])
-    | st.tuples(st.text(), st.integers())
-)
+keys = st.text() | st.integers() | st.sampled_from(["$tuple", "$float", "type"]) | st.tuples(st.text(), st.integers())
 trees = st.recursive(
     scalars,
     lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.lists(inner, max_size=4).map(tuple)
-        | st.dictionaries(keys, inner, max_size=4)
+        st.lists(inner, max_size=4) | st.lists(inner, max_size=4).map(tuple) | st.dictionaries(keys, inner, max_size=4)
     ),
     max_leaves=12,
 )

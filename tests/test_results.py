@@ -104,9 +104,7 @@ def test_files_are_strict_json_that_people_can_read(tmp_path: Path) -> None:
         ({frozenset(): 1}, "a key of ResultsTestTable.anything"),
     ],
 )
-def test_what_is_not_data_is_refused_by_name_and_leaves_the_old_file(
-    value: Any, where: str, tmp_path: Path
-) -> None:
+def test_what_is_not_data_is_refused_by_name_and_leaves_the_old_file(value: Any, where: str, tmp_path: Path) -> None:
     path = Result(seed=1).save(tmp_path / "result.json")
     with pytest.raises(InvalidInputError, match=where):
         ResultsTestTable(anything=value).save(path)
