@@ -1,0 +1,73 @@
+"""The python batches of CIFAR-10: pickles, read by an unpickler that can build arrays and nothing else."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bnp_analysis.errors import InvalidInputError
+
+# The name numpy gives its reconstruction function moved; pickles carry either.
+_ALLOWED = {
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("_codecs", "encode"),
+}
+_RECONSTRUCT = np.empty(0).__reduce__()[0]
+_SHAPE = (3, 32, 32)
+_CLASSES = 10
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """A checksum says that a file is known; this says that an unknown one cannot do harm either."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a CIFAR-10 batch does not need")
+        if name == "_reconstruct":
+            return _RECONSTRUCT
+        return super().find_class(module, name)
+
+
+def parse_cifar_batch(
+    content: bytes, source: str = "CIFAR-10 batch"
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Read one python batch of CIFAR-10, a pickled dict with `data` (N, 3072) and `labels` (N,).
+
+    Args:
+        content: the decompressed bytes of the file.
+        source: what to call it in an error.
+
+    Returns:
+        Images (N, 3, 32, 32), uint8, and labels (N,), int64.
+
+    Raises:
+        InvalidInputError: if it is no such pickle, or asks for anything beyond arrays.
+
+    Example:
+        >>> batch = {b"data": np.zeros((2, 3072), np.uint8), b"labels": [3, 5]}
+        >>> images, labels = parse_cifar_batch(pickle.dumps(batch))
+        >>> images.shape, labels.tolist()
+        ((2, 3, 32, 32), [3, 5])
+    """
+    try:
+        batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
+    except Exception as error:  # a pickle from elsewhere can raise anything
+        raise InvalidInputError(f"{source} is not a CIFAR-10 batch: {error}") from error
+    if not isinstance(batch, dict) or not {b"data", b"labels"} <= batch.keys():
+        raise InvalidInputError(f"{source} is not a CIFAR-10 batch: no dict with 'data' and 'labels'")
+    data, labels = batch[b"data"], batch[b"labels"]
+    pixels = int(np.prod(_SHAPE))
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (pixels,):
+        raise InvalidInputError(f"{source}: 'data' is not a uint8 array of shape (N, {pixels})")
+    if not isinstance(labels, list) or len(labels) != len(data):
+        raise InvalidInputError(f"{source}: 'labels' is not a list of {len(data)} labels")
+    if not all(type(label) is int and 0 <= label < _CLASSES for label in labels):
+        raise InvalidInputError(f"{source}: a label is not an integer in 0..{_CLASSES - 1}")
+    return data.reshape(-1, *_SHAPE), np.asarray(labels, dtype=np.int64)

@@ -1,0 +1,196 @@
+"""Finding the files of a data set, and handing out their bytes only after the checksum agreed."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import lzma
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bnp_analysis.data.catalog import Catalogued, SourceFile, whose
+from bnp_analysis.errors import ChecksumError, DataNotFoundError
+
+#: The environment variable that names the data directory.
+ENVIRONMENT_VARIABLE = "BNP_ANALYSIS_DATA"
+
+_SUFFIXES = ("", ".gz", ".xz")
+_GZIP_MAGIC = b"\x1f\x8b"
+_XZ_MAGIC = b"\xfd7zXZ\x00"
+
+
+@dataclass(frozen=True)
+class VerifiedFile:
+    """A file whose decompressed bytes `content` have the published checksum."""
+
+    path: Path
+    md5: str
+    content: bytes
+
+
+def md5_hex(content: bytes) -> str:
+    """The md5 of some bytes, as 32 hexadecimal digits."""
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def suffix_of(raw: bytes) -> str:
+    """The suffix that belongs to the compression of some bytes: ".gz", ".xz" or ""."""
+    if raw.startswith(_GZIP_MAGIC):
+        return ".gz"
+    return ".xz" if raw.startswith(_XZ_MAGIC) else ""
+
+
+def decompress(raw: bytes, source: str) -> bytes:
+    """Undo gzip or xz, recognized by content, since mirrors and servers rename and recompress.
+
+    Args:
+        raw: the bytes of a file.
+        source: what to call it in an error.
+
+    Returns:
+        The decompressed bytes, or `raw` where it is not compressed.
+
+    Raises:
+        ChecksumError: if the compressed stream is damaged or cut short.
+
+    Example:
+        >>> decompress(gzip.compress(b"pixels"), "x.gz")
+        b'pixels'
+    """
+    try:
+        match suffix_of(raw):
+            case ".gz":
+                return gzip.decompress(raw)
+            case ".xz":
+                return lzma.decompress(raw)
+            case _:
+                return raw
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise ChecksumError(f"{source} is damaged or cut short: {error}") from error
+
+
+def verify(raw: bytes, file: SourceFile, source: str) -> bytes:
+    """Decompress and compare with the published checksum.
+
+    Args:
+        raw: the bytes of a file, compressed or not.
+        file: what it should be.
+        source: what to call it in an error.
+
+    Returns:
+        The decompressed bytes.
+
+    Raises:
+        ChecksumError: if it is anything else.
+
+    Example:
+        >>> verify(b"pixels", SourceFile("x", md5_hex(b"pixels")), "x")
+        b'pixels'
+    """
+    content = decompress(raw, source)
+    found = md5_hex(content)
+    if found != file.md5:
+        owner = whose(found)
+        hint = f" (it is {owner})" if owner else ""
+        raise ChecksumError(
+            f"{source} is not the published {file.name}: "
+            f"md5 of its decompressed bytes is {found}{hint}, expected {file.md5}"
+        )
+    return content
+
+
+def data_root(data_dir: str | os.PathLike[str] | None) -> Path | None:
+    """The data directory: the argument, else the environment variable BNP_ANALYSIS_DATA, else None."""
+    chosen = data_dir if data_dir is not None else os.environ.get(ENVIRONMENT_VARIABLE) or None
+    return None if chosen is None else Path(chosen).expanduser()
+
+
+def _candidates(entry: Catalogued, file: SourceFile, root: Path) -> Iterator[Path]:
+    for folder in entry.folders:
+        for suffix in _SUFFIXES:
+            yield root / folder / f"{file.name}{suffix}"
+
+
+def find(entry: Catalogued, file: SourceFile, root: Path) -> VerifiedFile | None:
+    """The first copy of a file whose checksum agrees.
+
+    Args:
+        entry: the data set.
+        file: one of its files.
+        root: the data directory.
+
+    Returns:
+        The verified file, or None where no copy exists.
+
+    Raises:
+        ChecksumError: if copies exist and none is the published one.
+    """
+    wrong: list[str] = []
+    for path in _candidates(entry, file, root):
+        if path.is_file():
+            try:
+                return VerifiedFile(path, file.md5, verify(path.read_bytes(), file, str(path)))
+            except ChecksumError as error:
+                wrong.append(str(error))
+    if wrong:
+        raise ChecksumError(
+            "; ".join(wrong) + f". Nothing was read from it. Replace it, or let "
+            f"load({entry.name!r}, download=True) put the published file into {root / entry.folders[0]}"
+        )
+    return None
+
+
+def read(entry: Catalogued, split: str, root: Path | None) -> Iterator[VerifiedFile]:
+    """The files of one split in reading order, each verified.
+
+    Args:
+        entry: the data set.
+        split: "train" or "test".
+        root: the data directory, or None where none is known.
+
+    Returns:
+        An iterator over the files, so that one at a time is in memory.
+
+    Raises:
+        DataNotFoundError: before anything is read, if a file is missing.
+        ChecksumError: when the iterator reaches a file that is not the published one.
+    """
+    files = entry.files[split]
+    missing = [
+        file for file in files if root is None or not any(p.is_file() for p in _candidates(entry, file, root))
+    ]
+    if missing:
+        raise not_found(entry, missing, root)
+    assert root is not None
+    for file in files:
+        found = find(entry, file, root)
+        if found is None:  # removed between the two looks
+            raise not_found(entry, [file], root)
+        yield found
+
+
+def not_found(entry: Catalogued, files: Iterable[SourceFile], root: Path | None) -> DataNotFoundError:
+    """The error that names the missing files, where they were looked for, and the ways to get them."""
+    names = ", ".join(file.name for file in files)
+    if root is None:
+        looked = f"nowhere: no data_dir= was given, environment variable {ENVIRONMENT_VARIABLE} is not set"
+        where = "'DIR'"
+    else:
+        places = ", ".join(str(root / folder) if folder != "." else str(root) for folder in entry.folders)
+        looked = f"{places} (each name as it is, with .gz and with .xz)"
+        where = repr(str(root))
+    ways = [
+        f"bnp_analysis.data.load({entry.name!r}, data_dir={where}, download=True), "
+        f"which needs pip install 'bnp-analysis[download]'",
+        f"put the published files into {where}, from {entry.mirrors[0]}",
+        f"name the folder that has them: data_dir=... or {ENVIRONMENT_VARIABLE}=...",
+        *([entry.hint] if entry.hint else []),
+        "use data set 'digits', which needs no files",
+    ]
+    return DataNotFoundError(
+        f"data set {entry.name!r} lacks: {names}\nlooked in: {looked}\nways to get on:\n  - "
+        + "\n  - ".join(ways)
+    )

@@ -1,0 +1,393 @@
+"""Catches: pixels off the scale, test statistics used to standardize, an inexact test for constant features,
+subsets that depend on or disturb the global random state, files parsed before their checksum agreed, folders
+or compressions that are not searched, and errors that do not say how to go on."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import os
+import pickle
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bnp_analysis import data
+from bnp_analysis.data.dataset import pixel_statistics, stratified_order
+from bnp_analysis.data.files import ENVIRONMENT_VARIABLE
+from bnp_analysis.errors import ChecksumError, DataNotFoundError, InvalidInputError
+
+Contents = dict[str, bytes]
+Write = Callable[[Path, Contents], Path]
+
+
+class Malicious:
+    """Unpickling this creates a folder."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.target),)
+
+
+# digits
+
+
+def test_digits_splits_are_a_stratified_partition() -> None:
+    from sklearn.datasets import load_digits
+
+    train, test = data.load("digits"), data.load("digits", split="test")
+    assert (len(train), len(test)) == (1437, 360)
+    together = torch.cat([train.x, test.x]).numpy()
+    original = (load_digits().data / 16).astype(np.float32)
+    assert sorted(map(tuple, together)) == sorted(map(tuple, original))
+    share = test.y.bincount() / (train.y.bincount() + test.y.bincount())
+    assert (share - 360 / 1797).abs().max() < 0.006  # rounding of 36 in 180
+
+
+def test_digits_split_is_the_documented_constant() -> None:
+    """The split is part of every published number: a change must be seen."""
+    test = data.load("digits", split="test")
+    assert test.y[:12].tolist() == [2, 6, 8, 3, 8, 6, 0, 8, 4, 7, 3, 1]
+    assert int((test.x[0] * 16).sum()) == 344
+
+
+def test_digits_are_flat_unless_images_are_asked_for() -> None:
+    flat, images = data.load("digits", n=5), data.load("digits", n=5, flatten=False)
+    assert images.x.shape == (5, 1, 8, 8)
+    assert torch.equal(images.x.flatten(1), flat.x)
+    assert (flat.input_shape, images.input_shape) == ((64,), (1, 8, 8))
+
+
+def test_changed_digits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sklearn.datasets
+
+    bunch = sklearn.datasets.load_digits()
+    bunch.images[0, 0, 0] += 1
+    monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: bunch)
+    with pytest.raises(ChecksumError, match="digits are not the known ones"):
+        data.load("digits")
+
+
+# scale, dtype, standardizing
+
+
+def test_pixels_are_in_the_unit_interval_and_attain_it() -> None:
+    x = data.load("digits").x
+    assert (x.min().item(), x.max().item()) == (0.0, 1.0)
+    assert x.dtype == torch.float32
+
+
+def test_dtype_is_the_exact_quotient() -> None:
+    double = data.load("digits", n=50, dtype=torch.float64)
+    assert double.x.dtype == torch.float64
+    assert torch.equal((double.x * 16).round() / 16, double.x)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_standardizing_uses_the_whole_training_split(split: str) -> None:
+    train = data.load("digits", dtype=torch.float64).x
+    std = train.std(0, correction=0)
+    constant = std == 0
+    std[constant] = 1
+    raw = data.load("digits", split=split, n=100, dtype=torch.float64).x
+    done = data.load("digits", split=split, n=100, dtype=torch.float64, standardize=True)
+    expected = (raw - train.mean(0)) / std
+    # A constant feature keeps the pixel scale: 0 in the training split, so only its shift matters there.
+    torch.testing.assert_close(done.x[:, ~constant], expected[:, ~constant], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(done.x[:, constant], 16 * expected[:, constant], rtol=1e-12, atol=1e-12)
+    assert done.provenance["constant_features"] == int(constant.sum()) == 3
+
+
+def test_standardized_training_split_has_mean_0_and_variance_0_or_1() -> None:
+    x = data.load("digits", standardize=True, dtype=torch.float64).x
+    assert x.mean(0).abs().max() < 1e-12
+    variance = x.var(0, correction=0)
+    assert variance[variance < 0.5].tolist() == [0.0, 0.0, 0.0]
+    assert (variance[variance > 0.5] - 1).abs().max() < 1e-12
+
+
+def test_statistics_recognize_constants_exactly() -> None:
+    """255 in each of many rows: `E x^2 - (E x)^2` in floating point is not 0."""
+    pixels = np.full((2999, 2), 255, np.uint8)
+    pixels[1, 1] = 254
+    mean, scale, constant = pixel_statistics(pixels, rows=7)
+    assert constant == 1
+    np.testing.assert_allclose(mean, pixels.astype(float).mean(0), rtol=1e-14)
+    np.testing.assert_allclose(scale, [1.0, pixels[:, 1].astype(float).std()], rtol=1e-10)
+
+
+# subsets
+
+
+def test_subsets_keep_the_class_proportions_and_are_nested() -> None:
+    labels = np.repeat(np.arange(4), [400, 300, 200, 100])
+    order = stratified_order(labels, seed=5)
+    assert sorted(order) == list(range(1000))
+    for n in (1, 7, 10, 99, 500, 1000):
+        counts = np.bincount(labels[order[:n]], minlength=4)
+        assert np.abs(counts - n * np.array([0.4, 0.3, 0.2, 0.1])).max() <= 1
+    small, large = data.load("digits", n=30, seed=2), data.load("digits", n=90, seed=2)
+    assert torch.equal(small.x, large.x[:30])
+
+
+def test_subsets_are_random_within_a_class_and_among_classes() -> None:
+    labels = np.repeat(np.arange(10), 50)
+    orders = [stratified_order(labels, seed) for seed in range(20)]
+    assert len({int(order[0]) for order in orders}) > 10
+    assert len({int(labels[order[0]]) for order in orders}) > 4
+
+
+def test_subsets_depend_on_the_seed_alone_and_leave_global_random_state() -> None:
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    python_state = random.getstate()
+    first = data.load("digits", n=20, seed=1)
+    assert torch.equal(torch_state, torch.get_rng_state())
+    assert (numpy_state == np.random.get_state()[1]).all()  # noqa: NPY002
+    assert python_state == random.getstate()
+    torch.rand(3)
+    again, other = data.load("digits", n=20, seed=1), data.load("digits", n=20, seed=2)
+    assert torch.equal(first.x, again.x)
+    assert torch.equal(first.y, again.y)
+    assert not torch.equal(first.x, other.x)
+
+
+def test_inputs_and_labels_stay_together() -> None:
+    whole, part = data.load("digits"), data.load("digits", n=200)
+    label_of = {tuple(x): int(y) for x, y in zip(whole.x.tolist(), whole.y, strict=True)}
+    assert [label_of[tuple(x)] for x in part.x.tolist()] == part.y.tolist()
+
+
+@pytest.mark.parametrize("n", [0, -1, 1438, 2.0, True, "5"])
+def test_bad_n_is_refused(n: Any) -> None:
+    with pytest.raises(InvalidInputError, match=r"1\.\.1437.*train split"):
+        data.load("digits", n=n)
+
+
+def test_numpy_integers_are_integers() -> None:
+    loaded = data.load("digits", n=np.int64(3))  # type: ignore[arg-type]
+    assert json.dumps(loaded.provenance)
+    assert len(loaded) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "imagenet"}, "known: digits, mnist, fashion_mnist, cifar10"),
+        ({"name": "digits", "split": "validation"}, "known: train, test"),
+        ({"name": "digits", "dtype": torch.int64}, "floating-point"),
+        ({"name": "digits", "dtype": "float32"}, "floating-point"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        data.load(**arguments)
+
+
+# files
+
+
+def compressions(contents: Contents) -> list[Contents]:
+    """The same files as they are, with gzip, with xz."""
+    return [
+        contents,
+        {f"{name}.gz": gzip.compress(content, 1) for name, content in contents.items()},
+        {f"{name}.xz": lzma.compress(content, preset=0) for name, content in contents.items()},
+    ]
+
+
+@pytest.mark.parametrize("compression", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("mnist", "mnist"),
+        ("mnist", "."),
+        ("mnist", "MNIST/raw"),
+        ("fashion_mnist", "fashion_mnist"),
+        ("fashion_mnist", "fashion-mnist"),
+        ("fashion_mnist", "."),
+    ],
+)
+def test_idx_sets_are_found(
+    tmp_path: Path,
+    idx_contents: Callable[[str], Contents],
+    write: Write,
+    name: str,
+    folder: str,
+    compression: int,
+) -> None:
+    contents = idx_contents(name)
+    write(tmp_path / folder, compressions(contents)[compression])
+    for split, prefix, count in (("train", "train", 40), ("test", "t10k", 20)):
+        loaded = data.load(name, split=split, data_dir=tmp_path)
+        assert loaded.x.shape == (count, 1, 28, 28)
+        assert loaded.y.tolist() == [k % 10 for k in range(count)]
+        pixels = np.frombuffer(contents[f"{prefix}-images-idx3-ubyte"][16:], np.uint8)
+        np.testing.assert_array_equal(loaded.x.flatten(), pixels / np.float32(255))
+        assert [file["name"].split(".")[0] for file in loaded.provenance["files"]] == [
+            f"{prefix}-images-idx3-ubyte",
+            f"{prefix}-labels-idx1-ubyte",
+        ]
+
+
+@pytest.mark.parametrize("compression", [0, 1, 2])
+@pytest.mark.parametrize("folder", ["cifar-10-batches-py", "cifar10", "."])
+def test_cifar_is_found_and_its_batches_are_in_order(
+    tmp_path: Path, cifar_contents: Contents, write: Write, folder: str, compression: int
+) -> None:
+    write(tmp_path / folder, compressions(cifar_contents)[compression])
+    train, test = (data.load("cifar10", split=s, data_dir=tmp_path) for s in ("train", "test"))
+    assert train.x.shape == (20, 3, 32, 32)
+    assert train.y.tolist() == [k + i for k in range(5) for i in range(4)]
+    assert test.y.tolist() == [5, 6, 7, 8]
+    third = pickle.loads(cifar_contents["data_batch_3"])[b"data"]
+    np.testing.assert_array_equal(train.x[8:12].flatten(1), third / np.float32(255))
+    assert train.classes[3] == "cat"
+    assert data.load("cifar10", data_dir=tmp_path, flatten=True).x.shape == (20, 3072)
+
+
+def test_standardized_test_split_names_the_training_files(
+    tmp_path: Path, idx_contents: Callable[[str], Contents], write: Write
+) -> None:
+    write(tmp_path, idx_contents("mnist"))
+    loaded = data.load("mnist", split="test", standardize=True, data_dir=tmp_path)
+    assert [file["name"] for file in loaded.provenance["files"]] == [
+        "t10k-images-idx3-ubyte",
+        "t10k-labels-idx1-ubyte",
+        "train-images-idx3-ubyte",
+        "train-labels-idx1-ubyte",
+    ]
+    assert loaded.provenance["constant_features"] == 5
+    assert loaded.x[:, 0, 0, :5].abs().max() == 0
+
+
+def test_environment_variable_is_used_unless_a_folder_is_given(
+    tmp_path: Path,
+    idx_contents: Callable[[str], Contents],
+    write: Write,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write(tmp_path / "here", idx_contents("mnist"))
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(tmp_path / "here"))
+    assert len(data.load("mnist")) == 40
+    with pytest.raises(DataNotFoundError, match="elsewhere"):
+        data.load("mnist", data_dir=tmp_path / "elsewhere")
+
+
+def test_missing_data_says_what_where_and_how(
+    tmp_path: Path, idx_contents: Callable[[str], Contents], write: Write
+) -> None:
+    contents = idx_contents("fashion_mnist")
+    write(tmp_path, {k: v for k, v in contents.items() if "labels" not in k})
+    with pytest.raises(FileNotFoundError) as caught:
+        data.load("fashion_mnist", data_dir=tmp_path)
+    message = str(caught.value)
+    assert "lacks: train-labels-idx1-ubyte\n" in message
+    for part in (str(tmp_path / "fashion_mnist"), f"{tmp_path} (", "download=True", "apt-get", "digits"):
+        assert part in message
+
+
+def test_without_any_folder_the_error_says_so() -> None:
+    with pytest.raises(DataNotFoundError, match=f"{ENVIRONMENT_VARIABLE} is not set"):
+        data.load("cifar10")
+    with pytest.raises(DataNotFoundError, match=f"{ENVIRONMENT_VARIABLE} is not set"):
+        data.download("cifar10")
+
+
+def test_a_wrong_copy_is_passed_over_for_the_right_one(
+    tmp_path: Path, idx_contents: Callable[[str], Contents], write: Write
+) -> None:
+    """MNIST and Fashion-MNIST use the same file names."""
+    mnist = write(tmp_path, idx_contents("mnist"))
+    fashion = idx_contents("fashion_mnist")
+    with pytest.raises(ChecksumError, match="it is mnist's train-images"):
+        data.load("fashion_mnist", data_dir=mnist)
+    write(tmp_path / "fashion-mnist", fashion)
+    assert len(data.load("fashion_mnist", data_dir=mnist)) == 40
+
+
+def test_changed_or_damaged_files_are_refused(
+    tmp_path: Path, idx_contents: Callable[[str], Contents], write: Write
+) -> None:
+    contents = idx_contents("mnist")
+    name = "train-images-idx3-ubyte"
+    changed = bytearray(contents[name])
+    changed[-1] ^= 1
+    write(tmp_path, {**contents, name: bytes(changed)})
+    with pytest.raises(ChecksumError, match=r"md5.*Replace it"):
+        data.load("mnist", data_dir=tmp_path)
+    assert len(data.load("mnist", split="test", data_dir=tmp_path)) == 20
+    (tmp_path / name).unlink()
+    for suffix, packed in ((".gz", gzip.compress(contents[name])), (".xz", lzma.compress(contents[name]))):
+        path = tmp_path / f"{name}{suffix}"
+        for damaged in (packed[:-20], packed[:200] + b"0123456789" + packed[210:], packed[:6]):
+            path.write_bytes(damaged)
+            with pytest.raises(ChecksumError, match=r"damaged|md5"):
+                data.load("mnist", data_dir=tmp_path)
+        path.unlink()
+
+
+def test_an_unknown_pickle_is_not_opened(
+    tmp_path: Path, cifar_contents: Contents, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The restricted unpickler is the second defence; the checksum comes first."""
+    target = tmp_path / "created by unpickling"
+    write(tmp_path, {**cifar_contents, "test_batch": pickle.dumps(Malicious(target))})
+
+    def never(*_: object) -> None:
+        raise AssertionError("parsed before its checksum agreed")
+
+    monkeypatch.setattr("bnp_analysis.data.loading.parse_cifar_batch", never)
+    with pytest.raises(ChecksumError, match="not the published test_batch"):
+        data.load("cifar10", split="test", data_dir=tmp_path)
+    assert not target.exists()
+
+
+def test_wrong_sizes_with_a_right_checksum_are_refused(
+    tmp_path: Path,
+    idx_contents: Callable[[str], Contents],
+    write: Write,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write(tmp_path, idx_contents("mnist"))
+    images, labels = np.zeros((3, 28, 28), np.uint8), np.zeros(3, np.uint8)
+    cases = [
+        (images[:2], labels, "2 images, 3 labels"),
+        (images[:, 1:], labels, r"expected \(N, 28, 28\)"),
+        (images, labels[:, None], r"expected \(N,\)"),
+    ]
+    for bad_images, bad_labels, message in cases:
+        arrays = iter([bad_images, bad_labels])
+        monkeypatch.setattr("bnp_analysis.data.loading.parse_idx", lambda *_, a=arrays: next(a))
+        with pytest.raises(InvalidInputError, match=message):
+            data.load("mnist", data_dir=tmp_path)
+
+
+# the result
+
+
+def test_result_is_frozen_and_its_provenance_is_json() -> None:
+    loaded = data.load("digits", n=10, seed=4, standardize=True)
+    with pytest.raises(AttributeError):
+        loaded.name = "other"  # type: ignore[misc]
+    assert loaded.tensors[0] is loaded.x
+    assert loaded.tensors[1] is loaded.y
+    assert loaded.y.dtype == torch.int64
+    assert loaded.num_classes == len(loaded.classes) == 10
+    kept = json.loads(json.dumps(loaded.provenance))
+    assert (kept["n"], kept["available"], kept["seed"], kept["standardize"]) == (10, 1437, 4, True)
+    assert len(kept["files"][0]["md5"]) == 32
+    assert "bytes" not in repr(loaded)
+
+
+def test_loaded_tensors_are_writable_and_independent() -> None:
+    first = data.load("digits", n=3)
+    first.x.zero_()
+    assert data.load("digits", n=3).x.any()
