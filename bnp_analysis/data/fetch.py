@@ -19,9 +19,7 @@ _TIMEOUT_SECONDS = 60
 _CHUNK_BYTES = 1 << 16
 
 
-def download(
-    name: str, *, data_dir: str | os.PathLike[str] | None = None, url: str | None = None
-) -> tuple[Path, ...]:
+def download(name: str, *, data_dir: str | os.PathLike[str] | None = None, url: str | None = None) -> tuple[Path, ...]:
     """Download the missing or damaged files of a data set, and verify them before they are put in place.
 
     Args:
@@ -70,9 +68,7 @@ def _downloader() -> Any:
             "downloading needs pooch: pip install 'bnp-analysis[download]', "
             "or put the files into the data directory by hand"
         ) from error
-    return pooch.HTTPDownloader(
-        progressbar=sys.stderr.isatty(), chunk_size=_CHUNK_BYTES, timeout=_TIMEOUT_SECONDS
-    )
+    return pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=_CHUNK_BYTES, timeout=_TIMEOUT_SECONDS)
 
 
 def _intact(entry: Catalogued, file: SourceFile, root: Path) -> bool:

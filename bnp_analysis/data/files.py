@@ -159,9 +159,7 @@ def read(entry: Catalogued, split: str, root: Path | None) -> Iterator[VerifiedF
         ChecksumError: when the iterator reaches a file that is not the published one.
     """
     files = entry.files[split]
-    missing = [
-        file for file in files if root is None or not any(p.is_file() for p in _candidates(entry, file, root))
-    ]
+    missing = [file for file in files if root is None or not any(p.is_file() for p in _candidates(entry, file, root))]
     if missing:
         raise not_found(entry, missing, root)
     assert root is not None
@@ -191,6 +189,5 @@ def not_found(entry: Catalogued, files: Iterable[SourceFile], root: Path | None)
         "use data set 'digits', which needs no files",
     ]
     return DataNotFoundError(
-        f"data set {entry.name!r} lacks: {names}\nlooked in: {looked}\nways to get on:\n  - "
-        + "\n  - ".join(ways)
+        f"data set {entry.name!r} lacks: {names}\nlooked in: {looked}\nways to get on:\n  - " + "\n  - ".join(ways)
     )

@@ -151,8 +151,7 @@ def _choose(raw: _Raw, name: str, split: str, n: int | None, seed: int) -> npt.N
         return np.arange(available)
     if isinstance(n, bool) or not isinstance(n, int | np.integer) or not 1 <= n <= available:
         raise InvalidInputError(
-            f"n must be an integer in 1..{available}, the size of {name}'s {split} split, not {n!r}; "
-            f"n=None takes all"
+            f"n must be an integer in 1..{available}, the size of {name}'s {split} split, not {n!r}; n=None takes all"
         )
     return stratified_order(raw.labels, seed)[:n]
 
@@ -170,8 +169,7 @@ def _read_digits(split: str) -> _Raw:
     found = md5_hex(pixels.tobytes() + labels.astype(np.uint8).tobytes())
     if found != _DIGITS_MD5:
         raise ChecksumError(
-            f"scikit-learn's digits are not the known ones: md5 {found}, expected {_DIGITS_MD5}; "
-            f"reinstall scikit-learn"
+            f"scikit-learn's digits are not the known ones: md5 {found}, expected {_DIGITS_MD5}; reinstall scikit-learn"
         )
     order = stratified_order(labels, _DIGITS_SPLIT_SEED)
     chosen = np.sort(order[:_DIGITS_TEST] if split == "test" else order[_DIGITS_TEST:])
