@@ -82,7 +82,8 @@ def stratified_order(y: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int6
         >>> sorted(labels[stratified_order(labels, seed=0)[:3]].tolist())
         [0, 0, 1]
     """
-    shuffled = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).numpy()
+    generator = torch.Generator("cpu").manual_seed(seed)
+    shuffled = torch.randperm(len(y), generator=generator, device="cpu").numpy()
     labels = y[shuffled]
     by_class = np.argsort(labels, kind="stable")
     counts = np.bincount(labels)

@@ -1,0 +1,63 @@
+"""Condition numbers of neural-network losses, with evidence, with and without BNP.
+
+import bnp_analysis as bnp
+risk = bnp.EmpiricalRisk(model, loss, (x, y))
+A, P = bnp.gauss_newton(risk), bnp.bnp_preconditioner(risk)
+print(bnp.condition_number(A), bnp.condition_number(A, preconditioner=P))
+"""
+
+from bnp_analysis import data, errors, models
+from bnp_analysis.curvature import fisher, gauss_newton, hessian
+from bnp_analysis.linalg import (
+    CallableOperator,
+    ConditionNumber,
+    DenseOperator,
+    DensePreconditioner,
+    Eigenpairs,
+    LinearOperator,
+    Preconditioner,
+    SpectralDensity,
+    SymmetricOperator,
+    condition_number,
+    congruence,
+    eigenpairs,
+    lanczos,
+    magnitude_condition_number,
+    spectral_density,
+    trace,
+)
+from bnp_analysis.network import EmpiricalRisk, ParameterSpace
+from bnp_analysis.precondition import bnp_preconditioner, identity_preconditioner
+from bnp_analysis.results import Result
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CallableOperator",
+    "ConditionNumber",
+    "DenseOperator",
+    "DensePreconditioner",
+    "Eigenpairs",
+    "EmpiricalRisk",
+    "LinearOperator",
+    "ParameterSpace",
+    "Preconditioner",
+    "Result",
+    "SpectralDensity",
+    "SymmetricOperator",
+    "bnp_preconditioner",
+    "condition_number",
+    "congruence",
+    "data",
+    "eigenpairs",
+    "errors",
+    "fisher",
+    "gauss_newton",
+    "hessian",
+    "identity_preconditioner",
+    "lanczos",
+    "magnitude_condition_number",
+    "models",
+    "spectral_density",
+    "trace",
+]

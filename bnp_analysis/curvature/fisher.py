@@ -1,0 +1,119 @@
+"""Fisher matrices: expected under the model's own distribution by sampling, and empirical."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bnp_analysis.curvature.blocks import restricted
+from bnp_analysis.curvature.factors import JacobianFactor, batch_roots
+from bnp_analysis.curvature.output_curvature import loss_gradient, output_root
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
+from bnp_analysis.linalg.random import generator, normal
+from bnp_analysis.network.batches import Batch
+from bnp_analysis.network.parameters import Block
+from bnp_analysis.network.purity import is_mean
+from bnp_analysis.network.risk import EmpiricalRisk
+
+Make = Callable[[EmpiricalRisk, Batch, Tensor], tuple[Tensor, int] | None]
+KINDS = ("mc", "empirical")
+
+
+class Fisher(SymmetricOperator):
+    """`F^T F` with rows that are scaled gradients; made by `fisher`."""
+
+    def __init__(self, risk: EmpiricalRisk, make: Make) -> None:
+        super().__init__(risk.space.dim, risk.space.dtype, risk.space.device)
+        made = batch_roots(risk, make)
+        if made is None:
+            raise InvalidInputError(
+                "the Fisher matrix needs one gradient per example, so a loss that is separate over examples, and data "
+                "that keep their order: give list(loader) or a loader without shuffle"
+            )
+        self._factor = JacobianFactor(risk, *made)
+
+    @property
+    def factor(self) -> LinearOperator:
+        return self._factor
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        return self._factor._rmatmat(self._factor._matmat(x))
+
+
+def fisher(
+    risk: EmpiricalRisk, kind: str = "mc", *, samples: int = 1, seed: int = 0, block: Block | None = None
+) -> SymmetricOperator:
+    """The Fisher matrix `A = (1/N) sum_j E[g_j g_j^T]`, `g_j` the gradient of the loss of example `j`.
+
+    Args:
+        risk: the empirical risk; its loss is read as a negative log-likelihood.
+        kind: `"mc"` draws the target from the model's own distribution (softmax cross-entropy: a class; losses
+            with a diagonal output Hessian, as squared loss: a Gaussian score of that variance), `"empirical"` takes
+            the data's.
+        samples: draws per example, `"mc"` only.
+        seed: of the draws.
+        block: a layer's name, or `(layer, i)` for output unit `i`.
+
+    Returns:
+        A `SymmetricOperator` with a `factor`. The expectation of `"mc"` is the Gauss-Newton matrix for these
+        losses; `"empirical"` is another matrix.
+
+    Raises:
+        InvalidInputError: an unknown kind, a loss without a known distribution, or not a mean over examples.
+
+    Source: Kunstner, Balles and Hennig 2019 for the difference of the two.
+
+    Example:
+        >>> import torch, bnp_analysis as bnp
+        >>> x, y = torch.eye(3), torch.tensor([0, 1, 1])
+        >>> risk = bnp.EmpiricalRisk(torch.nn.Linear(3, 2), torch.nn.functional.cross_entropy, (x, y))
+        >>> bnp.fisher(risk, "empirical").factor.shape
+        (3, 8)
+    """
+    if kind not in KINDS:
+        raise InvalidInputError(f"kind must be 'mc' or 'empirical', got {kind!r}")
+    if samples < 1:
+        raise InvalidInputError(f"samples must be at least 1, got {samples}")
+    if kind == "empirical":
+        return restricted(risk, block, lambda r: Fisher(r, _empirical))
+    # The generator is made for every operator: a block and the whole see the same targets.
+    return restricted(risk, block, lambda r: Fisher(r, _sampler(samples, seed)))
+
+
+def _empirical(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> tuple[Tensor, int] | None:
+    """Row `j` is `sqrt(N) dL/df_j`: the mean over examples of the outer products of their own gradients."""
+    if is_mean(risk, batch) is False:
+        raise InvalidInputError("the loss is not a mean over the batch, so an example has no gradient of its own")
+    _, g = loss_gradient(risk, batch, outputs)
+    count = outputs.shape[0]
+    root = (g.detach() * count**0.5).reshape(count, 1, -1)
+    return root, count
+
+
+def _sampler(samples: int, seed: int) -> Make:
+    g = generator(seed)
+
+    def draw(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> tuple[Tensor, int] | None:
+        found = output_root(risk, batch, outputs)
+        if found is None:
+            return None
+        count, _, width = found.root.shape
+        if found.kind == "softmax" and found.probabilities is not None and found.scale is not None:
+            p = found.probabilities
+            classes = torch.multinomial(p.double().cpu(), samples, replacement=True, generator=g).to(p.device)
+            onehot = torch.nn.functional.one_hot(classes, width).to(p.dtype)
+            root = (p.unsqueeze(1) - onehot) * (found.scale / samples).sqrt().view(-1, 1, 1)
+        elif found.kind == "diagonal":
+            noise = normal((count, samples, width), g, outputs)
+            root = noise @ found.root / samples**0.5
+        else:
+            raise InvalidInputError(
+                "no distribution is known for this loss: it is neither softmax cross-entropy nor of a diagonal output "
+                "Hessian. Use kind='empirical', or gauss_newton, which needs none"
+            )
+        return root, count * min(samples, width)
+
+    return draw

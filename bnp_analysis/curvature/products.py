@@ -1,0 +1,181 @@
+"""The only derivative products of the package: Hessian-vector, Jacobian-vector and its transpose.
+
+All are reverse mode over reverse mode: torch's fused BatchNorm, LayerNorm and InstanceNorm give silently wrong
+second derivatives under `grad(jvp)` and nested `jvp`, and `jvp(grad)` fails for some losses (trap 1). The
+graph of a batch is built once and kept while memory allows; then a Hessian product costs one backward pass
+through it, and a Jacobian product one through the graph of `u -> J^T u`, which is linear in `u`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg.memory import available_memory
+from bnp_analysis.network.batches import Batch
+from bnp_analysis.network.risk import EmpiricalRisk
+
+G = TypeVar("G")
+
+# Kept graphs may take this share of the memory that is free when the first product is asked for.
+_SHARE = 0.4
+
+
+@dataclass(frozen=True)
+class GradientGraph:
+    """The recorded gradient of a batch's weighted loss."""
+
+    leaves: list[Tensor]
+    gradients: list[Tensor]
+
+    def product(self, v: list[Tensor]) -> list[Tensor]:
+        """The Hessian of the weighted batch loss times `v`, per tensor."""
+        pairs = [(g, w) for g, w in zip(self.gradients, v, strict=True) if g.requires_grad]
+        if not pairs:
+            # The loss is linear in these parameters.
+            return [torch.zeros_like(t) for t in self.leaves]
+        return backward([g for g, _ in pairs], self.leaves, [w for _, w in pairs])
+
+
+@dataclass(frozen=True)
+class OutputGraph:
+    """The recorded outputs `f` of a batch, and `u -> J^T u` recorded as a function of `u`."""
+
+    batch: Batch
+    weight: float
+    leaves: list[Tensor]
+    outputs: Tensor
+    cotangent: Tensor
+    pulled: list[Tensor]
+
+    def jvp(self, v: list[Tensor]) -> Tensor:
+        """`J v`, in the shape of the outputs."""
+        pairs = [(g, w) for g, w in zip(self.pulled, v, strict=True) if g.requires_grad]
+        if not pairs:
+            return torch.zeros_like(self.outputs)
+        return backward([g for g, _ in pairs], [self.cotangent], [w for _, w in pairs])[0]
+
+    def vjp(self, u: Tensor) -> list[Tensor]:
+        """`J^T u`, per tensor."""
+        if not self.outputs.requires_grad:
+            return [torch.zeros_like(t) for t in self.leaves]
+        return backward([self.outputs], self.leaves, [u])
+
+    def vjp_rows(self, u: Tensor) -> list[Tensor]:
+        """`J^T u` for a stack of cotangents `(k, *outputs.shape)`, per tensor `(k, ...)`."""
+        if not self.outputs.requires_grad:
+            return [t.new_zeros(u.shape[0], *t.shape) for t in self.leaves]
+        return backward([self.outputs], self.leaves, [u], batched=True)
+
+
+def backward(
+    outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor], *, batched: bool = False
+) -> list[Tensor]:
+    """`torch.autograd.grad` on a kept graph; zero where an input is unused.
+
+    Raises:
+        InvalidInputError: an operation without a second derivative, named.
+    """
+    try:
+        return list(
+            torch.autograd.grad(
+                outputs,
+                inputs,
+                cotangents,
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+                is_grads_batched=batched,
+            )
+        )
+    except RuntimeError as error:
+        raise _explained(error) from error
+
+
+def _explained(error: RuntimeError) -> Exception:
+    text = str(error)
+    if "not implemented" in text or "does not require grad" in text or "once_differentiable" in text:
+        return InvalidInputError(
+            f"an operation of the model has no second derivative in torch: {text.splitlines()[0]} Replace it (math "
+            "attention, unfused recurrent cells), or freeze the parameters below it"
+        )
+    return error
+
+
+def gradient_graph(risk: EmpiricalRisk, batch: Batch) -> GradientGraph:
+    """Record the gradient of `(count / total) * loss` of a batch."""
+    tensors = risk.leaves()
+    leaves = list(tensors.values())
+    loss = risk.batch_loss(risk.batch_outputs(tensors, batch), batch) * (batch.count / risk.batches.total)
+    if not loss.requires_grad:
+        return GradientGraph(leaves, [torch.zeros_like(t) for t in leaves])
+    try:
+        gradients = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
+    except RuntimeError as error:
+        raise _explained(error) from error
+    return GradientGraph(leaves, list(gradients))
+
+
+def output_graph(risk: EmpiricalRisk, batch: Batch, *, forward: bool = True) -> OutputGraph:
+    """Record the outputs of a batch; with `forward` also `u -> J^T u`, which Jacobian-vector products need."""
+    tensors = risk.leaves()
+    leaves = list(tensors.values())
+    outputs = risk.batch_outputs(tensors, batch)
+    cotangent = torch.zeros_like(outputs, requires_grad=True)
+    pulled = [torch.zeros_like(t) for t in leaves]
+    if forward and outputs.requires_grad:
+        pulled = list(
+            torch.autograd.grad(
+                outputs, leaves, cotangent, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+        )
+    return OutputGraph(batch, batch.count / risk.batches.total, leaves, outputs, cotangent, pulled)
+
+
+class GraphCache(Generic[G]):
+    """The graphs of all batches: the first ones kept while memory allows, the rest rebuilt in every pass."""
+
+    def __init__(self, risk: EmpiricalRisk, build: Callable[[EmpiricalRisk, Batch], G]) -> None:
+        self._risk, self._build = risk, build
+        self._kept: dict[int, G] = {}
+        self._room: int | None = None
+
+    def __iter__(self) -> Iterator[G]:
+        if len(self._kept) == self._risk.batches.number:
+            yield from self._kept.values()
+            return
+        # A loader may change its order: its graphs are kept only if it is known to repeat it.
+        keep = self._risk.batches.ordered
+        for batch in self._risk.batches:
+            if keep and batch.index in self._kept:
+                yield self._kept[batch.index]
+                continue
+            if self._room is None:
+                self._room = self._measure(batch) if keep else 0
+            graph = self._build(self._risk, batch)
+            if len(self._kept) < self._room:
+                self._kept[batch.index] = graph
+            yield graph
+
+    def _measure(self, batch: Batch) -> int:
+        """How many graphs of this size fit: the bytes that one saves are counted while it is built."""
+        seen: dict[int, int] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            storage = t.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            self._build(self._risk, batch)
+        budget = _SHARE * _free_memory(self._risk.space.device)
+        return int(budget // max(sum(seen.values()), 1))
+
+
+def _free_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()

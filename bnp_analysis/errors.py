@@ -1,0 +1,51 @@
+"""The exceptions of the package.
+
+Every message says what was wrong, what would have been computed instead, and the ways out.
+Each class also derives from the built-in exception that a caller would expect.
+"""
+
+from __future__ import annotations
+
+
+class BNPAnalysisError(Exception):
+    """Base class of every exception that this package raises on purpose."""
+
+
+class InvalidInputError(BNPAnalysisError, ValueError):
+    """An argument has the wrong shape, type, dtype or value."""
+
+
+class NonFiniteError(BNPAnalysisError, ValueError):
+    """NaN or infinity in data, parameters, a loss, or a product."""
+
+
+class StochasticModelError(BNPAnalysisError, ValueError):
+    """The model does not define one function of its parameters over the given data.
+
+    Random layers in training mode, or layers that couple the examples of a batch while there
+    are several batches.
+    """
+
+
+class InconsistentDataError(BNPAnalysisError, ValueError):
+    """Two passes over the data saw different examples."""
+
+
+class NotConvexError(BNPAnalysisError, ValueError):
+    """A matrix that must be positive semidefinite has a negative eigenvalue."""
+
+
+class NullSpaceError(BNPAnalysisError, ValueError):
+    """Declared null directions are not null, or are not linearly independent."""
+
+
+class MemoryLimitError(BNPAnalysisError, MemoryError):
+    """A computation is refused before it starts because its memory estimate exceeds the limit."""
+
+
+class DataNotFoundError(BNPAnalysisError, FileNotFoundError):
+    """The files of a data set are not where they were looked for."""
+
+
+class ChecksumError(BNPAnalysisError, ValueError):
+    """A file of a data set is not the published one."""

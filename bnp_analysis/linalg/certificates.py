@@ -1,0 +1,146 @@
+"""What floating point and random starts allow one to claim (T13)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg.lanczos import Floats
+from bnp_analysis.linalg.operators import LinearOperator, Product
+from bnp_analysis.linalg.preconditioner import Congruence, Preconditioner
+
+UNIT = torch.finfo(torch.float64).eps
+
+
+def norm_bound(matrix: Tensor) -> float:
+    """`sqrt(|A|_1 |A|_inf) >= |A|_2`, a rigorous bound without iteration.
+
+    Example:
+        >>> norm_bound(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
+        4.0
+    """
+    if matrix.numel() == 0:
+        return 0.0
+    magnitude = matrix.abs().double()
+    return math.sqrt(float(magnitude.sum(dim=0).max()) * float(magnitude.sum(dim=1).max()))
+
+
+def dense_with_magnitude(operator: LinearOperator) -> tuple[Tensor, Tensor | None]:
+    """The dense matrix of `F P1 P2 ...` and `|F| |P1| |P2| ...`, None where no product was formed.
+
+    The second bounds, times the unit roundoff, what forming the product can have changed: the term
+    of T13 without which no interval survives `|P| = 1e5` (trap 11).
+    """
+    if isinstance(operator, Product) and isinstance(operator.right, Preconditioner):
+        dense, magnitude = dense_with_magnitude(operator.left)
+        magnitude = dense.abs() if magnitude is None else magnitude
+        return _right(dense, operator.right), _right(magnitude, operator.right.absolute())
+    if isinstance(operator, Congruence):
+        dense, magnitude = dense_with_magnitude(operator.operator)
+        magnitude = dense.abs() if magnitude is None else magnitude
+        P, absolute = operator.preconditioner, operator.preconditioner.absolute()
+        return _right(_right(dense, P).T, P).T, _right(_right(magnitude, absolute).T, absolute).T
+    return operator.to_dense(), None
+
+
+def _right(matrix: Tensor, P: LinearOperator) -> Tensor:
+    """`matrix @ P`, row by row through `P^T`."""
+    return P._rmatmat(matrix.T).T
+
+
+def singular_value_radius(largest: float, shape: tuple[int, int], magnitude: float, unit: float) -> float:
+    """`d = max(r, n) u (sigma_1 + || |F| |P| ||) + u_w || |F| |P| ||`: no singular value moved further.
+
+    Args:
+        largest: the largest computed singular value.
+        shape: of the factor.
+        magnitude: a bound of `|| |F| |P| ||_2`; `|| |F| ||_2` when no product was formed.
+        unit: roundoff of the dtype in which the rows were computed.
+
+    Example:
+        >>> singular_value_radius(1.0, (10, 10), 1.0, UNIT) < 1e-14
+        True
+    """
+    return max(shape) * UNIT * (largest + magnitude) + max(shape) * (unit if unit > UNIT else 0.0) * magnitude
+
+
+def kuczynski_wozniakowski(
+    theta_max: float, theta_min: float, steps: int, dim: int, failure_probability: float
+) -> tuple[float, float]:
+    """Probabilistic outer bounds of the spectrum from extreme Ritz values of a random start.
+
+    With `eps = (ln(1.648 sqrt(n)/delta)/(2k-1))^2`, `e = eps/(1 - 2 eps)` and `w = theta_max - theta_min`,
+    `lambda_max <= theta_max + e w` and `lambda_min >= theta_min - e w`, each except with probability
+    `delta`.
+
+    Args:
+        theta_max, theta_min: extreme Ritz values.
+        steps: Lanczos steps `k`, with full reorthogonalization.
+        dim: dimension `n` of the space searched, after deflation.
+        failure_probability: of both claims together, `2 delta`.
+
+    Returns:
+        Upper bound of `lambda_max`, lower bound of `lambda_min`; infinite while `k` is too small.
+
+    Raises:
+        InvalidInputError: a probability outside (0, 1).
+
+    Source: Kuczynski and Wozniakowski 1992; T13.
+
+    Example:
+        >>> kuczynski_wozniakowski(1.0, 0.1, 3, 1000, 1e-3)
+        (inf, -inf)
+        >>> upper, lower = kuczynski_wozniakowski(1.0, 0.1, 400, 1000, 1e-3)
+        >>> round(upper, 3), round(lower, 3)
+        (1.0, 0.1)
+    """
+    if not 0 < failure_probability < 1:
+        raise InvalidInputError(f"failure_probability must lie in (0, 1), got {failure_probability}")
+    if steps >= dim:
+        return theta_max, theta_min
+    eps = (math.log(1.648 * math.sqrt(dim) / (failure_probability / 2)) / (2 * steps - 1)) ** 2
+    if eps >= 0.5:
+        return math.inf, -math.inf
+    slack = eps / (1 - 2 * eps) * (theta_max - theta_min)
+    return theta_max + slack, theta_min - slack
+
+
+def null_contamination(alpha: Floats, beta: Floats, error: float, initial: float) -> Floats:
+    """Bounds `nu_j` of the part of each Lanczos vector that rounding has put into an undeclared null space.
+
+    A start in the range, `v0 = A g`, keeps the basis in the range in exact arithmetic only. A product's
+    rounding error of size `error` enters every step and then follows the three-term recurrence
+    `beta_j nu_(j+1) = -alpha_j nu_j - beta_(j-1) nu_(j-1) + error`, which amplifies it; the bound sums the
+    magnitudes of all these responses (the idea of Simon's recurrence for lost orthogonality).
+
+    Args:
+        alpha: `(k,)` diagonal of `T`.
+        beta: `(k - 1,)` off-diagonal of `T`.
+        error: `|fl(A q) - A q|`, absolute.
+        initial: the null part of the unit start vector.
+
+    Returns:
+        `(k,)` bounds, the first `initial`.
+
+    Source: derived here; Simon 1984 for the technique.
+
+    Example:
+        >>> null_contamination(np.ones(3), np.full(2, 0.1), 1e-16, 1e-16).round(18).tolist()
+        [1e-16, 2e-15, 2.01e-14]
+    """
+    k = alpha.size
+    response = np.zeros((k, k))
+    response[0, 0] = initial
+    for j in range(k - 1):
+        if beta[j] == 0.0:
+            response[j + 1 :] = np.inf
+            break
+        row = -alpha[j] * response[j] - (beta[j - 1] * response[j - 1] if j else 0.0)
+        row[j + 1] += error
+        response[j + 1] = row / beta[j]
+    bounds: Floats = np.abs(response).sum(axis=1)
+    return bounds

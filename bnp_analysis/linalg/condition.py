@@ -1,0 +1,267 @@
+"""The effective condition number of a symmetric operator, as an interval that says how it knows."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg import dense_routes, krylov_routes
+from bnp_analysis.linalg.extremes import Extremes
+from bnp_analysis.linalg.memory import available_memory
+from bnp_analysis.linalg.null import HasBasis, read_null
+from bnp_analysis.linalg.operators import SymmetricOperator
+from bnp_analysis.linalg.preconditioner import Preconditioner, check_fits
+from bnp_analysis.linalg.progress import Progress
+from bnp_analysis.results import Result
+
+METHODS = ("auto", "factor-svd", "dense", "lanczos")
+FACTOR_LIMIT = 5_000
+DENSE_LIMIT = 3_000
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ConditionNumber(Result):
+    """The effective condition number `kappa* = lambda_max / lambda_min+` with its bounds.
+
+    Attributes:
+        value: best estimate; the ratio of `lambda_max` and `lambda_min`.
+        lower, upper: bounds; `lower` is NaN where none may be issued, `upper` infinite where none is known.
+        two_sided: both bounds hold (with `failure_probability`, where that is not zero).
+        method: the route, `"factor-svd"`, `"dense"` or `"lanczos"`.
+        lambda_max, lambda_min: largest and smallest nonzero eigenvalue (magnitudes for an indefinite matrix).
+        rank: eigenvalues counted as nonzero, None when the route cannot count them.
+        null_dim: dimension of the declared null space.
+        null_sources: its directions counted by cause.
+        unresolved: eigenvalues below the noise floor that nothing explains as zero; None when not counted.
+        negative: negative eigenvalues (indefinite matrices only).
+        zero: eigenvalues within the noise floor, explained or not; None when not counted.
+        gap_ratio: the smallest nonzero eigenvalue over the largest that counts as zero.
+        noise_floor: eigenvalues below it are rounding.
+        failure_probability: of the bounds, over random starts.
+        dim, dtype, stop, note: size, precision, why the run ended, what to do next.
+    """
+
+    value: float
+    lower: float
+    upper: float
+    two_sided: bool
+    method: str
+    lambda_max: float
+    lambda_min: float
+    dim: int
+    dtype: str
+    rank: int | None = None
+    null_dim: int = 0
+    null_sources: Mapping[str, int] = field(default_factory=dict)
+    unresolved: int | None = None
+    negative: int = 0
+    zero: int | None = None
+    gap_ratio: float = math.inf
+    noise_floor: float = 0.0
+    failure_probability: float = 0.0
+    indefinite: bool = False
+    stop: str = "done"
+    note: str = ""
+
+    def summary(self) -> str:
+        """One honest line."""
+        name = "max|lambda|/min|lambda|" if self.indefinite else "kappa*"
+        how = f"{self.method} {self.dtype}"
+        if self.rank is not None:
+            how += f", rank {self.rank} of {self.dim}"
+        if self.indefinite:
+            how += f", {self.negative} negative" + ("" if self.zero is None else f", {self.zero} zero")
+        if self.rank is not None and self.rank < self.dim and math.isfinite(self.gap_ratio):
+            how += f", gap {self.gap_ratio:.2g}"
+        if self.two_sided:
+            chance = f", fails with probability <= {self.failure_probability:g}" if self.failure_probability else ""
+            return f"{name} = {self.value:.4g} ({self.lower:.4g} .. {self.upper:.4g}), {how}{chance}"
+        if math.isnan(self.lower):
+            return f"{name} ~ {self.value:.4g}, no bound: {self.note}; {how}"
+        return f"{name} >= {self.lower:.4g}, one-sided: {self.note}; {how}"
+
+
+def condition_number(
+    A: SymmetricOperator,
+    *,
+    preconditioner: Preconditioner | None = None,
+    null: Tensor | HasBasis | None = None,
+    method: str = "auto",
+    steps: int = 100,
+    failure_probability: float = 1e-3,
+    seed: int = 0,
+    progress: Progress = False,
+) -> ConditionNumber:
+    """The effective condition number `kappa*(P^T A P) = lambda_max / lambda_min+` of a semidefinite operator.
+
+    Args:
+        A: symmetric positive semidefinite operator on `R^n`. Where it has a `factor`, eigenvalues are decided
+            on the factor's singular values.
+        preconditioner: `P` with `theta = P z`; the curvature measured is `P^T A P`.
+        null: known null directions `(n, r)` in the coordinates of `A` (they are transported by `P`), or an
+            object with `.basis` and `.sources`; shape `(n, 0)` declares a nonsingular `A`. None: nothing known.
+        method: `"factor-svd"`, `"dense"`, `"lanczos"`, or `"auto"`, which takes the first that fits.
+        steps: Lanczos steps.
+        failure_probability: of Lanczos' upper bound.
+        seed: of the random start.
+        progress: True draws a bar, a callable gets `(done, total)`.
+
+    Returns:
+        A `ConditionNumber`, two-sided where the evidence allows it.
+
+    Raises:
+        NotConvexError: a negative eigenvalue beyond rounding; `magnitude_condition_number` is the way on.
+        NullSpaceError: declared directions that are not null.
+        InvalidInputError: a zero or empty operator, or one that is not symmetric.
+        MemoryLimitError: the route does not fit into memory.
+
+    Source: T13.
+
+    Example:
+        >>> import torch, bnp_analysis as bnp
+        >>> A = bnp.DenseOperator(torch.diag(torch.tensor([4.0, 2.0, 0.0], dtype=torch.float64)))
+        >>> k = bnp.condition_number(A)
+        >>> round(k.value, 12), k.rank, k.two_sided
+        (2.0, 2, True)
+    """
+    settings = {
+        "steps": steps,
+        "failure_probability": failure_probability,
+        "preconditioned": preconditioner is not None,
+    }
+
+    def solve(route: str) -> Extremes:
+        declared = read_null(null, A)
+        if route == "factor-svd":
+            return dense_routes.factor_svd(A, preconditioner, declared)
+        if route == "dense":
+            return dense_routes.dense_symmetric(A, preconditioner, declared, indefinite=False)
+        return krylov_routes.lanczos_ends(A, preconditioner, declared, steps, failure_probability, seed, progress)
+
+    return _measure(A, preconditioner, method, settings, seed, solve, indefinite=False)
+
+
+def magnitude_condition_number(
+    A: SymmetricOperator,
+    *,
+    preconditioner: Preconditioner | None = None,
+    null: Tensor | HasBasis | None = None,
+    method: str = "auto",
+    steps: int = 100,
+    seed: int = 0,
+    progress: Progress = False,
+) -> ConditionNumber:
+    """`max|lambda| / min|lambda|` over the nonzero eigenvalues of `P^T A P`, for indefinite operators.
+
+    Args:
+        A: symmetric operator on `R^n`, for instance the Hessian of a network's loss.
+        preconditioner, null, method, steps, seed, progress: as for `condition_number`; the routes are
+            `"dense"` and `"lanczos"`, the second gives a lower bound only.
+
+    Returns:
+        A `ConditionNumber` with `indefinite=True` and the counts `negative`, `zero`, `unresolved`.
+
+    Raises:
+        NullSpaceError, InvalidInputError, MemoryLimitError: as for `condition_number`.
+
+    Source: T13.
+
+    Example:
+        >>> import torch, bnp_analysis as bnp
+        >>> A = bnp.DenseOperator(torch.diag(torch.tensor([-4.0, 2.0, 1.0], dtype=torch.float64)))
+        >>> k = bnp.magnitude_condition_number(A)
+        >>> round(k.value, 12), k.negative
+        (4.0, 1)
+    """
+    settings = {"steps": steps, "preconditioned": preconditioner is not None}
+    if method == "factor-svd":
+        raise InvalidInputError("a factor exists for semidefinite operators only; use condition_number")
+
+    def solve(route: str) -> Extremes:
+        declared = read_null(null, A)
+        if route == "dense":
+            return dense_routes.dense_symmetric(A, preconditioner, declared, indefinite=True)
+        return krylov_routes.lanczos_magnitudes(A, preconditioner, declared, steps, seed, progress)
+
+    return _measure(A, preconditioner, method, settings, seed, solve, indefinite=True)
+
+
+def _measure(
+    A: SymmetricOperator,
+    preconditioner: Preconditioner | None,
+    method: str,
+    settings: dict[str, Any],
+    seed: int,
+    solve: Callable[[str], Extremes],
+    *,
+    indefinite: bool,
+) -> ConditionNumber:
+    if not isinstance(A, SymmetricOperator):
+        raise InvalidInputError(f"expected a SymmetricOperator, got {type(A).__name__}; wrap a matrix in DenseOperator")
+    if A.dim == 0:
+        raise InvalidInputError("an operator on R^0 has no eigenvalues, hence no condition number")
+    if method not in METHODS:
+        raise InvalidInputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if preconditioner is not None:
+        check_fits(A, preconditioner)
+    route = choose_route(A, indefinite=indefinite) if method == "auto" else method
+    began = time.perf_counter()
+    ends = solve(route)
+    if ends.lambda_max == 0.0:
+        raise InvalidInputError(
+            "the operator is zero to rounding, and a condition number compares nonzero eigenvalues; "
+            "look for saturated or dead units, or a loss that does not depend on these parameters"
+        )
+    value = ends.lambda_max / ends.lambda_min if ends.lambda_min > 0 else math.inf
+    return ConditionNumber(
+        value=value,
+        lower=ends.lower,
+        upper=ends.upper,
+        two_sided=math.isfinite(ends.upper) and math.isfinite(ends.lower),
+        method=route,
+        lambda_max=ends.lambda_max,
+        lambda_min=ends.lambda_min,
+        dim=A.dim,
+        dtype=str(A.dtype).removeprefix("torch."),
+        rank=ends.rank,
+        null_dim=ends.null_dim,
+        null_sources=ends.null_sources,
+        unresolved=ends.unresolved,
+        negative=ends.negative,
+        zero=ends.zero,
+        gap_ratio=ends.gap_ratio,
+        noise_floor=ends.noise_floor,
+        failure_probability=ends.failure_probability if math.isfinite(ends.upper) else 0.0,
+        indefinite=indefinite,
+        stop=ends.stop,
+        note=ends.note,
+        settings={"method": method} | settings,
+        seed=seed,
+        matvecs=ends.matvecs,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def choose_route(A: SymmetricOperator, *, indefinite: bool = False) -> str:
+    """The first route whose size and memory fit: factor-svd, then dense, then lanczos.
+
+    Example:
+        >>> import torch, bnp_analysis as bnp
+        >>> choose_route(bnp.DenseOperator(torch.eye(3)))
+        'dense'
+    """
+    free = available_memory()
+    factor = None if indefinite else A.factor
+    if factor is not None and min(factor.shape) <= FACTOR_LIMIT:
+        # Rows, their magnitudes and the copy that QR works on, in float64.
+        if 8 * 4 * factor.shape[0] * factor.shape[1] < free:
+            return "factor-svd"
+    if A.dim <= DENSE_LIMIT and 8 * 6 * A.dim**2 < free:
+        return "dense"
+    return "lanczos"

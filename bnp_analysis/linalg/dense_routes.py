@@ -1,0 +1,137 @@
+"""The dense routes: singular values of the factor, eigenvalues of the matrix (T13)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnp_analysis.errors import InvalidInputError, NotConvexError
+from bnp_analysis.linalg.certificates import UNIT, dense_with_magnitude, norm_bound, singular_value_radius
+from bnp_analysis.linalg.extremes import Extremes, norm_estimate, require_finite, unexplained, zero_matrix
+from bnp_analysis.linalg.matrices import MatrixOperator
+from bnp_analysis.linalg.memory import require_memory
+from bnp_analysis.linalg.null import DeclaredNull, require_null
+from bnp_analysis.linalg.operators import SymmetricOperator
+from bnp_analysis.linalg.preconditioner import Preconditioner, congruence
+
+
+def factor_svd(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNull) -> Extremes:
+    """Singular values of the dense factor `F P`, by QR when tall, then SVD in float64; never the Gram matrix."""
+    factor = A.factor
+    if factor is None:
+        raise InvalidInputError(
+            f"{A!r} has no factor, so factor-svd cannot run; use method='dense' or 'lanczos', or a Gauss-Newton "
+            "operator, whose factor is known"
+        )
+    require_memory(8 * 4 * factor.shape[0] * factor.shape[1], f"factor-svd of a {factor.shape} factor")
+    rows, magnitude = dense_with_magnitude(factor)
+    require_finite(rows, "the factor")
+    require_null(MatrixOperator(rows), null, float(rows.double().norm()), "F")
+    if P is not None:
+        magnitude = rows.abs() if magnitude is None else magnitude
+        rows, magnitude = P._rmatmat(rows.T).T, P.absolute()._rmatmat(magnitude.T).T
+    structural = min(factor.rank_bound, MatrixOperator(rows).rank_bound, A.dim - null.dim)
+    unit = torch.finfo(A.dtype).eps
+    scale = float(rows.abs().max()) if rows.numel() else 0.0
+    if scale == 0.0:
+        return zero_matrix(null, factor.dense_cost)
+    work = rows.double() / scale
+    sigma = torch.linalg.svdvals(_square_root_of_gram(work)).cpu().numpy()
+    bound = norm_bound(rows if magnitude is None else magnitude) / scale
+    # A stored factor without a product is exact: only the SVD rounds.
+    exact = magnitude is None and factor.dense_cost == 0
+    radius = singular_value_radius(float(sigma[0]), factor.shape, 0.0 if exact else bound, UNIT if exact else unit)
+    rank = int((sigma > radius).sum())
+    unresolved = max(structural - rank, 0)
+    zero_sigma = float(sigma[rank]) if rank < sigma.size else 0.0
+    # Where the shape forces a zero, the largest value that counts as one is at most the radius.
+    top, bottom = float(sigma[0]), float(sigma[rank - 1])
+    lower = (max(top - radius, 0.0) / (bottom + radius)) ** 2
+    upper = ((top + radius) / (bottom - radius)) ** 2 if unresolved == 0 else math.inf
+    return Extremes(
+        lambda_max=(top * scale) ** 2,
+        lambda_min=(bottom * scale) ** 2,
+        lower=lower,
+        upper=upper,
+        rank=rank,
+        null_dim=null.dim,
+        null_sources=null.sources,
+        unresolved=unresolved,
+        zero=A.dim - rank,
+        gap_ratio=(bottom / zero_sigma) ** 2 if zero_sigma > 0 else math.inf,
+        noise_floor=(radius * scale) ** 2,
+        matvecs=factor.dense_cost,
+        note=unexplained(unresolved, null),
+    )
+
+
+def _square_root_of_gram(rows: Tensor) -> Tensor:
+    """A square matrix with the singular values of `rows`, from the QR of its taller side."""
+    tall = rows if rows.shape[0] >= rows.shape[1] else rows.T
+    if tall.shape[0] <= 1.5 * tall.shape[1]:
+        return tall
+    triangle: Tensor = torch.linalg.qr(tall, mode="r")[1]
+    return triangle
+
+
+def dense_symmetric(
+    A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNull, *, indefinite: bool
+) -> Extremes:
+    """All eigenvalues of the dense `P^T A P` in float64."""
+    require_memory(8 * 6 * A.dim**2, f"the dense {A.dim} x {A.dim} matrix and its eigenvalues")
+    if null.dim:
+        require_null(A, null, norm_estimate(A), "A")
+    operator = A if P is None else congruence(A, P)
+    matrix, magnitude = dense_with_magnitude(operator)
+    require_finite(matrix, "the matrix")
+    matrix = matrix.double()
+    scale = float(matrix.abs().max())
+    if scale == 0.0:
+        return zero_matrix(null, operator.dense_cost)
+    matrix = matrix / scale
+    asymmetry = float((matrix - matrix.T).norm()) / 2
+    unit = torch.finfo(A.dtype).eps
+    bound = norm_bound(matrix if magnitude is None else magnitude.double() / scale)
+    if asymmetry > 1e3 * A.dim * unit * bound:
+        raise InvalidInputError(
+            f"{A!r} is not symmetric: |A - A^T|/2 = {asymmetry:.3g} relative to its largest entry. Eigenvalues "
+            "would be those of another matrix; check the products with two random vectors"
+        )
+    values = np.sort(torch.linalg.eigvalsh((matrix + matrix.T) / 2).cpu().numpy())
+    largest = float(np.abs(values).max())
+    exact = magnitude is None and operator.dense_cost == 0
+    radius = A.dim * UNIT * largest + (0.0 if exact else A.dim * unit * bound) + asymmetry
+    if not indefinite and values[0] < -radius:
+        raise NotConvexError(
+            f"the operator is indefinite: its smallest eigenvalue is {values[0] * scale:.4g}, rounding explains "
+            f"{radius * scale:.2g}. kappa* compares the nonzero eigenvalues of a semidefinite matrix; use "
+            "magnitude_condition_number(A) for max|lambda|/min|lambda|, or the Gauss-Newton matrix"
+        )
+    sizes = np.sort(np.abs(values))
+    nonzero = sizes[sizes > radius]
+    rank = int(nonzero.size)
+    if rank == 0:
+        return zero_matrix(null, operator.dense_cost)
+    structural = min(MatrixOperator(matrix).rank_bound, A.dim - null.dim)
+    unresolved = max(structural - rank, 0)
+    top, bottom = float(nonzero[-1]), float(nonzero[0])
+    zeros = sizes[: A.dim - rank]
+    return Extremes(
+        lambda_max=top * scale,
+        lambda_min=bottom * scale,
+        lower=max(top - radius, 0.0) / (bottom + radius),
+        upper=(top + radius) / (bottom - radius) if unresolved == 0 else math.inf,
+        rank=rank,
+        null_dim=null.dim,
+        null_sources=null.sources,
+        unresolved=unresolved,
+        negative=int((values < -radius).sum()),
+        zero=A.dim - rank,
+        gap_ratio=bottom / float(zeros[-1]) if zeros.size and zeros[-1] > 0 else math.inf,
+        noise_floor=radius * scale,
+        matvecs=operator.dense_cost,
+        note=unexplained(unresolved, null),
+    )

@@ -1,0 +1,188 @@
+"""The Krylov routes: what Ritz values allow one to claim (T13)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnp_analysis.errors import InvalidInputError, NotConvexError
+from bnp_analysis.linalg.certificates import kuczynski_wozniakowski, null_contamination
+from bnp_analysis.linalg.extremes import (
+    UNDECLARED,
+    Extremes,
+    Gram,
+    norm_estimate,
+    require_symmetric,
+    zero_matrix,
+)
+from bnp_analysis.linalg.lanczos import Floats, Tridiagonalization, lanczos, tridiagonal_eigh
+from bnp_analysis.linalg.null import DeclaredNull, require_null
+from bnp_analysis.linalg.operators import SymmetricOperator
+from bnp_analysis.linalg.preconditioner import Preconditioner, congruence
+from bnp_analysis.linalg.progress import Progress
+from bnp_analysis.linalg.random import generator, normal
+
+# Lanczos vectors that hold more than this of an undeclared null space support no bound.
+_CONTAMINATION = 1e-2
+
+
+def lanczos_ends(
+    A: SymmetricOperator,
+    P: Preconditioner | None,
+    null: DeclaredNull,
+    steps: int,
+    failure_probability: float,
+    seed: int,
+    progress: Progress,
+) -> Extremes:
+    """Ritz values: a lower bound where T13 allows one, an upper one if the null space is declared."""
+    operator, basis, noise, spent = _conditioned(A, P, null, seed)
+    run, extra = _run(operator, basis, null.declared, steps, seed, progress)
+    values, residuals = run.ritz()
+    floor = noise * float(np.abs(values).max())
+    if values[0] < -floor:
+        raise NotConvexError(
+            f"the operator is indefinite: Lanczos found the Ritz value {values[0]:.4g} with residual "
+            f"{residuals[0]:.2g} (rounding explains {floor:.2g}). Use magnitude_condition_number(A), or the "
+            "Gauss-Newton matrix"
+        )
+    top = float(values[-1])
+    if top <= 0:
+        return zero_matrix(null, run.matvecs)
+    # On the part of the basis that lies in the range, no Ritz value is below lambda_min+.
+    clean = len(run.alpha) if null.declared else _clean_steps(run, noise)
+    in_range = float(tridiagonal_eigh(run.alpha[:clean], run.beta[: clean - 1])[0][0]) / (1 - _CONTAMINATION**2)
+    bottom = min(in_range if in_range > floor else math.inf, _certified_smallest(values, residuals, floor))
+    lower = max(top - floor, 0.0) / (bottom + floor) if math.isfinite(bottom) else math.nan
+    dim = A.dim - null.dim
+    k = len(run.alpha)
+    upper, note = math.inf, UNDECLARED if not null.declared else ""
+    if null.declared and math.isfinite(bottom):
+        high, low = kuczynski_wozniakowski(top, float(values[0]), k, dim, failure_probability)
+        if run.stop == "interrupted" or run.stop == "invariant subspace":
+            # A random start meets every eigenspace: an invariant space holds both ends.
+            high, low = (high, low) if run.stop == "interrupted" else (top, float(values[0]))
+        upper = (high + floor) / (low - floor) if low > floor else math.inf
+        needed = math.ceil(math.sqrt(top / bottom) * math.log(1.648 * math.sqrt(dim) / (failure_probability / 2)) / 2)
+        note = (
+            "" if math.isfinite(upper) else f"smallest Ritz value not certified after {k} steps, about {needed} needed"
+        )
+    if not math.isfinite(lower):
+        note = "no Ritz value stands above the noise floor" + (f"; {note}" if note else "")
+    return Extremes(
+        lambda_max=top,
+        lambda_min=bottom if math.isfinite(bottom) else 0.0,
+        lower=lower,
+        upper=upper,
+        null_dim=null.dim,
+        null_sources=null.sources,
+        noise_floor=floor,
+        failure_probability=failure_probability,
+        matvecs=run.matvecs + extra + spent,
+        stop=run.stop,
+        note=note,
+    )
+
+
+def lanczos_magnitudes(
+    A: SymmetricOperator,
+    P: Preconditioner | None,
+    null: DeclaredNull,
+    steps: int,
+    seed: int,
+    progress: Progress,
+) -> Extremes:
+    """A lower bound of `max|lambda| / min|lambda|`: interior eigenvalues have no one-sided Ritz bound but this.
+
+    For `x` in the range, `min|lambda| <= |A x| / |x|`; the least such ratio on the space searched is the
+    smallest singular value of the tridiagonal matrix extended by its residual row.
+    """
+    operator, basis, noise, spent = _conditioned(A, P, null, seed)
+    run, extra = _run(operator, basis, null.declared, steps, seed, progress)
+    values, residuals = run.ritz()
+    top = float(np.abs(values).max())
+    floor = noise * top
+    k = len(run.alpha) if null.declared else _clean_steps(run, noise)
+    extended = np.zeros((k + 1, k))
+    extended[:k] = np.diag(run.alpha[:k]) + np.diag(run.beta[: k - 1], 1) + np.diag(run.beta[: k - 1], -1)
+    extended[k, -1] = run.residual_norm if k == len(run.alpha) else run.beta[k - 1]
+    in_range = float(np.linalg.svd(extended, compute_uv=False)[-1]) / math.sqrt(1 - _CONTAMINATION**2)
+    bottom = min(in_range if in_range > floor else math.inf, _certified_smallest(np.abs(values), residuals, floor))
+    lower = max(top - floor, 0.0) / (bottom + floor) if math.isfinite(bottom) else math.nan
+    return Extremes(
+        lambda_max=top,
+        lambda_min=bottom if math.isfinite(bottom) else 0.0,
+        lower=lower,
+        upper=math.inf,
+        null_dim=null.dim,
+        null_sources=null.sources,
+        negative=int((values + residuals < -floor).sum()),
+        noise_floor=floor,
+        matvecs=run.matvecs + extra + spent,
+        stop=run.stop,
+        note="interior eigenvalues are bounded from one side only by Lanczos; method='dense' decides them",
+    )
+
+
+def _conditioned(
+    A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNull, seed: int
+) -> tuple[SymmetricOperator, Tensor, float, int]:
+    """The operator measured, its null basis, the relative noise of its eigenvalues, products spent."""
+    spent = 2
+    require_symmetric(A, seed)
+    noise = 10 * math.sqrt(A.dim) * torch.finfo(A.dtype).eps
+    if null.dim:
+        spent += 8 + null.dim
+        require_null(A, null, norm_estimate(A, seed), "A")
+    if P is None:
+        return A, null.basis, noise, spent
+    operator = congruence(A, P)
+    # Rounding in P^T A P is relative to |P|^2 |A|, which may exceed |P^T A P| (T13).
+    size = norm_estimate(Gram(P), seed) * norm_estimate(A, seed)
+    actual = norm_estimate(operator, seed)
+    return (
+        operator,
+        P.transport(null.basis),
+        noise * max(1.0, size / actual) if actual > 0 else noise,
+        spent + 16,
+    )
+
+
+def _run(
+    operator: SymmetricOperator, basis: Tensor, declared: bool, steps: int, seed: int, progress: Progress
+) -> tuple[Tridiagonalization, int]:
+    """A random start where the null space is declared; else one in the range, `A g` (T13, trap 7)."""
+    start, extra = None, 0
+    if not declared:
+        like = torch.empty(0, dtype=operator.dtype, device=operator.device)
+        start = operator @ normal((operator.dim,), generator(seed), like)
+        extra = 1
+        if float(start.double().norm()) == 0.0:
+            raise InvalidInputError("the operator maps a random vector to zero: it is the zero operator")
+
+    def converged(run: Tridiagonalization) -> bool:
+        values, residuals = run.ritz()
+        return bool(residuals[0] <= 1e-10 * abs(values[0]) and residuals[-1] <= 1e-10 * abs(values[-1]))
+
+    steps = min(steps, operator.dim - basis.shape[1])
+    # With a declared null space more steps tighten the probabilistic bound even after convergence.
+    until = None if declared else converged
+    run = lanczos(operator, steps, start=start, seed=seed, null=basis, until=until, progress=progress)
+    return run, extra
+
+
+def _clean_steps(run: Tridiagonalization, noise: float) -> int:
+    """How many Lanczos vectors, together, hold at most `_CONTAMINATION` of an undeclared null space."""
+    scale = float(np.abs(run.alpha).max() + (np.abs(run.beta).max() if run.beta.size else 0.0))
+    bounds = null_contamination(run.alpha, run.beta, noise * scale, noise)
+    total = np.sqrt(np.cumsum(bounds**2))
+    return max(1, int((total <= _CONTAMINATION).sum()))
+
+
+def _certified_smallest(values: Floats, residuals: Floats, floor: float) -> float:
+    """The least `theta + residual` of a Ritz pair that certifies a nonzero eigenvalue, `inf` if there is none."""
+    certain = values - residuals > floor
+    return float((values + residuals)[certain].min()) if certain.any() else math.inf

@@ -1,0 +1,193 @@
+"""Operators made from what one has: a stored matrix, a function, a part of another operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, describe
+
+
+class MatrixOperator(LinearOperator):
+    """A rectangular matrix that is stored.
+
+    Example:
+        >>> import torch
+        >>> F = MatrixOperator(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
+        >>> F.T @ torch.ones(3)
+        tensor([ 9., 12.])
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        if not isinstance(matrix, Tensor) or matrix.ndim != 2:
+            raise InvalidInputError(f"expected a matrix (m, n), got {describe(matrix)}")
+        super().__init__((matrix.shape[0], matrix.shape[1]), matrix.dtype, matrix.device)
+        self._matrix = matrix.detach()
+
+    @property
+    def rank_bound(self) -> int:
+        # An exactly zero row or column adds nothing to the rank.
+        nonzero = self._matrix != 0
+        return min(int(nonzero.any(dim=1).sum()), int(nonzero.any(dim=0).sum()))
+
+    @property
+    def dense_cost(self) -> int:
+        return 0
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        return self._matrix @ x
+
+    def _rmatmat(self, y: Tensor) -> Tensor:
+        return self._matrix.T @ y
+
+    def to_dense(self) -> Tensor:
+        return self._matrix
+
+
+class DenseOperator(SymmetricOperator):
+    """A symmetric matrix that is stored.
+
+    Args:
+        matrix: `(n, n)`, symmetric to rounding (checked relative to its largest entry).
+        factor: optionally `(r, n)` with `factor^T factor = matrix`.
+
+    Raises:
+        InvalidInputError: not square, not symmetric, not finite, or a factor that does not fit.
+
+    Example:
+        >>> import torch
+        >>> A = DenseOperator(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+        >>> A @ torch.tensor([1.0, -1.0])
+        tensor([ 1., -1.])
+    """
+
+    def __init__(self, matrix: Tensor, factor: Tensor | None = None) -> None:
+        if not isinstance(matrix, Tensor) or matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise InvalidInputError(f"expected a square symmetric matrix (n, n), got {describe(matrix)}")
+        if not bool(torch.isfinite(matrix).all()):
+            raise InvalidInputError("the matrix has NaN or infinite entries; no product of it would mean anything")
+        super().__init__(matrix.shape[0], matrix.dtype, matrix.device)
+        self._matrix = matrix.detach()
+        check_symmetric(self._matrix, "the matrix")
+        if factor is None:
+            self._factor = None
+        else:
+            if factor.ndim != 2 or factor.shape[1] != self.dim or factor.dtype != self.dtype:
+                raise InvalidInputError(
+                    f"the factor must be a matrix (r, {self.dim}) in {self.dtype}, got {describe(factor)}"
+                )
+            self._factor = MatrixOperator(factor)
+
+    @property
+    def factor(self) -> LinearOperator | None:
+        return self._factor
+
+    @property
+    def dense_cost(self) -> int:
+        return 0
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        return self._matrix @ x
+
+    def to_dense(self) -> Tensor:
+        return self._matrix
+
+
+class CallableOperator(SymmetricOperator):
+    """A symmetric operator given by a function `v -> A v` on vectors `(n,)`.
+
+    Example:
+        >>> import torch
+        >>> A = CallableOperator(lambda v: 3 * v, 2, dtype=torch.float64)
+        >>> (A @ torch.ones(2, dtype=torch.float64)).tolist()
+        [3.0, 3.0]
+    """
+
+    def __init__(
+        self,
+        fn: Callable[[Tensor], Tensor],
+        n: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        factor: LinearOperator | None = None,
+    ) -> None:
+        super().__init__(n, dtype, device)
+        self._fn = fn
+        self._factor = factor
+
+    @property
+    def factor(self) -> LinearOperator | None:
+        return self._factor
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        columns = [self._fn(column) for column in x.unbind(dim=1)]
+        for column in columns:
+            if not isinstance(column, Tensor) or column.shape != (self.dim,) or column.dtype != self.dtype:
+                raise InvalidInputError(
+                    f"the function must return a tensor ({self.dim},) in {self.dtype}, got {describe(column)}"
+                )
+        return torch.stack(columns, dim=1) if columns else x.new_zeros(x.shape)
+
+
+class Restriction(SymmetricOperator):
+    """The principal submatrix `A[indices, indices]`, for instance one unit inside its layer."""
+
+    def __init__(self, operator: SymmetricOperator, indices: Tensor) -> None:
+        super().__init__(int(indices.numel()), operator.dtype, operator.device)
+        self._operator = operator
+        self._indices = indices.to(operator.device)
+
+    @property
+    def factor(self) -> LinearOperator | None:
+        inner = self._operator.factor
+        return None if inner is None else ColumnSubset(inner, self._indices)
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        full = x.new_zeros(self._operator.dim, x.shape[1])
+        full[self._indices] = x
+        return self._operator._matmat(full)[self._indices]
+
+
+class ColumnSubset(LinearOperator):
+    """The columns `F[:, indices]` of an operator."""
+
+    def __init__(self, operator: LinearOperator, indices: Tensor) -> None:
+        super().__init__((operator.shape[0], int(indices.numel())), operator.dtype, operator.device)
+        self._operator = operator
+        self._indices = indices
+
+    @property
+    def rank_bound(self) -> int:
+        return min(self._operator.rank_bound, self.shape[1])
+
+    @property
+    def dense_cost(self) -> int:
+        return self._operator.dense_cost
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        full = x.new_zeros(self._operator.shape[1], x.shape[1])
+        full[self._indices] = x
+        return self._operator._matmat(full)
+
+    def _rmatmat(self, y: Tensor) -> Tensor:
+        return self._operator._rmatmat(y)[self._indices]
+
+    def to_dense(self) -> Tensor:
+        return self._operator.to_dense()[:, self._indices]
+
+
+def check_symmetric(matrix: Tensor, what: str) -> None:
+    """Refuse a matrix whose asymmetry exceeds rounding, relative to its largest entry."""
+    if matrix.numel() == 0:
+        return
+    scale = float(matrix.abs().max())
+    asymmetry = float((matrix - matrix.T).abs().max())
+    if asymmetry > 100 * matrix.shape[0] * torch.finfo(matrix.dtype).eps * scale:
+        raise InvalidInputError(
+            f"{what} is not symmetric: max|A - A^T| = {asymmetry:.3g} against max|A| = {scale:.3g}; "
+            "its eigenvalues would be those of another matrix. Pass (A + A.T) / 2 if that is what you mean"
+        )

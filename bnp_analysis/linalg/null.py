@@ -1,0 +1,89 @@
+"""Declared null directions: read, checked against the operator, counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from bnp_analysis.errors import InvalidInputError, NullSpaceError
+from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
+from bnp_analysis.linalg.random import orthonormal
+
+
+@runtime_checkable
+class HasBasis(Protocol):
+    """What `null=` accepts beside a tensor: an orthonormal basis with its counts by cause."""
+
+    @property
+    def basis(self) -> Tensor: ...
+
+    @property
+    def sources(self) -> Mapping[str, int]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class DeclaredNull:
+    """An orthonormal basis `(n, r)` of the declared null space, or the fact that nothing was declared."""
+
+    basis: Tensor
+    declared: bool
+    sources: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def dim(self) -> int:
+        return self.basis.shape[1]
+
+
+def read_null(null: Tensor | HasBasis | None, A: SymmetricOperator) -> DeclaredNull:
+    """Read `null=`: None, a tensor `(n, r)` of independent columns, or an object with `.basis`.
+
+    A tensor with `r = 0` declares that there is no null space.
+
+    Raises:
+        InvalidInputError: wrong shape, dtype or device; NullSpaceError: dependent columns.
+    """
+    if null is None:
+        return DeclaredNull(torch.zeros(A.dim, 0, dtype=A.dtype, device=A.device), declared=False)
+    if isinstance(null, Tensor):
+        basis, sources = null, {"declared": null.shape[-1] if null.ndim == 2 else 1}
+    elif isinstance(null, HasBasis):
+        basis, sources = null.basis, dict(null.sources)
+    else:
+        raise InvalidInputError(f"null= takes a tensor (n, r) or null directions, not {type(null).__name__}")
+    basis = basis.unsqueeze(1) if basis.ndim == 1 else basis
+    if basis.ndim != 2 or basis.shape[0] != A.dim:
+        raise InvalidInputError(f"null directions must be ({A.dim}, r), got {tuple(basis.shape)}")
+    if basis.dtype != A.dtype or basis.device != A.device:
+        raise InvalidInputError(
+            f"null directions are in {basis.dtype} on {basis.device}, the operator in {A.dtype} on {A.device}; "
+            "convert them with .to(...)"
+        )
+    return DeclaredNull(orthonormal(basis), declared=True, sources=sources)
+
+
+def require_null(A: LinearOperator, null: DeclaredNull, scale: float, what: str = "A") -> None:
+    """Refuse declared directions that the operator does not annihilate to rounding.
+
+    Args:
+        A: the operator or its factor.
+        null: the declared basis.
+        scale: the norm of `A`, against which `|A n|` is judged.
+
+    Raises:
+        NullSpaceError: names the worst column and how far from null it is.
+    """
+    if null.dim == 0 or scale == 0:
+        return
+    images = (A @ null.basis).double().norm(dim=0) / scale
+    tolerance = 100 * max(A.shape) * torch.finfo(A.dtype).eps
+    worst = int(images.argmax())
+    if not float(images[worst]) <= tolerance:
+        raise NullSpaceError(
+            f"declared null direction {worst} is not null: |{what} n| / |{what}| = {float(images[worst]):.3g}, "
+            f"rounding explains {tolerance:.1g}. Deflating it would hide a nonzero eigenvalue and make the "
+            "condition number too small; drop the direction, or give it in the operator's own coordinates"
+        )

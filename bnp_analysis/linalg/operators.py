@@ -1,0 +1,214 @@
+"""Matrix-free linear operators on flat vectors.
+
+One gate, `A @ v`, checks every argument; the formulas behind it (`_matmat`, `_rmatmat`) are clean.
+A class here is either abstract or final.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Self, overload
+
+import torch
+from torch import Tensor
+
+from bnp_analysis.errors import InvalidInputError
+
+_IDENTITY_CHUNK = 64
+
+
+class LinearOperator(ABC):
+    """A real `m x n` matrix known by its products, `A @ v` and `A.T @ u`.
+
+    Vectors have shape `(n,)`, blocks of vectors `(n, k)`. Vectors of another dtype or device are
+    refused: a silent cast would change the precision that the results claim.
+    """
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str) -> None:
+        rows, columns = int(shape[0]), int(shape[1])
+        if rows < 0 or columns < 0:
+            raise InvalidInputError(f"an operator cannot have shape {(rows, columns)}")
+        if not dtype.is_floating_point:
+            raise InvalidInputError(f"an operator needs a real floating-point dtype, not {dtype}")
+        self.shape = (rows, columns)
+        self.dtype = dtype
+        self.device = torch.device(device)
+
+    @abstractmethod
+    def _matmat(self, x: Tensor) -> Tensor:
+        """The product with a checked block `(n, k)`."""
+
+    @abstractmethod
+    def _rmatmat(self, y: Tensor) -> Tensor:
+        """The transposed product with a checked block `(m, k)`."""
+
+    @property
+    def T(self) -> LinearOperator:
+        """The transpose, sharing everything with this operator."""
+        return Transposed(self)
+
+    @property
+    def rank_bound(self) -> int:
+        """An upper bound of the rank that follows from structure alone, here `min(m, n)`."""
+        return min(self.shape)
+
+    @property
+    def dense_cost(self) -> int:
+        """Products that `to_dense` spends."""
+        return min(self.shape)
+
+    @overload
+    def __matmul__(self, other: Tensor) -> Tensor: ...
+    @overload
+    def __matmul__(self, other: LinearOperator) -> LinearOperator: ...
+    def __matmul__(self, other: Tensor | LinearOperator) -> Tensor | LinearOperator:
+        if isinstance(other, LinearOperator):
+            return Product(self, other)
+        return gate(self, other, self.shape[1], self._matmat)
+
+    def to_dense(self) -> Tensor:
+        """The `(m, n)` matrix, by products with the identity along the shorter side."""
+        rows, columns = self.shape
+        side, product = (columns, self._matmat) if columns <= rows else (rows, self._rmatmat)
+        chunks = []
+        for begin in range(0, side, _IDENTITY_CHUNK):
+            width = min(_IDENTITY_CHUNK, side - begin)
+            unit = torch.zeros(side, width, dtype=self.dtype, device=self.device)
+            unit[begin : begin + width] = torch.eye(width, dtype=self.dtype, device=self.device)
+            chunks.append(product(unit))
+        if not chunks:
+            return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        dense = torch.cat(chunks, dim=1)
+        return dense if columns <= rows else dense.T
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.shape[0]}x{self.shape[1]} {self.dtype} on {self.device}>"
+
+
+def gate(operator: LinearOperator, v: Tensor, length: int, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """Check a vector or block, apply the product, give back the shape that came in."""
+    name = type(operator).__name__
+    if not isinstance(v, Tensor):
+        raise InvalidInputError(f"{name} multiplies torch tensors, not {type(v).__name__}; use torch.as_tensor(v)")
+    if v.ndim not in (1, 2) or v.shape[0] != length:
+        raise InvalidInputError(
+            f"{name} of shape {operator.shape} cannot multiply a tensor of shape {tuple(v.shape)}: "
+            f"expected ({length},) or ({length}, k)"
+        )
+    if v.dtype != operator.dtype or v.device != operator.device:
+        raise InvalidInputError(
+            f"{name} works in {operator.dtype} on {operator.device}, the vector is {v.dtype} on {v.device}; "
+            f"convert the vector with v.to({operator.dtype}), or build the operator in the vector's dtype"
+        )
+    return product(v.unsqueeze(1)).squeeze(1) if v.ndim == 1 else product(v)
+
+
+class Transposed(LinearOperator):
+    """The transpose of an operator; made by `A.T`."""
+
+    def __init__(self, operator: LinearOperator) -> None:
+        super().__init__((operator.shape[1], operator.shape[0]), operator.dtype, operator.device)
+        self._operator = operator
+
+    @property
+    def T(self) -> LinearOperator:
+        return self._operator
+
+    @property
+    def rank_bound(self) -> int:
+        return self._operator.rank_bound
+
+    @property
+    def dense_cost(self) -> int:
+        return self._operator.dense_cost
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        return self._operator._rmatmat(x)
+
+    def _rmatmat(self, y: Tensor) -> Tensor:
+        return self._operator._matmat(y)
+
+    def to_dense(self) -> Tensor:
+        return self._operator.to_dense().T
+
+
+class Product(LinearOperator):
+    """The product `A B` of two operators; made by `A @ B`."""
+
+    def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
+        if left.shape[1] != right.shape[0]:
+            raise InvalidInputError(f"shapes {left.shape} and {right.shape} do not multiply")
+        if left.dtype != right.dtype or left.device != right.device:
+            raise InvalidInputError(
+                f"cannot multiply an operator in {left.dtype} on {left.device} "
+                f"with one in {right.dtype} on {right.device}; build both in one dtype on one device"
+            )
+        super().__init__((left.shape[0], right.shape[1]), left.dtype, left.device)
+        self.left, self.right = left, right
+
+    @property
+    def rank_bound(self) -> int:
+        return min(self.left.rank_bound, self.right.rank_bound)
+
+    @property
+    def dense_cost(self) -> int:
+        return self.left.dense_cost
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        return self.left._matmat(self.right._matmat(x))
+
+    def _rmatmat(self, y: Tensor) -> Tensor:
+        return self.right._rmatmat(self.left._rmatmat(y))
+
+    def to_dense(self) -> Tensor:
+        # (A B)^T = B^T A^T: the rows of A, each sent through B^T.
+        return self.right._rmatmat(self.left.to_dense().T).T
+
+
+class SymmetricOperator(LinearOperator):
+    """A real symmetric `n x n` matrix known by its products.
+
+    `factor` is an operator `F` with `F^T F = A`, or None. Where it exists, `A` is positive
+    semidefinite and small eigenvalues are decided on the singular values of `F`, whose error is
+    `u sqrt(kappa)` in place of `u kappa` (T13).
+    """
+
+    def __init__(self, dim: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__((dim, dim), dtype, device)
+
+    @property
+    def dim(self) -> int:
+        """The number `n` of rows and columns."""
+        return self.shape[0]
+
+    @property
+    def factor(self) -> LinearOperator | None:
+        """An operator `F` of shape `(r, n)` with `F^T F = A`, or None where none is known."""
+        return None
+
+    @property
+    def T(self) -> Self:
+        return self
+
+    def _rmatmat(self, y: Tensor) -> Tensor:
+        return self._matmat(y)
+
+    def to_scipy(self) -> Any:
+        """A `scipy.sparse.linalg.LinearOperator` with the same products, in NumPy arrays on the host."""
+        from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
+
+        def matmat(x: Any) -> Any:
+            block = torch.as_tensor(x, dtype=self.dtype, device=self.device)
+            return (self @ block).cpu().numpy()
+
+        numpy_dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return ScipyLinearOperator(
+            self.shape, matvec=matmat, rmatvec=matmat, matmat=matmat, rmatmat=matmat, dtype=numpy_dtype
+        )
+
+
+def describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} in {value.dtype}"
+    return type(value).__name__

@@ -1,0 +1,210 @@
+"""Invertible changes of variables `theta = P z` and the congruence `P^T A P`."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg.matrices import MatrixOperator
+from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, describe, gate
+
+
+class Preconditioner(LinearOperator):
+    """An invertible square map `P` with `theta = P z`; gradients are multiplied by `P P^T`.
+
+    A subclass gives four formulas on blocks `(n, k)`: `_matmat` (P z), `_rmatmat` (P^T g), `_solve`
+    (P^-1 theta) and `_rsolve` (P^-T g), and `absolute`.
+    """
+
+    def __init__(self, dim: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__((dim, dim), dtype, device)
+
+    @property
+    def dim(self) -> int:
+        """The number `n` of parameters."""
+        return self.shape[0]
+
+    @abstractmethod
+    def _solve(self, x: Tensor) -> Tensor:
+        """`P^-1 x` for a checked block."""
+
+    @abstractmethod
+    def _rsolve(self, y: Tensor) -> Tensor:
+        """`P^-T y` for a checked block."""
+
+    @abstractmethod
+    def absolute(self) -> LinearOperator:
+        """An operator with entries `>= |P_ij|`, which the certificate's radius counts (T13)."""
+
+    def apply(self, z: Tensor) -> Tensor:
+        """`theta = P z`; `(n,)` or `(n, k)`."""
+        return self @ z
+
+    def apply_transpose(self, g: Tensor) -> Tensor:
+        """`P^T g`, the gradient in the variables `z`."""
+        return gate(self, g, self.dim, self._rmatmat)
+
+    def solve(self, theta: Tensor) -> Tensor:
+        """`z = P^-1 theta`."""
+        return gate(self, theta, self.dim, self._solve)
+
+    def solve_transpose(self, g: Tensor) -> Tensor:
+        """`P^-T g`."""
+        return gate(self, g, self.dim, self._rsolve)
+
+    def direction(self, g: Tensor) -> Tensor:
+        """`P P^T g`: what gradient descent in `z` does to `theta` (T2)."""
+        return self.apply(self.apply_transpose(g))
+
+    def transport(self, null: Tensor) -> Tensor:
+        """An orthonormal basis of `P^-1 N`, the null space of `P^T A P` when `N` spans that of `A`."""
+        if null.shape[1] == 0:
+            return null
+        basis: Tensor = torch.linalg.qr(self.solve(null))[0]
+        return basis
+
+
+class IdentityPreconditioner(Preconditioner):
+    """`P = I`.
+
+    Example:
+        >>> import torch
+        >>> P = IdentityPreconditioner(2, torch.float64)
+        >>> P.direction(torch.ones(2, dtype=torch.float64)).tolist()
+        [1.0, 1.0]
+    """
+
+    def __init__(self, dim: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        super().__init__(dim, dtype, device)
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        return x
+
+    _rmatmat = _solve = _rsolve = _matmat
+
+    def absolute(self) -> LinearOperator:
+        return self
+
+
+class DensePreconditioner(Preconditioner):
+    """An invertible `P` that is stored, with its LU factorization.
+
+    Raises:
+        InvalidInputError: not square, not finite, or numerically singular: then `P^-1 N` and the
+            certificate would be noise.
+
+    Example:
+        >>> import torch
+        >>> P = DensePreconditioner(torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
+        >>> P.solve(P.apply(torch.tensor([1.0, 2.0])))
+        tensor([1., 2.])
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        if not isinstance(matrix, Tensor) or matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise InvalidInputError(f"a preconditioner is a square matrix (n, n), got {describe(matrix)}")
+        super().__init__(matrix.shape[0], matrix.dtype, matrix.device)
+        self._matrix = matrix.detach().clone()
+        singular = torch.linalg.svdvals(self._matrix)
+        eps = torch.finfo(matrix.dtype).eps
+        if not bool(torch.isfinite(singular).all()) or (
+            self.dim and float(singular[-1]) <= self.dim * eps * float(singular[0])
+        ):
+            raise InvalidInputError(
+                "the preconditioner is singular to rounding (or not finite): theta = P z would lose "
+                f"directions. Singular values run from {singular[0]:.3g} to {singular[-1]:.3g}"
+            )
+        self._lu = torch.linalg.lu_factor(self._matrix)
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        return self._matrix @ x
+
+    def _rmatmat(self, y: Tensor) -> Tensor:
+        return self._matrix.T @ y
+
+    def _solve(self, x: Tensor) -> Tensor:
+        solution: Tensor = torch.linalg.lu_solve(*self._lu, x)
+        return solution
+
+    def _rsolve(self, y: Tensor) -> Tensor:
+        solution: Tensor = torch.linalg.lu_solve(*self._lu, y, adjoint=True)
+        return solution
+
+    def absolute(self) -> LinearOperator:
+        return MatrixOperator(self._matrix.abs())
+
+    def to_dense(self) -> Tensor:
+        return self._matrix
+
+
+class Congruence(SymmetricOperator):
+    """`P^T A P`, symmetric by construction; its factor is `F P` where `A = F^T F`."""
+
+    def __init__(self, operator: SymmetricOperator, preconditioner: Preconditioner) -> None:
+        check_fits(operator, preconditioner)
+        super().__init__(operator.dim, operator.dtype, operator.device)
+        self.operator, self.preconditioner = operator, preconditioner
+
+    @property
+    def factor(self) -> LinearOperator | None:
+        inner = self.operator.factor
+        return None if inner is None else inner @ self.preconditioner
+
+    @property
+    def dense_cost(self) -> int:
+        return self.operator.dense_cost
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        P = self.preconditioner
+        return P._rmatmat(self.operator._matmat(P._matmat(x)))
+
+    def to_dense(self) -> Tensor:
+        P = self.preconditioner
+        half = P._rmatmat(self.operator.to_dense())
+        return P._rmatmat(half.T)
+
+
+def check_fits(operator: SymmetricOperator, preconditioner: Preconditioner) -> None:
+    """Refuse a preconditioner of another size, dtype or device than the operator."""
+    if not isinstance(preconditioner, Preconditioner):
+        raise InvalidInputError(
+            f"preconditioner must be a Preconditioner, got {describe(preconditioner)}; "
+            "wrap an invertible matrix in DensePreconditioner"
+        )
+    if preconditioner.dim != operator.dim:
+        raise InvalidInputError(
+            f"the preconditioner acts on {preconditioner.dim} parameters, the operator on {operator.dim}; "
+            "build both from the same risk and the same block"
+        )
+    if preconditioner.dtype != operator.dtype or preconditioner.device != operator.device:
+        raise InvalidInputError(
+            f"the preconditioner is in {preconditioner.dtype} on {preconditioner.device}, "
+            f"the operator in {operator.dtype} on {operator.device}"
+        )
+
+
+def congruence(A: SymmetricOperator, P: Preconditioner) -> SymmetricOperator:
+    """The operator `P^T A P`, the curvature in the variables `z` of `theta = P z` (T2).
+
+    Args:
+        A: symmetric operator on `R^n`.
+        P: preconditioner on `R^n`, same dtype and device.
+
+    Returns:
+        A `SymmetricOperator`; its `factor` is `F P` where `A` has the factor `F`.
+
+    Raises:
+        InvalidInputError: sizes, dtypes or devices differ.
+
+    Example:
+        >>> import torch, bnp_analysis as bnp
+        >>> A = bnp.DenseOperator(torch.diag(torch.tensor([4.0, 1.0])))
+        >>> P = bnp.DensePreconditioner(torch.diag(torch.tensor([0.5, 1.0])))
+        >>> bnp.congruence(A, P).to_dense()
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    return Congruence(A, P)

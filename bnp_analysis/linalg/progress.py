@@ -1,0 +1,31 @@
+"""How long computations report where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Update = Callable[[int], None]
+Progress = bool | Callable[[int, int], None]
+
+
+@contextmanager
+def reporting(progress: Progress, total: int, label: str) -> Iterator[Update]:
+    """Give an `update(done)` function that draws a bar, calls back `(done, total)`, or is silent.
+
+    Example:
+        >>> seen = []
+        >>> with reporting(lambda done, total: seen.append((done, total)), 2, "demo") as update:
+        ...     update(1); update(2)
+        >>> seen
+        [(1, 2), (2, 2)]
+    """
+    if progress is True:
+        from tqdm.auto import tqdm
+
+        with tqdm(total=total, desc=label, leave=False) as bar:
+            yield lambda done: bar.update(done - bar.n) and None
+    elif callable(progress):
+        yield lambda done: progress(done, total)
+    else:
+        yield lambda done: None

@@ -1,0 +1,235 @@
+"""Stochastic Lanczos quadrature: the spectral density; and stochastic traces."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg.lanczos import Floats, lanczos, tridiagonal_eigh
+from bnp_analysis.linalg.null import HasBasis, read_null
+from bnp_analysis.linalg.operators import SymmetricOperator
+from bnp_analysis.linalg.preconditioner import Preconditioner, congruence
+from bnp_analysis.linalg.progress import Progress, reporting
+from bnp_analysis.linalg.random import generator, normal, rademacher
+from bnp_analysis.results import Result
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SpectralDensity(Result):
+    """The density of the eigenvalues of `P^T A P`, outside the declared null space.
+
+    Attributes:
+        grid: `(m,)` eigenvalue axis.
+        density: `(m,)` mean over probes of the quadrature, each node widened to a Gaussian; integrates to one.
+        error: `(m,)` standard error over probes.
+        nodes, weights: `(probes, steps)` quadrature nodes and weights; a run that ended early is padded with
+            zero weights.
+        width: standard deviation of the Gaussian, in units of eigenvalues.
+        dim, null_dim: size of the operator, and of what was left out.
+    """
+
+    grid: Floats
+    density: Floats
+    error: Floats
+    nodes: Floats
+    weights: Floats
+    width: float
+    dim: int
+    null_dim: int
+
+    def summary(self) -> str:
+        """Range and mean of the spectrum."""
+        mean = float((self.nodes * self.weights).sum() / len(self.weights))
+        return (
+            f"spectral density on [{self.nodes[self.weights > 0].min():.4g}, {self.nodes.max():.4g}], mean {mean:.4g}, "
+            f"{len(self.nodes)} probes x {self.nodes.shape[1]} steps, {self.matvecs} products"
+        )
+
+    def mass(self, low: float, high: float) -> tuple[float, float]:
+        """The fraction of eigenvalues in `[low, high]` with its standard error over probes."""
+        inside = np.where((self.nodes >= low) & (self.nodes <= high), self.weights, 0.0).sum(axis=1)
+        return float(inside.mean()), _standard_error(inside)
+
+    def records(self) -> list[dict[str, float]]:
+        """One row per grid point."""
+        columns = zip(self.grid.tolist(), self.density.tolist(), self.error.tolist(), strict=True)
+        return [{"eigenvalue": x, "density": y, "error": e} for x, y, e in columns]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Trace(Result):
+    """A stochastic trace with its standard error."""
+
+    value: float
+    error: float
+    dim: int
+
+    def summary(self) -> str:
+        """The trace and its error."""
+        return f"trace = {self.value:.6g} +- {self.error:.2g} (standard error), {self.matvecs} products"
+
+
+def spectral_density(
+    A: SymmetricOperator,
+    *,
+    preconditioner: Preconditioner | None = None,
+    null: Tensor | HasBasis | None = None,
+    probes: int = 8,
+    steps: int = 64,
+    points: int = 1000,
+    width: float | None = None,
+    seed: int = 0,
+    progress: Progress = False,
+) -> SpectralDensity:
+    """The spectral density `(1/n) sum_i delta(x - lambda_i)` by stochastic Lanczos quadrature.
+
+    Each probe `v` gives a Gauss rule with nodes the Ritz values and weights the squared first components of the
+    eigenvectors of its tridiagonal matrix. Full reorthogonalization leaves no ghost nodes.
+
+    Args:
+        A: symmetric operator on `R^n`.
+        preconditioner: `P`; the density of `P^T A P`.
+        null: known null directions in the coordinates of `A`, left out of the density.
+        probes: number of random vectors; the error bars are over them.
+        steps: Lanczos steps each.
+        points: size of the grid.
+        width: standard deviation of the Gaussian that widens a node, in units of eigenvalues; default 1 % of
+            the range.
+        seed: of the probes.
+        progress: True draws a bar, a callable gets `(done, total)`.
+
+    Returns:
+        A `SpectralDensity`.
+
+    Raises:
+        InvalidInputError: sizes that do not fit; NonFiniteError: a product with NaN or infinity.
+
+    Source: Golub and Meurant 2010; Ghorbani, Krishnan and Xiao 2019.
+
+    Example:
+        >>> import torch, bnp_analysis as bnp
+        >>> A = bnp.DenseOperator(torch.diag(torch.linspace(1, 2, 100, dtype=torch.float64)))
+        >>> density = bnp.spectral_density(A, steps=20, seed=1)
+        >>> abs(density.mass(0.9, 2.1)[0] - 1) < 1e-12
+        True
+    """
+    declared = read_null(null, A)
+    operator = A if preconditioner is None else congruence(A, preconditioner)
+    basis = declared.basis if preconditioner is None else preconditioner.transport(declared.basis)
+    room = A.dim - declared.dim
+    if probes < 1 or steps < 1 or points < 2 or room < 1:
+        raise InvalidInputError(f"probes={probes}, steps={steps}, points={points} for {room} dimensions: nothing to do")
+    if width is not None and not width > 0:
+        raise InvalidInputError(f"width must be positive, got {width}")
+    began = time.perf_counter()
+    steps = min(steps, room)
+    g = generator(seed)
+    like = torch.empty(0, dtype=A.dtype, device=A.device)
+    nodes, weights = np.zeros((probes, steps)), np.zeros((probes, steps))
+    matvecs = 0
+    with reporting(progress, probes, "spectral density") as update:
+        for i in range(probes):
+            run = lanczos(operator, steps, start=normal((A.dim,), g, like), null=basis)
+            values, vectors = tridiagonal_eigh(run.alpha, run.beta)
+            nodes[i, : values.size], weights[i, : values.size] = values, vectors[0] ** 2
+            matvecs += run.matvecs
+            if run.stop == "interrupted":
+                # The probe in hand is incomplete; the finished ones are a result of their own.
+                if i == 0:
+                    raise KeyboardInterrupt
+                nodes, weights = nodes[:i], weights[:i]
+                break
+            update(i + 1)
+    low, high = float(nodes[weights > 0].min()), float(nodes[weights > 0].max())
+    spread = (high - low) or abs(high) or 1.0
+    sigma = width or 0.01 * spread
+    grid = np.linspace(low - 5 * sigma, high + 5 * sigma, points)
+    kernels = np.exp(-0.5 * ((grid[None, None] - nodes[..., None]) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
+    each = (kernels * weights[..., None]).sum(axis=1)
+    return SpectralDensity(
+        grid=grid,
+        density=each.mean(axis=0),
+        error=np.array([_standard_error(each[:, j]) for j in range(points)]),
+        nodes=nodes,
+        weights=weights,
+        width=sigma,
+        dim=A.dim,
+        null_dim=declared.dim,
+        settings={
+            "probes": probes,
+            "steps": steps,
+            "width": width,
+            "preconditioned": preconditioner is not None,
+        },
+        seed=seed,
+        matvecs=matvecs,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def trace(
+    A: SymmetricOperator,
+    *,
+    preconditioner: Preconditioner | None = None,
+    probes: int = 32,
+    seed: int = 0,
+    progress: Progress = False,
+) -> Trace:
+    """The trace of `P^T A P` by Hutchinson's estimator, `mean(v.Av)` over random signs `v`.
+
+    Args:
+        A: symmetric operator on `R^n`.
+        preconditioner: `P`; the trace of `P^T A P`.
+        probes: number of random vectors, at least 2.
+        seed: of the probes.
+        progress: True draws a bar, a callable gets `(done, total)`.
+
+    Returns:
+        A `Trace` with the standard error over probes.
+
+    Raises:
+        InvalidInputError: fewer than two probes.
+
+    Source: Hutchinson 1990.
+
+    Example:
+        >>> import torch, bnp_analysis as bnp
+        >>> bnp.trace(bnp.DenseOperator(torch.eye(7, dtype=torch.float64))).value
+        7.0
+    """
+    if probes < 2:
+        raise InvalidInputError(f"an error bar needs at least two probes, got {probes}")
+    began = time.perf_counter()
+    operator = A if preconditioner is None else congruence(A, preconditioner)
+    g = generator(seed)
+    like = torch.empty(0, dtype=A.dtype, device=A.device)
+    samples = []
+    with reporting(progress, probes, "trace") as update:
+        for i in range(probes):
+            v = rademacher((A.dim,), g, like)
+            samples.append(float(v.double() @ (operator @ v).double()))
+            update(i + 1)
+    values = np.array(samples)
+    return Trace(
+        value=float(values.mean()),
+        error=_standard_error(values),
+        dim=A.dim,
+        settings={"probes": probes, "preconditioned": preconditioner is not None},
+        seed=seed,
+        matvecs=probes,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _standard_error(samples: Floats) -> float:
+    """Of the mean; NaN for a single probe, which has no spread."""
+    return float(samples.std(ddof=1) / math.sqrt(samples.size)) if samples.size > 1 else math.nan
+
+
+__all__ = ["SpectralDensity", "Trace", "spectral_density", "trace"]

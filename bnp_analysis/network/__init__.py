@@ -1,0 +1,17 @@
+"""What a model is to us: its parameters, its risk, the rows that its layers see."""
+
+from bnp_analysis.network.layers import Coverage, Layer, coverage
+from bnp_analysis.network.moments import Moments, layer_moments, layer_rows
+from bnp_analysis.network.parameters import ParameterSpace
+from bnp_analysis.network.risk import EmpiricalRisk
+
+__all__ = [
+    "Coverage",
+    "EmpiricalRisk",
+    "Layer",
+    "Moments",
+    "ParameterSpace",
+    "coverage",
+    "layer_moments",
+    "layer_rows",
+]

@@ -1,0 +1,188 @@
+"""How the input of a layer becomes the rows `h` that multiply its weights.
+
+A covered layer computes `a_i = w_i . h + b_i` for every row `h`: a dense layer has one row per example (and
+position), a convolution one per output position, the patch under its kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bnp_analysis.network.risk import EmpiricalRisk
+
+Dense = nn.Linear
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+CoveredLayer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+COVERED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A covered layer of a risk, and where its tensors lie in the flat vector.
+
+    Attributes:
+        name: of the module; empty for a bare layer as root.
+        module: the snapshot's module.
+        weight, bias: names in the parameter space; `bias` is None without one, or when it is frozen.
+        units: output units `n`.
+        features: inputs of one unit, `m`; `k^d c / groups` for a convolution.
+        groups: of a convolution, else 1; units and features are split evenly among them.
+    """
+
+    name: str
+    module: CoveredLayer
+    weight: str
+    bias: str | None
+    units: int
+    features: int
+    groups: int
+
+    @property
+    def patch(self) -> int:
+        """Entries of a patch that come from one channel; 1 for a dense layer."""
+        return 1 if isinstance(self.module, nn.Linear) else math.prod(self.module.kernel_size)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which layers' parameters are covered, and why the others are not.
+
+    Attributes:
+        covered: the layers, in the order of the modules.
+        uncovered: parameter name -> reason.
+    """
+
+    covered: tuple[Layer, ...]
+    uncovered: dict[str, str]
+
+    def __getitem__(self, name: str) -> Layer:
+        for layer in self.covered:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.covered)
+
+
+def coverage(risk: EmpiricalRisk) -> Coverage:
+    """Find the covered layers of a risk: those whose forward runs and whose weight is free and used once.
+
+    Args:
+        risk: the empirical risk; one forward pass over its data is made.
+
+    Returns:
+        A `Coverage`; every parameter of the space is covered or named with its reason.
+
+    Example:
+        >>> import torch, bnp_analysis as bnp
+        >>> from bnp_analysis.network import coverage
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 1))
+        >>> risk = bnp.EmpiricalRisk(model, torch.nn.functional.mse_loss, (torch.ones(4, 2), torch.ones(4, 1)))
+        >>> found = coverage(risk)
+        >>> [layer.name for layer in found], sorted(found.uncovered)
+        (['0', '2'], ['1.bias', '1.weight'])
+    """
+    seen: set[str] = set()
+    risk.capture(lambda name, module, args, output: seen.add(name))
+    modules = dict(risk.modules())
+    owners: dict[str, list[str]] = {}
+    for name, module in modules.items():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            full = f"{name}.{leaf}" if name else leaf
+            if parameter is not None and full in risk.space:
+                owners.setdefault(risk.space.canonical(full), []).append(name)
+    covered, reasons = [], {}
+    for name, module in modules.items():
+        weight = f"{name}.weight" if name else "weight"
+        if not isinstance(module, COVERED) or weight not in risk.space:
+            continue
+        canonical = risk.space.canonical(weight)
+        if name not in seen:
+            reasons[canonical] = f"the forward of {name or type(module).__name__} never runs"
+        elif len(owners[canonical]) > 1:
+            reasons[canonical] = f"tied: shared by {', '.join(owners[canonical])}, whose inputs differ"
+        else:
+            covered.append(_layer(name, module, canonical, risk))
+    taken = {name for layer in covered for name in (layer.weight, layer.bias) if name is not None}
+    uncovered = {}
+    for name in risk.space.names:
+        if name not in taken:
+            owner = modules[owners[name][0]] if owners.get(name) else None
+            kind = type(owner).__name__ if owner is not None else "no module"
+            uncovered[name] = reasons.get(name, f"{kind} is not a covered layer type")
+            if isinstance(owner, COVERED) and name not in reasons:
+                uncovered[name] = f"{kind} whose weight is frozen, tied or unused"
+    return Coverage(tuple(covered), uncovered)
+
+
+def _layer(name: str, module: CoveredLayer, weight: str, risk: EmpiricalRisk) -> Layer:
+    bias = f"{name}.bias" if name else "bias"
+    free = module.bias is not None and bias in risk.space and bias not in risk.space.aliases
+    groups = 1 if isinstance(module, nn.Linear) else module.groups
+    shape = module.weight.shape
+    return Layer(name, module, weight, bias if free else None, shape[0], math.prod(shape[1:]), groups)
+
+
+def rows(layer: Layer, h: Tensor) -> Tensor:
+    """The rows that multiply the weights, `(R, groups, m)`.
+
+    Dense: every leading position of `h (..., m)`. Convolution: the patch under the kernel for each output
+    position of `h (N, c, ...)`, with the layer's padding, stride and dilation, in the order of the weight.
+    """
+    module = layer.module
+    if isinstance(module, nn.Linear):
+        return h.reshape(-1, 1, layer.features)
+    spatial = len(module.kernel_size)
+    h = h.unsqueeze(0) if h.ndim == spatial + 1 else h
+    h = _padded(module, h)
+    for d, (size, stride, dilation) in enumerate(
+        zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
+    ):
+        span = dilation * (size - 1) + 1
+        h = h.unfold(d, span, stride)[..., ::dilation]
+    # (N, c, out..., k...) -> (N, out..., c, k...)
+    positions = list(range(2, 2 + spatial))
+    kernel = list(range(2 + spatial, 2 + 2 * spatial))
+    h = h.permute(0, *positions, 1, *kernel)
+    return h.reshape(-1, layer.groups, layer.features)
+
+
+def channels(layer: Layer, h: Tensor) -> Tensor:
+    """The values of each input channel, `(samples, c)`, before padding; features for a dense layer."""
+    if isinstance(layer.module, nn.Linear):
+        return h.reshape(-1, layer.features)
+    spatial = len(layer.module.kernel_size)
+    h = h.unsqueeze(0) if h.ndim == spatial + 1 else h
+    return h.movedim(1, -1).reshape(-1, h.shape[1])
+
+
+def expand_channels(layer: Layer, per_channel: Tensor) -> Tensor:
+    """A value per input channel `(c,)` repeated over each patch, `(groups, m)`."""
+    return per_channel.repeat_interleave(layer.patch).view(layer.groups, layer.features)
+
+
+def output_rows(layer: Layer, output: Tensor) -> int:
+    """The number `R` of rows behind an output of the layer."""
+    return output.numel() // layer.units
+
+
+def _padded(module: Convolution, h: Tensor) -> Tensor:
+    # torch keeps the padding that F.pad needs, last dimension first, whatever form the user gave.
+    reversed_padding = cast(Any, module)._reversed_padding_repeated_twice
+    if not any(reversed_padding):
+        return h
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(h, reversed_padding, mode=mode)
+
+
+def ones_column(h: Tensor) -> Tensor:
+    """`H^ = [e, H]` for rows `(R, m)`."""
+    return torch.cat([h.new_ones(h.shape[0], 1), h], dim=1)

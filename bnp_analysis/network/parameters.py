@@ -1,0 +1,128 @@
+"""The chart between a model's named tensors and flat vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from bnp_analysis.errors import InvalidInputError
+
+Block = str | tuple[str, int]
+
+
+class ParameterSpace:
+    """The flat coordinates of a set of named tensors: their order, each row-major.
+
+    Args:
+        shapes: name -> shape, in the order of `named_parameters()`.
+        dtype, device: of every flat vector.
+        aliases: other names of the same tensors (tied parameters) -> the name in `shapes`.
+
+    Example:
+        >>> space = ParameterSpace({"weight": (2, 3), "bias": (2,)})
+        >>> space.dim, space.indices(("", 1)).tolist()
+        (8, [3, 4, 5, 7])
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        aliases: Mapping[str, str] | None = None,
+    ) -> None:
+        self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
+        self.names = tuple(self.shapes)
+        self.dtype, self.device = dtype, torch.device(device)
+        self.aliases = {other: name for other, name in (aliases or {}).items() if name in self.shapes}
+        self._slices: dict[str, slice] = {}
+        begin = 0
+        for name, shape in self.shapes.items():
+            self._slices[name] = slice(begin, begin + shape.numel())
+            begin += shape.numel()
+        self.dim = begin
+
+    def slice_of(self, name: str) -> slice:
+        """Where a named tensor lies in the flat vector."""
+        return self._slices[self.canonical(name)]
+
+    def canonical(self, name: str) -> str:
+        """The name under which a tensor is listed; tied parameters have several.
+
+        Raises:
+            InvalidInputError: no such tensor here.
+        """
+        listed = self.aliases.get(name, name)
+        if listed not in self._slices:
+            raise InvalidInputError(f"no parameter {name!r} here; there are: {', '.join(self.names)}")
+        return listed
+
+    def __contains__(self, name: str) -> bool:
+        return self.aliases.get(name, name) in self._slices
+
+    def flatten(self, tensors: Mapping[str, Tensor] | Iterable[Tensor]) -> Tensor:
+        """The flat vector `(n,)` of one tensor per name (a mapping, or a sequence in the order of `names`)."""
+        if isinstance(tensors, Mapping):
+            missing = [name for name in self.names if name not in tensors]
+            if missing:
+                raise InvalidInputError(f"tensors are missing: {', '.join(missing)}")
+            parts = [tensors[name] for name in self.names]
+        else:
+            parts = list(tensors)
+        for name, part in zip(self.names, parts, strict=True):
+            if part.shape != self.shapes[name]:
+                raise InvalidInputError(
+                    f"{name} has shape {tuple(part.shape)}, expected {tuple(self.shapes[name])}; "
+                    "it comes from another architecture"
+                )
+        return torch.cat([part.reshape(-1) for part in parts]) if parts else torch.zeros(0, dtype=self.dtype)
+
+    def unflatten(self, theta: Tensor) -> dict[str, Tensor]:
+        """Views of a flat vector `(n,)` under the names."""
+        if theta.shape != (self.dim,):
+            raise InvalidInputError(f"a flat vector of shape ({self.dim},) is needed, got {tuple(theta.shape)}")
+        return {name: theta[self._slices[name]].view(shape) for name, shape in self.shapes.items()}
+
+    def layer_names(self, layer: str) -> tuple[str, ...]:
+        """The tensors of a layer, of every layer below a module, or of one parameter name.
+
+        Raises:
+            InvalidInputError: nothing matches; lists what there is.
+        """
+        prefix = f"{layer}." if layer else ""
+        every = list(self.names) + list(self.aliases)
+        found = {self.canonical(name) for name in every if name == layer or name.startswith(prefix)}
+        if not found:
+            raise InvalidInputError(f"no parameter belongs to {layer!r}; there are: {', '.join(self.names)}")
+        return tuple(name for name in self.names if name in found)
+
+    def indices(self, block: Block) -> Tensor:
+        """Flat positions of a layer, or of one output unit `(layer, i)`: row `i` of its tensors.
+
+        Raises:
+            InvalidInputError: no such layer or unit.
+        """
+        layer, unit = (block, None) if isinstance(block, str) else block
+        parts = []
+        for name in self.layer_names(layer):
+            shape, begin = self.shapes[name], self._slices[name].start
+            grid = torch.arange(begin, begin + shape.numel())
+            if unit is not None:
+                if len(shape) == 0 or not 0 <= unit < shape[0]:
+                    raise InvalidInputError(
+                        f"{layer!r} has no output unit {unit}: its parameter {name!r} has shape {tuple(shape)}"
+                    )
+                grid = grid.view(shape[0], -1)[unit]
+            parts.append(grid)
+        return torch.cat(parts)
+
+    def restrict(self, names: Iterable[str]) -> ParameterSpace:
+        """The space of some of the tensors, in the order of this one."""
+        wanted = {self.canonical(name) for name in names}
+        kept = {name: shape for name, shape in self.shapes.items() if name in wanted}
+        return ParameterSpace(kept, self.dtype, self.device, self.aliases)
+
+    def __repr__(self) -> str:
+        return f"<ParameterSpace {self.dim} in {len(self.names)} tensors, {self.dtype} on {self.device}>"

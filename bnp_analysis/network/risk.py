@@ -1,0 +1,333 @@
+"""The empirical risk: a pure function of the parameters, for a fixed model, loss and data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bnp_analysis.errors import InvalidInputError, NonFiniteError
+from bnp_analysis.network.batches import Batch, Batches, Count
+from bnp_analysis.network.parameters import ParameterSpace
+from bnp_analysis.network.purity import require_mean_loss, require_pure
+from bnp_analysis.network.snapshot import clean_name, snapshot
+
+Loss = Callable[[Tensor, Any], Tensor]
+Visit = Callable[[str, nn.Module, Any, Any], None]
+
+
+class EmpiricalRisk:
+    """The mean loss `L(theta) = (1/N) sum_j l(f(x_j; theta), y_j)` as a pure function of `theta`.
+
+    Everything is a snapshot: the model (parameters, buffers, train flags) and data held in memory are copied,
+    so that later training changes neither the risk nor an operator made from it; and no measurement changes
+    the model, its gradients or any global state.
+
+    Args:
+        model: any `nn.Module`.
+        loss: `loss(output, y)`, a scalar, the mean over the batch.
+        data: one batch `(x, y)`, or an iterable of batches that can be read again (list, `DataLoader`). `x` is
+            a tensor, a tuple (`model(*x)`) or a dict (`model(**x)`).
+        params: names, prefixes, or a filter `(name, parameter) -> bool`; default every parameter that
+            requires a gradient. The others are constants.
+        at: the point `theta`: a flat vector `(n,)` over `space`, or a state dict. Default: the model's.
+        output: picks the output tensor, for instance `lambda o: o.logits`.
+        count: the weight of a batch `(x, y)` in the mean; default its number of examples.
+        dtype: of parameters and floating-point data; default the model's.
+        device: default the model's.
+
+    Attributes:
+        space: the `ParameterSpace` of `theta`.
+        theta: `(n,)`, the point.
+        coupled: whether an example's output depends on the rest of its batch.
+
+    Raises:
+        InvalidInputError: a filter that matches nothing, parameters that are not floating point, a loss that is
+            not a scalar or not a mean where that matters, a state that does not fit, an empty loader.
+        NonFiniteError: NaN or infinity in data (names the batch), parameters (names them) or the loss.
+        StochasticModelError: random layers in training mode, or batch-coupled ones over several batches.
+        InconsistentDataError: a loader whose contents change between passes.
+
+    Example:
+        >>> import torch, bnp_analysis as bnp
+        >>> x, y = torch.eye(3), torch.tensor([0, 1, 1])
+        >>> model = torch.nn.Linear(3, 2)
+        >>> risk = bnp.EmpiricalRisk(model, torch.nn.functional.cross_entropy, (x, y))
+        >>> risk.space.dim, tuple(risk.gradient.shape)
+        (8, (8,))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        data: Any,
+        *,
+        params: Iterable[str] | Callable[[str, nn.Parameter], bool] | None = None,
+        at: Tensor | Mapping[str, Tensor] | None = None,
+        output: Callable[[Any], Tensor] | None = None,
+        count: Count | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise InvalidInputError(f"model must be an nn.Module, got {type(model).__name__}")
+        self._model = snapshot(model, dtype, device)
+        self._loss, self._output = loss, output
+        self._recurrent = any(isinstance(m, nn.RNNBase) for m in self._model.modules())
+        self.space = _space(self._model, model, params)
+        self.batches = Batches(data, count, self.space.dtype, self.space.device)
+        own = dict(self._model.named_parameters())
+        self.theta = self.space.flatten({name: own[name].detach() for name in self.space.names}).clone()
+        self._constants = {name: p.detach() for name, p in own.items() if name not in self.space}
+        if at is not None:
+            self._move(at)
+        self._cache: dict[str, Tensor] = {}
+        self._require_finite_parameters()
+        self.coupled = require_pure(self)
+        self._cache["value"] = self(self.theta)
+        if self.batches.number > 1:
+            require_mean_loss(self)
+
+    def __call__(self, theta: Tensor) -> Tensor:
+        """The risk at another point, a scalar tensor.
+
+        Raises:
+            NonFiniteError: the loss of a batch is NaN or infinite; names the batch.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self.space.device)
+        tensors = self.space.unflatten(theta)
+        with torch.no_grad():
+            for batch in self.batches:
+                loss = self.batch_loss(self.batch_outputs(tensors, batch), batch)
+                if not bool(torch.isfinite(loss)):
+                    raise NonFiniteError(
+                        f"the loss of batch {batch.index} is {loss.item()} at this theta, so the risk and its "
+                        "derivatives are not numbers. Look at the learning rate, the inputs and the dtype"
+                    )
+                total += batch.count / self.batches.total * loss.double()
+        return total.to(self.space.dtype)
+
+    @property
+    def value(self) -> Tensor:
+        """`L(theta)`, a scalar tensor."""
+        if "value" not in self._cache:
+            self._cache["value"] = self(self.theta)
+        return self._cache["value"]
+
+    @property
+    def gradient(self) -> Tensor:
+        """`grad L(theta)`, `(n,)`."""
+        if "gradient" not in self._cache:
+            total = torch.zeros(self.space.dim, dtype=self.space.dtype, device=self.space.device)
+            for batch in self.batches:
+                tensors = self.leaves()
+                loss = self.batch_loss(self.batch_outputs(tensors, batch), batch)
+                total += batch.count / self.batches.total * self.pullback(loss, tensors)
+            if not bool(torch.isfinite(total).all()):
+                raise NonFiniteError("the gradient has NaN or infinite entries though the loss is finite")
+            self._cache["gradient"] = total
+        return self._cache["gradient"].clone()
+
+    @property
+    def outputs(self) -> Tensor:
+        """`f(x_j; theta)` over all batches, concatenated in the order of the pass."""
+        tensors = self.space.unflatten(self.theta)
+        with torch.no_grad():
+            return torch.cat([self.batch_outputs(tensors, batch) for batch in self.batches])
+
+    def at(self, theta: Tensor | Mapping[str, Tensor]) -> EmpiricalRisk:
+        """The same risk at another point; model and data are shared, nothing is checked again but the point."""
+        other = copy.copy(self)
+        other._cache = {}
+        other._move(theta)
+        other._require_finite_parameters()
+        return other
+
+    def restrict(self, names: Iterable[str]) -> EmpiricalRisk:
+        """The risk as a function of some of its tensors; the others stay constant at the present point."""
+        other = copy.copy(self)
+        other.space = self.space.restrict(names)
+        tensors = self.space.unflatten(self.theta)
+        other._constants = self._constants | {n: t for n, t in tensors.items() if n not in other.space}
+        other.theta = other.space.flatten({name: tensors[name] for name in other.space.names})
+        other._cache = {"value": self._cache["value"]} if "value" in self._cache else {}
+        return other
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Fresh leaf tensors at `theta` that record gradients."""
+        views = self.space.unflatten(self.theta)
+        return {name: t.clone().requires_grad_() for name, t in views.items()}
+
+    def batch_outputs(self, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """`f(x; theta)` for a batch, at named tensors."""
+        # Cloned: batch statistics would write into the buffers (trap 2).
+        buffers = {name: b.clone() for name, b in self._model.named_buffers()}
+        args, kwargs = _arguments(batch.x)
+        with differentiable_kernels(recurrent=self._recurrent):
+            raw = functional_call(self._model, {**self._constants, **tensors, **buffers}, args, kwargs)
+        out = raw if self._output is None else self._output(raw)
+        if not isinstance(out, Tensor):
+            raise InvalidInputError(
+                f"the model returns {type(out).__name__}, not a tensor; pick one with output=, for instance "
+                "output=lambda o: o.logits"
+            )
+        return out
+
+    def batch_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The loss of a batch from its outputs, a scalar."""
+        value = self._loss(outputs, batch.y)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InvalidInputError(
+                f"loss(output, y) gave {shape} instead of a scalar; its mean over the batch is needed "
+                "(reduction='mean')"
+            )
+        return value.reshape(())
+
+    def pullback(self, scalar: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The flat gradient of a scalar in named leaf tensors; zero for unused ones."""
+        if not scalar.requires_grad:
+            return torch.zeros(self.space.dim, dtype=self.space.dtype, device=self.space.device)
+        grads = torch.autograd.grad(scalar, list(tensors.values()), allow_unused=True, materialize_grads=True)
+        return self.space.flatten(g.detach() for g in grads)
+
+    def capture(self, visit: Visit, names: Iterable[str] | None = None) -> None:
+        """Run every batch without gradients and show each module's inputs and output to `visit(name, module, ...)`."""
+        wanted = None if names is None else set(names)
+        handles = []
+        for name, module in self._model.named_modules():
+            if wanted is None or name in wanted:
+
+                def hook(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+                    visit(name, module, args, output)
+
+                handles.append(module.register_forward_hook(hook))
+        try:
+            tensors = self.space.unflatten(self.theta)
+            with torch.no_grad():
+                for batch in self.batches:
+                    self.batch_outputs(tensors, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules of the snapshot under their names; look, do not touch."""
+        yield from self._model.named_modules()
+
+    def _move(self, at: Tensor | Mapping[str, Tensor]) -> None:
+        if isinstance(at, Tensor):
+            if at.shape != (self.space.dim,):
+                raise InvalidInputError(f"theta must be ({self.space.dim},), got {tuple(at.shape)}")
+            self.theta = at.detach().to(self.theta).clone()
+            return
+        state = {clean_name(name): t for name, t in at.items()}
+        named = dict(self._model.named_parameters()) | dict(self._model.named_buffers())
+        unknown = [n for n in state if n not in named and n not in self.space]
+        missing = [n for n in self.space.names if n not in state]
+        if unknown or missing:
+            raise InvalidInputError(
+                "the state does not fit the model. "
+                + (f"Missing: {', '.join(missing)}. " if missing else "")
+                + (f"Unknown: {', '.join(unknown)}. " if unknown else "")
+                + "It comes from another architecture, or under other names"
+            )
+        for name, t in state.items():
+            canonical = self.space.canonical(name) if name in self.space else name
+            if t.shape != named[canonical].shape:
+                raise InvalidInputError(
+                    f"{name} has shape {tuple(t.shape)} in the state, {tuple(named[canonical].shape)} in the model"
+                )
+        self.theta = self.space.flatten({n: state[n].detach() for n in self.space.names}).to(self.theta).clone()
+        rest = {n: t.detach().clone() for n, t in state.items() if n not in self.space}
+        if rest:
+            # Buffers and constants of the state belong to the point as well: a model of its own.
+            self._model = copy.deepcopy(self._model)
+            self._model.load_state_dict(rest, strict=False)
+            own = dict(self._model.named_parameters())
+            self._constants = {name: p.detach() for name, p in own.items() if name not in self.space}
+
+    def _require_finite_parameters(self) -> None:
+        every = {**self._constants, **self.space.unflatten(self.theta)}
+        bad = [n for n, t in every.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+        if bad:
+            raise NonFiniteError(f"parameters with NaN or infinite entries: {', '.join(bad)}")
+
+    def __repr__(self) -> str:
+        return (
+            f"<EmpiricalRisk of {type(self._model).__name__}, {self.space.dim} parameters, "
+            f"{self.batches.total:g} examples in {self.batches.number} batches, {self.space.dtype}>"
+        )
+
+
+def _arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(x, Mapping):
+        return (), dict(x)
+    return (tuple(x), {}) if isinstance(x, tuple | list) else ((x,), {})
+
+
+@contextmanager
+def differentiable_kernels(*, recurrent: bool) -> Iterator[None]:
+    """Only kernels that have a second derivative: math attention, native recurrent layers (trap 12)."""
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if recurrent:
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        yield
+
+
+def _space(
+    model: nn.Module, original: nn.Module, params: Iterable[str] | Callable[[str, nn.Parameter], bool] | None
+) -> ParameterSpace:
+    """The free parameters of a snapshot, chosen by `params=`."""
+    named = dict(model.named_parameters())
+    trainable = {clean_name(n) for n, p in original.named_parameters() if p.requires_grad}
+    canonical = {id(p): n for n, p in named.items()}
+    aliases = {n: canonical[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if n != canonical[id(p)]}
+    if params is None:
+        chosen = [n for n in named if n in trainable]
+        why = "none requires a gradient; freeze fewer, or name them with params="
+    elif callable(params):
+        chosen = [n for n, p in named.items() if params(n, p)]
+        why = "the filter params= matches none"
+    else:
+        prefixes = [params] if isinstance(params, str) else list(params)
+        unmatched = [q for q in prefixes if not any(_under(n, q) for n in (*named, *aliases))]
+        if unmatched:
+            raise InvalidInputError(
+                f"params= names {', '.join(map(repr, unmatched))}, which match no parameter; there are: {', '.join(named)}"
+            )
+        hit = {aliases.get(n, n) for n in (*named, *aliases) if any(_under(n, q) for q in prefixes)}
+        chosen = [n for n in named if n in hit]
+        why = "params= is empty"
+    if not chosen:
+        raise InvalidInputError(
+            f"there is no parameter to differentiate: {why}. There are: {', '.join(named) or 'none'}"
+        )
+    bad = [n for n in chosen if not named[n].is_floating_point()]
+    if bad:
+        kinds = ", ".join(f"{n} ({named[n].dtype})" for n in bad)
+        raise InvalidInputError(
+            f"parameters that are not real floating point have no derivative: {kinds}; leave them out with params="
+        )
+    first = named[chosen[0]]
+    mixed = {named[n].dtype for n in chosen} | {named[n].device for n in chosen}
+    if len(mixed) > 2:
+        raise InvalidInputError(f"parameters of several dtypes or devices: {mixed}; choose with dtype= and device=")
+    return ParameterSpace({n: named[n].shape for n in chosen}, first.dtype, first.device, aliases)
+
+
+def _under(name: str, prefix: str) -> bool:
+    prefix = clean_name(prefix)
+    return name == prefix or name.startswith(f"{prefix}.")
+
+
+__all__ = ["EmpiricalRisk", "differentiable_kernels"]
