@@ -26,7 +26,7 @@ class GaussNewton(SymmetricOperator):
         self._graphs = GraphCache(risk, _with_loss)
 
     @cached_property
-    def factor(self) -> LinearOperator | None:  # type: ignore[override]
+    def factor(self) -> LinearOperator | None:
         """`F = S^(1/2) J`, where the loss is convex and separate over examples in the outputs."""
 
         def make(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> tuple[Tensor, int] | None:

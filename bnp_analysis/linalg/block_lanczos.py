@@ -131,5 +131,6 @@ def _append(T: Floats, coupling: Floats) -> Floats:
 
 def _independent_columns(w: Tensor, tolerance: float) -> Tensor:
     """An orthonormal basis of the columns that stand above the tolerance."""
+    u: Tensor
     u, s, _ = torch.linalg.svd(w, full_matrices=False)
     return u[:, s > max(tolerance, float(s[0]) * torch.finfo(w.dtype).eps if s.numel() else 0.0)]

@@ -258,10 +258,9 @@ def choose_route(A: SymmetricOperator, *, indefinite: bool = False) -> str:
     """
     free = available_memory()
     factor = None if indefinite else A.factor
-    if factor is not None and min(factor.shape) <= FACTOR_LIMIT:
-        # Rows, their magnitudes and the copy that QR works on, in float64.
-        if 8 * 4 * factor.shape[0] * factor.shape[1] < free:
-            return "factor-svd"
+    # Rows, their magnitudes and the copy that QR works on, in float64.
+    if factor and min(factor.shape) <= FACTOR_LIMIT and 8 * 4 * factor.shape[0] * factor.shape[1] < free:
+        return "factor-svd"
     if A.dim <= DENSE_LIMIT and 8 * 6 * A.dim**2 < free:
         return "dense"
     return "lanczos"

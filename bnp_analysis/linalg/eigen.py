@@ -48,7 +48,8 @@ class Eigenpairs(Result):
         shown = ", ".join(
             f"{v:.4g} +- {r:.1g}" for v, r in zip(self.values.tolist(), self.residuals.tolist(), strict=True)
         )
-        return f"{self.which} eigenvalues {shown}; {self.converged} of {len(self.values)} converged, {self.matvecs} products"
+        done = f"{self.converged} of {len(self.values)} converged"
+        return f"{self.which} eigenvalues {shown}; {done}, {self.matvecs} products"
 
     def records(self) -> list[dict[str, object]]:
         """One row per eigenvalue."""
@@ -150,7 +151,8 @@ class _ThickRestart:
     def _fresh(self) -> Tensor:
         """A random unit vector outside the basis and the null space."""
         v = self._orthogonalized(normal((self.A.dim,), self.g, self.V))
-        return v / v.norm()
+        unit: Tensor = v / v.norm()
+        return unit
 
     def _orthogonalized(self, w: Tensor) -> Tensor:
         V = self.V[: self.size]

@@ -62,9 +62,9 @@ def lanczos_ends(
     upper, note = math.inf, UNDECLARED if not null.declared else ""
     if null.declared and math.isfinite(bottom):
         high, low = kuczynski_wozniakowski(top, float(values[0]), k, dim, failure_probability)
-        if run.stop == "interrupted" or run.stop == "invariant subspace":
-            # A random start meets every eigenspace: an invariant space holds both ends.
-            high, low = (high, low) if run.stop == "interrupted" else (top, float(values[0]))
+        if run.stop == "invariant subspace":
+            # A random start meets every eigenspace, so an invariant space holds both ends.
+            high, low = top, float(values[0])
         upper = (high + floor) / (low - floor) if low > floor else math.inf
         needed = math.ceil(math.sqrt(top / bottom) * math.log(1.648 * math.sqrt(dim) / (failure_probability / 2)) / 2)
         note = (

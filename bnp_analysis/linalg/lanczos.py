@@ -72,7 +72,7 @@ def tridiagonal_eigh(alpha: Floats, beta: Floats) -> tuple[Floats, Floats]:
         return np.zeros_like(alpha), np.eye(alpha.size)
     # Scaled, so that 1e-300 A does not underflow inside LAPACK.
     values, vectors = eigh_tridiagonal(alpha / scale, beta / scale)
-    return values * scale, vectors
+    return np.asarray(values * scale, dtype=np.float64), np.asarray(vectors, dtype=np.float64)
 
 
 def lanczos(
@@ -221,5 +221,5 @@ def _breakdown(alpha: list[float], beta: list[float], A: SymmetricOperator) -> f
     """The size below which a residual is rounding, relative to the operator seen so far (trap 5)."""
     if not alpha:
         return 0.0
-    scale = max(max(abs(a) for a in alpha), max(beta, default=0.0))
+    scale = max(abs(x) for x in (*alpha, *beta))
     return 10 * float(np.sqrt(A.dim)) * float(torch.finfo(A.dtype).eps) * scale

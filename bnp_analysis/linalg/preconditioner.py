@@ -83,7 +83,14 @@ class IdentityPreconditioner(Preconditioner):
     def _matmat(self, x: Tensor) -> Tensor:
         return x
 
-    _rmatmat = _solve = _rsolve = _matmat
+    def _rmatmat(self, y: Tensor) -> Tensor:
+        return y
+
+    def _solve(self, x: Tensor) -> Tensor:
+        return x
+
+    def _rsolve(self, y: Tensor) -> Tensor:
+        return y
 
     def absolute(self) -> LinearOperator:
         return self

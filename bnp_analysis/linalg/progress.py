@@ -24,7 +24,11 @@ def reporting(progress: Progress, total: int, label: str) -> Iterator[Update]:
         from tqdm.auto import tqdm
 
         with tqdm(total=total, desc=label, leave=False) as bar:
-            yield lambda done: bar.update(done - bar.n) and None
+
+            def update(done: int) -> None:
+                bar.update(done - bar.n)
+
+            yield update
     elif callable(progress):
         yield lambda done: progress(done, total)
     else:

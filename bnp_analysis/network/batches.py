@@ -140,7 +140,12 @@ def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
 def tensors_of(value: Any) -> list[Tensor]:
     """Every tensor inside tuples, lists and dicts, in order."""
     found: list[Tensor] = []
-    map_tensors(value, lambda t: found.append(t) or t)
+
+    def note(t: Tensor) -> Tensor:
+        found.append(t)
+        return t
+
+    map_tensors(value, note)
     return found
 
 

@@ -54,8 +54,9 @@ def snapshot(model: nn.Module, dtype: torch.dtype | None, device: torch.device |
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
     while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(inner, nn.Module):
+            model = inner
         elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
         else:

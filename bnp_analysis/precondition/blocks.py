@@ -46,7 +46,7 @@ class BlockDiagonal(Preconditioner):
         self.blocks = dict(blocks)
         self._space = space
         used = torch.cat([positions for positions, _ in self.blocks.values()]) if self.blocks else torch.zeros(0)
-        if used.numel() != used.unique().numel():
+        if used.numel() != len(set(used.tolist())):
             raise InvalidInputError("blocks overlap: a parameter would be preconditioned twice")
         for name, (positions, block) in self.blocks.items():
             if block.dim != positions.numel() or block.dtype != dtype:

@@ -1,0 +1,58 @@
+"""Which of a model's parameters are free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.network.parameters import ParameterSpace
+from bnp_analysis.network.snapshot import clean_name
+
+
+def choose_parameters(
+    model: nn.Module, original: nn.Module, params: Iterable[str] | Callable[[str, nn.Parameter], bool] | None
+) -> ParameterSpace:
+    """The free parameters of a snapshot, chosen by `params=`."""
+    named = dict(model.named_parameters())
+    trainable = {clean_name(n) for n, p in original.named_parameters() if p.requires_grad}
+    canonical = {id(p): n for n, p in named.items()}
+    aliases = {n: canonical[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if n != canonical[id(p)]}
+    if params is None:
+        chosen = [n for n in named if n in trainable]
+        why = "none requires a gradient; freeze fewer, or name them with params="
+    elif callable(params):
+        chosen = [n for n, p in named.items() if params(n, p)]
+        why = "the filter params= matches none"
+    else:
+        prefixes = [params] if isinstance(params, str) else list(params)
+        unmatched = [q for q in prefixes if not any(_under(n, q) for n in (*named, *aliases))]
+        if unmatched:
+            raise InvalidInputError(
+                f"params= names {', '.join(map(repr, unmatched))}, which match no parameter; "
+                f"there are: {', '.join(named)}"
+            )
+        hit = {aliases.get(n, n) for n in (*named, *aliases) if any(_under(n, q) for q in prefixes)}
+        chosen = [n for n in named if n in hit]
+        why = "params= is empty"
+    if not chosen:
+        raise InvalidInputError(
+            f"there is no parameter to differentiate: {why}. There are: {', '.join(named) or 'none'}"
+        )
+    bad = [n for n in chosen if not named[n].is_floating_point()]
+    if bad:
+        kinds = ", ".join(f"{n} ({named[n].dtype})" for n in bad)
+        raise InvalidInputError(
+            f"parameters that are not real floating point have no derivative: {kinds}; leave them out with params="
+        )
+    first = named[chosen[0]]
+    mixed = {named[n].dtype for n in chosen} | {named[n].device for n in chosen}
+    if len(mixed) > 2:
+        raise InvalidInputError(f"parameters of several dtypes or devices: {mixed}; choose with dtype= and device=")
+    return ParameterSpace({n: named[n].shape for n in chosen}, first.dtype, first.device, aliases)
+
+
+def _under(name: str, prefix: str) -> bool:
+    prefix = clean_name(prefix)
+    return name == prefix or name.startswith(f"{prefix}.")
