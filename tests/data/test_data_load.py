@@ -115,13 +115,15 @@ def test_standardized_training_split_has_mean_0_and_variance_0_or_1() -> None:
 
 
 def test_statistics_recognize_constants_exactly() -> None:
-    """255 in each of many rows: `E x^2 - (E x)^2` in floating point is not 0."""
-    pixels = np.full((2999, 2), 255, np.uint8)
+    """Rounded sums make a constant look varying, or a single deviation constant; 32 bits overflow here."""
+    pixels = np.full((40001, 3), 255, np.uint8)
     pixels[1, 1] = 254
-    mean, scale, constant = pixel_statistics(pixels, rows=7)
+    pixels[::2, 2] = 0
+    mean, scale, constant = pixel_statistics(pixels, rows=999)
     assert constant == 1
-    np.testing.assert_allclose(mean, pixels.astype(float).mean(0), rtol=1e-14)
-    np.testing.assert_allclose(scale, [1.0, pixels[:, 1].astype(float).std()], rtol=1e-10)
+    np.testing.assert_allclose(mean, pixels.astype(float).mean(0), rtol=1e-12)
+    np.testing.assert_allclose(scale[0], 1.0)
+    np.testing.assert_allclose(scale[1:], pixels[:, 1:].astype(float).std(0), rtol=1e-9)
 
 
 # subsets
@@ -157,6 +159,13 @@ def test_subsets_depend_on_the_seed_alone_and_leave_global_random_state() -> Non
     assert torch.equal(first.x, again.x)
     assert torch.equal(first.y, again.y)
     assert not torch.equal(first.x, other.x)
+
+
+def test_a_default_device_does_not_matter() -> None:
+    expected = data.load("digits", n=20, seed=1, standardize=True)
+    with torch.device("meta"):
+        loaded = data.load("digits", n=20, seed=1, standardize=True)
+    assert torch.equal(loaded.x, expected.x)
 
 
 def test_inputs_and_labels_stay_together() -> None:

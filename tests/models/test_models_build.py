@@ -185,6 +185,19 @@ def test_the_seed_alone_decides(name: str) -> None:
         assert not torch.equal(a, c)
 
 
+def test_a_default_device_and_accelerators_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = models.mlp([3, 4, 2])
+
+    def never(_: int) -> None:
+        raise AssertionError("building a network reseeded the accelerators")
+
+    monkeypatch.setattr("torch.cuda.manual_seed_all", never)
+    with torch.device("meta"):
+        model = models.mlp([3, 4, 2])
+    for a, b in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_initialization_is_that_of_torch() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(11)

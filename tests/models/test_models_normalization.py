@@ -103,9 +103,12 @@ def test_layer_norm_normalizes_each_example(spatial: bool) -> None:
     module = Normalization("layer").after(8, spatial=spatial)
     assert module is not None
     x = torch.rand((5, 8, 3, 3) if spatial else (5, 8), generator=torch.Generator().manual_seed(0))
-    out = module(7 + 2 * x).flatten(1)
+    x = x + torch.arange(8.0).view(8, 1, 1) if spatial else x
+    out = module(x).flatten(1)
     assert out.mean(1).abs().max() < 1e-5
     assert (out.var(1, correction=0) - 1).abs().max() < 1e-3
+    # Over channels and space together: each channel keeps a mean of its own.
+    assert out.view(5, 8, -1).mean(2).abs().max() > 0.5
 
 
 @pytest.mark.parametrize("affine", [False, True])
