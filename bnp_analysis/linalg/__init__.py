@@ -11,6 +11,7 @@ from bnp_analysis.linalg.condition import (
     choose_route,
     condition_number,
     magnitude_condition_number,
+    singular_condition_number,
 )
 from bnp_analysis.linalg.eigen import Eigenpairs, eigenpairs
 from bnp_analysis.linalg.lanczos import Tridiagonalization, lanczos
@@ -18,6 +19,7 @@ from bnp_analysis.linalg.matrices import (
     CallableOperator,
     ColumnSubset,
     DenseOperator,
+    GramOperator,
     MatrixOperator,
     Restriction,
 )
@@ -40,6 +42,7 @@ __all__ = [
     "DenseOperator",
     "DensePreconditioner",
     "Eigenpairs",
+    "GramOperator",
     "IdentityPreconditioner",
     "LinearOperator",
     "MatrixOperator",
@@ -57,6 +60,7 @@ __all__ = [
     "eigenpairs",
     "lanczos",
     "magnitude_condition_number",
+    "singular_condition_number",
     "spectral_density",
     "trace",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +16,8 @@ from bnp_analysis.linalg import dense_routes, krylov_routes
 from bnp_analysis.linalg.extremes import Extremes
 from bnp_analysis.linalg.memory import available_memory
 from bnp_analysis.linalg.null import HasBasis, read_null
-from bnp_analysis.linalg.operators import SymmetricOperator
+from bnp_analysis.linalg.matrices import GramOperator
+from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner, check_fits
 from bnp_analysis.linalg.progress import Progress
 from bnp_analysis.results import Result
@@ -23,6 +25,8 @@ from bnp_analysis.results import Result
 METHODS = ("auto", "factor-svd", "dense", "lanczos")
 FACTOR_LIMIT = 5_000
 DENSE_LIMIT = 3_000
+MAGNITUDE = "max|lambda|/min|lambda|"
+SINGULAR = "sigma_max/sigma_min+"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -44,6 +48,7 @@ class ConditionNumber(Result):
         gap_ratio: the smallest nonzero eigenvalue over the largest that counts as zero.
         noise_floor: eigenvalues below it are rounding.
         failure_probability: of the bounds, over random starts.
+        quantity: what the numbers are: `"kappa*"`, `"max|lambda|/min|lambda|"` or `"sigma_max/sigma_min+"`.
         dim, dtype, stop, note: size, precision, why the run ended, what to do next.
     """
 
@@ -65,17 +70,17 @@ class ConditionNumber(Result):
     gap_ratio: float = math.inf
     noise_floor: float = 0.0
     failure_probability: float = 0.0
-    indefinite: bool = False
+    quantity: str = "kappa*"
     stop: str = "done"
     note: str = ""
 
     def summary(self) -> str:
         """One honest line."""
-        name = "max|lambda|/min|lambda|" if self.indefinite else "kappa*"
+        name = self.quantity
         how = f"{self.method} {self.dtype}"
         if self.rank is not None:
             how += f", rank {self.rank} of {self.dim}"
-        if self.indefinite:
+        if self.quantity == MAGNITUDE:
             how += f", {self.negative} negative" + ("" if self.zero is None else f", {self.zero} zero")
         if self.rank is not None and self.rank < self.dim and math.isfinite(self.gap_ratio):
             how += f", gap {self.gap_ratio:.2g}"
@@ -85,6 +90,34 @@ class ConditionNumber(Result):
         if math.isnan(self.lower):
             return f"{name} ~ {self.value:.4g}, no bound: {self.note}; {how}"
         return f"{name} >= {self.lower:.4g}, one-sided: {self.note}; {how}"
+
+
+def singular_condition_number(F: LinearOperator) -> ConditionNumber:
+    """The effective condition number `sigma_max / sigma_min+` of a rectangular operator, by factor-svd.
+
+    Args:
+        F: `(r, n)`, dense in memory.
+
+    Returns:
+        A `ConditionNumber`: the square root of that of `F^T F`, with singular values as `lambda_max, lambda_min`.
+
+    Raises:
+        InvalidInputError: a zero or empty operator; MemoryLimitError: it does not fit.
+
+    Source: T7, T13.
+
+    Example:
+        >>> import torch
+        >>> from bnp_analysis.linalg import MatrixOperator
+        >>> singular_condition_number(MatrixOperator(torch.tensor([[3.0, 0.0], [0.0, 2.0]]))).value
+        1.5
+    """
+    found = condition_number(GramOperator(F), method="factor-svd")
+    root = {name: math.sqrt(getattr(found, name)) for name in _SQUARED if getattr(found, name) >= 0}
+    return dataclasses.replace(found, quantity=SINGULAR, **root)
+
+
+_SQUARED = ("value", "lower", "upper", "lambda_max", "lambda_min", "gap_ratio", "noise_floor")
 
 
 def condition_number(
@@ -165,7 +198,7 @@ def magnitude_condition_number(
             `"dense"` and `"lanczos"`, the second gives a lower bound only.
 
     Returns:
-        A `ConditionNumber` with `indefinite=True` and the counts `negative`, `zero`, `unresolved`.
+        A `ConditionNumber` of that `quantity`, with the counts `negative`, `zero`, `unresolved`.
 
     Raises:
         NullSpaceError, InvalidInputError, MemoryLimitError: as for `condition_number`.
@@ -238,7 +271,7 @@ def _measure(
         gap_ratio=ends.gap_ratio,
         noise_floor=ends.noise_floor,
         failure_probability=ends.failure_probability if math.isfinite(ends.upper) else 0.0,
-        indefinite=indefinite,
+        quantity=MAGNITUDE if indefinite else "kappa*",
         stop=ends.stop,
         note=ends.note,
         settings={"method": method} | settings,

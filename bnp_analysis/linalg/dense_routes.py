@@ -42,7 +42,7 @@ def factor_svd(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNul
     sigma = torch.linalg.svdvals(_square_root_of_gram(work)).cpu().numpy()
     bound = norm_bound(rows if magnitude is None else magnitude) / scale
     # A stored factor without a product is exact: only the SVD rounds.
-    exact = magnitude is None and factor.dense_cost == 0
+    exact = magnitude is None and factor.exact
     radius = singular_value_radius(float(sigma[0]), factor.shape, 0.0 if exact else bound, UNIT if exact else unit)
     rank = int((sigma > radius).sum())
     unresolved = max(structural - rank, 0)
@@ -102,7 +102,7 @@ def dense_symmetric(
         )
     values = np.sort(torch.linalg.eigvalsh((matrix + matrix.T) / 2).cpu().numpy())
     largest = float(np.abs(values).max())
-    exact = magnitude is None and operator.dense_cost == 0
+    exact = magnitude is None and operator.exact
     radius = A.dim * UNIT * largest + (0.0 if exact else A.dim * unit * bound) + asymmetry
     if not indefinite and values[0] < -radius:
         raise NotConvexError(

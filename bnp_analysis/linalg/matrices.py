@@ -14,6 +14,10 @@ from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, des
 class MatrixOperator(LinearOperator):
     """A rectangular matrix that is stored.
 
+    Args:
+        matrix: `(m, n)`.
+        exact: whether its entries are given; False if they were computed in its dtype, which widens the bounds.
+
     Example:
         >>> import torch
         >>> F = MatrixOperator(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
@@ -21,11 +25,16 @@ class MatrixOperator(LinearOperator):
         tensor([ 9., 12.])
     """
 
-    def __init__(self, matrix: Tensor) -> None:
+    def __init__(self, matrix: Tensor, *, exact: bool = True) -> None:
         if not isinstance(matrix, Tensor) or matrix.ndim != 2:
             raise InvalidInputError(f"expected a matrix (m, n), got {describe(matrix)}")
         super().__init__((matrix.shape[0], matrix.shape[1]), matrix.dtype, matrix.device)
         self._matrix = matrix.detach()
+        self._exact = exact
+
+    @property
+    def exact(self) -> bool:
+        return self._exact
 
     @property
     def rank_bound(self) -> int:
@@ -89,11 +98,38 @@ class DenseOperator(SymmetricOperator):
     def dense_cost(self) -> int:
         return 0
 
+    @property
+    def exact(self) -> bool:
+        return True
+
     def _matmat(self, x: Tensor) -> Tensor:
         return self._matrix @ x
 
     def to_dense(self) -> Tensor:
         return self._matrix
+
+
+class GramOperator(SymmetricOperator):
+    """`A = F^T F` for any operator `F`.
+
+    Example:
+        >>> import torch
+        >>> A = GramOperator(MatrixOperator(torch.tensor([[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]])))
+        >>> A.to_dense()
+        tensor([[9., 0.],
+                [0., 4.]])
+    """
+
+    def __init__(self, factor: LinearOperator) -> None:
+        super().__init__(factor.shape[1], factor.dtype, factor.device)
+        self._factor = factor
+
+    @property
+    def factor(self) -> LinearOperator:
+        return self._factor
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        return self._factor._rmatmat(self._factor._matmat(x))
 
 
 class CallableOperator(SymmetricOperator):

@@ -58,6 +58,11 @@ class LinearOperator(ABC):
         """Products that `to_dense` spends."""
         return min(self.shape)
 
+    @property
+    def exact(self) -> bool:
+        """Whether the entries of `to_dense()` are given, not computed with rounding."""
+        return False
+
     @overload
     def __matmul__(self, other: Tensor) -> Tensor: ...
     @overload

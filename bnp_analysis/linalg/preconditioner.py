@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -39,6 +41,16 @@ class Preconditioner(LinearOperator):
     def absolute(self) -> LinearOperator:
         """An operator with entries `>= |P_ij|`, which the certificate's radius counts (T13)."""
 
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Self:
+        """The same `P` in another dtype, and on another device."""
+        other = copy.copy(self)
+        other.dtype = dtype
+        other.device = self.device if device is None else torch.device(device)
+        for name, value in vars(self).items():
+            if name not in ("dtype", "device"):
+                setattr(other, name, _converted(value, dtype, other.device))
+        return other
+
     def apply(self, z: Tensor) -> Tensor:
         """`theta = P z`; `(n,)` or `(n, k)`."""
         return self @ z
@@ -65,6 +77,19 @@ class Preconditioner(LinearOperator):
             return null
         basis: Tensor = torch.linalg.qr(self.solve(null))[0]
         return basis
+
+
+def _converted(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """Tensors and preconditioners inside containers, converted; positions and pivots keep their integers."""
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
+    if isinstance(value, Preconditioner):
+        return value.to(dtype, device)
+    if isinstance(value, dict):
+        return {k: _converted(v, dtype, device) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_converted(v, dtype, device) for v in value)
+    return value
 
 
 class IdentityPreconditioner(Preconditioner):
@@ -124,7 +149,7 @@ class DensePreconditioner(Preconditioner):
                 "the preconditioner is singular to rounding (or not finite): theta = P z would lose "
                 f"directions. Singular values run from {singular[0]:.3g} to {singular[-1]:.3g}"
             )
-        self._lu = torch.linalg.lu_factor(self._matrix)
+        self._lu = tuple(torch.linalg.lu_factor(self._matrix))
 
     def _matmat(self, x: Tensor) -> Tensor:
         return self._matrix @ x

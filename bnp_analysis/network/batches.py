@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,22 @@ class Batches:
         for i, pair in enumerate(self._source):
             yield self._prepare(pair, i, copy=False)
 
+    def to(self, dtype: torch.dtype, device: torch.device) -> Batches:
+        """The same data in another dtype, on another device."""
+        other = copy.copy(self)
+        other._dtype, other._device = dtype, device
+        if self._stored is not None:
+            other._stored = [
+                replace(b, x=map_tensors(b.x, other._moved), y=map_tensors(b.y, other._moved)) for b in self._stored
+            ]
+        else:
+            # Other digits, another hash: the next pass sets it.
+            other._fingerprint = None
+        return other
+
+    def _moved(self, t: Tensor) -> Tensor:
+        return self._cast(t, False)
+
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._stored) if self._stored is not None else self._pass(perturb=False)
 
@@ -97,6 +114,8 @@ class Batches:
             for batch in self._read():
                 seen = _add(seen, _hash(batch))
                 yield batch
+        if self._fingerprint is None:
+            self._fingerprint = seen
         if seen != self._fingerprint:
             raise InconsistentDataError(
                 "two passes over the loader saw different examples, so products with the curvature matrix would "

@@ -150,6 +150,22 @@ class EmpiricalRisk:
         other._require_finite_parameters()
         return other
 
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> EmpiricalRisk:
+        """The same risk in another dtype, and on another device; nothing is checked again."""
+        where = self.space.device if device is None else torch.device(device)
+        if dtype == self.space.dtype and where == self.space.device:
+            return self
+        other = copy.copy(self)
+        other._model = copy.deepcopy(self._model).to(dtype=dtype, device=where)
+        other.space = ParameterSpace(self.space.shapes, dtype, where, self.space.aliases)
+        other.theta = self.theta.to(dtype=dtype, device=where)
+        other._constants = {
+            n: t.to(device=where, dtype=dtype if t.is_floating_point() else t.dtype) for n, t in self._constants.items()
+        }
+        other.batches = self.batches.to(dtype, where)
+        other._cache = {}
+        return other
+
     def restrict(self, names: Iterable[str]) -> EmpiricalRisk:
         """The risk as a function of some of its tensors; the others stay constant at the present point."""
         other = copy.copy(self)
