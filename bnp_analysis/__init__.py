@@ -8,6 +8,7 @@ print(bnp.condition_number(A), bnp.condition_number(A, preconditioner=P))
 
 from bnp_analysis import data, errors, models
 from bnp_analysis.curvature import fisher, gauss_newton, hessian
+from bnp_analysis.diagnose import Comparison, LayerRow, LayerTable, compare, layer_table
 from bnp_analysis.linalg import (
     CallableOperator,
     ConditionNumber,
@@ -34,11 +35,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CallableOperator",
+    "Comparison",
     "ConditionNumber",
     "DenseOperator",
     "DensePreconditioner",
     "Eigenpairs",
     "EmpiricalRisk",
+    "LayerRow",
+    "LayerTable",
     "LinearOperator",
     "ParameterSpace",
     "Preconditioner",
@@ -46,6 +50,7 @@ __all__ = [
     "SpectralDensity",
     "SymmetricOperator",
     "bnp_preconditioner",
+    "compare",
     "condition_number",
     "congruence",
     "data",
@@ -56,6 +61,7 @@ __all__ = [
     "hessian",
     "identity_preconditioner",
     "lanczos",
+    "layer_table",
     "magnitude_condition_number",
     "models",
     "spectral_density",

@@ -35,6 +35,10 @@ class NotConvexError(BNPAnalysisError, ValueError):
     """A matrix that must be positive semidefinite has a negative eigenvalue."""
 
 
+class ZeroOperatorError(InvalidInputError):
+    """A condition number was asked of an operator that is zero to rounding."""
+
+
 class NullSpaceError(BNPAnalysisError, ValueError):
     """Declared null directions are not null, or are not linearly independent."""
 

@@ -22,6 +22,7 @@ from bnp_analysis.linalg.matrices import (
     GramOperator,
     MatrixOperator,
     Restriction,
+    RowScaled,
 )
 from bnp_analysis.linalg.operators import LinearOperator, Product, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import (
@@ -49,6 +50,7 @@ __all__ = [
     "Preconditioner",
     "Product",
     "Restriction",
+    "RowScaled",
     "SpectralDensity",
     "SymmetricOperator",
     "Trace",

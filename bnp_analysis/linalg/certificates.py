@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.lanczos import Floats
+from bnp_analysis.linalg.matrices import RowScaled
 from bnp_analysis.linalg.operators import LinearOperator, Product
 from bnp_analysis.linalg.preconditioner import Congruence, Preconditioner
 
@@ -35,6 +36,8 @@ def dense_with_magnitude(operator: LinearOperator) -> tuple[Tensor, Tensor | Non
     The second bounds, times the unit roundoff, what forming the product can have changed: the term
     of T13 without which no interval survives `|P| = 1e5` (trap 11).
     """
+    if isinstance(operator, Product) and isinstance(operator.left, RowScaled):
+        return operator.left.conditioned(operator.right).to_dense(), None
     if isinstance(operator, Product) and isinstance(operator.right, Preconditioner):
         dense, magnitude = dense_with_magnitude(operator.left)
         magnitude = dense.abs() if magnitude is None else magnitude

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.errors import InvalidInputError, ZeroOperatorError
 from bnp_analysis.linalg import dense_routes, krylov_routes
 from bnp_analysis.linalg.extremes import Extremes
+from bnp_analysis.linalg.matrices import GramOperator
 from bnp_analysis.linalg.memory import available_memory
 from bnp_analysis.linalg.null import HasBasis, read_null
-from bnp_analysis.linalg.matrices import GramOperator
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner, check_fits
 from bnp_analysis.linalg.progress import Progress
@@ -113,11 +113,17 @@ def singular_condition_number(F: LinearOperator) -> ConditionNumber:
         1.5
     """
     found = condition_number(GramOperator(F), method="factor-svd")
-    root = {name: math.sqrt(getattr(found, name)) for name in _SQUARED if getattr(found, name) >= 0}
-    return dataclasses.replace(found, quantity=SINGULAR, **root)
-
-
-_SQUARED = ("value", "lower", "upper", "lambda_max", "lambda_min", "gap_ratio", "noise_floor")
+    return dataclasses.replace(
+        found,
+        quantity=SINGULAR,
+        value=math.sqrt(found.value),
+        lower=math.sqrt(found.lower),
+        upper=math.sqrt(found.upper),
+        lambda_max=math.sqrt(found.lambda_max),
+        lambda_min=math.sqrt(found.lambda_min),
+        gap_ratio=math.sqrt(found.gap_ratio),
+        noise_floor=math.sqrt(found.noise_floor),
+    )
 
 
 def condition_number(
@@ -247,7 +253,7 @@ def _measure(
     began = time.perf_counter()
     ends = solve(route)
     if ends.lambda_max == 0.0:
-        raise InvalidInputError(
+        raise ZeroOperatorError(
             "the operator is zero to rounding, and a condition number compares nonzero eigenvalues; "
             "look for saturated or dead units, or a loss that does not depend on these parameters"
         )

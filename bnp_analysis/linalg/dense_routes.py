@@ -11,7 +11,7 @@ from torch import Tensor
 from bnp_analysis.errors import InvalidInputError, NotConvexError
 from bnp_analysis.linalg.certificates import UNIT, dense_with_magnitude, norm_bound, singular_value_radius
 from bnp_analysis.linalg.extremes import Extremes, norm_estimate, require_finite, unexplained, zero_matrix
-from bnp_analysis.linalg.matrices import MatrixOperator
+from bnp_analysis.linalg.matrices import GramOperator, MatrixOperator
 from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.linalg.null import DeclaredNull, require_null
 from bnp_analysis.linalg.operators import SymmetricOperator
@@ -27,12 +27,10 @@ def factor_svd(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNul
             "operator, whose factor is known"
         )
     require_memory(8 * 4 * factor.shape[0] * factor.shape[1], f"factor-svd of a {factor.shape} factor")
-    rows, magnitude = dense_with_magnitude(factor)
+    if null.dim:
+        require_null(factor, null, norm_estimate(GramOperator(factor)) ** 0.5, "F")
+    rows, magnitude = dense_with_magnitude(factor if P is None else factor @ P)
     require_finite(rows, "the factor")
-    require_null(MatrixOperator(rows), null, float(rows.double().norm()), "F")
-    if P is not None:
-        magnitude = rows.abs() if magnitude is None else magnitude
-        rows, magnitude = P._rmatmat(rows.T).T, P.absolute()._rmatmat(magnitude.T).T
     structural = min(factor.rank_bound, MatrixOperator(rows).rank_bound, A.dim - null.dim)
     unit = torch.finfo(A.dtype).eps
     scale = float(rows.abs().max()) if rows.numel() else 0.0
@@ -42,7 +40,7 @@ def factor_svd(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNul
     sigma = torch.linalg.svdvals(_square_root_of_gram(work)).cpu().numpy()
     bound = norm_bound(rows if magnitude is None else magnitude) / scale
     # A stored factor without a product is exact: only the SVD rounds.
-    exact = magnitude is None and factor.exact
+    exact = P is None and magnitude is None and factor.exact
     radius = singular_value_radius(float(sigma[0]), factor.shape, 0.0 if exact else bound, UNIT if exact else unit)
     rank = int((sigma > radius).sum())
     unresolved = max(structural - rank, 0)

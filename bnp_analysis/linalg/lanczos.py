@@ -118,74 +118,98 @@ def lanczos(
         >>> [round(float(v), 4) for v in run.ritz()[0]]
         [1.0, 2.0, 3.0]
     """
-    n, rank = A.dim, 0 if null is None else null.shape[1]
-    limit = min(int(steps), n - rank)
+    rank = 0 if null is None else null.shape[1]
+    limit = min(int(steps), A.dim - rank)
     if limit < 1:
-        raise InvalidInputError(f"Lanczos needs at least one step: steps={steps}, n={n}, null directions={rank}")
-    columns = 0 if resume is None else len(resume.alpha)
-    require_memory((limit + 1 + rank) * n * A.dtype.itemsize, f"a Lanczos basis of {limit} vectors of length {n}")
-    # Rows are basis vectors: contiguous for the two products of a reorthogonalization.
-    basis = torch.zeros(limit + 1, n, dtype=A.dtype, device=A.device)
-    alpha: list[float] = []
-    beta: list[float] = []
+        raise InvalidInputError(f"Lanczos needs at least one step: steps={steps}, n={A.dim}, null directions={rank}")
+    if resume is not None and len(resume.alpha) >= limit:
+        return resume
+    bytes_needed = (limit + 1 + rank) * A.dim * A.dtype.itemsize
+    require_memory(bytes_needed, f"a Lanczos basis of {limit} vectors of length {A.dim}")
     g = generator(seed)
-    if resume is None:
-        w = _start(A, start, null, g)
-        matvecs = 0
-    else:
-        if columns >= limit:
-            return resume
-        basis[:columns] = resume.basis.T
-        alpha, beta = list(resume.alpha), list(resume.beta)
-        w, matvecs = resume.residual.clone(), resume.matvecs
-
-    def snapshot(stop: str) -> Tridiagonalization:
-        k = len(alpha)
-        return Tridiagonalization(np.array(alpha), np.array(beta[: k - 1]), basis[:k].T, w, matvecs, stop)
-
+    run = _Run(A, limit, null, _start(A, start, null, g) if resume is None else resume.residual, resume)
     stop = "steps"
     with reporting(progress, limit, "Lanczos") as update:
         try:
-            while len(alpha) < limit:
-                k = len(alpha)
-                norm = float(w.double().norm())
-                if norm <= _breakdown(alpha, beta, A) and k > 0:
-                    w = torch.zeros_like(w)
-                    if not restart:
-                        stop = "invariant subspace"
-                        break
-                    fresh = _orthogonalize(normal((n,), g, basis), basis[:k], null)
-                    basis[k] = fresh / fresh.norm()
-                    norm = 0.0
-                else:
-                    basis[k] = w / norm
-                if k > 0:
-                    beta.append(norm)
-                product = A @ basis[k]
-                matvecs += 1
-                a = float(product.double() @ basis[k].double())
-                if not np.isfinite(a):
-                    raise NonFiniteError(
-                        f"product {matvecs} with {A!r} has NaN or infinite entries; every Ritz value after it "
-                        "would be noise. Look at the parameters, the loss and the dtype"
-                    )
-                residual = _orthogonalize(product, basis[: k + 1], null)
-                alpha.append(a)
-                w = residual
-                update(k + 1)
-                if until is not None and (k + 1) % 5 == 0 and until(snapshot("converged")):
+            while run.size < limit:
+                if run.broken_down and not restart:
+                    stop = "invariant subspace"
+                    break
+                run.advance(g)
+                update(run.size)
+                if until is not None and run.size % 5 == 0 and until(run.snapshot("converged")):
                     stop = "converged"
                     break
             else:
-                if len(alpha) == n - rank:
-                    stop, w = "exhausted", torch.zeros_like(w)
+                stop = "exhausted" if run.size == A.dim - rank else stop
         except KeyboardInterrupt:
-            if not alpha:
+            if run.size == 0:
                 raise
             stop = "interrupted"
-            beta = beta[: len(alpha) - 1]
-            w = torch.zeros_like(w) if len(alpha) == n - rank else w
-    return snapshot(stop)
+    return run.snapshot(stop)
+
+
+class _Run:
+    """The state of a run; consistent after every step, so that an interrupt loses at most the step in hand."""
+
+    def __init__(
+        self, A: SymmetricOperator, limit: int, null: Tensor | None, w: Tensor, resume: Tridiagonalization | None
+    ) -> None:
+        self.A, self.null, self.w = A, null, w
+        # Rows are basis vectors: contiguous for the two products of a reorthogonalization.
+        self.basis = torch.zeros(limit + 1, A.dim, dtype=A.dtype, device=A.device)
+        self.alpha: list[float] = []
+        self.beta: list[float] = []
+        self.matvecs = 0
+        self.room = A.dim - (0 if null is None else null.shape[1])
+        if resume is not None:
+            self.alpha, self.beta = list(resume.alpha), list(resume.beta)
+            self.basis[: self.size] = resume.basis.T
+            self.matvecs = resume.matvecs
+
+    @property
+    def size(self) -> int:
+        return len(self.alpha)
+
+    @property
+    def broken_down(self) -> bool:
+        """Whether the residual is rounding, relative to the operator as seen so far (trap 5)."""
+        if self.size == 0:
+            return False
+        scale = max(abs(x) for x in (*self.alpha, *self.beta))
+        noise = 10 * float(np.sqrt(self.A.dim)) * float(torch.finfo(self.A.dtype).eps) * scale
+        return float(self.w.double().norm()) <= noise
+
+    def advance(self, g: torch.Generator) -> None:
+        """One product: the next basis vector, its `alpha`, the `beta` before it, and the next residual."""
+        k = self.size
+        if self.broken_down:
+            fresh = _orthogonalize(normal((self.A.dim,), g, self.basis), self.basis[:k], self.null)
+            coupling, vector = 0.0, fresh / fresh.norm()
+        else:
+            coupling = float(self.w.double().norm())
+            vector = self.w / coupling
+        self.basis[k] = vector
+        product = self.A @ vector
+        a = float(product.double() @ vector.double())
+        if not np.isfinite(a):
+            raise NonFiniteError(
+                f"product {self.matvecs + 1} with {self.A!r} has NaN or infinite entries; every Ritz value after "
+                "it would be noise. Look at the parameters, the loss and the dtype"
+            )
+        residual = _orthogonalize(product, self.basis[: k + 1], self.null)
+        if k + 1 == self.room:
+            residual = torch.zeros_like(residual)
+        self.beta += [coupling] if k else []
+        self.alpha.append(a)
+        self.w = residual
+        self.matvecs += 1
+
+    def snapshot(self, stop: str) -> Tridiagonalization:
+        k = self.size
+        w = torch.zeros_like(self.w) if stop == "invariant subspace" else self.w
+        beta = np.array(self.beta[: k - 1])
+        return Tridiagonalization(np.array(self.alpha), beta, self.basis[:k].T, w, self.matvecs, stop)
 
 
 def _start(A: SymmetricOperator, start: Tensor | None, null: Tensor | None, g: torch.Generator) -> Tensor:
@@ -215,11 +239,3 @@ def _orthogonalize(w: Tensor, basis: Tensor, null: Tensor | None) -> Tensor:
             w = w - null @ (null.T @ w)
         w = w - (basis @ w) @ basis
     return w
-
-
-def _breakdown(alpha: list[float], beta: list[float], A: SymmetricOperator) -> float:
-    """The size below which a residual is rounding, relative to the operator seen so far (trap 5)."""
-    if not alpha:
-        return 0.0
-    scale = max(abs(x) for x in (*alpha, *beta))
-    return 10 * float(np.sqrt(A.dim)) * float(torch.finfo(A.dtype).eps) * scale

@@ -109,6 +109,49 @@ class DenseOperator(SymmetricOperator):
         return self._matrix
 
 
+class RowScaled(LinearOperator):
+    """`diag(s) H` for stored rows `H`; times a preconditioner it stays of this form, `diag(s) (H P)`.
+
+    So `H P` is formed directly: for BNP `h - mu` is then one subtraction of the data, not the difference of two
+    scaled numbers (T13).
+
+    Args:
+        scale: `s`, `(r,)`.
+        rows: `H`, `(r, n)`.
+
+    Example:
+        >>> import torch
+        >>> (RowScaled(torch.tensor([2.0, 0.0]), torch.ones(2, 3)) @ torch.ones(3)).tolist()
+        [6.0, 0.0]
+    """
+
+    def __init__(self, scale: Tensor, rows: Tensor) -> None:
+        super().__init__((rows.shape[0], rows.shape[1]), rows.dtype, rows.device)
+        self._scale, self._rows = scale, rows
+
+    @property
+    def rank_bound(self) -> int:
+        kept = self._rows[self._scale != 0]
+        return min(kept.shape[0], int((kept != 0).any(dim=0).sum()))
+
+    @property
+    def dense_cost(self) -> int:
+        return 0
+
+    def conditioned(self, P: LinearOperator) -> RowScaled:
+        """`diag(s) (H P)`."""
+        return RowScaled(self._scale, P._rmatmat(self._rows.T).T)
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        return self._scale[:, None] * (self._rows @ x)
+
+    def _rmatmat(self, y: Tensor) -> Tensor:
+        return self._rows.T @ (self._scale[:, None] * y)
+
+    def to_dense(self) -> Tensor:
+        return self._scale[:, None] * self._rows
+
+
 class GramOperator(SymmetricOperator):
     """`A = F^T F` for any operator `F`.
 

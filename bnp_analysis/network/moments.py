@@ -134,7 +134,7 @@ def layer_rows(risk: EmpiricalRisk, layers: Coverage | None = None) -> dict[str,
 
 
 def largest_normalized(risk: EmpiricalRisk, moments: dict[str, Moments], layers: Coverage) -> dict[str, float]:
-    """`|G^|_2^2 / R` of each layer, the largest over its groups (T8), from the second moment of `[1, (h - mu)/sigma]`."""
+    """`|G^|_2^2 / R` of each layer, the largest over its groups (T8), from the second moments of `G^`."""
     second: dict[str, Tensor] = {}
 
     def visit(name: str, module: nn.Module, args: Any, output: Any) -> None:

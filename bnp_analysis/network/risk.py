@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.network.batches import Batch, Batches, Count
+from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.purity import require_mean_loss, require_pure
 from bnp_analysis.network.selection import choose_parameters
 from bnp_analysis.network.snapshot import clean_name, snapshot
@@ -230,6 +231,23 @@ class EmpiricalRisk:
             with torch.no_grad():
                 for batch in self.batches:
                     self.batch_outputs(tensors, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def record(self, batch: Batch, names: Iterable[str]) -> tuple[Tensor, dict[str, list[tuple[Tensor, Tensor]]]]:
+        """Run one batch with gradients: its outputs, and each named module's `(input, output)` per occurrence."""
+        seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
+        handles = []
+        for name, module in self._model.named_modules():
+            if name in seen:
+
+                def hook(module: nn.Module, args: Any, output: Tensor, name: str = name) -> None:
+                    seen[name].append((args[0].detach(), output))
+
+                handles.append(module.register_forward_hook(hook))
+        try:
+            return self.batch_outputs(self.leaves(), batch), seen
         finally:
             for handle in handles:
                 handle.remove()

@@ -1,0 +1,169 @@
+"""Figures of results: `plot_*(result, ax=None) -> ax`. The only file that imports matplotlib."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from bnp_analysis.diagnose import Comparison, LayerTable
+from bnp_analysis.linalg import ConditionNumber, SpectralDensity
+
+# Okabe and Ito 2008: told apart by colour-blind readers, and in grey.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+
+
+def plot_inputs(table: LayerTable, ax: Axes | None = None) -> Axes:
+    """Bars of `kappa(H^)`, `kappa(H^U)`, `kappa(G^)` per layer: raw, centred, normalized inputs (T7).
+
+    Args:
+        table: from `layer_table`.
+        ax: axes to draw on; default new ones.
+
+    Returns:
+        The axes.
+    """
+    ax = _axes(ax)
+    forms = [("inputs", "raw", GREY), ("centered", "centred", BLUE), ("normalized", "normalized", ORANGE)]
+    for shift, (name, label, colour) in enumerate(forms):
+        numbers = [getattr(row, name) for row in table.layers]
+        places = np.arange(len(numbers)) + (shift - 1) * 0.25
+        ax.bar(places, [k.value for k in numbers], width=0.23, color=colour, label=label)
+        _mark_one_sided(ax, places, numbers)
+    _layer_axis(ax, table)
+    ax.set_ylabel(r"$\sigma_{\max}/\sigma_{\min}^{+}$ of the layer's inputs")
+    ax.legend(frameon=False)
+    return ax
+
+
+def plot_blocks(result: Comparison | LayerTable, ax: Axes | None = None) -> Axes:
+    """Effective condition numbers of unit blocks (dots), layer blocks and the network, without and with `P`.
+
+    Args:
+        result: from `compare` or `layer_table`.
+        ax: axes to draw on; default new ones.
+
+    Returns:
+        The axes.
+    """
+    ax = _axes(ax)
+    table = result.layers if isinstance(result, Comparison) else result
+    sides = [
+        ("unit_blocks", "block", "without $P$", BLUE, -0.15),
+        ("unit_blocks_bnp", "block_bnp", "with $P$", ORANGE, 0.15),
+    ]
+    for units, block, label, colour, shift in sides:
+        for i, row in enumerate(table.layers):
+            live = [k for k in getattr(row, units) if k is not None]
+            x = i + shift + np.linspace(-0.08, 0.08, len(live))
+            ax.plot(x, [k.value for k in live], ".", color=colour, alpha=0.45, markersize=4)
+        _points(ax, [getattr(row, block) for row in table.layers], colour, f"layer block {label}", shift)
+    if isinstance(result, Comparison):
+        names = list(result.network)
+        for side, colour, shift in ((0, BLUE, -0.15), (1, ORANGE, 0.15)):
+            _points(ax, [result.network[n][side] for n in names], colour, None, shift, first=len(table.layers))
+        _layer_axis(ax, table, [f"network\n{n}" for n in names])
+    else:
+        _layer_axis(ax, table)
+    ax.set_ylabel(r"$\kappa^*$ of the curvature")
+    ax.plot([], [], ".", color=GREY, label="unit blocks")
+    ax.plot([], [], "^", color=GREY, markerfacecolor="none", label="lower bound")
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def plot_spectral_density(
+    density: SpectralDensity, ax: Axes | None = None, *, label: str | None = None, color: str = BLUE
+) -> Axes:
+    """The density with a band of two standard errors, on a logarithmic vertical axis.
+
+    Args:
+        density: from `spectral_density`.
+        ax: axes to draw on; default new ones.
+        label: for the legend.
+        color: of the line.
+
+    Returns:
+        The axes.
+    """
+    ax = _axes(ax)
+    top = float(density.density.max())
+    ax.semilogy(density.grid, np.maximum(density.density, 1e-9 * top), color=color, label=label)
+    if len(density.nodes) > 1:
+        low, high = density.density - 2 * density.error, density.density + 2 * density.error
+        ax.fill_between(density.grid, np.maximum(low, 1e-9 * top), np.maximum(high, 1e-9 * top), color=color, alpha=0.2)
+    ax.set_ylim(bottom=1e-7 * top)
+    ax.set_xlabel(r"eigenvalue $\lambda$")
+    ax.set_ylabel("density")
+    if label is not None:
+        ax.legend(frameon=False)
+    return ax
+
+
+def save_comparison(result: Comparison, path: str | Path, title: str = "") -> None:
+    """Draw inputs and blocks side by side and write them to a file whose suffix says the format.
+
+    Args:
+        result: from `compare`.
+        path: for instance `condition.png` or `condition.pdf`; missing folders are made.
+        title: above both panels.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(2, 3), layout="constrained")
+    plot_inputs(result.layers, left)
+    plot_blocks(result, right)
+    _write(figure, path, title)
+
+
+def save_densities(densities: Sequence[tuple[str, SpectralDensity]], path: str | Path, title: str = "") -> None:
+    """Draw labelled densities in panels of their own and write them to a file."""
+    figure, axes = plt.subplots(
+        1, len(densities), figsize=(5 * len(densities), 3.6), squeeze=False, layout="constrained"
+    )
+    for ax, (label, density), colour in zip(axes[0], densities, (BLUE, ORANGE, GREEN), strict=False):
+        plot_spectral_density(density, ax, label=label, color=colour)
+    _write(figure, path, title)
+
+
+def _write(figure: Any, path: str | Path, title: str) -> None:
+    if title:
+        figure.suptitle(title)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _axes(ax: Axes | None) -> Axes:
+    return plt.subplots(layout="constrained")[1] if ax is None else ax
+
+
+def _layer_axis(ax: Axes, table: LayerTable, more: Sequence[str] = ()) -> None:
+    names = [row.layer or row.kind for row in table.layers] + list(more)
+    ax.set_xticks(range(len(names)), names, rotation=0 if len(names) <= 8 else 90)
+    ax.set_yscale("log")
+    ax.margins(y=0.15)
+
+
+def _points(
+    ax: Axes, numbers: Sequence[ConditionNumber | None], colour: str, label: str | None, shift: float, first: int = 0
+) -> None:
+    """A filled square for a two-sided number, an open triangle on a lower bound."""
+    ax.plot([], [], "s", color=colour, label=label) if label else None
+    for i, k in enumerate(numbers, start=first):
+        if k is not None and math.isfinite(k.value):
+            one_sided = {"marker": "^", "markerfacecolor": "white"}
+            style: dict[str, Any] = {"marker": "s"} if k.two_sided else one_sided
+            ax.plot([i + shift], [k.value], color=colour, markersize=8, linestyle="none", zorder=3, **style)
+
+
+def _mark_one_sided(ax: Axes, places: Any, numbers: Sequence[ConditionNumber]) -> None:
+    for x, k in zip(places, numbers, strict=True):
+        if not k.two_sided:
+            ax.annotate("≥", (x, k.value), ha="center", va="bottom")
+
+
+__all__ = ["plot_blocks", "plot_inputs", "plot_spectral_density", "save_comparison", "save_densities"]
