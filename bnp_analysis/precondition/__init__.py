@@ -1,6 +1,28 @@
 """Preconditioners of networks: BNP and what it is compared with."""
 
-from bnp_analysis.precondition.blocks import BlockDiagonal, identity_preconditioner
-from bnp_analysis.precondition.bnp import BNPBlock, BNPPreconditioner, bnp_preconditioner
+from bnp_analysis.precondition.blocks import (
+    BlockDiagonal,
+    NetworkPreconditioner,
+    SplitsByUnit,
+    identity_preconditioner,
+)
+from bnp_analysis.precondition.bnp import BNPPreconditioner, bnp_preconditioner, layer_block
+from bnp_analysis.precondition.bnp_block import BNPBlock
+from bnp_analysis.precondition.diagonal import DiagonalPreconditioner, diagonal_preconditioner
+from bnp_analysis.precondition.kronecker import KroneckerBlock, KroneckerPreconditioner, kfac_preconditioner
 
-__all__ = ["BNPBlock", "BNPPreconditioner", "BlockDiagonal", "bnp_preconditioner", "identity_preconditioner"]
+__all__ = [
+    "BNPBlock",
+    "BNPPreconditioner",
+    "BlockDiagonal",
+    "DiagonalPreconditioner",
+    "KroneckerBlock",
+    "KroneckerPreconditioner",
+    "NetworkPreconditioner",
+    "SplitsByUnit",
+    "bnp_preconditioner",
+    "diagonal_preconditioner",
+    "identity_preconditioner",
+    "kfac_preconditioner",
+    "layer_block",
+]

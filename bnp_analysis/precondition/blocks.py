@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 
 import torch
@@ -9,22 +10,49 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator
-from bnp_analysis.linalg.preconditioner import IdentityPreconditioner, Preconditioner
+from bnp_analysis.linalg.preconditioner import Preconditioner
+from bnp_analysis.network.layers import Coverage, Layer, coverage
 from bnp_analysis.network.parameters import Block, ParameterSpace
+from bnp_analysis.network.risk import EmpiricalRisk
 
 Entry = tuple[Tensor, Preconditioner]
 
 
-class BlockDiagonal(Preconditioner):
+class NetworkPreconditioner(Preconditioner):
+    """A preconditioner of a network's parameters, of which each layer has a block."""
+
+    @abstractmethod
+    def block(self, block: Block) -> Preconditioner:
+        """The restriction of `P` to a layer, or to one output unit `(layer, i)`, in the order of the space.
+
+        Raises:
+            InvalidInputError: no such block, or `P` couples it with other parameters.
+        """
+
+
+class SplitsByUnit(Preconditioner):
+    """A layer's preconditioner that acts on each output unit by itself."""
+
+    @abstractmethod
+    def unit(self, i: int) -> Preconditioner:
+        """The preconditioner of output unit `i`, on its variables `unit_positions(i)`."""
+
+    @abstractmethod
+    def unit_positions(self, i: int) -> Tensor:
+        """Where the variables of output unit `i` lie in the layer's flat vector, in ascending order."""
+
+
+class BlockDiagonal(NetworkPreconditioner):
     """`P` made of invertible blocks on disjoint index sets, the identity elsewhere.
 
     Args:
         dim: length of the parameter vector.
         blocks: name -> (positions, preconditioner of that many variables).
+        dtype, device: of the parameter vector.
         space: the chart, which `block(name)` and `block((name, unit))` need.
 
     Raises:
-        InvalidInputError: positions that overlap or do not fit their block.
+        InvalidInputError: positions that overlap, lie outside or do not fit their block.
 
     Example:
         >>> import torch
@@ -45,40 +73,34 @@ class BlockDiagonal(Preconditioner):
         super().__init__(dim, dtype, device)
         self.blocks = dict(blocks)
         self._space = space
-        used = torch.cat([positions for positions, _ in self.blocks.values()]) if self.blocks else torch.zeros(0)
-        if used.numel() != len(set(used.tolist())):
-            raise InvalidInputError("blocks overlap: a parameter would be preconditioned twice")
         for name, (positions, block) in self.blocks.items():
             if block.dim != positions.numel() or block.dtype != dtype:
                 raise InvalidInputError(
                     f"block {name!r} acts on {block.dim} variables in {block.dtype}, its positions are "
                     f"{positions.numel()} and the whole is in {dtype}"
                 )
+        used = torch.cat([positions for positions, _ in self.blocks.values()]) if self.blocks else torch.arange(0)
+        if bool(((used < 0) | (used >= dim)).any()):
+            raise InvalidInputError(f"positions of blocks must lie in 0..{dim - 1}")
+        if used.numel() != torch.unique(used).numel():
+            raise InvalidInputError("blocks overlap: a parameter would be preconditioned twice")
         self._parts = [(_as_slice(positions, self.device), block) for positions, block in self.blocks.values()]
 
     def block(self, block: Block) -> Preconditioner:
-        """The restriction of `P` to a layer, or to one output unit `(layer, i)`, in the order of the space.
-
-        Raises:
-            InvalidInputError: the positions meet only a part of a block that does not split there.
-        """
         if self._space is None:
             raise InvalidInputError("this preconditioner was built without a parameter space; it has no layers")
         wanted = self._space.indices(block)
-        if not isinstance(block, str) and block[0] in self.blocks:
-            inner = self.blocks[block[0]][1]
-            if not isinstance(inner, SplitsByUnit):
-                raise InvalidInputError(f"{type(inner).__name__} couples the units of {block[0]!r}")
-            return inner.unit(block[1])
-        place = {int(p): i for i, p in enumerate(wanted)}
-        inside = {}
+        place = torch.full((self.dim,), -1)
+        place[wanted] = torch.arange(wanted.numel())
+        parts: dict[str, Entry] = {}
         for name, (positions, inner) in self.blocks.items():
-            meets = [int(p) in place for p in positions]
-            if all(meets) and meets:
-                inside[name] = (torch.tensor([place[int(p)] for p in positions]), inner)
-            elif any(meets):
-                raise InvalidInputError(f"{block!r} meets only a part of the block {name!r}")
-        return BlockDiagonal(wanted.numel(), inside, self.dtype, self.device)
+            target = place[positions.cpu()]
+            inside = target >= 0
+            if bool(inside.all()):
+                parts[name] = (target, inner)
+            elif bool(inside.any()):
+                parts[name] = (target[inside], _unit_inside(name, inner, block, inside))
+        return BlockDiagonal(wanted.numel(), parts, self.dtype, self.device)
 
     def _each(self, x: Tensor, act: Callable[[Preconditioner, Tensor], Tensor]) -> Tensor:
         out = x.clone()
@@ -102,14 +124,6 @@ class BlockDiagonal(Preconditioner):
         return _BlockDiagonalMagnitude(self)
 
 
-class SplitsByUnit(Preconditioner):
-    """A layer's preconditioner that acts on each output unit by itself."""
-
-    def unit(self, i: int) -> Preconditioner:
-        """The preconditioner of output unit `i` in the order (weights of the unit, its bias)."""
-        raise TypeError(f"{type(self).__name__} must define unit()")
-
-
 class _BlockDiagonalMagnitude(LinearOperator):
     """`|P|` block by block."""
 
@@ -130,6 +144,19 @@ class _BlockDiagonalMagnitude(LinearOperator):
         return out
 
 
+def _unit_inside(name: str, inner: Preconditioner, block: Block, inside: Tensor) -> Preconditioner:
+    """The part of a layer's preconditioner on the variables that a block meets: one whole unit, or an error."""
+    met = torch.nonzero(inside).flatten()
+    if isinstance(inner, SplitsByUnit) and not isinstance(block, str):
+        if torch.equal(inner.unit_positions(block[1]).cpu(), met):
+            return inner.unit(block[1])
+        raise InvalidInputError(f"{block!r} meets only a part of unit {block[1]} of {name!r}, whose weights P couples")
+    raise InvalidInputError(
+        f"{block!r} meets {met.numel()} of the {inner.dim} variables of {name!r}, which {type(inner).__name__} "
+        "couples; take the whole layer"
+    )
+
+
 def _as_slice(positions: Tensor, device: torch.device) -> slice | Tensor:
     """A slice where positions are consecutive: a view in place of a gather."""
     if positions.numel() and bool((positions.diff() == 1).all()):
@@ -137,18 +164,40 @@ def _as_slice(positions: Tensor, device: torch.device) -> slice | Tensor:
     return positions.to(device)
 
 
-def identity_preconditioner(space: ParameterSpace) -> IdentityPreconditioner:
-    """`P = I` over a parameter space.
+def covered_layers(risk: EmpiricalRisk, method: str) -> Coverage:
+    """The layers that a layerwise preconditioner acts on.
+
+    Raises:
+        InvalidInputError: there is none; says why for each parameter.
+    """
+    layers = coverage(risk)
+    if not layers.covered:
+        listed = "; ".join(f"{n}: {why}" for n, why in layers.uncovered.items())
+        raise InvalidInputError(
+            f"no layer that {method} covers (Linear, Conv1d, Conv2d, Conv3d) among the parameters: {listed}"
+        )
+    return layers
+
+
+def layer_positions(layer: Layer, space: ParameterSpace) -> Tensor:
+    """Flat positions of a layer's weight and free bias, in this order."""
+    names = [layer.weight] + ([layer.bias] if layer.bias is not None else [])
+    return torch.cat([torch.arange(space.slice_of(n).start, space.slice_of(n).stop) for n in names])
+
+
+def identity_preconditioner(over: EmpiricalRisk | ParameterSpace) -> BlockDiagonal:
+    """`P = I` over the parameters of a risk.
 
     Args:
-        space: the chart of the parameters.
+        over: the risk, or its parameter space.
 
     Returns:
-        An `IdentityPreconditioner`.
+        A preconditioner without blocks, `block(...)` included.
 
     Example:
         >>> from bnp_analysis.network import ParameterSpace
         >>> identity_preconditioner(ParameterSpace({"w": (2,)})).dim
         2
     """
-    return IdentityPreconditioner(space.dim, space.dtype, space.device)
+    space = over.space if isinstance(over, EmpiricalRisk) else over
+    return BlockDiagonal(space.dim, {}, space.dtype, space.device, space)

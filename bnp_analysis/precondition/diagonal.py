@@ -1,0 +1,196 @@
+"""Diagonal preconditioners: Jacobi, and those that adaptive optimizers apply (T15)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnp_analysis.curvature.factors import jacobian_rows
+from bnp_analysis.curvature.output_curvature import output_root
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg.operators import LinearOperator
+from bnp_analysis.network.batches import slice_batch, tensors_of
+from bnp_analysis.network.parameters import Block, ParameterSpace
+from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.precondition.adaptive import optimizer_divisors
+from bnp_analysis.precondition.blocks import NetworkPreconditioner
+
+# Rows of the Jacobian are formed for a few examples at a time.
+_SLICE = 8
+
+
+class DiagonalPreconditioner(NetworkPreconditioner):
+    """`P = diag(scales)`.
+
+    Args:
+        scales: `(n,)`, positive and finite.
+        space: the chart, which `block` needs.
+        settings: what the scales were made from.
+        zero_entries: parameter name -> how many of its entries had nothing to scale by, and got scale 1.
+        uncovered: parameter name -> why it is left alone.
+
+    Raises:
+        InvalidInputError: scales that are not a positive finite vector.
+
+    Example:
+        >>> DiagonalPreconditioner(torch.tensor([1.0, 2.0])).direction(torch.ones(2)).tolist()
+        [1.0, 4.0]
+    """
+
+    def __init__(
+        self,
+        scales: Tensor,
+        space: ParameterSpace | None = None,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        zero_entries: Mapping[str, int] | None = None,
+        uncovered: Mapping[str, str] | None = None,
+    ) -> None:
+        if scales.ndim != 1 or not bool((scales > 0).all()) or not bool(torch.isfinite(scales).all()):
+            raise InvalidInputError(
+                f"scales must be a vector of positive finite numbers, got shape {tuple(scales.shape)} in {scales.dtype}"
+                + (f" from {float(scales.min()):g} to {float(scales.max()):g}" if scales.numel() else "")
+            )
+        super().__init__(scales.numel(), scales.dtype, scales.device)
+        self.scales = scales.detach().clone()
+        self._space = space
+        self._column = self.scales.unsqueeze(1)
+        self.settings = dict(settings or {})
+        self.zero_entries, self.uncovered = dict(zero_entries or {}), dict(uncovered or {})
+
+    def block(self, block: Block) -> DiagonalPreconditioner:
+        if self._space is None:
+            raise InvalidInputError("this preconditioner was built without a parameter space; it has no layers")
+        return DiagonalPreconditioner(self.scales[self._space.indices(block).to(self.device)])
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        return self._column * x
+
+    def _rmatmat(self, y: Tensor) -> Tensor:
+        return self._column * y
+
+    def _solve(self, x: Tensor) -> Tensor:
+        return x / self._column
+
+    def _rsolve(self, y: Tensor) -> Tensor:
+        return y / self._column
+
+    def absolute(self) -> LinearOperator:
+        return self
+
+
+def diagonal_preconditioner(
+    risk: EmpiricalRisk,
+    source: str | Tensor | torch.optim.Optimizer = "gauss_newton",
+    *,
+    model: nn.Module | None = None,
+    damping: float = 0.0,
+    block: Block | None = None,
+) -> DiagonalPreconditioner:
+    """A diagonal preconditioner: Jacobi's, an adaptive optimizer's, or given scales.
+
+    Args:
+        risk: the empirical risk.
+        source: one of
+            `"gauss_newton"`, Jacobi: `P = diag(A)^(-1/2)` with the exact diagonal of the Gauss-Newton matrix;
+            a `torch.optim` Adam, AdamW, RMSprop or Adagrad after some steps: `P = diag((sqrt(v_hat) + eps)^(-1/2))`
+            with its own state, bias correction and `eps`, so that `P P^T` is its step matrix (T15; learning rate,
+            momentum and weight decay are no part of it);
+            a tensor `(n,)` of positive scales in the order of `risk.space`: `P = diag(scales)`.
+        model: the module whose parameters the optimizer holds, by which they are named; not needed for an optimizer
+            made from `model.named_parameters()`.
+        damping: Jacobi only, relative to the largest entry: `diag(A) + damping * max(diag(A))`.
+        block: only the part of `P` on a layer, or on one output unit `(layer, i)`.
+
+    Returns:
+        A `DiagonalPreconditioner`. An entry without curvature or gradient history (0 in place of a positive number)
+        gets scale 1 and is counted in `zero_entries`; parameters that the optimizer has not stepped are left alone and
+        named in `uncovered`.
+
+    Raises:
+        InvalidInputError: an unknown source, an optimizer of another kind, of another model or without a step, scales
+            that do not fit, or a loss without a Gauss-Newton factor (not convex in the outputs, not separate over
+            examples).
+
+    Source: T15; Kingma and Ba 2015 for Adam.
+
+    Example:
+        >>> import torch, bnp_analysis as bnp
+        >>> from bnp_analysis.precondition import diagonal_preconditioner
+        >>> x, y = torch.diag(torch.tensor([4.0, 1.0])), torch.zeros(2, 1)
+        >>> risk = bnp.EmpiricalRisk(torch.nn.Linear(2, 1, bias=False), torch.nn.functional.mse_loss, (x, y))
+        >>> diagonal_preconditioner(risk).scales.tolist()
+        [0.25, 1.0]
+    """
+    if not 0 <= damping < math.inf:
+        raise InvalidInputError(f"damping must be finite and not negative, got {damping}")
+    if damping and not isinstance(source, str):
+        raise InvalidInputError("damping is Jacobi's; an optimizer has its own eps, and scales are taken as they are")
+    space = risk.space
+    if isinstance(source, Tensor):
+        if source.shape != (space.dim,):
+            raise InvalidInputError(f"scales must have shape ({space.dim},), got {tuple(source.shape)}")
+        P = DiagonalPreconditioner(source.detach().to(risk.theta), space, settings={"source": "scales"})
+    elif isinstance(source, torch.optim.Optimizer):
+        divisors, uncovered = optimizer_divisors(source, space, model)
+        P = _from_divisors(divisors, space, {"source": type(source).__name__}, uncovered)
+    elif source == "gauss_newton":
+        diagonal = gauss_newton_diagonal(risk).double()
+        damped = diagonal + damping * diagonal.amax()
+        P = _from_divisors(damped, space, {"source": source, "damping": damping}, {})
+    else:
+        raise InvalidInputError(
+            f"source must be 'gauss_newton', an optimizer or a tensor of scales, got {source!r} "
+            f"({type(source).__name__})"
+        )
+    return P if block is None else P.block(block)
+
+
+def gauss_newton_diagonal(risk: EmpiricalRisk) -> Tensor:
+    """The exact diagonal of the Gauss-Newton matrix, `(n,)`: its factor's rows squared, a few examples at a time.
+
+    Raises:
+        InvalidInputError: the loss is not convex in the outputs, or not separate over examples.
+    """
+    total = torch.zeros(risk.space.dim, dtype=torch.float64, device=risk.space.device)
+    tensors = risk.space.unflatten(risk.theta)
+    for batch in risk.batches:
+        with torch.no_grad():
+            outputs = risk.batch_outputs(tensors, batch)
+        found = output_root(risk, batch, outputs)
+        if found is None:
+            raise InvalidInputError(
+                "the loss is not convex in the outputs, or not separate over examples, so the Gauss-Newton matrix has "
+                "no factor whose rows give its diagonal. Give scales of your own as a tensor (n,)"
+            )
+        size = tensors_of(batch.x)[0].shape[0]
+        step = size if risk.coupled or slice_batch(batch, 0, 1) is None else _SLICE
+        weight = batch.count / risk.batches.total
+        for begin in range(0, size, step):
+            part = slice_batch(batch, begin, begin + step) if step < size else batch
+            if part is not None:
+                root = found.root[begin : begin + step] if step < size else found.root
+                total += weight * jacobian_rows(risk, part, root).square().sum(dim=0)
+    return total.to(risk.space.dtype)
+
+
+def _from_divisors(
+    divisors: Tensor, space: ParameterSpace, settings: Mapping[str, Any], uncovered: Mapping[str, str]
+) -> DiagonalPreconditioner:
+    """`P = diag(divisors^(-1/2))`, 1 where a divisor is zero, counted by parameter."""
+    if not bool(torch.isfinite(divisors).all()):
+        raise InvalidInputError("the divisors have NaN or infinite entries: the optimizer's state, or a gradient, has")
+    zero = divisors == 0
+    scales = torch.where(zero, torch.ones_like(divisors), divisors).rsqrt().to(space.dtype)
+    counts = {name: int(part.sum()) for name, part in space.unflatten(zero).items()}
+    return DiagonalPreconditioner(
+        scales,
+        space,
+        settings=settings,
+        zero_entries={name: count for name, count in counts.items() if count},
+        uncovered=uncovered,
+    )

@@ -1,0 +1,273 @@
+"""The preconditioner of K-FAC, a Kronecker product for each layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from bnp_analysis.curvature.output_curvature import output_root
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg.operators import LinearOperator
+from bnp_analysis.linalg.preconditioner import Preconditioner
+from bnp_analysis.network.batches import Batch
+from bnp_analysis.network.layers import Coverage, Layer
+from bnp_analysis.network.parameters import Block, ParameterSpace
+from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.precondition.blocks import BlockDiagonal, Entry, covered_layers, layer_positions
+from bnp_analysis.precondition.second_moments import second_moments
+
+
+class KroneckerBlock(Preconditioner):
+    """`P = S^(-1/2) (x) A^(-1/2)` of one layer, on its flat tensors (weight row-major, then bias); symmetric.
+
+    Args:
+        inputs: `A`, `(groups, d, d)`, positive definite, `d = m` or, with a bias, `m + 1` with the bias last.
+        outputs: `S`, `(groups, n/groups, n/groups)`, positive definite.
+        bias: whether the last variables are the bias.
+        dtype: of the variables, default that of the matrices; these may be more precise.
+
+    Raises:
+        InvalidInputError: shapes that do not fit, or a matrix that is not positive definite to rounding.
+
+    Example:
+        >>> P = KroneckerBlock(torch.tensor([[[4.0]]]), torch.tensor([[[1.0, 0.0], [0.0, 16.0]]]), bias=False)
+        >>> P.apply(torch.ones(2)).tolist()
+        [0.5, 0.125]
+    """
+
+    def __init__(self, inputs: Tensor, outputs: Tensor, *, bias: bool, dtype: torch.dtype | None = None) -> None:
+        if inputs.ndim != 3 or outputs.ndim != 3 or inputs.shape[0] != outputs.shape[0]:
+            raise InvalidInputError(
+                f"the factors must be (groups, d, d) and (groups, n, n), got {tuple(inputs.shape)} and "
+                f"{tuple(outputs.shape)}"
+            )
+        self._groups, self._units, self._width = inputs.shape[0], outputs.shape[1], inputs.shape[1]
+        super().__init__(self._groups * self._units * self._width, dtype or inputs.dtype, inputs.device)
+        self._bias = bias
+        self._roots = tuple(
+            tuple(part.to(self.dtype) for part in _roots(matrix, what))
+            for matrix, what in ((outputs, "output"), (inputs, "input"))
+        )
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        return self._both_sides(x, *(inverse for _, inverse in self._roots))
+
+    def _rmatmat(self, y: Tensor) -> Tensor:
+        return self._matmat(y)
+
+    def _solve(self, x: Tensor) -> Tensor:
+        return self._both_sides(x, *(root for root, _ in self._roots))
+
+    def _rsolve(self, y: Tensor) -> Tensor:
+        return self._solve(y)
+
+    def absolute(self) -> LinearOperator:
+        return _KroneckerMagnitude(self)
+
+    def _both_sides(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """`L Z R` for each group, the columns of `x` as matrices `Z` with a row per unit and the bias last."""
+        k, units = x.shape[1], self._groups * self._units
+        features = self._width - int(self._bias)
+        cut = units * features
+        z = x[:cut].T.reshape(k, self._groups, self._units, features)
+        if self._bias:
+            z = torch.cat([z, x[cut:].T.reshape(k, self._groups, self._units, 1)], dim=3)
+        z = left @ z @ right
+        flat = z[..., :features].reshape(k, cut)
+        if self._bias:
+            flat = torch.cat([flat, z[..., features].reshape(k, units)], dim=1)
+        return flat.T
+
+
+class _KroneckerMagnitude(LinearOperator):
+    """`|P| = |S^(-1/2)| (x) |A^(-1/2)|`."""
+
+    def __init__(self, P: KroneckerBlock) -> None:
+        super().__init__(P.shape, P.dtype, P.device)
+        self._P = P
+        self._sides = [inverse.abs() for _, inverse in P._roots]
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        return self._P._both_sides(x, *self._sides)
+
+    def _rmatmat(self, y: Tensor) -> Tensor:
+        return self._matmat(y)
+
+
+def _roots(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """`M^(1/2)` and `M^(-1/2)` of each matrix of a stack, from eigenvectors."""
+    values, vectors = torch.linalg.eigh(matrix)
+    floor = matrix.shape[-1] * torch.finfo(matrix.dtype).eps * values.amax(dim=-1)
+    if not bool((values[..., 0] > floor).all()):
+        raise InvalidInputError(
+            f"the {what} factor is singular to rounding (eigenvalues from {float(values.min()):.3g} to "
+            f"{float(values.max()):.3g}), so its inverse root does not exist; a positive damping= makes it definite"
+        )
+    root = values.sqrt().unsqueeze(-2)
+    return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
+
+
+class KroneckerPreconditioner(BlockDiagonal):
+    """The K-FAC preconditioner of a network, with what it was built from.
+
+    Args:
+        space: the chart of the parameters.
+        blocks: layer name -> (positions, `KroneckerBlock`).
+        settings: the damping.
+        uncovered: parameter name -> why it is left alone.
+    """
+
+    def __init__(
+        self,
+        space: ParameterSpace,
+        blocks: Mapping[str, Entry],
+        *,
+        settings: Mapping[str, Any],
+        uncovered: Mapping[str, str],
+    ) -> None:
+        super().__init__(space.dim, blocks, space.dtype, space.device, space)
+        self.settings, self.uncovered = dict(settings), dict(uncovered)
+
+
+@overload
+def kfac_preconditioner(
+    risk: EmpiricalRisk, *, damping: float = ..., block: None = None
+) -> KroneckerPreconditioner: ...
+@overload
+def kfac_preconditioner(risk: EmpiricalRisk, *, damping: float = ..., block: Block) -> Preconditioner: ...
+def kfac_preconditioner(
+    risk: EmpiricalRisk, *, damping: float = 1e-3, block: Block | None = None
+) -> KroneckerPreconditioner | Preconditioner:
+    """K-FAC: `P = S^(-1/2) (x) A^(-1/2)` for every covered layer, from exact second moments over the risk's data.
+
+    `A = H^^T H^ / R` is the second moment of the extended inputs, `S = (1/N) sum_jt J_jt^T (d^2 l_j / d f_j^2) J_jt`
+    that of the Gauss-Newton rows pulled back to the layer's outputs, `t` over its positions. `S (x) A` is the
+    Gauss-Newton block of the layer where the two are independent over rows. Grouped convolutions have factors per group.
+
+    Args:
+        risk: the empirical risk; its loss must be convex in the outputs and separate over examples.
+        damping: relative to the mean eigenvalue of each factor, `A + damping tr(A)/d I` and the same for `S`: factored
+            Tikhonov damping by `damping^2 (tr A/d)(tr S/n)`. 0 where both factors are nonsingular.
+        block: only the part of `P` on a layer; units are coupled.
+
+    Returns:
+        A `KroneckerPreconditioner` over `risk.space`, or its block; an uncovered parameter is left alone and named in
+        `uncovered`.
+
+    Raises:
+        InvalidInputError: no covered layer, a loss without a Gauss-Newton factor, negative damping, or none where a
+            factor is singular (softmax: the output layer always).
+
+    Source: Martens and Grosse 2015; Grosse and Martens 2016 for convolutions.
+
+    Example:
+        >>> import torch, bnp_analysis as bnp
+        >>> from bnp_analysis.precondition import kfac_preconditioner
+        >>> x, y = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.zeros(2, 1)
+        >>> risk = bnp.EmpiricalRisk(torch.nn.Linear(2, 1, bias=False), torch.nn.functional.mse_loss, (x, y))
+        >>> P = kfac_preconditioner(risk, damping=0)
+        >>> bnp.congruence(bnp.gauss_newton(risk), P).to_dense().round(decimals=5)
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    if not 0 <= damping < math.inf:
+        raise InvalidInputError(f"damping must be finite and not negative, got {damping}")
+    layers = covered_layers(risk, "K-FAC")
+    inputs, outputs = second_moments(risk, layers), output_moments(risk, layers)
+    blocks: dict[str, Entry] = {}
+    for layer in layers:
+        A, S = (_damped(moments[layer.name], damping) for moments in (inputs, outputs))
+        try:
+            inner = KroneckerBlock(A, S, bias=layer.bias is not None, dtype=risk.space.dtype)
+        except InvalidInputError as error:
+            raise InvalidInputError(f"layer {layer.name!r}: {error}") from error
+        blocks[layer.name] = (layer_positions(layer, risk.space), inner)
+    P = KroneckerPreconditioner(risk.space, blocks, settings={"damping": damping}, uncovered=layers.uncovered)
+    return P if block is None else P.block(block)
+
+
+def _damped(moments: Tensor, damping: float) -> Tensor:
+    """`M + damping tr(M)/d I`; the identity in place of a zero matrix, which has nothing to scale by."""
+    size = moments.diagonal(dim1=1, dim2=2).mean(dim=1).view(-1, 1, 1)
+    eye = torch.eye(moments.shape[1], dtype=moments.dtype, device=moments.device)
+    return torch.where(size > 0, moments + damping * size * eye, eye)
+
+
+def output_moments(risk: EmpiricalRisk, layers: Coverage) -> dict[str, Tensor]:
+    """`S` of every covered layer: the second moment of the Gauss-Newton rows pulled back to its outputs.
+
+    Returns:
+        Layer name -> `(groups, n/groups, n/groups)`, float64: the mean over examples, the sum over positions.
+
+    Raises:
+        InvalidInputError: the loss is not convex in the outputs, or not separate over examples.
+    """
+    sums: dict[str, Tensor] = {}
+    for batch in risk.batches:
+        seen, outputs = _recorded(risk, layers, batch)
+        found = output_root(risk, batch, outputs.detach())
+        if found is None:
+            raise InvalidInputError(
+                "the loss is not convex in the outputs, or not separate over examples: K-FAC has no output factor"
+            )
+        weight = batch.count / risk.batches.total
+        owners = [name for name, parts in seen.items() for _ in parts]
+        leaves = [part for parts in seen.values() for part in parts]
+        for cotangent in _cotangents(found.root, risk.coupled):
+            pulled = torch.autograd.grad(
+                outputs,
+                leaves,
+                cotangent.view_as(outputs),
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            for name, u in zip(owners, pulled, strict=True):
+                g = _rows_of_outputs(layers[name], u).double()
+                gram = g.transpose(1, 2) @ g * weight
+                sums[name] = sums[name] + gram if name in sums else gram
+    return sums
+
+
+def _recorded(risk: EmpiricalRisk, layers: Coverage, batch: Batch) -> tuple[dict[str, list[Tensor]], Tensor]:
+    """The outputs of every covered layer on the graph of the network's outputs."""
+    seen: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
+    handles = []
+    for name, module in risk.modules():
+        if name in seen:
+
+            def hook(module: nn.Module, args: Any, output: Tensor, name: str = name) -> Tensor:
+                seen[name].append(output)
+                # A copy goes on: an activation in place would overwrite what is differentiated here.
+                return output.clone()
+
+            handles.append(module.register_forward_hook(hook))
+    try:
+        with torch.enable_grad():
+            outputs = risk.batch_outputs(risk.leaves(), batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen, outputs
+
+
+def _cotangents(root: Tensor, coupled: bool) -> Iterator[Tensor]:
+    """Row `i` of every example's root at once; one example at a time where the network couples them."""
+    for i in range(root.shape[1]):
+        if not coupled:
+            yield root[:, i]
+            continue
+        for j in range(root.shape[0]):
+            single = torch.zeros_like(root[:, i])
+            single[j] = root[j, i]
+            yield single
+
+
+def _rows_of_outputs(layer: Layer, u: Tensor) -> Tensor:
+    """`(groups, rows, n/groups)` from a tensor in the shape of the layer's output."""
+    channel = -1 if isinstance(layer.module, nn.Linear) else -1 - len(layer.module.kernel_size)
+    return u.movedim(channel, -1).reshape(-1, layer.groups, layer.units // layer.groups).transpose(0, 1)
