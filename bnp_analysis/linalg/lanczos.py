@@ -126,8 +126,7 @@ def lanczos(
         return resume
     bytes_needed = (limit + 1 + rank) * A.dim * A.dtype.itemsize
     require_memory(bytes_needed, f"a Lanczos basis of {limit} vectors of length {A.dim}")
-    g = generator(seed)
-    run = _Run(A, limit, null, _start(A, start, null, g) if resume is None else resume.residual, resume)
+    run = _Run(A, limit, null, _start(A, start, null, seed) if resume is None else resume.residual, resume)
     stop = "steps"
     with reporting(progress, limit, "Lanczos") as update:
         try:
@@ -135,7 +134,7 @@ def lanczos(
                 if run.broken_down and not restart:
                     stop = "invariant subspace"
                     break
-                run.advance(g)
+                run.advance(seed)
                 update(run.size)
                 if until is not None and run.size % 5 == 0 and until(run.snapshot("converged")):
                     stop = "converged"
@@ -163,6 +162,11 @@ class _Run:
         self.matvecs = 0
         self.room = A.dim - (0 if null is None else null.shape[1])
         if resume is not None:
+            if resume.basis.shape[0] != A.dim or resume.basis.dtype != A.dtype:
+                raise InvalidInputError(
+                    f"the run to resume has vectors of length {resume.basis.shape[0]} in {resume.basis.dtype}, "
+                    f"not those of {A!r}"
+                )
             self.alpha, self.beta = list(resume.alpha), list(resume.beta)
             self.basis[: self.size] = resume.basis.T
             self.matvecs = resume.matvecs
@@ -180,11 +184,13 @@ class _Run:
         noise = 10 * float(np.sqrt(self.A.dim)) * float(torch.finfo(self.A.dtype).eps) * scale
         return float(self.w.double().norm()) <= noise
 
-    def advance(self, g: torch.Generator) -> None:
+    def advance(self, seed: int) -> None:
         """One product: the next basis vector, its `alpha`, the `beta` before it, and the next residual."""
         k = self.size
         if self.broken_down:
-            fresh = _orthogonalize(normal((self.A.dim,), g, self.basis), self.basis[:k], self.null)
+            # A stream for each step: neither the start again, nor other vectors in a run that was resumed.
+            drawn = normal((self.A.dim,), generator(seed, stream=k), self.basis)
+            fresh = _orthogonalize(drawn, self.basis[:k], self.null)
             coupling, vector = 0.0, fresh / fresh.norm()
         else:
             coupling = float(self.w.double().norm())
@@ -212,9 +218,9 @@ class _Run:
         return Tridiagonalization(np.array(self.alpha), beta, self.basis[:k].T, w, self.matvecs, stop)
 
 
-def _start(A: SymmetricOperator, start: Tensor | None, null: Tensor | None, g: torch.Generator) -> Tensor:
+def _start(A: SymmetricOperator, start: Tensor | None, null: Tensor | None, seed: int) -> Tensor:
     like = torch.empty(0, dtype=A.dtype, device=A.device)
-    vector = normal((A.dim,), g, like) if start is None else start
+    vector = normal((A.dim,), generator(seed), like) if start is None else start
     if vector.shape != (A.dim,) or vector.dtype != A.dtype or vector.device != A.device:
         raise InvalidInputError(
             f"the start vector must be ({A.dim},) in {A.dtype} on {A.device}, got {tuple(vector.shape)} "

@@ -140,16 +140,19 @@ class DensePreconditioner(Preconditioner):
             raise InvalidInputError(f"a preconditioner is a square matrix (n, n), got {describe(matrix)}")
         super().__init__(matrix.shape[0], matrix.dtype, matrix.device)
         self._matrix = matrix.detach().clone()
+        if not bool(torch.isfinite(self._matrix).all()):
+            raise InvalidInputError("the preconditioner has NaN or infinite entries")
         singular = torch.linalg.svdvals(self._matrix)
-        eps = torch.finfo(matrix.dtype).eps
-        if not bool(torch.isfinite(singular).all()) or (
-            self.dim and float(singular[-1]) <= self.dim * eps * float(singular[0])
-        ):
+        if self.dim and float(singular[-1]) <= self.dim * torch.finfo(matrix.dtype).eps * float(singular[0]):
             raise InvalidInputError(
-                "the preconditioner is singular to rounding (or not finite): theta = P z would lose "
-                f"directions. Singular values run from {singular[0]:.3g} to {singular[-1]:.3g}"
+                "the preconditioner is singular to rounding: theta = P z would lose directions. "
+                f"Its singular values run from {singular[0]:.3g} to {singular[-1]:.3g}"
             )
         self._lu = tuple(torch.linalg.lu_factor(self._matrix))
+
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Self:
+        """Made anew from the matrix: a factorization in the old dtype would not invert in the new one."""
+        return type(self)(self._matrix.to(dtype=dtype, device=self.device if device is None else device))
 
     def _matmat(self, x: Tensor) -> Tensor:
         return self._matrix @ x

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NullSpaceError
 
 
-def generator(seed: int) -> torch.Generator:
-    """A local CPU generator; the global one is never touched."""
+def generator(seed: int, stream: int = 0) -> torch.Generator:
+    """A local CPU generator, another for each `stream` of a seed; the global one is never touched."""
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InvalidInputError(f"seed must be an integer, got {seed!r}")
+    if stream:
+        state = np.random.SeedSequence((abs(seed), int(seed < 0), stream)).generate_state(1, np.uint64)
+        seed = int(state[0] >> np.uint64(1))
     return torch.Generator(device="cpu").manual_seed(seed)
 
 
