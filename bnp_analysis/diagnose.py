@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,11 +123,11 @@ class Comparison(Result):
     Attributes:
         layers: the `LayerTable`.
         network: name of a curvature matrix -> its condition numbers without and with `P`; of the Hessian it is
-            `max|lambda|/min|lambda|` with counts, of the others `kappa*`.
+            `max|lambda|/min|lambda|` with counts, of the others `kappa*`; None where the network has no curvature.
     """
 
     layers: LayerTable
-    network: Mapping[str, tuple[ConditionNumber, ConditionNumber]]
+    network: Mapping[str, tuple[ConditionNumber | None, ConditionNumber | None]]
 
     def summary(self) -> str:
         """The whole network in one line."""
@@ -306,10 +306,7 @@ def compare(
     for name in curvature:
         A = curvature_matrix(risk, name, seed)
         measure = magnitude_condition_number if name == "hessian" else condition_number
-        network[name] = (
-            measure(A, seed=seed, progress=progress),
-            measure(A, preconditioner=P, seed=seed, progress=progress),
-        )
+        network[name] = _pair(A, P, seed, measure, progress)
     return Comparison(
         layers=table,
         network=network,
@@ -362,10 +359,17 @@ def _whole_layer(
     return _pair(gauss_newton(risk, block=layer.name), P.block(layer.name), seed)
 
 
-def _pair(A: SymmetricOperator, P: Preconditioner, seed: int) -> tuple[ConditionNumber | None, ConditionNumber | None]:
-    """`kappa*` without and with `P`; None where the block has no curvature at all."""
+def _pair(
+    A: SymmetricOperator,
+    P: Preconditioner,
+    seed: int,
+    measure: Callable[..., ConditionNumber] = condition_number,
+    progress: Progress = False,
+) -> tuple[ConditionNumber | None, ConditionNumber | None]:
+    """The number without and with `P`; None where there is no curvature at all."""
     try:
-        return condition_number(A, seed=seed), condition_number(A, preconditioner=P, seed=seed)
+        plain = measure(A, seed=seed, progress=progress)
+        return plain, measure(A, preconditioner=P, seed=seed, progress=progress)
     except ZeroOperatorError:
         return None, None
 

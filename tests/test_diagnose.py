@@ -1,0 +1,153 @@
+"""The verbs: a table that swaps layers or forms, forgets constant features, mixes up with and without P, or measures
+another block than it names is caught here, against dense matrices built by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+import bnp_analysis as bnp
+from bnp_analysis.diagnose import cell, spread
+
+
+def effective(singular: np.ndarray, floor: float = 1e-11) -> float:
+    kept = singular[singular > floor * singular.max()]
+    return float(kept.max() / kept.min())
+
+
+@pytest.fixture
+def problem(generator: torch.Generator) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    x = 2 + torch.rand(60, 5, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 10.0, 0.1, 1.0, 0.0])
+    y = torch.randint(0, 3, (60,), generator=generator)
+    return bnp.models.mlp([5, 6, 3], activation="leaky_relu", dtype=torch.float64), x, y
+
+
+def test_inputs_are_the_singular_values_of_the_three_forms(problem):
+    model, x, y = problem
+    row = bnp.layer_table(bnp.EmpiricalRisk(model, cross_entropy, (x, y))).layers[0]
+    H = x[:, :4].numpy()
+    e = np.ones((60, 1))
+    centred = H - H.mean(axis=0)
+    forms = {"inputs": H, "centered": centred, "normalized": centred / centred.std(axis=0)}
+    for name, form in forms.items():
+        truth = effective(np.linalg.svd(np.hstack([e, form]), compute_uv=False))
+        assert getattr(row, name).value == pytest.approx(truth, rel=1e-9)
+        assert getattr(row, name).two_sided
+    assert (row.rows, row.features, row.units, row.constant) == (60, 5, 6, 1)
+
+
+def test_blocks_are_those_of_the_dense_gauss_newton_matrix(problem):
+    model, x, y = problem
+    risk = bnp.EmpiricalRisk(model, cross_entropy, (x, y))
+    P = bnp.bnp_preconditioner(risk)
+    table = bnp.layer_table(risk, P)
+    A, dense_P = bnp.hessian(risk).to_dense(), P.to_dense()
+    conditioned = dense_P.T @ A @ dense_P
+    for row in table.layers:
+        for i in range(row.units):
+            where = risk.space.indices((row.layer, i))
+            for found, matrix in ((row.unit_blocks[i], A), (row.unit_blocks_bnp[i], conditioned)):
+                values = torch.linalg.eigvalsh(matrix[where][:, where]).numpy()
+                truth = effective(np.abs(values), 1e-13)
+                assert found.value == pytest.approx(truth, rel=1e-4)
+        assert row.is_hessian
+
+
+def test_smooth_activations_are_not_called_hessian_blocks(problem):
+    _, x, y = problem
+    model = bnp.models.mlp([5, 6, 3], activation="tanh", dtype=torch.float64)
+    rows = bnp.layer_table(bnp.EmpiricalRisk(model, cross_entropy, (x, y))).layers
+    assert [row.is_hessian for row in rows] == [False, True]
+
+
+def test_convolution_units_come_from_the_layer_factor(generator):
+    x = torch.rand(6, 2, 8, 8, generator=generator, dtype=torch.float64)
+    y = torch.randint(0, 3, (6,), generator=generator)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, groups=2), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(16, 3)
+    ).double()
+    risk = bnp.EmpiricalRisk(model, cross_entropy, (x, y))
+    table = bnp.layer_table(risk)
+    conv = table.layers[0]
+    assert (conv.rows, conv.features, conv.groups) == (6 * 64, 9, 2)
+    A = bnp.gauss_newton(risk).to_dense()
+    for i, found in enumerate(conv.unit_blocks):
+        where = risk.space.indices(("0", i))
+        values = torch.linalg.eigvalsh(A[where][:, where]).numpy()
+        assert found.value == pytest.approx(effective(np.abs(values), 1e-12), rel=1e-4)
+
+
+def test_dead_units_are_counted_not_measured(problem):
+    _, x, y = problem
+    model = bnp.models.mlp([5, 6, 3], dtype=torch.float64)
+    with torch.no_grad():
+        model.fc1.bias[2] = -1e4
+    row = bnp.layer_table(bnp.EmpiricalRisk(model, cross_entropy, (x, y))).layers[0]
+    assert row.unit_blocks[2] is None
+    assert row.dead >= 1
+
+
+def test_compare_measures_in_float64_whatever_the_model_and_keeps_the_model(problem):
+    model, x, y = problem
+    model = model.float()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    risk = bnp.EmpiricalRisk(model, cross_entropy, (x.float(), y))
+    P = bnp.bnp_preconditioner(risk)
+    result = bnp.compare(risk, P, curvature=("gauss-newton", "hessian", "fisher-empirical"))
+    assert {k.dtype for pair in result.network.values() for k in pair} == {"float64"}
+    assert risk.space.dtype == torch.float32
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    dense = bnp.hessian(risk.to(torch.float64)).to_dense()
+    assert result.network["hessian"][0].negative == int((torch.linalg.eigvalsh(dense) < -1e-12).sum())
+
+
+def test_a_network_without_curvature_keeps_its_table(problem):
+    _, x, _ = problem
+    model = bnp.models.mlp([5, 6, 3], dtype=torch.float64)
+    with torch.no_grad():
+        model.fc1.bias.fill_(-1e4)
+        model.fc2.weight.zero_()
+        model.fc2.bias.copy_(torch.tensor([1e4, 0.0, 0.0]))
+    result = bnp.compare(bnp.EmpiricalRisk(model, cross_entropy, (x, torch.zeros(60, dtype=torch.long))))
+    assert result.network["gauss-newton"] == (None, None)
+    assert result.layers.layers[0].inputs.two_sided
+    assert "-" in str(result)
+
+
+def test_results_survive_a_file_and_make_tables(problem, tmp_path):
+    model, x, y = problem
+    result = bnp.compare(bnp.EmpiricalRisk(model, cross_entropy, (x, y)))
+    result.save(tmp_path / "c.json")
+    assert bnp.Result.load(tmp_path / "c.json") == result
+    frame = result.to_dataframe()
+    assert list(frame["layer"]) == ["fc1", "fc2"]
+    assert "<table" in result._repr_html_()
+    assert "gauss-newton" in str(result)
+
+
+def test_bad_names_are_refused_with_what_there_is(problem):
+    model, x, y = problem
+    risk = bnp.EmpiricalRisk(model, cross_entropy, (x, y))
+    with pytest.raises(bnp.errors.InvalidInputError, match="fc1, fc2"):
+        bnp.layer_table(risk, layers=["fc9"])
+    with pytest.raises(bnp.errors.InvalidInputError, match="gauss-newton"):
+        bnp.compare(risk, curvature=["hesian"])
+
+
+def test_one_sided_numbers_are_marked():
+    A = bnp.DenseOperator(torch.ones(3, 3, dtype=torch.float64) + torch.diag(torch.tensor([1.0, 0, 0])).double())
+    k = bnp.condition_number(A)
+    assert cell(k).startswith(">=")
+    assert spread([k, None]).startswith(">=")
+    assert spread([None]) == "-"
+
+
+def test_regression_network_with_bare_linear_root(generator):
+    x, y = torch.rand(20, 3, generator=generator), torch.rand(20, 1, generator=generator)
+    result = bnp.compare(bnp.EmpiricalRisk(nn.Linear(3, 1), mse_loss, (x, y)))
+    plain, conditioned = result.network["gauss-newton"]
+    assert plain.two_sided
+    assert conditioned.value < plain.value

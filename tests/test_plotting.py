@@ -1,0 +1,56 @@
+"""Figures: one that draws other numbers than its result holds, hides that a number is one-sided, or does not draw on
+the axes it was given is caught here."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import pyplot as plt
+from torch.nn.functional import cross_entropy
+
+import bnp_analysis as bnp
+from bnp_analysis import plotting
+
+
+@pytest.fixture(scope="module")
+def result() -> bnp.Comparison:
+    g = torch.Generator().manual_seed(0)
+    x, y = 1 + torch.rand(40, 4, generator=g), torch.randint(0, 3, (40,), generator=g)
+    return bnp.compare(bnp.EmpiricalRisk(bnp.models.mlp([4, 5, 3]), cross_entropy, (x, y)))
+
+
+def test_bars_have_the_heights_of_the_result(result):
+    _, ax = plt.subplots()
+    assert plotting.plot_inputs(result.layers, ax) is ax
+    heights = sorted(patch.get_height() for patch in ax.patches)
+    expected = [
+        getattr(row, form).value for row in result.layers.layers for form in ("inputs", "centered", "normalized")
+    ]
+    assert heights == pytest.approx(sorted(expected))
+    assert ax.get_yscale() == "log"
+
+
+def test_every_number_is_drawn_and_bounds_look_different(result):
+    ax = plotting.plot_blocks(result)
+    markers = [(line.get_marker(), y) for line in ax.lines for y in np.atleast_1d(line.get_ydata())]
+    drawn = [row_block for row in result.layers.layers for row_block in (row.block, row.block_bnp)]
+    drawn += [k for pair in result.network.values() for k in pair]
+    for k in drawn:
+        assert ("s" if k.two_sided else "^", k.value) in markers
+    assert any(not k.two_sided for k in drawn)
+    units = sum(len(row.unit_blocks) - row.dead for row in result.layers.layers)
+    assert sum(marker == "." for marker, _ in markers) == 2 * units
+    plt.close("all")
+
+
+def test_density_keeps_its_values_and_files_are_written(result, tmp_path):
+    A = bnp.DenseOperator(torch.diag(torch.linspace(1, 3, 50, dtype=torch.float64)))
+    density = bnp.spectral_density(A, steps=20)
+    ax = plotting.plot_spectral_density(density, label="A")
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), np.maximum(density.density, 1e-9 * density.density.max()))
+    plotting.save_densities([("A", density)], tmp_path / "deep" / "d.pdf")
+    plotting.save_comparison(result, tmp_path / "c.png", "title")
+    assert (tmp_path / "deep" / "d.pdf").stat().st_size > 1000
+    assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
+    assert not plt.get_fignums() or plt.close("all") is None
