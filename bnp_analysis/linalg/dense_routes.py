@@ -10,8 +10,15 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NotConvexError
 from bnp_analysis.linalg.certificates import UNIT, dense_with_magnitude, norm_bound, singular_value_radius
-from bnp_analysis.linalg.extremes import Extremes, norm_estimate, require_finite, unexplained, zero_matrix
-from bnp_analysis.linalg.matrices import GramOperator, MatrixOperator
+from bnp_analysis.linalg.extremes import (
+    Extremes,
+    factor_rounding_norm,
+    require_finite,
+    rounding_norm,
+    unexplained,
+    zero_matrix,
+)
+from bnp_analysis.linalg.matrices import MatrixOperator
 from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.linalg.null import DeclaredNull, require_null
 from bnp_analysis.linalg.operators import SymmetricOperator
@@ -27,22 +34,28 @@ def factor_svd(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNul
             "operator, whose factor is known"
         )
     require_memory(8 * 4 * factor.shape[0] * factor.shape[1], f"factor-svd of a {factor.shape} factor")
+    matvecs = factor.dense_cost + null.cost
     if null.dim:
-        require_null(factor, null, norm_estimate(GramOperator(factor)) ** 0.5, "F")
+        require_null(factor, null, factor_rounding_norm(factor), "F")
     rows, magnitude = dense_with_magnitude(factor if P is None else factor @ P)
     require_finite(rows, "the factor")
     structural = min(factor.rank_bound, MatrixOperator(rows).rank_bound, A.dim - null.dim)
     unit = torch.finfo(A.dtype).eps
     scale = float(rows.abs().max()) if rows.numel() else 0.0
     if scale == 0.0:
-        return zero_matrix(null, factor.dense_cost)
+        return zero_matrix(null, matvecs)
     work = rows.double() / scale
     sigma = torch.linalg.svdvals(_square_root_of_gram(work)).cpu().numpy()
     bound = norm_bound(rows if magnitude is None else magnitude) / scale
     # A stored factor without a product is exact: only the SVD rounds.
     exact = P is None and magnitude is None and factor.exact
     radius = singular_value_radius(float(sigma[0]), factor.shape, 0.0 if exact else bound, UNIT if exact else unit)
+    # Declared directions are zero by evidence: what is left of them measures the rounding from below.
+    if A.dim - null.dim < sigma.size:
+        radius = max(radius, float(sigma[A.dim - null.dim]))
     rank = int((sigma > radius).sum())
+    if rank == 0:
+        return zero_matrix(null, matvecs)
     unresolved = max(structural - rank, 0)
     zero_sigma = float(sigma[rank]) if rank < sigma.size else 0.0
     # Where the shape forces a zero, the largest value that counts as one is at most the radius.
@@ -61,7 +74,7 @@ def factor_svd(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNul
         zero=A.dim - rank,
         gap_ratio=(bottom / zero_sigma) ** 2 if zero_sigma > 0 else math.inf,
         noise_floor=(radius * scale) ** 2,
-        matvecs=factor.dense_cost,
+        matvecs=matvecs,
         note=unexplained(unresolved, null),
     )
 
@@ -81,14 +94,15 @@ def dense_symmetric(
     """All eigenvalues of the dense `P^T A P` in float64."""
     require_memory(8 * 6 * A.dim**2, f"the dense {A.dim} x {A.dim} matrix and its eigenvalues")
     if null.dim:
-        require_null(A, null, norm_estimate(A), "A")
+        require_null(A, null, rounding_norm(A), "A")
     operator = A if P is None else congruence(A, P)
+    matvecs = operator.dense_cost + null.cost
     matrix, magnitude = dense_with_magnitude(operator)
     require_finite(matrix, "the matrix")
     matrix = matrix.double()
     scale = float(matrix.abs().max())
     if scale == 0.0:
-        return zero_matrix(null, operator.dense_cost)
+        return zero_matrix(null, matvecs)
     matrix = matrix / scale
     asymmetry = float((matrix - matrix.T).norm()) / 2
     unit = torch.finfo(A.dtype).eps
@@ -102,17 +116,19 @@ def dense_symmetric(
     largest = float(np.abs(values).max())
     exact = magnitude is None and operator.exact
     radius = A.dim * UNIT * largest + (0.0 if exact else A.dim * unit * bound) + asymmetry
+    sizes = np.sort(np.abs(values))
+    # Declared directions are zero by evidence: what is left of them measures the rounding from below.
+    radius = max(radius, float(sizes[null.dim - 1])) if null.dim else radius
     if not indefinite and values[0] < -radius:
         raise NotConvexError(
             f"the operator is indefinite: its smallest eigenvalue is {values[0] * scale:.4g}, rounding explains "
             f"{radius * scale:.2g}. kappa* compares the nonzero eigenvalues of a semidefinite matrix; use "
             "magnitude_condition_number(A) for max|lambda|/min|lambda|, or the Gauss-Newton matrix"
         )
-    sizes = np.sort(np.abs(values))
     nonzero = sizes[sizes > radius]
     rank = int(nonzero.size)
     if rank == 0:
-        return zero_matrix(null, operator.dense_cost)
+        return zero_matrix(null, matvecs)
     structural = min(MatrixOperator(matrix).rank_bound, A.dim - null.dim)
     unresolved = max(structural - rank, 0)
     top, bottom = float(nonzero[-1]), float(nonzero[0])
@@ -130,6 +146,6 @@ def dense_symmetric(
         zero=A.dim - rank,
         gap_ratio=bottom / float(zeros[-1]) if zeros.size and zeros[-1] > 0 else math.inf,
         noise_floor=radius * scale,
-        matvecs=operator.dense_cost,
+        matvecs=matvecs,
         note=unexplained(unresolved, null),
     )

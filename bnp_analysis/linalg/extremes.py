@@ -12,9 +12,10 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.lanczos import lanczos
-from bnp_analysis.linalg.null import DeclaredNull
-from bnp_analysis.linalg.operators import SymmetricOperator
-from bnp_analysis.linalg.preconditioner import Preconditioner
+from bnp_analysis.linalg.matrices import GramOperator
+from bnp_analysis.linalg.null import NORM_STEPS, DeclaredNull
+from bnp_analysis.linalg.operators import LinearOperator, Product, SymmetricOperator
+from bnp_analysis.linalg.preconditioner import Congruence
 from bnp_analysis.linalg.random import generator, normal
 
 UNDECLARED = "null space not declared"
@@ -42,25 +43,30 @@ class Extremes:
     note: str = ""
 
 
-class Gram(SymmetricOperator):
-    """`P P^T`, whose norm is `|P|^2`."""
-
-    def __init__(self, P: Preconditioner) -> None:
-        super().__init__(P.dim, P.dtype, P.device)
-        self._P = P
-
-    def _matmat(self, x: Tensor) -> Tensor:
-        return self._P._matmat(self._P._rmatmat(x))
-
-
 def norm_estimate(A: SymmetricOperator, seed: int = 0) -> float:
-    """`|A|_2` to within a small factor, from eight Lanczos steps."""
-    values, _ = lanczos(A, 8, seed=seed).ritz()
+    """`|A|_2` to within a small factor, from `NORM_STEPS` Lanczos steps."""
+    values, _ = lanczos(A, NORM_STEPS, seed=seed).ritz()
     return float(np.abs(values).max())
 
 
+def rounding_norm(A: SymmetricOperator, seed: int = 0) -> float:
+    """What the rounding of a product with `A` is relative to: `|A|`, for `P^T A P` it is `|P|^2 |A|` (T13)."""
+    if isinstance(A, Congruence):
+        return rounding_norm(A.operator, seed) * factor_rounding_norm(A.preconditioner, seed) ** 2
+    return norm_estimate(A, seed)
+
+
+def factor_rounding_norm(F: LinearOperator, seed: int = 0) -> float:
+    """The same for a factor: `|F|`, for `F P` it is `|F| |P|`."""
+    if isinstance(F, Product):
+        return factor_rounding_norm(F.left, seed) * factor_rounding_norm(F.right, seed)
+    return math.sqrt(norm_estimate(GramOperator(F), seed))
+
+
 def require_symmetric(A: SymmetricOperator, seed: int) -> None:
-    """Two random vectors: `u.Av = v.Au` up to rounding, relative."""
+    """Two random vectors: `u.Av = v.Au` up to rounding, relative; a congruence is as symmetric as what is inside."""
+    while isinstance(A, Congruence):
+        A = A.operator
     like = torch.empty(0, dtype=A.dtype, device=A.device)
     pair = normal((A.dim, 2), generator(seed), like)
     image = A @ pair

@@ -8,20 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnp_analysis.errors import InvalidInputError, NotConvexError
-from bnp_analysis.linalg.certificates import kuczynski_wozniakowski, null_contamination
+from bnp_analysis.errors import NotConvexError, ZeroOperatorError
+from bnp_analysis.linalg.certificates import invariance_slack, kuczynski_wozniakowski, null_contamination
 from bnp_analysis.linalg.extremes import (
     UNDECLARED,
     Extremes,
-    Gram,
     norm_estimate,
     require_symmetric,
+    rounding_norm,
     zero_matrix,
 )
 from bnp_analysis.linalg.lanczos import Floats, Tridiagonalization, lanczos, tridiagonal_eigh
-from bnp_analysis.linalg.null import DeclaredNull, require_null
+from bnp_analysis.linalg.null import NORM_STEPS, DeclaredNull, require_null
 from bnp_analysis.linalg.operators import SymmetricOperator
-from bnp_analysis.linalg.preconditioner import Preconditioner, congruence
+from bnp_analysis.linalg.preconditioner import Congruence, Preconditioner, congruence
 from bnp_analysis.linalg.progress import Progress
 from bnp_analysis.linalg.random import generator, normal
 
@@ -54,19 +54,21 @@ def lanczos_ends(
         return zero_matrix(null, run.matvecs)
     # On the part of the basis that lies in the range, no Ritz value is below lambda_min+.
     clean = len(run.alpha) if null.declared else _clean_steps(run, noise)
-    in_range = float(tridiagonal_eigh(run.alpha[:clean], run.beta[: clean - 1])[0][0]) / (1 - _CONTAMINATION**2)
+    in_range = float(tridiagonal_eigh(run.alpha[:clean], run.beta[: clean - 1])[0][0])
+    in_range /= 1.0 if null.declared else 1 - _CONTAMINATION**2
     bottom = min(in_range if in_range > floor else math.inf, _certified_smallest(values, residuals, floor))
     lower = max(top - floor, 0.0) / (bottom + floor) if math.isfinite(bottom) else math.nan
     dim = A.dim - null.dim
     k = len(run.alpha)
     upper, note = math.inf, UNDECLARED if not null.declared else ""
     if null.declared and math.isfinite(bottom):
-        high, low = kuczynski_wozniakowski(top, float(values[0]), k, dim, failure_probability)
-        if run.stop == "invariant subspace":
-            # A random start meets every eigenspace, so an invariant space holds both ends.
-            high, low = top, float(values[0])
+        # Two bounds of each end, so each may fail with half of the probability.
+        chance = failure_probability / 2
+        high, low = kuczynski_wozniakowski(top, float(values[0]), k, dim, chance)
+        slack = invariance_slack(run.residual_norm + floor, dim, chance)
+        high, low = min(high, top + slack), max(low, float(values[0]) - slack)
         upper = (high + floor) / (low - floor) if low > floor else math.inf
-        needed = math.ceil(math.sqrt(top / bottom) * math.log(1.648 * math.sqrt(dim) / (failure_probability / 2)) / 2)
+        needed = math.ceil(math.sqrt(top / bottom) * math.log(1.648 * math.sqrt(dim) / (chance / 2)) / 2)
         note = (
             "" if math.isfinite(upper) else f"smallest Ritz value not certified after {k} steps, about {needed} needed"
         )
@@ -131,24 +133,20 @@ def _conditioned(
     A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNull, seed: int
 ) -> tuple[SymmetricOperator, Tensor, float, int]:
     """The operator measured, its null basis, the relative noise of its eigenvalues, products spent."""
-    spent = 2
+    spent = 2 + null.cost
     require_symmetric(A, seed)
     noise = 10 * math.sqrt(A.dim) * torch.finfo(A.dtype).eps
     if null.dim:
-        spent += 8 + null.dim
-        require_null(A, null, norm_estimate(A, seed), "A")
-    if P is None:
-        return A, null.basis, noise, spent
-    operator = congruence(A, P)
+        # Declared directions are zero by evidence: what is left of them measures the rounding from below.
+        noise = max(noise, require_null(A, null, rounding_norm(A, seed), "A"))
+    operator = A if P is None else congruence(A, P)
+    basis = null.basis if P is None else P.transport(null.basis)
+    if not isinstance(operator, Congruence):
+        return operator, basis, noise, spent
     # Rounding in P^T A P is relative to |P|^2 |A|, which may exceed |P^T A P| (T13).
-    size = norm_estimate(Gram(P), seed) * norm_estimate(A, seed)
     actual = norm_estimate(operator, seed)
-    return (
-        operator,
-        P.transport(null.basis),
-        noise * max(1.0, size / actual) if actual > 0 else noise,
-        spent + 16,
-    )
+    worse = max(1.0, rounding_norm(operator, seed) / actual) if actual > 0 else 1.0
+    return operator, basis, noise * worse, spent + 2 * NORM_STEPS
 
 
 def _run(
@@ -161,7 +159,7 @@ def _run(
         start = operator @ normal((operator.dim,), generator(seed), like)
         extra = 1
         if float(start.double().norm()) == 0.0:
-            raise InvalidInputError("the operator maps a random vector to zero: it is the zero operator")
+            raise ZeroOperatorError("the operator maps a random vector to zero: it is the zero operator")
 
     def converged(run: Tridiagonalization) -> bool:
         values, residuals = run.ritz()

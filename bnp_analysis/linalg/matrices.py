@@ -127,11 +127,11 @@ class RowScaled(LinearOperator):
 
     def __init__(self, scale: Tensor, rows: Tensor) -> None:
         super().__init__((rows.shape[0], rows.shape[1]), rows.dtype, rows.device)
-        self._scale, self._rows = scale, rows
+        self.scale, self.rows = scale, rows
 
     @property
     def rank_bound(self) -> int:
-        kept = self._rows[self._scale != 0]
+        kept = self.rows[self.scale != 0]
         return min(kept.shape[0], int((kept != 0).any(dim=0).sum()))
 
     @property
@@ -140,16 +140,16 @@ class RowScaled(LinearOperator):
 
     def conditioned(self, P: LinearOperator) -> RowScaled:
         """`diag(s) (H P)`."""
-        return RowScaled(self._scale, P._rmatmat(self._rows.T).T)
+        return RowScaled(self.scale, P._rmatmat(self.rows.T).T)
 
     def _matmat(self, x: Tensor) -> Tensor:
-        return self._scale[:, None] * (self._rows @ x)
+        return self.scale[:, None] * (self.rows @ x)
 
     def _rmatmat(self, y: Tensor) -> Tensor:
-        return self._rows.T @ (self._scale[:, None] * y)
+        return self.rows.T @ (self.scale[:, None] * y)
 
     def to_dense(self) -> Tensor:
-        return self._scale[:, None] * self._rows
+        return self.scale[:, None] * self.rows
 
 
 class GramOperator(SymmetricOperator):

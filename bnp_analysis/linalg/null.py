@@ -13,6 +13,8 @@ from bnp_analysis.errors import InvalidInputError, NullSpaceError
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.linalg.random import orthonormal
 
+NORM_STEPS = 8
+
 
 @runtime_checkable
 class HasBasis(Protocol):
@@ -36,6 +38,11 @@ class DeclaredNull:
     @property
     def dim(self) -> int:
         return self.basis.shape[1]
+
+    @property
+    def cost(self) -> int:
+        """Products that checking the directions takes: the norm of the operator, and one for each."""
+        return NORM_STEPS + self.dim if self.dim else 0
 
 
 def read_null(null: Tensor | HasBasis | None, A: SymmetricOperator) -> DeclaredNull:
@@ -65,7 +72,7 @@ def read_null(null: Tensor | HasBasis | None, A: SymmetricOperator) -> DeclaredN
     return DeclaredNull(orthonormal(basis), declared=True, sources=sources)
 
 
-def require_null(A: LinearOperator, null: DeclaredNull, scale: float, what: str = "A") -> None:
+def require_null(A: LinearOperator, null: DeclaredNull, scale: float, what: str = "A") -> float:
     """Refuse declared directions that the operator does not annihilate to rounding.
 
     Args:
@@ -73,11 +80,14 @@ def require_null(A: LinearOperator, null: DeclaredNull, scale: float, what: str 
         null: the declared basis.
         scale: the norm of `A`, against which `|A n|` is judged.
 
+    Returns:
+        The largest `|A n| / scale`, which is rounding, so that nothing below it can be told from zero.
+
     Raises:
         NullSpaceError: names the worst column and how far from null it is.
     """
     if null.dim == 0 or scale == 0:
-        return
+        return 0.0
     images = (A @ null.basis).double().norm(dim=0) / scale
     tolerance = 100 * max(A.shape) * torch.finfo(A.dtype).eps
     worst = int(images.argmax())
@@ -87,3 +97,4 @@ def require_null(A: LinearOperator, null: DeclaredNull, scale: float, what: str 
             f"rounding explains {tolerance:.1g}. Deflating it would hide a nonzero eigenvalue and make the "
             "condition number too small; drop the direction, or give it in the operator's own coordinates"
         )
+    return float(images[worst])

@@ -41,6 +41,13 @@ class Preconditioner(LinearOperator):
     def absolute(self) -> LinearOperator:
         """An operator with entries `>= |P_ij|`, which the certificate's radius counts (T13)."""
 
+    def row_magnitude(self, rows: Tensor) -> Tensor:
+        """`M` with `|fl(H P) - H P| <= n u M` for stored rows `H`, by default `|H| |P|`.
+
+        A subclass that forms `H P` without cancellation may give less, at best `|H P|`.
+        """
+        return self.absolute()._rmatmat(rows.abs().T).T
+
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Self:
         """The same `P` in another dtype, and on another device."""
         other = copy.copy(self)
