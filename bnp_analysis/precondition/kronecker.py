@@ -146,7 +146,8 @@ def kfac_preconditioner(
 
     `A = H^^T H^ / R` is the second moment of the extended inputs, `S = (1/N) sum_jt J_jt^T (d^2 l_j / d f_j^2) J_jt`
     that of the Gauss-Newton rows pulled back to the layer's outputs, `t` over its positions. `S (x) A` is the
-    Gauss-Newton block of the layer where the two are independent over rows. Grouped convolutions have factors per group.
+    Gauss-Newton block of the layer where the two are independent over rows. A grouped convolution has its own factors
+    in each group.
 
     Args:
         risk: the empirical risk; its loss must be convex in the outputs and separate over examples.
