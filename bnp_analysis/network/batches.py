@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import random
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InconsistentDataError, InvalidInputError, NonFiniteError
+from bnp_analysis.network.randomness import random_state
 
 Count = Callable[[Any], float]
 
@@ -32,7 +31,7 @@ class Batches:
     """Batches of a pair `(x, y)`, of a list of pairs, or of a loader that can be read again and again.
 
     A loader may change its order between passes, not its contents: every pass is compared with the first by
-    an order-independent hash of its examples.
+    an order-independent hash of its examples. A batch of weight 0 is left out: its own mean may be 0/0.
     """
 
     def __init__(self, data: Any, count: Count | None, dtype: torch.dtype, device: torch.device) -> None:
@@ -45,7 +44,7 @@ class Batches:
             )
         if isinstance(data, tuple) and len(data) == 2:
             self._source: Any = [data]
-        elif isinstance(data, Iterable) and not isinstance(data, Tensor | dict | str):
+        elif isinstance(data, Iterable) and not isinstance(data, Tensor | Mapping | str):
             self._source = data
         else:
             raise InvalidInputError(f"data is (x, y) or an iterable of such batches, not {type(data).__name__}")
@@ -59,24 +58,26 @@ class Batches:
             self._source = None
         counts = []
         first = (0, 0)
-        with _preserved_random_state(self._source):
+        with random_state(generators=_generators(self._source)):
             for batch in self._read():
-                _require_finite_batch(batch)
                 counts.append(batch.count)
-                first = _add(first, _hash(batch))
+                if batch.count > 0:
+                    _require_finite_batch(batch)
+                    first = _add(first, _hash(batch))
         if not counts:
             raise InvalidInputError(
                 "the data has no batch: an empty loader has no mean. With drop_last=True a loader shorter than one "
                 "batch is empty"
             )
         # In memory, or a loader without shuffling: rows of a factor belong to the same examples in every pass.
-        sampler = getattr(self._source, "sampler", None)
-        self.ordered = self._stored is not None or isinstance(sampler, torch.utils.data.SequentialSampler)
+        self.ordered = self._stored is not None or _repeats_order(self._source)
         self.total = float(sum(counts))
-        self.number = len(counts)
+        self.number = sum(count > 0 for count in counts)
         if not self.total > 0:
             raise InvalidInputError(f"the batches weigh {self.total} in total; count= must be positive")
-        if self._stored is None:
+        if self._stored is not None:
+            self._stored = [batch for batch in self._stored if batch.count > 0]
+        else:
             self._fingerprint = first
             # Under other random numbers: an order may depend on them, contents may not.
             for _ in self._pass(perturb=True):
@@ -110,10 +111,11 @@ class Batches:
 
     def _pass(self, *, perturb: bool) -> Iterator[Batch]:
         seen = (0, 0)
-        with _preserved_random_state(self._source, perturb=perturb):
+        with random_state(seed=_MIX if perturb else None, generators=_generators(self._source)):
             for batch in self._read():
-                seen = _add(seen, _hash(batch))
-                yield batch
+                if batch.count > 0:
+                    seen = _add(seen, _hash(batch))
+                    yield batch
         if self._fingerprint is None:
             self._fingerprint = seen
         if seen != self._fingerprint:
@@ -145,12 +147,21 @@ class Batches:
         return t.detach().to(device=self._device, dtype=dtype, copy=copy)
 
 
+def arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How a model is called with an input: `model(*x)`, `model(**x)` or `model(x)`."""
+    if isinstance(x, Mapping):
+        return (), dict(x)
+    return (tuple(x), {}) if isinstance(x, tuple | list) else ((x,), {})
+
+
 def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     """`value` with `fn` applied to every tensor inside tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return fn(value)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {k: map_tensors(v, fn) for k, v in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(v, fn) for v in value))
     if isinstance(value, tuple | list):
         return type(value)(map_tensors(v, fn) for v in value)
     return value
@@ -166,6 +177,16 @@ def tensors_of(value: Any) -> list[Tensor]:
 
     map_tensors(value, note)
     return found
+
+
+def with_examples(batch: Batch, index: Tensor) -> Batch:
+    """The batch with example `index[j]` in place of example `j`; what is not one entry per example stays."""
+    size = tensors_of(batch.x)[0].shape[0]
+
+    def take(t: Tensor) -> Tensor:
+        return t[index.to(t.device)] if t.ndim and t.shape[0] == size else t
+
+    return replace(batch, x=map_tensors(batch.x, take), y=map_tensors(batch.y, take))
 
 
 def slice_batch(batch: Batch, begin: int, end: int) -> Batch | None:
@@ -219,23 +240,21 @@ def _add(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
     return (a[0] + b[0]) % 2**64, a[1] + b[1]
 
 
-@contextmanager
-def _preserved_random_state(source: Any, *, perturb: bool = False) -> Iterator[None]:
-    """Reading a shuffling loader draws random numbers; the global states, and the loader's, come back."""
-    own = getattr(source, "generator", None)
-    states = (torch.get_rng_state(), random.getstate(), np.random.get_state())  # noqa: NPY002
-    kept = own.get_state() if isinstance(own, torch.Generator) else None
-    try:
-        if perturb:
-            torch.manual_seed(_MIX)
-            random.seed(_MIX)
-            np.random.seed(_MIX % 2**32)  # noqa: NPY002
-            if kept is not None and own is not None:
-                own.manual_seed(_MIX)
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])  # noqa: NPY002
-        if kept is not None and own is not None:
-            own.set_state(kept)
+def _generators(source: Any) -> list[torch.Generator]:
+    """The generators that a loader and its samplers draw from."""
+    batches = getattr(source, "batch_sampler", None)
+    parts = (source, getattr(source, "sampler", None), batches, getattr(batches, "sampler", None))
+    found = {id(g): g for part in parts if isinstance(g := getattr(part, "generator", None), torch.Generator)}
+    return list(found.values())
+
+
+def _repeats_order(source: Any) -> bool:
+    """Whether a loader is known to give the same batches in the same order in every pass."""
+    sampler = getattr(source, "sampler", None)
+    batches = getattr(source, "batch_sampler", None)
+    if batches is not None:
+        # With a batch sampler of one's own, `sampler` is a SequentialSampler that nobody asks.
+        if type(batches) is not torch.utils.data.BatchSampler:
+            return False
+        sampler = batches.sampler
+    return type(sampler) is torch.utils.data.SequentialSampler and bool(getattr(source, "in_order", True))

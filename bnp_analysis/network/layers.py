@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bnp_analysis.network.risk import EmpiricalRisk
 
@@ -21,6 +23,9 @@ Dense = nn.Linear
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CoveredLayer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 COVERED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+_METHODS = {name: {getattr(kind, name, None) for kind in COVERED} for name in ("forward", "_conv_forward")}
+_FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 
 
 @dataclass(frozen=True)
@@ -90,15 +95,9 @@ def coverage(risk: EmpiricalRisk) -> Coverage:
         >>> [layer.name for layer in found], sorted(found.uncovered)
         (['0', '2'], ['1.bias', '1.weight'])
     """
-    seen: set[str] = set()
-    risk.capture(lambda name, module, args, output: seen.add(name))
     modules = dict(risk.modules())
-    owners: dict[str, list[str]] = {}
-    for name, module in modules.items():
-        for leaf, parameter in module.named_parameters(recurse=False):
-            full = f"{name}.{leaf}" if name else leaf
-            if parameter is not None and full in risk.space:
-                owners.setdefault(risk.space.canonical(full), []).append(name)
+    owners = _owners(risk)
+    seen, other = _forward_uses(risk, [name for name, module in modules.items() if _overridden(module)])
     covered, reasons = [], {}
     for name, module in modules.items():
         weight = f"{name}.weight" if name else "weight"
@@ -108,24 +107,81 @@ def coverage(risk: EmpiricalRisk) -> Coverage:
         if name not in seen:
             reasons[canonical] = f"the forward of {name or type(module).__name__} never runs"
         elif len(owners[canonical]) > 1:
-            reasons[canonical] = f"tied: shared by {', '.join(owners[canonical])}, whose inputs differ"
+            reasons[canonical] = _tied(owners[canonical])
+        elif name in other:
+            reasons[canonical] = f"{type(module).__name__} computes something else with its weight or its input"
         else:
-            covered.append(_layer(name, module, canonical, risk))
+            covered.append(_layer(name, module, canonical, risk, owners))
     taken = {name for layer in covered for name in (layer.weight, layer.bias) if name is not None}
-    uncovered = {}
-    for name in risk.space.names:
-        if name not in taken:
-            owner = modules[owners[name][0]] if owners.get(name) else None
-            kind = type(owner).__name__ if owner is not None else "no module"
-            uncovered[name] = reasons.get(name, f"{kind} is not a covered layer type")
-            if isinstance(owner, COVERED) and name not in reasons:
-                uncovered[name] = f"{kind} whose weight is frozen, tied or unused"
-    return Coverage(tuple(covered), uncovered)
+    left = [name for name in risk.space.names if name not in taken]
+    return Coverage(tuple(covered), {name: reasons.get(name) or _reason(name, owners, modules) for name in left})
 
 
-def _layer(name: str, module: CoveredLayer, weight: str, risk: EmpiricalRisk) -> Layer:
+def _owners(risk: EmpiricalRisk) -> dict[str, list[str]]:
+    """Parameter name -> the modules that hold it; several for a tied one."""
+    owners: dict[str, list[str]] = {}
+    for name, module in risk.modules():
+        for leaf, _ in module.named_parameters(recurse=False):
+            full = f"{name}.{leaf}" if name else leaf
+            if full in risk.space:
+                owners.setdefault(risk.space.canonical(full), []).append(name)
+    return owners
+
+
+def _reason(name: str, owners: dict[str, list[str]], modules: dict[str, nn.Module]) -> str:
+    held = owners.get(name, [])
+    if len(held) > 1:
+        return _tied(held)
+    owner = modules[held[0]] if held else None
+    kind = "no module" if owner is None else type(owner).__name__
+    weighted = f"{kind} whose weight is frozen or not covered"
+    return weighted if isinstance(owner, COVERED) else f"{kind} is not a covered layer type"
+
+
+def _tied(owners: list[str]) -> str:
+    return f"tied: shared by {', '.join(owners)}, whose inputs differ"
+
+
+def _overridden(module: nn.Module) -> bool:
+    own = any(getattr(type(module), name, None) not in known for name, known in _METHODS.items())
+    return isinstance(module, COVERED) and (own or "forward" in vars(module))
+
+
+def _forward_uses(risk: EmpiricalRisk, doubtful: list[str]) -> tuple[set[str], set[str]]:
+    """The modules whose forward runs; those of the doubtful ones that do not multiply their input by their weight."""
+    seen: set[str] = set()
+    other: set[str] = set()
+    calls = _LayerCalls()
+
+    def visit(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        seen.add(name)
+        if name in doubtful and not any(h is args[0] and w is module.weight for h, w in calls.made):
+            other.add(name)
+        if not name:
+            calls.made.clear()
+
+    with calls if doubtful else nullcontext():
+        risk.capture(visit)
+    return seen, other
+
+
+class _LayerCalls(TorchFunctionMode):
+    """The inputs and weights of the functions that covered layers call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[Any, Any]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = dict(zip(("input", "weight"), args, strict=False)) | (kwargs or {})
+        if func in _FUNCTIONS:
+            self.made.append((named["input"], named["weight"]))
+        return func(*args, **(kwargs or {}))
+
+
+def _layer(name: str, module: CoveredLayer, weight: str, risk: EmpiricalRisk, owners: dict[str, list[str]]) -> Layer:
     bias = f"{name}.bias" if name else "bias"
-    free = module.bias is not None and bias in risk.space and bias not in risk.space.aliases
+    free = module.bias is not None and owners.get(bias) == [name]
     groups = 1 if isinstance(module, nn.Linear) else module.groups
     shape = module.weight.shape
     return Layer(name, module, weight, bias if free else None, shape[0], math.prod(shape[1:]), groups)

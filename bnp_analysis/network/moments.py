@@ -129,7 +129,12 @@ def layer_rows(risk: EmpiricalRisk, layers: Coverage | None = None) -> dict[str,
     """
     layers = coverage(risk) if layers is None else layers
     found: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
-    risk.capture(lambda name, module, args, output: found[name].append(rows(layers[name], args[0])), found)
+
+    def visit(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        # A copy: rows of a dense layer are its input, and what follows may write into that.
+        found[name].append(rows(layers[name], args[0]).clone())
+
+    risk.capture(visit, found)
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from bnp_analysis.errors import InvalidInputError, StochasticModelError
-from bnp_analysis.network.batches import Batch, slice_batch, tensors_of
+from bnp_analysis.network.batches import Batch, slice_batch, tensors_of, with_examples
+from bnp_analysis.network.randomness import random_state
 
 if TYPE_CHECKING:
     from bnp_analysis.network.risk import EmpiricalRisk
@@ -27,28 +28,34 @@ _DROPOUTS = (
 def require_pure(risk: EmpiricalRisk) -> bool:
     """Refuse random models, and batch-coupled ones over several batches; say whether batches couple.
 
-    Both are found by experiment, on the first batch that allows one: the same inputs under two random
-    states, and with one example left out. The names are then read off the layers' types.
+    Layers of known types count if they run. Anything else is found by experiment on the first batch that allows
+    one, at a point near `theta` (a zero output layer hides all that happens below it): the same inputs under
+    several random states, and with other examples beside the first ones.
 
     Raises:
         StochasticModelError: names the layers, what would have been computed, the ways out.
     """
-    tensors = risk.space.unflatten(risk.theta)
-    coupled = False
+    random = _that_run(risk, random_layers(risk))
+    normalizing = _that_run(risk, coupled_layers(risk))
+    coupled = bool(normalizing)
+    tensors = _generic_point(risk)
     for batch in risk.batches:
-        sampled, again = (_outputs(risk, tensors, batch, seed) for seed in (0, 1))
-        if not torch.equal(sampled, again) and _differs(sampled, again):
+        if not bool(torch.isfinite(_outputs(risk, tensors, batch, 0)).all()):
+            tensors = risk.space.unflatten(risk.theta)
+        outputs = [_outputs(risk, tensors, batch, seed) for seed in (0, 1, 2)]
+        if random or any(_differs(outputs[0], other) for other in outputs[1:]):
             raise StochasticModelError(
-                f"the model is random in training mode ({_named(risk, random_layers)}): every evaluation would use "
+                f"the model is random in training mode ({_named(random)}): every evaluation would use "
                 "another mask, and products would belong to different functions. Call model.eval(), set p=0, or "
                 "measure model.eval() with BatchNorm left in train mode"
             )
-        coupled = coupled or _couples(risk, tensors, batch, sampled)
+        _require_determined_loss(risk, batch, outputs[0])
+        coupled = coupled or _couples(risk, tensors, batch, outputs[0])
         if coupled or tensors_of(batch.x)[0].shape[0] > 1:
             break
     if coupled and risk.batches.number > 1:
         raise StochasticModelError(
-            f"batch-coupled layers in training mode ({_named(risk, coupled_layers)}) over {risk.batches.number} "
+            f"batch-coupled layers in training mode ({_named(normalizing)}) over {risk.batches.number} "
             "batches: each batch would be normalized by its own statistics, so the risk would depend on how the "
             "data are split, and no product would be that of the whole data set. Call model.eval() to measure at "
             "running statistics, or give all the data as one batch (x, y)"
@@ -56,11 +63,35 @@ def require_pure(risk: EmpiricalRisk) -> bool:
     return coupled
 
 
+def _generic_point(risk: EmpiricalRisk) -> Mapping[str, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randn(risk.space.dim, generator=g, dtype=torch.float64).to(risk.theta)
+    return risk.space.unflatten(risk.theta + 0.01 * (1 + risk.theta.abs()) * noise)
+
+
+def _that_run(risk: EmpiricalRisk, names: list[str]) -> list[str]:
+    """Those of the named layers whose forward runs."""
+    ran: set[str] = set()
+    if names:
+        risk.capture(lambda name, module, args, output: ran.add(name), names)
+    return [name for name in names if name in ran]
+
+
 def _outputs(risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch, seed: int) -> Tensor:
-    devices = [risk.space.device] if risk.space.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    with torch.no_grad(), random_state(seed=seed, device=risk.space.device):
         return risk.batch_outputs(tensors, batch)
+
+
+def _require_determined_loss(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> None:
+    values = []
+    for seed in (0, 1):
+        with torch.no_grad(), random_state(seed=seed, device=risk.space.device):
+            values.append(risk.batch_loss(outputs.clone(), batch))
+    if _differs(*values):
+        raise StochasticModelError(
+            "the loss is random: the same outputs and targets gave two values, so every product would belong to "
+            "another function. Fix what it samples"
+        )
 
 
 def _differs(a: Tensor, b: Tensor) -> bool:
@@ -72,17 +103,22 @@ def _differs(a: Tensor, b: Tensor) -> bool:
 
 
 def _couples(risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch, whole: Tensor) -> bool:
+    """Whether the outputs of the first one or two examples change when the others are replaced by copies of them.
+
+    Rows of outputs may be in any order (examples may have several): as many must stay as belong to the kept ones.
+    """
     size = tensors_of(batch.x)[0].shape[0]
-    part = slice_batch(batch, 0, size - 1) if size > 1 else None
-    if part is None or whole.ndim == 0 or whole.shape[0] != size:
-        # One example, or no batch dimension to cut: judged by the types of the layers.
-        return bool(coupled_layers(risk))
-    try:
-        fewer = _outputs(risk, tensors, part, 0)
-    except ValueError:
-        # BatchNorm refuses a single row.
-        return bool(coupled_layers(risk))
-    return _differs(fewer, whole[: size - 1])
+    rows = [whole, *(t for t in tensors_of(batch.y) if t.ndim)]
+    if size < 2 or whole.ndim == 0 or any(t.shape[0] % size for t in rows):
+        return False
+    kept = 2 if size > 2 else 1
+    mixed = _outputs(risk, tensors, with_examples(batch, torch.arange(size) % kept), 0)
+    if mixed.shape != whole.shape:
+        return True
+    scale = float(whole.abs().max())
+    stays = (mixed - whole).abs() <= scale * torch.finfo(whole.dtype).eps ** 0.5
+    whole_rows = stays.reshape(whole.shape[0], -1).all(dim=1)
+    return bool(torch.isfinite(whole).all()) and int(whole_rows.sum()) * size < kept * whole.shape[0]
 
 
 def random_layers(risk: EmpiricalRisk) -> list[str]:
@@ -90,26 +126,26 @@ def random_layers(risk: EmpiricalRisk) -> list[str]:
     found = []
     for name, module in risk.modules():
         active = isinstance(module, _DROPOUTS) and module.p > 0
-        active = active or isinstance(module, nn.RReLU)
+        active = active or (isinstance(module, nn.RReLU) and module.lower < module.upper)
         inner = getattr(module, "dropout", 0.0)
         active = active or (isinstance(module, nn.MultiheadAttention | nn.RNNBase) and float(inner) > 0)
         if active and module.training:
-            found.append(name or type(module).__name__)
+            found.append(name)
     return found
 
 
 def coupled_layers(risk: EmpiricalRisk) -> list[str]:
     """Names of layers that normalize by the statistics of the batch."""
-    found = []
-    for name, module in risk.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-            found.append(name or type(module).__name__)
-    return found
+    return [
+        name
+        for name, module in risk.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
+    ]
 
 
-def _named(risk: EmpiricalRisk, find: object) -> str:
-    names = find(risk) if callable(find) else []
-    return ", ".join(names) if names else "no layer of a known type: look for functional calls in forward()"
+def _named(names: list[str]) -> str:
+    found = ", ".join(name or "the model itself" for name in names)
+    return found or "no layer of a known type: look for functional calls in forward()"
 
 
 def require_mean_loss(risk: EmpiricalRisk) -> None:
@@ -119,15 +155,13 @@ def require_mean_loss(risk: EmpiricalRisk) -> None:
         InvalidInputError: says what the risk would have been.
     """
     for batch in risk.batches:
-        verdict = is_mean(risk, batch)
-        if verdict is False:
+        if is_mean(risk, batch) is False:
             raise InvalidInputError(
-                "the loss is not a mean over the batch: halves of a batch do not average to the whole. Over several "
-                "batches, weighted by their sizes, a sum would count large batches twice over. Use "
-                "reduction='mean', or give all the data as one batch (x, y)"
+                f"the loss is not a mean over batch {batch.index}: its parts do not average to the whole. Over "
+                "several batches, weighted by their sizes, a sum would count large batches twice over. Use "
+                "reduction='mean'; if the mean is over something else than examples (weighted classes, targets that "
+                "are not ignored), say with count= how much there is of it; or give all the data as one batch (x, y)"
             )
-        if verdict is not None:
-            return
 
 
 def is_mean(risk: EmpiricalRisk, batch: Batch) -> bool | None:
@@ -141,9 +175,18 @@ def is_mean(risk: EmpiricalRisk, batch: Batch) -> bool | None:
         head, tail = slice_batch(batch, 0, cut), slice_batch(batch, cut, size)
         if head is None or tail is None:
             return None
-        whole = float(risk.batch_loss(outputs, batch))
-        first, second = float(risk.batch_loss(outputs[:cut], head)), float(risk.batch_loss(outputs[cut:], tail))
-    left, right = risk.batches.weigh(head), risk.batches.weigh(tail)
-    mean = (left * first + right * second) / ((left + right) or 1.0)
-    scale = max(abs(first), abs(second), abs(whole))
-    return abs(mean - whole) <= 1e-3 * scale + torch.finfo(risk.space.dtype).tiny
+        weights = [risk.batches.weigh(head), risk.batches.weigh(tail)]
+        if abs(sum(weights) - batch.count) > 1e-6 * batch.count:
+            # count= gives a whole batch its weight, not its examples.
+            weights = [cut, size - cut]
+        whole = risk.batch_loss(outputs, batch)
+        # A part of weight 0 (nothing but ignored targets) has no mean of its own.
+        parts = [
+            (weight, float(risk.batch_loss(piece, part)))
+            for weight, piece, part in zip(weights, (outputs[:cut], outputs[cut:]), (head, tail), strict=True)
+            if weight > 0
+        ]
+    mean = sum(weight * value for weight, value in parts) / sum(weights)
+    scale = max(abs(float(whole)), *(abs(value) for _, value in parts))
+    tolerance: float = torch.finfo(whole.dtype).eps ** 0.6 * scale
+    return abs(mean - float(whole)) <= tolerance

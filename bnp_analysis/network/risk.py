@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
-from bnp_analysis.network.batches import Batch, Batches, Count
+from bnp_analysis.network.batches import Batch, Batches, Count, arguments, map_tensors
+from bnp_analysis.network.kernels import differentiable_kernels, recording
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.purity import require_mean_loss, require_pure
 from bnp_analysis.network.selection import choose_parameters
-from bnp_analysis.network.snapshot import clean_name, snapshot
+from bnp_analysis.network.snapshot import snapshot, snapshot_loss
+from bnp_analysis.network.state import fit_state
 
 Loss = Callable[[Tensor, Any], Tensor]
 Visit = Callable[[str, nn.Module, Any, Any], None]
@@ -64,6 +65,7 @@ class EmpiricalRisk:
         (8, (8,))
     """
 
+    @recording()
     def __init__(
         self,
         model: nn.Module,
@@ -80,9 +82,11 @@ class EmpiricalRisk:
         if not isinstance(model, nn.Module):
             raise InvalidInputError(f"model must be an nn.Module, got {type(model).__name__}")
         self._model = snapshot(model, dtype, device)
-        self._loss, self._output = loss, output
+        self._output = output
         self._recurrent = any(isinstance(m, nn.RNNBase) for m in self._model.modules())
-        self.space = choose_parameters(self._model, model, params)
+        self.space = choose_parameters(self._model, params)
+        self._model.requires_grad_(False)
+        self._loss = snapshot_loss(loss, self.space.dtype, self.space.device)
         self.batches = Batches(data, count, self.space.dtype, self.space.device)
         own = dict(self._model.named_parameters())
         self.theta = self.space.flatten({name: own[name].detach() for name in self.space.names}).clone()
@@ -120,9 +124,10 @@ class EmpiricalRisk:
         """`L(theta)`, a scalar tensor."""
         if "value" not in self._cache:
             self._cache["value"] = self(self.theta)
-        return self._cache["value"]
+        return self._cache["value"].clone()
 
     @property
+    @recording()
     def gradient(self) -> Tensor:
         """`grad L(theta)`, `(n,)`."""
         if "gradient" not in self._cache:
@@ -143,6 +148,7 @@ class EmpiricalRisk:
         with torch.no_grad():
             return torch.cat([self.batch_outputs(tensors, batch) for batch in self.batches])
 
+    @recording()
     def at(self, theta: Tensor | Mapping[str, Tensor]) -> EmpiricalRisk:
         """The same risk at another point; model and data are shared, nothing is checked again but the point."""
         other = copy.copy(self)
@@ -151,6 +157,7 @@ class EmpiricalRisk:
         other._require_finite_parameters()
         return other
 
+    @recording()
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> EmpiricalRisk:
         """The same risk in another dtype, and on another device; nothing is checked again."""
         where = self.space.device if device is None else torch.device(device)
@@ -158,6 +165,7 @@ class EmpiricalRisk:
             return self
         other = copy.copy(self)
         other._model = copy.deepcopy(self._model).to(dtype=dtype, device=where)
+        other._loss = snapshot_loss(self._loss, dtype, where)
         other.space = ParameterSpace(self.space.shapes, dtype, where, self.space.aliases)
         other.theta = self.theta.to(dtype=dtype, device=where)
         other._constants = {
@@ -167,6 +175,7 @@ class EmpiricalRisk:
         other._cache = {}
         return other
 
+    @recording()
     def restrict(self, names: Iterable[str]) -> EmpiricalRisk:
         """The risk as a function of some of its tensors; the others stay constant at the present point."""
         other = copy.copy(self)
@@ -182,11 +191,16 @@ class EmpiricalRisk:
         views = self.space.unflatten(self.theta)
         return {name: t.clone().requires_grad_() for name, t in views.items()}
 
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Every parameter of the model at `theta`, free or constant, under its name."""
+        return {**self._constants, **self.space.unflatten(self.theta)}
+
     def batch_outputs(self, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """`f(x; theta)` for a batch, at named tensors."""
-        # Cloned: batch statistics would write into the buffers (trap 2).
-        buffers = {name: b.clone() for name, b in self._model.named_buffers()}
-        args, kwargs = _arguments(batch.x)
+        # Copies, no operations of the network: batch statistics write into buffers (trap 2), some models into inputs.
+        with torch._C.DisableTorchFunction():
+            buffers = {name: b.clone() for name, b in self._model.named_buffers()}
+            args, kwargs = arguments(map_tensors(batch.x, torch.clone))
         with differentiable_kernels(recurrent=self._recurrent):
             raw = functional_call(self._model, {**self._constants, **tensors, **buffers}, args, kwargs)
         out = raw if self._output is None else self._output(raw)
@@ -195,6 +209,8 @@ class EmpiricalRisk:
                 f"the model returns {type(out).__name__}, not a tensor; pick one with output=, for instance "
                 "output=lambda o: o.logits"
             )
+        if not out.is_floating_point():
+            raise InvalidInputError(f"the model returns {out.dtype} outputs, which have no derivative")
         return out
 
     def batch_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -202,10 +218,7 @@ class EmpiricalRisk:
         value = self._loss(outputs, batch.y)
         if not isinstance(value, Tensor) or value.numel() != 1:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise InvalidInputError(
-                f"loss(output, y) gave {shape} instead of a scalar; its mean over the batch is needed "
-                "(reduction='mean')"
-            )
+            raise InvalidInputError(f"loss(output, y) gave {shape}, not a scalar: the mean over the batch is needed")
         return value.reshape(())
 
     def pullback(self, scalar: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -217,37 +230,36 @@ class EmpiricalRisk:
 
     def capture(self, visit: Visit, names: Iterable[str] | None = None) -> None:
         """Run every batch without gradients and show each module's inputs and output to `visit(name, module, ...)`."""
+        tensors = self.space.unflatten(self.theta)
+        with self._watched(visit, names), torch.no_grad():
+            for batch in self.batches:
+                self.batch_outputs(tensors, batch)
+
+    @recording()
+    def record(self, batch: Batch, names: Iterable[str]) -> tuple[Tensor, dict[str, list[tuple[Tensor, Tensor]]]]:
+        """Run one batch with gradients: its outputs, and each named module's `(input, output)` per occurrence."""
+        seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
+
+        def note(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+            # A copy: what follows may write into the layer's input.
+            seen[name].append((args[0].detach().clone(), output))
+
+        with self._watched(note, seen):
+            return self.batch_outputs(self.leaves(), batch), seen
+
+    @contextmanager
+    def _watched(self, visit: Visit, names: Iterable[str] | None) -> Iterator[None]:
         wanted = None if names is None else set(names)
         handles = []
         for name, module in self._model.named_modules():
             if wanted is None or name in wanted:
 
-                def hook(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
-                    visit(name, module, args, output)
+                def hook(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+                    visit(name, module, (*args, *kwargs.values()), output)
 
-                handles.append(module.register_forward_hook(hook))
+                handles.append(module.register_forward_hook(hook, with_kwargs=True))
         try:
-            tensors = self.space.unflatten(self.theta)
-            with torch.no_grad():
-                for batch in self.batches:
-                    self.batch_outputs(tensors, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def record(self, batch: Batch, names: Iterable[str]) -> tuple[Tensor, dict[str, list[tuple[Tensor, Tensor]]]]:
-        """Run one batch with gradients: its outputs, and each named module's `(input, output)` per occurrence."""
-        seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
-        handles = []
-        for name, module in self._model.named_modules():
-            if name in seen:
-
-                def hook(module: nn.Module, args: Any, output: Tensor, name: str = name) -> None:
-                    seen[name].append((args[0].detach(), output))
-
-                handles.append(module.register_forward_hook(hook))
-        try:
-            return self.batch_outputs(self.leaves(), batch), seen
+            yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -262,31 +274,18 @@ class EmpiricalRisk:
                 raise InvalidInputError(f"theta must be ({self.space.dim},), got {tuple(at.shape)}")
             self.theta = at.detach().to(self.theta).clone()
             return
-        state = {clean_name(name): t for name, t in at.items()}
-        named = dict(self._model.named_parameters()) | dict(self._model.named_buffers())
-        unknown = [n for n in state if n not in named and n not in self.space]
-        missing = [n for n in self.space.names if n not in state]
-        if unknown or missing:
-            raise InvalidInputError(
-                "the state does not fit the model. "
-                + (f"Missing: {', '.join(missing)}. " if missing else "")
-                + (f"Unknown: {', '.join(unknown)}. " if unknown else "")
-                + "It comes from another architecture, or under other names"
-            )
-        for name, t in state.items():
-            canonical = self.space.canonical(name) if name in self.space else name
-            if t.shape != named[canonical].shape:
-                raise InvalidInputError(
-                    f"{name} has shape {tuple(t.shape)} in the state, {tuple(named[canonical].shape)} in the model"
-                )
-        self.theta = self.space.flatten({n: state[n].detach() for n in self.space.names}).to(self.theta).clone()
-        rest = {n: t.detach().clone() for n, t in state.items() if n not in self.space}
+        if not isinstance(at, Mapping):
+            raise InvalidInputError(f"a point is a flat tensor or a state dict, not {type(at).__name__}")
+        free, rest = fit_state(at, self._model, self.space)
+        self.theta = self.space.flatten(free).to(self.theta).clone()
         if rest:
             # Buffers and constants of the state belong to the point as well: a model of its own.
             self._model = copy.deepcopy(self._model)
-            self._model.load_state_dict(rest, strict=False)
-            own = dict(self._model.named_parameters())
-            self._constants = {name: p.detach() for name, p in own.items() if name not in self.space}
+            tensors = dict(self._model.named_parameters()) | dict(self._model.named_buffers())
+            with torch.no_grad():
+                for name, t in rest.items():
+                    tensors[name].copy_(t)
+            self._constants = self._constants | {n: tensors[n].detach() for n in rest if n in self._constants}
 
     def _require_finite_parameters(self) -> None:
         every = {**self._constants, **self.space.unflatten(self.theta)}
@@ -299,20 +298,3 @@ class EmpiricalRisk:
             f"<EmpiricalRisk of {type(self._model).__name__}, {self.space.dim} parameters, "
             f"{self.batches.total:g} examples in {self.batches.number} batches, {self.space.dtype}>"
         )
-
-
-def _arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(x, Mapping):
-        return (), dict(x)
-    return (tuple(x), {}) if isinstance(x, tuple | list) else ((x,), {})
-
-
-@contextmanager
-def differentiable_kernels(*, recurrent: bool) -> Iterator[None]:
-    """Only kernels that have a second derivative: math attention, native recurrent layers (trap 12)."""
-    with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if recurrent:
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-        yield

@@ -7,33 +7,34 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.network.names import NameIndex
 from bnp_analysis.network.parameters import ParameterSpace
-from bnp_analysis.network.snapshot import clean_name
 
 
 def choose_parameters(
-    model: nn.Module, original: nn.Module, params: Iterable[str] | Callable[[str, nn.Parameter], bool] | None
+    model: nn.Module, params: Iterable[str] | Callable[[str, nn.Parameter], bool] | None
 ) -> ParameterSpace:
     """The free parameters of a snapshot, chosen by `params=`."""
     named = dict(model.named_parameters())
-    trainable = {clean_name(n) for n, p in original.named_parameters() if p.requires_grad}
     canonical = {id(p): n for n, p in named.items()}
     aliases = {n: canonical[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if n != canonical[id(p)]}
     if params is None:
-        chosen = [n for n in named if n in trainable]
+        chosen = [n for n, p in named.items() if p.requires_grad]
         why = "none requires a gradient; freeze fewer, or name them with params="
     elif callable(params):
         chosen = [n for n, p in named.items() if params(n, p)]
         why = "the filter params= matches none"
     else:
         prefixes = [params] if isinstance(params, str) else list(params)
-        unmatched = [q for q in prefixes if not any(_under(n, q) for n in (*named, *aliases))]
+        index = NameIndex((*named, *aliases))
+        matches = {q: index.under(q) for q in prefixes}
+        unmatched = [q for q, found in matches.items() if not found]
         if unmatched:
             raise InvalidInputError(
                 f"params= names {', '.join(map(repr, unmatched))}, which match no parameter; "
                 f"there are: {', '.join(named)}"
             )
-        hit = {aliases.get(n, n) for n in (*named, *aliases) if any(_under(n, q) for q in prefixes)}
+        hit = {aliases.get(n, n) for found in matches.values() for n in found}
         chosen = [n for n in named if n in hit]
         why = "params= is empty"
     if not chosen:
@@ -51,8 +52,3 @@ def choose_parameters(
     if len(mixed) > 2:
         raise InvalidInputError(f"parameters of several dtypes or devices: {mixed}; choose with dtype= and device=")
     return ParameterSpace({n: named[n].shape for n in chosen}, first.dtype, first.device, aliases)
-
-
-def _under(name: str, prefix: str) -> bool:
-    prefix = clean_name(prefix)
-    return name == prefix or name.startswith(f"{prefix}.")

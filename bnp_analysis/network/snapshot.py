@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.network.batches import map_tensors
+from bnp_analysis.network.names import clean_name
 
-
-def clean_name(name: str) -> str:
-    """A state name without the prefixes of compiled and data-parallel wrappers.
-
-    Example:
-        >>> clean_name("module._orig_mod.fc.weight")
-        'fc.weight'
-    """
-    name = name.replace("_orig_mod.", "")
-    return name.removeprefix("module.")
+__all__ = ["clean_name", "snapshot", "snapshot_loss", "unwrap"]
 
 
 def snapshot(model: nn.Module, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Module:
-    """A deep copy of the model, unwrapped, with its own parameters that record no gradient.
+    """A deep copy of the model, unwrapped; its parameters still say which of them require a gradient.
 
     Raises:
         InvalidInputError: a model that cannot be copied, or a dtype that is not floating point.
@@ -45,10 +41,27 @@ def snapshot(model: nn.Module, dtype: torch.dtype | None, device: torch.device |
         for p, gradient in gradients.items():
             p.grad = gradient
     _unwrap_children(duplicate)
-    duplicate.requires_grad_(False)
     if device is not None:
         duplicate.to(device=device)
     return duplicate if dtype is None else duplicate.to(dtype=dtype)
+
+
+def snapshot_loss(loss: Callable[..., Any], dtype: torch.dtype, device: torch.device) -> Callable[..., Any]:
+    """A loss with its own copy of the tensors it holds (class weights), in the dtype of the outputs.
+
+    Those of modules and of `functools.partial`; what a function closes over stays the caller's.
+    """
+
+    def own(t: Tensor) -> Tensor:
+        return t.detach().to(device=device, dtype=dtype if t.is_floating_point() else t.dtype, copy=True)
+
+    if isinstance(loss, nn.Module):
+        return snapshot(loss, dtype, device).requires_grad_(False)
+    if isinstance(loss, functools.partial):
+        return functools.partial(
+            snapshot_loss(loss.func, dtype, device), *map_tensors(loss.args, own), **map_tensors(loss.keywords, own)
+        )
+    return loss
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -65,7 +78,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def _unwrap_children(module: nn.Module) -> None:
     """Products run eagerly: compiled second derivatives are not reliable (trap 13)."""
-    for name, child in module.named_children():
+    # Not named_children(): it shows a module that is used twice once.
+    for name, child in list(module._modules.items()):
+        if child is None:
+            continue
         inner = unwrap(child)
         if inner is not child:
             setattr(module, name, inner)
