@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,8 +15,21 @@ from bnp_analysis.network.risk import EmpiricalRisk
 
 # Rows of a Jacobian are pulled back for a few examples at a time: the cost of one row is that of its slice.
 _SLICE = 8
+# At most this many numbers of cotangents are pulled back together.
+_TOGETHER = 2**22
 
-Roots = list[Tensor]
+
+@dataclass(frozen=True)
+class Root:
+    """The output-side rows of a batch, `(rows, r, K)` for `rows * K` outputs, whose first dimension is `leading`."""
+
+    rows: Tensor
+    leading: int
+
+    def per_example(self, batch: Batch) -> int | None:
+        """Rows of one example, where the outputs list examples in the order of the batch; else None."""
+        size = tensors_of(batch.x)[0].shape[0]
+        return self.rows.shape[0] // size if self.leading == size else None
 
 
 class JacobianFactor(LinearOperator):
@@ -23,13 +37,13 @@ class JacobianFactor(LinearOperator):
 
     Args:
         risk: the empirical risk.
-        roots: for each batch the output-side rows `R`, `(N_b, r, K)`, batch weight not included.
+        roots: for each batch the output-side rows `R`, batch weight not included.
         rank: a structural bound of the rank.
     """
 
-    def __init__(self, risk: EmpiricalRisk, roots: Roots, rank: int) -> None:
-        rows = sum(root.shape[0] * root.shape[1] for root in roots)
-        super().__init__((rows, risk.space.dim), risk.space.dtype, risk.space.device)
+    def __init__(self, risk: EmpiricalRisk, roots: list[Root], rank: int) -> None:
+        self._rows = [root.rows.shape[0] * root.rows.shape[1] for root in roots]
+        super().__init__((sum(self._rows), risk.space.dim), risk.space.dtype, risk.space.device)
         self._risk, self._roots, self._rank = risk, roots, rank
         self._graphs = GraphCache(risk, output_graph)
 
@@ -40,27 +54,30 @@ class JacobianFactor(LinearOperator):
     @property
     def dense_cost(self) -> int:
         # A row costs the backward pass of its slice: in products, which are two passes over all the data.
-        width = max((root.shape[1] for root in self._roots), default=1)
-        largest = max((root.shape[0] for root in self._roots), default=1)
-        return max(1, (width * (largest if self._risk.coupled else min(_SLICE, largest)) + 1) // 2)
+        cost = 1
+        for rows, root in zip(self._rows, self._roots, strict=True):
+            cut = not self._risk.coupled and root.leading > _SLICE
+            cost = max(cost, (rows * _SLICE // root.leading if cut else rows) // 2)
+        return cost
 
     def _matmat(self, x: Tensor) -> Tensor:
         vectors = [list(self._risk.space.unflatten(v).values()) for v in x.T.contiguous().unbind()]
-        parts = []
-        for graph, root in zip(self._graphs, self._roots, strict=True):
-            columns = [_rows(root, graph.jvp(v)) * graph.weight**0.5 for v in vectors]
-            parts.append(torch.stack(columns, dim=1))
-        return torch.cat(parts)
+        product = x.new_zeros(self.shape[0], x.shape[1])
+        begin = 0
+        for graph, root, size in zip(self._graphs, self._roots, self._rows, strict=True):
+            for k, v in enumerate(vectors):
+                product[begin : begin + size, k] = _project(root.rows, graph.jvp(v)) * graph.weight**0.5
+            begin += size
+        return product
 
     def _rmatmat(self, y: Tensor) -> Tensor:
         total = y.new_zeros(self.shape[1], y.shape[1])
         begin = 0
-        for graph, root in zip(self._graphs, self._roots, strict=True):
-            size = root.shape[0] * root.shape[1]
+        for graph, root, size in zip(self._graphs, self._roots, self._rows, strict=True):
             part = y[begin : begin + size] * graph.weight**0.5
             begin += size
             for k in range(y.shape[1]):
-                u = _cotangent(root, part[:, k], graph)
+                u = _cotangent(root.rows, part[:, k], graph)
                 total[:, k] += self._risk.space.flatten(graph.vjp(u))
         return total
 
@@ -69,49 +86,56 @@ class JacobianFactor(LinearOperator):
         begin = 0
         for batch, root in zip(self._risk.batches, self._roots, strict=True):
             weight = (batch.count / self._risk.batches.total) ** 0.5
-            for part, first in _slices(batch, self._risk.coupled):
-                size = tensors_of(part.x)[0].shape[0] if first is not None else root.shape[0]
-                mine = root if first is None else root[first : first + size]
-                rows = jacobian_rows(self._risk, part, mine) * weight
-                dense[begin : begin + rows.shape[0]] = rows
-                begin += rows.shape[0]
+            for part, rows in _slices(batch, root, self._risk.coupled):
+                end = begin + rows.shape[0] * rows.shape[1]
+                dense[begin:end] = jacobian_rows(self._risk, part, rows) * weight
+                begin = end
         return dense
 
 
-def _slices(batch: Batch, coupled: bool) -> list[tuple[Batch, int | None]]:
-    """The batch cut into small ones where examples are independent, else whole."""
-    size = tensors_of(batch.x)[0].shape[0]
-    if coupled or slice_batch(batch, 0, 1) is None:
-        return [(batch, None)]
-    cuts = range(0, size, _SLICE)
-    return [(part, first) for first in cuts if (part := slice_batch(batch, first, first + _SLICE)) is not None]
+def _slices(batch: Batch, root: Root, coupled: bool) -> list[tuple[Batch, Tensor]]:
+    """The batch and its root cut into small ones where examples are independent, else whole."""
+    each = root.per_example(batch)
+    if coupled or each is None or slice_batch(batch, 0, 1) is None:
+        return [(batch, root.rows)]
+    cuts = range(0, root.leading, _SLICE)
+    return [
+        (part, root.rows[first * each : (first + _SLICE) * each])
+        for first in cuts
+        if (part := slice_batch(batch, first, first + _SLICE)) is not None
+    ]
 
 
 def jacobian_rows(risk: EmpiricalRisk, batch: Batch, root: Tensor) -> Tensor:
     """The rows `R_j[i] . J_j` of a batch, `(N r, n)`, by batched backward passes."""
     graph = output_graph(risk, batch, forward=False)
     count, width, _ = root.shape
-    cotangents = root.new_zeros(count, width, count, root.shape[2])
-    each = torch.arange(count, device=root.device)
-    cotangents[each, :, each] = root
-    stacked = cotangents.reshape(count * width, *graph.outputs.shape)
-    parts = graph.vjp_rows(stacked)
-    return torch.cat([part.reshape(count * width, -1) for part in parts], dim=1)
+    flat = root.reshape(count * width, -1)
+    owner = torch.arange(count, device=root.device).repeat_interleave(width)
+    dense = root.new_empty(count * width, risk.space.dim)
+    step = max(1, _TOGETHER // max(graph.outputs.numel(), 1))
+    for begin in range(0, count * width, step):
+        end = min(begin + step, count * width)
+        cotangents = root.new_zeros(end - begin, count, root.shape[2])
+        cotangents[torch.arange(end - begin, device=root.device), owner[begin:end]] = flat[begin:end]
+        parts = graph.vjp_rows(cotangents.reshape(end - begin, *graph.outputs.shape))
+        dense[begin:end] = torch.cat([part.reshape(end - begin, -1) for part in parts], dim=1)
+    return dense
 
 
-def _rows(root: Tensor, outputs: Tensor) -> Tensor:
+def _project(root: Tensor, outputs: Tensor) -> Tensor:
     """`R_j . out_j`, flattened over examples and rows."""
     return torch.einsum("nrk,nk->nr", root, outputs.reshape(root.shape[0], -1)).reshape(-1)
 
 
 def _cotangent(root: Tensor, y: Tensor, graph: OutputGraph) -> Tensor:
     """`R_j^T y_j` in the shape of the outputs."""
-    return torch.einsum("nrk,nr->nk", root, y.view(root.shape[:2])).reshape(graph.outputs.shape)
+    return torch.einsum("nrk,nr->nk", root, y.reshape(root.shape[:2])).reshape(graph.outputs.shape)
 
 
 def batch_roots(
     risk: EmpiricalRisk, make: Callable[[EmpiricalRisk, Batch, Tensor], tuple[Tensor, int] | None]
-) -> tuple[Roots, int] | None:
+) -> tuple[list[Root], int] | None:
     """`make(risk, batch, outputs)` for every batch, with the ranks added up; None as soon as one has none.
 
     A loader whose order may change has no fixed rows, so no factor.
@@ -126,6 +150,6 @@ def batch_roots(
         made = make(risk, batch, outputs)
         if made is None:
             return None
-        roots.append(made[0])
-        rank += made[1] if batch.count > 0 else 0
+        roots.append(Root(made[0], outputs.shape[0]))
+        rank += made[1]
     return roots, rank

@@ -13,7 +13,7 @@ from bnp_analysis.curvature.output_curvature import loss_gradient, output_root
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.linalg.random import generator, normal
-from bnp_analysis.network.batches import Batch
+from bnp_analysis.network.batches import Batch, slice_batch, tensors_of
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.purity import is_mean
 from bnp_analysis.network.risk import EmpiricalRisk
@@ -84,20 +84,31 @@ def fisher(
 
 
 def _empirical(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> tuple[Tensor, int] | None:
-    """Row `j` is `sqrt(N) dL/df_j`: the mean over examples of the outer products of their own gradients."""
+    """Row `j` is `sqrt(w_j) dl_j/df_j`, with `dL/df_j = w_j dl_j/df_j`: an example's own gradient, its share `w_j`."""
     if is_mean(risk, batch) is False:
         raise InvalidInputError("the loss is not a mean over the batch, so an example has no gradient of its own")
     _, g = loss_gradient(risk, batch, outputs)
     count = outputs.shape[0]
-    root = (g.detach() * count**0.5).reshape(count, 1, -1)
+    shares = _shares(risk, batch, outputs).clamp_min(torch.finfo(g.dtype).tiny)
+    root = g.detach().reshape(count, 1, -1) / shares.to(g).sqrt().view(-1, 1, 1)
     return root, count
+
+
+def _shares(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> Tensor:
+    """How much of the batch's mean each row of outputs is."""
+    size, count = tensors_of(batch.x)[0].shape[0], outputs.shape[0]
+    parts = [slice_batch(batch, j, j + 1) for j in range(size)] if count == size else []
+    weights = torch.tensor([0.0 if part is None else risk.batches.weigh(part) for part in parts], dtype=torch.float64)
+    if parts and abs(float(weights.sum()) - batch.count) <= 1e-6 * batch.count:
+        return weights / weights.sum()
+    return torch.full((count,), 1 / count, dtype=torch.float64)
 
 
 def _sampler(samples: int, seed: int) -> Make:
     g = generator(seed)
 
     def draw(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> tuple[Tensor, int] | None:
-        found = output_root(risk, batch, outputs)
+        found = output_root(risk, batch, outputs, positions=True)
         if found is None:
             return None
         count, _, width = found.root.shape

@@ -30,7 +30,7 @@ class GaussNewton(SymmetricOperator):
         """`F = S^(1/2) J`, where the loss is convex and separate over examples in the outputs."""
 
         def make(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> tuple[Tensor, int] | None:
-            found = output_root(risk, batch, outputs)
+            found = output_root(risk, batch, outputs, positions=True)
             return None if found is None else (found.root, found.rank)
 
         made = batch_roots(self._risk, make)

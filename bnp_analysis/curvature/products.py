@@ -18,6 +18,7 @@ from torch import Tensor
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.memory import available_memory
 from bnp_analysis.network.batches import Batch
+from bnp_analysis.network.kernels import recording
 from bnp_analysis.network.risk import EmpiricalRisk
 
 G = TypeVar("G")
@@ -107,6 +108,7 @@ def _explained(error: RuntimeError) -> Exception:
     return error
 
 
+@recording()
 def gradient_graph(risk: EmpiricalRisk, batch: Batch) -> GradientGraph:
     """Record the gradient of `(count / total) * loss` of a batch."""
     tensors = risk.leaves()
@@ -121,6 +123,7 @@ def gradient_graph(risk: EmpiricalRisk, batch: Batch) -> GradientGraph:
     return GradientGraph(leaves, list(gradients))
 
 
+@recording()
 def output_graph(risk: EmpiricalRisk, batch: Batch, *, forward: bool = True) -> OutputGraph:
     """Record the outputs of a batch; with `forward` also `u -> J^T u`, which Jacobian-vector products need."""
     tensors = risk.leaves()

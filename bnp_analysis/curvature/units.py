@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bnp_analysis.curvature.output_curvature import output_root
 from bnp_analysis.linalg.matrices import GramOperator, RowScaled
+from bnp_analysis.network.batches import tensors_of
 from bnp_analysis.network.layers import Coverage, Layer
 from bnp_analysis.network.risk import EmpiricalRisk
 
@@ -54,8 +55,9 @@ def unit_blocks(risk: EmpiricalRisk, layers: Coverage) -> dict[str, UnitBlocks]:
     for batch in risk.batches:
         outputs, seen = risk.record(batch, dense)
         found = output_root(risk, batch, outputs.detach())
-        dense = {name: layer for name, layer in dense.items() if _simple(seen[name], outputs)}
-        if found is None or not dense:
+        examples = tensors_of(batch.x)[0].shape[0]
+        dense = {name: layer for name, layer in dense.items() if _simple(seen[name], examples)}
+        if found is None or not dense or found.root.shape[0] != examples:
             return {}
         activations = [seen[name][0][1] for name in dense]
         squares = [torch.zeros_like(a) for a in activations]
@@ -79,11 +81,9 @@ def unit_blocks(risk: EmpiricalRisk, layers: Coverage) -> dict[str, UnitBlocks]:
     }
 
 
-def _simple(seen: list[tuple[Tensor, Tensor]], outputs: Tensor) -> bool:
+def _simple(seen: list[tuple[Tensor, Tensor]], examples: int) -> bool:
     """One occurrence, one row per example, and an output that the loss can reach."""
-    return (
-        len(seen) == 1 and seen[0][1].ndim == 2 and seen[0][1].shape[0] == outputs.shape[0] and seen[0][1].requires_grad
-    )
+    return len(seen) == 1 and seen[0][1].ndim == 2 and seen[0][1].shape[0] == examples and seen[0][1].requires_grad
 
 
 def _with_bias(layer: Layer, h: Tensor) -> Tensor:
