@@ -5,98 +5,33 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, ZeroOperatorError
 from bnp_analysis.linalg import dense_routes, krylov_routes
-from bnp_analysis.linalg.extremes import Extremes
+from bnp_analysis.linalg.extremes import Extremes, require_operator
 from bnp_analysis.linalg.matrices import GramOperator
 from bnp_analysis.linalg.memory import available_memory
 from bnp_analysis.linalg.null import HasBasis, read_null
+from bnp_analysis.linalg.number import MAGNITUDE, SINGULAR, ConditionNumber
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner, check_fits
 from bnp_analysis.linalg.progress import Progress
-from bnp_analysis.results import Result
 
 METHODS = ("auto", "factor-svd", "dense", "lanczos")
 FACTOR_LIMIT = 5_000
 DENSE_LIMIT = 3_000
-MAGNITUDE = "max|lambda|/min|lambda|"
-SINGULAR = "sigma_max/sigma_min+"
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
-class ConditionNumber(Result):
-    """The effective condition number `kappa* = lambda_max / lambda_min+` with its bounds.
-
-    Attributes:
-        value: best estimate; the ratio of `lambda_max` and `lambda_min`.
-        lower, upper: bounds; `lower` is NaN where none may be issued, `upper` infinite where none is known.
-        two_sided: both bounds hold (with `failure_probability`, where that is not zero).
-        method: the route, `"factor-svd"`, `"dense"` or `"lanczos"`.
-        lambda_max, lambda_min: largest and smallest nonzero eigenvalue (magnitudes for an indefinite matrix).
-        rank: eigenvalues counted as nonzero, None when the route cannot count them.
-        null_dim: dimension of the declared null space.
-        null_sources: its directions counted by cause.
-        unresolved: eigenvalues below the noise floor that nothing explains as zero; None when not counted.
-        negative: negative eigenvalues (indefinite matrices only).
-        zero: eigenvalues within the noise floor, explained or not; None when not counted.
-        gap_ratio: the smallest nonzero eigenvalue over the largest that counts as zero.
-        noise_floor: eigenvalues below it are rounding.
-        failure_probability: of the bounds, over random starts.
-        quantity: what the numbers are: `"kappa*"`, `"max|lambda|/min|lambda|"` or `"sigma_max/sigma_min+"`.
-        dim, dtype, stop, note: size, precision, why the run ended, what to do next.
-    """
-
-    value: float
-    lower: float
-    upper: float
-    two_sided: bool
-    method: str
-    lambda_max: float
-    lambda_min: float
-    dim: int
-    dtype: str
-    rank: int | None = None
-    null_dim: int = 0
-    null_sources: Mapping[str, int] = field(default_factory=dict)
-    unresolved: int | None = None
-    negative: int = 0
-    zero: int | None = None
-    gap_ratio: float = math.inf
-    noise_floor: float = 0.0
-    failure_probability: float = 0.0
-    quantity: str = "kappa*"
-    stop: str = "done"
-    note: str = ""
-
-    def summary(self) -> str:
-        """One honest line."""
-        name = self.quantity
-        how = f"{self.method} {self.dtype}"
-        if self.rank is not None:
-            how += f", rank {self.rank} of {self.dim}"
-        if self.quantity == MAGNITUDE:
-            how += f", {self.negative} negative" + ("" if self.zero is None else f", {self.zero} zero")
-        if self.rank is not None and self.rank < self.dim and math.isfinite(self.gap_ratio):
-            how += f", gap {self.gap_ratio:.2g}"
-        if self.two_sided:
-            chance = f", fails with probability <= {self.failure_probability:g}" if self.failure_probability else ""
-            return f"{name} = {self.value:.4g} ({self.lower:.4g} .. {self.upper:.4g}), {how}{chance}"
-        if math.isnan(self.lower):
-            return f"{name} ~ {self.value:.4g}, no bound: {self.note}; {how}"
-        return f"{name} >= {self.lower:.4g}, one-sided: {self.note}; {how}"
-
-
-def singular_condition_number(F: LinearOperator) -> ConditionNumber:
+def singular_condition_number(F: LinearOperator, null: Tensor | None = None) -> ConditionNumber:
     """The effective condition number `sigma_max / sigma_min+` of a rectangular operator, by factor-svd.
 
     Args:
         F: `(r, n)`, dense in memory.
+        null: known null directions of `F`, `(n, k)`.
 
     Returns:
         A `ConditionNumber`: the square root of that of `F^T F`, with singular values as `lambda_max, lambda_min`.
@@ -112,7 +47,7 @@ def singular_condition_number(F: LinearOperator) -> ConditionNumber:
         >>> singular_condition_number(MatrixOperator(torch.tensor([[3.0, 0.0], [0.0, 2.0]]))).value
         1.5
     """
-    found = condition_number(GramOperator(F), method="factor-svd")
+    found = condition_number(GramOperator(F), null=null, method="factor-svd")
     return dataclasses.replace(
         found,
         quantity=SINGULAR,
@@ -241,8 +176,7 @@ def _measure(
     *,
     indefinite: bool,
 ) -> ConditionNumber:
-    if not isinstance(A, SymmetricOperator):
-        raise InvalidInputError(f"expected a SymmetricOperator, got {type(A).__name__}; wrap a matrix in DenseOperator")
+    require_operator(A)
     if A.dim == 0:
         raise InvalidInputError("an operator on R^0 has no eigenvalues, hence no condition number")
     if method not in METHODS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.lanczos import lanczos
 from bnp_analysis.linalg.matrices import GramOperator
-from bnp_analysis.linalg.null import NORM_STEPS, DeclaredNull
+from bnp_analysis.linalg.null import NORM_STEPS, DeclaredNull, HasBasis, read_null, require_null
 from bnp_analysis.linalg.operators import LinearOperator, Product, SymmetricOperator
-from bnp_analysis.linalg.preconditioner import Congruence
+from bnp_analysis.linalg.preconditioner import Congruence, Preconditioner, congruence
 from bnp_analysis.linalg.random import generator, normal
 
 UNDECLARED = "null space not declared"
@@ -61,6 +61,24 @@ def factor_rounding_norm(F: LinearOperator, seed: int = 0) -> float:
     if isinstance(F, Product):
         return factor_rounding_norm(F.left, seed) * factor_rounding_norm(F.right, seed)
     return math.sqrt(norm_estimate(GramOperator(F), seed))
+
+
+def require_operator(A: object) -> None:
+    if not isinstance(A, SymmetricOperator):
+        raise InvalidInputError(f"expected a SymmetricOperator, got {type(A).__name__}; wrap a matrix in DenseOperator")
+
+
+def measured(
+    A: SymmetricOperator, P: Preconditioner | None, null: Tensor | HasBasis | None, seed: int
+) -> tuple[SymmetricOperator, DeclaredNull]:
+    """The operator that is measured, `A` or `P^T A P`, and its declared null directions, checked against it."""
+    require_operator(A)
+    declared = read_null(null, A)
+    if declared.dim:
+        require_null(A, declared, rounding_norm(A, seed), "A")
+    if P is None:
+        return A, declared
+    return congruence(A, P), replace(declared, basis=P.transport(declared.basis))
 
 
 def require_symmetric(A: SymmetricOperator, seed: int) -> None:

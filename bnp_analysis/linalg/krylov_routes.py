@@ -68,10 +68,7 @@ def lanczos_ends(
         slack = invariance_slack(run.residual_norm + floor, dim, chance)
         high, low = min(high, top + slack), max(low, float(values[0]) - slack)
         upper = (high + floor) / (low - floor) if low > floor else math.inf
-        needed = math.ceil(math.sqrt(top / bottom) * math.log(1.648 * math.sqrt(dim) / (chance / 2)) / 2)
-        note = (
-            "" if math.isfinite(upper) else f"smallest Ritz value not certified after {k} steps, about {needed} needed"
-        )
+        note = "" if math.isfinite(upper) else _not_certified(run, math.sqrt(top / bottom), dim, chance)
     if not math.isfinite(lower):
         note = "no Ritz value stands above the noise floor" + (f"; {note}" if note else "")
     return Extremes(
@@ -170,6 +167,15 @@ def _run(
     until = None if declared else converged
     run = lanczos(operator, steps, start=start, seed=seed, null=basis, until=until, progress=progress)
     return run, extra
+
+
+def _not_certified(run: Tridiagonalization, root: float, dim: int, chance: float) -> str:
+    """Why there is no upper bound, and what would give one."""
+    steps = len(run.alpha)
+    if run.stop == "invariant subspace":
+        return f"after {steps} steps the space is invariant to rounding, which can hide a small eigenvalue; use 'dense'"
+    needed = math.ceil(root * math.log(1.648 * math.sqrt(dim) / (chance / 2)) / 2)
+    return f"smallest Ritz value not certified after {steps} steps, about {needed} needed"
 
 
 def _clean_steps(run: Tridiagonalization, noise: float) -> int:
