@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.errors import InvalidInputError, NonFiniteError
+from bnp_analysis.linalg.extremes import measured
 from bnp_analysis.linalg.lanczos import Floats, lanczos, tridiagonal_eigh
-from bnp_analysis.linalg.null import HasBasis, read_null
+from bnp_analysis.linalg.null import HasBasis
 from bnp_analysis.linalg.operators import SymmetricOperator
-from bnp_analysis.linalg.preconditioner import Preconditioner, congruence
+from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.progress import Progress, reporting
 from bnp_analysis.linalg.random import generator, normal, rademacher
 from bnp_analysis.results import Result
@@ -46,8 +47,9 @@ class SpectralDensity(Result):
     def summary(self) -> str:
         """Range and mean of the spectrum."""
         mean = float((self.nodes * self.weights).sum() / len(self.weights))
+        found = self.nodes[self.weights > 0]  # the rest is padding
         return (
-            f"spectral density on [{self.nodes[self.weights > 0].min():.4g}, {self.nodes.max():.4g}], mean {mean:.4g}, "
+            f"spectral density on [{found.min():.4g}, {found.max():.4g}], mean {mean:.4g}, "
             f"{len(self.nodes)} probes x {self.nodes.shape[1]} steps, {self.matvecs} products"
         )
 
@@ -108,7 +110,8 @@ def spectral_density(
         A `SpectralDensity`.
 
     Raises:
-        InvalidInputError: sizes that do not fit; NonFiniteError: a product with NaN or infinity.
+        InvalidInputError: sizes that do not fit; NullSpaceError: declared directions that are not null;
+        NonFiniteError: a product with NaN or infinity.
 
     Source: Golub and Meurant 2010; Ghorbani, Krishnan and Xiao 2019.
 
@@ -119,9 +122,7 @@ def spectral_density(
         >>> abs(density.mass(0.9, 2.1)[0] - 1) < 1e-12
         True
     """
-    declared = read_null(null, A)
-    operator = A if preconditioner is None else congruence(A, preconditioner)
-    basis = declared.basis if preconditioner is None else preconditioner.transport(declared.basis)
+    operator, declared = measured(A, preconditioner, null, seed)
     room = A.dim - declared.dim
     if probes < 1 or steps < 1 or points < 2 or room < 1:
         raise InvalidInputError(f"probes={probes}, steps={steps}, points={points} for {room} dimensions: nothing to do")
@@ -132,20 +133,23 @@ def spectral_density(
     g = generator(seed)
     like = torch.empty(0, dtype=A.dtype, device=A.device)
     nodes, weights = np.zeros((probes, steps)), np.zeros((probes, steps))
-    matvecs = 0
+    matvecs, done = declared.cost, 0
     with reporting(progress, probes, "spectral density") as update:
-        for i in range(probes):
-            run = lanczos(operator, steps, start=normal((A.dim,), g, like), null=basis)
-            values, vectors = tridiagonal_eigh(run.alpha, run.beta)
-            nodes[i, : values.size], weights[i, : values.size] = values, vectors[0] ** 2
-            matvecs += run.matvecs
-            if run.stop == "interrupted":
-                # The probe in hand is incomplete; the finished ones are a result of their own.
-                if i == 0:
+        try:
+            for i in range(probes):
+                run = lanczos(operator, steps, start=normal((A.dim,), g, like), null=declared.basis)
+                matvecs += run.matvecs
+                if run.stop == "interrupted":
                     raise KeyboardInterrupt
-                nodes, weights = nodes[:i], weights[:i]
-                break
-            update(i + 1)
+                values, vectors = tridiagonal_eigh(run.alpha, run.beta)
+                nodes[i, : values.size], weights[i, : values.size] = values, vectors[0] ** 2
+                done = i + 1
+                update(done)
+        except KeyboardInterrupt:
+            # The probe in hand is incomplete; the finished ones are a result of their own.
+            if done == 0:
+                raise
+    nodes, weights = nodes[:done], weights[:done]
     low, high = float(nodes[weights > 0].min()), float(nodes[weights > 0].max())
     spread = (high - low) or abs(high) or 1.0
     sigma = width or 0.01 * spread
@@ -194,7 +198,7 @@ def trace(
         A `Trace` with the standard error over probes.
 
     Raises:
-        InvalidInputError: fewer than two probes.
+        InvalidInputError: fewer than two probes; NonFiniteError: a product with NaN or infinity.
 
     Source: Hutchinson 1990.
 
@@ -206,15 +210,22 @@ def trace(
     if probes < 2:
         raise InvalidInputError(f"an error bar needs at least two probes, got {probes}")
     began = time.perf_counter()
-    operator = A if preconditioner is None else congruence(A, preconditioner)
+    operator, _ = measured(A, preconditioner, None, seed)
     g = generator(seed)
     like = torch.empty(0, dtype=A.dtype, device=A.device)
-    samples = []
+    samples: list[float] = []
     with reporting(progress, probes, "trace") as update:
-        for i in range(probes):
-            v = rademacher((A.dim,), g, like)
-            samples.append(float(v.double() @ (operator @ v).double()))
-            update(i + 1)
+        try:
+            for i in range(probes):
+                v = rademacher((A.dim,), g, like)
+                samples.append(float(v.double() @ (operator @ v).double()))
+                if not math.isfinite(samples[-1]):
+                    raise NonFiniteError(f"product {i + 1} with {operator!r} has NaN or infinite entries")
+                update(i + 1)
+        except KeyboardInterrupt:
+            # Two finished probes are a result of their own, with an error bar.
+            if len(samples) < 2:
+                raise
     values = np.array(samples)
     return Trace(
         value=float(values.mean()),
@@ -222,7 +233,7 @@ def trace(
         dim=A.dim,
         settings={"probes": probes, "preconditioned": preconditioner is not None},
         seed=seed,
-        matvecs=probes,
+        matvecs=len(samples),
         seconds=time.perf_counter() - began,
     )
 
