@@ -7,7 +7,7 @@ print(bnp.condition_number(A), bnp.condition_number(A, preconditioner=P))
 """
 
 from bnp_analysis import data, errors, models
-from bnp_analysis.curvature import fisher, gauss_newton, hessian
+from bnp_analysis.curvature import NullDirections, fisher, gauss_newton, hessian, null_directions
 from bnp_analysis.diagnose import Comparison, LayerRow, LayerTable, compare, layer_table
 from bnp_analysis.linalg import (
     CallableOperator,
@@ -44,6 +44,7 @@ __all__ = [
     "LayerRow",
     "LayerTable",
     "LinearOperator",
+    "NullDirections",
     "ParameterSpace",
     "Preconditioner",
     "Result",
@@ -64,6 +65,7 @@ __all__ = [
     "layer_table",
     "magnitude_condition_number",
     "models",
+    "null_directions",
     "spectral_density",
     "trace",
 ]

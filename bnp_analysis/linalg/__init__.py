@@ -7,7 +7,6 @@ eigenpairs, `quadrature` densities and traces.
 
 from bnp_analysis.linalg.block_lanczos import BlockTridiagonalization, block_lanczos
 from bnp_analysis.linalg.condition import (
-    ConditionNumber,
     choose_route,
     condition_number,
     magnitude_condition_number,
@@ -24,6 +23,7 @@ from bnp_analysis.linalg.matrices import (
     Restriction,
     RowScaled,
 )
+from bnp_analysis.linalg.number import ConditionNumber
 from bnp_analysis.linalg.operators import LinearOperator, Product, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import (
     Congruence,

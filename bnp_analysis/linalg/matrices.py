@@ -89,6 +89,17 @@ class DenseOperator(SymmetricOperator):
                     f"the factor must be a matrix (r, {self.dim}) in {self.dtype}, got {describe(factor)}"
                 )
             self._factor = MatrixOperator(factor)
+            self._check_factor(factor)
+
+    def _check_factor(self, factor: Tensor) -> None:
+        """`F^T F v = A v` for one vector, relative to `|F|^2`."""
+        v = torch.linspace(-1, 2, self.dim, dtype=self.dtype, device=self.device)
+        gap = float((factor.T @ (factor @ v) - self._matrix @ v).norm())
+        size = (float(factor.norm()) ** 2 + float(self._matrix.norm())) * float(v.norm())
+        if not gap <= 100 * max(factor.shape) * torch.finfo(self.dtype).eps * size:
+            raise InvalidInputError(
+                f"the factor is not one of this matrix: F^T F v and A v differ by {gap / size:.2g} relative"
+            )
 
     @property
     def factor(self) -> LinearOperator | None:
@@ -178,6 +189,8 @@ class GramOperator(SymmetricOperator):
 class CallableOperator(SymmetricOperator):
     """A symmetric operator given by a function `v -> A v` on vectors `(n,)`.
 
+    The function gets a copy of the vector and its answer is copied, so it may reuse one buffer.
+
     Example:
         >>> import torch
         >>> A = CallableOperator(lambda v: 3 * v, 2, dtype=torch.float64)
@@ -195,6 +208,8 @@ class CallableOperator(SymmetricOperator):
         factor: LinearOperator | None = None,
     ) -> None:
         super().__init__(n, dtype, device)
+        if factor is not None and (factor.shape[1] != n or factor.dtype != dtype):
+            raise InvalidInputError(f"the factor must be an operator (r, {n}) in {dtype}, got {factor!r}")
         self._fn = fn
         self._factor = factor
 
@@ -203,20 +218,23 @@ class CallableOperator(SymmetricOperator):
         return self._factor
 
     def _matmat(self, x: Tensor) -> Tensor:
-        columns = [self._fn(column) for column in x.unbind(dim=1)]
-        for column in columns:
+        product = torch.empty_like(x)
+        for j in range(x.shape[1]):
+            column = self._fn(x[:, j].clone())
             if not isinstance(column, Tensor) or column.shape != (self.dim,) or column.dtype != self.dtype:
                 raise InvalidInputError(
                     f"the function must return a tensor ({self.dim},) in {self.dtype}, got {describe(column)}"
                 )
-        return torch.stack(columns, dim=1) if columns else x.new_zeros(x.shape)
+            product[:, j] = column.detach()
+        return product
 
 
 class Restriction(SymmetricOperator):
     """The principal submatrix `A[indices, indices]`, for instance one unit inside its layer."""
 
     def __init__(self, operator: SymmetricOperator, indices: Tensor) -> None:
-        super().__init__(int(indices.numel()), operator.dtype, operator.device)
+        check_positions(indices, operator.dim)
+        super().__init__(indices.numel(), operator.dtype, operator.device)
         self._operator = operator
         self._indices = indices.to(operator.device)
 
@@ -235,9 +253,10 @@ class ColumnSubset(LinearOperator):
     """The columns `F[:, indices]` of an operator."""
 
     def __init__(self, operator: LinearOperator, indices: Tensor) -> None:
-        super().__init__((operator.shape[0], int(indices.numel())), operator.dtype, operator.device)
+        check_positions(indices, operator.shape[1])
+        super().__init__((operator.shape[0], indices.numel()), operator.dtype, operator.device)
         self._operator = operator
-        self._indices = indices
+        self._indices = indices.to(operator.device)
 
     @property
     def rank_bound(self) -> int:
@@ -257,6 +276,17 @@ class ColumnSubset(LinearOperator):
 
     def to_dense(self) -> Tensor:
         return self._operator.to_dense()[:, self._indices]
+
+
+def check_positions(indices: Tensor, n: int) -> None:
+    """Refuse what does not pick distinct rows of `0..n-1`: a mask, a repeated or a missing position."""
+    if indices.ndim != 1 or indices.dtype != torch.int64:
+        raise InvalidInputError(
+            f"positions must be a vector of int64, got {describe(indices)}; of a mask take nonzero()"
+        )
+    distinct = bool((indices.sort().values.diff() > 0).all())
+    if not distinct or (indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < n):
+        raise InvalidInputError(f"positions must be distinct and lie in 0..{n - 1}, got {indices.tolist()[:20]}")
 
 
 def check_symmetric(matrix: Tensor, what: str) -> None:

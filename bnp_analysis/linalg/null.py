@@ -72,6 +72,11 @@ def read_null(null: Tensor | HasBasis | None, A: SymmetricOperator) -> DeclaredN
     return DeclaredNull(orthonormal(basis), declared=True, sources=sources)
 
 
+def null_tolerance(A: LinearOperator) -> float:
+    """How large `|A n| / |A|` may be for a null vector `n`, by rounding alone."""
+    return 100 * float(max(A.shape)) ** 0.5 * float(torch.finfo(A.dtype).eps)
+
+
 def require_null(A: LinearOperator, null: DeclaredNull, scale: float, what: str = "A") -> float:
     """Refuse declared directions that the operator does not annihilate to rounding.
 
@@ -89,7 +94,7 @@ def require_null(A: LinearOperator, null: DeclaredNull, scale: float, what: str 
     if null.dim == 0 or scale == 0:
         return 0.0
     images = (A @ null.basis).double().norm(dim=0) / scale
-    tolerance = 100 * max(A.shape) * torch.finfo(A.dtype).eps
+    tolerance = null_tolerance(A)
     worst = int(images.argmax())
     if not float(images[worst]) <= tolerance:
         raise NullSpaceError(

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from bnp_analysis.curvature import fisher, gauss_newton, hessian
+from bnp_analysis.curvature import NullDirections, fisher, gauss_newton, hessian, null_directions
 from bnp_analysis.curvature.units import unit_blocks
-from bnp_analysis.errors import InvalidInputError, ZeroOperatorError
+from bnp_analysis.diagnose.tables import Comparison, LayerRow, LayerTable
+from bnp_analysis.errors import InvalidInputError, MemoryLimitError, ZeroOperatorError
 from bnp_analysis.linalg import (
     ConditionNumber,
     MatrixOperator,
@@ -26,140 +24,10 @@ from bnp_analysis.linalg import (
 from bnp_analysis.linalg.progress import Progress, reporting
 from bnp_analysis.linalg.random import generator, normal
 from bnp_analysis.network import Coverage, EmpiricalRisk, Layer, coverage
+from bnp_analysis.network.dependencies import null_vectors
 from bnp_analysis.network.inputs import input_triangles
 from bnp_analysis.network.moments import layer_moments
 from bnp_analysis.precondition import BlockDiagonal, bnp_preconditioner
-from bnp_analysis.results import Result
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class LayerRow(Result):
-    """One layer of a `LayerTable`.
-
-    Attributes:
-        layer, kind: name and type of the module.
-        rows, features, units, groups: `R`, `m`, `n`, and the groups of a convolution.
-        constant: input features with one value, set aside before the three input numbers.
-        inputs, centered, normalized: `sigma_max/sigma_min+` of `H^`, `H^U`, `G^`; the worst group.
-        unit_blocks, unit_blocks_bnp: `kappa*` of every unit's block without and with `P`; None for a dead unit.
-        block, block_bnp: `kappa*` of the layer's block without and with `P`; None for a layer without curvature.
-        is_hessian: whether the Gauss-Newton blocks equal the Hessian's here (T1'), tested by one product.
-    """
-
-    layer: str
-    kind: str
-    rows: int
-    features: int
-    units: int
-    groups: int
-    constant: int
-    inputs: ConditionNumber
-    centered: ConditionNumber
-    normalized: ConditionNumber
-    unit_blocks: tuple[ConditionNumber | None, ...]
-    unit_blocks_bnp: tuple[ConditionNumber | None, ...]
-    block: ConditionNumber | None
-    block_bnp: ConditionNumber | None
-    is_hessian: bool
-
-    @property
-    def dead(self) -> int:
-        """Units whose block is zero."""
-        return sum(k is None for k in self.unit_blocks)
-
-    def summary(self) -> str:
-        """The layer in one line."""
-        return (
-            f"{self.layer or self.kind}: R {self.rows}, m {self.features}, kappa(H^) {self.inputs.value:.3g} -> "
-            f"{self.centered.value:.3g} -> {self.normalized.value:.3g}; block {cell(self.block)} -> "
-            f"{cell(self.block_bnp)}"
-        )
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class LayerTable(Result):
-    """How well conditioned each layer is, without and with a preconditioner.
-
-    Attributes:
-        layers: one `LayerRow` per covered layer.
-        uncovered: parameter name -> why the preconditioner leaves it alone.
-    """
-
-    layers: tuple[LayerRow, ...]
-    uncovered: dict[str, str]
-
-    def summary(self) -> str:
-        """Sizes in one line."""
-        return f"{len(self.layers)} layers, {len(self.uncovered)} uncovered parameters, {self.matvecs} products"
-
-    def records(self) -> list[dict[str, Any]]:
-        """One row per layer; a unit column is the median of its units (the worst in brackets)."""
-        return [
-            {
-                "layer": row.layer or row.kind,
-                "R": row.rows,
-                "m": row.features,
-                "units": row.units,
-                "constant": row.constant,
-                "rank H^": row.inputs.rank,
-                "k(H^)": cell(row.inputs),
-                "k(H^U)": cell(row.centered),
-                "k(G^)": cell(row.normalized),
-                "units k*": spread(row.unit_blocks),
-                "units k* with P": spread(row.unit_blocks_bnp),
-                "dead": row.dead,
-                "layer k*": cell(row.block),
-                "layer k* with P": cell(row.block_bnp),
-                "Hessian": "yes" if row.is_hessian else "no",
-            }
-            for row in self.layers
-        ]
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Comparison(Result):
-    """A network's conditioning without and with a preconditioner.
-
-    Attributes:
-        layers: the `LayerTable`.
-        network: name of a curvature matrix -> its condition numbers without and with `P`; of the Hessian it is
-            `max|lambda|/min|lambda|` with counts, of the others `kappa*`; None where the network has no curvature.
-    """
-
-    layers: LayerTable
-    network: Mapping[str, tuple[ConditionNumber | None, ConditionNumber | None]]
-
-    def summary(self) -> str:
-        """The whole network in one line."""
-        return ", ".join(f"{name} {cell(k)} -> {cell(with_P)} with P" for name, (k, with_P) in self.network.items())
-
-    def records(self) -> list[dict[str, Any]]:
-        """The rows of the layer table."""
-        return self.layers.records()
-
-
-def cell(k: ConditionNumber | None) -> str:
-    """A condition number in a table: `~` marks one without bounds, `>=` a one-sided one.
-
-    Example:
-        >>> cell(None)
-        '-'
-    """
-    if k is None:
-        return "-"
-    if k.two_sided:
-        return f"{k.value:.3g}"
-    return f">={k.lower:.3g}" if not math.isnan(k.lower) else f"~{k.value:.3g}"
-
-
-def spread(blocks: Sequence[ConditionNumber | None]) -> str:
-    """The median of the live units' values and, in brackets, the largest; `>=` if a one-sided one is among them."""
-    live = [k for k in blocks if k is not None]
-    if not live:
-        return "-"
-    values = torch.tensor([k.value for k in live], dtype=torch.float64)
-    mark = "" if all(k.two_sided for k in live) else ">="
-    return f"{mark}{float(values.median()):.3g} ({float(values.max()):.3g})"
 
 
 def layer_table(
@@ -214,12 +82,15 @@ def layer_table(
         for layer in found:
             forms = (triangles[layer.name].raw, triangles[layer.name].centered, triangles[layer.name].normalized)
             worst = [max((_singular(t) for t in form), key=lambda k: k.value) for form in forms]
-            whole = _whole_layer(risk, P, layer, seed)
+            null = _known_null(risk, layer.name)
+            whole = _pair(gauss_newton(risk, block=layer.name), P.block(layer.name), null, seed)
+            inner = risk.space.restrict(risk.space.layer_names(layer.name))
             blocks = units.get(layer.name)
             pairs = []
             for i in range(layer.units):
                 A: SymmetricOperator = gauss_newton(risk, block=(layer.name, i)) if blocks is None else blocks[i]
-                pairs.append(_pair(A, P.block((layer.name, i)), seed))
+                inside = None if null is None else null.inside(inner.indices((layer.name, i)))
+                pairs.append(_pair(A, P.block((layer.name, i)), inside, seed))
                 done += 1
                 update(done)
             done += 2
@@ -303,10 +174,12 @@ def compare(
         raise InvalidInputError(f"unknown curvature {', '.join(unknown)}; there are: {', '.join(CURVATURES)}")
     table = layer_table(risk, P, layers=layers, dtype=None, seed=seed, progress=progress)
     network = {}
+    null = _known_null(risk, None) if set(curvature) - {"hessian"} else None
     for name in curvature:
         A = curvature_matrix(risk, name, seed)
         measure = magnitude_condition_number if name == "hessian" else condition_number
-        network[name] = _pair(A, P, seed, measure, progress)
+        # The symmetries of the network annihilate J, hence the Gauss-Newton and Fisher matrices; not the Hessian.
+        network[name] = _pair(A, P, None if name == "hessian" else null, seed, measure, progress)
     return Comparison(
         layers=table,
         network=network,
@@ -350,28 +223,31 @@ def _measured(
 
 
 def _singular(triangle: Tensor) -> ConditionNumber:
-    return singular_condition_number(MatrixOperator(triangle, exact=False))
-
-
-def _whole_layer(
-    risk: EmpiricalRisk, P: BlockDiagonal, layer: Layer, seed: int
-) -> tuple[ConditionNumber | None, ConditionNumber | None]:
-    return _pair(gauss_newton(risk, block=layer.name), P.block(layer.name), seed)
+    return singular_condition_number(MatrixOperator(triangle, exact=False), null_vectors(triangle))
 
 
 def _pair(
     A: SymmetricOperator,
     P: Preconditioner,
+    null: NullDirections | Tensor | None,
     seed: int,
     measure: Callable[..., ConditionNumber] = condition_number,
     progress: Progress = False,
 ) -> tuple[ConditionNumber | None, ConditionNumber | None]:
     """The number without and with `P`; None where there is no curvature at all."""
     try:
-        plain = measure(A, seed=seed, progress=progress)
-        return plain, measure(A, preconditioner=P, seed=seed, progress=progress)
+        plain = measure(A, null=null, seed=seed, progress=progress)
+        return plain, measure(A, preconditioner=P, null=null, seed=seed, progress=progress)
     except ZeroOperatorError:
         return None, None
+
+
+def _known_null(risk: EmpiricalRisk, block: str | None) -> NullDirections | None:
+    """The verified null directions; None where they do not fit into memory, and numbers stay one-sided."""
+    try:
+        return null_directions(risk, block=block)
+    except MemoryLimitError:
+        return None
 
 
 def _equals_hessian(risk: EmpiricalRisk, layer: Layer, seed: int) -> bool:
@@ -385,6 +261,3 @@ def _equals_hessian(risk: EmpiricalRisk, layer: Layer, seed: int) -> bool:
 
 def _products(found: Sequence[ConditionNumber | None]) -> int:
     return sum(k.matvecs for k in found if k is not None)
-
-
-__all__ = ["Comparison", "LayerRow", "LayerTable", "compare", "layer_table"]

@@ -1,0 +1,16 @@
+"""The verbs a notebook wants: compositions, no new mathematics."""
+
+from bnp_analysis.diagnose.tables import Comparison, LayerRow, LayerTable, cell, spread
+from bnp_analysis.diagnose.verbs import CURVATURES, compare, curvature_matrix, layer_table
+
+__all__ = [
+    "CURVATURES",
+    "Comparison",
+    "LayerRow",
+    "LayerTable",
+    "cell",
+    "compare",
+    "curvature_matrix",
+    "layer_table",
+    "spread",
+]

@@ -1,0 +1,75 @@
+"""A condition number as a result: value, bounds, and how they are known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from bnp_analysis.results import Result
+
+MAGNITUDE = "max|lambda|/min|lambda|"
+SINGULAR = "sigma_max/sigma_min+"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ConditionNumber(Result):
+    """The effective condition number `kappa* = lambda_max / lambda_min+` with its bounds.
+
+    Attributes:
+        value: best estimate; the ratio of `lambda_max` and `lambda_min`.
+        lower, upper: bounds; `lower` is NaN where none may be issued, `upper` infinite where none is known.
+        two_sided: both bounds hold (with `failure_probability`, where that is not zero).
+        method: the route, `"factor-svd"`, `"dense"` or `"lanczos"`.
+        lambda_max, lambda_min: largest and smallest nonzero eigenvalue (magnitudes for an indefinite matrix).
+        rank: eigenvalues counted as nonzero, None when the route cannot count them.
+        null_dim: dimension of the declared null space.
+        null_sources: its directions counted by cause.
+        unresolved: eigenvalues below the noise floor that nothing explains as zero; None when not counted.
+        negative: negative eigenvalues (indefinite matrices only).
+        zero: eigenvalues within the noise floor, explained or not; None when not counted.
+        gap_ratio: the smallest nonzero eigenvalue over the largest that counts as zero.
+        noise_floor: eigenvalues below it are rounding.
+        failure_probability: of the bounds, over random starts.
+        quantity: what the numbers are: `"kappa*"`, `"max|lambda|/min|lambda|"` or `"sigma_max/sigma_min+"`.
+        dim, dtype, stop, note: size, precision, why the run ended, what to do next.
+    """
+
+    value: float
+    lower: float
+    upper: float
+    two_sided: bool
+    method: str
+    lambda_max: float
+    lambda_min: float
+    dim: int
+    dtype: str
+    rank: int | None = None
+    null_dim: int = 0
+    null_sources: Mapping[str, int] = field(default_factory=dict)
+    unresolved: int | None = None
+    negative: int = 0
+    zero: int | None = None
+    gap_ratio: float = math.inf
+    noise_floor: float = 0.0
+    failure_probability: float = 0.0
+    quantity: str = "kappa*"
+    stop: str = "done"
+    note: str = ""
+
+    def summary(self) -> str:
+        """One honest line."""
+        name = self.quantity
+        how = f"{self.method} {self.dtype}"
+        if self.rank is not None:
+            how += f", rank {self.rank} of {self.dim}"
+        if self.quantity == MAGNITUDE:
+            how += f", {self.negative} negative" + ("" if self.zero is None else f", {self.zero} zero")
+        if self.rank is not None and self.rank < self.dim and math.isfinite(self.gap_ratio):
+            how += f", gap {self.gap_ratio:.2g}"
+        if self.two_sided:
+            chance = f", fails with probability <= {self.failure_probability:g}" if self.failure_probability else ""
+            return f"{name} = {self.value:.4g} ({self.lower:.4g} .. {self.upper:.4g}), {how}{chance}"
+        if math.isnan(self.lower):
+            return f"{name} ~ {self.value:.4g}, no bound: {self.note}; {how}"
+        return f"{name} >= {self.lower:.4g}, one-sided: {self.note}; {how}"
