@@ -281,9 +281,7 @@ class ColumnSubset(LinearOperator):
 def check_positions(indices: Tensor, n: int) -> None:
     """Refuse what does not pick distinct rows of `0..n-1`: a mask, a repeated or a missing position."""
     if indices.ndim != 1 or indices.dtype != torch.int64:
-        raise InvalidInputError(
-            f"positions must be a vector of int64, got {describe(indices)}; of a mask take nonzero()"
-        )
+        raise InvalidInputError(f"positions must be a vector of int64 (not a mask), got {describe(indices)}")
     distinct = bool((indices.sort().values.diff() > 0).all())
     if not distinct or (indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < n):
         raise InvalidInputError(f"positions must be distinct and lie in 0..{n - 1}, got {indices.tolist()[:20]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -74,7 +75,7 @@ def read_null(null: Tensor | HasBasis | None, A: SymmetricOperator) -> DeclaredN
 
 def null_tolerance(A: LinearOperator) -> float:
     """How large `|A n| / |A|` may be for a null vector `n`, by rounding alone."""
-    return 100 * float(max(A.shape)) ** 0.5 * float(torch.finfo(A.dtype).eps)
+    return 100 * math.sqrt(max(A.shape)) * torch.finfo(A.dtype).eps
 
 
 def require_null(A: LinearOperator, null: DeclaredNull, scale: float, what: str = "A") -> float:
