@@ -11,6 +11,7 @@ from torch import Tensor
 from bnp_analysis.curvature.products import GraphCache, OutputGraph, output_graph
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.network.batches import Batch, slice_batch, tensors_of
+from bnp_analysis.network.kernels import recording
 from bnp_analysis.network.risk import EmpiricalRisk
 
 # Rows of a Jacobian are pulled back for a few examples at a time: the cost of one row is that of its slice.
@@ -133,6 +134,7 @@ def _cotangent(root: Tensor, y: Tensor, graph: OutputGraph) -> Tensor:
     return torch.einsum("nrk,nr->nk", root, y.reshape(root.shape[:2])).reshape(graph.outputs.shape)
 
 
+@recording()
 def batch_roots(
     risk: EmpiricalRisk, make: Callable[[EmpiricalRisk, Batch, Tensor], tuple[Tensor, int] | None]
 ) -> tuple[list[Root], int] | None:

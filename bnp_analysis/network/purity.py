@@ -175,18 +175,14 @@ def is_mean(risk: EmpiricalRisk, batch: Batch) -> bool | None:
         head, tail = slice_batch(batch, 0, cut), slice_batch(batch, cut, size)
         if head is None or tail is None:
             return None
-        weights = [risk.batches.weigh(head), risk.batches.weigh(tail)]
-        if abs(sum(weights) - batch.count) > 1e-6 * batch.count:
-            # count= gives a whole batch its weight, not its examples.
-            weights = [cut, size - cut]
         whole = risk.batch_loss(outputs, batch)
+        values = [risk.batch_loss(outputs[:cut], head), risk.batch_loss(outputs[cut:], tail)]
+    # By count= or by examples: the former may be a weight of the whole batch, which says nothing of its parts.
+    for weights in ((risk.batches.weigh(head), risk.batches.weigh(tail)), (cut, size - cut)):
         # A part of weight 0 (nothing but ignored targets) has no mean of its own.
-        parts = [
-            (weight, float(risk.batch_loss(piece, part)))
-            for weight, piece, part in zip(weights, (outputs[:cut], outputs[cut:]), (head, tail), strict=True)
-            if weight > 0
-        ]
-    mean = sum(weight * value for weight, value in parts) / sum(weights)
-    scale = max(abs(float(whole)), *(abs(value) for _, value in parts))
-    tolerance: float = torch.finfo(whole.dtype).eps ** 0.6 * scale
-    return abs(mean - float(whole)) <= tolerance
+        parts = [(weight, float(value)) for weight, value in zip(weights, values, strict=True) if weight > 0]
+        mean = sum(weight * value for weight, value in parts) / (sum(weights) or 1.0)
+        scale = max([abs(float(whole)), *(abs(value) for _, value in parts)])
+        if abs(mean - float(whole)) <= torch.finfo(whole.dtype).eps ** 0.6 * scale:
+            return True
+    return False
