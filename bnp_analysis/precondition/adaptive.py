@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.network.names import clean_name
 from bnp_analysis.network.parameters import ParameterSpace
-from bnp_analysis.network.snapshot import clean_name, unwrap
+from bnp_analysis.network.snapshot import unwrap
 
 _ADAPTIVE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad)
 

@@ -161,20 +161,22 @@ def gauss_newton_diagonal(risk: EmpiricalRisk) -> Tensor:
     for batch in risk.batches:
         with torch.no_grad():
             outputs = risk.batch_outputs(tensors, batch)
-        found = output_root(risk, batch, outputs)
+        found = output_root(risk, batch, outputs, positions=True)
         if found is None:
             raise InvalidInputError(
                 "the loss is not convex in the outputs, or not separate over examples, so the Gauss-Newton matrix has "
                 "no factor whose rows give its diagonal. Give scales of your own as a tensor (n,)"
             )
         size = tensors_of(batch.x)[0].shape[0]
-        step = size if risk.coupled or slice_batch(batch, 0, 1) is None else _SLICE
+        whole = risk.coupled or outputs.shape[0] != size or slice_batch(batch, 0, 1) is None
+        step = size if whole else _SLICE
+        each = found.root.shape[0] // size
         weight = batch.count / risk.batches.total
         for begin in range(0, size, step):
-            part = slice_batch(batch, begin, begin + step) if step < size else batch
+            part = batch if whole else slice_batch(batch, begin, begin + step)
             if part is not None:
-                root = found.root[begin : begin + step] if step < size else found.root
-                total += weight * jacobian_rows(risk, part, root).square().sum(dim=0)
+                rows = found.root if whole else found.root[begin * each : (begin + step) * each]
+                total += weight * jacobian_rows(risk, part, rows).square().sum(dim=0)
     return total.to(risk.space.dtype)
 
 

@@ -13,7 +13,8 @@ from bnp_analysis.curvature.output_curvature import output_root
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
-from bnp_analysis.network.batches import Batch
+from bnp_analysis.network.batches import Batch, tensors_of
+from bnp_analysis.network.kernels import recording
 from bnp_analysis.network.layers import Coverage, Layer
 from bnp_analysis.network.parameters import Block, ParameterSpace
 from bnp_analysis.network.risk import EmpiricalRisk
@@ -218,7 +219,9 @@ def output_moments(risk: EmpiricalRisk, layers: Coverage) -> dict[str, Tensor]:
         weight = batch.count / risk.batches.total
         owners = [name for name, parts in seen.items() for _ in parts]
         leaves = [part for parts in seen.values() for part in parts]
-        for cotangent in _cotangents(found.root, risk.coupled):
+        # Examples go back together; rows that the network couples, one by one.
+        together = not risk.coupled and outputs.shape[0] == tensors_of(batch.x)[0].shape[0]
+        for cotangent in _cotangents(found.root, together):
             pulled = torch.autograd.grad(
                 outputs,
                 leaves,
@@ -248,7 +251,7 @@ def _recorded(risk: EmpiricalRisk, layers: Coverage, batch: Batch) -> tuple[dict
 
             handles.append(module.register_forward_hook(hook))
     try:
-        with torch.enable_grad():
+        with recording():
             outputs = risk.batch_outputs(risk.leaves(), batch)
     finally:
         for handle in handles:
@@ -256,10 +259,10 @@ def _recorded(risk: EmpiricalRisk, layers: Coverage, batch: Batch) -> tuple[dict
     return seen, outputs
 
 
-def _cotangents(root: Tensor, coupled: bool) -> Iterator[Tensor]:
-    """Row `i` of every example's root at once; one example at a time where the network couples them."""
+def _cotangents(root: Tensor, together: bool) -> Iterator[Tensor]:
+    """Row `i` of every example's root, at once or one example at a time."""
     for i in range(root.shape[1]):
-        if not coupled:
+        if together:
             yield root[:, i]
             continue
         for j in range(root.shape[0]):
