@@ -60,7 +60,7 @@ def spectrum(kind: str, n: int, kappa: float, *, rank: int | None = None, scale:
         third = (torch.arange(r, dtype=torch.float64) * 3 / r).floor()
         nonzero = kappa ** (-third / 2) * (1 + 1e-3 * (kind == "clustered") * (third / 2 - position))
     elif kind == "two-scale":
-        nonzero = torch.where(position < 0.5, 1 - position, 2 * (1 - position).clamp(min=0.5) / kappa)
+        nonzero = torch.where(position < 0.5, 1 - position, (3 - 2 * position) / kappa)
     else:
         nonzero = kappa**-position
     nonzero[-1], nonzero[0] = 1 / kappa, 1.0

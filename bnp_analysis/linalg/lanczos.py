@@ -226,8 +226,8 @@ def _start(A: SymmetricOperator, start: Tensor | None, null: Tensor | None, seed
             f"the start vector must be ({A.dim},) in {A.dtype} on {A.device}, got {tuple(vector.shape)} "
             f"in {vector.dtype} on {vector.device}"
         )
-    size = float(vector.double().norm())
-    # Scaled to length one first: 1e-200 v is as good a start as v.
+    size = float(vector.abs().max())
+    # Scaled first: 1e-200 v is as good a start as v.
     projected = project_out((vector / size).unsqueeze(1), null).squeeze(1) if np.isfinite(size) and size > 0 else vector
     norm = float(projected.double().norm())
     if not np.isfinite(norm) or norm <= 10 * A.dim * torch.finfo(A.dtype).eps:
