@@ -162,7 +162,7 @@ def kfac_preconditioner(
 
     Raises:
         InvalidInputError: no covered layer, a loss without a Gauss-Newton factor, negative damping, or none where a
-            factor is singular (softmax: the output layer always).
+            factor is singular (softmax: that of the output layer always is).
 
     Source: Martens and Grosse 2015; Grosse and Martens 2016 for convolutions.
 
