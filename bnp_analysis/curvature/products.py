@@ -83,19 +83,14 @@ def backward(
         InvalidInputError: an operation without a second derivative, named.
     """
     try:
-        return list(
-            torch.autograd.grad(
-                outputs,
-                inputs,
-                cotangents,
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-                is_grads_batched=batched,
-            )
+        found = torch.autograd.grad(
+            outputs, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=batched
         )
     except RuntimeError as error:
         raise _explained(error) from error
+    # Not materialize_grads: its zeros for unused inputs forget the batch of cotangents.
+    lead = cotangents[0].shape[:1] if batched else ()
+    return [t.new_zeros(*lead, *t.shape) if g is None else g for g, t in zip(found, inputs, strict=True)]
 
 
 def _explained(error: RuntimeError) -> Exception:

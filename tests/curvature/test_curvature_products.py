@@ -49,7 +49,7 @@ class Pieces(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
         h = torch.tanh(self.left(a)) * self.right(b)
-        return {"hidden": h, "logits": h @ h.T.mean(dim=1, keepdim=True) * 0 + h}
+        return {"hidden": h, "logits": h * h + h}
 
 
 def log_cosh(out: Tensor, y: Tensor) -> Tensor:
