@@ -21,7 +21,7 @@ from bnp_analysis.network.snapshot import snapshot, snapshot_loss
 from bnp_analysis.network.state import fit_state
 
 Loss = Callable[[Tensor, Any], Tensor]
-Visit = Callable[[str, nn.Module, Any, Any], None]
+Visit = Callable[[str, nn.Module, Any, Any], Tensor | None]
 
 
 class EmpiricalRisk:
@@ -188,8 +188,7 @@ class EmpiricalRisk:
 
     def leaves(self) -> dict[str, Tensor]:
         """Fresh leaf tensors at `theta` that record gradients."""
-        views = self.space.unflatten(self.theta)
-        return {name: t.clone().requires_grad_() for name, t in views.items()}
+        return {name: t.clone().requires_grad_() for name, t in self.space.unflatten(self.theta).items()}
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Every parameter of the model at `theta`, free or constant, under its name."""
@@ -240,9 +239,10 @@ class EmpiricalRisk:
         """Run one batch with gradients: its outputs, and each named module's `(input, output)` per occurrence."""
         seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
 
-        def note(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-            # A copy: what follows may write into the layer's input.
+        def note(name: str, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            # Copies: what follows may write into the layer's input, an activation in place into its output.
             seen[name].append((args[0].detach().clone(), output))
+            return output.clone()
 
         with self._watched(note, seen):
             return self.batch_outputs(self.leaves(), batch), seen
@@ -254,8 +254,8 @@ class EmpiricalRisk:
         for name, module in self._model.named_modules():
             if wanted is None or name in wanted:
 
-                def hook(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
-                    visit(name, module, (*args, *kwargs.values()), output)
+                def hook(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> Any:
+                    return visit(name, module, (*args, *kwargs.values()), output)
 
                 handles.append(module.register_forward_hook(hook, with_kwargs=True))
         try:
