@@ -24,6 +24,8 @@ from bnp_analysis.linalg import (
     eigenpairs,
     lanczos,
     magnitude_condition_number,
+    regularized_condition_number,
+    routes,
     spectral_density,
     trace,
 )
@@ -66,6 +68,8 @@ __all__ = [
     "magnitude_condition_number",
     "models",
     "null_directions",
+    "regularized_condition_number",
+    "routes",
     "spectral_density",
     "trace",
 ]

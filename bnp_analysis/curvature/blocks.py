@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from bnp_analysis.linalg.matrices import Restriction
+from bnp_analysis.linalg.derived import Restriction
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bnp_analysis.curvature.gauss_newton import gauss_newton
 from bnp_analysis.curvature.units import unit_blocks
+from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.extremes import norm_estimate
-from bnp_analysis.linalg.matrices import GramOperator
 from bnp_analysis.linalg.memory import available_memory, require_memory
 from bnp_analysis.linalg.null import null_tolerance
 from bnp_analysis.linalg.operators import LinearOperator

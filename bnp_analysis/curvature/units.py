@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.curvature.output_curvature import output_root
-from bnp_analysis.linalg.matrices import GramOperator, RowScaled
+from bnp_analysis.linalg.derived import GramOperator
+from bnp_analysis.linalg.matrices import RowScaled
 from bnp_analysis.network.batches import tensors_of
 from bnp_analysis.network.layers import Coverage, Layer
 from bnp_analysis.network.risk import EmpiricalRisk

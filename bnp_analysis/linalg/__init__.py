@@ -5,24 +5,18 @@
 eigenpairs, `quadrature` densities and traces.
 """
 
+from bnp_analysis.linalg.bidiagonal import Bidiagonalization, golub_kahan
 from bnp_analysis.linalg.block_lanczos import BlockTridiagonalization, block_lanczos
 from bnp_analysis.linalg.condition import (
-    choose_route,
     condition_number,
     magnitude_condition_number,
+    regularized_condition_number,
     singular_condition_number,
 )
+from bnp_analysis.linalg.derived import ColumnSubset, GramOperator, Restriction, Shifted
 from bnp_analysis.linalg.eigen import Eigenpairs, eigenpairs
 from bnp_analysis.linalg.lanczos import Tridiagonalization, lanczos
-from bnp_analysis.linalg.matrices import (
-    CallableOperator,
-    ColumnSubset,
-    DenseOperator,
-    GramOperator,
-    MatrixOperator,
-    Restriction,
-    RowScaled,
-)
+from bnp_analysis.linalg.matrices import CallableOperator, DenseOperator, MatrixOperator, RowScaled
 from bnp_analysis.linalg.number import ConditionNumber
 from bnp_analysis.linalg.operators import LinearOperator, Product, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import (
@@ -33,8 +27,10 @@ from bnp_analysis.linalg.preconditioner import (
     congruence,
 )
 from bnp_analysis.linalg.quadrature import SpectralDensity, Trace, spectral_density, trace
+from bnp_analysis.linalg.routes import Route, choose_route, routes
 
 __all__ = [
+    "Bidiagonalization",
     "BlockTridiagonalization",
     "CallableOperator",
     "ColumnSubset",
@@ -50,7 +46,9 @@ __all__ = [
     "Preconditioner",
     "Product",
     "Restriction",
+    "Route",
     "RowScaled",
+    "Shifted",
     "SpectralDensity",
     "SymmetricOperator",
     "Trace",
@@ -60,8 +58,11 @@ __all__ = [
     "condition_number",
     "congruence",
     "eigenpairs",
+    "golub_kahan",
     "lanczos",
     "magnitude_condition_number",
+    "regularized_condition_number",
+    "routes",
     "singular_condition_number",
     "spectral_density",
     "trace",

@@ -6,24 +6,25 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, ZeroOperatorError
 from bnp_analysis.linalg import dense_routes, krylov_routes
+from bnp_analysis.linalg.certificates import kuczynski_wozniakowski
+from bnp_analysis.linalg.derived import GramOperator, Shifted
 from bnp_analysis.linalg.extremes import Extremes, require_operator
-from bnp_analysis.linalg.matrices import GramOperator
-from bnp_analysis.linalg.memory import available_memory
+from bnp_analysis.linalg.golub_kahan_route import golub_kahan_ends
+from bnp_analysis.linalg.inverse_route import inverse_lanczos
 from bnp_analysis.linalg.null import HasBasis, read_null
 from bnp_analysis.linalg.number import MAGNITUDE, SINGULAR, ConditionNumber
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
-from bnp_analysis.linalg.preconditioner import Preconditioner, check_fits
+from bnp_analysis.linalg.preconditioner import Preconditioner, check_fits, congruence
 from bnp_analysis.linalg.progress import Progress
-
-METHODS = ("auto", "factor-svd", "dense", "lanczos")
-FACTOR_LIMIT = 5_000
-DENSE_LIMIT = 3_000
+from bnp_analysis.linalg.routes import METHODS, choose_route
 
 
 def singular_condition_number(F: LinearOperator, null: Tensor | None = None) -> ConditionNumber:
@@ -67,8 +68,9 @@ def condition_number(
     preconditioner: Preconditioner | None = None,
     null: Tensor | HasBasis | None = None,
     method: str = "auto",
-    steps: int = 100,
+    steps: int | None = None,
     failure_probability: float = 1e-3,
+    checkpoint: str | Path | None = None,
     seed: int = 0,
     progress: Progress = False,
 ) -> ConditionNumber:
@@ -80,9 +82,13 @@ def condition_number(
         preconditioner: `P` with `theta = P z`; the curvature measured is `P^T A P`.
         null: known null directions `(n, r)` in the coordinates of `A` (they are transported by `P`), or an
             object with `.basis` and `.sources`; shape `(n, 0)` declares a nonsingular `A`. None: nothing known.
-        method: `"factor-svd"`, `"dense"`, `"lanczos"`, or `"auto"`, which takes the first that fits.
-        steps: Lanczos steps.
-        failure_probability: of Lanczos' upper bound.
+        method: `"auto"`, which takes the first of factor-svd, dense, lanczos that fits, or by name:
+            `"factor-svd"`, the dense factor; `"golub-kahan"`, the factor by products, to breakdown; `"dense"`, all
+            eigenvalues; `"inertia"`, the same with both ends decided by LDL^T counts; `"lanczos"`, Ritz values;
+            `"inverse-lanczos"`, both ends with an inner conjugate gradient. `routes(A)` lists their costs.
+        steps: of Lanczos (100 by default) or Golub-Kahan (by default until nothing is left).
+        failure_probability: of the bounds that rest on a random start.
+        checkpoint: file from which a Golub-Kahan run resumes, and to which it writes.
         seed: of the random start.
         progress: True draws a bar, a callable gets `(done, total)`.
 
@@ -109,16 +115,83 @@ def condition_number(
         "failure_probability": failure_probability,
         "preconditioned": preconditioner is not None,
     }
+    krylov = 100 if steps is None else steps
 
     def solve(route: str) -> Extremes:
-        declared = read_null(null, A)
+        declared, P = read_null(null, A), preconditioner
         if route == "factor-svd":
-            return dense_routes.factor_svd(A, preconditioner, declared)
-        if route == "dense":
-            return dense_routes.dense_symmetric(A, preconditioner, declared, indefinite=False)
-        return krylov_routes.lanczos_ends(A, preconditioner, declared, steps, failure_probability, seed, progress)
+            return dense_routes.factor_svd(A, P, declared)
+        if route == "golub-kahan":
+            return golub_kahan_ends(A, P, declared, steps=steps, seed=seed, checkpoint=checkpoint, progress=progress)
+        if route in ("dense", "inertia"):
+            return dense_routes.dense_symmetric(A, P, declared, indefinite=False, inertia=route == "inertia")
+        if route == "inverse-lanczos":
+            return inverse_lanczos(
+                A, P, declared, steps=krylov, failure_probability=failure_probability, seed=seed, progress=progress
+            )
+        return krylov_routes.lanczos_ends(A, P, declared, krylov, failure_probability, seed, progress)
 
     return _measure(A, preconditioner, method, settings, seed, solve, indefinite=False)
+
+
+def regularized_condition_number(
+    A: SymmetricOperator,
+    delta: float,
+    *,
+    preconditioner: Preconditioner | None = None,
+    method: str = "auto",
+    steps: int = 100,
+    failure_probability: float = 1e-3,
+    seed: int = 0,
+    progress: Progress = False,
+) -> ConditionNumber:
+    """The condition number of `P^T A P + delta I`, a number of its own: it depends on `delta` and is named with it.
+
+    Args:
+        A: symmetric positive semidefinite operator on `R^n`.
+        delta: the regularization, positive, in units of the eigenvalues of `P^T A P`.
+        preconditioner, method, steps, failure_probability, seed, progress: as for `condition_number`.
+
+    Returns:
+        A `ConditionNumber` whose `quantity` names `delta`. No null space is involved: with Lanczos, `delta` itself
+        bounds the smallest eigenvalue from below.
+
+    Raises:
+        InvalidInputError: `delta` is not positive; otherwise as `condition_number`.
+
+    Source: T13.
+
+    Example:
+        >>> import torch, bnp_analysis as bnp
+        >>> A = bnp.DenseOperator(torch.diag(torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64)))
+        >>> print(bnp.regularized_condition_number(A, 0.5))
+        kappa(A + 0.5 I) = 7 (7 .. 7), dense float64, rank 3 of 3
+    """
+    if not (delta > 0 and math.isfinite(delta)):
+        raise InvalidInputError(f"delta must be positive and finite, got {delta}; for delta = 0 use condition_number")
+    B = Shifted(A if preconditioner is None else congruence(A, preconditioner), delta)
+    found = condition_number(
+        B,
+        null=torch.zeros(B.dim, 0, dtype=B.dtype, device=B.device),
+        method=method,
+        steps=steps,
+        failure_probability=failure_probability,
+        seed=seed,
+        progress=progress,
+    )
+    if not found.two_sided and found.method == "lanczos":
+        # Both sides of the top end; the bottom end is at least delta because A is semidefinite.
+        high, _ = kuczynski_wozniakowski(found.lambda_max, 0.0, steps, B.dim, failure_probability)
+        upper = (high + found.noise_floor) / delta
+        found = dataclasses.replace(
+            found,
+            upper=upper,
+            two_sided=math.isfinite(upper),
+            note="" if math.isfinite(upper) else found.note,
+            failure_probability=failure_probability,
+        )
+    name = "P^T A P" if preconditioner is not None else "A"
+    return dataclasses.replace(found, quantity=f"kappa({name} + {delta:g} I)")
 
 
 def magnitude_condition_number(
@@ -136,7 +209,7 @@ def magnitude_condition_number(
     Args:
         A: symmetric operator on `R^n`, for instance the Hessian of a network's loss.
         preconditioner, null, method, steps, seed, progress: as for `condition_number`; the routes are
-            `"dense"` and `"lanczos"`, the second gives a lower bound only.
+            `"dense"`, `"inertia"` and `"lanczos"`, the last gives a lower bound only.
 
     Returns:
         A `ConditionNumber` of that `quantity`, with the counts `negative`, `zero`, `unresolved`.
@@ -154,13 +227,15 @@ def magnitude_condition_number(
         (4.0, 1)
     """
     settings = {"steps": steps, "preconditioned": preconditioner is not None}
-    if method == "factor-svd":
-        raise InvalidInputError("a factor exists for semidefinite operators only; use condition_number")
+    if method in ("factor-svd", "golub-kahan", "inverse-lanczos"):
+        raise InvalidInputError(f"{method} is for semidefinite operators; use condition_number, or method='dense'")
 
     def solve(route: str) -> Extremes:
         declared = read_null(null, A)
-        if route == "dense":
-            return dense_routes.dense_symmetric(A, preconditioner, declared, indefinite=True)
+        if route in ("dense", "inertia"):
+            return dense_routes.dense_symmetric(
+                A, preconditioner, declared, indefinite=True, inertia=route == "inertia"
+            )
         return krylov_routes.lanczos_magnitudes(A, preconditioner, declared, steps, seed, progress)
 
     return _measure(A, preconditioner, method, settings, seed, solve, indefinite=True)
@@ -219,21 +294,3 @@ def _measure(
         matvecs=ends.matvecs,
         seconds=time.perf_counter() - began,
     )
-
-
-def choose_route(A: SymmetricOperator, *, indefinite: bool = False) -> str:
-    """The first route whose size and memory fit: factor-svd, then dense, then lanczos.
-
-    Example:
-        >>> import torch, bnp_analysis as bnp
-        >>> choose_route(bnp.DenseOperator(torch.eye(3)))
-        'dense'
-    """
-    free = available_memory()
-    factor = None if indefinite else A.factor
-    # Rows, their magnitudes and the copy that QR works on, in float64.
-    if factor and min(factor.shape) <= FACTOR_LIMIT and 8 * 4 * factor.shape[0] * factor.shape[1] < free:
-        return "factor-svd"
-    if A.dim <= DENSE_LIMIT and 8 * 6 * A.dim**2 < free:
-        return "dense"
-    return "lanczos"

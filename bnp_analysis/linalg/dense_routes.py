@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from bnp_analysis.linalg.extremes import (
     unexplained,
     zero_matrix,
 )
+from bnp_analysis.linalg.inertia import confirm_ends
+from bnp_analysis.linalg.lanczos import Floats
 from bnp_analysis.linalg.matrices import MatrixOperator
 from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.linalg.null import DeclaredNull, require_null
@@ -88,21 +91,30 @@ def _square_root_of_gram(rows: Tensor) -> Tensor:
     return triangle
 
 
-def dense_symmetric(
-    A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNull, *, indefinite: bool
-) -> Extremes:
-    """All eigenvalues of the dense `P^T A P` in float64."""
+@dataclass(frozen=True, eq=False)
+class _Spectrum:
+    """All eigenvalues of a dense `P^T A P` divided by `scale`, and the radius within which they are known."""
+
+    matrix: Tensor
+    scale: float
+    values: Floats
+    radius: float
+    rounding: float
+    matvecs: int
+
+
+def _spectrum(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNull) -> _Spectrum | None:
+    """The spectrum in float64; None for the zero matrix."""
     require_memory(8 * 6 * A.dim**2, f"the dense {A.dim} x {A.dim} matrix and its eigenvalues")
     if null.dim:
         require_null(A, null, rounding_norm(A), "A")
     operator = A if P is None else congruence(A, P)
-    matvecs = operator.dense_cost + null.cost
     matrix, magnitude = dense_with_magnitude(operator)
     require_finite(matrix, "the matrix")
     matrix = matrix.double()
     scale = float(matrix.abs().max())
     if scale == 0.0:
-        return zero_matrix(null, matvecs)
+        return None
     matrix = matrix / scale
     asymmetry = float((matrix - matrix.T).norm()) / 2
     unit = torch.finfo(A.dtype).eps
@@ -112,32 +124,50 @@ def dense_symmetric(
             f"{A!r} is not symmetric: |A - A^T|/2 = {asymmetry:.3g} relative to its largest entry. Eigenvalues "
             "would be those of another matrix; check the products with two random vectors"
         )
-    values = np.sort(torch.linalg.eigvalsh((matrix + matrix.T) / 2).cpu().numpy())
-    largest = float(np.abs(values).max())
-    exact = magnitude is None and operator.exact
-    radius = A.dim * UNIT * largest + (0.0 if exact else A.dim * unit * bound) + asymmetry
-    sizes = np.sort(np.abs(values))
+    matrix = (matrix + matrix.T) / 2
+    values = np.sort(torch.linalg.eigvalsh(matrix).cpu().numpy())
+    # A stored matrix without a product is exact: only the eigenvalue routine rounds.
+    rounding = asymmetry + (0.0 if magnitude is None and operator.exact else A.dim * unit * bound)
+    radius = A.dim * UNIT * float(np.abs(values).max()) + rounding
     # Declared directions are zero by evidence: what is left of them measures the rounding from below.
-    radius = max(radius, float(sizes[null.dim - 1])) if null.dim else radius
+    radius = max(radius, float(np.sort(np.abs(values))[null.dim - 1])) if null.dim else radius
+    return _Spectrum(matrix, scale, values, radius, rounding, operator.dense_cost + null.cost)
+
+
+def dense_symmetric(
+    A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNull, *, indefinite: bool, inertia: bool = False
+) -> Extremes:
+    """All eigenvalues of the dense `P^T A P` in float64; with `inertia` the two ends are decided by counts instead."""
+    found = _spectrum(A, P, null)
+    if found is None:
+        return zero_matrix(null, A.dense_cost + null.cost)
+    values, radius, scale = found.values, found.radius, found.scale
     if not indefinite and values[0] < -radius:
         raise NotConvexError(
             f"the operator is indefinite: its smallest eigenvalue is {values[0] * scale:.4g}, rounding explains "
             f"{radius * scale:.2g}. kappa* compares the nonzero eigenvalues of a semidefinite matrix; use "
             "magnitude_condition_number(A) for max|lambda|/min|lambda|, or the Gauss-Newton matrix"
         )
+    sizes = np.sort(np.abs(values))
     nonzero = sizes[sizes > radius]
     rank = int(nonzero.size)
     if rank == 0:
-        return zero_matrix(null, matvecs)
-    structural = min(MatrixOperator(matrix).rank_bound, A.dim - null.dim)
+        return zero_matrix(null, found.matvecs)
+    structural = min(MatrixOperator(found.matrix).rank_bound, A.dim - null.dim)
     unresolved = max(structural - rank, 0)
     top, bottom = float(nonzero[-1]), float(nonzero[0])
     zeros = sizes[: A.dim - rank]
+    note = unexplained(unresolved, null)
+    ends: tuple[float, float, float, float] | None = (bottom - radius, bottom + radius, top - radius, top + radius)
+    if inertia:
+        ends = _confirmed(found, bottom, top, A.dim - rank)
+        note = note or ("" if ends else "the inertia counts do not confirm the computed ends")
+    low, high, top_low, top_high = ends or (0.0, bottom + radius, max(top - radius, 0.0), math.inf)
     return Extremes(
         lambda_max=top * scale,
         lambda_min=bottom * scale,
-        lower=max(top - radius, 0.0) / (bottom + radius),
-        upper=(top + radius) / (bottom - radius) if unresolved == 0 else math.inf,
+        lower=max(top_low, 0.0) / high,
+        upper=top_high / low if unresolved == 0 and low > 0 else math.inf,
         rank=rank,
         null_dim=null.dim,
         null_sources=null.sources,
@@ -146,6 +176,18 @@ def dense_symmetric(
         zero=A.dim - rank,
         gap_ratio=bottom / float(zeros[-1]) if zeros.size and zeros[-1] > 0 else math.inf,
         noise_floor=radius * scale,
-        matvecs=matvecs,
-        note=unexplained(unresolved, null),
+        matvecs=found.matvecs,
+        note=note,
     )
+
+
+def _confirmed(found: _Spectrum, bottom: float, top: float, zeros: int) -> tuple[float, float, float, float] | None:
+    """Both ends by inertia counts, widened by what forming the matrix rounded; None where a count disagrees."""
+    tolerance = max(1e-9, 2 * found.radius / bottom)
+    if tolerance >= 0.5:
+        return None
+    ends = confirm_ends(found.matrix.cpu().numpy(), bottom, top, zeros, tolerance)
+    if ends is None:
+        return None
+    extra = found.rounding
+    return ends[0] - extra, ends[1] + extra, ends[2] - extra, ends[3] + extra

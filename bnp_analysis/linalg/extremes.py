@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
+from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.lanczos import lanczos
-from bnp_analysis.linalg.matrices import GramOperator
 from bnp_analysis.linalg.null import NORM_STEPS, DeclaredNull, HasBasis, read_null, require_null
 from bnp_analysis.linalg.operators import LinearOperator, Product, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Congruence, Preconditioner, congruence

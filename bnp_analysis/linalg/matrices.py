@@ -163,29 +163,6 @@ class RowScaled(LinearOperator):
         return self.scale[:, None] * self.rows
 
 
-class GramOperator(SymmetricOperator):
-    """`A = F^T F` for any operator `F`.
-
-    Example:
-        >>> import torch
-        >>> A = GramOperator(MatrixOperator(torch.tensor([[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]])))
-        >>> A.to_dense()
-        tensor([[9., 0.],
-                [0., 4.]])
-    """
-
-    def __init__(self, factor: LinearOperator) -> None:
-        super().__init__(factor.shape[1], factor.dtype, factor.device)
-        self._factor = factor
-
-    @property
-    def factor(self) -> LinearOperator:
-        return self._factor
-
-    def _matmat(self, x: Tensor) -> Tensor:
-        return self._factor._rmatmat(self._factor._matmat(x))
-
-
 class CallableOperator(SymmetricOperator):
     """A symmetric operator given by a function `v -> A v` on vectors `(n,)`.
 
@@ -227,64 +204,6 @@ class CallableOperator(SymmetricOperator):
                 )
             product[:, j] = column.detach()
         return product
-
-
-class Restriction(SymmetricOperator):
-    """The principal submatrix `A[indices, indices]`, for instance one unit inside its layer."""
-
-    def __init__(self, operator: SymmetricOperator, indices: Tensor) -> None:
-        check_positions(indices, operator.dim)
-        super().__init__(indices.numel(), operator.dtype, operator.device)
-        self._operator = operator
-        self._indices = indices.to(operator.device)
-
-    @property
-    def factor(self) -> LinearOperator | None:
-        inner = self._operator.factor
-        return None if inner is None else ColumnSubset(inner, self._indices)
-
-    def _matmat(self, x: Tensor) -> Tensor:
-        full = x.new_zeros(self._operator.dim, x.shape[1])
-        full[self._indices] = x
-        return self._operator._matmat(full)[self._indices]
-
-
-class ColumnSubset(LinearOperator):
-    """The columns `F[:, indices]` of an operator."""
-
-    def __init__(self, operator: LinearOperator, indices: Tensor) -> None:
-        check_positions(indices, operator.shape[1])
-        super().__init__((operator.shape[0], indices.numel()), operator.dtype, operator.device)
-        self._operator = operator
-        self._indices = indices.to(operator.device)
-
-    @property
-    def rank_bound(self) -> int:
-        return min(self._operator.rank_bound, self.shape[1])
-
-    @property
-    def dense_cost(self) -> int:
-        return self._operator.dense_cost
-
-    def _matmat(self, x: Tensor) -> Tensor:
-        full = x.new_zeros(self._operator.shape[1], x.shape[1])
-        full[self._indices] = x
-        return self._operator._matmat(full)
-
-    def _rmatmat(self, y: Tensor) -> Tensor:
-        return self._operator._rmatmat(y)[self._indices]
-
-    def to_dense(self) -> Tensor:
-        return self._operator.to_dense()[:, self._indices]
-
-
-def check_positions(indices: Tensor, n: int) -> None:
-    """Refuse what does not pick distinct rows of `0..n-1`: a mask, a repeated or a missing position."""
-    if indices.ndim != 1 or indices.dtype != torch.int64:
-        raise InvalidInputError(f"positions must be a vector of int64 (not a mask), got {describe(indices)}")
-    distinct = bool((indices.sort().values.diff() > 0).all())
-    if not distinct or (indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < n):
-        raise InvalidInputError(f"positions must be distinct and lie in 0..{n - 1}, got {indices.tolist()[:20]}")
 
 
 def check_symmetric(matrix: Tensor, what: str) -> None:

@@ -1,0 +1,48 @@
+"""States of long runs on disk: written atomically, read only by the run that they belong to."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bnp_analysis.errors import InvalidInputError
+
+
+def save_state(path: str | Path, key: str, state: Mapping[str, Any]) -> None:
+    """Write tensors and numbers under a key that says what run they belong to; never half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save({"key": key, "state": dict(state)}, file)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_state(path: str | Path, key: str) -> dict[str, Any]:
+    """Read a state back.
+
+    Raises:
+        InvalidInputError: damaged, or of another run: resuming it would mix two matrices.
+    """
+    try:
+        found = torch.load(Path(path), map_location="cpu", weights_only=True)
+        stored, state = found["key"], found["state"]
+    except Exception as error:
+        raise InvalidInputError(
+            f"{path} is not a saved run ({error}); delete it, or give another checkpoint="
+        ) from error
+    if stored != key:
+        raise InvalidInputError(
+            f"{path} holds another run: saved for '{stored}', this is '{key}'. Resuming would mix two matrices; delete "
+            "it, or give another checkpoint="
+        )
+    return dict(state)

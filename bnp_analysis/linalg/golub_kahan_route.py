@@ -1,0 +1,103 @@
+"""The Golub-Kahan route: all singular values of a factor that is too large to hold (T13)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg.bidiagonal import golub_kahan
+from bnp_analysis.linalg.extremes import Extremes, factor_rounding_norm, unexplained, zero_matrix
+from bnp_analysis.linalg.null import NORM_STEPS, DeclaredNull, require_null
+from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
+from bnp_analysis.linalg.preconditioner import Preconditioner
+from bnp_analysis.linalg.progress import Progress
+
+
+def golub_kahan_ends(
+    A: SymmetricOperator,
+    P: Preconditioner | None,
+    null: DeclaredNull,
+    *,
+    steps: int | None,
+    seed: int,
+    checkpoint: str | Path | None,
+    progress: Progress,
+) -> Extremes:
+    """Bidiagonalize `F P` to breakdown: then every nonzero singular value is known; else a lower bound.
+
+    A run that stopped early bounds `sigma_min+` from above by the least singular value of the clean part of `B`:
+    the columns of `V` that rounding has not carried into an undeclared null space.
+    """
+    factor = A.factor
+    if factor is None:
+        raise InvalidInputError(
+            f"{A!r} has no factor, so golub-kahan cannot run; use method='dense' or 'lanczos', or a Gauss-Newton "
+            "operator, whose factor is known"
+        )
+    spent = NORM_STEPS
+    size = factor_rounding_norm(factor, seed)
+    if null.dim:
+        require_null(factor, null, size, "F")
+        spent += null.cost
+    operator: LinearOperator = factor
+    basis = null.basis
+    if P is not None:
+        operator, basis = factor @ P, P.transport(null.basis)
+        size *= factor_rounding_norm(P, seed)
+    structural = min(factor.rank_bound, A.dim - null.dim)
+    run = golub_kahan(
+        operator,
+        A.dim - null.dim if steps is None else steps,
+        null=basis if null.dim else None,
+        seed=seed,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+    sigma = run.singular_values()
+    unit = float(torch.finfo(A.dtype).eps)
+    radius = 10 * unit * math.sqrt(max(operator.shape)) * (float(sigma[0]) + size)
+    rank = int((sigma > radius).sum())
+    if rank == 0:
+        return zero_matrix(null, run.products + spent)
+    top = float(sigma[0])
+    if run.stop == "exhausted":
+        bottom, unresolved = float(sigma[rank - 1]), max(structural - rank, 0)
+        upper = ((top + radius) / (bottom - radius)) ** 2 if unresolved == 0 else math.inf
+        zero, counted = float(sigma[rank]) if rank < sigma.size else 0.0, rank
+        note = unexplained(unresolved, null)
+        return Extremes(
+            lambda_max=top**2,
+            lambda_min=bottom**2,
+            lower=(max(top - radius, 0.0) / (bottom + radius)) ** 2,
+            upper=upper,
+            rank=counted,
+            null_dim=null.dim,
+            null_sources=null.sources,
+            unresolved=unresolved,
+            zero=A.dim - rank,
+            gap_ratio=(bottom / zero) ** 2 if zero > 0 else math.inf,
+            noise_floor=radius**2,
+            matvecs=run.products + spent,
+            stop=run.stop,
+            note=note,
+        )
+    clean = run.clean if not null.dim else run.matrix.shape[1]
+    least = float(np.linalg.svd(run.matrix[:, :clean], compute_uv=False)[-1]) / math.sqrt(1 - 1e-4)
+    known = least > radius
+    memory = 8 * structural * sum(operator.shape) / 2**30
+    return Extremes(
+        lambda_max=top**2,
+        lambda_min=least**2 if known else 0.0,
+        lower=(max(top - radius, 0.0) / (least + radius)) ** 2 if known else math.nan,
+        upper=math.inf,
+        null_dim=null.dim,
+        null_sources=null.sources,
+        noise_floor=radius**2,
+        matvecs=run.products + spent,
+        stop=run.stop,
+        note=f"stopped after {run.products} of about {structural} products; all of them need {memory:.2g} GiB",
+    )

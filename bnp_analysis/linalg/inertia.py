@@ -1,0 +1,96 @@
+"""Eigenvalue counts by LDL^T factorizations: an independent certificate of a dense spectrum's ends (T13)."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.linalg import ldl
+
+from bnp_analysis.linalg.lanczos import Floats
+
+
+def count_below(matrix: Floats, shift: float) -> tuple[int, float]:
+    """The number of eigenvalues below a shift, for a matrix that differs by at most the returned radius.
+
+    `A - s I = L D L^T + R`: by Sylvester's law the inertia of `D` counts the eigenvalues of `A - R` below `s`, and by
+    Weyl's theorem none of `A` lies farther than `|R|` from one of those. `|R|` is measured, not assumed.
+
+    Args:
+        matrix: symmetric, `(n, n)`, float64.
+        shift: `s`.
+
+    Returns:
+        The count, and a bound of `|R|_2`.
+
+    Source: T13; Sylvester, Weyl.
+
+    Example:
+        >>> count_below(np.diag([1.0, 2.0, 5.0]), 3.0)[0]
+        2
+    """
+    shifted = matrix - shift * np.eye(len(matrix))
+    lower, diagonal, _ = ldl(shifted, check_finite=False)
+    remainder = np.abs(lower @ diagonal @ lower.T - shifted)
+    # What the product that measures R rounds itself.
+    magnitude = np.abs(lower) @ np.abs(diagonal) @ np.abs(lower).T
+    unit = float(np.finfo(np.float64).eps)
+    radius = float((remainder + 2 * len(matrix) * unit * magnitude).sum(axis=1).max())
+    return _blocks_below(np.asarray(diagonal, dtype=np.float64)), radius
+
+
+def _blocks_below(diagonal: Floats) -> int:
+    """Negative eigenvalues of a block diagonal matrix with blocks of size one and two."""
+    count, i = 0, 0
+    while i < len(diagonal):
+        if i + 1 < len(diagonal) and diagonal[i + 1, i] != 0.0:
+            a, b, c = diagonal[i, i], diagonal[i + 1, i], diagonal[i + 1, i + 1]
+            determinant, trace = a * c - b * b, a + c
+            count += 1 if determinant < 0 else (2 if trace < 0 else 0)
+            i += 2
+        else:
+            count += int(diagonal[i, i] < 0)
+            i += 1
+    return count
+
+
+def confirm_ends(
+    matrix: Floats, bottom: float, top: float, zeros: int, tolerance: float
+) -> tuple[float, float, float, float] | None:
+    """Intervals of `min|lambda|` over the nonzero eigenvalues and of `max|lambda|`, decided by counts.
+
+    Exactly `zeros` eigenvalues must lie within `bottom (1 - tolerance)` of zero, more within `bottom (1 + tolerance)`;
+    all within `top (1 + tolerance)`, not all within `top (1 - tolerance)`.
+
+    Args:
+        matrix: symmetric, `(n, n)`, float64.
+        bottom, top: the magnitudes to confirm.
+        zeros: how many eigenvalues count as zero.
+        tolerance: relative half-width.
+
+    Returns:
+        `(bottom_low, bottom_high, top_low, top_high)` with the radii of the counts included, or None if a count
+        disagrees.
+
+    Example:
+        >>> low, high, _, _ = confirm_ends(np.diag([0.0, 2.0, -5.0]), 2.0, 5.0, 1, 1e-6)
+        >>> low < 2.0 < high
+        True
+    """
+    n = len(matrix)
+
+    def within(size: float) -> tuple[int, float]:
+        above, first = count_below(matrix, size)
+        below, second = count_below(matrix, -size)
+        return above - below, max(first, second)
+
+    inner, r1 = within(bottom * (1 - tolerance))
+    outer, r2 = within(bottom * (1 + tolerance))
+    almost, r3 = within(top * (1 - tolerance))
+    every, r4 = within(top * (1 + tolerance))
+    if inner != zeros or outer <= zeros or almost >= n or every != n or bottom * (1 - tolerance) <= r1:
+        return None
+    return (
+        bottom * (1 - tolerance) - r1,
+        bottom * (1 + tolerance) + r2,
+        top * (1 - tolerance) - r3,
+        top * (1 + tolerance) + r4,
+    )

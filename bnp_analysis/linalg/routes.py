@@ -1,0 +1,128 @@
+"""Which route a condition number takes, and what each would cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from bnp_analysis.linalg.memory import available_memory
+from bnp_analysis.linalg.operators import SymmetricOperator
+from bnp_analysis.results import Result
+
+METHODS = ("auto", "factor-svd", "golub-kahan", "dense", "inertia", "inverse-lanczos", "lanczos")
+FACTOR_LIMIT = 5_000
+DENSE_LIMIT = 3_000
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Route(Result):
+    """A way to a condition number of one operator, and its cost.
+
+    Attributes:
+        method: its name.
+        products: with the operator; NaN where it depends on the spectrum.
+        memory: bytes.
+        flops: of the dense algebra.
+        applies: whether it can run here and now.
+        claim: what it can say.
+    """
+
+    method: str
+    products: float
+    memory: int
+    flops: float
+    applies: bool
+    claim: str
+
+    def summary(self) -> str:
+        """The route in one line."""
+        products = (
+            "a number of products that depends on the spectrum"
+            if math.isnan(self.products)
+            else f"{self.products:.0f} products"
+        )
+        cost = f"{products}, {self.memory / 2**30:.2g} GiB, {self.flops:.1e} flops"
+        return f"{self.method:<16} {'' if self.applies else 'does not apply; '}{cost}: {self.claim}"
+
+
+def routes(A: SymmetricOperator, steps: int = 100) -> list[Route]:
+    """Every route to the condition number of an operator, with its cost and memory, before anything runs.
+
+    Args:
+        A: symmetric operator on `R^n`.
+        steps: of Lanczos.
+
+    Returns:
+        A list of `Route`; the first that applies among factor-svd, dense, lanczos is what `"auto"` takes.
+
+    Source: T13.
+
+    Example:
+        >>> import torch, bnp_analysis as bnp
+        >>> [route.method for route in bnp.routes(bnp.DenseOperator(torch.eye(3))) if route.applies]
+        ['dense', 'inertia', 'inverse-lanczos', 'lanczos']
+    """
+    n, free = A.dim, available_memory()
+    factor = A.factor
+    r = 0 if factor is None else factor.shape[0]
+    small = 0 if factor is None else min(factor.shape)
+    rank = 0 if factor is None else factor.rank_bound
+    table = [
+        (
+            "factor-svd",
+            0.0 if factor is None else factor.dense_cost,
+            8 * 4 * r * n,
+            2.0 * r * n * small + 4.0 * small**3,
+            factor is not None and small <= 2 * FACTOR_LIMIT,
+            "both sides, if structure or known null directions explain every zero",
+        ),
+        (
+            "golub-kahan",
+            float(rank + 2),
+            8 * (rank + 1) * (r + n),
+            4.0 * rank**2 * (r + n),
+            factor is not None,
+            "the same, without holding the factor; a lower bound when stopped early; resumes",
+        ),
+        ("dense", float(A.dense_cost), 8 * 6 * n * n, 4.0 / 3 * n**3, True, "both sides, to n u |A|"),
+        ("inertia", float(A.dense_cost), 8 * 8 * n * n, 12.0 * n**3, True, "both ends decided by counts"),
+        (
+            "inverse-lanczos",
+            math.nan,
+            8 * (steps + 30) * n,
+            4.0 * steps**2 * n,
+            True,
+            "both sides but for a stated probability; needs the whole null space, and inner solves that converge",
+        ),
+        ("lanczos", float(steps + 3), (steps + 1) * n * A.dtype.itemsize, 4.0 * steps**2 * n, True, "a lower bound"),
+    ]
+    return [
+        Route(
+            method=method,
+            products=products,
+            memory=memory,
+            flops=flops,
+            applies=possible and memory < free,
+            claim=claim,
+            settings={"dim": n, "steps": steps},
+        )
+        for method, products, memory, flops, possible, claim in table
+    ]
+
+
+def choose_route(A: SymmetricOperator, *, indefinite: bool = False) -> str:
+    """The first route whose size and memory fit: factor-svd, then dense, then lanczos.
+
+    Example:
+        >>> import torch, bnp_analysis as bnp
+        >>> choose_route(bnp.DenseOperator(torch.eye(3)))
+        'dense'
+    """
+    free = available_memory()
+    factor = None if indefinite else A.factor
+    # Rows, their magnitudes and the copy that QR works on, in float64.
+    if factor and min(factor.shape) <= FACTOR_LIMIT and 8 * 4 * factor.shape[0] * factor.shape[1] < free:
+        return "factor-svd"
+    if A.dim <= DENSE_LIMIT and 8 * 6 * A.dim**2 < free:
+        return "dense"
+    return "lanczos"
