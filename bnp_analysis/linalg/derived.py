@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, describe
 
 
 class GramOperator(SymmetricOperator):
@@ -13,6 +14,7 @@ class GramOperator(SymmetricOperator):
 
     Example:
         >>> import torch
+        >>> from bnp_analysis.linalg import MatrixOperator
         >>> A = GramOperator(MatrixOperator(torch.tensor([[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]])))
         >>> A.to_dense()
         tensor([[9., 0.],
@@ -36,6 +38,7 @@ class Shifted(SymmetricOperator):
 
     Example:
         >>> import torch
+        >>> from bnp_analysis.linalg import DenseOperator
         >>> Shifted(DenseOperator(torch.eye(2)), 0.5).to_dense()
         tensor([[1.5000, 0.0000],
                 [0.0000, 1.5000]])

@@ -1,4 +1,4 @@
-"""Operators made from what one has: a stored matrix, a function, a part of another operator."""
+"""Operators made from what one has: a stored matrix, or a function."""
 
 from __future__ import annotations
 
