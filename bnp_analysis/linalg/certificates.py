@@ -72,6 +72,11 @@ def singular_value_radius(largest: float, shape: tuple[int, int], magnitude: flo
     return max(shape) * UNIT * (largest + magnitude) + max(shape) * (unit if unit > UNIT else 0.0) * magnitude
 
 
+def require_probability(failure_probability: float) -> None:
+    if not 0 < failure_probability < 1:
+        raise InvalidInputError(f"failure_probability must lie in (0, 1), got {failure_probability}")
+
+
 def kuczynski_wozniakowski(
     theta_max: float, theta_min: float, steps: int, dim: int, failure_probability: float
 ) -> tuple[float, float]:
@@ -102,8 +107,7 @@ def kuczynski_wozniakowski(
         >>> round(upper, 3), round(lower, 3)
         (1.0, 0.1)
     """
-    if not 0 < failure_probability < 1:
-        raise InvalidInputError(f"failure_probability must lie in (0, 1), got {failure_probability}")
+    require_probability(failure_probability)
     if steps >= dim:
         return theta_max, theta_min
     eps = (math.log(1.648 * math.sqrt(dim) / (failure_probability / 2)) / (2 * steps - 1)) ** 2

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import NotConvexError, ZeroOperatorError
-from bnp_analysis.linalg.certificates import invariance_slack, kuczynski_wozniakowski, null_contamination
+from bnp_analysis.linalg.certificates import (
+    invariance_slack,
+    kuczynski_wozniakowski,
+    null_contamination,
+    require_probability,
+)
 from bnp_analysis.linalg.extremes import (
     UNDECLARED,
     Extremes,
@@ -39,6 +44,7 @@ def lanczos_ends(
     progress: Progress,
 ) -> Extremes:
     """Ritz values: a lower bound where T13 allows one, an upper one if the null space is declared."""
+    require_probability(failure_probability)
     operator, basis, noise, spent = _conditioned(A, P, null, seed)
     run, extra = _run(operator, basis, null.declared, steps, seed, progress)
     values, residuals = run.ritz()
