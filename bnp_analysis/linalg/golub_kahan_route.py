@@ -59,11 +59,11 @@ def golub_kahan_ends(
     )
     sigma = run.singular_values()
     unit = float(torch.finfo(A.dtype).eps)
-    radius = 10 * unit * math.sqrt(max(operator.shape)) * (float(sigma[0]) + size)
+    top = float(sigma[0]) if sigma.size else 0.0
+    radius = 10 * unit * math.sqrt(max(operator.shape)) * (top + size)
     rank = int((sigma > radius).sum())
     if rank == 0:
         return zero_matrix(null, run.products + spent)
-    top = float(sigma[0])
     if run.stop == "exhausted":
         bottom, unresolved = float(sigma[rank - 1]), max(structural - rank, 0)
         upper = ((top + radius) / (bottom - radius)) ** 2 if unresolved == 0 else math.inf

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NotConvexError
 from bnp_analysis.linalg.certificates import invariance_slack, kuczynski_wozniakowski
-from bnp_analysis.linalg.extremes import Extremes, measured, require_symmetric
-from bnp_analysis.linalg.krylov_routes import lanczos_ends
+from bnp_analysis.linalg.extremes import Extremes
+from bnp_analysis.linalg.krylov_routes import conditioned, lanczos_ends
 from bnp_analysis.linalg.lanczos import lanczos
 from bnp_analysis.linalg.matrices import CallableOperator
 from bnp_analysis.linalg.null import DeclaredNull
@@ -35,6 +35,7 @@ class _Solver:
     null: Tensor
     tolerance: float
     limit: int
+    floor: float
     products: int = 0
     worst: float = 0.0
     failed: str = ""
@@ -49,8 +50,9 @@ class _Solver:
             image = self._clean((self.B @ p.to(self.B.dtype)).double())
             self.products += 1
             curvature = float(p @ image)
-            if curvature <= 0:
-                self.failed = f"a direction of curvature {curvature:.2g} was met: semidefinite to rounding only"
+            if not curvature > self.floor * float(p @ p):
+                quotient = curvature / float(p @ p)
+                self.failed = f"a direction of curvature {quotient:.2g} was met, rounding explains {self.floor:.2g}"
                 break
             step = rr / curvature
             x, r = x + step * p, self._clean(r - step * image)
@@ -89,33 +91,32 @@ def inverse_lanczos(
             "inverse-lanczos inverts the operator, so its whole null space must be declared: "
             "null=null_directions(risk), or a tensor (n, 0) for a nonsingular operator"
         )
-    require_symmetric(A, seed)
-    B, declared = measured(A, P, null.basis, seed)
-    dim = A.dim - declared.dim
-    top_run = lanczos(B, min(steps, dim), seed=seed, null=declared.basis)
+    B, basis, noise, checks = conditioned(A, P, null, seed)
+    dim = A.dim - null.dim
+    top_run = lanczos(B, min(steps, dim), seed=seed, null=basis)
     values, _ = top_run.ritz()
     unit = float(torch.finfo(A.dtype).eps)
-    if values[0] < -10 * unit * math.sqrt(A.dim) * abs(values[-1]):
+    if values[0] < -noise * float(np.abs(values).max()):
         raise NotConvexError(f"the operator is indefinite: Ritz value {values[0]:.4g}; use magnitude_condition_number")
-    solve = _Solver(B, declared.basis, max(1e-12, 100 * unit), _INNER)
+    top = float(values[-1])
+    floor = noise * top
+    solve = _Solver(B, basis, max(1e-12, 100 * unit), _INNER, floor)
     inverse = CallableOperator(solve, A.dim, dtype=A.dtype, device=A.device)
     run = lanczos(
         inverse,
         min(_OUTER, dim),
         seed=seed + 1,
-        null=declared.basis,
+        null=basis,
         until=lambda _: bool(solve.failed),
         progress=progress,
     )
-    spent = top_run.matvecs + solve.products + declared.cost
+    spent = top_run.matvecs + solve.products + checks
     if solve.failed:
         found = lanczos_ends(A, P, null, steps, failure_probability, seed, False)
         note = f"inverse-lanczos refused: {solve.failed}" + (f"; {found.note}" if found.note else "")
         return replace(found, note=note, matvecs=found.matvecs + spent)
     # Two ends, and two bounds of each.
     chance = failure_probability / 4
-    top = float(values[-1])
-    floor = 10 * unit * math.sqrt(A.dim) * top
     high, _ = kuczynski_wozniakowski(float(values[-1]), min(float(values[0]), 0.0), len(top_run.alpha), dim, chance)
     theta = float(np.max(run.ritz()[0]))
     raw, _ = kuczynski_wozniakowski(theta, 0.0, len(run.alpha), dim, chance)
@@ -133,7 +134,7 @@ def inverse_lanczos(
         lambda_min=bottom,
         lower=lower,
         upper=(high + floor) / (1 / inverse_high - floor) if trusted else math.inf,
-        null_dim=declared.dim,
+        null_dim=null.dim,
         null_sources=null.sources,
         noise_floor=floor,
         failure_probability=failure_probability,

@@ -45,7 +45,7 @@ def lanczos_ends(
 ) -> Extremes:
     """Ritz values: a lower bound where T13 allows one, an upper one if the null space is declared."""
     require_probability(failure_probability)
-    operator, basis, noise, spent = _conditioned(A, P, null, seed)
+    operator, basis, noise, spent = conditioned(A, P, null, seed)
     run, extra = _run(operator, basis, null.declared, steps, seed, progress)
     values, residuals = run.ritz()
     floor = noise * float(np.abs(values).max())
@@ -105,7 +105,7 @@ def lanczos_magnitudes(
     For `x` in the range, `min|lambda| <= |A x| / |x|`; the least such ratio on the space searched is the
     smallest singular value of the tridiagonal matrix extended by its residual row.
     """
-    operator, basis, noise, spent = _conditioned(A, P, null, seed)
+    operator, basis, noise, spent = conditioned(A, P, null, seed)
     run, extra = _run(operator, basis, null.declared, steps, seed, progress)
     values, residuals = run.ritz()
     top = float(np.abs(values).max())
@@ -132,7 +132,7 @@ def lanczos_magnitudes(
     )
 
 
-def _conditioned(
+def conditioned(
     A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNull, seed: int
 ) -> tuple[SymmetricOperator, Tensor, float, int]:
     """The operator measured, its null basis, the relative noise of its eigenvalues, products spent."""
@@ -180,6 +180,8 @@ def _not_certified(run: Tridiagonalization, root: float, dim: int, chance: float
     steps = len(run.alpha)
     if run.stop == "invariant subspace":
         return f"after {steps} steps the space is invariant to rounding, which can hide a small eigenvalue; use 'dense'"
+    if run.stop == "exhausted":
+        return f"after all {steps} steps the smallest Ritz value does not stand above the noise floor"
     needed = math.ceil(root * math.log(1.648 * math.sqrt(dim) / (chance / 2)) / 2)
     return f"smallest Ritz value not certified after {steps} steps, about {needed} needed"
 
