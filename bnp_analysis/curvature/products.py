@@ -8,7 +8,7 @@ through it, and a Jacobian product one through the graph of `u -> J^T u`, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.memory import available_memory
 from bnp_analysis.network.batches import Batch
-from bnp_analysis.network.kernels import recording
+from bnp_analysis.network.kernels import explained, not_twice, recording
 from bnp_analysis.network.risk import EmpiricalRisk
 
 G = TypeVar("G")
@@ -71,36 +71,48 @@ class OutputGraph:
         """`J^T u` for a stack of cotangents `(k, *outputs.shape)`, per tensor `(k, ...)`."""
         if not self.outputs.requires_grad:
             return [t.new_zeros(u.shape[0], *t.shape) for t in self.leaves]
-        return backward([self.outputs], self.leaves, [u], batched=True)
+        try:
+            return backward([self.outputs], self.leaves, [u], batched=True)
+        except (RuntimeError, InvalidInputError):
+            # An operation whose backward pass cannot run on a stack; what fails for single rows too is raised there.
+            rows = [backward([self.outputs], self.leaves, [row]) for row in u]
+            return [torch.stack(parts) for parts in zip(*rows, strict=True)]
 
 
 def backward(
     outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor], *, batched: bool = False
 ) -> list[Tensor]:
-    """`torch.autograd.grad` on a kept graph; zero where an input is unused.
-
-    Raises:
-        InvalidInputError: an operation without a second derivative, named.
-    """
-    try:
+    """`torch.autograd.grad` on a kept graph; zero where an input is unused."""
+    with explained():
         found = torch.autograd.grad(
             outputs, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=batched
         )
-    except RuntimeError as error:
-        raise _explained(error) from error
     # Not materialize_grads: its zeros for unused inputs forget the batch of cotangents.
     lead = cotangents[0].shape[:1] if batched else ()
     return [t.new_zeros(*lead, *t.shape) if g is None else g for g, t in zip(found, inputs, strict=True)]
 
 
-def _explained(error: RuntimeError) -> Exception:
-    text = str(error)
-    if "not implemented" in text or "does not require grad" in text or "once_differentiable" in text:
-        return InvalidInputError(
-            f"an operation of the model has no second derivative in torch: {text.splitlines()[0]} Replace it (math "
-            "attention, unfused recurrent cells), or freeze the parameters below it"
-        )
-    return error
+def _require_differentiable(gradients: Iterable[Tensor], outputs: Tensor) -> None:
+    """Refuse gradients that end in a node which only raises: torch leaves it out, and zeros would come back.
+
+    `once_differentiable` puts such nodes behind what custom operations give back.
+    """
+    if any(node.name() == "torch::autograd::Error" for node in _nodes(gradients)):
+        custom = {
+            node.name() for node in _nodes([outputs]) if isinstance(node, torch.autograd.function.BackwardCFunction)
+        }
+        raise not_twice(f"one of {', '.join(sorted(custom))} is marked once_differentiable.")
+
+
+def _nodes(tensors: Iterable[Tensor]) -> set[torch.autograd.graph.Node]:
+    found: set[torch.autograd.graph.Node] = set()
+    waiting = [t.grad_fn for t in tensors]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return found
 
 
 @recording()
@@ -111,10 +123,9 @@ def gradient_graph(risk: EmpiricalRisk, batch: Batch) -> GradientGraph:
     loss = risk.batch_loss(risk.batch_outputs(tensors, batch), batch) * (batch.count / risk.batches.total)
     if not loss.requires_grad:
         return GradientGraph(leaves, [torch.zeros_like(t) for t in leaves])
-    try:
+    with explained():
         gradients = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
-    except RuntimeError as error:
-        raise _explained(error) from error
+    _require_differentiable(gradients, loss)
     return GradientGraph(leaves, list(gradients))
 
 
@@ -127,11 +138,13 @@ def output_graph(risk: EmpiricalRisk, batch: Batch, *, forward: bool = True) -> 
     cotangent = torch.zeros_like(outputs, requires_grad=True)
     pulled = [torch.zeros_like(t) for t in leaves]
     if forward and outputs.requires_grad:
-        pulled = list(
-            torch.autograd.grad(
-                outputs, leaves, cotangent, create_graph=True, allow_unused=True, materialize_grads=True
+        with explained():
+            pulled = list(
+                torch.autograd.grad(
+                    outputs, leaves, cotangent, create_graph=True, allow_unused=True, materialize_grads=True
+                )
             )
-        )
+        _require_differentiable(pulled, outputs)
     return OutputGraph(batch, batch.count / risk.batches.total, leaves, outputs, cotangent, pulled)
 
 

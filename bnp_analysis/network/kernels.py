@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bnp_analysis.errors import InvalidInputError
+
 
 @contextmanager
 def recording() -> Iterator[None]:
@@ -32,3 +34,32 @@ def differentiable_kernels(*, recurrent: bool) -> Iterator[None]:
         if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """What torch says of operations that cannot be differentiated (again), with the ways out.
+
+    Raises:
+        InvalidInputError: an operation without a second derivative, named; activation checkpointing.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if "torch.utils.checkpoint" in text:
+            raise InvalidInputError(
+                "the model recomputes activations (torch.utils.checkpoint) from its own parameters, not from the point "
+                "that is differentiated; turn activation checkpointing off for a measurement"
+            ) from error
+        if "not implemented" in text or "does not require grad" in text or "once_differentiable" in text:
+            raise not_twice(text.splitlines()[0]) from error
+        raise
+
+
+def not_twice(what: str) -> InvalidInputError:
+    """The error for an operation without a second derivative."""
+    return InvalidInputError(
+        f"an operation of the model has no second derivative in torch: {what} Replace it (math attention, unfused "
+        "recurrent cells), or freeze the parameters below it"
+    )

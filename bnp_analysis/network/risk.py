@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.network.batches import Batch, Batches, Count, arguments, map_tensors
-from bnp_analysis.network.kernels import differentiable_kernels, recording
+from bnp_analysis.network.kernels import differentiable_kernels, explained, recording
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.purity import require_mean_loss, require_pure
 from bnp_analysis.network.selection import choose_parameters
@@ -88,15 +88,15 @@ class EmpiricalRisk:
         self._model.requires_grad_(False)
         self._loss = snapshot_loss(loss, self.space.dtype, self.space.device)
         self.batches = Batches(data, count, self.space.dtype, self.space.device)
-        own = dict(self._model.named_parameters())
-        self.theta = self.space.flatten({name: own[name].detach() for name in self.space.names}).clone()
-        self._constants = {name: p.detach() for name, p in own.items() if name not in self.space}
+        own = {name: p.detach() for name, p in self._model.named_parameters()}
+        self.theta = self.space.flatten(own).clone()
+        self._constants = {name: p for name, p in own.items() if name not in self.space}
         if at is not None:
             self._move(at)
         self._cache: dict[str, Tensor] = {}
         self._require_finite_parameters()
         self.coupled = require_pure(self)
-        self._cache["value"] = self(self.theta)
+        _ = self.value
         if self.batches.number > 1:
             require_mean_loss(self)
 
@@ -182,12 +182,12 @@ class EmpiricalRisk:
         other.space = self.space.restrict(names)
         tensors = self.space.unflatten(self.theta)
         other._constants = self._constants | {n: t for n, t in tensors.items() if n not in other.space}
-        other.theta = other.space.flatten({name: tensors[name] for name in other.space.names})
+        other.theta = other.space.flatten(tensors)
         other._cache = {"value": self._cache["value"]} if "value" in self._cache else {}
         return other
 
     def leaves(self) -> dict[str, Tensor]:
-        """Fresh leaf tensors at `theta` that record gradients."""
+        """Fresh leaves at `theta` that record gradients."""
         return {name: t.clone().requires_grad_() for name, t in self.space.unflatten(self.theta).items()}
 
     def named_tensors(self) -> dict[str, Tensor]:
@@ -216,15 +216,16 @@ class EmpiricalRisk:
         """The loss of a batch from its outputs, a scalar."""
         value = self._loss(outputs, batch.y)
         if not isinstance(value, Tensor) or value.numel() != 1:
-            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise InvalidInputError(f"loss(output, y) gave {shape}, not a scalar: the mean over the batch is needed")
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InvalidInputError(f"loss(output, y) gave {got}, not a scalar: the mean over the batch is needed")
         return value.reshape(())
 
     def pullback(self, scalar: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """The flat gradient of a scalar in named leaf tensors; zero for unused ones."""
         if not scalar.requires_grad:
             return torch.zeros(self.space.dim, dtype=self.space.dtype, device=self.space.device)
-        grads = torch.autograd.grad(scalar, list(tensors.values()), allow_unused=True, materialize_grads=True)
+        with explained():
+            grads = torch.autograd.grad(scalar, [*tensors.values()], allow_unused=True, materialize_grads=True)
         return self.space.flatten(g.detach() for g in grads)
 
     def capture(self, visit: Visit, names: Iterable[str] | None = None) -> None:
@@ -288,13 +289,11 @@ class EmpiricalRisk:
             self._constants = self._constants | {n: tensors[n].detach() for n in rest if n in self._constants}
 
     def _require_finite_parameters(self) -> None:
-        every = {**self._constants, **self.space.unflatten(self.theta)}
-        bad = [n for n, t in every.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+        found = self.named_tensors().items()
+        bad = [n for n, t in found if t.is_floating_point() and not bool(torch.isfinite(t).all())]
         if bad:
             raise NonFiniteError(f"parameters with NaN or infinite entries: {', '.join(bad)}")
 
     def __repr__(self) -> str:
-        return (
-            f"<EmpiricalRisk of {type(self._model).__name__}, {self.space.dim} parameters, "
-            f"{self.batches.total:g} examples in {self.batches.number} batches, {self.space.dtype}>"
-        )
+        kind, data = type(self._model).__name__, f"{self.batches.total:g} examples in {self.batches.number} batches"
+        return f"<EmpiricalRisk of {kind}, {self.space.dim} parameters, {data}, {self.space.dtype}>"
