@@ -6,7 +6,6 @@
 #                the address of the CPU build's index is on torch's own installation page
 #   PIP_FLAGS    more flags for pip install
 #   PYTEST_FLAGS more flags for pytest, such as "-n 2" or "-k lanczos"
-#   PRESET       of the figures: quick or full                       (quick)
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -17,7 +16,6 @@ VENV ?= .venv
 TORCH_INDEX ?=
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
-PRESET ?= quick
 
 BIN := $(VENV)/bin
 BASE := $(VENV)/.installed-base
@@ -26,7 +24,7 @@ EXTRAS := dataframe,download,notebooks,test,lint
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 SLOW_SUMMARY := benchmarks/results/test-slow.txt
 
-.PHONY: help demo test test-slow lint types figures notebooks bench clean
+.PHONY: help demo test test-slow lint types notebooks bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,9 +54,6 @@ lint: $(DEV) ## ruff: rules and format
 types: $(DEV) ## mypy, strict
 	$(BIN)/mypy
 
-figures: $(DEV) ## the figures of paper_figures/ (PRESET=quick or full)
-	$(BIN)/bnp-analysis figures --preset $(PRESET)
-
 notebooks: $(DEV) ## run notebooks/*.py and write them, with outputs, as notebooks/*.ipynb
 	@set -e; for source in notebooks/*.py; do \
 	  echo "$$source"; \
@@ -66,8 +61,8 @@ notebooks: $(DEV) ## run notebooks/*.py and write them, with outputs, as noteboo
 	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter-execute --inplace "$${source%.py}.ipynb"; \
 	done
 
-bench: $(DEV) ## the benchmarks
-	$(BIN)/bnp-analysis bench
+bench: $(DEV) ## the truth suite: every route against problems with known answers
+	$(BIN)/python benchmarks/truth_suite.py
 
 clean: ## remove all that make made: environment, caches, builds, demo
 	rm -rf $(VENV) build dist demo .hypothesis .mypy_cache .pytest_cache .ruff_cache

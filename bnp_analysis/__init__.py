@@ -6,7 +6,7 @@ A, P = bnp.gauss_newton(risk), bnp.bnp_preconditioner(risk)
 print(bnp.condition_number(A), bnp.condition_number(A, preconditioner=P))
 """
 
-from bnp_analysis import data, errors, models
+from bnp_analysis import data, errors, models, plotting, training
 from bnp_analysis.curvature import NullDirections, fisher, gauss_newton, hessian, null_directions
 from bnp_analysis.diagnose import Comparison, LayerRow, LayerTable, compare, layer_table
 from bnp_analysis.linalg import (
@@ -30,7 +30,12 @@ from bnp_analysis.linalg import (
     trace,
 )
 from bnp_analysis.network import EmpiricalRisk, ParameterSpace
-from bnp_analysis.precondition import bnp_preconditioner, identity_preconditioner
+from bnp_analysis.precondition import (
+    bnp_preconditioner,
+    diagonal_preconditioner,
+    identity_preconditioner,
+    kfac_preconditioner,
+)
 from bnp_analysis.results import Result
 
 __version__ = "0.1.0"
@@ -57,19 +62,23 @@ __all__ = [
     "condition_number",
     "congruence",
     "data",
+    "diagonal_preconditioner",
     "eigenpairs",
     "errors",
     "fisher",
     "gauss_newton",
     "hessian",
     "identity_preconditioner",
+    "kfac_preconditioner",
     "lanczos",
     "layer_table",
     "magnitude_condition_number",
     "models",
     "null_directions",
+    "plotting",
     "regularized_condition_number",
     "routes",
     "spectral_density",
     "trace",
+    "training",
 ]

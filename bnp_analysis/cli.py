@@ -21,6 +21,8 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 PRECONDITIONERS: dict[str, Callable[[EmpiricalRisk], Any]] = {
     "bnp": precondition.bnp_preconditioner,
     "bnp-damped": lambda risk: precondition.bnp_preconditioner(risk, eps1=1e-2, eps2=1e-4),
+    "diagonal": lambda risk: precondition.diagonal_preconditioner(risk, damping=1e-6),
+    "kfac": precondition.kfac_preconditioner,
 }
 
 
@@ -207,7 +209,7 @@ def report(result: Comparison) -> str:
         )
     lines += ["", "Layer blocks"]
     for row in result.layers.layers:
-        lines += [f"  {row.layer:<8} without P  {row.block}", f"  {'':<8} with P     {row.block_bnp}"]
+        lines += [f"  {row.layer:<8} without P  {row.block}", f"  {'':<8} with P     {row.block_with_P}"]
     lines += ["", "Whole network"]
     for name, (plain, conditioned) in result.network.items():
         lines += [f"  {name}", f"    without P  {plain}", f"    with P     {conditioned}"]

@@ -55,7 +55,7 @@ def plot_blocks(result: Comparison | LayerTable, ax: Axes | None = None) -> Axes
     table = result.layers if isinstance(result, Comparison) else result
     sides = [
         ("unit_blocks", "block", "without $P$", BLUE, -0.15),
-        ("unit_blocks_bnp", "block_bnp", "with $P$", ORANGE, 0.15),
+        ("unit_blocks_with_P", "block_with_P", "with $P$", ORANGE, 0.15),
     ]
     for units, block, label, colour, shift in sides:
         for i, row in enumerate(table.layers):

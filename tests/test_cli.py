@@ -51,6 +51,15 @@ def test_damping_dtype_and_other_models(tmp_path):
     assert result.layers.settings["preconditioner"]["eps1"] == 1e-2
 
 
+@pytest.mark.parametrize("name", ["diagonal", "kfac"])
+def test_other_preconditioners(name, tmp_path):
+    out = tmp_path / "c.json"
+    args = ["condition", *SMALL, "--preconditioner", name, "--curvature", "gauss-newton", "--json", str(out)]
+    assert main(args) == 0
+    units = bnp.Comparison.load(out).layers.layers[0].unit_blocks_with_P
+    assert all(k is None for k in units) == (name == "kfac")
+
+
 def test_spectrum_writes_both_densities(tmp_path, capsys):
     args = ["spectrum", *SMALL, "--top", "2", "--probes", "2", "--steps", "8"]
     assert main([*args, "--json", str(tmp_path / "s.json"), "--figure", str(tmp_path / "s.png")]) == 0

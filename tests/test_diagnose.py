@@ -49,7 +49,7 @@ def test_blocks_are_those_of_the_dense_gauss_newton_matrix(problem):
     for row in table.layers:
         for i in range(row.units):
             where = risk.space.indices((row.layer, i))
-            for found, matrix in ((row.unit_blocks[i], A), (row.unit_blocks_bnp[i], conditioned)):
+            for found, matrix in ((row.unit_blocks[i], A), (row.unit_blocks_with_P[i], conditioned)):
                 values = torch.linalg.eigvalsh(matrix[where][:, where]).numpy()
                 truth = effective(np.abs(values), 1e-13)
                 assert found.value == pytest.approx(truth, rel=1e-4)

@@ -34,7 +34,7 @@ def test_bars_have_the_heights_of_the_result(result):
 def test_every_number_is_drawn_and_bounds_look_different(result):
     ax = plotting.plot_blocks(result)
     markers = [(line.get_marker(), y) for line in ax.lines for y in np.atleast_1d(line.get_ydata())]
-    drawn = [row_block for row in result.layers.layers for row_block in (row.block, row.block_bnp)]
+    drawn = [row_block for row in result.layers.layers for row_block in (row.block, row.block_with_P)]
     drawn += [k for pair in result.network.values() for k in pair]
     for k in drawn:
         assert ("s" if k.two_sided else "^", k.value) in markers

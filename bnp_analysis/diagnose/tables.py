@@ -22,8 +22,9 @@ class LayerRow(Result):
         rows, features, units, groups: `R`, `m`, `n`, and the groups of a convolution.
         constant: input features with one value, set aside before the three input numbers.
         inputs, centered, normalized: `sigma_max/sigma_min+` of `H^`, `H^U`, `G^`; the worst group.
-        unit_blocks, unit_blocks_bnp: `kappa*` of every unit's block without and with `P`; None for a dead unit.
-        block, block_bnp: `kappa*` of the layer's block without and with `P`; None for a layer without curvature.
+        unit_blocks, unit_blocks_with_P: `kappa*` of every unit's block without and with `P`; None for a dead unit, and
+            where `P` couples the units of a layer.
+        block, block_with_P: `kappa*` of the layer's block without and with `P`; None for a layer without curvature.
         is_hessian: whether the Gauss-Newton blocks equal the Hessian's here (T1'), tested by one product.
     """
 
@@ -38,9 +39,9 @@ class LayerRow(Result):
     centered: ConditionNumber
     normalized: ConditionNumber
     unit_blocks: tuple[ConditionNumber | None, ...]
-    unit_blocks_bnp: tuple[ConditionNumber | None, ...]
+    unit_blocks_with_P: tuple[ConditionNumber | None, ...]
     block: ConditionNumber | None
-    block_bnp: ConditionNumber | None
+    block_with_P: ConditionNumber | None
     is_hessian: bool
 
     @property
@@ -53,7 +54,7 @@ class LayerRow(Result):
         return (
             f"{self.layer or self.kind}: R {self.rows}, m {self.features}, kappa(H^) {self.inputs.value:.3g} -> "
             f"{self.centered.value:.3g} -> {self.normalized.value:.3g}; block {cell(self.block)} -> "
-            f"{cell(self.block_bnp)}"
+            f"{cell(self.block_with_P)}"
         )
 
 
@@ -87,10 +88,10 @@ class LayerTable(Result):
                 "k(H^U)": cell(row.centered),
                 "k(G^)": cell(row.normalized),
                 "units k*": spread(row.unit_blocks),
-                "units k* with P": spread(row.unit_blocks_bnp),
+                "units k* with P": spread(row.unit_blocks_with_P),
                 "dead": row.dead,
                 "layer k*": cell(row.block),
-                "layer k* with P": cell(row.block_bnp),
+                "layer k* with P": cell(row.block_with_P),
                 "Hessian": "yes" if row.is_hessian else "no",
             }
             for row in self.layers

@@ -27,12 +27,12 @@ from bnp_analysis.network import Coverage, EmpiricalRisk, Layer, coverage
 from bnp_analysis.network.dependencies import null_vectors
 from bnp_analysis.network.inputs import input_triangles
 from bnp_analysis.network.moments import layer_moments
-from bnp_analysis.precondition import BlockDiagonal, bnp_preconditioner
+from bnp_analysis.precondition import NetworkPreconditioner, bnp_preconditioner
 
 
 def layer_table(
     risk: EmpiricalRisk,
-    P: BlockDiagonal | None = None,
+    P: NetworkPreconditioner | None = None,
     *,
     layers: Sequence[str] | None = None,
     dtype: torch.dtype | None = torch.float64,
@@ -90,7 +90,7 @@ def layer_table(
             for i in range(layer.units):
                 A: SymmetricOperator = gauss_newton(risk, block=(layer.name, i)) if blocks is None else blocks[i]
                 inside = None if null is None else null.inside(inner.indices((layer.name, i)))
-                pairs.append(_pair(A, P.block((layer.name, i)), inside, seed))
+                pairs.append(_pair(A, _unit_of(P, layer.name, i), inside, seed))
                 done += 1
                 update(done)
             done += 2
@@ -108,9 +108,9 @@ def layer_table(
                     centered=worst[1],
                     normalized=worst[2],
                     unit_blocks=tuple(pair[0] for pair in pairs),
-                    unit_blocks_bnp=tuple(pair[1] for pair in pairs),
+                    unit_blocks_with_P=tuple(pair[1] for pair in pairs),
                     block=whole[0],
-                    block_bnp=whole[1],
+                    block_with_P=whole[1],
                     is_hessian=_equals_hessian(risk, layer, seed),
                     seed=seed,
                     matvecs=_products([*worst, *(k for pair in pairs for k in pair), *whole]) + 2,
@@ -132,7 +132,7 @@ def layer_table(
 
 def compare(
     risk: EmpiricalRisk,
-    P: BlockDiagonal | None = None,
+    P: NetworkPreconditioner | None = None,
     *,
     curvature: Sequence[str] = ("gauss-newton", "hessian"),
     layers: Sequence[str] | None = None,
@@ -213,8 +213,8 @@ def curvature_matrix(risk: EmpiricalRisk, name: str, seed: int = 0) -> Symmetric
 
 
 def _measured(
-    risk: EmpiricalRisk, P: BlockDiagonal | None, dtype: torch.dtype | None
-) -> tuple[EmpiricalRisk, BlockDiagonal]:
+    risk: EmpiricalRisk, P: NetworkPreconditioner | None, dtype: torch.dtype | None
+) -> tuple[EmpiricalRisk, NetworkPreconditioner]:
     """The risk and `P` as they are measured: in float64 on the CPU unless told otherwise; BNP unless given."""
     if dtype is not None:
         risk = risk.to(dtype, "cpu")
@@ -228,18 +228,26 @@ def _singular(triangle: Tensor) -> ConditionNumber:
 
 def _pair(
     A: SymmetricOperator,
-    P: Preconditioner,
+    P: Preconditioner | None,
     null: NullDirections | Tensor | None,
     seed: int,
     measure: Callable[..., ConditionNumber] = condition_number,
     progress: Progress = False,
 ) -> tuple[ConditionNumber | None, ConditionNumber | None]:
-    """The number without and with `P`; None where there is no curvature at all."""
+    """The number without and with `P`; None where there is no curvature at all, or no such `P`."""
     try:
         plain = measure(A, null=null, seed=seed, progress=progress)
-        return plain, measure(A, preconditioner=P, null=null, seed=seed, progress=progress)
+        return plain, None if P is None else measure(A, preconditioner=P, null=null, seed=seed, progress=progress)
     except ZeroOperatorError:
         return None, None
+
+
+def _unit_of(P: NetworkPreconditioner, layer: str, unit: int) -> Preconditioner | None:
+    """The part of `P` on one unit; None where `P` couples the units of a layer, as K-FAC does."""
+    try:
+        return P.block((layer, unit))
+    except InvalidInputError:
+        return None
 
 
 def _known_null(risk: EmpiricalRisk, block: str | None) -> NullDirections | None:
