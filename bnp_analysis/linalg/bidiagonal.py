@@ -227,6 +227,12 @@ class _Run:
         self.B[:rows, :columns] = state["B"].numpy()
         self.w, self.leaks = state["w"].to(self.w), list(state["leaks"])
         self.g.set_state(state["generator"])
+        # The name of a run says its size and seed; one product says whether it was this matrix.
+        expected = torch.from_numpy(self.B[:rows, 0]).to(self.U) @ self.U[:rows]
+        if columns and float((self._times(self.F, self.V[0]) - expected).norm()) > 100 * self.noise:
+            raise InvalidInputError(
+                "the saved run belongs to another matrix of the same size; delete the file, or give another checkpoint="
+            )
 
     def result(self, stop: str) -> Bidiagonalization:
         return Bidiagonalization(

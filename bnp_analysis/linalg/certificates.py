@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg.derived import Shifted, WithMultipleOfIdentity
 from bnp_analysis.linalg.lanczos import Floats
 from bnp_analysis.linalg.matrices import RowScaled
 from bnp_analysis.linalg.operators import LinearOperator, Product
@@ -48,6 +49,15 @@ def dense_with_magnitude(operator: LinearOperator) -> tuple[Tensor, Tensor | Non
         magnitude = dense.abs() if magnitude is None else magnitude
         P, absolute = operator.preconditioner, operator.preconditioner.absolute()
         return _right(_right(dense, P).T, P).T, _right(_right(magnitude, absolute).T, absolute).T
+    if isinstance(operator, Shifted):
+        dense, magnitude = dense_with_magnitude(operator.operator)
+        identity = torch.eye(operator.dim, dtype=dense.dtype, device=dense.device)
+        wider = None if magnitude is None else magnitude + operator.delta * identity
+        return dense + operator.delta * identity, wider
+    if isinstance(operator, WithMultipleOfIdentity):
+        dense, magnitude = dense_with_magnitude(operator.factor)
+        multiple = operator.c * torch.eye(operator.shape[1], dtype=dense.dtype, device=dense.device)
+        return torch.cat([dense, multiple]), None if magnitude is None else torch.cat([magnitude, multiple])
     return operator.to_dense(), None
 
 

@@ -179,7 +179,7 @@ def regularized_condition_number(
         seed=seed,
         progress=progress,
     )
-    if not found.two_sided and found.method == "lanczos":
+    if not found.two_sided and found.method == "lanczos" and found.stop != "interrupted":
         # Both sides of the top end; the bottom end is at least delta because A is semidefinite.
         high, _ = kuczynski_wozniakowski(found.lambda_max, 0.0, steps, B.dim, failure_probability)
         upper = (high + found.noise_floor) / delta

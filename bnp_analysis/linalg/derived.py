@@ -46,44 +46,44 @@ class Shifted(SymmetricOperator):
 
     def __init__(self, operator: SymmetricOperator, delta: float) -> None:
         super().__init__(operator.dim, operator.dtype, operator.device)
-        self._operator, self._delta = operator, float(delta)
+        self.operator, self.delta = operator, float(delta)
 
     @property
     def factor(self) -> LinearOperator | None:
-        inner = self._operator.factor
-        return None if inner is None or self._delta < 0 else _WithMultipleOfIdentity(inner, self._delta**0.5)
+        inner = self.operator.factor
+        return None if inner is None or self.delta < 0 else WithMultipleOfIdentity(inner, self.delta**0.5)
 
     @property
     def dense_cost(self) -> int:
-        return self._operator.dense_cost
+        return self.operator.dense_cost
 
     def _matmat(self, x: Tensor) -> Tensor:
-        return self._operator._matmat(x) + self._delta * x
+        return self.operator._matmat(x) + self.delta * x
 
     def to_dense(self) -> Tensor:
-        return self._operator.to_dense() + self._delta * torch.eye(self.dim, dtype=self.dtype, device=self.device)
+        return self.operator.to_dense() + self.delta * torch.eye(self.dim, dtype=self.dtype, device=self.device)
 
 
-class _WithMultipleOfIdentity(LinearOperator):
+class WithMultipleOfIdentity(LinearOperator):
     """`[F; c I]`, the factor of `F^T F + c^2 I`."""
 
     def __init__(self, factor: LinearOperator, c: float) -> None:
         super().__init__((factor.shape[0] + factor.shape[1], factor.shape[1]), factor.dtype, factor.device)
-        self._factor, self._c = factor, c
+        self.factor, self.c = factor, c
 
     @property
     def dense_cost(self) -> int:
-        return self._factor.dense_cost
+        return self.factor.dense_cost
 
     def _matmat(self, x: Tensor) -> Tensor:
-        return torch.cat([self._factor._matmat(x), self._c * x])
+        return torch.cat([self.factor._matmat(x), self.c * x])
 
     def _rmatmat(self, y: Tensor) -> Tensor:
-        return self._factor._rmatmat(y[: self._factor.shape[0]]) + self._c * y[self._factor.shape[0] :]
+        return self.factor._rmatmat(y[: self.factor.shape[0]]) + self.c * y[self.factor.shape[0] :]
 
     def to_dense(self) -> Tensor:
         identity = torch.eye(self.shape[1], dtype=self.dtype, device=self.device)
-        return torch.cat([self._factor.to_dense(), self._c * identity])
+        return torch.cat([self.factor.to_dense(), self.c * identity])
 
 
 class Restriction(SymmetricOperator):

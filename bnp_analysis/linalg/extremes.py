@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
-from bnp_analysis.linalg.derived import GramOperator
+from bnp_analysis.linalg.derived import GramOperator, Shifted, WithMultipleOfIdentity
 from bnp_analysis.linalg.lanczos import lanczos
 from bnp_analysis.linalg.null import NORM_STEPS, DeclaredNull, HasBasis, read_null, require_null
 from bnp_analysis.linalg.operators import LinearOperator, Product, SymmetricOperator
@@ -53,6 +53,8 @@ def rounding_norm(A: SymmetricOperator, seed: int = 0) -> float:
     """What the rounding of a product with `A` is relative to: `|A|`, for `P^T A P` it is `|P|^2 |A|` (T13)."""
     if isinstance(A, Congruence):
         return rounding_norm(A.operator, seed) * factor_rounding_norm(A.preconditioner, seed) ** 2
+    if isinstance(A, Shifted):
+        return rounding_norm(A.operator, seed) + abs(A.delta)
     return norm_estimate(A, seed)
 
 
@@ -60,6 +62,8 @@ def factor_rounding_norm(F: LinearOperator, seed: int = 0) -> float:
     """The same for a factor: `|F|`, for `F P` it is `|F| |P|`."""
     if isinstance(F, Product):
         return factor_rounding_norm(F.left, seed) * factor_rounding_norm(F.right, seed)
+    if isinstance(F, WithMultipleOfIdentity):
+        return math.hypot(factor_rounding_norm(F.factor, seed), F.c)
     return math.sqrt(norm_estimate(GramOperator(F), seed))
 
 
@@ -82,8 +86,8 @@ def measured(
 
 
 def require_symmetric(A: SymmetricOperator, seed: int) -> None:
-    """Two random vectors: `u.Av = v.Au` up to rounding, relative; a congruence is as symmetric as what is inside."""
-    while isinstance(A, Congruence):
+    """Two random vectors: `u.Av = v.Au` up to rounding; a congruence or shift is as symmetric as what is inside."""
+    while isinstance(A, (Congruence, Shifted)):
         A = A.operator
     like = torch.empty(0, dtype=A.dtype, device=A.device)
     pair = normal((A.dim, 2), generator(seed), like)

@@ -15,6 +15,7 @@ from bnp_analysis.linalg.certificates import (
     null_contamination,
     require_probability,
 )
+from bnp_analysis.linalg.derived import Shifted
 from bnp_analysis.linalg.extremes import (
     UNDECLARED,
     Extremes,
@@ -144,7 +145,7 @@ def conditioned(
         noise = max(noise, require_null(A, null, rounding_norm(A, seed), "A"))
     operator = A if P is None else congruence(A, P)
     basis = null.basis if P is None else P.transport(null.basis)
-    if not isinstance(operator, Congruence):
+    if not isinstance(operator, (Congruence, Shifted)):
         return operator, basis, noise, spent
     # Rounding in P^T A P is relative to |P|^2 |A|, which may exceed |P^T A P| (T13).
     actual = norm_estimate(operator, seed)
