@@ -213,8 +213,8 @@ class _Run:
             "B": torch.from_numpy(self.B[: self.rows, : self.columns].copy()),
             "w": self.w.cpu(),
             "halves": self.halves,
-            "leaks": list(self.leaks),
-            "scale": self.scale,
+            "leaks": [float(leak) for leak in self.leaks],
+            "scale": float(self.scale),
             "generator": self.g.get_state(),
         }
 

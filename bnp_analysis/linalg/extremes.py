@@ -45,8 +45,11 @@ class Extremes:
 
 def norm_estimate(A: SymmetricOperator, seed: int = 0) -> float:
     """`|A|_2` to within a small factor, from `NORM_STEPS` Lanczos steps."""
-    values, _ = lanczos(A, NORM_STEPS, seed=seed).ritz()
-    return float(np.abs(values).max())
+    run = lanczos(A, NORM_STEPS, seed=seed)
+    if run.stop == "interrupted":
+        # Preparation only: there is no bound yet that could be kept.
+        raise KeyboardInterrupt
+    return float(np.abs(run.ritz()[0]).max())
 
 
 def rounding_norm(A: SymmetricOperator, seed: int = 0) -> float:

@@ -94,6 +94,8 @@ def inverse_lanczos(
     B, basis, noise, checks = conditioned(A, P, null, seed)
     dim = A.dim - null.dim
     top_run = lanczos(B, min(steps, dim), seed=seed, null=basis)
+    if top_run.stop == "interrupted":
+        raise KeyboardInterrupt
     values, _ = top_run.ritz()
     unit = float(torch.finfo(A.dtype).eps)
     if values[0] < -noise * float(np.abs(values).max()):
