@@ -78,7 +78,7 @@ def layer_block(
     Args:
         layer: the covered layer.
         moments: of its inputs, with their number of rows `R`.
-        eps1, eps2: damping, `sigma^2 + eps1 max(sigma^2) + eps2`.
+        eps1, eps2: damping, `sigma^2 + eps1 max(sigma^2) + eps2`, the largest of the whole layer.
         q: the layer's scale; None for `q^2 = max(m/R, 1)`, to which the diagonal form without a bias adds
             `sum_j mu_j^2 / rms_j^2`.
         bias_free: without a bias, `"rank-one"` or `"diagonal"`.

@@ -174,6 +174,24 @@ def test_a_convolution_of_one_pixel_is_a_dense_layer_on_positions() -> None:
         assert relative(pair[0], pair[1]) < 1e-13
 
 
+def test_the_groups_of_a_layer_share_its_damping_and_its_scale() -> None:
+    """`max(sigma^2)` is the layer's, and without a bias the diagonal form's `q` is that of its worst group."""
+    x = normal(0, 60, 2, 1) * torch.tensor([[[10.0], [1.0]]]).double() + torch.tensor([[[0.0], [5.0]]]).double()
+    variance = x.var(dim=(0, 2), correction=0)
+    grouped = convolution_1d(x, bias=True)
+    diagonal = bnp.bnp_preconditioner(grouped, eps1=0.1).to_dense().diagonal()[:2]
+    torch.testing.assert_close(diagonal, (variance + 0.1 * variance.max()).rsqrt())
+    square = bnp.bnp_preconditioner(convolution_1d(x, bias=False), bias_free="diagonal").q[""] ** 2
+    survives = x.mean(dim=(0, 2)).square() / x.square().mean(dim=(0, 2))
+    assert square == pytest.approx(1 + float(survives.max()))
+    assert float(survives.max()) > 10 * float(survives.min())
+
+
+def convolution_1d(x: Tensor, *, bias: bool) -> bnp.EmpiricalRisk:
+    model = nn.Conv1d(2, 2, 1, groups=2, bias=bias).double()
+    return bnp.EmpiricalRisk(model, nn.functional.mse_loss, (x, torch.zeros_like(x)))
+
+
 def test_a_grouped_convolution_is_its_groups_side_by_side() -> None:
     """Undamped, and with `q` by the rule, which depends on shapes alone."""
     x = normal(0, 6, 4, 5, 5) * torch.tensor([1.0, 10.0, 0.1, 3.0]).view(1, 4, 1, 1).double() + 1
