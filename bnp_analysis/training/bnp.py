@@ -1,0 +1,299 @@
+"""BNP in a training loop: `.grad` becomes `P P^T .grad`."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.network.parameters import ParameterSpace
+from bnp_analysis.network.snapshot import unwrap
+from bnp_analysis.precondition.bnp import BNPPreconditioner
+from bnp_analysis.training.bnp_attach import attach_to
+from bnp_analysis.training.bnp_gradients import Mark, find_gradients, has_free_bias, marks, unchanged
+from bnp_analysis.training.bnp_hooks import InputHook
+from bnp_analysis.training.bnp_layers import Names, find_candidates, frozen_names, trainable_space
+from bnp_analysis.training.bnp_rule import Rule, layer_width
+from bnp_analysis.training.bnp_running import RunningMoments
+from bnp_analysis.training.bnp_settings import Settings
+from bnp_analysis.training.bnp_state import read_state, write_state
+from bnp_analysis.training.statistics import BatchMoments, batch_moments, pool_moments
+
+
+class BNP:
+    """Batch Normalization Preconditioning of a model's gradients, for any loop and any torch optimizer.
+
+    Hooks collect mean and variance of each covered layer's inputs in grad-enabled forward passes in training mode;
+    `step()` commits them and replaces `.grad` by `P P^T .grad` (T3). No layer is added; forward passes and inference
+    are unchanged. Covered: `Linear` (any leading dimensions), `Conv1d/2d/3d`, with or without a bias.
+
+    Args:
+        model: the model to train, which may be compiled or wrapped in DistributedDataParallel.
+        rho: weight of the past in the running statistics, `[0, 1)`.
+        eps1, eps2: damping, `sigma^2 + eps1 max(sigma^2) + eps2`.
+        q: `"auto"`, `q^2 = max(m/R, 1)` with the rows `R` of the step; `"measured"`, `|G^|^2/R` of the step's rows
+            (T8), which keeps the inputs until `step()`; or a positive number, 1 for off.
+        variance: `"total"`, right at any batch size (T4); `"within"`, the average of those within batches.
+        init: `"corrected"` leaves the start `(0, 1)` out of the averages; `"paper"` keeps it.
+        statistics: of a convolution, per `"channel"` or per entry of the `"patch"` (T6).
+        bias_free: of layers without a free bias, `"rank-one"` or `"diagonal"` (T5).
+        include, exclude: names of layers, or of modules above them; default all, none.
+        reference_rows: a step of `R` rows leaves the past `rho^(R / reference_rows)`, so that a row weighs the same in
+            batches of any size; None for `rho` at each step, as in the paper.
+        check_every: steps between reading the flag of non-finite activations, default 1 on CPU and 100 elsewhere.
+
+    Raises:
+        InvalidInputError: unknown options, or a model with nothing to precondition.
+
+    Defaults are those of the paper as recalled, but `variance`, `init` and `bias_free`; `BNP.paper(model)` has all.
+
+    Source: Lange, Helfrich and Ye 2022; T2-T6, T8.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> pre, optimizer = BNP(model), torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> x, y = torch.tensor([[5.0, 1.0], [6.0, 3.0], [7.0, 1.0]]), torch.ones(3, 1)
+        >>> for _ in range(100):
+        ...     optimizer.zero_grad()
+        ...     torch.nn.functional.mse_loss(model(x), y).backward()
+        ...     pre.step()
+        ...     optimizer.step()
+        >>> bool(torch.allclose(model(x), y, atol=1e-3))
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        rho: float = 0.99,
+        eps1: float = 1e-2,
+        eps2: float = 1e-4,
+        q: str | float = "auto",
+        variance: str = "total",
+        init: str = "corrected",
+        statistics: str = "channel",
+        bias_free: str = "rank-one",
+        include: Names | None = None,
+        exclude: Names | None = None,
+        reference_rows: float | None = None,
+        check_every: int | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise InvalidInputError(f"model must be an nn.Module, got {type(model).__name__}")
+        self.settings = Settings(rho, eps1, eps2, q, variance, init, statistics, bias_free, reference_rows, check_every)
+        self.model = model
+        self._choice: dict[str, Any] = {"include": frozen_names(include), "exclude": frozen_names(exclude)}
+        found = find_candidates(unwrap(model), **self._choice)
+        self._layers, self._reasons = found.layers, found.reasons
+        self._running = RunningMoments(
+            [layer.name for layer in self._layers],
+            [layer_width(layer, statistics) for layer in self._layers],
+            rho=rho,
+            corrected=init == "corrected",
+            total=variance == "total",
+            reference_rows=reference_rows,
+            check_every=check_every,
+        )
+        self._pending: dict[int, BatchMoments] = {}
+        self._inputs: dict[int, list[Tensor]] = {}
+        self._rule = Rule(self.settings, self._layers, self._running)
+        self._marks: list[Mark] = []
+        self._attached: RemovableHandle | None = None
+        self._closed = False
+        own = weakref.ref(self)
+        self._hooks = [
+            layer.module.register_forward_pre_hook(
+                InputHook(layer.module, partial(_receiver, own, i)), with_kwargs=True
+            )
+            for i, layer in enumerate(self._layers)
+        ]
+        if any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules()):
+            # Graphs that were compiled before do not know the hooks.
+            torch.compiler.reset()
+
+    @classmethod
+    def paper(cls, model: nn.Module, **changes: Any) -> Self:
+        """The algorithm as recalled from the paper: total variance is replaced by the average within batches, the
+        statistics start at (0, 1), layers without bias are scaled by a diagonal.
+
+        Args:
+            model: the model to train.
+            changes: options of `BNP` in place of the preset's.
+        """
+        preset = {"variance": "within", "init": "paper", "bias_free": "diagonal"}
+        return cls(model, **{**preset, **changes})
+
+    @property
+    def covered(self) -> tuple[str, ...]:
+        """Names of the layers it acts on: those whose weight trains and, after the first step, that were seen."""
+        seen = self._seen()
+        return tuple(
+            layer.name
+            for i, layer in enumerate(self._layers)
+            if layer.module.weight.requires_grad and (i in seen or not self._running.step)
+        )
+
+    @property
+    def uncovered(self) -> dict[str, str]:
+        """Parameter name -> why it is left alone."""
+        reasons = dict(self._reasons)
+        covered = set(self.covered)
+        for layer in self._layers:
+            names = [n for n in (layer.weight, layer.bias) if n is not None]
+            if layer.name not in covered:
+                frozen = not layer.module.weight.requires_grad
+                why = "its weight is frozen" if frozen else "its forward never ran in training"
+                reasons.update(dict.fromkeys(names, f"{layer.name or type(layer.module).__name__}: {why}"))
+            elif layer.bias is not None and not has_free_bias(layer):
+                reasons[layer.bias] = "frozen"
+        return reasons
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Commit the statistics of the step and replace `.grad` by `P P^T .grad`, before `optimizer.step()`.
+
+        All micro-batches since the last call are pooled. Where training is distributed every process must call it.
+
+        Raises:
+            InvalidInputError: no forward or backward pass since the last step, layers without gradients, sparse ones,
+                `variance="within"` on one row, or a closed object.
+            NonFiniteError: NaN or infinity in a layer's input; names the layer and the step.
+        """
+        if self._closed:
+            raise InvalidInputError("step() after close(): the hooks are gone")
+        if not self._pending:
+            raise InvalidInputError(
+                "step() without a forward pass in training mode since the last step(): P P^T would be applied twice, "
+                "or without statistics. Call model.train(), and step() once per optimizer step; a model that was "
+                "compiled must be given to BNP before or after, but not replaced"
+            )
+        found = find_gradients(self._layers, set(self._pending), self._seen() | set(self._pending))
+        if unchanged(found, self._marks):
+            raise InvalidInputError("a second step() without a backward pass: P P^T would be applied twice")
+        self._refuse_single_rows()
+        pending, inputs = self._pending, self._inputs
+        self._pending, self._inputs = {}, {}
+        self._running.commit(pending)
+        for gradients in found:
+            self._rule.apply(gradients, inputs.get(gradients.index, []))
+        self._marks = marks(found)
+
+    def attach(self, optimizer: Optimizer) -> Self:
+        """Let the optimizer call `step()` before each of its own, in loops one does not own.
+
+        The optimizer keeps this object alive. Not both: a loop that attaches does not call `step()`.
+
+        Raises:
+            InvalidInputError: attached already, closed, not a torch optimizer, LBFGS, or none of its parameters is a
+                covered layer's weight.
+        """
+        if self._attached is not None or self._closed:
+            raise InvalidInputError(
+                f"this object is {'closed' if self._closed else 'attached to an optimizer already'}"
+            )
+        self._attached = attach_to(optimizer, self._layers, self.step)
+        return self
+
+    def preconditioner(self, space: ParameterSpace | None = None) -> BNPPreconditioner:
+        """The `P` of the last step, damping and `q` included, as it is measured.
+
+        Args:
+            space: the chart, dtype and device to have it in, such as `risk.space`; default that of the parameters
+                that train.
+
+        Raises:
+            InvalidInputError: before the first step.
+        """
+        if not self._running.step:
+            raise InvalidInputError("there is no P before the first step()")
+        space = trainable_space(unwrap(self.model)) if space is None else space
+        return self._rule.preconditioner(space, self.covered, self.uncovered)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Statistics, steps and scales; options and rows since the last step are not part of it."""
+        self._running.check()
+        return write_state(self._running, self._rule.q2)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`.
+
+        Raises:
+            InvalidInputError: it comes from another architecture, or is none.
+        """
+        self._rule.q2 = read_state(state, self._running)
+        self._pending, self._inputs, self._marks = {}, {}, []
+
+    def close(self) -> None:
+        """Remove all hooks.
+
+        Raises:
+            NonFiniteError: there were non-finite activations since the flag was last read.
+        """
+        self._detach()
+        self._running.check()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._detach()
+        if kind is None:
+            self._running.check()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """The same for a copy of the model, not attached to any optimizer."""
+        other = type(self)(copy.deepcopy(self.model, memo), **asdict(self.settings), **self._choice)
+        other.load_state_dict(copy.deepcopy(self.state_dict(), memo))
+        if self._closed:
+            other.close()
+        return other
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self.covered)} layers, {self._running.step} steps"
+        return f"<BNP {state}, {self.settings}>"
+
+    def _detach(self) -> None:
+        for handle in [*self._hooks, *([self._attached] if self._attached else [])]:
+            handle.remove()
+        self._attached, self._closed = None, True
+        self._pending, self._inputs = {}, {}
+
+    def _receive(self, index: int, h: Tensor) -> None:
+        layer = self._layers[index]
+        if not layer.module.weight.requires_grad:
+            return
+        seen = batch_moments(layer, h, self.settings.statistics)
+        if seen is None:
+            return
+        before = self._pending.get(index)
+        self._pending[index] = seen if before is None else pool_moments(before, seen)
+        if self.settings.q == "measured":
+            self._inputs.setdefault(index, []).append(h.detach())
+
+    def _seen(self) -> set[int]:
+        return {i for i, count in enumerate(self._running.rows) if count}
+
+    def _refuse_single_rows(self) -> None:
+        single = [self._layers[i].name for i, m in self._pending.items() if m.samples < 2]
+        if single and self.settings.variance == "within":
+            self._pending, self._inputs = {}, {}
+            raise InvalidInputError(
+                f"variance='within' on one row: the variance within the batch of layer {single[0]!r} is 0 and would "
+                "drive sigma to 0. Use variance='total', right at any batch size, or larger batches"
+            )
+
+
+def _receiver(owner: weakref.ref[BNP], index: int) -> Callable[[Tensor], None] | None:
+    pre = owner()
+    return None if pre is None else partial(pre._receive, index)

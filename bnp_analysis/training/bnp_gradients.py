@@ -1,0 +1,93 @@
+"""The gradients that BNP is about to change: which there are, and whether a backward pass made them since."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.network.layers import Layer
+from bnp_analysis.training.bnp_direction import precondition_
+
+Mark = tuple[weakref.ref[Tensor], int]
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The gradients of one layer, `bias` None where it has none that is free."""
+
+    index: int
+    layer: Layer
+    weight: Tensor
+    bias: Tensor | None
+
+
+def has_free_bias(layer: Layer) -> bool:
+    """Whether the layer has a bias of its own that trains."""
+    bias = layer.module.bias
+    return layer.bias is not None and bias is not None and bias.requires_grad
+
+
+def find_gradients(layers: Sequence[Layer], seen: set[int], used: set[int]) -> list[Gradients]:
+    """The gradients of the layers that took part.
+
+    Args:
+        layers: the candidates.
+        seen: those with statistics in this step.
+        used: those ever seen.
+
+    Raises:
+        InvalidInputError: some of the layers seen have none, which are named, or all; sparse ones.
+    """
+    found, missing = [], []
+    for i, layer in enumerate(layers):
+        module = layer.module
+        if i not in used or not module.weight.requires_grad:
+            continue
+        weight = module.weight.grad
+        bias = module.bias.grad if has_free_bias(layer) and module.bias is not None else None
+        lacking = [layer.weight] if weight is None else []
+        if has_free_bias(layer) and bias is None and layer.bias is not None:
+            lacking.append(layer.bias)
+        if lacking and i in seen:
+            missing.extend(lacking)
+        if weight is None or lacking:
+            continue
+        if any(g is not None and g.layout != torch.strided for g in (weight, bias)):
+            raise InvalidInputError(f"the gradient of layer {layer.name!r} is sparse; BNP needs dense gradients")
+        found.append(Gradients(i, layer, weight, bias))
+    if not found:
+        raise InvalidInputError("step() before any backward pass: no covered layer has a gradient")
+    if missing:
+        raise InvalidInputError(
+            f"layers ran in the forward pass but have no gradient: {', '.join(missing)}. Let the loss depend on them, "
+            "run such forward passes under torch.no_grad(), or leave the layers out with exclude="
+        )
+    return found
+
+
+def marks(gradients: Sequence[Gradients]) -> list[Mark]:
+    """What tells these gradients from those that a later backward pass leaves."""
+    return [(weakref.ref(g.weight), g.weight._version) for g in gradients]
+
+
+def unchanged(gradients: Sequence[Gradients], before: Sequence[Mark]) -> bool:
+    """Whether every gradient is one that was marked, and was not written to since."""
+    if len(gradients) > len(before):
+        return False
+    known = {id(ref()): version for ref, version in before if ref() is not None}
+    return all(known.get(id(g.weight)) == g.weight._version for g in gradients)
+
+
+def precondition(found: Gradients, mean: Tensor, variance: Tensor, *, q2: float, eps1: float, eps2: float) -> None:
+    """`P P^T` on the gradients of a layer, in their place; in the statistics' precision where theirs is lower."""
+    originals = [g for g in (found.weight, found.bias) if g is not None]
+    wide = [g.to(mean.dtype).contiguous() for g in originals]
+    precondition_(wide[0], wide[1] if len(wide) > 1 else None, mean, variance, q2=q2, eps1=eps1, eps2=eps2)
+    for original, changed in zip(originals, wide, strict=True):
+        if changed is not original:
+            original.copy_(changed)

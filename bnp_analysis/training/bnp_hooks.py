@@ -1,0 +1,67 @@
+"""The hooks through which BNP sees what a layer sees."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
+
+
+class InputHook:
+    """A forward pre-hook that hands on a layer's inputs in training, once for each use.
+
+    A copy of the model, or a pickle, gets a hook that does nothing: measurements work on copies.
+
+    Args:
+        module: the layer.
+        receive: gets the input; a weak reference, so that a forgotten owner is not kept alive.
+    """
+
+    def __init__(self, module: nn.Module, receive: Callable[[], Callable[[Tensor], None] | None]) -> None:
+        self._module, self._receive = module, receive
+
+    # Compiled models break their graph here and run it eagerly: it counts, which a graph must not.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Shallow copies share the table of hooks: replicas of DataParallel.
+        if not module.training or not torch.is_grad_enabled() or module is not self._module or _recomputed():
+            return
+        receive = self._receive()
+        if receive is not None:
+            receive(args[0] if args else kwargs["input"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return inert
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return _make_inert, ()
+
+
+def inert(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """What remains of a hook on a copied model."""
+
+
+def _make_inert() -> Callable[..., None]:
+    return inert
+
+
+def _recomputed() -> bool:
+    """Whether this forward repeats one that was seen: activation checkpointing, inside a backward pass.
+
+    The reentrant form runs its first forward without gradients, where nothing is collected; there the repetition
+    is the one to see.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    frame = sys._getframe()
+    reentrant = CheckpointFunction.backward.__code__
+    above: Any = frame
+    while above is not None:
+        if above.f_code is reentrant:
+            return False
+        above = above.f_back
+    return True

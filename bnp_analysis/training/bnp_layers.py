@@ -1,0 +1,138 @@
+"""Which layers of a model BNP acts on while it trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.network.layers import COVERED, CoveredLayer, Layer
+from bnp_analysis.network.names import clean_name
+from bnp_analysis.network.parameters import ParameterSpace
+from bnp_analysis.network.selection import choose_parameters
+
+Names = str | Iterable[str]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The layers that can be covered, whether frozen or not, and why other parameters cannot.
+
+    Attributes:
+        layers: in the order of the modules.
+        reasons: parameter name -> why it belongs to none of them.
+    """
+
+    layers: tuple[Layer, ...]
+    reasons: dict[str, str]
+
+
+def frozen_names(names: Names | None) -> tuple[str, ...] | None:
+    """Names as a tuple, so that an iterator is read once; None for None."""
+    return None if names is None else (names,) if isinstance(names, str) else tuple(names)
+
+
+def find_candidates(model: nn.Module, include: Names | None, exclude: Names | None) -> Candidates:
+    """The layers of an unwrapped model that BNP can act on.
+
+    Args:
+        model: without its outer wrappers.
+        include, exclude: names of layers or of modules above them; default all, none.
+
+    Raises:
+        InvalidInputError: names that match no layer, lazy layers without shapes, or nothing is left.
+    """
+    owners = _owners(model)
+    layers: list[Layer] = []
+    reasons = {}
+    for name, owner in owners.items():
+        module, kind = owner[0][1], type(owner[0][1]).__name__
+        left = "whose weight is not its own parameter or not covered" if isinstance(module, COVERED) else ""
+        reasons[name] = f"{kind} {left or 'is not a covered layer type'}"
+        if len(owner) > 1:
+            reasons[name] = f"tied: shared by {', '.join(n for n, _ in owner)}, whose inputs differ"
+    for raw, module in model.named_modules():
+        name = clean_name(raw)
+        weight = f"{name}.weight" if name else "weight"
+        if not isinstance(module, COVERED) or weight not in owners or len(owners[weight]) > 1:
+            continue
+        if isinstance(module.weight, UninitializedParameter):
+            raise InvalidInputError(f"lazy layer {name!r} has no shape yet: run one forward pass first")
+        if _overridden(module):
+            reasons[weight] = f"{type(module).__name__} computes something else with its weight or its input"
+            continue
+        layers.append(_layer(name, module, owners))
+    chosen = _select(layers, include, exclude)
+    for layer in layers:
+        for tensor in (layer.weight, layer.bias):
+            if tensor is not None:
+                reasons[tensor] = "left out by include= or exclude="
+    for layer in chosen:
+        for tensor in (layer.weight, layer.bias):
+            reasons.pop(tensor or "", None)
+    if not chosen:
+        listed = "; ".join(f"{n}: {why}" for n, why in reasons.items()) or "it has no parameters"
+        raise InvalidInputError(
+            f"there is nothing to precondition: no Linear or convolution among the parameters: {listed}"
+        )
+    return Candidates(tuple(chosen), reasons)
+
+
+def _owners(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
+    """Parameter name -> the modules that hold it; a tied one is listed under each of its names."""
+    holders: dict[int, list[tuple[str, nn.Module]]] = {}
+    names: dict[str, int] = {}
+    for raw, module in model.named_modules():
+        name = clean_name(raw)
+        for leaf, parameter in module.named_parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append((name, module))
+            names[f"{name}.{leaf}" if name else leaf] = id(parameter)
+    return {name: holders[key] for name, key in names.items()}
+
+
+def _overridden(module: CoveredLayer) -> bool:
+    base = next(kind for kind in COVERED if isinstance(module, kind))
+    methods = ("forward", "_conv_forward")
+    changed = any(getattr(type(module), m, None) is not getattr(base, m, None) for m in methods)
+    return changed or "forward" in vars(module)
+
+
+def _layer(name: str, module: CoveredLayer, owners: dict[str, list[tuple[str, nn.Module]]]) -> Layer:
+    prefix = f"{name}." if name else ""
+    bias = f"{prefix}bias" if module.bias is not None and len(owners.get(f"{prefix}bias", ())) == 1 else None
+    groups = 1 if isinstance(module, nn.Linear) else module.groups
+    shape = module.weight.shape
+    return Layer(name, module, f"{prefix}weight", bias, shape[0], math.prod(shape[1:]), groups)
+
+
+def _select(layers: list[Layer], include: Names | None, exclude: Names | None) -> list[Layer]:
+    wanted = layers if include is None else [layer for layer in layers if _matches(layer, _names(include, layers))]
+    dropped = _names(exclude, layers) if exclude is not None else []
+    return [layer for layer in wanted if not _matches(layer, dropped)]
+
+
+def _names(given: Names, layers: list[Layer]) -> list[str]:
+    names = [clean_name(n) for n in ([given] if isinstance(given, str) else given)]
+    unknown = [n for n in names if not any(_matches(layer, [n]) for layer in layers)]
+    if unknown:
+        raise InvalidInputError(
+            f"include= or exclude= names {', '.join(map(repr, unknown))}, which match no layer; "
+            f"there are: {', '.join(layer.name for layer in layers)}"
+        )
+    return names
+
+
+def _matches(layer: Layer, names: list[str]) -> bool:
+    return any(not n or layer.name == n or layer.name.startswith(f"{n}.") for n in names)
+
+
+def trainable_space(model: nn.Module) -> ParameterSpace:
+    """The chart of the parameters that train, the one that a risk of this model has by default."""
+    space = choose_parameters(model, None)
+    shapes = {clean_name(name): shape for name, shape in space.shapes.items()}
+    aliases = {clean_name(other): clean_name(name) for other, name in space.aliases.items()}
+    return ParameterSpace(shapes, space.dtype, space.device, aliases)

@@ -1,0 +1,51 @@
+"""The options of BNP in training, checked in one place."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from bnp_analysis.errors import InvalidInputError
+
+_CHOICES = {
+    "variance": ("total", "within"),
+    "init": ("corrected", "paper"),
+    "statistics": ("channel", "patch"),
+    "bias_free": ("rank-one", "diagonal"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How `P` is built; the meaning of each is in `BNP`."""
+
+    rho: float = 0.99
+    eps1: float = 1e-2
+    eps2: float = 1e-4
+    q: str | float = "auto"
+    variance: str = "total"
+    init: str = "corrected"
+    statistics: str = "channel"
+    bias_free: str = "rank-one"
+    reference_rows: float | None = None
+    check_every: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rho < 1:
+            raise InvalidInputError(f"rho must lie in [0, 1), got {self.rho}")
+        if not (0 <= self.eps1 < math.inf and 0 <= self.eps2 < math.inf):
+            raise InvalidInputError(f"damping must be finite and not negative: eps1={self.eps1}, eps2={self.eps2}")
+        if self.q not in ("auto", "measured") and not _positive(self.q):
+            raise InvalidInputError(f"q must be 'auto', 'measured' or a positive number (1 for off), got {self.q!r}")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise InvalidInputError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.reference_rows is not None and not _positive(self.reference_rows):
+            raise InvalidInputError(f"reference_rows must be a positive number or None, got {self.reference_rows!r}")
+        every = self.check_every
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            raise InvalidInputError(f"check_every must be a positive integer or None, got {every!r}")
+
+
+def _positive(x: object) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf

@@ -1,0 +1,155 @@
+"""Running means and variances of layers' inputs: the pure functions (T4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.network.layers import Layer, channels, rows
+
+
+@overload
+def update_moments(
+    mean: Tensor, var: Tensor, batch_mean: Tensor, batch_var: Tensor, rho: float | Tensor
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def update_moments(mean: float, var: float, batch_mean: float, batch_var: float, rho: float) -> tuple[float, float]: ...
+def update_moments(
+    mean: Tensor | float,
+    var: Tensor | float,
+    batch_mean: Tensor | float,
+    batch_var: Tensor | float,
+    rho: float | Tensor,
+) -> tuple[Tensor | float, Tensor | float]:
+    """The law of total variance for running statistics, exact for any `rho` and any batch size, one row included (T4).
+
+    `mu' = rho mu + (1-rho) mu_batch`,
+    `sigma'^2 = rho sigma^2 + (1-rho) sigma_batch^2 + rho (1-rho) (mu_batch - mu)^2`: mean and variance of the mixture
+    of what was seen (weight `rho`) and the batch (weight `1-rho`).
+
+    Args:
+        mean, var: of what was seen before.
+        batch_mean, batch_var: of the batch, the variance biased (1/R).
+        rho: weight of what was seen before, a number or a value per entry.
+
+    Returns:
+        The new mean and variance.
+
+    Example:
+        >>> update_moments(0.0, 0.0, 2.0, 0.0, 0.5)
+        (1.0, 1.0)
+    """
+    delta = batch_mean - mean
+    new_var = var + (1 - rho) * ((batch_var - var) + rho * delta * delta)
+    return mean + (1 - rho) * delta, new_var
+
+
+def corrected_rho(rho: float, k: int) -> float:
+    """The weight that step `k >= 1` gives to the past when the start is to weigh nothing, `(rho - rho^k)/(1 - rho^k)`.
+
+    Step 1 forgets the start (0); later every batch weighs as under constant `rho`, divided by the sum of the weights.
+
+    Raises:
+        InvalidInputError: `rho` outside `[0, 1)` or `k < 1`.
+
+    Example:
+        >>> [round(corrected_rho(0.99, k), 4) for k in (1, 2, 3, 10_000)]
+        [0.0, 0.4975, 0.6633, 0.99]
+    """
+    if not 0 <= rho < 1 or k < 1:
+        raise InvalidInputError(f"0 <= rho < 1 and k >= 1 are needed, got rho={rho}, k={k}")
+    return without_start(rho, rho ** (k - 1))
+
+
+def without_start(rho: float, start: float) -> float:
+    """The weight of the past, the start left out: `start` is the product of all earlier `rho` (T4)."""
+    return rho * (1 - start) / (1 - rho * start) if start < 1 else 0.0
+
+
+@dataclass(frozen=True)
+class BatchMoments:
+    """Mean and biased variance of what a layer saw.
+
+    Attributes:
+        samples: the values behind each mean.
+        rows: `R`, rows of `H^`; the same for a dense layer, output positions for a convolution.
+        mean, variance: `(width,)`, per feature, input channel or patch entry.
+    """
+
+    samples: int
+    rows: int
+    mean: Tensor
+    variance: Tensor
+
+
+def pool_moments(a: BatchMoments, b: BatchMoments) -> BatchMoments:
+    """The moments of both together: micro-batches of one step, or several uses of a layer (T4)."""
+    total = a.samples + b.samples
+    mean, variance = update_moments(a.mean, a.variance, b.mean, b.variance, a.samples / total)
+    return BatchMoments(total, a.rows + b.rows, mean, variance)
+
+
+def batch_moments(layer: Layer, h: Tensor, kind: str) -> BatchMoments | None:
+    """The moments of one input of a layer, in float32 or better.
+
+    Args:
+        layer: the layer.
+        h: its input.
+        kind: `"channel"`, or `"patch"` for one pair per entry of a convolution's patch (T6).
+
+    Returns:
+        The moments, or None for an input without rows.
+    """
+    if h.numel() == 0:
+        return None
+    h = h.detach()
+    wide = torch.float64 if torch.float64 in (h.dtype, layer.module.weight.dtype) else torch.float32
+    h = h if h.dtype == wide else h.to(wide)
+    if isinstance(layer.module, torch.nn.Linear) or kind == "patch":
+        table = rows(layer, h).flatten(1)
+        mean, variance = _table_moments(table)
+        return BatchMoments(table.shape[0], table.shape[0], mean, variance)
+    h = h if h.ndim == len(layer.module.kernel_size) + 2 else h.unsqueeze(0)
+    mean, variance = _image_moments(layer, h)
+    return BatchMoments(h.numel() // h.shape[1], h.shape[0] * _positions(layer, h), mean, variance)
+
+
+def _table_moments(table: Tensor) -> tuple[Tensor, Tensor]:
+    """Per column of `(R, d)`; the kernels differ by a factor of ten and more on CPU, see `benchmarks/bnp_step.py`."""
+    if table.shape[0] == 1:
+        return table[0].clone(), torch.zeros_like(table[0])
+    if table.is_cuda:
+        variance, mean = torch.var_mean(table, dim=0, correction=0)
+        return mean, variance
+    mean, variance = torch.batch_norm_update_stats(table, None, None, 0.0)
+    return mean, variance
+
+
+def _image_moments(layer: Layer, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Per channel of `(N, c, ...)`."""
+    if not h.is_contiguous() or h.is_cuda:
+        return _table_moments(channels(layer, h))
+    values = h.flatten(2)
+    mean = values.mean((0, 2))
+    centred = values - mean.unsqueeze(1)
+    squares = torch.linalg.vector_norm(centred, dim=2).square_().sum(0)
+    return mean, squares / (h.numel() // h.shape[1])
+
+
+def _positions(layer: Layer, h: Tensor) -> int:
+    """Output positions of a convolution per example."""
+    module = layer.module
+    assert not isinstance(module, torch.nn.Linear)
+    # Twice one entry per padded side, last dimension first, whatever form the user gave.
+    padding: list[int] = list(module._reversed_padding_repeated_twice)
+    count = 1
+    for d, size in enumerate(h.shape[2:]):
+        reverse = 2 * (len(module.kernel_size) - 1 - d)
+        full = size + padding[reverse] + padding[reverse + 1]
+        span = module.dilation[d] * (module.kernel_size[d] - 1) + 1
+        count *= (full - span) // module.stride[d] + 1
+    return count
