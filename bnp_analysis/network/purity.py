@@ -73,7 +73,8 @@ def _that_run(risk: EmpiricalRisk, names: list[str]) -> list[str]:
     """Those of the named layers whose forward runs."""
     ran: set[str] = set()
     if names:
-        risk.capture(lambda name, module, args, output: ran.add(name), names)
+        with random_state(device=risk.space.device):
+            risk.capture(lambda name, module, args, output: ran.add(name), names)
     return [name for name in names if name in ran]
 
 
