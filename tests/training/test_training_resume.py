@@ -1,0 +1,209 @@
+"""Stopping and going on: any state that a checkpoint forgets (parameters, buffers, preconditioner, optimizer, schedule,
+place in the data order, global random numbers of dropout, metrics, log) makes a resumed run differ, and is caught here;
+so are signals that lose work, leave their handlers behind, or end in another run's file."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.training.run import Run
+from bnp_analysis.training.trainer import train
+
+# Also run as a program: `python this_file folder source` trains until it is done or killed.
+
+
+class Scale:
+    """A preconditioner with a state: gradients divided by a running norm and noise from the global generator."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model, self.norm, self.steps = model, torch.ones(()), 0
+
+    def step(self) -> None:
+        found = torch.stack([p.grad.norm() for p in self.model.parameters()]).norm()
+        self.norm = 0.9 * self.norm + 0.1 * found
+        self.steps += 1
+        for p in self.model.parameters():
+            p.grad /= self.norm + 0.01 * torch.rand(())
+
+    def state_dict(self) -> dict:
+        return {"norm": self.norm, "steps": self.steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.norm, self.steps = state["norm"].clone(), state["steps"]
+
+
+class Augmented(torch.utils.data.TensorDataset):
+    """Examples with noise from the global generator, drawn where they are read."""
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x + 0.1 * torch.randn(x.shape), y
+
+
+def network() -> torch.nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(5, 8),
+            torch.nn.BatchNorm1d(8),
+            torch.nn.ReLU(),
+            torch.nn.Dropout(0.3),
+            torch.nn.Linear(8, 3),
+        )
+    model.register_buffer("hidden", torch.zeros(1), persistent=False)
+    return model
+
+
+def source(kind: str):
+    g = torch.Generator().manual_seed(7)
+    x, y = torch.randn(50, 5, generator=g), torch.randint(0, 3, (50,), generator=g)
+    if kind == "tensors":
+        return (x, y), 8
+    own = torch.Generator().manual_seed(3) if kind == "generator" else None
+    return torch.utils.data.DataLoader(Augmented(x, y), batch_size=8, shuffle=True, generator=own), None
+
+
+def start(
+    folder: Path, kind: str, *, probe=None, epochs: int = 4, lr: float = 0.05, every: int = 3, **options
+) -> tuple:
+    """A run, and the bytes of everything that it leaves."""
+    model = network()
+    loader, batch_size = source(kind)
+    optimizer = torch.optim.SGD([*model.parameters()], lr=lr, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 28)
+    options = {"schedule_by": "step", "seed": 11, "checkpoint_every": every} | options
+    files = {"checkpoint": folder / "run.pt", "log": folder / "run.jsonl"}
+    pre = Scale(model)
+
+    def norm(step: int, model: torch.nn.Module) -> dict:
+        if probe is not None:
+            probe(step)
+        model.hidden += 1
+        return {"norm": float(model[0].weight.detach().norm()), "noise": float(torch.rand(()))}
+
+    run = train(
+        model, torch.nn.functional.cross_entropy, loader, optimizer, preconditioner=pre, scheduler=scheduler,
+        epochs=epochs, batch_size=batch_size, probes=[norm], eval_data=source("tensors")[0], **files, **options,
+    )  # fmt: skip
+    state = [*model.state_dict().values(), model.hidden, pre.norm]
+    state += [s["momentum_buffer"] for s in optimizer.state_dict()["state"].values()]
+    return run, state, [scheduler.state_dict(), pre.steps, optimizer.param_groups[0]["lr"]]
+
+
+def lines(folder: Path) -> list[str]:
+    """The log without what a clock wrote."""
+    text = (folder / "run.jsonl").read_text().splitlines()
+    return [line.split(', "seconds"')[0] for line in text]
+
+
+def assert_same(found: tuple, wanted: tuple) -> None:
+    assert found[0] == wanted[0]
+    assert all(torch.equal(a, b) for a, b in zip(found[1], wanted[1], strict=True))
+    assert found[2] == wanted[2]
+
+
+def hold(step: int) -> None:
+    """Slow down from step 17 on, so that a signal meets a step between two checkpoints."""
+    if step == 17:
+        Path(sys.argv[1], "reached").touch()
+    if step >= 17:
+        time.sleep(0.5)
+
+
+def child(folder: Path, kind: str) -> subprocess.Popen:
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(folder), kind],
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+    )
+    limit = time.monotonic() + 60
+    while not (folder / "reached").exists():
+        assert process.poll() is None
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize("kind", ["tensors", "loader"])
+def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, kind):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    killed.mkdir()
+    process = child(killed, kind)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    saved = torch.load(killed / "run.pt", weights_only=True)["progress"]
+    assert saved["step"] == 15, "the last checkpoint lies in the middle of an epoch, before the kill"
+    assert len(lines(killed)) > 15, "the log has lines that belong to no checkpoint"
+    found, wanted = start(killed, kind), start(whole, kind)
+    assert_same(found, wanted)
+    assert found[0].finished
+    assert len(found[0].loss) == 28
+    assert lines(killed) == lines(whole)
+    assert_same(start(killed, kind), wanted)
+
+
+def test_sigterm_saves_and_leaves_and_the_rest_equals_the_uninterrupted_run(tmp_path):
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    stopped.mkdir()
+    process = child(stopped, "tensors")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 42
+    saved = torch.load(stopped / "run.pt", weights_only=True)["progress"]
+    assert saved["step"] in (17, 18), "saved where the signal met it, not at the last regular checkpoint"
+    assert '"stopped": "SIGTERM"' in lines(stopped)[-1]
+    assert_same(start(stopped, "tensors"), start(whole, "tensors"))
+    assert lines(stopped) == lines(whole)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("at", [0, 7, 12])
+def test_signals_are_stop_reasons_and_handlers_come_back(tmp_path, name, at):
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    asked = []
+
+    def ask(step: int) -> None:
+        if step == at and not asked:
+            asked.append(step)
+            signal.raise_signal(getattr(signal, name))
+
+    run, *_ = start(tmp_path / "a", "generator", probe=ask)
+    assert run.stopped == name
+    assert len(run.loss) == at
+    assert "the same call goes on" in run.message
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    assert_same(start(tmp_path / "a", "generator"), start(tmp_path / "b", "generator"))
+
+
+def test_more_epochs_go_on_from_a_finished_run(tmp_path):
+    start(tmp_path / "a", "tensors", epochs=2)
+    assert_same(start(tmp_path / "a", "tensors"), start(tmp_path / "b", "tensors"))
+    run, *_ = start(tmp_path / "a", "tensors")
+    assert Run.load(run.save(tmp_path / "run.json")) == run
+
+
+def test_files_of_other_runs_and_damaged_ones_are_refused(tmp_path):
+    start(tmp_path, "tensors", epochs=1)
+    with pytest.raises(InvalidInputError, match=r"another run.*groups.*0\.05.*there.*0\.1.*here"):
+        start(tmp_path, "tensors", lr=0.1)
+    with pytest.raises(InvalidInputError, match="seed: 11 there, 12 here"):
+        start(tmp_path, "tensors", seed=12)
+    with pytest.raises(InvalidInputError, match="data: 'TensorBatches' there, 'DataLoader' here"):
+        start(tmp_path, "loader")
+    whole = (tmp_path / "run.pt").read_bytes()
+    (tmp_path / "run.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InvalidInputError, match="not the checkpoint of a training run"):
+        start(tmp_path, "tensors", epochs=1)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    raise SystemExit(0 if start(Path(sys.argv[1]), sys.argv[2], probe=hold)[0].finished else 42)
