@@ -120,10 +120,9 @@ def diagonal_preconditioner(
 
     Example:
         >>> import torch, bnp_analysis as bnp
-        >>> from bnp_analysis.precondition import diagonal_preconditioner
         >>> x, y = torch.diag(torch.tensor([4.0, 1.0])), torch.zeros(2, 1)
         >>> risk = bnp.EmpiricalRisk(torch.nn.Linear(2, 1, bias=False), torch.nn.functional.mse_loss, (x, y))
-        >>> diagonal_preconditioner(risk).scales.tolist()
+        >>> bnp.diagonal_preconditioner(risk).scales.tolist()
         [0.25, 1.0]
     """
     if not 0 <= damping < math.inf:

@@ -168,10 +168,9 @@ def kfac_preconditioner(
 
     Example:
         >>> import torch, bnp_analysis as bnp
-        >>> from bnp_analysis.precondition import kfac_preconditioner
         >>> x, y = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.zeros(2, 1)
         >>> risk = bnp.EmpiricalRisk(torch.nn.Linear(2, 1, bias=False), torch.nn.functional.mse_loss, (x, y))
-        >>> P = kfac_preconditioner(risk, damping=0)
+        >>> P = bnp.kfac_preconditioner(risk, damping=0)
         >>> bnp.congruence(bnp.gauss_newton(risk), P).to_dense().round(decimals=5)
         tensor([[1., 0.],
                 [0., 1.]])
