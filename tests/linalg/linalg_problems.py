@@ -59,19 +59,23 @@ def exact_problem(
     return Exact(factor.to(dtype), matrix.to(dtype), Q[:, len(exponents) :].to(dtype), kappa)
 
 
-def counting(A: SymmetricOperator, after: dict[int, Callable[[Tensor], Tensor]] | None = None) -> CallableOperator:
-    """`A` as a function that counts its products in `.calls`; `after[i]` replaces the answer of product `i`."""
-    calls: list[int] = []
+class Counting(CallableOperator):
+    """An operator that counts its products in `.calls`; `after[i]` replaces the answer of product `i`."""
 
-    def product(v: Tensor) -> Tensor:
-        calls.append(len(calls) + 1)
-        answer = A @ v
-        change = (after or {}).get(len(calls))
+    def __init__(self, A: SymmetricOperator, after: dict[int, Callable[[Tensor], Tensor]]) -> None:
+        super().__init__(self._product, A.dim, dtype=A.dtype)
+        self.calls: list[int] = []
+        self._inside, self._after = A, after
+
+    def _product(self, v: Tensor) -> Tensor:
+        self.calls.append(len(self.calls) + 1)
+        answer = self._inside @ v
+        change = self._after.get(len(self.calls))
         return answer if change is None else change(answer)
 
-    operator = CallableOperator(product, A.dim, dtype=A.dtype)
-    operator.calls = calls  # type: ignore[attr-defined]
-    return operator
+
+def counting(A: SymmetricOperator, after: dict[int, Callable[[Tensor], Tensor]] | None = None) -> Counting:
+    return Counting(A, after or {})
 
 
 def interrupt(_: Tensor) -> Tensor:

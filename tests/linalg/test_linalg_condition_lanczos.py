@@ -244,7 +244,7 @@ def test_every_product_is_counted(
         A = counting(p.operator)
         null = None if declared is None else p.null[:, :declared]
         k = measure(A, preconditioner=P, null=null, method=method, steps=20)  # type: ignore[operator]
-        assert k.matvecs == len(A.calls)  # type: ignore[attr-defined]
+        assert k.matvecs == len(A.calls)
 
 
 def test_an_interrupt_leaves_the_bounds_reached_so_far(generator: torch.Generator) -> None:
