@@ -102,7 +102,7 @@ def spectral_density(
         steps: Lanczos steps each.
         points: size of the grid.
         width: standard deviation of the Gaussian that widens a node, in units of eigenvalues; default 1 % of
-            the range.
+            the range, of the eigenvalue itself where there is but one.
         seed: of the probes.
         progress: True draws a bar, a callable gets `(done, total)`.
 
@@ -151,7 +151,9 @@ def spectral_density(
                 raise
     nodes, weights = nodes[:done], weights[:done]
     low, high = float(nodes[weights > 0].min()), float(nodes[weights > 0].max())
-    spread = (high - low) or abs(high) or 1.0
+    size = max(abs(low), abs(high))
+    # Of a multiple of the identity the range is rounding: its size stands in.
+    spread = high - low if high - low > 1e-8 * size else size or 1.0
     sigma = width or 0.01 * spread
     grid = np.linspace(low - 5 * sigma, high + 5 * sigma, points)
     kernels = np.exp(-0.5 * ((grid[None, None] - nodes[..., None]) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))

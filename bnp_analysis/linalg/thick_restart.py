@@ -175,8 +175,10 @@ class ThickRestart:
             order = list(range(half)) + list(range(half, self.size))[::-1]
         chosen = wanted + [i for i in order if i not in wanted][: keep - len(wanted)]
         Y = self._coefficients(vectors, chosen)
-        self.V[: len(chosen)] = Y.T @ self.V[: self.size]
-        self.images[: len(chosen)] = Y.T @ self.images[: self.size]
+        kept, images = Y.T @ self.V[: self.size], Y.T @ self.images[: self.size]
+        # Lengths would drift over hundreds of restarts.
+        lengths = kept.norm(dim=1, keepdim=True)
+        self.V[: len(chosen)], self.images[: len(chosen)] = kept / lengths, images / lengths
         self.H[:] = 0.0
         self.H[np.arange(len(chosen)), np.arange(len(chosen))] = values[chosen]
         self.size = len(chosen)
