@@ -13,8 +13,7 @@ from bnp_analysis.curvature.output_curvature import output_root
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
-from bnp_analysis.network.batches import Batch, tensors_of
-from bnp_analysis.network.kernels import recording
+from bnp_analysis.network.batches import tensors_of
 from bnp_analysis.network.layers import Coverage, Layer
 from bnp_analysis.network.parameters import Block, ParameterSpace
 from bnp_analysis.network.risk import EmpiricalRisk
@@ -209,7 +208,7 @@ def output_moments(risk: EmpiricalRisk, layers: Coverage) -> dict[str, Tensor]:
     """
     sums: dict[str, Tensor] = {}
     for batch in risk.batches:
-        seen, outputs = _recorded(risk, layers, batch)
+        outputs, seen = risk.record(batch, [layer.name for layer in layers])
         found = output_root(risk, batch, outputs.detach())
         if found is None:
             raise InvalidInputError(
@@ -217,7 +216,7 @@ def output_moments(risk: EmpiricalRisk, layers: Coverage) -> dict[str, Tensor]:
             )
         weight = batch.count / risk.batches.total
         owners = [name for name, parts in seen.items() for _ in parts]
-        leaves = [part for parts in seen.values() for part in parts]
+        leaves = [activation for parts in seen.values() for _, activation in parts]
         # Examples go back together; rows that the network couples, one by one.
         together = not risk.coupled and outputs.shape[0] == tensors_of(batch.x)[0].shape[0]
         for cotangent in _cotangents(found.root, together):
@@ -234,28 +233,6 @@ def output_moments(risk: EmpiricalRisk, layers: Coverage) -> dict[str, Tensor]:
                 gram = g.transpose(1, 2) @ g * weight
                 sums[name] = sums[name] + gram if name in sums else gram
     return sums
-
-
-def _recorded(risk: EmpiricalRisk, layers: Coverage, batch: Batch) -> tuple[dict[str, list[Tensor]], Tensor]:
-    """The outputs of every covered layer on the graph of the network's outputs."""
-    seen: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
-    handles = []
-    for name, module in risk.modules():
-        if name in seen:
-
-            def hook(module: nn.Module, args: Any, output: Tensor, name: str = name) -> Tensor:
-                seen[name].append(output)
-                # A copy goes on: an activation in place would overwrite what is differentiated here.
-                return output.clone()
-
-            handles.append(module.register_forward_hook(hook))
-    try:
-        with recording():
-            outputs = risk.batch_outputs(risk.leaves(), batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen, outputs
 
 
 def _cotangents(root: Tensor, together: bool) -> Iterator[Tensor]:
