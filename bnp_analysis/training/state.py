@@ -145,8 +145,7 @@ class Step:
         """
         x, y, count = moved(pair, self.to_device)
         self.optimizer.zero_grad(set_to_none=True)
-        args, kwargs = arguments(x)
-        value = self.loss(self.model(*args, **kwargs), y)
+        value = self.loss(self._output(x), y)
         if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
             raise InvalidInputError("loss(output, y) must be a scalar tensor that depends on the parameters")
         found = value.detach()
@@ -160,6 +159,19 @@ class Step:
                 return found, count, str(error)
         self.optimizer.step()
         return found, count, ""
+
+    def _output(self, x: Any) -> Any:
+        args, kwargs = arguments(x)
+        try:
+            return self.model(*args, **kwargs)
+        except ValueError as error:
+            if "more than 1 value per channel" in str(error):
+                raise InvalidInputError(
+                    "batch normalization in training needs more than one value per channel, and a batch has one "
+                    "example. Use a larger batch, drop the last one, or a normalization of single examples (layer, "
+                    "group)"
+                ) from error
+            raise
 
 
 def evaluate(step: Step, data: Any) -> dict[str, float]:
