@@ -1,0 +1,213 @@
+"""`eigenpairs` finds the ends of a spectrum with their multiplicity, or says that it did not.
+
+Bugs that only these tests catch: one copy of a repeated eigenvalue where there are five; "converged" while a residual
+is not; a residual that is estimated, not measured, after the basis stopped being a Krylov space; null directions that
+come back as eigenvectors; a search that never gives up.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from linalg_problems import counting, interrupt
+from scipy.sparse.linalg import eigsh
+from torch import Tensor
+
+from bnp_analysis.errors import InvalidInputError, MemoryLimitError, NonFiniteError, NullSpaceError
+from bnp_analysis.linalg import DenseOperator, DensePreconditioner, Eigenpairs, congruence, eigenpairs
+from bnp_analysis.linalg import memory as memory_module
+from bnp_analysis.testing import random_orthogonal, spectrum, symmetric_with_spectrum
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+WHICH = pytest.mark.parametrize("which", ["largest", "smallest", "both"])
+
+
+def expected(values: Tensor, k: int, which: str) -> Tensor:
+    down = values.double().sort(descending=True).values
+    if which == "largest":
+        return down[:k]
+    if which == "smallest":
+        return down.flip(0)[:k]
+    upper = (k + 1) // 2
+    return torch.cat([down[:upper], down.flip(0)[: k - upper]])
+
+
+def noise(found: Eigenpairs, values: Tensor, dtype: torch.dtype) -> float:
+    return 20 * math.sqrt(values.numel()) * torch.finfo(dtype).eps * float(values.abs().max())
+
+
+@DTYPES
+@WHICH
+@pytest.mark.parametrize("k", [1, 4, 7])
+@pytest.mark.parametrize("n", [8, 40, 300])
+def test_values_vectors_and_residuals(
+    n: int, k: int, which: str, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    values = torch.randn(n, generator=generator, dtype=torch.float64)
+    p = symmetric_with_spectrum(values, generator, dtype=dtype)
+    found = eigenpairs(p.operator, k, which=which, max_matvecs=3000)
+    assert (found.stop, found.converged) == ("converged", k)
+    small = noise(found, values, dtype)
+    torch.testing.assert_close(found.values, expected(values, k, which), atol=small, rtol=1e-6)
+    V = found.vectors.double()
+    assert float((V.T @ V - torch.eye(k)).abs().max()) <= 30 * torch.finfo(dtype).eps
+    residuals = (p.operator.to_dense().double() @ V - V * found.values).norm(dim=0)
+    torch.testing.assert_close(found.residuals, residuals, atol=small, rtol=1e-3)
+    # Some eigenvalue lies within the residual of each value.
+    assert bool(((found.values[:, None] - values).abs().min(dim=1).values <= found.residuals + small).all())
+
+
+@WHICH
+@pytest.mark.parametrize("copies", [2, 3, 8])
+def test_repeated_eigenvalues_come_with_all_their_copies(which: str, copies: int, generator: torch.Generator) -> None:
+    inner = torch.linspace(1, 2, 150, dtype=torch.float64)
+    values = torch.cat([torch.full((copies,), 0.5), inner, torch.full((copies,), 2.5)])
+    p = symmetric_with_spectrum(values, generator)
+    for seed in range(3):
+        for k in (copies, copies + 1):
+            found = eigenpairs(p.operator, k, which=which, seed=seed)
+            assert found.stop == "converged"
+            torch.testing.assert_close(found.values, expected(values, k, which), rtol=1e-6, atol=0)
+
+
+@given(
+    levels=st.lists(st.integers(-3, 3), min_size=1, max_size=120),
+    k=st.integers(1, 9),
+    which=st.sampled_from(["largest", "smallest", "both"]),
+    seed=st.integers(0, 1000),
+)
+def test_few_levels_with_many_copies(levels: list[int], k: int, which: str, seed: int) -> None:
+    """One start vector meets one copy of each level: at most seven of up to 120 eigenvectors."""
+    values = torch.tensor(levels, dtype=torch.float64)
+    k = min(k, len(levels))
+    p = symmetric_with_spectrum(values, torch.Generator().manual_seed(seed))
+    found = eigenpairs(p.operator, k, which=which, seed=seed)
+    assert (found.stop, found.converged) == ("converged", k)
+    torch.testing.assert_close(found.values, expected(values, k, which), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("which", ["largest", "smallest"])
+def test_agreement_with_scipy(which: str, generator: torch.Generator) -> None:
+    p = symmetric_with_spectrum(spectrum("two-scale", 120, 30.0), generator)
+    found = eigenpairs(p.operator, 5, which=which, tol=1e-10)
+    side = {"largest": "LA", "smallest": "SA"}[which]
+    theirs = eigsh(p.operator.to_scipy(), k=5, which=side, return_eigenvectors=False, v0=np.ones(120))
+    np.testing.assert_allclose(found.values.sort().values.numpy(), np.sort(theirs), rtol=1e-9)
+
+
+@WHICH
+def test_null_directions_are_left_out(which: str, generator: torch.Generator) -> None:
+    values = torch.cat([spectrum("log", 60, 50.0), torch.zeros(20)])
+    p = symmetric_with_spectrum(values, generator)
+    found = eigenpairs(p.operator, 4, which=which, null=p.null)
+    torch.testing.assert_close(found.values, expected(values[:60], 4, which), rtol=1e-6, atol=0)
+    assert float((p.null.T @ found.vectors).abs().max()) <= 1e-12
+    with pytest.raises(NullSpaceError):
+        eigenpairs(p.operator, 4, null=p.vectors[:, :1])
+    everything = eigenpairs(p.operator, 60, null=p.null)
+    torch.testing.assert_close(everything.values, values[:60], atol=1e-12, rtol=0)
+    with pytest.raises(InvalidInputError, match="60 dimensions outside the null space"):
+        eigenpairs(p.operator, 61, null=p.null)
+
+
+def test_with_a_preconditioner(generator: torch.Generator) -> None:
+    p = symmetric_with_spectrum(spectrum("log", 40, 1e3, rank=37), generator)
+    P = DensePreconditioner(random_orthogonal(40, generator) * torch.linspace(1, 3, 40).double())
+    found = eigenpairs(p.operator, 3, preconditioner=P, null=p.null)
+    dense = torch.linalg.eigvalsh(congruence(p.operator, P).to_dense())
+    torch.testing.assert_close(found.values, dense.flip(0)[:3], rtol=1e-6, atol=0)
+    assert float((P.transport(p.null).T @ found.vectors).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("scale", [1e-14, 1e14])
+def test_scale(scale: float, generator: torch.Generator) -> None:
+    values = torch.cat([spectrum("log", 100, 100.0), torch.ones(3)])
+    p = symmetric_with_spectrum(scale * values, generator)
+    found = eigenpairs(p.operator, 5)
+    assert found.stop == "converged"
+    torch.testing.assert_close(found.values, scale * expected(values, 5, "largest"), rtol=1e-6, atol=0)
+
+
+def test_the_zero_matrix_and_one_dimension() -> None:
+    zero = eigenpairs(DenseOperator(torch.zeros(50, 50)), 3)
+    assert (zero.values.tolist(), zero.stop) == ([0.0, 0.0, 0.0], "converged")
+    one = eigenpairs(DenseOperator(torch.tensor([[-2.0]])), 1, which="smallest")
+    assert (one.values.tolist(), one.residuals.tolist()) == ([-2.0], [0.0])
+
+
+@pytest.mark.parametrize("budget", [1, 10, 40, 100])
+def test_it_gives_up_and_says_so(budget: int, generator: torch.Generator) -> None:
+    p = symmetric_with_spectrum(spectrum("log", 500, 1e8), generator)
+    A = counting(p.operator)
+    found = eigenpairs(A, 3, which="smallest", max_matvecs=budget)
+    assert found.stop == "steps"
+    assert found.converged < 3
+    assert f"{found.converged} of 3 converged" in str(found)
+    assert found.matvecs == len(A.calls) <= max(budget, 3) + 3
+    residuals = (p.operator @ found.vectors - found.vectors * found.values).norm(dim=0)
+    torch.testing.assert_close(found.residuals, residuals, rtol=1e-6, atol=1e-14)
+
+
+def test_unconfirmed_multiplicity_is_not_called_converged(generator: torch.Generator) -> None:
+    values = torch.cat([torch.linspace(0, 1, 200), torch.full((4,), 3.0)])
+    p = symmetric_with_spectrum(values, generator)
+    whole = eigenpairs(p.operator, 4)
+    assert whole.values.tolist() == pytest.approx([3.0] * 4)
+    for budget in range(12, whole.matvecs, 5):
+        found = eigenpairs(p.operator, 4, max_matvecs=budget)
+        assert found.stop == "steps" or found.values.tolist() == pytest.approx([3.0] * 4)
+
+
+def test_every_product_is_counted(generator: torch.Generator) -> None:
+    p = symmetric_with_spectrum(spectrum("log", 90, 100.0, rank=80), generator)
+    for null in (None, p.null):
+        A = counting(p.operator)
+        assert eigenpairs(A, 3, null=null).matvecs == len(A.calls)
+
+
+def test_an_interrupt_keeps_what_is_there(generator: torch.Generator) -> None:
+    p = symmetric_with_spectrum(spectrum("log", 200, 1e6), generator)
+    A = counting(p.operator, dict.fromkeys(range(35, 500), interrupt))
+    found = eigenpairs(A, 3)
+    assert (found.stop, found.matvecs) == ("interrupted", 34)
+    residuals = (p.operator @ found.vectors - found.vectors * found.values).norm(dim=0)
+    torch.testing.assert_close(found.residuals, residuals, rtol=1e-6, atol=1e-13)
+    with pytest.raises(KeyboardInterrupt):
+        eigenpairs(counting(p.operator, {2: interrupt}), 3)
+
+
+def test_refusals(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
+    p = symmetric_with_spectrum(spectrum("log", 30, 10.0), generator)
+    for k in (0, -1, 31):
+        with pytest.raises(InvalidInputError, match="eigenpairs asked of an operator with 30 dimensions"):
+            eigenpairs(p.operator, k)
+    with pytest.raises(InvalidInputError, match="which must be one of"):
+        eigenpairs(p.operator, 1, which="LM")
+    with pytest.raises(InvalidInputError, match="wrap a matrix in DenseOperator"):
+        eigenpairs(p.operator.to_dense(), 1)  # type: ignore[arg-type]
+    with pytest.raises(NonFiniteError, match="product 4 "):
+        eigenpairs(counting(p.operator, {4: lambda v: v / 0}), 2)
+    monkeypatch.setattr(memory_module, "available_memory", lambda: 1000)
+    with pytest.raises(MemoryLimitError, match="basis of"):
+        eigenpairs(p.operator, 2)
+
+
+def test_progress_and_records(tmp_path: Path, generator: torch.Generator) -> None:
+    p = symmetric_with_spectrum(spectrum("log", 60, 10.0), generator)
+    seen: list[tuple[int, int]] = []
+    found = eigenpairs(p.operator, 2, max_matvecs=99, progress=lambda done, total: seen.append((done, total)))
+    assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
+    assert {total for _, total in seen} == {99}
+    assert [row["eigenvalue"] for row in found.records()] == found.values.tolist()
+    assert str(found).startswith("largest eigenvalues 1 +- ")
+    loaded = Eigenpairs.load(found.save(tmp_path / "pairs.json"))
+    assert loaded == found
+    assert torch.equal(loaded.vectors, found.vectors)
+    assert found == eigenpairs(p.operator, 2, max_matvecs=99)
+    assert found != eigenpairs(p.operator, 2, max_matvecs=99, seed=1)
