@@ -18,7 +18,6 @@ from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.network import Layer, coverage, layer_moments, layer_rows
 from bnp_analysis.network.inputs import input_triangles
 from bnp_analysis.network.layers import channels, expand_channels, ones_column, output_rows, rows
-from bnp_analysis.network.moments import largest_normalized
 
 
 def product_of_rows(layer: Layer, h: Tensor) -> Tensor:
@@ -290,11 +289,11 @@ def test_triangles_have_the_singular_values_of_the_inputs(name: str) -> None:
             torch.testing.assert_close(torch.linalg.svdvals(triangles[g]), expected)
 
 
-def test_the_largest_normalized_singular_value() -> None:
-    make, shape = CONVOLUTIONS["2d, uneven everything"]
-    risk = risk_of(drawn(make), 1 + numbers(*shape), (1, 3))
-    h = layer_rows(risk)[""].transpose(0, 1)
-    g = (h - h.mean(dim=1, keepdim=True)) / h.std(dim=1, keepdim=True, correction=0)
-    expected = max(float(torch.linalg.svdvals(ones_column(part))[0]) ** 2 / len(part) for part in g)
-    found = largest_normalized(risk, layer_moments(risk, statistics="patch"), coverage(risk))
-    assert found[""] == pytest.approx(expected, rel=1e-12)
+def test_a_feature_that_differs_by_rounding_only_is_constant() -> None:
+    x = torch.full((50, 2), 0.3, dtype=torch.float64)
+    x[::2, 0] = torch.nextafter(x[0, 0], torch.tensor(1.0, dtype=torch.float64))
+    x[7, 1] += 1e-12
+    risk = EmpiricalRisk(nn.Linear(2, 1).double(), mse_loss, (x, torch.zeros(50, 1, dtype=torch.float64)))
+    found = layer_moments(risk)[""]
+    assert found.constant.tolist() == [[True, False]]
+    assert found.variance[0, 0] == 0.0
