@@ -102,7 +102,7 @@ def test_measurements_do_not_disturb_the_statistics() -> None:
     stepped(model, x, y, pre)
     state = numbers(pre)
     risk = bnp.EmpiricalRisk(model, nn.functional.cross_entropy, (100 * x, y))
-    bnp.condition_number(bnp.hessian(risk, block="0"))
+    bnp.condition_number(bnp.gauss_newton(risk, block="0"))
     bnp.bnp_preconditioner(risk)
     assert not pre._pending
     assert numbers(pre) == state
