@@ -36,10 +36,12 @@ class Accumulator:
 
     def __init__(self) -> None:
         self.count = 0
+        self.unit = 0.0
         self.mean = self.m2 = self.low = self.high = torch.zeros(0, dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
         """Take in more rows `(R, m)`."""
+        self.unit = max(self.unit, float(torch.finfo(x.dtype).eps))
         x = x.double()
         count = x.shape[0]
         mean = x.mean(dim=0)
@@ -62,8 +64,12 @@ class Accumulator:
 
     @property
     def constant(self) -> Tensor:
-        """Columns with a single value."""
-        return self.low == self.high
+        """Columns with a single value, up to a few units in its last place.
+
+        The same row may come out of a matrix product a rounding apart; its variance would be that of rounding.
+        """
+        size = torch.maximum(self.low.abs(), self.high.abs())
+        return self.high - self.low <= 8 * self.unit * size
 
 
 def layer_moments(
@@ -136,20 +142,3 @@ def layer_rows(risk: EmpiricalRisk, layers: Coverage | None = None) -> dict[str,
 
     risk.capture(visit, found)
     return {name: torch.cat(parts) for name, parts in found.items()}
-
-
-def largest_normalized(risk: EmpiricalRisk, moments: dict[str, Moments], layers: Coverage) -> dict[str, float]:
-    """`|G^|_2^2 / R` of each layer, the largest over its groups (T8), from the second moments of `G^`."""
-    second: dict[str, Tensor] = {}
-
-    def visit(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        layer, known = layers[name], moments[name]
-        scale = torch.where(known.constant | (known.variance == 0), 1.0, known.variance.sqrt())
-        g = (rows(layer, args[0]).double() - known.mean) / scale
-        g = torch.cat([g.new_ones(*g.shape[:2], 1), g], dim=2).transpose(0, 1)
-        second[name] = second.get(name, torch.zeros((), dtype=torch.float64)) + g.transpose(1, 2) @ g
-
-    risk.capture(visit, second.keys() | {layer.name for layer in layers})
-    return {
-        name: float(torch.linalg.eigvalsh(gram)[..., -1].max()) / moments[name].rows for name, gram in second.items()
-    }

@@ -293,7 +293,7 @@ def test_a_feature_that_differs_by_rounding_only_is_constant() -> None:
     x = torch.full((50, 2), 0.3, dtype=torch.float64)
     x[::2, 0] = torch.nextafter(x[0, 0], torch.tensor(1.0, dtype=torch.float64))
     x[7, 1] += 1e-12
-    risk = EmpiricalRisk(nn.Linear(2, 1).double(), mse_loss, (x, torch.zeros(50, 1, dtype=torch.float64)))
+    risk = risk_of(nn.Linear(2, 1).double(), x)
     found = layer_moments(risk)[""]
     assert found.constant.tolist() == [[True, False]]
     assert found.variance[0, 0] == 0.0
