@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
 from typing import Any, Self
 
 import torch
@@ -113,9 +112,7 @@ class BNP:
         self._closed = False
         own = weakref.ref(self)
         self._hooks = [
-            layer.module.register_forward_pre_hook(
-                InputHook(layer.module, partial(_receiver, own, i)), with_kwargs=True
-            )
+            layer.module.register_forward_pre_hook(InputHook(layer.module, own, i), with_kwargs=True)
             for i, layer in enumerate(self._layers)
         ]
         if any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules()):
@@ -185,8 +182,7 @@ class BNP:
         pending, inputs = self._pending, self._inputs
         self._pending, self._inputs = {}, {}
         self._running.commit(pending)
-        for gradients in found:
-            self._rule.apply(gradients, inputs.get(gradients.index, []))
+        self._rule.apply(found, inputs)
         self._marks = marks(found)
 
     def attach(self, optimizer: Optimizer) -> Self:
@@ -292,8 +288,3 @@ class BNP:
                 f"variance='within' on one row: the variance within the batch of layer {single[0]!r} is 0 and would "
                 "drive sigma to 0. Use variance='total', right at any batch size, or larger batches"
             )
-
-
-def _receiver(owner: weakref.ref[BNP], index: int) -> Callable[[Tensor], None] | None:
-    pre = owner()
-    return None if pre is None else partial(pre._receive, index)

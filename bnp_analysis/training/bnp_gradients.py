@@ -11,7 +11,6 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.layers import Layer
-from bnp_analysis.training.bnp_direction import precondition_
 
 Mark = tuple[weakref.ref[Tensor], int]
 
@@ -48,16 +47,16 @@ def find_gradients(layers: Sequence[Layer], seen: set[int], used: set[int]) -> l
         module = layer.module
         if i not in used or not module.weight.requires_grad:
             continue
-        weight = module.weight.grad
-        bias = module.bias.grad if has_free_bias(layer) and module.bias is not None else None
+        weight, free = module.weight.grad, has_free_bias(layer)
+        bias = module.bias.grad if free and module.bias is not None else None
         lacking = [layer.weight] if weight is None else []
-        if has_free_bias(layer) and bias is None and layer.bias is not None:
+        if free and bias is None and layer.bias is not None:
             lacking.append(layer.bias)
         if lacking and i in seen:
             missing.extend(lacking)
         if weight is None or lacking:
             continue
-        if any(g is not None and g.layout != torch.strided for g in (weight, bias)):
+        if weight.layout != torch.strided or (bias is not None and bias.layout != torch.strided):
             raise InvalidInputError(f"the gradient of layer {layer.name!r} is sparse; BNP needs dense gradients")
         found.append(Gradients(i, layer, weight, bias))
     if not found:
@@ -81,13 +80,3 @@ def unchanged(gradients: Sequence[Gradients], before: Sequence[Mark]) -> bool:
         return False
     known = {id(ref()): version for ref, version in before if ref() is not None}
     return all(known.get(id(g.weight)) == g.weight._version for g in gradients)
-
-
-def precondition(found: Gradients, mean: Tensor, variance: Tensor, *, q2: float, eps1: float, eps2: float) -> None:
-    """`P P^T` on the gradients of a layer, in their place; in the statistics' precision where theirs is lower."""
-    originals = [g for g in (found.weight, found.bias) if g is not None]
-    wide = [g.to(mean.dtype).contiguous() for g in originals]
-    precondition_(wide[0], wide[1] if len(wide) > 1 else None, mean, variance, q2=q2, eps1=eps1, eps2=eps2)
-    for original, changed in zip(originals, wide, strict=True):
-        if changed is not original:
-            original.copy_(changed)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
 
 
@@ -18,21 +19,31 @@ class InputHook:
 
     Args:
         module: the layer.
-        receive: gets the input; a weak reference, so that a forgotten owner is not kept alive.
+        owner: what collects, by a weak reference: a forgotten one is not kept alive.
+        index: of the layer, for its owner.
     """
 
-    def __init__(self, module: nn.Module, receive: Callable[[], Callable[[Tensor], None] | None]) -> None:
-        self._module, self._receive = module, receive
+    def __init__(self, module: nn.Module, owner: weakref.ref[Any], index: int) -> None:
+        self._module, self._owner, self._index = module, owner, index
 
-    # Compiled models break their graph here and run it eagerly: it counts, which a graph must not.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            self._outside_of_graphs(module, args, kwargs)
+        else:
+            self._hand_on(module, args, kwargs)
+
+    # Compiled models break their graph here and run this eagerly: it counts, which a graph must not.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _outside_of_graphs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._hand_on(module, args, kwargs)
+
+    def _hand_on(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Shallow copies share the table of hooks: replicas of DataParallel.
         if not module.training or not torch.is_grad_enabled() or module is not self._module or _recomputed():
             return
-        receive = self._receive()
-        if receive is not None:
-            receive(args[0] if args else kwargs["input"])
+        owner = self._owner()
+        if owner is not None:
+            owner._receive(self._index, args[0] if args else kwargs["input"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return inert

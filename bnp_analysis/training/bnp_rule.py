@@ -13,9 +13,10 @@ from bnp_analysis.network.layers import Layer, expand_channels
 from bnp_analysis.network.moments import Moments
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.precondition.blocks import layer_positions
-from bnp_analysis.precondition.bnp import BNPPreconditioner, layer_block
+from bnp_analysis.precondition.bnp import BNPPreconditioner, damped_variance, layer_block
 from bnp_analysis.precondition.bnp_block import BNPBlock
-from bnp_analysis.training.bnp_gradients import Gradients, has_free_bias, precondition
+from bnp_analysis.training.bnp_direction import with_bias_, without_bias_
+from bnp_analysis.training.bnp_gradients import Gradients, has_free_bias
 from bnp_analysis.training.bnp_running import RunningMoments
 from bnp_analysis.training.bnp_scale import MeasuredScale, chosen_scale
 from bnp_analysis.training.bnp_settings import Settings
@@ -44,22 +45,82 @@ class Rule:
         self._settings, self._layers, self._running = settings, layers, running
         self._measured = [MeasuredScale() for _ in layers]
         self.q2: dict[int, float] = {}
+        # q2 of all layers; for each entry of the statistics its layer, and its q2.
+        self._spread: tuple[tuple[float, ...], Tensor, Tensor] | None = None
 
-    def apply(self, found: Gradients, inputs: Sequence[Tensor]) -> None:
-        """Precondition the gradients of a layer; `inputs` are those of the step where `q` is measured."""
-        chosen, i = self._settings, found.index
-        mean, variance = self._moments(i)
-        diagonal = found.bias is None and chosen.bias_free == "diagonal"
-        if chosen.q == "auto":
-            self.q2[i] = chosen_scale(found.layer, self._running.rows[i], mean, variance, diagonal=diagonal)
-        elif chosen.q != "measured":
-            self.q2[i] = float(chosen.q) ** 2
-        if diagonal:
-            mean, variance = torch.zeros_like(mean), variance + mean.square()
-        if chosen.q == "measured" and inputs:
-            layer = found.layer if found.bias is not None else replace(found.layer, bias=None)
-            self.q2[i] = self._measured[i](layer, inputs, mean, variance, eps1=chosen.eps1, eps2=chosen.eps2)
-        precondition(found, mean, variance, q2=self.q2[i], eps1=chosen.eps1, eps2=chosen.eps2)
+    def apply(self, found: Sequence[Gradients], inputs: Mapping[int, Sequence[Tensor]]) -> None:
+        """Precondition the gradients; `inputs` are those of the step where `q` is measured."""
+        moments = {g.index: self._moments(g.index) for g in found}
+        for g in found:
+            self._scale(g, *moments[g.index], inputs.get(g.index, ()))
+        inverses = self._inverses()
+        for g in found:
+            tensors = [t for t in (g.weight, g.bias) if t is not None]
+            mean, variance = moments[g.index]
+            # In the statistics' precision where the gradient's is lower.
+            ready = all(t.dtype == mean.dtype and t.is_contiguous() for t in tensors)
+            wide = tensors if ready else [t.to(mean.dtype).contiguous() for t in tensors]
+            if g.bias is not None:
+                with_bias_(wide[0], wide[1], mean, self._expanded(g.index, inverses[g.index]), self.q2[g.index])
+            else:
+                mean, variance = self._form(mean, variance)
+                without_bias_(wide[0], mean, self._damped(variance), self.q2[g.index])
+            for own, changed in zip(tensors, wide, strict=True):
+                if changed is not own:
+                    own.copy_(changed)
+
+    def _scale(self, g: Gradients, mean: Tensor, variance: Tensor, inputs: Sequence[Tensor]) -> None:
+        q, i = self._settings.q, g.index
+        if q == "auto":
+            diagonal = g.bias is None and self._settings.bias_free == "diagonal"
+            self.q2[i] = chosen_scale(g.layer, self._running.rows[i], mean, variance, diagonal=diagonal)
+        elif q != "measured":
+            self.q2[i] = float(q) ** 2
+        elif inputs:
+            layer = g.layer if g.bias is not None else replace(g.layer, bias=None)
+            mean, variance = (mean, variance) if g.bias is not None else self._form(mean, variance)
+            self.q2[i] = self._measured[i](layer, inputs, mean, self._damped(variance))
+
+    def _form(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """What stands for the moments of a layer without a bias."""
+        if self._settings.bias_free == "rank-one":
+            return mean, variance
+        return torch.zeros_like(mean), variance + mean.square()
+
+    def _damped(self, variance: Tensor) -> Tensor:
+        return damped_variance(variance, self._settings.eps1, self._settings.eps2)
+
+    def _inverses(self) -> list[Tensor]:
+        """`1/(s2 q2)` of every layer, `(width,)`, in few operations on all of them side by side."""
+        running, chosen = self._running, self._settings
+        assert running.values is not None
+        variances = torch.split(running.values[1], running.widths)
+        if not chosen.eps2:
+            return [(self._damped(v) * self.q2.get(i, 1.0)).reciprocal_() for i, v in enumerate(variances)]
+        q2 = tuple(self.q2.get(i, 1.0) for i in range(len(variances)))
+        like = running.values
+        if (
+            self._spread is None
+            or self._spread[0] != q2
+            or self._spread[2].dtype != like.dtype
+            or self._spread[2].device != like.device
+        ):
+            widths = torch.tensor(running.widths)
+            self._spread = (
+                q2,
+                torch.arange(len(q2)).repeat_interleave(widths).to(like.device),
+                torch.tensor(q2, dtype=torch.float64).repeat_interleave(widths).to(like),
+            )
+        top = torch.stack([v.amax() for v in variances]).mul_(chosen.eps1).add_(chosen.eps2)
+        s2 = top.index_select(0, self._spread[1]).add_(like[1])
+        return list(torch.split(s2.mul_(self._spread[2]).reciprocal_(), running.widths))
+
+    def _expanded(self, index: int, values: Tensor) -> Tensor:
+        """Of channels over their patches: `(groups, m)`."""
+        layer = self._layers[index]
+        if values.numel() == layer.groups * layer.features:
+            return values.view(layer.groups, layer.features)
+        return expand_channels(layer, values)
 
     def preconditioner(
         self, space: ParameterSpace, covered: Collection[str], uncovered: Mapping[str, str]
@@ -78,12 +139,8 @@ class Rule:
 
     def _moments(self, index: int) -> tuple[Tensor, Tensor]:
         """Mean and variance `(groups, m)`."""
-        layer = self._layers[index]
         mean, variance = self._running.of(index)
-        if mean.numel() == layer.groups * layer.features:
-            shape = (layer.groups, layer.features)
-            return mean.view(shape), variance.view(shape)
-        return expand_channels(layer, mean), expand_channels(layer, variance)
+        return self._expanded(index, mean), self._expanded(index, variance)
 
     def _block(self, layer: Layer, i: int, space: ParameterSpace) -> tuple[BNPBlock, Tensor]:
         mean, variance = (m.detach().to(space.device, torch.float64, copy=True) for m in self._moments(i))

@@ -42,7 +42,7 @@ class RunningMoments:
         reference_rows: float | None,
         check_every: int | None,
     ) -> None:
-        self.names, self.widths = tuple(names), tuple(widths)
+        self.names, self.widths = tuple(names), list(widths)
         self.rho, self.corrected, self.total = rho, corrected, total
         self.reference_rows, self.check_every = reference_rows, check_every
         ends = list(accumulate(self.widths))
@@ -77,11 +77,14 @@ class RunningMoments:
         old = self._values_like(batch)
         weights = [self._weight(i, count) for i, count in enumerate(rows)]
         rho = self._spread(weights, batch)
-        mean, variance = update_moments(old[0], old[1], batch[0], batch[1], rho)
-        if not self.total:
-            variance = old[1] + (1 - rho) * (batch[1] - old[1])
-        new = torch.stack([mean, variance])
-        self.values = new if every == 1 else self._guarded(old, new, batch, step)
+        if every == 1 and isinstance(rho, float):
+            self.values = self._updated_(old, batch, rho)
+        else:
+            mean, variance = update_moments(old[0], old[1], batch[0], batch[1], rho)
+            if not self.total:
+                variance = old[1] + (1 - rho) * (batch[1] - old[1])
+            new = torch.stack([mean, variance])
+            self.values = new if every == 1 else self._guarded(old, new, batch, step)
         self.step = step
         for i, count in enumerate(rows):
             if count:
@@ -103,6 +106,14 @@ class RunningMoments:
         if step:
             self._bad = None
             self._report(entries, step)
+
+    def _updated_(self, old: Tensor, batch: Tensor, rho: float) -> Tensor:
+        """`update_moments` in place, for a number `rho`."""
+        delta = batch[0] - old[0]
+        old.lerp_(batch, 1 - rho)
+        if self.total:
+            old[1].addcmul_(delta, delta, value=rho * (1 - rho))
+        return old
 
     def _constant(self, rows: int) -> float:
         return self.rho if self.reference_rows is None else float(self.rho ** (rows / self.reference_rows))

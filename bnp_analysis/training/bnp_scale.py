@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bnp_analysis.network.layers import Layer, rows
-from bnp_analysis.precondition.bnp import damped_variance
 
 _POWER_STEPS = 5
 
@@ -30,12 +29,8 @@ class MeasuredScale:
     def __init__(self) -> None:
         self.vector: Tensor | None = None
 
-    def __call__(
-        self, layer: Layer, inputs: Sequence[Tensor], mean: Tensor, variance: Tensor, *, eps1: float, eps2: float
-    ) -> float:
-        """The largest over the groups, for inputs normalized by these damped moments."""
-        mean = mean.clone()
-        s2 = damped_variance(variance, eps1, eps2)
+    def __call__(self, layer: Layer, inputs: Sequence[Tensor], mean: Tensor, s2: Tensor) -> float:
+        """The largest over the groups, for inputs normalized by the mean and the damped variance."""
         v = mean / s2.sqrt()
         norm = torch.linalg.vector_norm(v, dim=1, keepdim=True)
         u = v / norm.clamp_min(torch.finfo(v.dtype).tiny)

@@ -109,11 +109,12 @@ def batch_moments(layer: Layer, h: Tensor, kind: str) -> BatchMoments | None:
     h = h.detach()
     wide = torch.float64 if torch.float64 in (h.dtype, layer.module.weight.dtype) else torch.float32
     h = h if h.dtype == wide else h.to(wide)
-    if isinstance(layer.module, torch.nn.Linear) or kind == "patch":
-        table = rows(layer, h).flatten(1)
+    patches = not isinstance(layer.module, torch.nn.Linear)
+    if not patches or kind == "patch":
+        table = h if h.ndim == 2 and not patches else rows(layer, h).flatten(1)
         mean, variance = _table_moments(table)
         return BatchMoments(table.shape[0], table.shape[0], mean, variance)
-    h = h if h.ndim == len(layer.module.kernel_size) + 2 else h.unsqueeze(0)
+    h = h if h.ndim == layer.module.weight.ndim else h.unsqueeze(0)
     mean, variance = _image_moments(layer, h)
     return BatchMoments(h.numel() // h.shape[1], h.shape[0] * _positions(layer, h), mean, variance)
 
