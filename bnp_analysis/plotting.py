@@ -98,7 +98,8 @@ def plot_spectral_density(
         low, high = density.density - 2 * density.error, density.density + 2 * density.error
         ax.fill_between(density.grid, np.maximum(low, 1e-9 * top), np.maximum(high, 1e-9 * top), color=color, alpha=0.2)
     ax.set_ylim(bottom=1e-7 * top)
-    ax.set_xlabel(r"eigenvalue $\lambda$")
+    logarithmic = density.settings.get("scale") == "log"
+    ax.set_xlabel(r"$\log_{10}|\lambda|$" if logarithmic else r"eigenvalue $\lambda$")
     ax.set_ylabel("density")
     if label is not None:
         ax.legend(frameon=False)

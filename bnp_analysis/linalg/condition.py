@@ -88,7 +88,7 @@ def condition_number(
             `"inverse-lanczos"`, both ends with an inner conjugate gradient. `routes(A)` lists their costs.
         steps: of Lanczos (100 by default) or Golub-Kahan (by default until nothing is left).
         failure_probability: of the bounds that rest on a random start.
-        checkpoint: file from which a Golub-Kahan run resumes, and to which it writes.
+        checkpoint: file from which a Golub-Kahan or Lanczos run resumes, and to which it writes.
         seed: of the random start.
         progress: True draws a bar, a callable gets `(done, total)`.
 
@@ -129,7 +129,7 @@ def condition_number(
             return inverse_lanczos(
                 A, P, declared, steps=krylov, failure_probability=failure_probability, seed=seed, progress=progress
             )
-        return krylov_routes.lanczos_ends(A, P, declared, krylov, failure_probability, seed, progress)
+        return krylov_routes.lanczos_ends(A, P, declared, krylov, failure_probability, seed, checkpoint, progress)
 
     return _measure(A, preconditioner, method, settings, seed, solve, indefinite=False)
 

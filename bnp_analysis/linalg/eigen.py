@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg.checkpoint import load_state, save_state
 from bnp_analysis.linalg.extremes import measured
 from bnp_analysis.linalg.null import HasBasis
 from bnp_analysis.linalg.operators import SymmetricOperator
@@ -62,6 +64,7 @@ def eigenpairs(
     null: Tensor | HasBasis | None = None,
     tol: float = 1e-6,
     max_matvecs: int = 1000,
+    checkpoint: str | Path | None = None,
     seed: int = 0,
     progress: Progress = False,
 ) -> Eigenpairs:
@@ -75,6 +78,7 @@ def eigenpairs(
         null: known null directions in the coordinates of `A`, left out of the search.
         tol: a pair is converged when its residual is at most `max(tol |theta|, c eps |theta|_max)`.
         max_matvecs: where the search gives up; what was reached is returned and says so.
+        checkpoint: a file written every 50 products, at the end and on Ctrl-C, and resumed from when it exists.
         seed: of the random start.
         progress: True draws a bar, a callable gets `(done, total)`.
 
@@ -101,7 +105,12 @@ def eigenpairs(
         raise InvalidInputError(f"k={k} eigenpairs asked of an operator with {room} dimensions outside the null space")
     began = time.perf_counter()
     search = ThickRestart(operator, declared.basis, k, which, tol, seed)
-    search.run(max_matvecs, progress)
+    key = f"{k} {which} eigenpairs of dimension {A.dim} in {A.dtype}, {declared.dim} null directions, seed {seed}"
+    if checkpoint is not None and Path(checkpoint).exists():
+        search.restore(load_state(checkpoint, key))
+    search.run(
+        max_matvecs, progress, lambda: None if checkpoint is None else save_state(checkpoint, key, search.state())
+    )
     values, vectors, residuals = search.wanted_pairs()
     spent = search.matvecs + declared.cost
     if search.stop != "interrupted":

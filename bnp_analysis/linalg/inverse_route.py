@@ -114,7 +114,7 @@ def inverse_lanczos(
     )
     spent = top_run.matvecs + solve.products + checks
     if solve.failed:
-        found = lanczos_ends(A, P, null, steps, failure_probability, seed, False)
+        found = lanczos_ends(A, P, null, steps, failure_probability, seed, None, False)
         note = f"inverse-lanczos refused: {solve.failed}" + (f"; {found.note}" if found.note else "")
         return replace(found, note=note, matvecs=found.matvecs + spent)
     # Two ends, and two bounds of each.

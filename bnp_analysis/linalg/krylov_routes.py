@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -42,12 +43,13 @@ def lanczos_ends(
     steps: int,
     failure_probability: float,
     seed: int,
+    checkpoint: str | Path | None,
     progress: Progress,
 ) -> Extremes:
     """Ritz values: a lower bound where T13 allows one, an upper one if the null space is declared."""
     require_probability(failure_probability)
     operator, basis, noise, spent = conditioned(A, P, null, seed)
-    run, extra = _run(operator, basis, null.declared, steps, seed, progress)
+    run, extra = _run(operator, basis, null.declared, steps, seed, checkpoint, progress)
     values, residuals = run.ritz()
     floor = noise * float(np.abs(values).max())
     if values[0] < -floor:
@@ -107,7 +109,7 @@ def lanczos_magnitudes(
     smallest singular value of the tridiagonal matrix extended by its residual row.
     """
     operator, basis, noise, spent = conditioned(A, P, null, seed)
-    run, extra = _run(operator, basis, null.declared, steps, seed, progress)
+    run, extra = _run(operator, basis, null.declared, steps, seed, None, progress)
     values, residuals = run.ritz()
     top = float(np.abs(values).max())
     floor = noise * top
@@ -154,7 +156,13 @@ def conditioned(
 
 
 def _run(
-    operator: SymmetricOperator, basis: Tensor, declared: bool, steps: int, seed: int, progress: Progress
+    operator: SymmetricOperator,
+    basis: Tensor,
+    declared: bool,
+    steps: int,
+    seed: int,
+    checkpoint: str | Path | None,
+    progress: Progress,
 ) -> tuple[Tridiagonalization, int]:
     """A random start where the null space is declared; else one in the range, `A g` (T13, trap 7)."""
     start, extra = None, 0
@@ -172,7 +180,9 @@ def _run(
     steps = min(steps, operator.dim - basis.shape[1])
     # With a declared null space more steps tighten the probabilistic bound even after convergence.
     until = None if declared else converged
-    run = lanczos(operator, steps, start=start, seed=seed, null=basis, until=until, progress=progress)
+    run = lanczos(
+        operator, steps, start=start, seed=seed, null=basis, until=until, checkpoint=checkpoint, progress=progress
+    )
     return run, extra
 
 

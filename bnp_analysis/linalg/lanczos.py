@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +18,14 @@ from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
+from bnp_analysis.linalg.checkpoint import load_state, save_state
 from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.progress import Progress, reporting
 from bnp_analysis.linalg.random import generator, normal, project_out
 
 Floats = NDArray[np.float64]
+_SAVE_EVERY = 50
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +89,7 @@ def lanczos(
     restart: bool = False,
     resume: Tridiagonalization | None = None,
     until: Callable[[Tridiagonalization], bool] | None = None,
+    checkpoint: str | Path | None = None,
     progress: Progress = False,
 ) -> Tridiagonalization:
     """Run the Lanczos process, `A Q = Q T + r e_k^T`, with full reorthogonalization.
@@ -99,13 +104,14 @@ def lanczos(
             eigenvalues appear with their multiplicity; else stop there.
         resume: continue an earlier run of the same operator instead of starting one.
         until: called every five steps; the run stops when it returns True.
+        checkpoint: a file written every 50 steps, at the end and on Ctrl-C, and resumed from when it exists.
         progress: True draws a bar, a callable gets `(done, total)`.
 
     Returns:
         A `Tridiagonalization`. Ctrl-C returns what is there, with `stop="interrupted"`.
 
     Raises:
-        InvalidInputError: a start vector of wrong shape, zero, or inside the null space.
+        InvalidInputError: a start vector of wrong shape, zero, or inside the null space; a file of another run.
         NonFiniteError: a product with NaN or infinity.
         MemoryLimitError: the basis would not fit; said before the first product.
 
@@ -122,6 +128,9 @@ def lanczos(
     limit = min(int(steps), A.dim - rank)
     if limit < 1:
         raise InvalidInputError(f"Lanczos needs at least one step: steps={steps}, n={A.dim}, null directions={rank}")
+    key = f"lanczos of dimension {A.dim} in {A.dtype}, {rank} null directions, seed {seed}"
+    if checkpoint is not None and Path(checkpoint).exists():
+        resume = _saved(A, load_state(checkpoint, key))
     if resume is not None and len(resume.alpha) >= limit:
         return resume
     bytes_needed = (limit + 1 + rank) * A.dim * A.dtype.itemsize
@@ -136,6 +145,8 @@ def lanczos(
                     break
                 run.advance(seed)
                 update(run.size)
+                if checkpoint is not None and run.size % _SAVE_EVERY == 0:
+                    save_state(checkpoint, key, run.state())
                 if until is not None and run.size % 5 == 0 and until(run.snapshot("converged")):
                     stop = "converged"
                     break
@@ -145,7 +156,22 @@ def lanczos(
             if run.size == 0:
                 raise
             stop = "interrupted"
+    if checkpoint is not None:
+        save_state(checkpoint, key, run.state())
     return run.snapshot(stop)
+
+
+def _saved(A: SymmetricOperator, state: dict[str, Any]) -> Tridiagonalization:
+    """A saved run; one product says whether it was with this operator."""
+    alpha, basis, w = state["alpha"].numpy(), state["basis"].to(A.device), state["w"].to(A.device)
+    q = basis[-1]
+    scale = float(np.abs(alpha).max()) + float(w.double().norm())
+    noise = 100 * float(np.sqrt(A.dim)) * float(torch.finfo(A.dtype).eps) * scale
+    if abs(float((A @ q).double() @ q.double()) - alpha[-1]) > noise:
+        raise InvalidInputError(
+            "the saved run belongs to another operator of the same size; delete the file, or give another checkpoint="
+        )
+    return Tridiagonalization(alpha, state["beta"].numpy(), basis.T, w, int(state["matvecs"]) + 1, "steps")
 
 
 class _Run:
@@ -210,6 +236,15 @@ class _Run:
         self.alpha.append(a)
         self.w = residual
         self.matvecs += 1
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "alpha": torch.tensor(self.alpha, dtype=torch.float64),
+            "beta": torch.tensor(self.beta[: self.size - 1], dtype=torch.float64),
+            "basis": self.basis[: self.size].cpu(),
+            "w": self.w.cpu(),
+            "matvecs": self.matvecs,
+        }
 
     def snapshot(self, stop: str) -> Tridiagonalization:
         k = self.size

@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
+from bnp_analysis.linalg.checkpoint import load_state, save_state
 from bnp_analysis.linalg.extremes import measured
 from bnp_analysis.linalg.lanczos import Floats, lanczos, tridiagonal_eigh
 from bnp_analysis.linalg.null import HasBasis
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.progress import Progress, reporting
-from bnp_analysis.linalg.random import generator, normal, rademacher
+from bnp_analysis.linalg.random import generator, normal, orthonormal, project_out, rademacher
 from bnp_analysis.results import Result
 
 
@@ -82,10 +84,13 @@ def spectral_density(
     *,
     preconditioner: Preconditioner | None = None,
     null: Tensor | HasBasis | None = None,
+    deflate: Tensor | None = None,
     probes: int = 8,
     steps: int = 64,
     points: int = 1000,
     width: float | None = None,
+    scale: str = "linear",
+    checkpoint: str | Path | None = None,
     seed: int = 0,
     progress: Progress = False,
 ) -> SpectralDensity:
@@ -98,11 +103,15 @@ def spectral_density(
         A: symmetric operator on `R^n`.
         preconditioner: `P`; the density of `P^T A P`.
         null: known null directions in the coordinates of `A`, left out of the density.
+        deflate: vectors `(n, k)` whose span is left out as well, in the coordinates of the operator measured: for
+            instance `eigenpairs(...).vectors`, so that outliers do not stretch the axis.
         probes: number of random vectors; the error bars are over them.
         steps: Lanczos steps each.
         points: size of the grid.
         width: standard deviation of the Gaussian that widens a node, in units of eigenvalues; default 1 % of
             the range, of the eigenvalue itself where there is but one.
+        scale: `"linear"`, or `"log"` for the density of `log10 |lambda|` (nodes below rounding are put there).
+        checkpoint: a file written after every probe and resumed from when it exists.
         seed: of the probes.
         progress: True draws a bar, a callable gets `(done, total)`.
 
@@ -123,7 +132,10 @@ def spectral_density(
         True
     """
     operator, declared = measured(A, preconditioner, null, seed)
-    room = A.dim - declared.dim
+    basis = declared.basis if deflate is None else orthonormal(torch.cat([declared.basis, deflate], dim=1), "deflate=")
+    room = A.dim - basis.shape[1]
+    if scale not in ("linear", "log"):
+        raise InvalidInputError(f"scale must be 'linear' or 'log', got {scale!r}")
     if probes < 1 or steps < 1 or points < 2 or room < 1:
         raise InvalidInputError(f"probes={probes}, steps={steps}, points={points} for {room} dimensions: nothing to do")
     if width is not None and not width > 0:
@@ -132,12 +144,26 @@ def spectral_density(
     steps = min(steps, room)
     g = generator(seed)
     like = torch.empty(0, dtype=A.dtype, device=A.device)
+    starts = [normal((A.dim,), g, like) for _ in range(probes)]
     nodes, weights = np.zeros((probes, steps)), np.zeros((probes, steps))
     matvecs, done = declared.cost, 0
+    key = (
+        f"density of dimension {A.dim} in {A.dtype}, {probes} probes x {steps}, {basis.shape[1]} left out, seed {seed}"
+    )
+    if checkpoint is not None and Path(checkpoint).exists():
+        state = load_state(checkpoint, key)
+        nodes, weights, done, matvecs = (
+            state["nodes"].numpy(),
+            state["weights"].numpy(),
+            state["done"],
+            state["matvecs"],
+        )
+        _require_same(operator, starts[0], basis, nodes[0] @ weights[0])
+        matvecs += 1
     with reporting(progress, probes, "spectral density") as update:
         try:
-            for i in range(probes):
-                run = lanczos(operator, steps, start=normal((A.dim,), g, like), null=declared.basis)
+            for i in range(done, probes):
+                run = lanczos(operator, steps, start=starts[i], null=basis)
                 matvecs += run.matvecs
                 if run.stop == "interrupted":
                     raise KeyboardInterrupt
@@ -145,18 +171,22 @@ def spectral_density(
                 nodes[i, : values.size], weights[i, : values.size] = values, vectors[0] ** 2
                 done = i + 1
                 update(done)
+                if checkpoint is not None:
+                    state = {"nodes": torch.from_numpy(nodes), "weights": torch.from_numpy(weights)}
+                    save_state(checkpoint, key, state | {"done": done, "matvecs": matvecs})
         except KeyboardInterrupt:
             # The probe in hand is incomplete; the finished ones are a result of their own.
             if done == 0:
                 raise
     nodes, weights = nodes[:done], weights[:done]
-    low, high = float(nodes[weights > 0].min()), float(nodes[weights > 0].max())
+    axis = _logarithms(nodes) if scale == "log" else nodes
+    low, high = float(axis[weights > 0].min()), float(axis[weights > 0].max())
     size = max(abs(low), abs(high))
     # Of a multiple of the identity the range is rounding: its size stands in.
     spread = high - low if high - low > 1e-8 * size else size or 1.0
     sigma = width or 0.01 * spread
     grid = np.linspace(low - 5 * sigma, high + 5 * sigma, points)
-    kernels = np.exp(-0.5 * ((grid[None, None] - nodes[..., None]) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
+    kernels = np.exp(-0.5 * ((grid[None, None] - axis[..., None]) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
     each = (kernels * weights[..., None]).sum(axis=1)
     return SpectralDensity(
         grid=grid,
@@ -171,12 +201,33 @@ def spectral_density(
             "probes": probes,
             "steps": steps,
             "width": width,
+            "scale": scale,
+            "deflated": basis.shape[1] - declared.dim,
             "preconditioned": preconditioner is not None,
         },
         seed=seed,
         matvecs=matvecs,
         seconds=time.perf_counter() - began,
     )
+
+
+def _logarithms(nodes: Floats) -> Floats:
+    """`log10 |lambda|`, no lower than rounding."""
+    sizes = np.abs(nodes)
+    return np.asarray(np.log10(np.maximum(sizes, np.finfo(np.float64).eps * sizes.max())))
+
+
+def _require_same(operator: SymmetricOperator, start: Tensor, basis: Tensor, mean: float) -> None:
+    """The first probe's Rayleigh quotient, which its quadrature integrates exactly, tells one operator from another."""
+    v = project_out(start.unsqueeze(1), basis).squeeze(1)
+    v = v / v.norm()
+    image = operator @ v
+    quotient, size = float(v.double() @ image.double()), float(image.double().norm())
+    if abs(quotient - mean) > 1e3 * math.sqrt(operator.dim) * torch.finfo(operator.dtype).eps * size:
+        raise InvalidInputError(
+            "the saved density belongs to another operator of the same size; delete the file, or give another "
+            "checkpoint="
+        )
 
 
 def trace(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bnp_analysis.errors import NonFiniteError
+from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.lanczos import Floats
 from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.linalg.operators import SymmetricOperator
@@ -16,6 +18,7 @@ from bnp_analysis.linalg.progress import Progress, reporting
 from bnp_analysis.linalg.random import generator, normal
 
 _LEAST_LOOK = 8
+_SAVE_EVERY = 50
 _CHECK_EVERY = 3
 
 
@@ -41,13 +44,57 @@ class ThickRestart:
         self.look_length, self.look_until = 0, 0
         self.V[0] = self._fresh()
 
-    def run(self, max_matvecs: int, progress: Progress) -> None:
-        """Search until the wanted pairs have converged and a look in a new direction finds no others."""
+    def run(self, max_matvecs: int, progress: Progress, save: Callable[[], None] = lambda: None) -> None:
+        """Search until the wanted pairs have converged and a look in a new direction finds no others.
+
+        `save` is called every 50 products, at the end and on Ctrl-C.
+        """
+        try:
+            self._search(max_matvecs, progress, save)
+        finally:
+            if self.size:
+                save()
+
+    def state(self) -> dict[str, Any]:
+        """Everything that another process needs to go on."""
+        return {
+            "V": self.V.cpu(),
+            "images": self.images.cpu(),
+            "H": torch.from_numpy(self.H.copy()),
+            "seen": None if self.seen is None else torch.from_numpy(np.asarray(self.seen).copy()),
+            "numbers": [self.size, self.matvecs, self.look_length, self.look_until],
+            "noise": float(self.noise),
+            "generator": self.g.get_state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            InvalidInputError: the images in it are not those of this operator.
+        """
+        self.V, self.images = state["V"].to(self.V), state["images"].to(self.images)
+        self.H = state["H"].numpy()
+        self.seen = None if state["seen"] is None else state["seen"].numpy()
+        self.size, self.matvecs, self.look_length, self.look_until = state["numbers"]
+        self.noise = state["noise"]
+        self.g.set_state(state["generator"])
+        gap = float((self.A @ self.V[0] - self.images[0]).double().norm())
+        if gap > 100 * self.noise:
+            raise InvalidInputError(
+                "the saved search belongs to another operator of the same size; delete the file, or give another "
+                "checkpoint="
+            )
+        self.matvecs += 1
+
+    def _search(self, max_matvecs: int, progress: Progress, save: Callable[[], None]) -> None:
         with reporting(progress, max_matvecs, "eigenpairs") as update:
             try:
                 while True:
                     while self.size < self.width and self.matvecs < max(max_matvecs, self.k):
                         self._expand()
+                        if self.matvecs % _SAVE_EVERY == 0:
+                            save()
                         update(min(self.matvecs, max_matvecs))
                         if not self.full and self.size % _CHECK_EVERY == 0 and self._settled():
                             break

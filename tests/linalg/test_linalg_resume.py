@@ -1,0 +1,109 @@
+"""Runs on disk: a resumed run that differs from an uninterrupted one in a single bit, resumes with another operator, or
+loses what it had on Ctrl-C is caught here, for every run that can be saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import bnp_analysis as bnp
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg import CallableOperator, lanczos
+
+N = 120
+
+
+def operator(stop_after: int | None = None, factor: float = 1.0) -> CallableOperator:
+    """A diagonal operator that a user interrupts after some products."""
+    diagonal = factor * torch.logspace(0, -3, N, dtype=torch.float64)
+    count = 0
+
+    def product(v: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        if stop_after is not None and count > stop_after:
+            raise KeyboardInterrupt
+        return diagonal * v
+
+    return CallableOperator(product, N, dtype=torch.float64)
+
+
+def test_lanczos(tmp_path: Path) -> None:
+    whole = lanczos(operator(), 80, seed=3)
+    first = lanczos(operator(stop_after=33), 80, seed=3, checkpoint=tmp_path / "l.pt")
+    assert first.stop == "interrupted"
+    rest = lanczos(operator(), 80, seed=3, checkpoint=tmp_path / "l.pt")
+    np.testing.assert_array_equal(rest.alpha, whole.alpha)
+    np.testing.assert_array_equal(rest.beta, whole.beta)
+    assert torch.equal(rest.basis, whole.basis)
+    # One product more: it tells that the file belongs to this operator.
+    assert rest.matvecs == whole.matvecs + 1
+
+
+def test_condition_number_by_lanczos(tmp_path: Path) -> None:
+    whole = bnp.condition_number(operator(), method="lanczos", steps=90)
+    path = tmp_path / "k.pt"
+    early = bnp.condition_number(operator(stop_after=40), method="lanczos", steps=90, checkpoint=path)
+    assert early.stop == "interrupted"
+    assert early.lower <= whole.lower
+    late = bnp.condition_number(operator(), method="lanczos", steps=90, checkpoint=path)
+    assert (late.value, late.lower, late.upper) == (whole.value, whole.lower, whole.upper)
+
+
+def test_eigenpairs(tmp_path: Path) -> None:
+    whole = bnp.eigenpairs(operator(), k=4, tol=1e-10, seed=1)
+    path = tmp_path / "e.pt"
+    bnp.eigenpairs(operator(stop_after=30), k=4, tol=1e-10, seed=1, checkpoint=path)
+    late = bnp.eigenpairs(operator(), k=4, tol=1e-10, seed=1, checkpoint=path)
+    torch.testing.assert_close(late.values, whole.values, rtol=1e-12, atol=0)
+    assert late.stop == "converged"
+
+
+def test_spectral_density(tmp_path: Path) -> None:
+    whole = bnp.spectral_density(operator(), probes=6, steps=20, seed=2)
+    path = tmp_path / "d.pt"
+    early = bnp.spectral_density(operator(stop_after=70), probes=6, steps=20, seed=2, checkpoint=path)
+    assert len(early.nodes) == 3
+    late = bnp.spectral_density(operator(), probes=6, steps=20, seed=2, checkpoint=path)
+    np.testing.assert_array_equal(late.nodes, whole.nodes)
+    np.testing.assert_array_equal(late.density, whole.density)
+    assert late.matvecs == whole.matvecs + 1
+
+
+def test_outliers_are_left_out_and_the_axis_may_be_logarithmic() -> None:
+    A = operator()
+    pairs = bnp.eigenpairs(A, k=3, tol=1e-10)
+    rest = bnp.spectral_density(A, deflate=pairs.vectors, probes=4, steps=30)
+    assert rest.nodes.max() < float(pairs.values.min())
+    decades = bnp.spectral_density(A, probes=30, steps=60, scale="log", width=0.2)
+    # Log-spaced eigenvalues are uniform on this axis: 1/3 per decade.
+    inside = (decades.grid > -2.5) & (decades.grid < -0.5)
+    assert abs(decades.density[inside].mean() - 1 / 3) < 0.05
+    with pytest.raises(InvalidInputError, match="scale"):
+        bnp.spectral_density(A, scale="logarithmic")
+
+
+RUNS: dict[str, Callable[[CallableOperator, Path], object]] = {
+    "lanczos": lambda A, path: lanczos(A, 40, checkpoint=path),
+    "eigenpairs": lambda A, path: bnp.eigenpairs(A, k=2, checkpoint=path),
+    "density": lambda A, path: bnp.spectral_density(A, probes=2, steps=10, checkpoint=path),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_file_of_another_run_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    RUNS[name](operator(), path)
+    with pytest.raises(InvalidInputError, match="another"):
+        RUNS[name](operator(factor=1.5), path)
+    RUNS[name](operator(), path)
+    with pytest.raises(InvalidInputError, match="another run"):
+        RUNS["lanczos" if name != "lanczos" else "density"](operator(), path)
+    path.write_bytes(b"damaged")
+    with pytest.raises(InvalidInputError, match="not a saved run"):
+        RUNS[name](operator(), path)
