@@ -69,6 +69,10 @@ def test_convolution_units_come_from_the_layer_factor(generator):
     model = nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1, groups=2), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(16, 3)
     ).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+        model[0].bias.fill_(0.5)
     risk = bnp.EmpiricalRisk(model, cross_entropy, (x, y))
     table = bnp.layer_table(risk)
     conv = table.layers[0]

@@ -21,6 +21,7 @@ from bnp_analysis.linalg import (
     magnitude_condition_number,
     singular_condition_number,
 )
+from bnp_analysis.linalg.null import HasBasis, SomeNullDirections
 from bnp_analysis.linalg.progress import Progress, reporting
 from bnp_analysis.linalg.random import generator, normal
 from bnp_analysis.network import Coverage, EmpiricalRisk, Layer, coverage
@@ -89,7 +90,9 @@ def layer_table(
             pairs = []
             for i in range(layer.units):
                 A: SymmetricOperator = gauss_newton(risk, block=(layer.name, i)) if blocks is None else blocks[i]
-                inside = None if null is None else null.inside(inner.indices((layer.name, i)))
+                inside = None
+                if null is not None:
+                    inside = SomeNullDirections(null.inside(inner.indices((layer.name, i))))
                 pairs.append(_pair(A, _unit_of(P, layer.name, i), inside, seed))
                 done += 1
                 update(done)
@@ -229,7 +232,7 @@ def _singular(triangle: Tensor) -> ConditionNumber:
 def _pair(
     A: SymmetricOperator,
     P: Preconditioner | None,
-    null: NullDirections | Tensor | None,
+    null: HasBasis | None,
     seed: int,
     measure: Callable[..., ConditionNumber] = condition_number,
     progress: Progress = False,

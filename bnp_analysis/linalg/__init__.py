@@ -27,6 +27,7 @@ from bnp_analysis.linalg.preconditioner import (
     congruence,
 )
 from bnp_analysis.linalg.quadrature import SpectralDensity, Trace, spectral_density, trace
+from bnp_analysis.linalg.rank import RankEstimate, rank_estimate
 from bnp_analysis.linalg.routes import Route, choose_route, routes
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "MatrixOperator",
     "Preconditioner",
     "Product",
+    "RankEstimate",
     "Restriction",
     "Route",
     "RowScaled",
@@ -61,6 +63,7 @@ __all__ = [
     "golub_kahan",
     "lanczos",
     "magnitude_condition_number",
+    "rank_estimate",
     "regularized_condition_number",
     "routes",
     "singular_condition_number",

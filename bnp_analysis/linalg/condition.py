@@ -24,7 +24,7 @@ from bnp_analysis.linalg.number import MAGNITUDE, SINGULAR, ConditionNumber
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner, check_fits, congruence
 from bnp_analysis.linalg.progress import Progress
-from bnp_analysis.linalg.routes import METHODS, choose_route
+from bnp_analysis.linalg.routes import METHODS, choose_route, next_route
 
 
 def singular_condition_number(F: LinearOperator, null: Tensor | None = None) -> ConditionNumber:
@@ -267,6 +267,7 @@ def _measure(
             "look for saturated or dead units, or a loss that does not depend on these parameters"
         )
     value = ends.lambda_max / ends.lambda_min if ends.lambda_min > 0 else math.inf
+    note = ends.note + (next_route(A) if route == "lanczos" and not math.isfinite(ends.upper) else "")
     return ConditionNumber(
         value=value,
         lower=ends.lower,
@@ -285,10 +286,12 @@ def _measure(
         zero=ends.zero,
         gap_ratio=ends.gap_ratio,
         noise_floor=ends.noise_floor,
+        residual_max=ends.residuals[0],
+        residual_min=ends.residuals[1],
         failure_probability=ends.failure_probability if math.isfinite(ends.upper) else 0.0,
         quantity=MAGNITUDE if indefinite else "kappa*",
         stop=ends.stop,
-        note=ends.note,
+        note=note,
         settings={"method": method} | settings,
         seed=seed,
         matvecs=ends.matvecs,

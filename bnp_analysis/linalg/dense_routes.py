@@ -77,6 +77,7 @@ def factor_svd(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNul
         zero=A.dim - rank,
         gap_ratio=(bottom / zero_sigma) ** 2 if zero_sigma > 0 else math.inf,
         noise_floor=(radius * scale) ** 2,
+        residuals=(scale**2 * radius * (2 * top + radius), scale**2 * radius * (2 * bottom + radius)),
         matvecs=matvecs,
         note=unexplained(unresolved, null),
     )
@@ -176,6 +177,7 @@ def dense_symmetric(
         zero=A.dim - rank,
         gap_ratio=bottom / float(zeros[-1]) if zeros.size and zeros[-1] > 0 else math.inf,
         noise_floor=radius * scale,
+        residuals=(radius * scale, radius * scale),
         matvecs=found.matvecs,
         note=note,
     )

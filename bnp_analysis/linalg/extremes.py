@@ -38,6 +38,7 @@ class Extremes:
     gap_ratio: float = math.inf
     noise_floor: float = 0.0
     failure_probability: float = 0.0
+    residuals: tuple[float, float] = (math.nan, math.nan)
     matvecs: int = 0
     stop: str = "done"
     note: str = ""
@@ -112,6 +113,11 @@ def require_finite(x: Tensor, what: str) -> None:
             f"{what} has NaN or infinite entries, so no eigenvalue of it is defined; look at the parameters, "
             "the loss and the dtype"
         )
+
+
+def incomplete(null: DeclaredNull) -> str:
+    """Why a random start supports no bound."""
+    return "the known null directions need not be all" if null.declared else UNDECLARED
 
 
 def unexplained(unresolved: int, null: DeclaredNull) -> str:

@@ -81,11 +81,12 @@ def golub_kahan_ends(
             zero=A.dim - rank,
             gap_ratio=(bottom / zero) ** 2 if zero > 0 else math.inf,
             noise_floor=radius**2,
+            residuals=(radius * (2 * top + radius), radius * (2 * bottom + radius)),
             matvecs=run.products + spent,
             stop=run.stop,
             note=note,
         )
-    clean = run.clean if not null.dim else run.matrix.shape[1]
+    clean = run.matrix.shape[1] if null.complete else run.clean
     least = float(np.linalg.svd(run.matrix[:, :clean], compute_uv=False)[-1]) / math.sqrt(1 - 1e-4)
     known = least > radius
     memory = 8 * structural * sum(operator.shape) / 2**30

@@ -18,8 +18,8 @@ from bnp_analysis.linalg.certificates import (
 )
 from bnp_analysis.linalg.derived import Shifted
 from bnp_analysis.linalg.extremes import (
-    UNDECLARED,
     Extremes,
+    incomplete,
     norm_estimate,
     require_symmetric,
     rounding_norm,
@@ -46,10 +46,10 @@ def lanczos_ends(
     checkpoint: str | Path | None,
     progress: Progress,
 ) -> Extremes:
-    """Ritz values: a lower bound where T13 allows one, an upper one if the null space is declared."""
+    """Ritz values: a lower bound where T13 allows one, an upper one if the whole null space is declared."""
     require_probability(failure_probability)
     operator, basis, noise, spent = conditioned(A, P, null, seed)
-    run, extra = _run(operator, basis, null.declared, steps, seed, checkpoint, progress)
+    run, extra = _run(operator, basis, null.complete, steps, seed, checkpoint, progress)
     values, residuals = run.ritz()
     floor = noise * float(np.abs(values).max())
     if values[0] < -floor:
@@ -62,15 +62,15 @@ def lanczos_ends(
     if top <= 0:
         return zero_matrix(null, run.matvecs)
     # On the part of the basis that lies in the range, no Ritz value is below lambda_min+.
-    clean = len(run.alpha) if null.declared else _clean_steps(run, noise)
+    clean = len(run.alpha) if null.complete else _clean_steps(run, noise)
     in_range = float(tridiagonal_eigh(run.alpha[:clean], run.beta[: clean - 1])[0][0])
-    in_range /= 1.0 if null.declared else 1 - _CONTAMINATION**2
+    in_range /= 1.0 if null.complete else 1 - _CONTAMINATION**2
     bottom = min(in_range if in_range > floor else math.inf, _certified_smallest(values, residuals, floor))
     lower = max(top - floor, 0.0) / (bottom + floor) if math.isfinite(bottom) else math.nan
     dim = A.dim - null.dim
     k = len(run.alpha)
-    upper, note = math.inf, UNDECLARED if not null.declared else ""
-    if null.declared and math.isfinite(bottom):
+    upper, note = math.inf, "" if null.complete else incomplete(null)
+    if null.complete and math.isfinite(bottom):
         # Two bounds of each end, so each may fail with half of the probability.
         chance = failure_probability / 2
         high, low = kuczynski_wozniakowski(top, float(values[0]), k, dim, chance)
@@ -89,6 +89,7 @@ def lanczos_ends(
         null_sources=null.sources,
         noise_floor=floor,
         failure_probability=failure_probability,
+        residuals=(float(residuals[-1]), float(residuals[0])),
         matvecs=run.matvecs + extra + spent,
         stop=run.stop,
         note=note,
@@ -109,11 +110,11 @@ def lanczos_magnitudes(
     smallest singular value of the tridiagonal matrix extended by its residual row.
     """
     operator, basis, noise, spent = conditioned(A, P, null, seed)
-    run, extra = _run(operator, basis, null.declared, steps, seed, None, progress)
+    run, extra = _run(operator, basis, null.complete, steps, seed, None, progress)
     values, residuals = run.ritz()
     top = float(np.abs(values).max())
     floor = noise * top
-    k = len(run.alpha) if null.declared else _clean_steps(run, noise)
+    k = len(run.alpha) if null.complete else _clean_steps(run, noise)
     extended = np.zeros((k + 1, k))
     extended[:k] = np.diag(run.alpha[:k]) + np.diag(run.beta[: k - 1], 1) + np.diag(run.beta[: k - 1], -1)
     extended[k, -1] = run.residual_norm if k == len(run.alpha) else run.beta[k - 1]

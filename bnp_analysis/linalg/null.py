@@ -29,12 +29,22 @@ class HasBasis(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
+class SomeNullDirections:
+    """Directions in the null space that need not be all of it, with their counts by cause."""
+
+    basis: Tensor
+    sources: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
 class DeclaredNull:
     """An orthonormal basis `(n, r)` of the declared null space, or the fact that nothing was declared."""
 
     basis: Tensor
     declared: bool
     sources: Mapping[str, int] = field(default_factory=dict)
+    # Whether the caller says that these are all: a tensor does, found directions do not.
+    complete: bool = False
 
     @property
     def dim(self) -> int:
@@ -49,7 +59,7 @@ class DeclaredNull:
 def read_null(null: Tensor | HasBasis | None, A: SymmetricOperator) -> DeclaredNull:
     """Read `null=`: None, a tensor `(n, r)` of independent columns, or an object with `.basis`.
 
-    A tensor with `r = 0` declares that there is no null space.
+    A tensor declares the whole null space (with `r = 0`, that there is none); an object declares directions in it.
 
     Raises:
         InvalidInputError: wrong shape, dtype or device; NullSpaceError: dependent columns.
@@ -70,7 +80,7 @@ def read_null(null: Tensor | HasBasis | None, A: SymmetricOperator) -> DeclaredN
             f"null directions are in {basis.dtype} on {basis.device}, the operator in {A.dtype} on {A.device}; "
             "convert them with .to(...)"
         )
-    return DeclaredNull(orthonormal(basis), declared=True, sources=sources)
+    return DeclaredNull(orthonormal(basis), declared=True, sources=sources, complete=isinstance(null, Tensor))
 
 
 def null_tolerance(A: LinearOperator) -> float:

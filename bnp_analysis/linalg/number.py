@@ -22,6 +22,8 @@ class ConditionNumber(Result):
         two_sided: both bounds hold (with `failure_probability`, where that is not zero).
         method: the route, `"factor-svd"`, `"dense"` or `"lanczos"`.
         lambda_max, lambda_min: largest and smallest nonzero eigenvalue (magnitudes for an indefinite matrix).
+        residual_max, residual_min: some eigenvalue lies within each of these of `lambda_max`, `lambda_min`; NaN where
+            the route gives no such pair.
         rank: eigenvalues counted as nonzero, None when the route cannot count them.
         null_dim: dimension of the declared null space.
         null_sources: its directions counted by cause.
@@ -53,6 +55,8 @@ class ConditionNumber(Result):
     gap_ratio: float = math.inf
     noise_floor: float = 0.0
     failure_probability: float = 0.0
+    residual_max: float = math.nan
+    residual_min: float = math.nan
     quantity: str = "kappa*"
     stop: str = "done"
     note: str = ""

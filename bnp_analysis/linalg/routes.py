@@ -126,3 +126,13 @@ def choose_route(A: SymmetricOperator, *, indefinite: bool = False) -> str:
     if A.dim <= DENSE_LIMIT and 8 * 6 * A.dim**2 < free:
         return "dense"
     return "lanczos"
+
+
+def next_route(A: SymmetricOperator) -> str:
+    """What would close a one-sided answer, with its cost."""
+    table = {route.method: route for route in routes(A) if route.applies}
+    for method in ("factor-svd", "golub-kahan", "dense"):
+        if method in table:
+            route = table[method]
+            return f"; next: method={method!r}, about {route.products:.0f} products, {route.memory / 2**30:.2g} GiB"
+    return ""
