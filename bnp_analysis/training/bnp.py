@@ -267,7 +267,8 @@ class BNP:
 
     def _receive(self, index: int, h: Tensor) -> None:
         layer = self._layers[index]
-        if not layer.module.weight.requires_grad:
+        weight = layer.module._parameters["weight"]
+        if weight is None or not weight.requires_grad:
             return
         seen = batch_moments(layer, h, self.settings.statistics)
         if seen is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +15,10 @@ from bnp_analysis.network.layers import Layer
 Mark = tuple[weakref.ref[Tensor], int]
 
 
-@dataclass(frozen=True)
-class Gradients:
-    """The gradients of one layer, `bias` None where it has none that is free."""
+class Gradients(NamedTuple):
+    """The gradients of the layer at a place, `bias` None where it has none that is free."""
 
-    index: int
+    place: int
     layer: Layer
     weight: Tensor
     bias: Tensor | None
@@ -44,11 +43,13 @@ def find_gradients(layers: Sequence[Layer], seen: set[int], used: set[int]) -> l
     """
     found, missing = [], []
     for i, layer in enumerate(layers):
-        module = layer.module
-        if i not in used or not module.weight.requires_grad:
+        # Attributes of modules are slow; each is looked up once.
+        held = layer.module._parameters
+        owner, own = held["weight"], held["bias"] if layer.bias is not None else None
+        if i not in used or owner is None or not owner.requires_grad:
             continue
-        weight, free = module.weight.grad, has_free_bias(layer)
-        bias = module.bias.grad if free and module.bias is not None else None
+        weight, free = owner.grad, own is not None and own.requires_grad
+        bias = own.grad if own is not None and free else None
         lacking = [layer.weight] if weight is None else []
         if free and bias is None and layer.bias is not None:
             lacking.append(layer.bias)

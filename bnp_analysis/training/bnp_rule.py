@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,26 @@ def layer_width(layer: Layer, statistics: str) -> int:
     return layer.module.in_channels
 
 
+@dataclass(frozen=True)
+class _Flat:
+    """For each entry of the statistics its layer and its `q2`, and a place for `1/(s2 q2)` with views by layer."""
+
+    q2: tuple[float, ...]
+    layer: Tensor
+    factor: Tensor
+    scaled: bool
+    out: Tensor
+    parts: list[Tensor]
+
+    @classmethod
+    def of(cls, q2: tuple[float, ...], widths: list[int], like: Tensor) -> _Flat:
+        sizes = torch.tensor(widths)
+        layer = torch.arange(len(q2)).repeat_interleave(sizes).to(like.device)
+        factor = torch.tensor(q2, dtype=torch.float64).repeat_interleave(sizes).to(like)
+        out = torch.empty_like(like)
+        return cls(q2, layer, factor, set(q2) != {1.0}, out, list(torch.split(out, widths)))
+
+
 class Rule:
     """How each layer's statistics become its `P`.
 
@@ -45,40 +65,41 @@ class Rule:
         self._settings, self._layers, self._running = settings, layers, running
         self._measured = [MeasuredScale() for _ in layers]
         self.q2: dict[int, float] = {}
-        # q2 of all layers; for each entry of the statistics its layer, and its q2.
-        self._spread: tuple[tuple[float, ...], Tensor, Tensor] | None = None
+        self._flat: _Flat | None = None
 
     def apply(self, found: Sequence[Gradients], inputs: Mapping[int, Sequence[Tensor]]) -> None:
         """Precondition the gradients; `inputs` are those of the step where `q` is measured."""
-        moments = {g.index: self._moments(g.index) for g in found}
         for g in found:
-            self._scale(g, *moments[g.index], inputs.get(g.index, ()))
+            self._scale(g, inputs.get(g.place, ()))
         inverses = self._inverses()
         for g in found:
-            tensors = [t for t in (g.weight, g.bias) if t is not None]
-            mean, variance = moments[g.index]
+            mean, variance = self._running.of(g.place)
+            tensors = (g.weight,) if g.bias is None else (g.weight, g.bias)
             # In the statistics' precision where the gradient's is lower.
             ready = all(t.dtype == mean.dtype and t.is_contiguous() for t in tensors)
-            wide = tensors if ready else [t.to(mean.dtype).contiguous() for t in tensors]
-            if g.bias is not None:
-                with_bias_(wide[0], wide[1], mean, self._expanded(g.index, inverses[g.index]), self.q2[g.index])
+            wide = tensors if ready else tuple(t.to(mean.dtype).contiguous() for t in tensors)
+            if len(wide) == 2:
+                mean, inverse = self._expanded(g.place, mean), self._expanded(g.place, inverses[g.place])
+                with_bias_(wide[0], wide[1], mean, inverse, self.q2[g.place])
             else:
-                mean, variance = self._form(mean, variance)
-                without_bias_(wide[0], mean, self._damped(variance), self.q2[g.index])
-            for own, changed in zip(tensors, wide, strict=True):
-                if changed is not own:
-                    own.copy_(changed)
+                mean, variance = self._form(*self._moments(g.place))
+                without_bias_(wide[0], mean, self._damped(variance), self.q2[g.place])
+            if not ready:
+                for own, changed in zip(tensors, wide, strict=True):
+                    if changed is not own:
+                        own.copy_(changed)
 
-    def _scale(self, g: Gradients, mean: Tensor, variance: Tensor, inputs: Sequence[Tensor]) -> None:
-        q, i = self._settings.q, g.index
+    def _scale(self, g: Gradients, inputs: Sequence[Tensor]) -> None:
+        q, i = self._settings.q, g.place
         if q == "auto":
             diagonal = g.bias is None and self._settings.bias_free == "diagonal"
-            self.q2[i] = chosen_scale(g.layer, self._running.rows[i], mean, variance, diagonal=diagonal)
+            moments = self._moments(i) if diagonal else None
+            self.q2[i] = chosen_scale(g.layer, self._running.rows[i], moments)
         elif q != "measured":
             self.q2[i] = float(q) ** 2
         elif inputs:
             layer = g.layer if g.bias is not None else replace(g.layer, bias=None)
-            mean, variance = (mean, variance) if g.bias is not None else self._form(mean, variance)
+            mean, variance = self._moments(i) if g.bias is not None else self._form(*self._moments(i))
             self.q2[i] = self._measured[i](layer, inputs, mean, self._damped(variance))
 
     def _form(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,32 +114,26 @@ class Rule:
     def _inverses(self) -> list[Tensor]:
         """`1/(s2 q2)` of every layer, `(width,)`, in few operations on all of them side by side."""
         running, chosen = self._running, self._settings
-        assert running.values is not None
-        variances = torch.split(running.values[1], running.widths)
+        count = len(self._layers)
+        variances = [running.of(i)[1] for i in range(count)]
         if not chosen.eps2:
             return [(self._damped(v) * self.q2.get(i, 1.0)).reciprocal_() for i, v in enumerate(variances)]
-        q2 = tuple(self.q2.get(i, 1.0) for i in range(len(variances)))
-        like = running.values
-        if (
-            self._spread is None
-            or self._spread[0] != q2
-            or self._spread[2].dtype != like.dtype
-            or self._spread[2].device != like.device
-        ):
-            widths = torch.tensor(running.widths)
-            self._spread = (
-                q2,
-                torch.arange(len(q2)).repeat_interleave(widths).to(like.device),
-                torch.tensor(q2, dtype=torch.float64).repeat_interleave(widths).to(like),
-            )
+        every, q2 = running.variances, tuple([self.q2.get(i, 1.0) for i in range(count)])
+        flat = self._flat
+        if flat is None or flat.q2 != q2 or flat.out.dtype != every.dtype or flat.out.device != every.device:
+            flat = self._flat = _Flat.of(q2, running.widths, every)
         top = torch.stack([v.amax() for v in variances]).mul_(chosen.eps1).add_(chosen.eps2)
-        s2 = top.index_select(0, self._spread[1]).add_(like[1])
-        return list(torch.split(s2.mul_(self._spread[2]).reciprocal_(), running.widths))
+        torch.index_select(top, 0, flat.layer, out=flat.out)
+        flat.out.add_(every)
+        if flat.scaled:
+            flat.out.mul_(flat.factor)
+        flat.out.reciprocal_()
+        return flat.parts
 
     def _expanded(self, index: int, values: Tensor) -> Tensor:
         """Of channels over their patches: `(groups, m)`."""
         layer = self._layers[index]
-        if values.numel() == layer.groups * layer.features:
+        if self._running.widths[index] == layer.groups * layer.features:
             return values.view(layer.groups, layer.features)
         return expand_channels(layer, values)
 

@@ -51,13 +51,22 @@ class RunningMoments:
         self.rows = [0] * len(self.names)
         self.start = [1.0] * len(self.names)
         self.step = 0
+        self._views: tuple[Tensor, list[tuple[Tensor, Tensor]]] | None = None
         self._bad: tuple[Tensor, Tensor] | None = None
 
     def of(self, index: int) -> tuple[Tensor, Tensor]:
         """Mean and variance of a layer, views."""
         assert self.values is not None
-        part = self.values[:, self.slices[index]]
-        return part[0], part[1]
+        if self._views is None or self._views[0] is not self.values:
+            parts = [self.values[:, part] for part in self.slices]
+            self._views = self.values, [(part[0], part[1]) for part in parts]
+        return self._views[1][index]
+
+    @property
+    def variances(self) -> Tensor:
+        """Of all layers, side by side."""
+        assert self.values is not None
+        return self.values[1]
 
     def commit(self, found: Mapping[int, BatchMoments]) -> None:
         """Take in what the layers saw in a step, over all processes where training is distributed.
@@ -140,7 +149,8 @@ class RunningMoments:
     def _values_like(self, batch: Tensor) -> Tensor:
         if self.values is None:
             return torch.stack([torch.zeros_like(batch[0]), torch.ones_like(batch[1])])
-        return self.values.to(batch)
+        same = self.values.dtype == batch.dtype and self.values.device == batch.device
+        return self.values if same else self.values.to(batch)
 
     def _refuse(self, batch: Tensor, step: int) -> None:
         total = float(batch.sum())

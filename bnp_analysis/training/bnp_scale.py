@@ -13,12 +13,13 @@ from bnp_analysis.network.layers import Layer, rows
 _POWER_STEPS = 5
 
 
-def chosen_scale(layer: Layer, count: int, mean: Tensor, variance: Tensor, *, diagonal: bool) -> float:
-    """`max(m/R, 1)`; for the diagonal form without a bias plus `sum_j mu_j^2/rms_j^2`, the largest of the groups."""
+def chosen_scale(layer: Layer, count: int, diagonal: tuple[Tensor, Tensor] | None) -> float:
+    """`max(m/R, 1)`; for the diagonal form without a bias, given its moments, plus `max sum_j mu_j^2/rms_j^2`."""
     square = max(layer.features / count, 1.0)
-    if diagonal:
-        second = variance + mean.square()
-        survives = torch.where(second > 0, mean.square() / second, torch.zeros_like(second))
+    if diagonal is not None:
+        first = diagonal[0].square()
+        second = diagonal[1] + first
+        survives = torch.where(second > 0, first / second, torch.zeros_like(second))
         square += float(survives.sum(dim=1).max())
     return square
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -70,8 +69,7 @@ def without_start(rho: float, start: float) -> float:
     return rho * (1 - start) / (1 - rho * start) if start < 1 else 0.0
 
 
-@dataclass(frozen=True)
-class BatchMoments:
+class BatchMoments(NamedTuple):
     """Mean and biased variance of what a layer saw.
 
     Attributes:
@@ -107,8 +105,8 @@ def batch_moments(layer: Layer, h: Tensor, kind: str) -> BatchMoments | None:
     if h.numel() == 0:
         return None
     h = h.detach()
-    wide = torch.float64 if torch.float64 in (h.dtype, layer.module.weight.dtype) else torch.float32
-    h = h if h.dtype == wide else h.to(wide)
+    if h.dtype != torch.float32 and h.dtype != torch.float64:  # noqa: PLR1714 - a set is slower
+        h = h.float()
     patches = not isinstance(layer.module, torch.nn.Linear)
     if not patches or kind == "patch":
         table = h if h.ndim == 2 and not patches else rows(layer, h).flatten(1)
@@ -122,7 +120,8 @@ def batch_moments(layer: Layer, h: Tensor, kind: str) -> BatchMoments | None:
 def _table_moments(table: Tensor) -> tuple[Tensor, Tensor]:
     """Per column of `(R, d)`; the kernels differ by a factor of ten and more on CPU, see `benchmarks/bnp_step.py`."""
     if table.shape[0] == 1:
-        return table[0].clone(), torch.zeros_like(table[0])
+        row = table.view(-1).clone() if table.is_contiguous() else table[0].clone()
+        return row, torch.zeros_like(row)
     if table.is_cuda:
         variance, mean = torch.var_mean(table, dim=0, correction=0)
         return mean, variance
