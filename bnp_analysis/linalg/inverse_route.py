@@ -86,10 +86,10 @@ def inverse_lanczos(
     the relative perturbation `2 rho sqrt(k)` to the second. Where an inner solve does not converge, what Lanczos alone
     allows is returned with the reason.
     """
-    if not null.declared:
+    if not null.complete:
         raise InvalidInputError(
-            "inverse-lanczos inverts the operator, so its whole null space must be declared: "
-            "null=null_directions(risk), or a tensor (n, 0) for a nonsingular operator"
+            "inverse-lanczos inverts the operator, so its whole null space must be declared, by a tensor: (n, 0) for a "
+            "nonsingular operator, null_directions(risk).basis where you know that nothing is missing"
         )
     B, basis, noise, checks = conditioned(A, P, null, seed)
     dim = A.dim - null.dim

@@ -30,6 +30,7 @@ from bnp_analysis.linalg import (
 from bnp_analysis.linalg import memory as memory_module
 from bnp_analysis.linalg import routes as routes_function
 from bnp_analysis.linalg.inertia import confirm_ends, count_below
+from bnp_analysis.linalg.null import SomeNullDirections
 from bnp_analysis.testing import KINDS, random_orthogonal, spectrum, symmetric_with_spectrum
 
 FACTORED = ("factor-svd", "golub-kahan")
@@ -120,6 +121,8 @@ def test_inverse_lanczos_says_what_it_needs(generator: torch.Generator) -> None:
     p = symmetric_with_spectrum(spectrum("log", 40, 1e3, rank=36), generator)
     with pytest.raises(InvalidInputError, match="whole null space must be declared"):
         condition_number(p.operator, method="inverse-lanczos")
+    with pytest.raises(InvalidInputError, match="whole null space must be declared"):
+        condition_number(p.operator, null=SomeNullDirections(p.null), method="inverse-lanczos")
     wrong = condition_number(p.operator, null=p.null[:, 1:], method="inverse-lanczos")
     assert not wrong.two_sided
     assert "inverse-lanczos refused" in wrong.note
