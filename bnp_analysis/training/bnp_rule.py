@@ -65,13 +65,16 @@ class Rule:
         self._settings, self._layers, self._running = settings, layers, running
         self._measured = [MeasuredScale() for _ in layers]
         self.q2: dict[int, float] = {}
+        sizes = [layer.groups * layer.features for layer in layers]
+        self._channelwise = [width != size for width, size in zip(running.widths, sizes, strict=True)]
         self._flat: _Flat | None = None
+        self._views: tuple[Tensor | None, list[Tensor]] | None = None
 
     def apply(self, found: Sequence[Gradients], inputs: Mapping[int, Sequence[Tensor]]) -> None:
         """Precondition the gradients; `inputs` are those of the step where `q` is measured."""
         for g in found:
             self._scale(g, inputs.get(g.place, ()))
-        inverses = self._inverses()
+        means, inverses = self._means(), self._inverses()
         for g in found:
             mean, variance = self._running.of(g.place)
             tensors = (g.weight,) if g.bias is None else (g.weight, g.bias)
@@ -79,8 +82,7 @@ class Rule:
             ready = all(t.dtype == mean.dtype and t.is_contiguous() for t in tensors)
             wide = tensors if ready else tuple(t.to(mean.dtype).contiguous() for t in tensors)
             if len(wide) == 2:
-                mean, inverse = self._expanded(g.place, mean), self._expanded(g.place, inverses[g.place])
-                with_bias_(wide[0], wide[1], mean, inverse, self.q2[g.place])
+                with_bias_(wide[0], wide[1], means[g.place], inverses[g.place], self.q2[g.place])
             else:
                 mean, variance = self._form(*self._moments(g.place))
                 without_bias_(wide[0], mean, self._damped(variance), self.q2[g.place])
@@ -112,30 +114,45 @@ class Rule:
         return damped_variance(variance, self._settings.eps1, self._settings.eps2)
 
     def _inverses(self) -> list[Tensor]:
-        """`1/(s2 q2)` of every layer, `(width,)`, in few operations on all of them side by side."""
+        """`1/(s2 q2)` of every layer, `(groups, m)`, in few operations on all of them side by side."""
         running, chosen = self._running, self._settings
         count = len(self._layers)
         variances = [running.of(i)[1] for i in range(count)]
         if not chosen.eps2:
-            return [(self._damped(v) * self.q2.get(i, 1.0)).reciprocal_() for i, v in enumerate(variances)]
+            scaled = [self._damped(v) * self.q2.get(i, 1.0) for i, v in enumerate(variances)]
+            return [self._expanded(i, s2.reciprocal_()) for i, s2 in enumerate(scaled)]
         every, q2 = running.variances, tuple([self.q2.get(i, 1.0) for i in range(count)])
         flat = self._flat
         if flat is None or flat.q2 != q2 or flat.out.dtype != every.dtype or flat.out.device != every.device:
             flat = self._flat = _Flat.of(q2, running.widths, every)
+            flat.parts[:] = [
+                part if self._channelwise[i] else self._expanded(i, part) for i, part in enumerate(flat.parts)
+            ]
         top = torch.stack([v.amax() for v in variances]).mul_(chosen.eps1).add_(chosen.eps2)
         torch.index_select(top, 0, flat.layer, out=flat.out)
         flat.out.add_(every)
         if flat.scaled:
             flat.out.mul_(flat.factor)
         flat.out.reciprocal_()
-        return flat.parts
+        return [self._expanded(i, part) if self._channelwise[i] else part for i, part in enumerate(flat.parts)]
 
-    def _expanded(self, index: int, values: Tensor) -> Tensor:
+    def _means(self) -> list[Tensor]:
+        """`mu` of every layer, `(groups, m)`; views, made once where the statistics are updated in place."""
+        running = self._running
+        if self._views is None or self._views[0] is not running.values:
+            raw = [running.of(i)[0] for i in range(len(self._layers))]
+            self._views = (
+                running.values,
+                [m if self._channelwise[i] else self._expanded(i, m) for i, m in enumerate(raw)],
+            )
+        return [self._expanded(i, mean) if self._channelwise[i] else mean for i, mean in enumerate(self._views[1])]
+
+    def _expanded(self, place: int, values: Tensor) -> Tensor:
         """Of channels over their patches: `(groups, m)`."""
-        layer = self._layers[index]
-        if self._running.widths[index] == layer.groups * layer.features:
-            return values.view(layer.groups, layer.features)
-        return expand_channels(layer, values)
+        layer = self._layers[place]
+        if self._channelwise[place]:
+            return expand_channels(layer, values)
+        return values.view(layer.groups, layer.features)
 
     def preconditioner(
         self, space: ParameterSpace, covered: Collection[str], uncovered: Mapping[str, str]
