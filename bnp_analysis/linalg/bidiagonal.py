@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Bidiagonalization:
             column would make spurious tiny singular values.
         left, right: `U` `(m, k)`, `V` `(n, l)`.
         residual: `|F^T u_k - V B^T e_k|`, the coupling to what was not searched.
+        dropped: what was below the noise and set to zero, in all: no singular value moved further by it.
         products: pairs of products with `F` and `F^T`.
         noise: values below it are rounding.
         clean: leading columns of `V` that, together, hold at most 1 % of an undeclared null space.
@@ -42,6 +43,7 @@ class Bidiagonalization:
     left: Tensor
     right: Tensor
     residual: float
+    dropped: float
     products: int
     noise: float
     clean: int
@@ -57,6 +59,7 @@ def golub_kahan(
     steps: int,
     *,
     null: Tensor | None = None,
+    magnitude: float = 0.0,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     progress: Progress = False,
@@ -67,8 +70,10 @@ def golub_kahan(
         F: `(m, n)`; products in its dtype, vectors in float64.
         steps: largest number of columns of `V`.
         null: orthonormal `(n, r)` kept out of `V` by reorthogonalization.
+        magnitude: what the rounding of a product is relative to, where that is more than `|F|`: `|F| |P|` for `F P`.
         seed: of random vectors.
         checkpoint: a file written every 50 columns, at the end and on Ctrl-C, and resumed from when it exists.
+            One product then checks that it belongs to this `F`.
         progress: True draws a bar, a callable gets `(done, total)`.
 
     Returns:
@@ -91,8 +96,7 @@ def golub_kahan(
     limit = min(int(steps), F.shape[1] - rank)
     if limit < 1 or F.shape[0] < 1:
         raise InvalidInputError(f"nothing to bidiagonalize: F is {F.shape}, steps={steps}, null directions={rank}")
-    require_memory(8 * (limit + 1) * sum(F.shape), f"Golub-Kahan bases of {limit} vectors for a {F.shape} factor")
-    run = _Run(F, limit, null, seed)
+    run = _Run(F, limit, null, seed, magnitude)
     key = f"golub-kahan of {F.shape[0]}x{F.shape[1]} in {F.dtype}, {rank} null directions, seed {seed}"
     if checkpoint is not None and Path(checkpoint).exists():
         run.restore(load_state(checkpoint, key))
@@ -118,73 +122,100 @@ def golub_kahan(
     return run.result(stop)
 
 
-class _Run:
-    """The state of a bidiagonalization; consistent after every step, so that an interrupt loses at most that step."""
+@dataclass(frozen=True)
+class _Mark:
+    """Where a run stands; replaced as a whole after a step, so that an interrupt loses that step and nothing else."""
 
-    def __init__(self, F: LinearOperator, limit: int, null: Tensor | None, seed: int) -> None:
-        m, n = F.shape
-        self.F, self.g, self.limit = F, generator(seed), limit
+    columns: int
+    rows: int
+    halves: int
+    scale: float
+    dropped: float
+    w: Tensor
+    random: Tensor
+
+
+class _Run:
+    """The state of a bidiagonalization; basis vectors beyond its mark are scratch."""
+
+    def __init__(self, F: LinearOperator, limit: int, null: Tensor | None, seed: int, magnitude: float) -> None:
+        self.F, self.g, self.limit, self.magnitude = F, generator(seed), limit, magnitude
         self.null = None if null is None else null.double()
         # Rows are basis vectors: contiguous for the products of a reorthogonalization.
-        self.V = torch.zeros(limit, n, dtype=torch.float64, device=F.device)
-        self.U = torch.zeros(min(limit, m), m, dtype=torch.float64, device=F.device)
-        self.B: Floats = np.zeros((min(limit, m), limit))
-        self.rows, self.columns, self.halves = 0, 0, 0
-        self.scale = 0.0
+        self.V = torch.zeros(0, F.shape[1], dtype=torch.float64, device=F.device)
+        self.U = torch.zeros(0, F.shape[0], dtype=torch.float64, device=F.device)
+        self.B: Floats = np.zeros((0, 0))
         # Bounds of the part of each right vector that rounding has put into an undeclared null space.
-        self.leaks: list[float] = []
-        self.w = torch.zeros(n, dtype=torch.float64, device=F.device)
+        self.leaks: Floats = np.zeros(0)
+        w = torch.zeros(F.shape[1], dtype=torch.float64, device=F.device)
+        self.mark = _Mark(0, 0, 0, magnitude, 0.0, w, self.g.get_state())
+        self.make_room(min(limit, F.rank_bound + 2))
+
+    def make_room(self, columns: int) -> None:
+        """Bases for so many columns; more than the structural rank bound are needed only where rounding adds some."""
+        m, n = self.F.shape
+        require_memory(8 * (columns + 1) * (m + n), f"Golub-Kahan bases of {columns} vectors for a {m} x {n} factor")
+        V, U, B, leaks = self.V, self.U, self.B, self.leaks
+        self.V = torch.cat([V, V.new_zeros(columns - len(V), n)])
+        self.U = torch.cat([U, U.new_zeros(min(columns, m) - len(U), m)])
+        self.B = np.pad(B, ((0, len(self.U) - len(U)), (0, columns - len(V))))
+        self.leaks = np.pad(leaks, (0, columns - len(V)))
 
     def begin(self) -> None:
         """`F^T g`: in the row space, where no null vector is."""
-        self.w = self._from_row_space()
-        self.scale = float(self.w.norm())
+        w, halves = self._from_row_space(0)
+        scale = max(self.magnitude, float(w.norm()))
+        self.mark = replace(self.mark, w=w, halves=halves, scale=scale, random=self.g.get_state())
 
-    def _from_row_space(self) -> Tensor:
-        return self._against(self._times(self.F.T, self._random(self.F.shape[0])), self.V[: self.columns], self.null)
+    def _from_row_space(self, halves: int) -> tuple[Tensor, int]:
+        w = self._times(self.F.T, self._random(self.F.shape[0]), halves)
+        return self._against(w, self.V[: self.mark.columns], self.null), halves + 1
 
     @property
-    def products(self) -> int:
-        """Pairs of products, rounded up."""
-        return (self.halves + 1) // 2
+    def columns(self) -> int:
+        return self.mark.columns
 
     @property
     def noise(self) -> float:
         unit = float(torch.finfo(self.F.dtype).eps)
-        return 10 * unit * math.sqrt(max(self.F.shape)) * self.scale
+        return 10 * unit * math.sqrt(max(self.F.shape)) * self.mark.scale
 
     def advance(self) -> bool:
         """One column of `V`, and one of `U` unless `F v` lies in its span; False when nothing is left to find."""
-        w = self.w
-        if float(w.norm()) <= self.noise:
+        at, noise = self.mark, self.noise
+        self.g.set_state(at.random)
+        if at.columns == len(self.V):
+            self.make_room(min(self.limit, 2 * at.columns))
+        w, halves, dropped = at.w, at.halves, at.dropped
+        if float(w.norm()) <= noise:
             # An invariant space: a repeated value needs another start.
-            w = self._from_row_space()
-            if float(w.norm()) <= self.noise:
+            dropped += float(w.norm()) ** 2
+            w, halves = self._from_row_space(halves)
+            if float(w.norm()) <= noise:
                 # F^T of a random vector lies in the space: but for chance, so does the whole row space.
+                self.mark = replace(at, halves=halves, dropped=dropped, w=torch.zeros_like(w))
                 return False
         # Once more: what is left of a small vector is less orthogonal than it was.
-        v = self._against(w / w.norm(), self.V[: self.columns], self.null)
+        v = self._against(w / w.norm(), self.V[: at.columns], self.null)
         v = v / v.norm()
         # F^T u has only its rounding there; subtracting alpha v and dividing by beta enlarge what v had.
-        before = self.B[self.rows - 1, self.columns - 1] * self.leaks[-1] if self.leaks and self.rows else 0.0
-        leak = (self.noise / 10 + before) / float(w.norm())
-        image = self._times(self.F, v)
-        k = self.rows
-        coefficients = self.U[:k] @ image
+        before = float(self.B[at.rows - 1, at.columns - 1] * self.leaks[at.columns - 1]) if at.rows else 0.0
+        leak = min(1.0, (noise / 10 + before) / float(w.norm()))
+        k, image = at.rows, self._times(self.F, v, halves)
         u = self._against(image, self.U[:k], None)
-        a = float(u.norm())
-        self.scale = max(self.scale, float(image.norm()))
-        self.V[self.columns] = v
-        self.leaks.append(leak)
-        self.B[:k, self.columns] = coefficients.cpu().numpy()
-        following = torch.zeros_like(self.w)
-        if a > self.noise and k < self.U.shape[0]:
+        a, halves = float(u.norm()), halves + 1
+        self.V[at.columns], self.leaks[at.columns] = v, leak
+        self.B[:k, at.columns] = (self.U[:k] @ image).cpu().numpy()
+        following = torch.zeros_like(w)
+        if a > noise and k < len(self.U):
             self.U[k] = u / a
-            self.B[k, self.columns] = a
-            following = self._against(self._times(self.F.T, self.U[k]), self.V[: self.columns + 1], self.null)
-            self.rows = k + 1
-        self.columns += 1
-        self.w = following
+            self.B[k, at.columns] = a
+            following = self._times(self.F.T, self.U[k], halves)
+            following, halves, k = self._against(following, self.V[: at.columns + 1], self.null), halves + 1, k + 1
+        else:
+            dropped += a**2
+        scale = max(at.scale, float(image.norm()))
+        self.mark = _Mark(at.columns + 1, k, halves, scale, dropped, following, self.g.get_state())
         return True
 
     def _random(self, n: int) -> Tensor:
@@ -192,11 +223,10 @@ class _Run:
         unit: Tensor = g / g.norm()
         return unit
 
-    def _times(self, F: LinearOperator, v: Tensor) -> Tensor:
+    def _times(self, F: LinearOperator, v: Tensor, halves: int) -> Tensor:
         out = (F @ v.to(F.dtype)).double()
-        self.halves += 1
         if not bool(torch.isfinite(out).all()):
-            raise NonFiniteError(f"product {self.products + 1} with {F!r} has NaN or infinite entries")
+            raise NonFiniteError(f"product {halves // 2 + 1} with {F!r} has NaN or infinite entries")
         return out
 
     def _against(self, w: Tensor, basis: Tensor, null: Tensor | None) -> Tensor:
@@ -207,41 +237,52 @@ class _Run:
         return w
 
     def state(self) -> dict[str, Any]:
-        return {
-            "V": self.V[: self.columns].cpu(),
-            "U": self.U[: self.rows].cpu(),
-            "B": torch.from_numpy(self.B[: self.rows, : self.columns].copy()),
-            "w": self.w.cpu(),
-            "halves": self.halves,
-            "leaks": [float(leak) for leak in self.leaks],
-            "scale": float(self.scale),
-            "generator": self.g.get_state(),
-        }
+        at = self.mark
+        bases = {"V": self.V[: at.columns].cpu(), "U": self.U[: at.rows].cpu()}
+        arrays = {"B": self.B[: at.rows, : at.columns], "leaks": self.leaks[: at.columns]}
+        numbers = {name: getattr(at, name) for name in ("halves", "scale", "dropped")}
+        copies = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+        return bases | copies | numbers | {"w": at.w.cpu(), "random": at.random}
 
     def restore(self, state: dict[str, Any]) -> None:
-        columns, rows = state["V"].shape[0], state["U"].shape[0]
+        columns, rows = len(state["V"]), len(state["U"])
         if columns > self.limit:
             raise InvalidInputError(f"the saved run has {columns} columns, steps= allows {self.limit}; allow more")
-        self.columns, self.rows, self.halves, self.scale = columns, rows, state["halves"], state["scale"]
+        if columns > len(self.V):
+            self.make_room(columns)
         self.V[:columns], self.U[:rows] = state["V"].to(self.V), state["U"].to(self.U)
-        self.B[:rows, :columns] = state["B"].numpy()
-        self.w, self.leaks = state["w"].to(self.w), list(state["leaks"])
-        self.g.set_state(state["generator"])
-        # The name of a run says its size and seed; one product says whether it was this matrix.
-        expected = torch.from_numpy(self.B[:rows, 0]).to(self.U) @ self.U[:rows]
-        if columns and float((self._times(self.F, self.V[0]) - expected).norm()) > 100 * self.noise:
+        self.B[:rows, :columns], self.leaks[:columns] = state["B"].numpy(), state["leaks"].numpy()
+        numbers = (state["halves"], state["scale"], state["dropped"])
+        self.mark = _Mark(columns, rows, *numbers, state["w"].to(self.V), state["random"])
+        if columns:
+            self._require_same()
+
+    def _require_same(self) -> None:
+        """One product: the last column of `F V = U B` tells another matrix, other null directions lie in `V`."""
+        at = self.mark
+        v, b = self.V[at.columns - 1], torch.from_numpy(self.B[: at.rows, at.columns - 1]).to(self.V)
+        gap = float((self._times(self.F, v, at.halves) - b @ self.U[: at.rows]).norm())
+        inside = 0.0 if self.null is None else float((self.V[: at.columns] @ self.null).norm())
+        self.mark = replace(at, halves=at.halves + 1)
+        if gap > 10 * self.noise or inside > 1e-8:
             raise InvalidInputError(
-                "the saved run belongs to another matrix of the same size; delete the file, or give another checkpoint="
+                f"the saved run is of another matrix or another null space: F v misses by {gap:.2g}, rounding explains "
+                f"{10 * self.noise:.2g}. Resuming would mix the two; delete the file, or give another checkpoint="
             )
 
     def result(self, stop: str) -> Bidiagonalization:
+        at = self.mark
+        whole = at.columns == self.F.shape[1] - (0 if self.null is None else self.null.shape[1])
+        # What is left at breakdown was set to zero as well, unless V is all that there is.
+        last = 0.0 if whole or stop != "exhausted" else float(at.w.norm()) ** 2
         return Bidiagonalization(
-            matrix=self.B[: self.rows, : self.columns].copy(),
-            left=self.U[: self.rows].T,
-            right=self.V[: self.columns].T,
-            residual=0.0 if stop == "exhausted" else float(self.w.norm()),
-            products=self.products,
+            matrix=self.B[: at.rows, : at.columns].copy(),
+            left=self.U[: at.rows].T,
+            right=self.V[: at.columns].T,
+            residual=0.0 if stop == "exhausted" else float(at.w.norm()),
+            dropped=math.sqrt(at.dropped + last),
+            products=(at.halves + 1) // 2,
             noise=self.noise,
-            clean=max(1, int((np.sqrt(np.cumsum(np.square(self.leaks))) <= _CONTAMINATION).sum())),
+            clean=max(1, int((np.sqrt(np.cumsum(self.leaks[: at.columns] ** 2)) <= _CONTAMINATION).sum())),
             stop=stop,
         )

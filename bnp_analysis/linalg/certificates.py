@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg.derived import Shifted, WithMultipleOfIdentity
+from bnp_analysis.linalg.derived import Derived, GramOperator
 from bnp_analysis.linalg.lanczos import Floats
 from bnp_analysis.linalg.matrices import RowScaled
 from bnp_analysis.linalg.operators import LinearOperator, Product
@@ -49,16 +49,23 @@ def dense_with_magnitude(operator: LinearOperator) -> tuple[Tensor, Tensor | Non
         magnitude = dense.abs() if magnitude is None else magnitude
         P, absolute = operator.preconditioner, operator.preconditioner.absolute()
         return _right(_right(dense, P).T, P).T, _right(_right(magnitude, absolute).T, absolute).T
-    if isinstance(operator, Shifted):
-        dense, magnitude = dense_with_magnitude(operator.operator)
-        identity = torch.eye(operator.dim, dtype=dense.dtype, device=dense.device)
-        wider = None if magnitude is None else magnitude + operator.delta * identity
-        return dense + operator.delta * identity, wider
-    if isinstance(operator, WithMultipleOfIdentity):
-        dense, magnitude = dense_with_magnitude(operator.factor)
-        multiple = operator.c * torch.eye(operator.shape[1], dtype=dense.dtype, device=dense.device)
-        return torch.cat([dense, multiple]), None if magnitude is None else torch.cat([magnitude, multiple])
+    if isinstance(operator, Derived) and amplified(operator):
+        dense, magnitude = dense_with_magnitude(operator.inner)
+        return operator.of(dense), operator.of(dense.abs() if magnitude is None else magnitude)
+    if isinstance(operator, GramOperator) and amplified(operator):
+        rows, magnitude = dense_with_magnitude(operator.factor)
+        magnitude = rows.abs() if magnitude is None else magnitude
+        return rows.T @ rows, magnitude.T @ magnitude
     return operator.to_dense(), None
+
+
+def amplified(operator: object) -> bool:
+    """Whether a product rounds relative to more than the operator's own norm: it multiplies operators (T13)."""
+    if isinstance(operator, Derived):
+        return amplified(operator.inner)
+    if isinstance(operator, GramOperator):
+        return amplified(operator.factor)
+    return isinstance(operator, Product | Congruence)
 
 
 def _right(matrix: Tensor, P: LinearOperator) -> Tensor:

@@ -24,7 +24,7 @@ from bnp_analysis.linalg.number import MAGNITUDE, SINGULAR, ConditionNumber
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner, check_fits, congruence
 from bnp_analysis.linalg.progress import Progress
-from bnp_analysis.linalg.routes import METHODS, choose_route, next_route
+from bnp_analysis.linalg.routes import LANCZOS_STEPS, METHODS, choose_route, next_route
 
 
 def singular_condition_number(F: LinearOperator, null: Tensor | None = None) -> ConditionNumber:
@@ -115,7 +115,7 @@ def condition_number(
         "failure_probability": failure_probability,
         "preconditioned": preconditioner is not None,
     }
-    krylov = 100 if steps is None else steps
+    krylov = LANCZOS_STEPS if steps is None else steps
 
     def solve(route: str) -> Extremes:
         declared, P = read_null(null, A), preconditioner
@@ -140,7 +140,7 @@ def regularized_condition_number(
     *,
     preconditioner: Preconditioner | None = None,
     method: str = "auto",
-    steps: int = 100,
+    steps: int | None = None,
     failure_probability: float = 1e-3,
     seed: int = 0,
     progress: Progress = False,
@@ -179,16 +179,16 @@ def regularized_condition_number(
         seed=seed,
         progress=progress,
     )
-    if not found.two_sided and found.method == "lanczos" and found.stop != "interrupted":
+    if found.method == "lanczos" and found.lambda_min < delta - found.noise_floor:
+        found = dataclasses.replace(found, note=f"A is indefinite, delta bounds nothing; {found.note}".rstrip("; "))
+    elif not found.two_sided and found.method == "lanczos" and found.stop != "interrupted":
         # Both sides of the top end; the bottom end is at least delta because A is semidefinite.
-        high, _ = kuczynski_wozniakowski(found.lambda_max, 0.0, steps, B.dim, failure_probability)
+        taken = LANCZOS_STEPS if steps is None else steps
+        high, _ = kuczynski_wozniakowski(found.lambda_max, 0.0, taken, B.dim, failure_probability)
         upper = (high + found.noise_floor) / delta
+        sure = math.isfinite(upper)
         found = dataclasses.replace(
-            found,
-            upper=upper,
-            two_sided=math.isfinite(upper),
-            note="" if math.isfinite(upper) else found.note,
-            failure_probability=failure_probability,
+            found, upper=upper, two_sided=sure, note="" if sure else found.note, failure_probability=failure_probability
         )
     name = "P^T A P" if preconditioner is not None else "A"
     return dataclasses.replace(found, quantity=f"kappa({name} + {delta:g} I)")

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, describe
+
+
+class Derived(ABC):
+    """What is made of the entries of one other operator: its rounding is what that operator rounds (T13)."""
+
+    added: float = 0.0
+
+    @property
+    @abstractmethod
+    def inner(self) -> LinearOperator:
+        """The other operator."""
+
+    @abstractmethod
+    def of(self, matrix: Tensor) -> Tensor:
+        """The same made of a matrix: `to_dense()` where that is `inner.to_dense()`."""
 
 
 class GramOperator(SymmetricOperator):
@@ -33,7 +50,7 @@ class GramOperator(SymmetricOperator):
         return self._factor._rmatmat(self._factor._matmat(x))
 
 
-class Shifted(SymmetricOperator):
+class Shifted(SymmetricOperator, Derived):
     """`A + delta I`.
 
     Example:
@@ -46,47 +63,61 @@ class Shifted(SymmetricOperator):
 
     def __init__(self, operator: SymmetricOperator, delta: float) -> None:
         super().__init__(operator.dim, operator.dtype, operator.device)
-        self.operator, self.delta = operator, float(delta)
+        self._operator, self._delta = operator, float(delta)
+        self.added = abs(self._delta)
+
+    @property
+    def inner(self) -> SymmetricOperator:
+        return self._operator
+
+    def of(self, matrix: Tensor) -> Tensor:
+        return matrix + self._delta * torch.eye(self.dim, dtype=self.dtype, device=self.device)
 
     @property
     def factor(self) -> LinearOperator | None:
-        inner = self.operator.factor
-        return None if inner is None or self.delta < 0 else WithMultipleOfIdentity(inner, self.delta**0.5)
+        inner = self._operator.factor
+        return None if inner is None or self._delta < 0 else WithMultipleOfIdentity(inner, self._delta**0.5)
 
     @property
     def dense_cost(self) -> int:
-        return self.operator.dense_cost
+        return self._operator.dense_cost
 
     def _matmat(self, x: Tensor) -> Tensor:
-        return self.operator._matmat(x) + self.delta * x
+        return self._operator._matmat(x) + self._delta * x
 
     def to_dense(self) -> Tensor:
-        return self.operator.to_dense() + self.delta * torch.eye(self.dim, dtype=self.dtype, device=self.device)
+        return self.of(self._operator.to_dense())
 
 
-class WithMultipleOfIdentity(LinearOperator):
+class WithMultipleOfIdentity(LinearOperator, Derived):
     """`[F; c I]`, the factor of `F^T F + c^2 I`."""
 
     def __init__(self, factor: LinearOperator, c: float) -> None:
         super().__init__((factor.shape[0] + factor.shape[1], factor.shape[1]), factor.dtype, factor.device)
-        self.factor, self.c = factor, c
+        self._factor, self._c, self.added = factor, c, c
+
+    @property
+    def inner(self) -> LinearOperator:
+        return self._factor
+
+    def of(self, matrix: Tensor) -> Tensor:
+        return torch.cat([matrix, self._c * torch.eye(self.shape[1], dtype=self.dtype, device=self.device)])
 
     @property
     def dense_cost(self) -> int:
-        return self.factor.dense_cost
+        return self._factor.dense_cost
 
     def _matmat(self, x: Tensor) -> Tensor:
-        return torch.cat([self.factor._matmat(x), self.c * x])
+        return torch.cat([self._factor._matmat(x), self._c * x])
 
     def _rmatmat(self, y: Tensor) -> Tensor:
-        return self.factor._rmatmat(y[: self.factor.shape[0]]) + self.c * y[self.factor.shape[0] :]
+        return self._factor._rmatmat(y[: self._factor.shape[0]]) + self._c * y[self._factor.shape[0] :]
 
     def to_dense(self) -> Tensor:
-        identity = torch.eye(self.shape[1], dtype=self.dtype, device=self.device)
-        return torch.cat([self.factor.to_dense(), self.c * identity])
+        return self.of(self._factor.to_dense())
 
 
-class Restriction(SymmetricOperator):
+class Restriction(SymmetricOperator, Derived):
     """The principal submatrix `A[indices, indices]`, for instance one unit inside its layer."""
 
     def __init__(self, operator: SymmetricOperator, indices: Tensor) -> None:
@@ -94,6 +125,13 @@ class Restriction(SymmetricOperator):
         super().__init__(indices.numel(), operator.dtype, operator.device)
         self._operator = operator
         self._indices = indices.to(operator.device)
+
+    @property
+    def inner(self) -> SymmetricOperator:
+        return self._operator
+
+    def of(self, matrix: Tensor) -> Tensor:
+        return matrix[self._indices][:, self._indices]
 
     @property
     def factor(self) -> LinearOperator | None:
@@ -106,7 +144,7 @@ class Restriction(SymmetricOperator):
         return self._operator._matmat(full)[self._indices]
 
 
-class ColumnSubset(LinearOperator):
+class ColumnSubset(LinearOperator, Derived):
     """The columns `F[:, indices]` of an operator."""
 
     def __init__(self, operator: LinearOperator, indices: Tensor) -> None:
@@ -114,6 +152,13 @@ class ColumnSubset(LinearOperator):
         super().__init__((operator.shape[0], indices.numel()), operator.dtype, operator.device)
         self._operator = operator
         self._indices = indices.to(operator.device)
+
+    @property
+    def inner(self) -> LinearOperator:
+        return self._operator
+
+    def of(self, matrix: Tensor) -> Tensor:
+        return matrix[:, self._indices]
 
     @property
     def rank_bound(self) -> int:
@@ -132,7 +177,7 @@ class ColumnSubset(LinearOperator):
         return self._operator._rmatmat(y)[self._indices]
 
     def to_dense(self) -> Tensor:
-        return self._operator.to_dense()[:, self._indices]
+        return self.of(self._operator.to_dense())
 
 
 def check_positions(indices: Tensor, n: int) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
-from bnp_analysis.linalg.derived import GramOperator, Shifted, WithMultipleOfIdentity
+from bnp_analysis.linalg.certificates import amplified
+from bnp_analysis.linalg.derived import Derived, GramOperator
 from bnp_analysis.linalg.lanczos import lanczos
 from bnp_analysis.linalg.null import NORM_STEPS, DeclaredNull, HasBasis, read_null, require_null
 from bnp_analysis.linalg.operators import LinearOperator, Product, SymmetricOperator
@@ -57,8 +58,10 @@ def rounding_norm(A: SymmetricOperator, seed: int = 0) -> float:
     """What the rounding of a product with `A` is relative to: `|A|`, for `P^T A P` it is `|P|^2 |A|` (T13)."""
     if isinstance(A, Congruence):
         return rounding_norm(A.operator, seed) * factor_rounding_norm(A.preconditioner, seed) ** 2
-    if isinstance(A, Shifted):
-        return rounding_norm(A.operator, seed) + abs(A.delta)
+    if isinstance(A, GramOperator) and amplified(A):
+        return factor_rounding_norm(A.factor, seed) ** 2
+    if isinstance(A, Derived) and isinstance(A.inner, SymmetricOperator) and amplified(A):
+        return rounding_norm(A.inner, seed) + A.added
     return norm_estimate(A, seed)
 
 
@@ -66,8 +69,8 @@ def factor_rounding_norm(F: LinearOperator, seed: int = 0) -> float:
     """The same for a factor: `|F|`, for `F P` it is `|F| |P|`."""
     if isinstance(F, Product):
         return factor_rounding_norm(F.left, seed) * factor_rounding_norm(F.right, seed)
-    if isinstance(F, WithMultipleOfIdentity):
-        return math.hypot(factor_rounding_norm(F.factor, seed), F.c)
+    if isinstance(F, Derived) and amplified(F):
+        return math.hypot(factor_rounding_norm(F.inner, seed), F.added)
     return math.sqrt(norm_estimate(GramOperator(F), seed))
 
 
@@ -91,12 +94,13 @@ def measured(
 
 def require_symmetric(A: SymmetricOperator, seed: int) -> None:
     """Two random vectors: `u.Av = v.Au` up to rounding; a congruence or shift is as symmetric as what is inside."""
-    while isinstance(A, (Congruence, Shifted)):
-        A = A.operator
+    A = _innermost(A)
     like = torch.empty(0, dtype=A.dtype, device=A.device)
     pair = normal((A.dim, 2), generator(seed), like)
     image = A @ pair
     require_finite(image, "a product")
+    if isinstance(A, GramOperator):
+        return
     u, v, Au, Av = (x.double() for x in (pair[:, 0], pair[:, 1], image[:, 0], image[:, 1]))
     gap, size = abs(float(u @ Av) - float(v @ Au)), float(u.norm() * Av.norm() + v.norm() * Au.norm())
     # Random vectors meet rounding errors at random: the gap does not grow with n.
@@ -105,6 +109,14 @@ def require_symmetric(A: SymmetricOperator, seed: int) -> None:
             f"{A!r} is not symmetric: u.Av and v.Au differ by {gap / size:.2g} relative, for random u, v. Lanczos "
             "would report eigenvalues of no matrix at all; check the function that computes the products"
         )
+
+
+def _innermost(A: SymmetricOperator) -> SymmetricOperator:
+    if isinstance(A, Congruence):
+        return _innermost(A.operator)
+    if isinstance(A, Derived) and isinstance(A.inner, SymmetricOperator):
+        return _innermost(A.inner)
+    return A
 
 
 def require_finite(x: Tensor, what: str) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.bidiagonal import golub_kahan
+from bnp_analysis.linalg.certificates import amplified
 from bnp_analysis.linalg.extremes import Extremes, factor_rounding_norm, unexplained, zero_matrix
 from bnp_analysis.linalg.null import NORM_STEPS, DeclaredNull, require_null
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
@@ -38,13 +39,12 @@ def golub_kahan_ends(
             f"{A!r} has no factor, so golub-kahan cannot run; use method='dense' or 'lanczos', or a Gauss-Newton "
             "operator, whose factor is known"
         )
-    spent = NORM_STEPS
-    size = factor_rounding_norm(factor, seed)
-    if null.dim:
-        require_null(factor, null, size, "F")
-        spent += null.cost
     operator: LinearOperator = factor
-    basis = null.basis
+    basis, size, spent = null.basis, 0.0, 0
+    if null.dim or P is not None or amplified(factor):
+        # Otherwise products round relative to |F|, which the run itself finds.
+        size, spent = factor_rounding_norm(factor, seed), NORM_STEPS + null.dim
+        require_null(factor, null, size, "F")
     if P is not None:
         operator, basis = factor @ P, P.transport(null.basis)
         size *= factor_rounding_norm(P, seed)
@@ -53,6 +53,7 @@ def golub_kahan_ends(
         operator,
         A.dim - null.dim if steps is None else steps,
         null=basis if null.dim else None,
+        magnitude=size,
         seed=seed,
         checkpoint=checkpoint,
         progress=progress,
@@ -60,7 +61,7 @@ def golub_kahan_ends(
     sigma = run.singular_values()
     unit = float(torch.finfo(A.dtype).eps)
     top = float(sigma[0]) if sigma.size else 0.0
-    radius = 10 * unit * math.sqrt(max(operator.shape)) * (top + size)
+    radius = 10 * unit * math.sqrt(max(operator.shape)) * (top + max(top, size)) + run.dropped
     rank = int((sigma > radius).sum())
     if rank == 0:
         return zero_matrix(null, run.products + spent)

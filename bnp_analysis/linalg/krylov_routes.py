@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bnp_analysis.errors import NotConvexError, ZeroOperatorError
 from bnp_analysis.linalg.certificates import (
+    amplified,
     invariance_slack,
     kuczynski_wozniakowski,
     null_contamination,
@@ -28,7 +29,7 @@ from bnp_analysis.linalg.extremes import (
 from bnp_analysis.linalg.lanczos import Floats, Tridiagonalization, lanczos, tridiagonal_eigh
 from bnp_analysis.linalg.null import NORM_STEPS, DeclaredNull, require_null
 from bnp_analysis.linalg.operators import SymmetricOperator
-from bnp_analysis.linalg.preconditioner import Congruence, Preconditioner, congruence
+from bnp_analysis.linalg.preconditioner import Preconditioner, congruence
 from bnp_analysis.linalg.progress import Progress
 from bnp_analysis.linalg.random import generator, normal
 
@@ -148,7 +149,7 @@ def conditioned(
         noise = max(noise, require_null(A, null, rounding_norm(A, seed), "A"))
     operator = A if P is None else congruence(A, P)
     basis = null.basis if P is None else P.transport(null.basis)
-    if not isinstance(operator, (Congruence, Shifted)):
+    if not (amplified(operator) or isinstance(operator, Shifted)):
         return operator, basis, noise, spent
     # Rounding in P^T A P is relative to |P|^2 |A|, which may exceed |P^T A P| (T13).
     actual = norm_estimate(operator, seed)

@@ -128,7 +128,8 @@ def lanczos(
     limit = min(int(steps), A.dim - rank)
     if limit < 1:
         raise InvalidInputError(f"Lanczos needs at least one step: steps={steps}, n={A.dim}, null directions={rank}")
-    key = f"lanczos of dimension {A.dim} in {A.dtype}, {rank} null directions, seed {seed}"
+    how = "random start" if start is None else "given start"
+    key = f"lanczos of dimension {A.dim} in {A.dtype}, {rank} null directions, seed {seed}, {how}"
     if checkpoint is not None and Path(checkpoint).exists():
         resume = _saved(A, load_state(checkpoint, key))
     if resume is not None and len(resume.alpha) >= limit:

@@ -80,7 +80,9 @@ def read_null(null: Tensor | HasBasis | None, A: SymmetricOperator) -> DeclaredN
             f"null directions are in {basis.dtype} on {basis.device}, the operator in {A.dtype} on {A.device}; "
             "convert them with .to(...)"
         )
-    return DeclaredNull(orthonormal(basis), declared=True, sources=sources, complete=isinstance(null, Tensor))
+    # Unless a factor has fewer rows than there would be nonzero eigenvalues.
+    complete = isinstance(null, Tensor) and (A.factor is None or A.factor.rank_bound >= A.dim - basis.shape[1])
+    return DeclaredNull(orthonormal(basis), declared=True, sources=sources, complete=complete)
 
 
 def null_tolerance(A: LinearOperator) -> float:

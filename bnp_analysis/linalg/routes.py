@@ -12,6 +12,7 @@ from bnp_analysis.results import Result
 METHODS = ("auto", "factor-svd", "golub-kahan", "dense", "inertia", "inverse-lanczos", "lanczos")
 FACTOR_LIMIT = 5_000
 DENSE_LIMIT = 3_000
+LANCZOS_STEPS = 100
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -45,7 +46,7 @@ class Route(Result):
         return f"{self.method:<16} {'' if self.applies else 'does not apply; '}{cost}: {self.claim}"
 
 
-def routes(A: SymmetricOperator, steps: int = 100) -> list[Route]:
+def routes(A: SymmetricOperator, steps: int = LANCZOS_STEPS) -> list[Route]:
     """Every route to the condition number of an operator, with its cost and memory, before anything runs.
 
     Args:
