@@ -11,6 +11,7 @@ ratios to the plain step (or BatchNorm's) of the same round.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import statistics
 import time
@@ -116,6 +117,8 @@ def main() -> None:
         lines.append(measure(name, make, shape, options.rounds, options.device))
         print(lines[-1], flush=True)
     settings = f"{where}, torch {torch.__version__}, Python {platform.python_version()}, {options.rounds} rounds"
+    if hasattr(os, "getloadavg"):
+        settings += f", load {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors at the end"
     if options.out is not None:
         command = f"python benchmarks/bnp_step.py --threads {options.threads} --rounds {options.rounds}"
         options.out.parent.mkdir(parents=True, exist_ok=True)
