@@ -38,10 +38,12 @@ from bnp_analysis.precondition import (
     kfac_preconditioner,
 )
 from bnp_analysis.results import Result
+from bnp_analysis.training import BNP, Run, train
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BNP",
     "CallableOperator",
     "Comparison",
     "ConditionNumber",
@@ -56,6 +58,7 @@ __all__ = [
     "ParameterSpace",
     "Preconditioner",
     "Result",
+    "Run",
     "SpectralDensity",
     "SymmetricOperator",
     "bnp_preconditioner",
@@ -82,5 +85,6 @@ __all__ = [
     "routes",
     "spectral_density",
     "trace",
+    "train",
     "training",
 ]

@@ -16,6 +16,7 @@ from bnp_analysis.errors import BNPAnalysisError, InvalidInputError
 from bnp_analysis.linalg import eigenpairs, spectral_density
 from bnp_analysis.network import EmpiricalRisk
 from bnp_analysis.training import fit
+from bnp_analysis.training.command import add_train_command
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 PRECONDITIONERS: dict[str, Callable[[EmpiricalRisk], Any]] = {
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     spectrum.add_argument("--probes", type=int, default=8, help="random vectors of the density")
     spectrum.add_argument("--steps", type=int, default=64, help="Lanczos steps of each")
     spectrum.set_defaults(run=_spectrum)
+    add_train_command(commands)
     return parser
 
 

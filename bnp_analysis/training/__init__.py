@@ -1,5 +1,10 @@
-"""Training: a plain loop that brings a network to the point where it is measured."""
+"""Training: BNP for any loop, a reference trainer, and fair comparisons of methods."""
 
+from bnp_analysis.training.bnp import BNP
+from bnp_analysis.training.comparison import MethodComparison, compare_methods
 from bnp_analysis.training.fit import fit
+from bnp_analysis.training.probes import ConditionProbe
+from bnp_analysis.training.run import Run
+from bnp_analysis.training.trainer import train
 
-__all__ = ["fit"]
+__all__ = ["BNP", "ConditionProbe", "MethodComparison", "Run", "compare_methods", "fit", "train"]
