@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bnp_analysis.curvature.gauss_newton import gauss_newton
-from bnp_analysis.curvature.units import unit_blocks
-from bnp_analysis.linalg.derived import GramOperator
-from bnp_analysis.linalg.extremes import norm_estimate
-from bnp_analysis.linalg.memory import available_memory, require_memory
-from bnp_analysis.linalg.null import null_tolerance
-from bnp_analysis.linalg.operators import LinearOperator
-from bnp_analysis.network.layers import coverage
+from bnp_analysis.curvature.null_basis import NullBasis, Verifier, most_columns
+from bnp_analysis.curvature.output_curvature import output_root
+from bnp_analysis.linalg.memory import require_memory
+from bnp_analysis.network.candidates import Candidate, Part
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.symmetries import candidate_directions
@@ -70,9 +67,10 @@ class NullDirections(Result):
 def null_directions(risk: EmpiricalRisk, *, block: Block | None = None) -> NullDirections:
     """Directions `t` with `F t = 0`, `F^T F` the Gauss-Newton matrix, from the symmetries and the data of a network.
 
-    Causes (T11): positively homogeneous units and channels; linear layers and always-active units; the softmax shift;
-    shifts before a normalization, and its affine part; dependent inputs, rows that a ReLU cuts, dead units. Each is
-    verified by a product, relative; scales before a normalization with eps > 0 are reported as approximate.
+    Causes (T11), the most local first: parameters without effect, dependent inputs, rows that a ReLU or a max-pooling
+    cuts, dead units; shifts before a normalization, the softmax shift; positively homogeneous units and channels,
+    linear layers and always-active units, the affine part of a normalization. Each is verified by a product, relative.
+    Scales before a normalization with eps > 0 are measured and reported as approximate, however small they are.
 
     Args:
         risk: the empirical risk.
@@ -99,105 +97,83 @@ def null_directions(risk: EmpiricalRisk, *, block: Block | None = None) -> NullD
     if block is not None:
         layer = block if isinstance(block, str) else block[0]
         inner = risk.restrict(risk.space.layer_names(layer))
-        if isinstance(block, str):
-            return null_directions(inner)
-        return _unit(null_directions(inner), inner.space.indices(block))
-    # A row without curvature is exactly zero in the unit's factor, whatever cut it.
-    units = unit_blocks(risk, coverage(risk))
-    reach = {layer: blocks.scales != 0 for layer, blocks in units.items()}
-    candidates, skipped = candidate_directions(risk, reach)
-    n = risk.space.dim
-    require_memory(
-        3 * n * sum(c.columns.shape[1] for c in candidates) * risk.space.dtype.itemsize, "the candidate null directions"
-    )
+        found = null_directions(inner)
+        return found if isinstance(block, str) else _unit(found, inner.space.indices(block), began)
+    candidates, skipped = candidate_directions(risk, _counted(risk))
+    count = sum(c.count for c in candidates)
+    require_memory(8 * risk.space.dim * most_columns(candidates), "the basis of the candidate null directions")
     A = gauss_newton(risk)
-    count = sum(c.columns.shape[1] for c in candidates)
-    image, scale, matvecs = _images(A.factor or A, count)
-    basis = torch.zeros(n, 0, dtype=risk.space.dtype, device=risk.space.device)
-    sources: dict[str, int] = {}
+    verifier = Verifier(A.factor or A, count)
+    basis = NullBasis(risk.space.dim, verifier)
     approximate: dict[str, tuple[int, float]] = {}
     rejected: dict[str, tuple[int, float]] = {}
-    tolerance = null_tolerance(image)
     for candidate in candidates:
-        columns = candidate.columns / candidate.columns.norm(dim=0).clamp_min(torch.finfo(risk.space.dtype).tiny)
-        columns = columns[:, columns.norm(dim=0) > 0.5]
-        sizes = (image @ columns).norm(dim=0) / scale if scale > 0 else columns.new_zeros(columns.shape[1])
-        null = sizes <= tolerance
-        if not bool(null.all()):
-            book = rejected if candidate.exact else approximate
-            known, worst = book.get(candidate.cause, (0, 0.0))
-            book[candidate.cause] = (known + int((~null).sum()), max(worst, float(sizes[~null].max())))
-        fresh = _new_directions(basis, columns[:, null])
-        if fresh.shape[1]:
-            # What is left of nearly dependent columns is their rounding, enlarged: verified once more.
-            fresh = fresh[:, (image @ fresh).norm(dim=0) <= tolerance * max(scale, 1e-300)]
-        if fresh.shape[1]:
-            basis = torch.cat([basis, fresh], dim=1)
-            sources[candidate.cause] = sources.get(candidate.cause, 0) + fresh.shape[1]
+        book = rejected if candidate.exact else approximate
+        basis.add(candidate.cause, list(_verified(candidate, verifier, book)))
     return NullDirections(
-        basis=basis,
-        sources=sources,
+        basis=basis.dense(risk.theta),
+        sources=basis.counts(),
         approximate=approximate,
         rejected=rejected,
         not_analysed=tuple(skipped),
-        settings={"tolerance": tolerance},
-        matvecs=matvecs + count,
+        settings={"tolerance": verifier.tolerance},
+        matvecs=verifier.matvecs,
         seconds=time.perf_counter() - began,
     )
 
 
-def _images(operator: LinearOperator, count: int) -> tuple[LinearOperator, float, int]:
-    """The factor, dense where that is cheaper than one product per candidate; its norm; products spent."""
-    from bnp_analysis.linalg.matrices import MatrixOperator
-
-    rows, columns = operator.shape
-    if count > operator.dense_cost and 4 * rows * columns * operator.dtype.itemsize < available_memory():
-        cost = operator.dense_cost
-        operator = MatrixOperator(operator.to_dense(), exact=False)
-        return operator, norm_estimate(GramOperator(operator)) ** 0.5, cost
-    return operator, norm_estimate(GramOperator(operator)) ** 0.5, 8
-
-
-def _new_directions(basis: Tensor, columns: Tensor) -> Tensor:
-    """An orthonormal basis of what the columns add to a span; disjoint supports stay disjoint."""
-    if columns.shape[1] == 0:
-        return columns
-    rest = columns - basis @ (basis.T @ columns)
-    rest = rest - basis @ (basis.T @ rest)
-    kept: list[Tensor] = []
-    for part in _supports(rest):
-        u, s, _ = torch.linalg.svd(part, full_matrices=False)
-        # Closer to the span of the others than this, a direction does not count as new.
-        kept.append(u[:, s > float(torch.finfo(columns.dtype).eps) ** 0.4])
-    return torch.cat(kept, dim=1) if kept else rest[:, :0]
+def _verified(candidate: Candidate, verifier: Verifier, book: dict[str, tuple[int, float]]) -> Iterator[Part]:
+    """The columns of a candidate that are null; the others go into the book, and all that are not exact."""
+    for part in candidate.parts:
+        moving = part.values.norm(dim=0) > 0
+        values = part.values[:, moving]
+        sizes = verifier.sizes(Part(part.positions, values))
+        null = (sizes <= verifier.tolerance) & candidate.exact
+        if not bool(null.all()):
+            known, worst = book.get(candidate.cause, (0, 0.0))
+            book[candidate.cause] = (known + int((~null).sum()), max(worst, float(sizes[~null].max())))
+        if bool(null.any()):
+            yield Part(part.positions, values[:, null])
 
 
-def _supports(columns: Tensor) -> list[Tensor]:
-    """Runs of columns with the same nonzero rows: one SVD each keeps zeros exact and matrices small."""
-    groups: dict[bytes, list[int]] = {}
-    for k, pattern in enumerate((columns != 0).T.cpu().numpy()):
-        groups.setdefault(pattern.tobytes(), []).append(k)
-    if len(groups) == columns.shape[1] or _overlap(columns, list(groups.values())):
-        return [columns]
-    return [columns[:, picked] for picked in groups.values()]
+def _counted(risk: EmpiricalRisk) -> list[Tensor | None] | None:
+    """Which outputs the loss looks at, for each batch: a softmax weight of zero takes an example out.
+
+    Not what saturation has made zero: its curvature is small, and only its rounding says none.
+    """
+    if not risk.batches.ordered:
+        return None
+    found: list[Tensor | None] = []
+    tensors = risk.space.unflatten(risk.theta)
+    for batch in risk.batches:
+        with torch.no_grad():
+            outputs = risk.batch_outputs(tensors, batch)
+        root = output_root(risk, batch, outputs, positions=True)
+        if root is None or root.scale is None or root.probabilities is None:
+            found.append(None)
+        else:
+            certain = (root.probabilities.max(dim=1).values == 1).logical_or(root.scale != 0)
+            found.append(certain.unsqueeze(1).expand(root.probabilities.shape).reshape(outputs.shape))
+    # A loss without any curvature looks at nothing; its network is read as for another loss.
+    return found if any(counted is None or bool(counted.any()) for counted in found) else None
 
 
-def _overlap(columns: Tensor, groups: list[list[int]]) -> bool:
-    cover = torch.zeros(columns.shape[0], dtype=torch.int64, device=columns.device)
-    for picked in groups:
-        cover += (columns[:, picked] != 0).any(dim=1)
-    return bool((cover > 1).any())
-
-
-def _unit(found: NullDirections, positions: Tensor) -> NullDirections:
-    basis = found.inside(positions)
+def _unit(found: NullDirections, positions: Tensor, began: float) -> NullDirections:
+    outside = torch.ones(found.basis.shape[0], dtype=torch.bool)
+    outside[positions] = False
+    causes = [cause for cause, count in found.sources.items() for _ in range(count)]
+    alone = (found.basis[outside.to(found.basis.device)] == 0).all(dim=0).tolist()
+    counts: dict[str, int] = {}
+    for cause, inside in zip(causes, alone, strict=True):
+        if inside:
+            counts[cause] = counts.get(cause, 0) + 1
     return NullDirections(
-        basis=basis,
-        sources={"inside the unit": basis.shape[1]} if basis.shape[1] else {},
+        basis=found.inside(positions),
+        sources=counts,
         approximate=found.approximate,
         rejected=found.rejected,
         not_analysed=found.not_analysed,
         settings=found.settings,
         matvecs=found.matvecs,
-        seconds=found.seconds,
+        seconds=time.perf_counter() - began,
     )

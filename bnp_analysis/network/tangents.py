@@ -1,223 +1,190 @@
-"""Tangent vectors of symmetries, written into the flat parameter space (T11)."""
+"""Tangent vectors of symmetries across layers: scales, mixings and shifts that a chain passes on (T11)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from bnp_analysis.network.dependencies import Candidate
-from bnp_analysis.network.graph import NORMS, Graph, Node
+from bnp_analysis.network.candidates import Candidate, Chart, Part, Piece
+from bnp_analysis.network.dependencies import null_vectors
+from bnp_analysis.network.graph import Graph, Node
+from bnp_analysis.network.links import Link, channel_axis
 from bnp_analysis.network.risk import EmpiricalRisk
 
-# Mixing n units linearly gives n^2 directions of full length.
-_MOST_NUMBERS = 200_000_000
-
-
-@dataclass(frozen=True, eq=False)
-class Link:
-    """A hidden layer, and the layers that read its channels: consumer, and columns of its weight per channel."""
-
-    producer: Node
-    consumers: tuple[tuple[Node, int], ...]
-    linear: bool
-    through: tuple[Node, ...]
-
-
-def channels_of(node: Node) -> int:
-    return node.output.shape[-1] if node.kind in ("linear", "layer_norm", "rms_norm") else node.output.shape[1]
+# Mixing k units gives k^2 directions, whose basis takes n k^2 numbers and n k^4 operations.
+_MOST_WORK = 1e12
 
 
 class TangentBuilder:
-    """Writes directions into the flat space; a direction that would need a constant tensor is not built."""
+    """Writes the directions of links; one that would need a constant or shared tensor to move is not built."""
 
-    def __init__(self, risk: EmpiricalRisk, graph: Graph) -> None:
-        self.space, self.graph = risk.space, graph
-        self.tensors = risk.named_tensors()
-
-    def free(self, *nodes: Node) -> bool:
-        """Whether all tensors of the nodes are free and used nowhere else."""
-        names = [name for node in nodes for name in node.parameters.values()]
-        return all(name in self.space and self.graph.uses(name) == 1 for name in names)
-
-    def vector(self, parts: Iterable[tuple[str, Tensor]]) -> Tensor:
-        flat = torch.zeros(self.space.dim, dtype=self.space.dtype, device=self.space.device)
-        for name, value in parts:
-            flat[self.space.slice_of(name)] += value.reshape(-1)
-        return flat
-
-    def stack(self, vectors: Iterable[Tensor]) -> Tensor:
-        columns = list(vectors)
-        return torch.stack(columns, dim=1) if columns else torch.zeros(self.space.dim, 0, dtype=self.space.dtype)
-
-    def _row(self, node: Node, into: int, source: int) -> Iterator[tuple[str, Tensor]]:
-        """The weights and bias of channel `source`, placed in channel `into`."""
-        for name in node.parameters.values():
-            out = torch.zeros_like(self.tensors[name])
-            out[into] = self.tensors[name][source]
-            yield name, out
-
-    def _columns(
-        self, consumers: Iterable[tuple[Node, int]], into: int, source: int, factor: float = 1.0
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Minus the consumers' weights on channel `source`, times a factor, placed on channel `into`."""
-        for node, width in consumers:
-            name = node.parameters["weight"]
-            weight = self.tensors[name]
-            out = torch.zeros_like(weight)
-            out[:, into * width : (into + 1) * width] = -factor * weight[:, source * width : (source + 1) * width]
-            yield name, out
+    def __init__(
+        self, risk: EmpiricalRisk, graphs: list[Graph], chart: Chart, links: dict[int, Link], skipped: list[str]
+    ) -> None:
+        self._risk, self._graphs, self._chart, self._links, self._skipped = risk, graphs, chart, links, skipped
+        self._slopes = {index: slopes(graphs, link) for index, link in links.items()}
 
     def rescalings(self, link: Link) -> list[Candidate]:
-        """`(b_i, w_i,in ; -w_out,i)` for every unit or channel that reaches its consumers homogeneously."""
-        if not self.free(link.producer, *(node for node, _ in link.consumers)) or link.linear:
+        """`(b_i, w_i,in ; -w_out,i)` for every unit or channel that reaches its readers homogeneously."""
+        if not link.inner or (link.linear and self._can_mix(link)):
             return []
-        cause = "norm affine" if link.producer.kind in NORMS else "homogeneity"
-        vectors = (
-            self.vector([*self._row(link.producer, i, i), *self._columns(link.consumers, i, i)])
-            for i in range(channels_of(link.producer))
-        )
-        return [Candidate(cause, self.stack(vectors))]
+        cause = "norm affine" if link.producer.is_norm else "homogeneity"
+        return [self._chart.candidate(cause, (self._mixing(link, i, i) for i in range(link.channels)))]
 
-    def mixings(self, link: Link, slopes: dict[int, float], skipped: list[str]) -> list[Candidate]:
+    def mixings(self, link: Link) -> list[Candidate]:
         """`(A W_in, A b ; -W_out A)` among units that act linearly, and `b += c, b_next -= W_out c`.
 
         With slopes `a_i` of the units, `W_out` is that of the inputs of the activation, `W_out diag(a)`.
         """
-        units = list(slopes)
-        if not units or not self.free(link.producer, *(node for node, _ in link.consumers)):
+        if not link.inner:
             return []
-        norm = link.producer.kind in NORMS
-        pairs = [(i, i) for i in units] if norm else [(i, k) for i in units for k in units]
-        if len(pairs) * self.space.dim > _MOST_NUMBERS:
-            skipped.append(f"{link.producer.layer}: {len(pairs)} mixings of its linear units are too many to hold")
-            return []
-        cause = "norm affine" if norm else ("linear layer" if link.linear else "always-active units")
-        found = [
-            self.vector([*self._row(link.producer, i, k), *self._columns(link.consumers, k, i, slopes[i] / slopes[k])])
-            for i, k in pairs
-        ]
-        return [Candidate(cause, self.stack([*found, *self._shifts(link, slopes)]))]
+        known = self._slopes[link.producer.index]
+        cause = "norm affine" if link.producer.is_norm else ("linear layer" if link.linear else "always-active units")
+        parts: list[Part | None] = []
+        if not link.maxima:
+            if not self._can_mix(link):
+                self._skipped.append(f"{link.producer.layer}: {len(known)}^2 mixings of its linear units are too many")
+            elif not link.producer.is_norm and all(reader.groups == 1 for reader in link.readers):
+                parts += [self._mixing(link, i, k, known[i] / known[k]) for i in known for k in known]
+            else:
+                parts += [self._mixing(link, i, i) for i in known]
+        parts += self._shifts(link, known)
+        return [self._chart.candidate(cause, parts)]
 
-    def _shifts(self, link: Link, slopes: dict[int, float]) -> Iterator[Tensor]:
+    def _can_mix(self, link: Link) -> bool:
+        known = len(self._slopes[link.producer.index])
+        return link.producer.is_norm or self._chart.space.dim * float(known) ** 4 <= _MOST_WORK
+
+    def _mixing(self, link: Link, into: int, source: int, factor: float = 1.0) -> Part | None:
+        """Unit `source` added to unit `into`, and taken out of what reads `source`."""
+        taken = self._chart.columns(link.readers, into, -factor, source)
+        return self._chart.part([*self._chart.row(link.producer, into, source), *taken])
+
+    def _shifts(self, link: Link, known: dict[int, float]) -> Iterator[Part | None]:
         bias = link.producer.parameters.get("bias")
-        padded = any(node.kind == "conv" and _padded(node) for node, _ in link.consumers)
-        if bias is None or padded or any("bias" not in node.parameters for node, _ in link.consumers):
+        nodes = [reader.node for reader in link.readers]
+        padded = any(_padded(node) for node in (*nodes, *link.averages))
+        if bias is None or padded or any("bias" not in node.parameters for node in nodes):
             return
-        for i, slope in slopes.items():
-            out = torch.zeros_like(self.tensors[bias])
-            out[i] = 1.0
-            parts = [(bias, out)]
-            for node, width in link.consumers:
-                weight = self.tensors[node.parameters["weight"]]
-                taps = weight[:, i * width : (i + 1) * width].reshape(weight.shape[0], -1)
-                parts.append((node.parameters["bias"], -slope * taps.sum(dim=1)))
-            yield self.vector(parts)
+        for i, slope in known.items():
+            pieces = [self._chart.single(bias, i)]
+            for reader in link.readers:
+                weight = self._chart.tensor(reader.node.parameters["weight"])
+                taps = torch.zeros_like(weight).reshape(-1)
+                taps[reader.entries(i)] = weight.reshape(-1)[reader.entries(i)]
+                total = taps.view(len(weight), -1).sum(dim=1, keepdim=True)
+                pieces.append(Piece(reader.node.parameters["bias"], torch.arange(len(weight)), -slope * total))
+            yield self._chart.part(pieces)
 
-    def normalized(self, node: Node) -> list[Candidate]:
-        """What a normalization right behind a layer removes: shifts exactly, scales up to its eps."""
-        readers = self.graph.consumers(node.index)
-        if len(readers) != 1 or readers[0].kind not in NORMS or not self.free(node):
-            return []
-        norm, weight, bias = readers[0], node.parameters["weight"], node.parameters.get("bias")
-        units = self.tensors[weight].shape[0]
-        if norm.kind == "batch_norm":
-            if not norm.arguments.get("training", True):
-                return [self._absorbed(node, norm)]
-            groups = [[i] for i in range(units)]
-            # The batch statistics see the output: its own weights scale, its bias shifts.
-            scaled = [weight]
-        else:
-            count = int(norm.arguments.get("groups", 1) or 1)
-            size = units // count
-            groups = [list(range(g * size, (g + 1) * size)) for g in range(count)]
-            scaled = [weight] + ([bias] if bias else [])
-            if norm.kind in ("layer_norm", "rms_norm") and tuple(norm.arguments.get("shape", (units,))) != (units,):
-                return []
-        shifts = [] if norm.kind == "rms_norm" else [self._shift(bias, group) for group in groups if bias]
-        if norm.kind == "layer_norm" or (norm.kind == "group_norm" and node.kind == "linear"):
-            shifts += [self._common(weight, group, j) for group in groups for j in range(self.tensors[weight].shape[1])]
-        scales = []
-        for group in groups:
-            parts = []
-            for name in scaled:
-                out = torch.zeros_like(self.tensors[name])
-                out[group] = self.tensors[name][group]
-                parts.append((name, out))
-            scales.append(self.vector(parts))
-        eps = norm.arguments.get("eps")
-        return [
-            Candidate(f"{norm.kind} shift", self.stack(shifts)),
-            Candidate(f"{norm.kind} scale", self.stack(scales), exact=eps == 0),
-        ]
+    def deaf(self) -> list[Candidate]:
+        """`d (x) c` in a layer behind which all is linear, where a change along `d` does not reach the loss.
 
-    def _absorbed(self, node: Node, norm: Node) -> Candidate:
-        """A layer and the affine map of a BatchNorm with fixed statistics behind it: a scale, a shift per channel."""
-        if not self.free(norm) or not {"weight", "bias"} <= norm.parameters.keys():
-            return Candidate("norm affine", self.stack([]))
-        bias, names = node.parameters.get("bias"), (norm.parameters["weight"], norm.parameters["bias"])
-        gamma, beta = (self.tensors[name] for name in names)
-        # The map itself, from what went in and came out: y = slope a + offset, channel by channel.
-        axis = node.output.ndim - 1 if node.kind == "linear" else 1
-        a = node.output.movedim(axis, 0).reshape(len(gamma), -1).double()
-        y = norm.output.movedim(axis, 0).reshape(len(gamma), -1).double()
-        center = a.mean(dim=1)
-        slope = ((a - center[:, None]) * y).sum(dim=1) / (a - center[:, None]).square().sum(dim=1)
-        mean = center - (y.mean(dim=1) - beta.double()) / slope
-        vectors = []
-        for i in range(len(gamma)):
-            if not bool(torch.isfinite(mean[i]) & torch.isfinite(slope[i])):
+        In the last layer `d = e` if the loss ignores a common shift of an example's outputs (`W_out += e c^T,
+        b_out += c_0 e`); in one before it what the next layer's weights send there, or to zero.
+        """
+        found: list[Candidate] = []
+        known: dict[int, Tensor] = {}
+        for index, link in reversed(self._links.items()):
+            d = self._deaf_to(link, known)
+            if d.shape[1] == 0:
                 continue
-            unit = torch.zeros_like(gamma)
-            unit[i] = slope[i].to(unit)
-            moved = (names[1], -mean[i].to(unit) * unit)
-            only = torch.zeros_like(gamma)
-            only[i] = gamma[i]
-            vectors.append(self.vector([*self._row(node, i, i), (names[0], -only), moved]))
-            if bias is not None:
-                shift = torch.zeros_like(gamma)
-                shift[i] = 1.0
-                vectors.append(self.vector([(bias, shift), (names[1], -unit)]))
-        return Candidate("norm affine", self.stack(vectors))
+            known[index] = d
+            last = not link.readers and link.linear
+            cause = "softmax shift" if last else ("linear layer" if link.linear else "always-active units")
+            found.append(self._chart.candidate(cause, self._outer(link.producer, d)))
+        return found[::-1]
 
-    def _shift(self, bias: str, group: list[int]) -> Tensor:
-        out = torch.zeros_like(self.tensors[bias])
-        out[group] = 1.0
-        return self.vector([(bias, out)])
+    def _deaf_to(self, link: Link, known: dict[int, Tensor]) -> Tensor:
+        """Changes `d (units, q)` of a layer's output that do not reach the loss, whatever they are multiplied by."""
+        none = torch.zeros(link.channels, 0, dtype=torch.float64)
+        a = self._slopes[link.producer.index]
+        if not a or link.maxima or any(reader.groups != 1 for reader in link.readers):
+            return none
+        units, conditions = torch.tensor(list(a)), []
+        for reader in link.readers:
+            weight = self._chart.tensor(reader.node.parameters["weight"])
+            weight = weight.flatten(start_dim=2) if weight.ndim > 2 else weight.unsqueeze(2)
+            sent = weight[:, reader.features[units]].flatten(start_dim=2).movedim(2, 0)
+            known_here = known.get(reader.node.index, sent.new_zeros(len(weight), 0))
+            conditions.append((sent - known_here @ (known_here.T @ sent)).reshape(-1, len(units)))
+        if link.output is not None or link.softmax:
+            eye = torch.eye(link.channels, dtype=torch.float64)
+            shift = link.output is None or shift_invariant(self._risk, link.output)
+            conditions.append((eye - 1 / link.channels if shift else eye)[:, units])
+        if not conditions:
+            return none
+        slope = torch.tensor(list(a.values()), dtype=torch.float64)
+        found = null_vectors(torch.cat(conditions) * slope, slack=100)
+        d = torch.zeros(link.channels, found.shape[1], dtype=torch.float64)
+        d[units] = found
+        return d
 
-    def _common(self, weight: str, group: list[int], j: int) -> Tensor:
-        out = torch.zeros_like(self.tensors[weight])
-        out[group, j] = 1.0
-        return self.vector([(weight, out)])
-
-    def output_shift(self, risk: EmpiricalRisk, graph: Graph) -> list[Candidate]:
-        """`W_out += e c^T, b_out += c_0 e`, where the loss ignores a common shift of an example's outputs."""
-        last = graph.nodes[graph.result] if graph.result >= 0 else None
-        if last is None or last.kind != "linear" or last.output.ndim != 2 or not self.free(last):
-            return []
-        if not shift_invariant(risk, last.output):
-            return []
-        weight, bias = last.parameters["weight"], last.parameters.get("bias")
-        everyone = list(range(last.output.shape[1]))
-        vectors = [self._common(weight, everyone, j) for j in range(self.tensors[weight].shape[1])]
-        return [Candidate("softmax shift", self.stack(vectors + ([self._shift(bias, everyone)] if bias else [])))]
+    def _outer(self, node: Node, d: Tensor) -> Iterator[Part | None]:
+        everyone = torch.arange(len(d))
+        if node.is_layer and node.arguments.get("groups", 1) == 1:
+            width = torch.Size(node.arguments["weight_shape"][1:]).numel()
+            for j in range(width):
+                yield self._chart.part([Piece(node.parameters["weight"], everyone * width + j, d)])
+        if "bias" in node.parameters:
+            yield self._chart.part([Piece(node.parameters["bias"], everyone, d)])
 
 
-def shift_invariant(risk: EmpiricalRisk, outputs: Tensor) -> bool:
-    """Whether adding another constant to each example's outputs leaves the loss of the first batch as it is."""
+def slopes(graphs: list[Graph], link: Link) -> dict[int, float]:
+    """Channels that act linearly on all the data, with the slope; behind a max-pooling, those that shift linearly.
+
+    Every channel without an activation, else those that one ReLU or LeakyReLU passes with a single sign.
+    """
+    everyone = range(link.channels)
+    if not link.activations:
+        return dict.fromkeys(everyone, 1.0)
+    if len(link.activations) != 1 or link.activations[0].kind == "prelu" or (link.maxima and link.averages):
+        return {}
+    below = _below(link.activations[0])
+    positive, negative = torch.ones(2, link.channels, dtype=torch.bool)
+    for graph in graphs:
+        for values in _values(graph, link):
+            positive &= (values > 0).all(dim=1)
+            negative &= (values < 0).all(dim=1)
+    return {i: 1.0 if positive[i] else below for i in everyone if positive[i] or (negative[i] and below != 0.0)}
+
+
+def _values(graph: Graph, link: Link) -> Iterator[Tensor]:
+    """`(channels, everything else)`: what a layer returns; behind a max-pooling, what is left of it."""
+    if not link.maxima:
+        node = graph.nodes[link.producer.index]
+        axis = channel_axis(node)
+        assert node.output is not None
+        assert axis is not None
+        yield node.output.cpu().movedim(axis, 0).reshape(link.channels, -1)
+        return
+    for reader in link.readers:
+        received = graph.nodes[reader.node.index].received
+        assert received is not None
+        rows = received.cpu().movedim(1 if reader.node.kind == "conv" else -1, 0)
+        yield rows[reader.features].reshape(link.channels, -1)
+
+
+def _below(activation: Node) -> float:
+    """The slope below zero."""
+    return 0.0 if activation.kind == "relu" else float(activation.arguments.get("negative_slope", 0.01))
+
+
+def shift_invariant(risk: EmpiricalRisk, axis: int) -> bool:
+    """Whether adding another constant along an axis of the outputs, elsewhere any, leaves the loss as it is."""
     batch = next(iter(risk.batches))
-    shift = torch.linspace(-1.0, 2.0, outputs.shape[0], dtype=outputs.dtype, device=outputs.device).view(-1, 1)
     with torch.no_grad():
+        outputs = risk.batch_outputs(risk.named_tensors(), batch)
+        shape = [1 if d == axis else size for d, size in enumerate(outputs.shape)]
+        shift = torch.linspace(-1.0, 2.0, torch.Size(shape).numel(), dtype=torch.float64).view(shape).to(outputs)
         plain, moved = risk.batch_loss(outputs, batch), risk.batch_loss(outputs + shift, batch)
-    return bool((plain - moved).abs() <= 100 * torch.finfo(outputs.dtype).eps * (1 + plain.abs()))
+        size = 1 + plain.abs() + outputs.abs().max()
+    return bool((plain - moved).abs() <= 100 * torch.finfo(outputs.dtype).eps * size)
 
 
 def _padded(node: Node) -> bool:
     padding = node.arguments.get("padding", 0)
-    return (isinstance(padding, str) and padding != "valid") or (not isinstance(padding, str) and any(_tuple(padding)))
-
-
-def _tuple(value: object) -> tuple[object, ...]:
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
+    if isinstance(padding, str):
+        return padding != "valid"
+    return any(padding) if isinstance(padding, tuple | list) else bool(padding)
