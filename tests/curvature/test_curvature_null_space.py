@@ -1,0 +1,219 @@
+"""Null directions: every one is null, no cause is forgotten, and nothing passes for explained that is not.
+
+Bugs that only these tests catch: a sign or a bias forgotten in a tangent vector; a direction that is null only at
+eps = 0 taken for null; candidates that are believed without a look; a cause counted twice; rows that a ReLU or a
+max-pooling cuts, taken as cut too often; a network that was misread and not called so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from curvature_reference import Problem, classes, numbers, split, spread
+from null_cases import CASES
+from null_models import Case, hidden, net
+from torch import Tensor, nn
+
+import bnp_analysis as bnp
+from bnp_analysis.curvature import null_basis, null_space
+from bnp_analysis.errors import MemoryLimitError
+from bnp_analysis.network.candidates import Candidate, Part
+
+every = pytest.mark.parametrize("name", CASES)
+
+
+def nullity(factor: Tensor) -> int:
+    """Columns minus singular values above rounding; the gap between the two kinds must be wide."""
+    sigma = torch.linalg.svdvals(factor)
+    rank = int((sigma > 10 * max(factor.shape) * torch.finfo(factor.dtype).eps * sigma[0]).sum())
+    if rank < len(sigma):
+        assert sigma[rank - 1] > 1e6 * sigma[rank]
+    return factor.shape[1] - rank
+
+
+def worst(matrix: Tensor, basis: Tensor) -> float:
+    """The largest image of a direction, relative to the matrix."""
+    return float((matrix @ basis).norm(dim=0).max() / torch.linalg.matrix_norm(matrix, 2)) if basis.shape[1] else 0.0
+
+
+@every
+def test_every_direction_is_null_and_none_is_counted_twice(name: str) -> None:
+    problem = CASES[name].problem()
+    risk = problem.risk()
+    N = bnp.null_directions(risk)
+    assert worst(problem.gauss_newton(), N.basis) < 1e-12
+    assert worst(bnp.gauss_newton(risk).factor.to_dense(), N.basis) < 1e-12
+    eye = torch.eye(N.basis.shape[1], dtype=torch.float64)
+    assert float((N.basis.T @ N.basis - eye).norm()) < 1e-12
+    assert sum(N.sources.values()) == N.basis.shape[1]
+
+
+@every
+def test_the_causes_explain_the_nullity_of_the_dense_matrix(name: str) -> None:
+    case = CASES[name]
+    risk = case.problem().risk()
+    N = bnp.null_directions(risk)
+    assert dict(N.sources) == case.sources
+    assert {cause: count for cause, (count, _) in N.approximate.items()} == case.approximate
+    assert not N.rejected
+    assert nullity(bnp.gauss_newton(risk).factor.to_dense()) == N.basis.shape[1] + case.unexplained, case.why
+    assert bool(N.not_analysed) == bool(case.skipped)
+    assert case.skipped in "; ".join(N.not_analysed)
+
+
+@pytest.mark.parametrize("norm", ["layer", "group", "batch"])
+def test_scales_before_a_norm_are_measured_and_null_only_without_eps(norm: str) -> None:
+    make = {
+        "layer": lambda eps: nn.LayerNorm(6, eps=eps),
+        "group": lambda eps: nn.GroupNorm(2, 6, eps=eps),
+        "batch": lambda eps: nn.BatchNorm1d(6, eps=eps, affine=False),
+    }[norm]
+    kind, count = f"{norm}_norm scale", {"layer": 1, "group": 2, "batch": 6}[norm]
+    sizes = []
+    for eps in (1e-4, 1e-6, 1e-30):
+        N = bnp.null_directions(Case(hidden(make(eps), nn.ReLU(), width=6), DATA, {}).problem().risk())
+        assert N.approximate[kind][0] == count
+        assert kind not in N.sources
+        sizes.append(N.approximate[kind][1])
+    assert 50 < sizes[0] / sizes[1] < 200
+    # Below rounding it is still no null direction: at another dtype, or in other coordinates, it shows.
+    assert sizes[2] < 1e-15
+    if norm != "batch":  # torch has no BatchNorm without eps
+        N = bnp.null_directions(Case(hidden(make(0.0), nn.ReLU(), width=6), DATA, {}).problem().risk())
+        assert N.sources[kind] == count
+        assert not N.approximate
+
+
+DATA = (numbers(60, 4), classes(60, 3))
+
+
+@pytest.mark.parametrize(
+    "name", ["relu", "leaky", "relu mse", "batch norm", "batch norm eval", "conv", "ignored labels"]
+)
+def test_float32_has_the_same_directions(name: str) -> None:
+    risk = CASES[name].problem().risk()
+    N = bnp.null_directions(risk.to(torch.float32))
+    assert N.basis.dtype == torch.float32
+    assert N.sources == CASES[name].sources
+    assert worst(bnp.gauss_newton(risk).factor.to_dense(), N.basis.double()) < 1e-5
+
+
+def test_float32_does_not_believe_what_only_its_rounding_shows() -> None:
+    # The scale before the LayerNorm is far below float32 rounding, relative to F, and the inputs of the last layer
+    # are dependent but for rounding.
+    risk = CASES["layer norm of inputs"].problem().risk(dtype=torch.float32)
+    assert "dependent inputs" not in bnp.null_directions(risk).sources
+    N = bnp.null_directions(CASES["layer norm"].problem().risk(dtype=torch.float32))
+    assert N.approximate["layer_norm scale"][1] < N.settings["tolerance"]
+    assert "layer_norm scale" not in N.sources
+
+
+@pytest.mark.parametrize("name", ["relu deep", "conv", "layer norm", "few rows", "tokens", "batch norm eval"])
+def test_batches_of_any_size_give_the_same_directions(name: str) -> None:
+    problem = CASES[name].problem()
+    x, y = problem.batches[0]
+    whole = bnp.null_directions(problem.risk())
+    half = len(x) // 2
+    parts = Problem(problem.model, problem.loss, split(x, y, [1, half, len(x) - half - 1]))
+    N = bnp.null_directions(parts.risk())
+    assert N.sources == whole.sources
+    assert float((N.basis @ (N.basis.T @ whole.basis) - whole.basis).norm()) < 1e-9
+
+
+def test_a_wrong_candidate_is_rejected_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    risk = CASES["relu"].problem().risk()
+    found = null_space.candidate_directions(risk, None)
+    wrong = Candidate("invented", (Part(torch.tensor([0, 7]), torch.tensor([[1.0, 0.0], [1.0, 1.0]]).double()),))
+    monkeypatch.setattr(null_space, "candidate_directions", lambda *_: ([wrong, *found[0]], []))
+    N = bnp.null_directions(risk)
+    assert dict(N.sources) == CASES["relu"].sources
+    count, size = N.rejected["invented"]
+    assert count == 2
+    columns = torch.zeros(43, 2, dtype=torch.float64)
+    columns[[0, 7]] = wrong.parts[0].values / wrong.parts[0].values.norm(dim=0)
+    factor = bnp.gauss_newton(risk).factor.to_dense()
+    # The norm is an estimate.
+    assert size == pytest.approx(worst(factor, columns), rel=0.05)
+    assert "rejected: invented 2" in N.summary()
+
+
+def test_nearly_dependent_candidates_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    risk = CASES["bare"].problem().risk()
+    (shift,), _ = null_space.candidate_directions(risk, None)
+    again = Candidate("again", tuple(Part(p.positions, p.values * (1 + 1e-12)) for p in shift.parts))
+    both = Part(
+        torch.cat([p.positions for p in shift.parts[:2]]),
+        torch.cat([shift.parts[0].values, 1e-9 * shift.parts[1].values]),
+    )
+    monkeypatch.setattr(null_space, "candidate_directions", lambda *_: ([shift, again, Candidate("both", (both,))], []))
+    assert dict(bnp.null_directions(risk).sources) == {"softmax shift": 5}
+
+
+def test_products_decide_where_a_dense_factor_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("relu deep", "layer norm", "conv"):
+        risk = CASES[name].problem().risk()
+        dense = bnp.null_directions(risk)
+        with monkeypatch.context() as patch:
+            patch.setattr(null_basis, "available_memory", lambda: 0)
+            products = bnp.null_directions(risk)
+        assert products.sources == dense.sources
+        assert products.matvecs > dense.basis.shape[1]
+        assert float((products.basis @ (products.basis.T @ dense.basis) - dense.basis).norm()) < 1e-9
+
+
+def test_memory_is_looked_at_before_the_basis_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    risk = CASES["constant features"].problem().risk()
+
+    def never(*_: object) -> None:
+        pytest.fail("a dense basis was built")
+
+    monkeypatch.setattr(null_space, "NullBasis", never)
+    # Enough for the rows of a layer, not for 26 columns of 58 numbers and what comes with them.
+    monkeypatch.setattr("bnp_analysis.linalg.memory.available_memory", lambda: 8 * 58 * 26)
+    monkeypatch.setattr("bnp_analysis.network.symmetries.require_memory", lambda *_: None)
+    monkeypatch.setattr("bnp_analysis.network.dependencies.require_memory", lambda *_: None)
+    with pytest.raises(MemoryLimitError, match="the candidate null directions"):
+        bnp.null_directions(risk)
+
+
+def test_a_loader_in_any_order_and_a_loss_without_a_root() -> None:
+    x, y = DATA
+    model = spread(hidden(nn.ReLU())())
+    shuffled = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=25, shuffle=True)
+    assert dict(bnp.null_directions(bnp.EmpiricalRisk(model, F.cross_entropy, shuffled)).sources) == {
+        "softmax shift": 6,
+        "homogeneity": 5,
+    }
+
+    def concave(z: Tensor, t: Tensor) -> Tensor:
+        return (z.square() - 0.1 * z**4).mean()
+
+    risk = bnp.EmpiricalRisk(model, concave, (x, y))
+    assert bnp.gauss_newton(risk).factor is None
+    assert dict(bnp.null_directions(risk).sources) == {"homogeneity": 5}
+
+
+def test_saturated_examples_do_not_pass_for_cut_rows() -> None:
+    risk = bnp.EmpiricalRisk(spread(nn.Linear(4, 3), seed=2, scale=600.0), F.cross_entropy, DATA)
+    # 53 of 60 examples have no curvature to float64; in higher precision they have.
+    assert int((bnp.gauss_newton(risk).factor.to_dense() == 0).all(dim=1).sum()) == 113
+    assert dict(bnp.null_directions(risk).sources) == {"softmax shift": 5}
+
+
+def test_features_of_tiny_scale_are_not_zero() -> None:
+    x, y = DATA
+    risk = bnp.EmpiricalRisk(nn.Linear(4, 3).double(), F.cross_entropy, (x * torch.tensor([1e8, 1, 1e-8, 1e-12]), y))
+    assert dict(bnp.null_directions(risk).sources) == {"softmax shift": 5}
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.Softplus])
+def test_networks_without_symmetry_have_no_directions(activation: Callable[[], nn.Module]) -> None:
+    x, y = DATA[0], numbers(60, 3, seed=3)
+    model = spread(net(nn.Linear(4, 3), activation(), nn.Linear(3, 3), activation(), nn.Linear(3, 3))())
+    N = bnp.null_directions(bnp.EmpiricalRisk(model, F.mse_loss, (x, y)))
+    assert N.basis.shape == (39, 0)
+    assert not N.rejected
+    assert "0 null directions of 39 (none)" in N.summary()

@@ -1,0 +1,244 @@
+"""The recorded operations, what reaches the output through them, and the null vectors of data.
+
+Bugs that only these tests catch: an activation or pooling that is not recognized in one of its spellings; values that
+a later in-place operation has overwritten; channels that are looked for in the wrong columns behind a reshape; rows
+taken as cut though the output depends on them; small numbers taken for zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bnp_analysis as bnp
+from bnp_analysis.network.dependencies import null_vectors
+from bnp_analysis.network.graph import Graph, record_graph
+from bnp_analysis.network.links import Link, follow
+from bnp_analysis.network.symmetries import candidate_directions
+from bnp_analysis.network.tangents import shift_invariant, slopes
+
+Forward = Callable[["Written", Tensor], Tensor]
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Written(nn.Module):
+    """Layers by name, and a forward that is written out."""
+
+    def __init__(self, forward: Forward, **layers: nn.Module) -> None:
+        super().__init__()
+        for k, (name, layer) in enumerate(layers.items()):
+            setattr(self, name, layer.double())
+            for j, p in enumerate(layer.parameters()):
+                p.data = numbers(*p.shape, seed=10 * k + j + 1)
+        self.written = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.written(self, x)
+
+
+def risk_of(model: nn.Module, x: Tensor | Sequence[Tensor]) -> bnp.EmpiricalRisk:
+    parts = [x] if isinstance(x, Tensor) else list(x)
+    return bnp.EmpiricalRisk(model, F.cross_entropy, [(part, torch.arange(len(part)) % 2) for part in parts])
+
+
+def graph_of(model: nn.Module, x: Tensor) -> Graph:
+    risk = risk_of(model, x)
+    return record_graph(risk, next(iter(risk.batches)))
+
+
+def link_of(model: nn.Module, x: Tensor) -> tuple[Link | None, str]:
+    graph = graph_of(model, x)
+    return follow(graph, next(node for node in graph if node.is_layer))
+
+
+IMAGES = numbers(5, 1, 6, 6)
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "module": nn.ReLU(),
+    "module in place": nn.ReLU(inplace=True),
+    "functional": F.relu,
+    "functional in place": lambda h: F.relu(h, inplace=True),
+    "relu_": F.relu_,
+    "torch": torch.relu,
+    "method": lambda h: h.relu(),
+    "method in place": lambda h: h.relu_(),
+}
+
+
+@pytest.mark.parametrize("spelling", ACTIVATIONS)
+def test_every_spelling_of_relu_is_one(spelling: str) -> None:
+    activation = ACTIVATIONS[spelling]
+    model = Written(lambda m, x: m.out(activation(m.a(x))), a=nn.Linear(3, 4), out=nn.Linear(4, 2))
+    graph = graph_of(model, numbers(7, 3))
+    assert [node.kind for node in graph] == ["linear", "relu", "linear"]
+    assert [node.inputs for node in graph] == [(-1,), (0,), (1,)]
+    assert graph.result == 2
+    # The layer's output is kept as it was before anything was written into it.
+    assert torch.equal(graph.nodes[0].output, F.linear(numbers(7, 3), model.a.weight, model.a.bias))
+    assert torch.equal(graph.nodes[2].received, graph.nodes[0].output.relu())
+
+
+POOLS: dict[str, tuple[Callable[[Tensor], Tensor], bool, bool]] = {
+    "max": (nn.MaxPool2d(2), True, False),
+    "max functional": (lambda h: F.max_pool2d(h, 2), True, False),
+    "max torch": (lambda h: torch.max_pool2d(h, 2), True, False),
+    "max with indices": (lambda h: F.max_pool2d(h, 2, return_indices=True)[0], True, False),
+    "adaptive max": (nn.AdaptiveMaxPool2d(2), True, False),
+    "average": (nn.AvgPool2d(2), False, True),
+    "adaptive average": (nn.AdaptiveAvgPool2d(2), False, True),
+}
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_pools_are_told_apart_and_channels_become_runs_of_features(pool: str) -> None:
+    act, maxima, averages = POOLS[pool]
+    model = Written(lambda m, x: m.out(act(F.relu(m.a(x))).flatten(1)), a=nn.Conv2d(1, 3, 3), out=nn.Linear(12, 2))
+    link, _ = link_of(model, IMAGES)
+    assert link is not None
+    assert (link.maxima, bool(link.averages), link.linear) == (maxima, averages, False)
+    assert torch.equal(link.readers[0].features, torch.arange(12).view(3, 4))
+
+
+def test_channels_are_followed_through_reshapes() -> None:
+    tokens, x = numbers(5, 4, 3), numbers(5, 3)
+    dense = {"a": nn.Linear(3, 2), "out": nn.Linear(8, 2)}
+    # Channel i of 2 lies at positions i, i + 2, ... behind the flattening of (4, 2).
+    strided = [[0, 2, 4, 6], [1, 3, 5, 7]]
+    images = {"a": nn.Conv2d(1, 2, 3), "out": nn.Linear(2, 2)}
+    whole = {"a": nn.Conv2d(1, 3, 6), "out": nn.Linear(3, 2)}
+    plain = {"a": nn.Linear(3, 2), "out": nn.Linear(2, 2)}
+    cases: list[tuple[Forward, dict[str, nn.Module], Tensor, list[list[int]]]] = [
+        (lambda m, x: m.out(m.a(x).flatten(1)), dense, tokens, strided),
+        (lambda m, x: m.out(m.a(x.view(-1, 3)).view(5, 4, 2).reshape(5, 8)), dense, tokens, strided),
+        (lambda m, x: m.out(m.a(x).squeeze()), whole, IMAGES, [[0], [1], [2]]),
+        (lambda m, x: m.out(m.a(x).mean((2, 3))), images, IMAGES, [[0], [1]]),
+        (lambda m, x: m.out(m.a(x).unflatten(1, (2, 1)).flatten(1)), plain, x, [[0], [1]]),
+    ]
+    for forward, layers, data, features in cases:
+        link, why = link_of(Written(forward, **layers), data)
+        assert link is not None, why
+        assert link.readers[0].features.tolist() == features
+    split = Written(lambda m, x: m.out(m.a(x).view(5, 2, 6)).sum(1), a=nn.Linear(3, 12), out=nn.Linear(6, 2))
+    assert link_of(split, x) == (None, "passes through view")
+    across = Written(lambda m, x: m.out(F.avg_pool1d(m.a(x), 2)).sum(1), a=nn.Linear(3, 4), out=nn.Linear(2, 2))
+    assert link_of(across, tokens) == (None, "passes through avg_pool1d")
+
+
+def test_entries_of_grouped_readers() -> None:
+    model = Written(
+        lambda m, x: m.out(F.relu(m.b(F.relu(m.a(x))))).mean((2, 3)),
+        a=nn.Conv2d(1, 4, 3), b=nn.Conv2d(4, 6, 2, groups=2), out=nn.Conv2d(6, 2, 1),
+    )  # fmt: skip
+    link, _ = link_of(model, IMAGES)
+    assert link is not None
+    (reader,) = link.readers
+    weight = torch.arange(model.b.weight.numel()).view_as(model.b.weight)
+    # Channel 3 is the second input of the second group, outputs 3 to 5.
+    assert torch.equal(reader.entries(3).sort().values, weight[3:, 1].reshape(-1))
+    assert reader.groups == 2
+
+
+def test_what_cannot_be_followed_is_named() -> None:
+    forwards: dict[str, Forward] = {
+        "passes through add": lambda m, x: m.out(m.a(x) + m.b(F.relu(m.a(x)))),
+        "passes through tanh": lambda m, x: m.out(m.b(torch.tanh(m.a(x)))),
+        "passes through detach": lambda m, x: m.out(m.b(F.relu(m.a(x)).detach())),
+        "passes through linear with computed weights": lambda m, x: m.out(F.linear(m.a(x), 2 * m.b.weight)),
+        "b.weight: used by mul": lambda m, x: m.out(F.linear(m.a(x), 2 * m.b.weight)),
+        "a.weight, a.bias: used more than once": lambda m, x: m.out(F.relu(m.a(x)) + m.b(m.a(x))),
+    }
+    for word, forward in forwards.items():
+        model = Written(forward, a=nn.Linear(3, 4), b=nn.Linear(4, 4), out=nn.Linear(4, 2))
+        _, skipped = candidate_directions(risk_of(model, numbers(7, 3)))
+        assert word in "; ".join(skipped)
+
+
+def test_operations_that_depend_on_the_batch_are_not_analysed() -> None:
+    def forward(m: Written, x: Tensor) -> Tensor:
+        h = m.a(x)
+        return m.out(F.relu(h) if bool(h.sum() > 0) else torch.tanh(h))
+
+    model = Written(forward, a=nn.Linear(3, 4), out=nn.Linear(4, 2))
+    model.a.bias.data.zero_()
+    x = numbers(7, 3)
+    assert candidate_directions(risk_of(model, [x, x + 0])) != ([], ["the operations depend on the batch"])
+    assert candidate_directions(risk_of(model, [x, -x])) == ([], ["the operations depend on the batch"])
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_reach_is_what_a_change_of_an_entry_changes(in_place: bool) -> None:
+    def forward(m: Written, x: Tensor, bump: Tensor | None = None) -> Tensor:
+        a = m.a(x) if bump is None else m.a(x) + bump
+        h = F.max_pool2d(F.relu(a, inplace=in_place), 2)
+        return m.out(F.relu(m.b(h)).amax((2, 3)))
+
+    model = Written(forward, a=nn.Conv2d(1, 3, 3), b=nn.Conv2d(3, 2, 2), out=nn.Linear(2, 2))
+    reach = graph_of(model, IMAGES).nodes[0].reach
+    assert reach is not None
+    base, seen = forward(model, IMAGES), torch.zeros_like(reach)
+    for position in torch.cartesian_prod(*(torch.arange(size) for size in reach.shape)).tolist():
+        bump = torch.zeros(reach.shape, dtype=torch.float64)
+        bump[tuple(position)] = 1e-7
+        seen[tuple(position)] = bool((forward(model, IMAGES, bump) != base).any())
+    assert torch.equal(reach, seen)
+    assert 0 < int(reach.sum()) < reach.numel() // 2
+
+
+def test_outputs_that_do_not_count_cut_their_rows() -> None:
+    risk = risk_of(nn.Linear(3, 2).double(), numbers(4, 3))
+    counted = torch.tensor([[True], [False], [True], [False]]).expand(4, 2)
+    graph = record_graph(risk, next(iter(risk.batches)), counted)
+    assert torch.equal(graph.nodes[0].reach, counted)
+    assert bool(graph.moved["weight"].all())
+
+
+def test_moved_parameters_are_those_with_an_effect() -> None:
+    model = nn.Sequential(nn.Embedding(5, 2), nn.Flatten(), nn.Linear(4, 2), nn.PReLU(2)).double()
+    with torch.no_grad():
+        model[2].bias.copy_(torch.tensor([9.0, -9.0]))
+    graph = graph_of(model, torch.tensor([[0, 1], [3, 1], [0, 0]]))
+    assert graph.moved["0.weight"].any(dim=1).tolist() == [True, True, False, True, False]
+    assert graph.moved["3.weight"].tolist() == [False, True]
+
+
+def test_slopes_of_units_that_act_linearly() -> None:
+    model = Written(lambda m, x: m.out(F.leaky_relu(m.a(x), 0.25)), a=nn.Linear(3, 3), out=nn.Linear(3, 2))
+    model.a.bias.data = torch.tensor([50.0, 0.0, -50.0], dtype=torch.float64)
+    graph = graph_of(model, numbers(9, 3))
+    link, _ = follow(graph, graph.nodes[0])
+    assert link is not None
+    assert slopes([graph], link) == {0: 1.0, 2: 0.25}
+
+
+def test_losses_that_ignore_a_shift() -> None:
+    model, x = nn.Linear(3, 4).double(), numbers(6, 3)
+    losses: list[tuple[Callable[[Tensor, Tensor], Tensor], bool]] = [
+        (F.cross_entropy, True),
+        (nn.CrossEntropyLoss(label_smoothing=0.1), True),
+        (lambda z, y: F.nll_loss(1.5 * torch.log_softmax(z, 1), y), True),
+        (lambda z, y: F.mse_loss(z, F.one_hot(y, 4).double()), False),
+        (lambda z, y: F.cross_entropy(z, y) + 1e-6 * z.square().mean(), False),
+    ]
+    for loss, expected in losses:
+        assert shift_invariant(bnp.EmpiricalRisk(model, loss, (x, torch.arange(6) % 4)), 1) is expected
+
+
+def test_null_vectors_find_dependences_at_every_scale_and_none_else() -> None:
+    h = numbers(30, 5) * torch.tensor([1e9, 1e3, 1.0, 1e-6, 1e-12], dtype=torch.float64)
+    assert null_vectors(h).shape == (5, 0)
+    tied = torch.cat([h, 3 * h[:, :1] - 2e9 * h[:, 2:3], torch.zeros(30, 1)], dim=1)
+    found = null_vectors(tied)
+    assert found.shape == (7, 2)
+    assert float((found.T @ found - torch.eye(2)).norm()) < 1e-14
+    assert float((tied @ found).norm()) < 1e-14 * float(tied.norm())
+    assert null_vectors(h[:3]).shape == (5, 2)
+    assert null_vectors(h[:0]).shape == (5, 5)
+    # In float32 a rounded dependence is none.
+    pair = numbers(30, 2).float()
+    assert null_vectors(torch.cat([pair, pair.sum(dim=1, keepdim=True)], dim=1)).shape == (3, 0)
