@@ -130,7 +130,10 @@ class Batches:
         x, y = (map_tensors(part, lambda t: self._cast(t, copy)) for part in pair)
         leaves = tensors_of(x)
         if not leaves or leaves[0].ndim == 0:
-            raise InvalidInputError(f"batch {index} has no input tensor with a batch dimension")
+            raise InvalidInputError(
+                f"batch {index} has no input tensor with a batch dimension but {type(pair[0]).__name__}; arrays become "
+                "tensors by torch.as_tensor"
+            )
         count = float(leaves[0].shape[0] if self._count is None else self._count(pair))
         if not np.isfinite(count) or count < 0:
             raise InvalidInputError(f"count= gave {count} for batch {index}; weights are finite and not negative")

@@ -7,8 +7,8 @@ position), a convolution one per output position, the patch under its kernel.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from bnp_analysis.network.batches import tensors_of
 from bnp_analysis.network.risk import EmpiricalRisk
 
 Dense = nn.Linear
@@ -97,19 +98,19 @@ def coverage(risk: EmpiricalRisk) -> Coverage:
     """
     modules = dict(risk.modules())
     owners = _owners(risk)
-    seen, other = _forward_uses(risk, [name for name, module in modules.items() if _overridden(module)])
+    runs, other = _forward_uses(risk)
     covered, reasons = [], {}
     for name, module in modules.items():
         weight = f"{name}.weight" if name else "weight"
         if not isinstance(module, COVERED) or weight not in risk.space:
             continue
         canonical = risk.space.canonical(weight)
-        if name not in seen:
+        if name not in runs:
             reasons[canonical] = f"the forward of {name or type(module).__name__} never runs"
         elif len(owners[canonical]) > 1:
             reasons[canonical] = _tied(owners[canonical])
         elif name in other:
-            reasons[canonical] = f"{type(module).__name__} computes something else with its weight or its input"
+            reasons[canonical] = other[name]
         else:
             covered.append(_layer(name, module, canonical, risk, owners))
     taken = {name for layer in covered for name in (layer.weight, layer.bias) if name is not None}
@@ -147,36 +148,54 @@ def _overridden(module: nn.Module) -> bool:
     return isinstance(module, COVERED) and (own or "forward" in vars(module))
 
 
-def _forward_uses(risk: EmpiricalRisk, doubtful: list[str]) -> tuple[set[str], set[str]]:
-    """The modules whose forward runs; those of the doubtful ones that do not multiply their input by their weight."""
-    seen: set[str] = set()
-    other: set[str] = set()
-    calls = _LayerCalls()
+def _forward_uses(risk: EmpiricalRisk) -> tuple[dict[str, int], dict[str, str]]:
+    """How often each module's forward runs; and why some layers are more, or less, than a product with their weight."""
+    runs: dict[str, int] = {}
+    other: dict[str, str] = {}
+    weights: dict[str, Tensor] = {}
+    calls = _Calls()
 
     def visit(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        seen.add(name)
-        if name in doubtful and not any(h is args[0] and w is module.weight for h, w in calls.made):
-            other.add(name)
+        runs[name] = runs.get(name, 0) + 1
+        if isinstance(module, COVERED):
+            weights[name] = module.weight
+            if _overridden(module) and not any(h is args[0] and w is module.weight for h, w in calls.products):
+                other[name] = f"{type(module).__name__} computes something else with its weight or its input"
         if not name:
-            calls.made.clear()
+            calls.products.clear()
 
-    with calls if doubtful else nullcontext():
+    with calls:
         risk.capture(visit)
-    return seen, other
+    for name, w in weights.items():
+        if calls.uses_of(w) > runs[name]:
+            other.setdefault(name, "its weight is also used outside of its own product")
+    return runs, other
 
 
-class _LayerCalls(TorchFunctionMode):
-    """The inputs and weights of the functions that covered layers call."""
+class _Calls(TorchFunctionMode):
+    """The inputs and weights of products as layers compute them; how often each tensor goes into a function."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: list[tuple[Any, Any]] = []
+        self.products: list[tuple[Any, Any]] = []
+        # By identity, which a freed tensor hands on: the reference tells whose count it is.
+        self._uses: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        named = dict(zip(("input", "weight"), args, strict=False)) | (kwargs or {})
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         if func in _FUNCTIONS:
-            self.made.append((named["input"], named["weight"]))
-        return func(*args, **(kwargs or {}))
+            named = dict(zip(("input", "weight"), args, strict=False)) | kwargs
+            self.products.append((named["input"], named["weight"]))
+        if isinstance(out, Tensor):
+            for t in tensors_of((list(args), kwargs)):
+                self._uses[id(t)] = weakref.ref(t), self.uses_of(t) + 1
+        return out
+
+    def uses_of(self, t: Tensor) -> int:
+        """How many functions that give a tensor were given this one."""
+        reference, count = self._uses.get(id(t), (None, 0))
+        return count if reference is not None and reference() is t else 0
 
 
 def _layer(name: str, module: CoveredLayer, weight: str, risk: EmpiricalRisk, owners: dict[str, list[str]]) -> Layer:

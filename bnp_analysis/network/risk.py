@@ -107,7 +107,7 @@ class EmpiricalRisk:
             NonFiniteError: the loss of a batch is NaN or infinite; names the batch.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.space.device)
-        tensors = self.space.unflatten(theta)
+        tensors = self.space.unflatten(theta.to(self.theta))
         with torch.no_grad():
             for batch in self.batches:
                 loss = self.batch_loss(self.batch_outputs(tensors, batch), batch)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.batches import map_tensors
@@ -26,21 +27,39 @@ def snapshot(model: nn.Module, dtype: torch.dtype | None, device: torch.device |
     if dtype is not None and not dtype.is_floating_point:
         raise InvalidInputError(f"dtype must be a floating-point type, got {dtype}")
     root = unwrap(model)
+    if isinstance(root, torch.jit.ScriptModule):
+        raise InvalidInputError(
+            "a TorchScript module has no parameters to exchange; give the nn.Module it was made from"
+        )
+    if any(isinstance(p, UninitializedParameter) for p in root.parameters()):
+        raise InvalidInputError("the model has lazy layers without a shape: run one forward pass first")
     gradients = {p: p.grad for p in root.parameters()}
+    # Left by a forward pass: features that were kept, weights that a hook computes.
+    histories = [
+        (m, k, t) for m in root.modules() for k, t in vars(m).items() if isinstance(t, Tensor) and not t.is_leaf
+    ]
     try:
-        # Gradients are neither needed nor always copyable.
+        # Neither gradients nor histories are needed, and not all of them can be copied.
         for p in gradients:
             p.grad = None
+        for module, name, t in histories:
+            vars(module)[name] = t.detach()
         duplicate = copy.deepcopy(root)
     except Exception as error:
         raise InvalidInputError(
-            f"the model cannot be copied ({error}), so a measurement could not be kept apart from it. Uninitialized "
-            "lazy layers need one forward pass first; attributes that are not leaf tensors should be buffers"
+            f"the model cannot be copied ({error}), so a measurement could not be kept apart from it. Attributes that "
+            "are locks, files or tensors inside containers must go, or be buffers"
         ) from error
     finally:
         for p, gradient in gradients.items():
             p.grad = gradient
+        for module, name, t in histories:
+            vars(module)[name] = t
     _unwrap_children(duplicate)
+    for module in duplicate.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            # Sparse gradients cannot be differentiated again; dense ones are the same numbers.
+            module.sparse = False
     if device is not None:
         duplicate.to(device=device)
     return duplicate if dtype is None else duplicate.to(dtype=dtype)

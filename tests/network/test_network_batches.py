@@ -207,7 +207,7 @@ PRIVATE = np.random.default_rng(0)
         lambda: DataLoader(Augmented(random.random), batch_size=4),
         lambda: DataLoader(Augmented(lambda: float(np.random.rand())), batch_size=4),  # noqa: NPY002
         lambda: DataLoader(Augmented(lambda: float(PRIVATE.random())), batch_size=4),
-        lambda: loader(shuffle=True, drop_last=True),
+        lambda: DataLoader(TensorDataset(*table(1000)), batch_size=600, shuffle=True, drop_last=True),
         lambda: DataLoader(Stream(), batch_size=4),
         swapped,
     ],
@@ -281,7 +281,11 @@ def test_workers_change_nothing() -> None:
         (lambda: 3, r"not int"),
         (lambda: [table()[0]], r"batch 0 is Tensor, not a pair"),
         (lambda: [table(), (*table(), table()[1])], r"batch 1 is tuple, not a pair"),
-        (lambda: [(3.0, 4.0)], r"batch 0 has no input tensor"),
+        (lambda: [(3.0, 4.0)], r"batch 0 has no input tensor.*but float"),
+        (
+            lambda: (np.ones((3, 4)), np.ones(3)),
+            r"no input tensor.*but ndarray; arrays become tensors by torch.as_tensor",
+        ),
         (lambda: [(torch.tensor(3.0), torch.tensor(4.0))], r"batch 0 has no input tensor with a batch dimension"),
         (lambda: [table(), (numbers(0, 4), classes(0, 3))], r"batch 1 has no example"),
     ],

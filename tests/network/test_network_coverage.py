@@ -229,6 +229,34 @@ def test_a_forward_that_an_instance_was_given() -> None:
     assert names(found(model, numbers(5, 3))) == ["1"]
 
 
+@pytest.mark.parametrize(
+    ("use", "covered"),
+    [
+        (lambda m, h: h, ["a", "b"]),
+        (lambda m, h: h @ m.a.weight, ["b"]),  # a head tied by a function
+        (lambda m, h: F.linear(h, m.a.weight.T), ["b"]),
+        (lambda m, h: m.a(m.a(h)), ["a", "b"]),  # again, but as the same layer
+        (lambda m, h: h * (m.a.weight.shape[0] + m.a.bias.ndim), ["a", "b"]),
+    ],
+    ids=["once", "transposed", "linear", "reused", "shape"],
+)
+def test_weights_used_outside_of_their_layer(use: Callable[[Any, Tensor], Tensor], covered: list[str]) -> None:
+    """Their Hessian has more terms than the rows of the layer explain."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(use(self, torch.tanh(self.a(x))))
+
+    result = found(drawn(Model), numbers(5, 3))
+    assert names(result) == covered
+    if "a" not in covered:
+        assert result.uncovered["a.weight"] == "its weight is also used outside of its own product"
+
+
 def test_a_weight_stored_transposed_is_named() -> None:
     class Conv1D(nn.Module):
         def __init__(self) -> None:

@@ -36,6 +36,7 @@ def test_the_risk_is_a_function_of_theta() -> None:
     torch.testing.assert_close(moved.outputs, other(x).detach(), rtol=1e-12, atol=1e-14)
     assert torch.equal(moved.theta, theta)
     assert torch.equal(classify(model, (x, y), at=theta).theta, theta)
+    assert risk(theta.float()).item() == pytest.approx(expected.item(), rel=1e-5)
     assert torch.equal(risk.theta, torch.nn.utils.parameters_to_vector(model.parameters()))
     assert float((moved.value - risk.value).abs()) > 1e-3
 

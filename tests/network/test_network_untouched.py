@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import random
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -96,6 +97,37 @@ def test_a_measurement_changes_nothing(operation: str) -> None:
     first, second = OPERATIONS[operation](risk), OPERATIONS[operation](risk)
     if isinstance(first, Tensor):
         assert torch.equal(first, second)  # nor does it change the snapshot
+
+
+class Slowing(nn.Module):
+    """Its output depends on how often it has run, which a buffer counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        return self.fc(x) / self.runs
+
+
+@pytest.mark.parametrize(
+    "make", [Slowing, lambda: nn.utils.spectral_norm(nn.Linear(4, 3))], ids=["counter", "power iteration"]
+)
+def test_every_pass_begins_with_the_buffers_of_the_snapshot(make: Callable[[], nn.Module]) -> None:
+    """Running statistics have no say in training mode; these buffers do."""
+    model = drawn(make)
+    before = state_of(model)
+    risk = classify(model, table())
+    expected = F.cross_entropy(model(table()[0]), table()[1])
+    for _ in range(3):
+        torch.testing.assert_close(risk(risk.theta), expected.detach(), rtol=1e-12, atol=0)
+    for name in ("gradient", "hessian", "gauss_newton", "layers"):
+        OPERATIONS[name](risk)
+    torch.testing.assert_close(risk(risk.theta), expected.detach(), rtol=1e-12, atol=0)
+    model.load_state_dict({n: t for n, (t, *_) in (before["parameters"] | before["buffers"]).items()})
+    assert torch.equal(risk.at(model.state_dict()).value, risk.value)
 
 
 def loaders() -> dict[str, Callable[[torch.Generator], DataLoader[Any]]]:
@@ -313,11 +345,58 @@ def test_a_model_with_a_gradient_in_its_graph_can_be_measured() -> None:
         p.grad = None
 
 
-def test_a_model_that_cannot_be_copied() -> None:
+@pytest.mark.parametrize("kind", ["features", "power iteration"])
+def test_a_model_that_keeps_tensors_with_a_history(kind: str) -> None:
+    """Features for later, or a weight that a hook computes: such tensors cannot be copied as they are."""
     model = mlp()
-    model.cache = model(table()[0])  # a tensor with a history
-    with pytest.raises(BNPAnalysisError, match="cannot be copied"):
-        classify(model, table())
+    if kind == "power iteration":
+        nn.utils.spectral_norm(model.fc1)
+    out = model(table()[0])
+    if kind == "features":
+        model.fc1.kept = out
+    kept = model.fc1.kept if kind == "features" else model.fc1.weight
+    before = state_of(model)
+    risk = classify(model.eval(), table())
+    assert risk.value.item() == pytest.approx(F.cross_entropy(model(table()[0]), table()[1]).item(), rel=1e-12)
+    after = state_of(model.train())
+    assert [part for part in before if not same(before[part], after[part])] == []
+    assert kept is (model.fc1.kept if kind == "features" else kept)
+    assert kept.grad_fn is not None
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (lambda m: setattr(m, "lock", threading.Lock()), r"cannot be copied \(.*lock.*kept apart"),
+        (lambda m: m.append(nn.LazyLinear(3)), "lazy layers without a shape: run one forward pass"),
+        (lambda m: m.append(torch.jit.script(nn.Tanh())) and None, "none"),
+    ],
+    ids=["lock", "lazy", "scripted part"],
+)
+def test_models_that_cannot_be_copied(spoil: Callable[[nn.Sequential], Any], match: str) -> None:
+    model = mlp()
+    model.fc1.weight.grad = torch.ones_like(model.fc1.weight)
+    spoil(model)
+    if match == "none":
+        assert classify(model, table()).space.dim == 43
+    else:
+        with pytest.raises(BNPAnalysisError, match=match):
+            classify(model, table())
+    assert torch.equal(model.fc1.weight.grad, torch.ones_like(model.fc1.weight))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_models_are_refused() -> None:
+    with pytest.raises(BNPAnalysisError, match=r"give the nn\.Module it was made from"):
+        classify(torch.jit.script(mlp()), table())
+
+
+def test_sparse_gradients_become_dense_ones() -> None:
+    make = lambda sparse: nn.Sequential(nn.Embedding(6, 4, sparse=sparse), nn.Flatten(), nn.Linear(8, 3))  # noqa: E731
+    data = (classes(5, 6, 2), classes(5, 3))
+    sparse, dense = (classify(drawn(lambda s=s: make(s)), data) for s in (True, False))
+    assert torch.equal(sparse.gradient, dense.gradient)
+    assert torch.equal(bnp.hessian(sparse).to_dense(), bnp.hessian(dense).to_dense())
 
 
 def test_data_of_another_kind_are_copied_too() -> None:
