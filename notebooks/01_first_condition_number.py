@@ -13,8 +13,8 @@
 # %% [markdown]
 # # A first condition number
 #
-# How badly conditioned is the loss of a small network on real data, and what does Batch Normalization Preconditioning (BNP)
-# do to it? Everything here runs on the embedded `digits` in well under a minute.
+# How badly conditioned is the loss of a small network on real data, and what does Batch Normalization Preconditioning
+# (BNP) do to it? Everything here runs on the embedded `digits` in well under a minute.
 
 # %%
 import torch
@@ -28,8 +28,8 @@ bnp.training.fit(model, torch.nn.functional.cross_entropy, digits.tensors, epoch
 # %% [markdown]
 # ## The risk, and its curvature
 #
-# An `EmpiricalRisk` is the mean loss as a pure function of the flat parameter vector: a snapshot of model and data. The
-# Gauss-Newton matrix is an operator; nothing is computed until somebody multiplies with it.
+# An `EmpiricalRisk` is the mean loss as a pure function of the flat parameter vector: a snapshot of model and data.
+# The Gauss-Newton matrix is an operator; nothing is computed until somebody multiplies with it.
 
 # %%
 risk = bnp.EmpiricalRisk(model, torch.nn.functional.cross_entropy, digits.tensors, dtype=torch.float64)
@@ -40,8 +40,8 @@ for route in bnp.routes(A):
     print(route)
 
 # %% [markdown]
-# Without further words the smallest *nonzero* eigenvalue is not known: some eigenvalues lie below the noise floor, and
-# nothing says that they are zero. So the answer is one-sided.
+# Without further words the smallest *nonzero* eigenvalue is not known: some eigenvalues lie below the noise floor,
+# and nothing says that they are zero. So the answer is one-sided.
 
 # %%
 undeclared = bnp.condition_number(A)
@@ -50,8 +50,8 @@ print(undeclared)
 # %% [markdown]
 # ## Known null directions
 #
-# ReLU units can be rescaled, the softmax ignores a common shift, some pixels are constant, some rows never reach a unit: such
-# directions are found from the structure, and each is verified by a product.
+# ReLU units can be rescaled, the softmax ignores a common shift, some pixels are constant, some rows never reach a
+# unit: such directions are found from the structure, and each is verified by a product.
 
 # %%
 N = bnp.null_directions(risk)
@@ -62,8 +62,8 @@ print(declared)
 # %% [markdown]
 # ## With the preconditioner
 #
-# `P` is built from the mean and variance of each layer's inputs; the curvature in the variables `z` of `theta = P z` is
-# `P^T A P`. Null directions are transported along.
+# `P` is built from the mean and variance of each layer's inputs; the curvature in the variables `z` of `theta = P z`
+# is `P^T A P`. Null directions are transported along.
 
 # %%
 P = bnp.bnp_preconditioner(risk)
@@ -74,17 +74,18 @@ print(f"BNP divides kappa* by {declared.value / conditioned.value:.3g}")
 # %% [markdown]
 # ## Layer by layer
 #
-# The inputs' condition numbers fall when they are centred and again when they are scaled; so do those of the curvature blocks.
+# The inputs' condition numbers fall when they are centred and again when they are scaled; so do those of the
+# curvature blocks.
 
 # %%
 table = bnp.layer_table(risk, P)
 table.to_dataframe()
 
 # %%
-bnp.plotting.plot_inputs(table);
+ax = bnp.plotting.plot_inputs(table)
 
 # %%
-bnp.plotting.plot_blocks(table);
+ax = bnp.plotting.plot_blocks(table)
 
 # %% [markdown]
 # ## Your own model
