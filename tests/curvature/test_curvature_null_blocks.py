@@ -120,7 +120,7 @@ def test_undeclared_directions_leave_numbers_one_sided() -> None:
 def test_the_layer_table_is_two_sided_everywhere() -> None:
     for name in ("relu deep", "constant features", "conv"):
         for row in bnp.layer_table(CASES[name].problem().risk()).layers:
-            for k in (row.block, row.block_bnp, *row.unit_blocks, *row.unit_blocks_bnp):
+            for k in (row.block, row.block_with_P, *row.unit_blocks, *row.unit_blocks_with_P):
                 assert k is None or k.two_sided
 
 
