@@ -147,6 +147,8 @@ def _softmax_root(outputs: Tensor, S: Tensor) -> OutputRoot | None:
     if bool(((S - weights.view(-1, 1, 1) * closed).abs() > bound).any()):
         return None
     eye = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)
-    root = (weights.unsqueeze(1) * p).sqrt().unsqueeze(2) * (eye - p.unsqueeze(1))
+    # 1 - p_c as the sum of the other probabilities: no digits lost where one class is nearly certain.
+    others = p.unsqueeze(1) * (1 - eye)
+    root = (weights.unsqueeze(1) * p).sqrt().unsqueeze(2) * (torch.diag_embed(others.sum(dim=2)) - others)
     rank = int((weights > 0).sum()) * (p.shape[1] - 1)
     return OutputRoot(root, rank, "softmax", p, weights)

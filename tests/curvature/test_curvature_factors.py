@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, RandomSampler, Sampler, TensorDataset
 
 import bnp_analysis as bnp
 from bnp_analysis.curvature import factors, output_curvature
+from bnp_analysis.curvature.output_curvature import output_root
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -275,3 +276,15 @@ def test_convolutions_in_many_slices() -> None:
     problem = image_problem(cnn("layer"), (9, 11, 1), True)
     rows = bnp.gauss_newton(problem.risk()).factor.to_dense()
     assert relative(rows.T @ rows, problem.gauss_newton()) <= 1e-10
+
+
+def test_rows_of_nearly_certain_examples_still_sum_to_zero() -> None:
+    logits = torch.tensor([[40.0, 0.0, 1.0], [0.0, 36.0, 2.0], [1.0, 2.0, 3.0]], dtype=torch.float64)
+    layer = nn.Linear(3, 3, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(3))
+    risk = bnp.EmpiricalRisk(layer, nn.functional.cross_entropy, (logits, torch.tensor([0, 1, 2])))
+    root = output_root(risk, next(iter(risk.batches)), logits)
+    assert root is not None
+    size = root.root.abs().amax(dim=2)
+    assert bool((root.root.sum(dim=2).abs() <= 4e-16 * size).all())
