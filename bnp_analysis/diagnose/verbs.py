@@ -30,6 +30,9 @@ from bnp_analysis.network.inputs import input_triangles
 from bnp_analysis.network.moments import layer_moments
 from bnp_analysis.precondition import NetworkPreconditioner, bnp_preconditioner
 
+# Parameters of a block beyond which tables do not search for null directions.
+_SEARCHED = 6_000
+
 
 def layer_table(
     risk: EmpiricalRisk,
@@ -254,7 +257,10 @@ def _unit_of(P: NetworkPreconditioner, layer: str, unit: int) -> Preconditioner 
 
 
 def _known_null(risk: EmpiricalRisk, block: str | None) -> NullDirections | None:
-    """The verified null directions; None where they do not fit into memory, and numbers stay one-sided."""
+    """The verified null directions; None for large blocks, whose basis is dense: their numbers stay one-sided."""
+    names = risk.space.names if block is None else risk.space.layer_names(block)
+    if risk.space.restrict(names).dim > _SEARCHED:
+        return None
     try:
         return null_directions(risk, block=block)
     except MemoryLimitError:
