@@ -1,0 +1,100 @@
+"""The list of matrix problems of the truth suite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from truth_problems import (
+    ALL,
+    Problem,
+    conditioned,
+    constructed,
+    random_problem,
+    stored_matrix,
+    trap_seven,
+)
+
+from bnp_analysis.testing import KINDS
+
+
+def problems() -> Iterator[Problem]:
+    """All matrix problems."""
+    for kind, es in {
+        "log": (5, 10, 17, 20, 23),
+        "isolated": (10, 20, 23),
+        "clustered": (10, 20),
+        "repeated": (10, 20),
+        "two-scale": (10, 20, 23),
+        "flat": (0,),
+    }.items():
+        for e in es:
+            name = f"{kind}, n 64, kappa {4.0**e:.1g}"
+            yield Problem("constructed", name, constructed(kind, 64, e), quick=e in (0, 20))
+    yield from shapes_and_scales()
+    yield from other_ways()
+
+
+def shapes_and_scales() -> Iterator[Problem]:
+    """Ranks, scales, sizes, single precision, stored matrices; all constructed."""
+    f32, few = torch.float32, ("factor-svd", "golub-kahan", "dense", "lanczos")
+    for rank in (63, 14, 1):
+        for e in (10, 20) if rank > 1 else (0,):
+            for declared in (False, True):
+                name = f"log, n 64, rank {rank}, kappa {4.0**e:.1g}, null space {'declared' if declared else 'unknown'}"
+                make = constructed("log", 64, e, rank=rank, declared=declared)
+                yield Problem("constructed, rank-deficient", name, make, quick=rank == 14)
+    for shift in (-23, 23):
+        for kind in ("log", "isolated"):
+            name = f"{kind}, n 64, kappa 1e12, scale {4.0**shift:.0e}"
+            yield Problem("constructed, scaled", name, constructed(kind, 64, 20, shift=shift), quick=kind == "log")
+    for n in (1, 4, 16, 50, 256):
+        make = constructed("log", n, 10 if n > 1 else 0)
+        yield Problem("constructed, sizes", f"log, n {n}, kappa {1e6 if n > 1 else 1:.0e}", make, quick=n < 50)
+    yield Problem("constructed, sizes", "log, n 1024, kappa 1e+06", constructed("log", 1024, 10, routes=few))
+    large = constructed("log", 3000, 10, rank=400, rows=400, routes=("factor-svd", "golub-kahan", "lanczos"))
+    yield Problem("constructed, sizes", "log, 400 x 3000, kappa 1e+06", large)
+    square = constructed("two-scale", 3000, 10, routes=("factor-svd",))
+    yield Problem("constructed, sizes", "two-scale, n 3000, kappa 1e+06", square)
+    for rows, n in ((256, 64), (64, 256)):
+        name = f"log, {rows} x {n}, kappa 1e12"
+        yield Problem("constructed, sizes", name, constructed("log", n, 20, rank=64, rows=rows), quick=True)
+    for kind, n, e in (("log", 16, 5), ("log", 16, 10), ("log", 16, 18), ("isolated", 16, 20), ("repeated", 64, 18)):
+        make = constructed(kind, n, e, dtype=f32, routes=few)
+        yield Problem("constructed, float32", f"{kind}, n {n}, kappa {4.0**e:.1g}", make, quick=n == 16)
+    for kind, e, negative in (("log", 5, 0), ("isolated", 10, 0), ("log", 10, 6), ("two-scale", 10, 9), ("log", 16, 5)):
+        name = f"{kind}, n 16, kappa {4.0**e:.1g}, {negative} negative"
+        yield Problem("stored matrix, no factor", name, stored_matrix(kind, 16, e, negative), quick=e < 16)
+
+
+def other_ways() -> Iterator[Problem]:
+    """Random singular vectors, preconditioners, undeclared null spaces, shifts."""
+    f32, few = torch.float32, ("factor-svd", "golub-kahan", "dense", "lanczos")
+    for kind in KINDS:
+        for kappa in (1e4, 1e8, 1e12, 1e14) if kind != "flat" else (1.0,):
+            routes = (*ALL, "inverse-lanczos") if kappa <= 1e4 else ALL
+            make = random_problem(kind, kappa, routes=routes)
+            yield Problem("random vectors", f"{kind}, 50 x 40, kappa {kappa:.0e}", make, quick=kappa == 1e12)
+    for kappa in (1e4, 1e8, 1e12):
+        for given in (True, False):
+            make = random_problem("log", kappa, (30, 20), dtype=f32, given=given, routes=few)
+            rows_are = "stored" if given else "computed"
+            yield Problem("random vectors, float32", f"log, 30 x 20, kappa {kappa:.0e}, rows {rows_are}", make, True)
+    for norm in (1e1, 1e3, 1e5):
+        for kappa in (1e2, 1e6):
+            for seed in (1, 2, 3):
+                name = f"dense P, |P| {norm:.0e}, kappa {kappa:.0e}, seed {seed}"
+                make = conditioned(norm, kappa, seed)
+                yield Problem("P^T A P", name, make, quick=seed == 1 and norm == 1e5)
+        yield Problem("P^T A P", f"diagonal P, |P| {norm:.0e}, kappa 1e+06", conditioned(norm, 1e6, 4, diagonal=True))
+    for norm in (1e1, 1e3):
+        name = f"dense P, |P| {norm:.0e}, kappa 1e+02, float32"
+        yield Problem("P^T A P", name, conditioned(norm, 1e2, 5, dtype=f32))
+    for steps in (60, 100, 150):
+        for known in (0, 25, 50):
+            name = f"trap 7, {steps} steps, {known} of 50 null directions known"
+            yield Problem("trap 7", name, trap_seven(steps, known), quick=steps == 100)
+    for delta in (1e-3, 1e-1):
+        routes = ("factor-svd", "golub-kahan", "dense", "inertia", "lanczos", "inverse-lanczos")
+        make = random_problem("log", 1e8, (30, 40), delta=delta, routes=routes)
+        yield Problem("regularized", f"log, 30 x 40, kappa 1e8, delta {delta:g}", make, quick=delta == 1e-1)
