@@ -137,7 +137,7 @@ def attempt(report: Callable[[Task, int], float], task: Task, steps: int, truth:
     if not np.isfinite(value):
         return "none"
     factor = max(value / truth, truth / value)
-    return f"{value:.3g} ({'right' if factor < 1.01 else f'off by {factor:.2g}'})"
+    return f"{value:.3g} ({'right' if factor < 1.01 else f'off by {factor:.3g}'})"
 
 
 def table(steps: tuple[int, ...] = (100, 300)) -> list[str]:

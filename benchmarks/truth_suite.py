@@ -58,11 +58,12 @@ def measure(record: dict[str, Any], quick: bool, only: str) -> None:
 def finish(record: dict[str, Any], out: Path, began: float) -> None:
     """Totals, and both files, each replaced as a whole."""
     record["seconds"] = time.perf_counter() - began
+    record["cpu_seconds"] = time.process_time()
     record["totals"] = truth_report.totals(record["rows"])
     record["accuracy"] = truth_report.accuracy(record["rows"])
     out.mkdir(parents=True, exist_ok=True)
     for name, text in (
-        ("truth_suite.json", json.dumps(_plain(record), indent=1)),
+        ("truth_suite.json", json.dumps(_plain(record), separators=(",", ":")) + "\n"),
         ("truth_suite.md", truth_report.markdown(record)),
     ):
         scratch = out / f".{name}"
