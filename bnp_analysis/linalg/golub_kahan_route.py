@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg.bidiagonal import golub_kahan
+from bnp_analysis.linalg.bidiagonal import Bidiagonalization, golub_kahan
 from bnp_analysis.linalg.certificates import amplified
 from bnp_analysis.linalg.extremes import Extremes, factor_rounding_norm, unexplained, zero_matrix
 from bnp_analysis.linalg.null import NORM_STEPS, DeclaredNull, require_null
@@ -66,31 +66,44 @@ def golub_kahan_ends(
     if rank == 0:
         return zero_matrix(null, run.products + spent)
     if run.stop == "exhausted":
-        bottom, unresolved = float(sigma[rank - 1]), max(structural - rank, 0)
-        upper = ((top + radius) / (bottom - radius)) ** 2 if unresolved == 0 else math.inf
-        zero, counted = float(sigma[rank]) if rank < sigma.size else 0.0, rank
-        note = unexplained(unresolved, null)
-        return Extremes(
-            lambda_max=top**2,
-            lambda_min=bottom**2,
-            lower=(max(top - radius, 0.0) / (bottom + radius)) ** 2,
-            upper=upper,
-            rank=counted,
-            null_dim=null.dim,
-            null_sources=null.sources,
-            unresolved=unresolved,
-            zero=A.dim - rank,
-            gap_ratio=(bottom / zero) ** 2 if zero > 0 else math.inf,
-            noise_floor=radius**2,
-            residuals=(radius * (2 * top + radius), radius * (2 * bottom + radius)),
-            matvecs=run.products + spent,
-            stop=run.stop,
-            note=note,
-        )
+        return _complete(A, null, run, radius, structural, run.products + spent)
+    return _partial(null, run, radius, structural, run.products + spent)
+
+
+def _complete(
+    A: SymmetricOperator, null: DeclaredNull, run: Bidiagonalization, radius: float, structural: int, matvecs: int
+) -> Extremes:
+    """Every nonzero singular value is there: both sides, if structure explains the others."""
+    sigma = run.singular_values()
+    rank = int((sigma > radius).sum())
+    top, bottom, unresolved = float(sigma[0]), float(sigma[rank - 1]), max(structural - rank, 0)
+    zero = float(sigma[rank]) if rank < sigma.size else 0.0
+    return Extremes(
+        lambda_max=top**2,
+        lambda_min=bottom**2,
+        lower=(max(top - radius, 0.0) / (bottom + radius)) ** 2,
+        upper=((top + radius) / (bottom - radius)) ** 2 if unresolved == 0 else math.inf,
+        rank=rank,
+        null_dim=null.dim,
+        null_sources=null.sources,
+        unresolved=unresolved,
+        zero=A.dim - rank,
+        gap_ratio=(bottom / zero) ** 2 if zero > 0 else math.inf,
+        noise_floor=radius**2,
+        residuals=(radius * (2 * top + radius), radius * (2 * bottom + radius)),
+        matvecs=matvecs,
+        stop=run.stop,
+        note=unexplained(unresolved, null),
+    )
+
+
+def _partial(null: DeclaredNull, run: Bidiagonalization, radius: float, structural: int, matvecs: int) -> Extremes:
+    """A lower bound from the columns of `V` that lie in the row space."""
+    top = float(run.singular_values()[0])
     clean = run.matrix.shape[1] if null.complete else run.clean
     least = float(np.linalg.svd(run.matrix[:, :clean], compute_uv=False)[-1]) / math.sqrt(1 - 1e-4)
     known = least > radius
-    memory = 8 * structural * sum(operator.shape) / 2**30
+    memory = 8 * structural * (len(run.left) + len(run.right)) / 2**30
     return Extremes(
         lambda_max=top**2,
         lambda_min=least**2 if known else 0.0,
@@ -99,7 +112,7 @@ def golub_kahan_ends(
         null_dim=null.dim,
         null_sources=null.sources,
         noise_floor=radius**2,
-        matvecs=run.products + spent,
+        matvecs=matvecs,
         stop=run.stop,
         note=f"stopped after {run.products} of about {structural} products; all of them need {memory:.2g} GiB",
     )
