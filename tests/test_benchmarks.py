@@ -56,7 +56,7 @@ def test_the_quick_suite_finds_no_false_claim(tmp_path: Path) -> None:
     assert "two-sided intervals, 0 of them false" in page
     for line in record["accuracy"]:
         if "relative error" in line["line"] or "the claim holds" in line["line"]:
-            assert line["met"] == line["runs"], line
+            assert line["met"] == line["runs"] > 0, line
 
 
 @pytest.mark.parametrize("method", ["factor-svd", "golub-kahan"])
