@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bnp_analysis.errors import NonFiniteError
-from bnp_analysis.training.statistics import BatchMoments, update_moments, without_start
+from bnp_analysis.precondition.running import update_moments, without_start
+from bnp_analysis.training.statistics import BatchMoments
 
 
 class RunningMoments:

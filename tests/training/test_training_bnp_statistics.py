@@ -17,14 +17,9 @@ from torch import Tensor, nn
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.layers import channels, rows
+from bnp_analysis.precondition.running import corrected_rho, update_moments
 from bnp_analysis.training.bnp import BNP
-from bnp_analysis.training.statistics import (
-    BatchMoments,
-    batch_moments,
-    corrected_rho,
-    pool_moments,
-    update_moments,
-)
+from bnp_analysis.training.statistics import BatchMoments, batch_moments, pool_moments
 
 SIZES = st.lists(st.integers(1, 6), min_size=1, max_size=8)
 VALUES = st.floats(-100, 100)

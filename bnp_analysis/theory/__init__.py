@@ -1,0 +1,5 @@
+"""The convergence theory as checks: what a statement predicts, what is observed, and whether it holds."""
+
+from bnp_analysis.theory.check import Check, CheckTable
+
+__all__ = ["Check", "CheckTable"]
