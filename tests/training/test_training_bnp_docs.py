@@ -11,7 +11,7 @@ import torch
 
 import bnp_analysis
 from bnp_analysis.training.bnp import BNP
-from bnp_analysis.training.bnp_settings import Settings
+from bnp_analysis.training.bnp.settings import Settings
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "training.md"
 

@@ -19,7 +19,7 @@ from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.layers import channels, rows
 from bnp_analysis.precondition.running import corrected_rho, update_moments
 from bnp_analysis.training.bnp import BNP
-from bnp_analysis.training.statistics import BatchMoments, batch_moments, pool_moments
+from bnp_analysis.training.bnp.batch_moments import BatchMoments, batch_moments, pool_moments
 
 SIZES = st.lists(st.integers(1, 6), min_size=1, max_size=8)
 VALUES = st.floats(-100, 100)

@@ -17,15 +17,15 @@ from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.snapshot import unwrap
 from bnp_analysis.precondition.bnp import BNPPreconditioner
-from bnp_analysis.training.bnp_attach import attach_to
-from bnp_analysis.training.bnp_gradients import Mark, find_gradients, has_free_bias, marks, unchanged
-from bnp_analysis.training.bnp_hooks import InputHook
-from bnp_analysis.training.bnp_layers import Names, find_candidates, frozen_names, trainable_space
-from bnp_analysis.training.bnp_rule import Rule, layer_width
-from bnp_analysis.training.bnp_running import RunningMoments
-from bnp_analysis.training.bnp_settings import Settings
-from bnp_analysis.training.bnp_state import read_state, write_state
-from bnp_analysis.training.statistics import BatchMoments, batch_moments, pool_moments
+from bnp_analysis.training.bnp.attach import attach_to
+from bnp_analysis.training.bnp.batch_moments import BatchMoments, batch_moments, pool_moments
+from bnp_analysis.training.bnp.gradients import Mark, find_gradients, has_free_bias, marks, unchanged
+from bnp_analysis.training.bnp.hooks import InputHook
+from bnp_analysis.training.bnp.layers import Names, find_candidates, frozen_names, trainable_space
+from bnp_analysis.training.bnp.rule import Rule, layer_width
+from bnp_analysis.training.bnp.running_moments import RunningMoments
+from bnp_analysis.training.bnp.settings import Settings
+from bnp_analysis.training.bnp.state import read_state, write_state
 
 
 class BNP:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bnp_analysis.errors import NonFiniteError
 from bnp_analysis.precondition.running import update_moments, without_start
-from bnp_analysis.training.statistics import BatchMoments
+from bnp_analysis.training.bnp.batch_moments import BatchMoments
 
 
 class RunningMoments:

@@ -9,7 +9,7 @@ import torch
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.names import clean_name
-from bnp_analysis.training.bnp_running import RunningMoments
+from bnp_analysis.training.bnp.running_moments import RunningMoments
 
 _VERSION = 1
 

@@ -15,11 +15,11 @@ from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.precondition.blocks import layer_positions
 from bnp_analysis.precondition.bnp import BNPPreconditioner, damped_variance, layer_block
 from bnp_analysis.precondition.bnp_block import BNPBlock
-from bnp_analysis.training.bnp_direction import with_bias_, without_bias_
-from bnp_analysis.training.bnp_gradients import Gradients, has_free_bias
-from bnp_analysis.training.bnp_running import RunningMoments
-from bnp_analysis.training.bnp_scale import MeasuredScale, chosen_scale
-from bnp_analysis.training.bnp_settings import Settings
+from bnp_analysis.training.bnp.direction import with_bias_, without_bias_
+from bnp_analysis.training.bnp.gradients import Gradients, has_free_bias
+from bnp_analysis.training.bnp.running_moments import RunningMoments
+from bnp_analysis.training.bnp.scale import MeasuredScale, chosen_scale
+from bnp_analysis.training.bnp.settings import Settings
 
 
 def layer_width(layer: Layer, statistics: str) -> int:
