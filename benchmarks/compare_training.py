@@ -104,9 +104,9 @@ def write(out: Path) -> None:
     head = (
         "# Methods of training, each at its own best learning rate\n\n"
         "Command: `python benchmarks/compare_training.py NAME` (`--cost` for times, alone on the machine). Raw pixels "
-        "in [0, 1], no momentum, no decay, constant rate; normalizations before the activation. Means and sample standard "
-        "deviations over the seeds; *edge*: the best rate is the smallest or largest searched. Step times are medians "
-        "of interleaved turns in one process with one thread; memory is the growth of a fresh process.\n"
+        "in [0, 1], no momentum, no decay, constant rate; normalizations before the activation. Means and sample "
+        "standard deviations over the seeds; *edge*: the best rate is the smallest or largest searched. Step times "
+        "are medians of interleaved turns in one process with one thread; memory is the growth of a fresh process.\n"
     )
     (out / "training.md").write_text("\n".join([head, *parts, *tail]))
 
