@@ -38,6 +38,7 @@ from bnp_analysis.precondition import (
     kfac_preconditioner,
 )
 from bnp_analysis.results import Result
+from bnp_analysis.theory import Check, CheckTable, check_theory
 from bnp_analysis.training import BNP, Run, train
 
 __version__ = "0.1.0"
@@ -45,6 +46,8 @@ __version__ = "0.1.0"
 __all__ = [
     "BNP",
     "CallableOperator",
+    "Check",
+    "CheckTable",
     "Comparison",
     "ConditionNumber",
     "DenseOperator",
@@ -62,6 +65,7 @@ __all__ = [
     "SpectralDensity",
     "SymmetricOperator",
     "bnp_preconditioner",
+    "check_theory",
     "compare",
     "condition_number",
     "congruence",

@@ -13,8 +13,9 @@ import torch
 from bnp_analysis import data, models, precondition
 from bnp_analysis.diagnose import CURVATURES, Comparison, compare, curvature_matrix
 from bnp_analysis.errors import BNPAnalysisError, InvalidInputError
-from bnp_analysis.linalg import eigenpairs, spectral_density
+from bnp_analysis.linalg import Preconditioner, eigenpairs, spectral_density
 from bnp_analysis.network import EmpiricalRisk
+from bnp_analysis.theory.command import add_check_command
 from bnp_analysis.training import fit
 from bnp_analysis.training.command import add_train_command
 
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _problem_options(condition)
+    _figure_option(condition)
     condition.add_argument("--layers", nargs="+", metavar="NAME", help="only these layers in the table")
     condition.add_argument(
         "--curvature", nargs="+", choices=CURVATURES, default=["gauss-newton", "hessian"], help="of the whole network"
@@ -64,12 +66,14 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _problem_options(spectrum)
+    _figure_option(spectrum)
     spectrum.add_argument("--curvature", choices=CURVATURES, default="hessian", help="the matrix")
     spectrum.add_argument("--top", type=int, default=5, metavar="K", help="eigenvalues to print")
     spectrum.add_argument("--probes", type=int, default=8, help="random vectors of the density")
     spectrum.add_argument("--steps", type=int, default=64, help="Lanczos steps of each")
     spectrum.set_defaults(run=_spectrum)
     add_train_command(commands)
+    add_check_command(commands, _problem_options, _checked)
     return parser
 
 
@@ -92,8 +96,17 @@ def _problem_options(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cpu", help="device of the measurement")
     add("--seed", type=int, default=0, help="of subset, initialization, training and random starts")
     add("--json", metavar="FILE", help="write the result with its settings")
-    add("--figure", metavar="FILE", help="write the figure; the suffix says the format")
     add("--quiet", action="store_true", help="no progress bars")
+
+
+def _figure_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--figure", metavar="FILE", help="write the figure; the suffix says the format")
+
+
+def _checked(arguments: argparse.Namespace) -> tuple[EmpiricalRisk, Preconditioner | None]:
+    """What `check` is to try: the risk, and the preconditioner unless it is BNP's own."""
+    risk, name = _risk(arguments), arguments.preconditioner
+    return risk, None if name == "bnp" else PRECONDITIONERS[name](risk)
 
 
 def _risk(arguments: argparse.Namespace) -> EmpiricalRisk:

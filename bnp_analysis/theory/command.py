@@ -1,0 +1,94 @@
+"""`bnp-analysis check`: parse, call, print."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg import Preconditioner
+from bnp_analysis.network import EmpiricalRisk
+from bnp_analysis.theory.check import Check, CheckTable
+from bnp_analysis.theory.suite import SOURCES, check_theory
+
+# A network whose dense reference matrices take seconds.
+SMALL = {"samples": 300, "hidden": [12, 8]}
+
+
+def add_check_command(
+    commands: Any,
+    problem_options: Callable[[argparse.ArgumentParser], None],
+    make: Callable[[argparse.Namespace], tuple[EmpiricalRisk, Preconditioner | None]],
+) -> None:
+    """Add the command to the object that `ArgumentParser.add_subparsers` returned.
+
+    Args:
+        commands: that object.
+        problem_options: adds the options that describe data, network and preconditioner.
+        make: the risk and the preconditioner (None for BNP's) that the options describe.
+
+    Example:
+        >>> parser = argparse.ArgumentParser()
+        >>> add_check_command(parser.add_subparsers(), lambda parser: None, lambda arguments: (None, None))
+        >>> parser.parse_args(["check", "--only", "T7", "T11"]).only
+        ['T7', 'T11']
+    """
+    parser = commands.add_parser(
+        "check",
+        help="try every statement of the convergence theory on a network",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="Exit status: 0 every applicable check holds, 1 a check fails, 2 bad input or nothing applies, "
+        "130 interrupted (the checks made are kept).",
+    )
+    problem_options(parser)
+    parser.add_argument("--only", nargs="+", metavar="T", help=f"only these statements: {', '.join(SOURCES)}")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="begin no further statement after this")
+    parser.add_argument("--verbose", action="store_true", help="print hypotheses and details of every check")
+    parser.set_defaults(run=lambda arguments: run_check(arguments, make), **SMALL)
+
+
+def run_check(
+    arguments: argparse.Namespace,
+    make: Callable[[argparse.Namespace], tuple[EmpiricalRisk, Preconditioner | None]],
+) -> int:
+    """Run the command; the exit status is the verdict."""
+    unknown = [source for source in arguments.only or () if source not in SOURCES]
+    if unknown:
+        raise InvalidInputError(f"no statement {', '.join(unknown)}; there are: {', '.join(SOURCES)}")
+    risk, preconditioner = make(arguments)
+
+    def line(check: Check) -> None:
+        print(check, flush=True)
+        if arguments.verbose:
+            words = {**{f"({name})": kept for name, kept in check.hypotheses.items()}, **check.details}
+            print("".join(f"      {name}: {_short(value)}\n" for name, value in words.items()), end="")
+
+    table = check_theory(
+        risk,
+        preconditioner=preconditioner,
+        only=arguments.only,
+        seed=arguments.seed,
+        dtype=None,
+        progress=not arguments.quiet and sys.stderr.isatty(),
+        report=line,
+        time_limit=arguments.time_limit,
+    )
+    print(f"{table}; {table.seconds:.1f} s")
+    if arguments.json:
+        print(f"wrote {table.save(arguments.json)}")
+    return exit_status(table)
+
+
+def exit_status(table: CheckTable) -> int:
+    """0 where every applicable check holds, 1 where one fails, 2 where none applies, 130 where it was interrupted."""
+    if table.failed:
+        return 1
+    if table.stop.startswith("interrupted"):
+        return 130
+    return 0 if table.holds else 2
+
+
+def _short(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,143 @@
+"""The Hessian of one layer: its form (T1), and where it equals the Gauss-Newton block (T1')."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from bnp_analysis.curvature import gauss_newton, hessian
+from bnp_analysis.network import Layer, coverage, layer_rows
+from bnp_analysis.theory.check import Check
+from bnp_analysis.theory.problem import NotApplicable, Problem, agreement, distance, each_layer, label, statement
+from bnp_analysis.theory.rewriting import Offset, first_examples, rewritten
+
+_T1 = "a unit's Hessian block is H^^T S_i H^"
+_T1P = "a layer's Hessian block equals its Gauss-Newton block"
+# Pre-activations of the layer whose second derivatives are formed.
+_MOST_OFFSETS = 800
+
+
+@statement("T1", _T1)
+def check_unit_blocks(problem: Problem) -> Iterator[Check]:
+    """T1: the Hessian of a layer, by its parameters, is made of its rows and of second derivatives by pre-activations.
+
+    `S` comes from a network with a free offset at the layer's output, the other side from the network itself.
+    """
+    yield from each_layer(problem, _T1, "T1", _unit_blocks)
+
+
+def _unit_blocks(problem: Problem, layer: Layer) -> Iterator[Check]:
+    risk = problem.risk
+    per_example = _outputs_per_example(problem, layer)
+    if per_example > _MOST_OFFSETS:
+        raise NotApplicable(
+            f"{per_example} pre-activations per example; dense second derivatives are formed of up to {_MOST_OFFSETS}"
+        )
+    part = rewritten(risk, batches=first_examples(risk, max(_MOST_OFFSETS // per_example, 1)))
+    own = coverage(part)[layer.name]
+    shapes: list[torch.Size] = []
+    part.capture(lambda name, module, args, out: shapes.append(out.shape), [layer.name])
+    with_offset = rewritten(part, {layer.name: lambda module: Offset(module, shapes[0], part.theta)})
+    name = f"{layer.name}.offset" if layer.name else "offset"
+    S = hessian(with_offset.restrict([name])).to_dense()
+    rows = layer_rows(part)[layer.name]
+    order = _by_unit(own, shapes[0])
+    S = S[order][:, order].view(layer.units, rows.shape[0], layer.units, rows.shape[0])
+    problem.require_size(layer.units * (layer.features + 1))
+    A = hessian(part, block=layer.name).to_dense()
+    hypotheses = {"covered": True, "one use of the weight": True}
+    yield agreement(
+        f"the layer's Hessian block is (I (x) H^)^T S (I (x) H^) [{label(layer)}]",
+        "T1",
+        A,
+        _assembled(own, rows, S),
+        hypotheses=hypotheses,
+        details={"rows": rows.shape[0], "units": layer.units, "examples": part.batches.total},
+    )
+    between = _between_examples(S, int(part.batches.total))
+    if part.coupled:
+        yield Check.not_applicable(
+            f"S_i has no entries between examples [{label(layer)}]",
+            "T1",
+            f"examples are coupled by batch statistics; measured {between:.3g} of |S|",
+        )
+        return
+    kind = "diagonal" if rows.shape[0] == part.batches.total else "block diagonal over examples"
+    yield Check.compare(
+        f"S_i is {kind} [{label(layer)}]",
+        "T1",
+        observed=between,
+        predicted=1e-12,
+        tolerance=0.0,
+        relation="<=",
+        hypotheses={"no batch coupling": True},
+    )
+
+
+def _outputs_per_example(problem: Problem, layer: Layer) -> int:
+    return problem.rows[layer.name].shape[0] * layer.units // max(round(problem.risk.batches.total), 1)
+
+
+def _by_unit(layer: Layer, shape: torch.Size) -> Tensor:
+    """The flat positions of an output, unit after unit, each in the order of the rows."""
+    grid = torch.arange(shape.numel()).view(shape)
+    axis = -1 if isinstance(layer.module, nn.Linear) else len(shape) - 1 - len(layer.module.kernel_size)
+    return grid.movedim(axis, 0).reshape(-1)
+
+
+def _assembled(layer: Layer, rows: Tensor, S: Tensor) -> Tensor:
+    """`(I (x) H^)^T S (I (x) H^)` in torch's order: weights unit after unit, then the biases."""
+    n, per_group = layer.units, layer.units // layer.groups
+    H = [rows[:, i // per_group] for i in range(n)]
+    m = layer.features
+    A = rows.new_zeros(n * (m + 1), n * (m + 1))
+    for i in range(n):
+        for k in range(n):
+            left = torch.cat([H[i], rows.new_ones(len(rows), 1)], dim=1)
+            right = torch.cat([H[k], rows.new_ones(len(rows), 1)], dim=1)
+            inner = left.T @ S[i, :, k] @ right
+            A[i * m : (i + 1) * m, k * m : (k + 1) * m] = inner[:m, :m]
+            A[i * m : (i + 1) * m, n * m + k] = inner[:m, m]
+            A[n * m + i, k * m : (k + 1) * m] = inner[m, :m]
+            A[n * m + i, n * m + k] = inner[m, m]
+    return A if layer.bias is not None else A[: n * m, : n * m]
+
+
+def _between_examples(S: Tensor, examples: int) -> float:
+    """The part of `S` between different examples, relative."""
+    each = max(S.shape[1] // max(examples, 1), 1)
+    owner = torch.arange(S.shape[1]) // each
+    across = (owner[:, None] != owner[None, :])[None, :, None, :]
+    return float((S * across).norm() / S.norm()) if bool(S.any()) else 0.0
+
+
+@statement("T1'", _T1P)
+def check_hessian_is_gauss_newton(problem: Problem) -> Iterator[Check]:
+    """T1': with piecewise linear activations the two matrices agree on each layer, away from kinks."""
+    yield from each_layer(problem, _T1P, "T1'", _equal_blocks)
+
+
+def _equal_blocks(problem: Problem, layer: Layer) -> Iterator[Check]:
+    found = problem.activations
+    H, A = problem.dense("hessian", layer.name), _by_factor(problem, layer)
+    gap = distance(H, A)
+    if not found.piecewise_linear:
+        raise NotApplicable(f"not piecewise linear: {found.why_smooth}; the blocks differ by {gap:.3g} relative")
+    if found.on_kink:
+        raise NotApplicable(f"{found.on_kink} pre-activations lie exactly on a kink, where there is no Hessian")
+    if not bool(A.any()):
+        raise NotApplicable("the layer has no curvature at all")
+    hypotheses = {"piecewise linear": True, "no entry on a kink": True}
+    yield agreement(f"{_T1P} [{label(layer)}]", "T1'", H, A, hypotheses=hypotheses)
+
+
+def _by_factor(problem: Problem, layer: Layer) -> Tensor:
+    """The Gauss-Newton block as `F^T F` from rows of the Jacobian, where the loss has a factor; else by products."""
+    found = gauss_newton(problem.risk, block=layer.name)
+    problem.require_size(found.dim)
+    if found.factor is None:
+        return found.to_dense()
+    F = found.factor.to_dense()
+    return F.T @ F

@@ -1,0 +1,114 @@
+"""All statements over one risk: which there are, in which order, and what an interruption leaves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg import Preconditioner
+from bnp_analysis.linalg.progress import Progress, reporting
+from bnp_analysis.network import EmpiricalRisk
+from bnp_analysis.theory.check import Check, CheckTable
+from bnp_analysis.theory.layer_curvature import check_hessian_is_gauss_newton, check_unit_blocks
+from bnp_analysis.theory.problem import Problem, Statement
+
+STATEMENTS: tuple[Statement, ...] = (
+    check_unit_blocks,
+    check_hessian_is_gauss_newton,
+)
+SOURCES = tuple(dict.fromkeys(s.source for s in STATEMENTS))
+
+
+def check_theory(
+    risk: EmpiricalRisk,
+    *,
+    preconditioner: Preconditioner | None = None,
+    only: Sequence[str] | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | None = torch.float64,
+    progress: Progress = False,
+    report: Callable[[Check], None] | None = None,
+    time_limit: float | None = None,
+) -> CheckTable:
+    """Try every statement of the convergence theory on a network: prediction, observation, verdict.
+
+    Each statement verifies its hypotheses first, and is *not applicable*, with the reason, where they fail. A verdict
+    compares two computations that share as little as possible: a matrix and its formula, a network and the network
+    written in other variables, a bound and the quantity it bounds.
+
+    Args:
+        risk: the empirical risk.
+        preconditioner: over `risk.space`; default the undamped BNP one. Statements about BNP itself use their own.
+        only: numbers of the statements wanted, such as `["T7", "T11"]`; default all.
+        seed: of random choices.
+        dtype: in which to measure; None for the risk's own (in float32 nothing applies).
+        progress: True draws a bar, a callable gets `(done, total)` statements.
+        report: gets every check when it is made.
+        time_limit: seconds after which no further statement is begun.
+
+    Returns:
+        A `CheckTable`; Ctrl-C and the time limit leave the checks made so far, `stop` says so.
+
+    Raises:
+        InvalidInputError: an unknown number.
+
+    Source: T1-T16.
+
+    Example:
+        >>> import torch, bnp_analysis as bnp
+        >>> x = torch.rand(30, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        >>> model = bnp.models.mlp([4, 3, 2], dtype=torch.float64)
+        >>> risk = bnp.EmpiricalRisk(model, torch.nn.functional.cross_entropy, (x, torch.arange(30) % 2))
+        >>> bnp.check_theory(risk, only=["T1"]).holds
+        True
+    """
+    wanted = _wanted(only)
+    began = time.perf_counter()
+    if dtype is not None:
+        risk = risk.to(dtype, "cpu")
+        preconditioner = None if preconditioner is None else preconditioner.to(dtype, "cpu")
+    problem = Problem(risk, preconditioner, seed=seed)
+    checks: list[Check] = []
+    stop = "done"
+    with reporting(progress, len(wanted), "statements") as update:
+        try:
+            for i, one in enumerate(wanted):
+                if time_limit is not None and time.perf_counter() - began > time_limit:
+                    stop = f"stopped after {time_limit:g} s; not tried: {_sources(wanted[i:])}"
+                    break
+                for check in one.run(problem):
+                    checks.append(check)
+                    if report is not None:
+                        report(check)
+                update(i + 1)
+        except KeyboardInterrupt:
+            stop = f"interrupted in {one.source}; not finished: {_sources(wanted[i:])}"
+    return CheckTable(
+        checks=tuple(checks),
+        stop=stop,
+        settings={
+            "only": None if only is None else list(only),
+            "preconditioner": getattr(preconditioner, "settings", {}),
+            "dtype": str(risk.space.dtype),
+            "parameters": risk.space.dim,
+            "n": risk.batches.total,
+        },
+        seed=seed,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _wanted(only: Sequence[str] | None) -> list[Statement]:
+    if only is None:
+        return list(STATEMENTS)
+    unknown = [source for source in only if source not in SOURCES]
+    if unknown or not only:
+        raise InvalidInputError(f"no statement {', '.join(unknown) or 'named'}; there are: {', '.join(SOURCES)}")
+    return [one for one in STATEMENTS if one.source in only]
+
+
+def _sources(statements: Sequence[Statement]) -> str:
+    return ", ".join(dict.fromkeys(one.source for one in statements))
