@@ -17,6 +17,7 @@ from bnp_analysis.network.parameters import Block, ParameterSpace
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.precondition.blocks import BlockDiagonal, Entry, covered_layers, layer_positions
 from bnp_analysis.precondition.bnp_block import BNPBlock
+from bnp_analysis.precondition.output_scale import UnitScaled, output_scales, unit_scaled
 from bnp_analysis.precondition.second_moments import second_moments
 
 BIAS_FREE = ("rank-one", "diagonal")
@@ -27,29 +28,34 @@ class BNPPreconditioner(BlockDiagonal):
 
     Args:
         space: the chart of the parameters.
-        blocks: layer name -> (positions, `BNPBlock`).
-        settings: damping, rule for `q`, statistics, form without a bias.
+        blocks: layer name -> (positions, `BNPBlock`, or `UnitScaled` with output scaling).
+        settings: damping, rule for `q`, statistics, form without a bias, output scaling.
         constant_features: layer name -> input features with zero variance, group by group.
         uncovered: parameter name -> why it is left alone.
+        flat_units: layer name -> output units without curvature, whose output scale is 1.
 
     Attributes:
         q: layer name -> `q`.
+        output_scales: layer name -> `s`, one per unit (T10); empty without output scaling.
     """
 
     def __init__(
         self,
         space: ParameterSpace,
-        blocks: Mapping[str, tuple[Tensor, BNPBlock]],
+        blocks: Mapping[str, tuple[Tensor, BNPBlock | UnitScaled]],
         *,
         settings: Mapping[str, Any],
         constant_features: Mapping[str, tuple[int, ...]],
         uncovered: Mapping[str, str],
+        flat_units: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         entries: dict[str, Entry] = dict(blocks)
         super().__init__(space.dim, entries, space.dtype, space.device, space)
         self.settings, self.uncovered = dict(settings), dict(uncovered)
         self.constant_features = dict(constant_features)
+        self.flat_units = dict(flat_units or {})
         self.q = {name: block.q for name, (_, block) in blocks.items()}
+        self.output_scales = {name: b.scales for name, (_, b) in blocks.items() if isinstance(b, UnitScaled)}
 
 
 def damped_variance(variance: Tensor, eps1: float, eps2: float) -> Tensor:
@@ -109,6 +115,7 @@ def bnp_preconditioner(
     q: str | float = ...,
     statistics: str = ...,
     bias_free: str = ...,
+    output_scale: bool = ...,
     block: None = None,
 ) -> BNPPreconditioner: ...
 @overload
@@ -120,6 +127,7 @@ def bnp_preconditioner(
     q: str | float = ...,
     statistics: str = ...,
     bias_free: str = ...,
+    output_scale: bool = ...,
     block: Block,
 ) -> Preconditioner: ...
 def bnp_preconditioner(
@@ -130,6 +138,7 @@ def bnp_preconditioner(
     q: str | float = "auto",
     statistics: str = "channel",
     bias_free: str = "rank-one",
+    output_scale: bool = False,
     block: Block | None = None,
 ) -> BNPPreconditioner | Preconditioner:
     """The BNP preconditioner `P = U D / q` of every covered layer, from exact moments over the risk's data.
@@ -142,17 +151,20 @@ def bnp_preconditioner(
         q: `"auto"`, `q^2 = max(m/R, 1)`; `"measured"`, `q^2 = |G^|^2 / R` (T8); or a positive number, 1 for off.
         statistics: of a convolution, per `"channel"` (the paper) or per entry of the `"patch"` (T6).
         bias_free: for layers without a free bias, `"rank-one"` or `"diagonal"` (T5).
+        output_scale: also divide unit `i` by `s_i = sqrt(mean_j d^2 l_j / da_ij^2)` (T10), the Gauss-Newton diagonal
+            summed over positions; this project's extension. It costs one backward pass per output of the network.
         block: only the part of `P` on a layer, or on one output unit `(layer, i)`.
 
     Returns:
         A `BNPPreconditioner` over `risk.space`, or its block. A feature of zero variance gets scale 1 (in the diagonal
-        form, its size if that is not 0) and is listed in `constant_features`; an uncovered parameter is left alone and
-        named in `uncovered`.
+        form, its size if that is not 0) and is listed in `constant_features`; a unit without curvature gets output
+        scale 1 and is listed in `flat_units`; an uncovered parameter is left alone and named in `uncovered`.
 
     Raises:
-        InvalidInputError: an unknown option, negative damping, or no covered layer.
+        InvalidInputError: an unknown option, negative damping, no covered layer, or `output_scale` for a loss that is
+            not convex in the outputs and a mean over examples.
 
-    Source: Lange, Helfrich and Ye 2022; T2, T3, T5, T6, T8.
+    Source: Lange, Helfrich and Ye 2022; T2, T3, T5, T6, T8; output scaling T10.
 
     Example:
         >>> import torch, bnp_analysis as bnp
@@ -162,6 +174,44 @@ def bnp_preconditioner(
         >>> P.dim, P.q, P.uncovered
         (8, {'': 1.0}, {})
     """
+    require_options(eps1, eps2, q, bias_free)
+    layers = covered_layers(risk, "BNP")
+    moments = layer_moments(risk, statistics=statistics, layers=layers)
+
+    def build(layer: Layer, scale: float | None, dtype: torch.dtype) -> BNPBlock:
+        return layer_block(layer, moments[layer.name], eps1=eps1, eps2=eps2, q=scale, bias_free=bias_free, dtype=dtype)
+
+    scales: dict[str, float | None]
+    if q == "measured":
+        unscaled = {layer.name: build(layer, 1.0, torch.float64) for layer in layers}
+        grams = second_moments(risk, layers, lambda layer, h: unscaled[layer.name].normalized(h))
+        scales = {name: math.sqrt(float(torch.linalg.eigvalsh(g)[:, -1].max())) for name, g in grams.items()}
+    else:
+        scales = {layer.name: None if q == "auto" else float(q) for layer in layers}
+    curved = output_scales(risk, layers) if output_scale else {}
+    blocks: dict[str, tuple[Tensor, BNPBlock | UnitScaled]] = {}
+    for layer in layers:
+        own = build(layer, scales[layer.name], risk.space.dtype)
+        found = unit_scaled(own, curved[layer.name]) if output_scale else own
+        blocks[layer.name] = layer_positions(layer, risk.space), found
+    settings = {"eps1": eps1, "eps2": eps2, "q": q, "statistics": statistics, "bias_free": bias_free}
+    P = BNPPreconditioner(
+        risk.space,
+        blocks,
+        settings=settings | {"output_scale": output_scale},
+        constant_features={layer.name: _places(moments[layer.name].constant) for layer in layers},
+        uncovered=layers.uncovered,
+        flat_units={name: _places(s == 0) for name, s in curved.items()},
+    )
+    return P if block is None else P.block(block)
+
+
+def require_options(eps1: float, eps2: float, q: str | float, bias_free: str) -> None:
+    """Refuse options that `bnp_preconditioner` does not have, here and where it trains.
+
+    Raises:
+        InvalidInputError: naming the option, what it is, and what it may be.
+    """
     if not (0 <= eps1 < math.inf and 0 <= eps2 < math.inf):
         raise InvalidInputError(f"damping must be finite and not negative: eps1={eps1}, eps2={eps2}")
     number = isinstance(q, int | float) and not isinstance(q, bool) and 0 < q < math.inf
@@ -169,30 +219,8 @@ def bnp_preconditioner(
         raise InvalidInputError(f"q must be 'auto', 'measured' or a positive number (1 for off), got {q!r}")
     if bias_free not in BIAS_FREE:
         raise InvalidInputError(f"bias_free must be one of {', '.join(BIAS_FREE)}, got {bias_free!r}")
-    layers = covered_layers(risk, "BNP")
-    moments = layer_moments(risk, statistics=statistics, layers=layers)
 
-    def build(layer: Layer, scale: float | None, dtype: torch.dtype) -> BNPBlock:
-        return layer_block(layer, moments[layer.name], eps1=eps1, eps2=eps2, q=scale, bias_free=bias_free, dtype=dtype)
 
-    scales: dict[str, float | None] = {layer.name: None if q == "auto" else 1.0 for layer in layers}
-    if q == "measured":
-        unscaled = {layer.name: build(layer, 1.0, torch.float64) for layer in layers}
-        grams = second_moments(risk, layers, lambda layer, h: unscaled[layer.name].normalized(h))
-        scales = {name: math.sqrt(float(torch.linalg.eigvalsh(g)[:, -1].max())) for name, g in grams.items()}
-    elif number:
-        scales = {layer.name: float(q) for layer in layers}
-    P = BNPPreconditioner(
-        risk.space,
-        {
-            layer.name: (layer_positions(layer, risk.space), build(layer, scales[layer.name], risk.space.dtype))
-            for layer in layers
-        },
-        settings={"eps1": eps1, "eps2": eps2, "q": q, "statistics": statistics, "bias_free": bias_free},
-        constant_features={
-            layer.name: tuple(torch.nonzero(moments[layer.name].constant.flatten()).flatten().tolist())
-            for layer in layers
-        },
-        uncovered=layers.uncovered,
-    )
-    return P if block is None else P.block(block)
+def _places(true: Tensor) -> tuple[int, ...]:
+    """Where a mask is true, counted through all its entries."""
+    return tuple(torch.nonzero(true.flatten()).flatten().tolist())
