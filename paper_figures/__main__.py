@@ -1,0 +1,110 @@
+"""Make the figures: `python -m paper_figures [NAME ...] [--preset quick|full] [--force]`, or `bnp-analysis figures`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import torch
+from matplotlib import pyplot as plt
+from tqdm import tqdm
+
+from paper_figures import frame, style
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make figures; 0 done, 1 a figure's claim fails, 2 bad input, 130 interrupted."""
+    parser = argparse.ArgumentParser(prog="bnp-analysis figures", description="Make the figures of the theory.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"figures, default all: {', '.join(frame.names())}")
+    parser.add_argument("--preset", choices=frame.PRESETS, default="quick", help="how much to compute")
+    parser.add_argument("--force", action="store_true", help="compute again what is there")
+    parser.add_argument("--out", type=Path, help="folder; default paper_figures/PRESET")
+    arguments = parser.parse_args(argv)
+    unknown = sorted(set(arguments.names) - set(frame.names()))
+    if unknown:
+        known = ", ".join(frame.names())
+        print(f"bnp-analysis figures: error: no figure {', '.join(unknown)}; there are: {known}", file=sys.stderr)
+        return BAD_INPUT
+    matplotlib.use("Agg")
+    torch.set_num_threads(1)  # the problems are small, and sums add up in the same order everywhere
+    folder = arguments.out or frame.HERE / arguments.preset
+    wanted = [name for name in frame.names() if not arguments.names or name in arguments.names]
+    failed = 0
+    try:
+        for place, name in enumerate(wanted, start=1):
+            failed += not make_one(name, arguments.preset, folder, f"{place}/{len(wanted)}", force=arguments.force)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the figures that are done stay, and the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        write_index(folder, arguments.preset)
+    print(f"{folder / 'index.md'}: {len(wanted)} figures, {failed} with a claim that fails")
+    return 1 if failed else 0
+
+
+def make_one(name: str, preset: str, folder: Path, place: str, *, force: bool) -> bool:
+    """Compute where needed, draw, write PNG and PDF, and say whether the claim holds."""
+    began = time.perf_counter()
+    with tqdm(total=100, desc=f"{place} {name}", leave=False, bar_format="{desc} {percentage:3.0f}% {elapsed}") as bar:
+
+        def report(fraction: float) -> None:
+            bar.update(max(0.0, 100 * fraction - bar.n))
+
+        data, computed = frame.make(name, preset, folder, report, force=force)
+    failure = draw(name, data, folder)
+    how = "computed" if computed else "data kept"
+    print(
+        f"{place} {name}: {how}, {time.perf_counter() - began:.1f} s" + (f"; CLAIM FAILS: {failure}" if failure else "")
+    )
+    return not failure
+
+
+def draw(name: str, data: frame.FigureData, folder: Path) -> str:
+    """Draw from the data alone, write the files, and return what of the claim fails."""
+    module = frame.module(name)
+    failure = module.failure(data)
+    figure = style.finish(module.draw(data), note(name, data), failure)
+    figure.savefig(folder / f"{name}.png")
+    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "ModDate": None})
+    plt.close(figure)
+    return str(failure)
+
+
+def note(name: str, data: frame.FigureData) -> str:
+    """What a reader must know: data, model, seeds, preset, versions."""
+    about = data.about
+    return (
+        f"{frame.module(name).note(data)} Preset {about['preset']}, torch {about['versions']['torch']}, revision "
+        f"{about['revision']}."
+    )
+
+
+def write_index(folder: Path, preset: str) -> None:
+    """A page with all figures of a folder: thumbnail, claim, verdict, provenance, command."""
+    lines = [f"# Figures, preset `{preset}`", ""]
+    for name in frame.names():
+        data = frame.stored(name, folder)
+        if data is None:
+            continue
+        module, about = frame.module(name), data.about
+        failure = module.failure(data)
+        verdict = f"**The claim fails here:** {failure}" if failure else "The claim holds on these data."
+        lines += [
+            *(f"## {module.TITLE}", "", f'<img src="{name}.png" width="700" alt="{module.TITLE}">', ""),
+            *(f"{module.CLAIM} ({module.SHOWS}) {verdict}", "", note(name, data), ""),
+            f"`{about['command']}`, {about['seconds']} s; [data]({name}.npz), [provenance]({name}.json), "
+            f"[PDF]({name}.pdf)",
+            "",
+        ]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "index.md").write_text("\n".join(lines).rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""One file per figure; what each must define is in `frame`."""

@@ -1,0 +1,138 @@
+"""Spectral densities of the Hessian and of the Gauss-Newton matrix, without and with `P`, beside exact eigenvalues."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+import bnp_analysis as bnp
+from bnp_analysis.training import fit
+from paper_figures import style
+from paper_figures.frame import FigureData, Report, Settings
+
+TITLE = "Spectral density of curvature matrices, without and with preconditioning"
+CLAIM = (
+    "Stochastic Lanczos quadrature gives the share of the eigenvalues above any bound within four standard errors and "
+    "the weight of a node (Chebyshev, Markov and Stieltjes), which is small only for large eigenvalues: no condition "
+    "number is read off a density. P narrows the Gauss-Newton spectrum: the largest over the median eigenvalue falls."
+)
+SHOWS = "T2, T7"
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {"samples": 300, "hidden": [12], "probes": 10, "steps": 60, "exact": True, "seed": 0},
+    "full": {"samples": 1500, "hidden": [32, 32], "probes": 20, "steps": 100, "exact": True, "seed": 0},
+}
+MATRICES = ("Hessian", "Gauss-Newton")
+
+
+def compute(settings: Settings, report: Report) -> dict[str, Any]:
+    """Train shortly; the four densities, and the four spectra by dense decompositions."""
+    digits = bnp.data.load("digits", n=settings["samples"])
+    loss = torch.nn.functional.cross_entropy
+    model = bnp.models.mlp([64, *settings["hidden"], 10], seed=settings["seed"])
+    fit(model, loss, digits.tensors, epochs=3, lr=0.1, seed=settings["seed"])
+    risk = bnp.EmpiricalRisk(model, loss, digits.tensors, dtype=torch.float64)
+    P = bnp.bnp_preconditioner(risk)
+    arrays: dict[str, Any] = {"dim": risk.space.dim}
+    for i, (name, A) in enumerate(zip(MATRICES, (bnp.hessian(risk), bnp.gauss_newton(risk)), strict=True)):
+        for j, preconditioner in enumerate((None, P)):
+            found = bnp.spectral_density(
+                A,
+                preconditioner=preconditioner,
+                probes=settings["probes"],
+                steps=settings["steps"],
+                scale="log",
+                seed=settings["seed"],
+            )
+            key = f"{name}/{j}"
+            arrays |= {f"{key}/grid": found.grid, f"{key}/density": found.density, f"{key}/error": found.error}
+            operator = A if preconditioner is None else bnp.congruence(A, preconditioner)
+            exact = torch.linalg.eigvalsh(operator.to_dense()).numpy()
+            top = np.abs(exact).max()
+            bounds = top * np.geomspace(1e-6, 1, 25)[:-1]
+            masses = [found.mass(bound, np.inf) for bound in bounds]
+            true = [np.mean(exact >= bound) for bound in bounds]
+            arrays |= {f"{key}/exact": exact, f"{key}/width": found.width}
+            arrays |= {f"{key}/mass": [m for m, _ in masses], f"{key}/mass_error": [e for _, e in masses]}
+            weights = [node_weight(found.nodes, found.weights, bound) for bound in bounds]
+            arrays |= {f"{key}/true_mass": true, f"{key}/node_weight": weights}
+            report((2 * i + j + 1) / 4)
+    return arrays
+
+
+def node_weight(nodes: np.ndarray, weights: np.ndarray, bound: float) -> float:
+    """Mean over the probes of the larger weight of the two nodes beside a bound."""
+    found = []
+    for own, weight in zip(nodes, weights, strict=True):
+        order = np.argsort(own[weight > 0])
+        place = np.searchsorted(own[weight > 0][order], bound)
+        found.append(weight[weight > 0][order][max(place - 1, 0) : place + 1].max())
+    return float(np.mean(found))
+
+
+def spread(exact: np.ndarray) -> float:
+    """The largest over the median of the eigenvalues above 1e-10 times the largest."""
+    values = exact[exact > 1e-10 * exact.max()]
+    return float(values.max() / np.median(values))
+
+
+def failure(data: FigureData) -> str:
+    """Shares within their error, and a narrower Gauss-Newton spectrum."""
+    for name in MATRICES:
+        for j in (0, 1):
+            key = f"{name}/{j}"
+            error = 4 * data[f"{key}/mass_error"] + data[f"{key}/node_weight"]
+            gap = float((np.abs(data[f"{key}/mass"] - data[f"{key}/true_mass"]) - error).max())
+            if not gap <= 0:
+                return f"{name}, {'with' if j else 'without'} P: a share is off by {gap:.3f} more than its error"
+    without, with_p = (spread(data[f"Gauss-Newton/{j}/exact"]) for j in (0, 1))
+    return "" if with_p < without else f"largest over median eigenvalue went from {without:.3g} to {with_p:.3g}"
+
+
+def note(data: FigureData) -> str:
+    """Data, network, probes, and the spread."""
+    s = data.settings
+    without, with_p = (spread(data[f"Gauss-Newton/{j}/exact"]) for j in (0, 1))
+    widths = "-".join(map(str, [64, *s["hidden"], 10]))
+    return (
+        f"digits, {s['samples']} examples; ReLU perceptron {widths}, {int(data['dim'])} parameters, after 3 epochs, "
+        f"seed {s['seed']}. Lines: {s['probes']} probes of {s['steps']} steps, bands of two standard errors; bars: "
+        f"eigvalsh of the dense matrix, float64 (zeros are left of the axis). Gauss-Newton: largest over median of "
+        f"the nonzero eigenvalues {without:.3g} without, {with_p:.3g} with P."
+    )
+
+
+def draw(data: FigureData) -> Figure:
+    """A row per matrix, without `P` on the left."""
+    figure, axes = style.panels(2, 2, sharey=True, height=2.0)
+    for i, name in enumerate(MATRICES):
+        for j, colour in enumerate((style.BLUE, style.ORANGE)):
+            ax, key = axes[i][j], f"{name}/{j}"
+            grid, density, error = data[f"{key}/grid"], data[f"{key}/density"], data[f"{key}/error"]
+            exact = np.abs(data[f"{key}/exact"])
+            top = np.log10(exact.max())
+            seen = np.log10(np.maximum(exact, 10.0 ** (top - 12)))
+            ax.hist(
+                seen,
+                bins=60,
+                range=(top - 10, top + 0.5),
+                density=False,
+                color=style.GREY,
+                alpha=0.45,
+                linewidth=0,
+                weights=np.full(len(seen), 60 / 10.5 / len(seen)),
+                label="exact",
+            )
+            ax.plot(grid, density, color=colour, label="quadrature")
+            ax.fill_between(grid, np.maximum(density - 2 * error, 1e-6), density + 2 * error, color=colour, alpha=0.25)
+            ax.set_yscale("log")
+            ax.set_ylim(1e-3, 10)
+            ax.set_xlim(top - 10, top + 0.5)
+            ax.set_title(f"{name}, {'with' if j else 'without'} $P$")
+            ax.set_xlabel(r"$\log_{10}|\lambda|$")
+        axes[i][0].set_ylabel("density")
+    axes[0][1].legend(loc="upper left")
+    style.letters(axes.ravel())
+    return figure
