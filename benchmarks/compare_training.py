@@ -26,8 +26,8 @@ COMPARISONS: dict[str, tuple[dict[str, Any], int]] = {
     "digits-6": ({"data": "digits", "batch_size": 6, "epochs": 10}, 3),
     "digits-1": ({"data": "digits", "batch_size": 1, "epochs": 10}, 3),
     "mnist-60": ({"data": "mnist", "batch_size": 60, "epochs": 5}, 1),
-    "mnist-6": ({"data": "mnist", "batch_size": 6, "epochs": 2}, 1),
-    "mnist-1": ({"data": "mnist", "batch_size": 1, "epochs": 1}, 1),
+    "mnist-6": ({"data": "mnist", "batch_size": 6, "epochs": 3}, 1),
+    "mnist-1": ({"data": "mnist", "samples": 20_000, "batch_size": 1, "epochs": 3}, 1),
     "cifar-128": ({"data": "cifar10", "model": "cnn", "samples": 10_000, "batch_size": 128, "epochs": 3}, 1),
     "cifar-2": ({"data": "cifar10", "model": "cnn", "samples": 10_000, "batch_size": 2, "epochs": 3}, 1),
 }

@@ -37,10 +37,12 @@ def panels(rows: int = 1, columns: int = 1, *, width: float = PAGE, height: floa
     return plt.subplots(rows, columns, figsize=(width, rows * height), layout="constrained", squeeze=False, **more)
 
 
-def band(ax: Axes, x: Any, samples: Any, *, color: str, label: str | None = None, marker: str = "") -> None:
-    """Mean over the first axis of `samples`, with the range from smallest to largest as a band."""
+def band(
+    ax: Axes, x: Any, samples: Any, *, color: str, label: str | None = None, marker: str = "", line: str = "-"
+) -> None:
+    """Median over the first axis of `samples`, with the range from smallest to largest as a band."""
     values = np.asarray(samples, dtype=float)
-    ax.plot(x, values.mean(axis=0), color=color, label=label, marker=marker)
+    ax.plot(x, np.median(values, axis=0), line, color=color, label=label, marker=marker)
     if len(values) > 1:
         ax.fill_between(x, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, linewidth=0)
 

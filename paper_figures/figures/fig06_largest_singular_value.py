@@ -89,7 +89,7 @@ def note(data: FigureData) -> str:
     """Sources and draws."""
     s = data.settings
     return (
-        f"m = {s['features']} features (pixels: those that vary in the batch), mean and range of {s['draws']} random "
+        f"m = {s['features']} features (pixels: those that vary in the batch), median and range of {s['draws']} random "
         f"batches of R rows, seed {s['seed']}; ReLU layer: inputs of the second layer of "
         f"64-{s['features']}-10, trained for 3 epochs."
     )

@@ -136,7 +136,7 @@ def note(data: FigureData) -> str:
     s = data.settings
     widths = "-".join(map(str, [64, *s["hidden"], 10]))
     return (
-        f"digits, {s['samples']} examples in one batch; ReLU perceptron {widths}, float64, rate {s['lr']}, mean and "
+        f"digits, {s['samples']} examples in one batch; ReLU perceptron {widths}, float64, rate {s['lr']}, median and "
         f"range over seeds {s['seeds']}. Fixed: the statistics of the start. Live: those of the present weights, in "
         f"BatchNorm differentiated as in training. Largest difference with fixed statistics: "
         f"{data['difference'][0].max():.1e}."
@@ -156,10 +156,10 @@ def draw(data: FigureData) -> Figure:
     for method, (name, dash) in enumerate((("BatchNorm", "-"), ("BNP", "--"))):
         for live, colour in enumerate((style.BLUE, style.ORANGE)):
             label = f"{name}, {'live' if live else 'fixed'}"
-            right.plot(steps, data["losses"][method, live].mean(axis=0), dash, color=colour, label=label)
+            right.plot(steps, np.median(data["losses"][method, live], axis=0), dash, color=colour, label=label)
     right.set_yscale("log")
     right.set_ylabel("training loss")
-    right.set_title("loss, mean over seeds")
+    right.set_title("loss, median over seeds")
     for ax in (left, right):
         ax.set_xlabel("step")
         ax.legend()

@@ -95,8 +95,8 @@ def note(data: FigureData) -> str:
     flat = data["value"][:, WAYS.index("BNP")]
     return (
         f"Gauss-Newton block of one tanh unit with {s['features']} correlated Gaussian inputs, {s['samples']} "
-        f"examples, squared loss; the unit's values are the same at every point of a curve. Mean and range over seeds "
-        f"{s['seeds']}; all intervals two-sided: {bool(np.isfinite(data['upper']).all())}. With BNP the largest change "
+        f"examples, squared loss; the unit's values are the same at every point of a curve. Median and range over "
+        f"seeds {s['seeds']}; all intervals two-sided: {bool(np.isfinite(data['upper']).all())}. With BNP the largest change "
         f"along a dial is {(flat.max(axis=-1) / flat.min(axis=-1)).max() - 1:.1g}."
     )
 
