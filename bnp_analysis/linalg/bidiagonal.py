@@ -25,13 +25,12 @@ _CONTAMINATION = 1e-2
 
 @dataclass(frozen=True, eq=False)
 class Bidiagonalization:
-    """`F V = U B` with orthonormal `U`, `V` in float64; `B` is upper bidiagonal but for restarts.
+    """`F V = U B` with orthonormal `U`, `V` in float64; `B` is upper bidiagonal up to the first breakdown.
 
     Attributes:
         matrix: `B`, `(k, l)`. It has more columns than rows where `F v` fell into the span of `U`; dropping such a
             column would make spurious tiny singular values.
         left, right: `U` `(m, k)`, `V` `(n, l)`.
-        residual: `|F^T u_k - V B^T e_k|`, the coupling to what was not searched.
         dropped: what was below the noise and set to zero, in all: no singular value moved further by it.
         products: pairs of products with `F` and `F^T`.
         noise: values below it are rounding.
@@ -42,7 +41,6 @@ class Bidiagonalization:
     matrix: Floats
     left: Tensor
     right: Tensor
-    residual: float
     dropped: float
     products: int
     noise: float
@@ -66,6 +64,10 @@ def golub_kahan(
 ) -> Bidiagonalization:
     """Bidiagonalize `F`, `F V = U B`, from a start in its row space until a random vector finds nothing more.
 
+    One start meets one copy of a repeated singular value. When its space is exhausted, `F^T (u_k + g)` with a random
+    `g` outside `U` takes the place of `F^T u_k`: every column then meets what is left, and no product is spent on
+    further restarts. `B` is upper triangular from there on.
+
     Args:
         F: `(m, n)`; products in its dtype, vectors in float64.
         steps: largest number of columns of `V`.
@@ -77,7 +79,7 @@ def golub_kahan(
         progress: True draws a bar, a callable gets `(done, total)`.
 
     Returns:
-        A `Bidiagonalization`; a repeated singular value appears by a restart from a random vector.
+        A `Bidiagonalization`; `k` columns take `k + 1` pairs of products at most, repeated singular values included.
 
     Raises:
         InvalidInputError: nothing to do, or a checkpoint of another run; NonFiniteError: a product with NaN or
@@ -129,6 +131,7 @@ class _Mark:
     columns: int
     rows: int
     halves: int
+    mixed: bool  # whether the start's own space is exhausted, and random vectors are mixed in
     scale: float
     dropped: float
     w: Tensor
@@ -148,7 +151,7 @@ class _Run:
         # Bounds of the part of each right vector that rounding has put into an undeclared null space.
         self.leaks: Floats = np.zeros(0)
         w = torch.zeros(F.shape[1], dtype=torch.float64, device=F.device)
-        self.mark = _Mark(0, 0, 0, magnitude, 0.0, w, self.g.get_state())
+        self.mark = _Mark(0, 0, 0, False, magnitude, 0.0, w, self.g.get_state())
         self.make_room(min(limit, F.rank_bound + 2))
 
     def make_room(self, columns: int) -> None:
@@ -163,13 +166,24 @@ class _Run:
 
     def begin(self) -> None:
         """`F^T g`: in the row space, where no null vector is."""
-        w, halves = self._from_row_space(0)
+        w, halves = self._pull(self._outside(0), 0, 0)
         scale = max(self.magnitude, float(w.norm()))
         self.mark = replace(self.mark, w=w, halves=halves, scale=scale, random=self.g.get_state())
 
-    def _from_row_space(self, halves: int) -> tuple[Tensor, int]:
-        w = self._times(self.F.T, self._random(self.F.shape[0]), halves)
-        return self._against(w, self.V[: self.mark.columns], self.null), halves + 1
+    def _outside(self, rows: int) -> Tensor | None:
+        """A random unit vector outside `U`, None where `U` is everything; `F^T` of it has nothing in `V`."""
+        if rows == self.F.shape[0]:
+            return None
+        drawn = torch.randn(self.F.shape[0], generator=self.g, dtype=torch.float64).to(self.F.device)
+        g = self._against(drawn / drawn.norm(), self.U[:rows], None)
+        unit: Tensor = g / g.norm()
+        return unit
+
+    def _pull(self, y: Tensor | None, columns: int, halves: int) -> tuple[Tensor, int]:
+        """The part of `F^T y` outside `V`, zero where there is no `y`; and the count of products."""
+        if y is None:
+            return torch.zeros_like(self.mark.w), halves
+        return self._against(self._times(self.F.T, y, halves), self.V[:columns], self.null), halves + 1
 
     @property
     def columns(self) -> int:
@@ -186,14 +200,15 @@ class _Run:
         self.g.set_state(at.random)
         if at.columns == len(self.V):
             self.make_room(min(self.limit, 2 * at.columns))
-        w, halves, dropped = at.w, at.halves, at.dropped
+        w, halves, mixed, dropped = at.w, at.halves, at.mixed, at.dropped
         if float(w.norm()) <= noise:
-            # An invariant space: a repeated value needs another start.
             dropped += float(w.norm()) ** 2
-            w, halves = self._from_row_space(halves)
+            if not mixed:
+                # An invariant space: repeated values need another start.
+                (w, halves), mixed = self._pull(self._outside(at.rows), at.columns, halves), True
             if float(w.norm()) <= noise:
                 # F^T of a random vector lies in the space: but for chance, so does the whole row space.
-                self.mark = replace(at, halves=halves, dropped=dropped, w=torch.zeros_like(w))
+                self.mark = replace(at, halves=halves, mixed=mixed, dropped=dropped, w=torch.zeros_like(w))
                 return False
         # Once more: what is left of a small vector is less orthogonal than it was.
         v = self._against(w / w.norm(), self.V[: at.columns], self.null)
@@ -206,22 +221,19 @@ class _Run:
         a, halves = float(u.norm()), halves + 1
         self.V[at.columns], self.leaks[at.columns] = v, leak
         self.B[:k, at.columns] = (self.U[:k] @ image).cpu().numpy()
-        following = torch.zeros_like(w)
+        y = None
         if a > noise and k < len(self.U):
-            self.U[k] = u / a
+            y = self.U[k] = u / a
             self.B[k, at.columns] = a
-            following = self._times(self.F.T, self.U[k], halves)
-            following, halves, k = self._against(following, self.V[: at.columns + 1], self.null), halves + 1, k + 1
+            k += 1
         else:
             dropped += a**2
+        if mixed and (g := self._outside(k)) is not None:
+            y = g if y is None else y + g
+        following, halves = self._pull(y, at.columns + 1, halves)
         scale = max(at.scale, float(image.norm()))
-        self.mark = _Mark(at.columns + 1, k, halves, scale, dropped, following, self.g.get_state())
+        self.mark = _Mark(at.columns + 1, k, halves, mixed, scale, dropped, following, self.g.get_state())
         return True
-
-    def _random(self, n: int) -> Tensor:
-        g = torch.randn(n, generator=self.g, dtype=torch.float64).to(self.F.device)
-        unit: Tensor = g / g.norm()
-        return unit
 
     def _times(self, F: LinearOperator, v: Tensor, halves: int) -> Tensor:
         out = (F @ v.to(F.dtype)).double()
@@ -240,7 +252,7 @@ class _Run:
         at = self.mark
         bases = {"V": self.V[: at.columns].cpu(), "U": self.U[: at.rows].cpu()}
         arrays = {"B": self.B[: at.rows, : at.columns], "leaks": self.leaks[: at.columns]}
-        numbers = {name: getattr(at, name) for name in ("halves", "scale", "dropped")}
+        numbers = {name: getattr(at, name) for name in ("halves", "mixed", "scale", "dropped")}
         copies = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
         return bases | copies | numbers | {"w": at.w.cpu(), "random": at.random}
 
@@ -252,7 +264,7 @@ class _Run:
             self.make_room(columns)
         self.V[:columns], self.U[:rows] = state["V"].to(self.V), state["U"].to(self.U)
         self.B[:rows, :columns], self.leaks[:columns] = state["B"].numpy(), state["leaks"].numpy()
-        numbers = (state["halves"], state["scale"], state["dropped"])
+        numbers = (state["halves"], state["mixed"], state["scale"], state["dropped"])
         self.mark = _Mark(columns, rows, *numbers, state["w"].to(self.V), state["random"])
         if columns:
             self._require_same()
@@ -279,7 +291,6 @@ class _Run:
             matrix=self.B[: at.rows, : at.columns].copy(),
             left=self.U[: at.rows].T,
             right=self.V[: at.columns].T,
-            residual=0.0 if stop == "exhausted" else float(at.w.norm()),
             dropped=math.sqrt(at.dropped + last),
             products=(at.halves + 1) // 2,
             noise=self.noise,
