@@ -24,6 +24,7 @@ from bnp_analysis.theory.check import Check
 # Parameters of a dense reference matrix, and numbers in the factor that it is made of.
 DENSE_LIMIT = 1_500
 FACTOR_LIMIT = 40_000_000
+_UNDAMPED = {"eps1": 0.0, "eps2": 0.0, "q": "auto", "statistics": "channel", "bias_free": "rank-one"}
 
 
 class NotApplicable(Exception):
@@ -70,9 +71,10 @@ class Problem:
 
     @cached_property
     def bnp(self) -> BNPPreconditioner:
-        """The undamped BNP preconditioner of the risk, whatever was given."""
-        if not self.given and isinstance(self._preconditioner, BNPPreconditioner):
-            return self._preconditioner
+        """The undamped BNP preconditioner: the given one if it is that, else made here."""
+        given = self._preconditioner
+        if isinstance(given, BNPPreconditioner) and all(given.settings.get(k) == v for k, v in _UNDAMPED.items()):
+            return given
         _ = self.layers
         return bnp_preconditioner(self.risk)
 

@@ -12,12 +12,22 @@ from bnp_analysis.linalg import Preconditioner
 from bnp_analysis.linalg.progress import Progress, reporting
 from bnp_analysis.network import EmpiricalRisk
 from bnp_analysis.theory.check import Check, CheckTable
+from bnp_analysis.theory.conditioning import check_conditioning, check_scale
+from bnp_analysis.theory.coordinates import check_coordinates, check_update, check_without_bias
 from bnp_analysis.theory.layer_curvature import check_hessian_is_gauss_newton, check_unit_blocks
 from bnp_analysis.theory.problem import Problem, Statement
+from bnp_analysis.theory.statistics import check_patch_statistics, check_running_statistics
 
 STATEMENTS: tuple[Statement, ...] = (
     check_unit_blocks,
     check_hessian_is_gauss_newton,
+    check_coordinates,
+    check_update,
+    check_running_statistics,
+    check_without_bias,
+    check_patch_statistics,
+    check_conditioning,
+    check_scale,
 )
 SOURCES = tuple(dict.fromkeys(s.source for s in STATEMENTS))
 

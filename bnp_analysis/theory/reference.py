@@ -1,0 +1,83 @@
+"""BNP of one layer written out from its definition, dense: what the package's operators are compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnp_analysis.network import Layer
+from bnp_analysis.precondition import BlockDiagonal, BNPBlock, BNPPreconditioner
+from bnp_analysis.theory.problem import NotApplicable, Problem
+
+
+@dataclass(frozen=True, eq=False)
+class LayerMoments:
+    """Mean and biased variance of a layer's inputs, `(groups, m)`, and which of them never change."""
+
+    mean: Tensor
+    variance: Tensor
+    constant: Tensor
+
+
+def own_moments(problem: Problem, layer: Layer, statistics: str = "channel") -> LayerMoments:
+    """The moments from all values at once: of each entry of a patch, or of each input channel, repeated."""
+    if statistics == "patch" or isinstance(layer.module, nn.Linear):
+        values = problem.rows[layer.name]
+    else:
+        values = _channels(problem, layer)
+    mean, variance = values.mean(dim=0), values.var(dim=0, unbiased=False)
+    low, high = values.amin(dim=0), values.amax(dim=0)
+    constant = high - low <= 8 * torch.finfo(values.dtype).eps * torch.maximum(low.abs(), high.abs())
+    variance = torch.where(constant, torch.zeros_like(variance), variance)
+    if mean.ndim == 1:
+        shape = (layer.groups, layer.features)
+        mean, variance, constant = (
+            t.view(layer.groups, -1, 1).expand(-1, -1, layer.patch).reshape(shape) for t in (mean, variance, constant)
+        )
+    return LayerMoments(mean, variance, constant)
+
+
+def _channels(problem: Problem, layer: Layer) -> Tensor:
+    seen: list[Tensor] = []
+    problem.risk.capture(lambda name, module, args, out: seen.append(args[0].clone()), [layer.name])
+    spatial = len(layer.module.kernel_size) if not isinstance(layer.module, nn.Linear) else 0
+    whole = torch.cat([h if h.ndim == spatial + 2 else h.unsqueeze(0) for h in seen])
+    return whole.movedim(1, -1).flatten(0, -2)
+
+
+def damped(moments: LayerMoments, settings: Mapping[str, Any]) -> Tensor:
+    """`sigma^2 + eps1 max(sigma^2) + eps2`, 1 in place of a zero."""
+    s2 = moments.variance + float(settings["eps1"]) * moments.variance.max() + float(settings["eps2"])
+    return torch.where(s2 > 0, s2, torch.ones_like(s2))
+
+
+def scale(layer: Layer, rows: int) -> float:
+    """`q = sqrt(max(m/R, 1))`."""
+    return math.sqrt(max(layer.features / rows, 1.0))
+
+
+def extended(rows: Tensor, bias: bool) -> Tensor:
+    """`[H, e]` in torch's order, or `H` without a bias; rows `(R, m)`."""
+    return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1) if bias else rows
+
+
+def block_of(P: object, layer: Layer) -> BNPBlock:
+    """The part of a BNP preconditioner on a layer.
+
+    Raises:
+        NotApplicable: it is not BNP's.
+    """
+    found = P.blocks.get(layer.name, (None, None))[1] if isinstance(P, BlockDiagonal) else None
+    if not isinstance(P, BNPPreconditioner) or not isinstance(found, BNPBlock):
+        raise NotApplicable(f"the preconditioner is {type(P).__name__}, not BNP's")
+    return found
+
+
+def first_unit(layer: Layer, group: int) -> int:
+    """The first output unit of a group."""
+    return group * (layer.units // layer.groups)
