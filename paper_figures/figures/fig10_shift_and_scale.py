@@ -96,8 +96,8 @@ def note(data: FigureData) -> str:
     return (
         f"Gauss-Newton block of one tanh unit with {s['features']} correlated Gaussian inputs, {s['samples']} "
         f"examples, squared loss; the unit's values are the same at every point of a curve. Median and range over "
-        f"seeds {s['seeds']}; all intervals two-sided: {bool(np.isfinite(data['upper']).all())}. With BNP the largest change "
-        f"along a dial is {(flat.max(axis=-1) / flat.min(axis=-1)).max() - 1:.1g}."
+        f"seeds {s['seeds']}; all intervals two-sided: {bool(np.isfinite(data['upper']).all())}. With BNP the "
+        f"largest change along a dial is {(flat.max(axis=-1) / flat.min(axis=-1)).max() - 1:.1g}."
     )
 
 

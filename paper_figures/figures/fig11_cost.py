@@ -1,0 +1,134 @@
+"""What things cost: a training step with BatchNorm and with BNP, and products with curvature matrices."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+import bnp_analysis as bnp
+from bnp_analysis.training.cost import measure_cost
+from bnp_analysis.training.experiment import Experiment
+from paper_figures import style
+from paper_figures.frame import FigureData, Report, Settings
+
+TITLE = "Cost of a training step and of a product with a curvature matrix"
+CLAIM = (
+    "A product with the Hessian or the Gauss-Newton matrix costs less than five gradients, and a step with BNP less "
+    "than three plain ones."
+)
+SHOWS = "T3"
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {
+        **{"batches": {"mlp": [1, 60, 512], "cnn": [16]}, "rounds": 10, "steps": 5, "repeats": 7, "seed": 0},
+        **{"products": {"mlp": 512, "cnn": 16}},
+    },
+    "full": {
+        **{"batches": {"mlp": [1, 60, 512], "cnn": [2, 128]}, "rounds": 30, "steps": 10, "repeats": 15, "seed": 0},
+        **{"products": {"mlp": 2048, "cnn": 128}},
+    },
+}
+METHODS: dict[str, dict[str, Any]] = {"vanilla": {}, "BN": {"norm": "batch"}, "BNP": {"preconditioner": "bnp"}}
+SHAPES = {"mlp": (784,), "cnn": (3, 32, 32)}
+MATRICES: dict[str, Callable[[Any], Any]] = {"Hessian": bnp.hessian, "Gauss-Newton": bnp.gauss_newton}
+
+
+def compute(settings: Settings, report: Report) -> dict[str, Any]:
+    """Steps in turns in one fresh process; gradients and products in turns, medians and quartiles."""
+    labels, milliseconds = [], []
+    cases = [(model, batch) for model, sizes in settings["batches"].items() for batch in sizes]
+    for place, (model, batch) in enumerate(cases):
+        own = [
+            Experiment(data="mnist", model=model, batch_size=batch, seed=settings["seed"], **change)
+            for change in METHODS.values()
+        ]
+        found = measure_cost(own, SHAPES[model], 10, rounds=settings["rounds"], steps=settings["steps"])
+        labels.append(f"{model}, {batch}")
+        milliseconds.append([cost.get("step_ms", np.nan) for cost in found])
+        report(0.7 * (place + 1) / len(cases))
+    ratios = []
+    for place, (model, n) in enumerate(settings["products"].items()):
+        ratios.append(_products(model, n, settings))
+        report(0.7 + 0.3 * (place + 1) / len(settings["products"]))
+    return {
+        **{"labels": labels, "milliseconds": milliseconds, "ratios": ratios},
+        "models": [f"{model}, N {n}" for model, n in settings["products"].items()],
+    }
+
+
+def _products(name: str, n: int, settings: Settings) -> list[list[float]]:
+    """Matrix by (first quartile, median, third quartile) of a product's time over a gradient's."""
+    g = torch.Generator().manual_seed(settings["seed"])
+    model = bnp.models.build_for(name, SHAPES[name], 10, seed=settings["seed"])
+    x, y = torch.rand(n, *SHAPES[name], generator=g), torch.randint(0, 10, (n,), generator=g)
+    risk = bnp.EmpiricalRisk(model, torch.nn.functional.cross_entropy, (x, y))
+    operators = [make(risk) for make in MATRICES.values()]
+    v = torch.randn(risk.space.dim, generator=g)
+    loss = torch.nn.functional.cross_entropy
+
+    def gradient() -> None:
+        torch.autograd.grad(loss(model(x), y), list(model.parameters()))
+
+    def seconds(work: Callable[[], Any]) -> float:
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+
+    rounds = []
+    for turn in range(settings["repeats"] + 1):
+        unit = min(seconds(gradient) for _ in range(2))
+        times = [min(seconds(lambda A=A: A @ v) for _ in range(2)) for A in operators]
+        if turn:  # the first turn builds graphs
+            rounds.append([t / unit for t in times])
+    return np.quantile(rounds, [0.25, 0.5, 0.75], axis=0).T.tolist()
+
+
+def failure(data: FigureData) -> str:
+    """Generous bounds: a busy machine must not turn a figure red; benchmarks hold the sharp ones."""
+    if not (data["ratios"][..., 1] < 5).all():
+        return f"a product costs {np.nanmax(data['ratios'][..., 1]):.1f} gradients"
+    names = list(METHODS)
+    ratio = data["milliseconds"][:, names.index("BNP")] / data["milliseconds"][:, names.index("vanilla")]
+    return "" if (ratio < 3).all() else f"a step with BNP costs {np.nanmax(ratio):.1f} plain ones"
+
+
+def note(data: FigureData) -> str:
+    """How it was timed."""
+    s = data.settings
+    return (
+        f"Perceptron 784-100-100-100-10 and five-layer CNN on 3 x 32 x 32, random data, float32, one CPU thread; "
+        f"BatchNorm cannot run at batch 1. Steps: median of {s['rounds']} interleaved rounds. Products: median and "
+        f"quartiles of {s['repeats']} rounds, in units of one gradient of the same round. Times depend on the machine "
+        f"and on what else it does."
+    )
+
+
+def draw(data: FigureData) -> Figure:
+    """Steps on the left, relative to the plain one; products on the right."""
+    figure, ((left, right),) = style.panels(1, 2, height=2.4, width_ratios=(3, 2))
+    x = np.arange(len(data["labels"]))
+    for m, method in enumerate(METHODS):
+        heights = data["milliseconds"][:, m] / data["milliseconds"][:, 0]
+        bars = left.bar(x + 0.27 * (m - 1), heights, 0.25, color=style.COLOURS[method], label=method)
+        absolute = ["" if np.isnan(t) else f"{t:.2g}" for t in data["milliseconds"][:, m]]
+        left.bar_label(bars, absolute, fontsize=5.5)
+    left.set_xticks(x, data.words("labels"))
+    left.set_ylabel("time of a step over the plain one")
+    left.set_title("training step, model and batch (ms above the bars)")
+    places = np.arange(len(data["models"]))
+    for i, (name, colour) in enumerate(zip(MATRICES, (style.BLUE, style.GREEN), strict=True)):
+        low, middle, high = data["ratios"][:, i].T
+        error = [middle - low, high - middle]
+        right.bar(places + 0.3 * (i - 0.5), middle, 0.28, yerr=error, capsize=2, color=colour, label=name)
+    right.set_xticks(places, data.words("models"))
+    right.set_ylabel("time of a product over a gradient")
+    right.set_title("products")
+    for ax in (left, right):
+        ax.legend(loc="upper right")
+        ax.margins(y=0.4)
+    style.letters([left, right])
+    return figure
