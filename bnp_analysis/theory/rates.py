@@ -45,7 +45,7 @@ def contraction_factor(eigenvalues: Values, step: float) -> float:
         >>> contraction_factor([4.0, 1.0], 0.25)
         0.75
     """
-    values = _positive(eigenvalues)
+    values = positive(eigenvalues)
     return float(np.abs(1 - _positive_number(step, "step") * values).max())
 
 
@@ -116,7 +116,7 @@ def heavy_ball_factor(eigenvalues: Values, step: float, momentum: float) -> floa
         >>> heavy_ball_factor([9.0, 1.0], 0.25, 0.25)
         0.5
     """
-    values = _positive(eigenvalues)
+    values = positive(eigenvalues)
     beta = check_momentum(momentum)
     trace = np.abs(1 + beta - _positive_number(step, "step") * values)
     excess = trace**2 - 4 * beta
@@ -146,7 +146,7 @@ def joint_spectrum(eigenvalues: Values, step: float, rho: float) -> npt.NDArray[
     """
     if not 0 <= rho < 1:
         raise InvalidInputError(f"rho must be in [0, 1), got {rho}")
-    values = 1 - _positive_number(step, "step") * _positive(eigenvalues)
+    values = 1 - _positive_number(step, "step") * positive(eigenvalues)
     values = np.unique(np.append(values, rho))
     return values[np.argsort(-np.abs(values), kind="stable")]
 
@@ -192,7 +192,8 @@ def check_momentum(momentum: float) -> float:
     return float(momentum)
 
 
-def _positive(eigenvalues: Values) -> npt.NDArray[np.float64]:
+def positive(eigenvalues: Values) -> npt.NDArray[np.float64]:
+    """The values as a flat array, refused unless all are positive and finite."""
     given: Any = eigenvalues.detach().cpu() if isinstance(eigenvalues, Tensor) else eigenvalues
     values = np.asarray(given, dtype=np.float64).reshape(-1)
     if not values.size or not bool(np.isfinite(values).all()) or not bool((values > 0).all()):
