@@ -1,0 +1,186 @@
+"""Run an iteration near its fixed point until its tail is long enough to fit, above the rounding floor throughout."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.theory import rates
+from bnp_analysis.theory.descent import DIVERGED, DONE, Iteration, State, Trace, run
+from bnp_analysis.theory.fit import RateFit, expected_bias, fit_rate
+from bnp_analysis.theory.limit_point import Spectrum
+
+_BIAS = 0.01  # what the length of the fitted window may cost, by the measured spectrum
+_DRIFT = 0.02  # by how much the slopes of the tail's halves may differ
+_E_FOLDS = 2.0  # over which a tail must fall at least
+_CYCLES = 12
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a spectrum says of an iteration.
+
+    Attributes:
+        step, momentum: of the iteration.
+        factor: `r`.
+        time_constant: `-1/log r`.
+        power: 1 where the decay is `k r^k`.
+    """
+
+    step: float
+    momentum: float
+    factor: float
+    time_constant: float
+    power: int = 0
+
+
+def predict(spectrum: Spectrum, method: str, step: float | str, momentum: float | str) -> Prediction:
+    """Choose what is `"optimal"` and predict `r` from the nonzero eigenvalues.
+
+    Args:
+        spectrum: at the limit point.
+        method: `"heavy_ball"`, or anything else for no momentum.
+        step, momentum: numbers, or `"optimal"`: the best step at this momentum, the best momentum at the best step.
+    """
+    values = spectrum.values
+    ends = spectrum.largest, spectrum.smallest
+    if method != "heavy_ball":
+        alpha = rates.best_step(*ends) if isinstance(step, str) else float(step)
+        r = rates.contraction_factor(values, alpha)
+        return Prediction(alpha, 0.0, r, rates.time_constant(r))
+    best = rates.best_heavy_ball(*ends)
+    alpha = best.step if isinstance(step, str) else float(step)
+    beta = best.momentum if isinstance(momentum, str) else float(momentum)
+    r = rates.heavy_ball_factor(values, alpha, beta)
+    at_best = math.isclose(alpha, best.step, rel_tol=1e-6) and math.isclose(beta, best.momentum, rel_tol=1e-6)
+    return Prediction(alpha, beta, r, rates.time_constant(r), int(at_best and best.momentum > 0))
+
+
+def undeflated(spectrum: Spectrum, method: str) -> float:
+    """The time constant at the best parameters if the zeros of the spectrum counted as eigenvalues, as computed.
+
+    A rounding error in place of a zero makes it about `1e16`; an exact zero makes it infinite.
+    """
+    smallest = float(spectrum.zeros.abs().min()) if spectrum.null_dim else spectrum.smallest
+    kappa = spectrum.largest / smallest if smallest > 0 else math.inf
+    return (math.sqrt(kappa) if method == "heavy_ball" else kappa) / 2
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a run showed.
+
+    Attributes:
+        trace: of its last cycle.
+        fit: of that cycle's tail, None where it is too short to fit.
+        bias: of the fit, as the measured spectrum expects it at this length.
+        iterations: of all cycles.
+        straight: whether the tail decides the rate.
+    """
+
+    trace: Trace
+    fit: RateFit | None
+    bias: float
+    iterations: int
+    straight: bool
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a run may be: the tolerance it serves, iterations, and a `time.monotonic()`."""
+
+    tolerance: float
+    iterations: int
+    deadline: float
+
+
+def observe(
+    iteration: Iteration,
+    fixed: State,
+    start: State,
+    spectrum: Spectrum,
+    prediction: Prediction,
+    below: float,
+    limits: Limits,
+    seen: Callable[[int], None],
+) -> Observation:
+    """Run in cycles: down to `below`, then the displacement from the fixed point enlarged to its first size, and on.
+
+    Each cycle is the nonlinear iteration, begun where the last one pointed to; so the tail may be longer than the
+    digits of one run. Only the last cycle is fitted. Null components are left behind: along them nothing contracts.
+    """
+    state, total, size = start, 0, math.nan
+    for _ in range(_CYCLES):
+        most = limits.iterations - total
+        trace = run(iteration, state, below=below, most=most, deadline=limits.deadline, first=total, seen=seen)
+        size = trace.norms[0] if math.isnan(size) and trace.norms else size
+        fit, bias = _fit(trace, spectrum, prediction, below, total)
+        total += len(trace.norms)
+        straight = (
+            fit is not None
+            and bias <= _BIAS
+            and fit.drift <= _DRIFT
+            and fit.half_width <= limits.tolerance
+            and fit.e_folds >= _E_FOLDS
+        )
+        observation = Observation(trace, fit, bias, total, straight)
+        if trace.stop != DONE or straight or total >= limits.iterations:
+            return observation
+        state = _enlarged(iteration, fixed, trace.state, spectrum, size / trace.norms[-1])
+    return observation
+
+
+def _fit(
+    trace: Trace, spectrum: Spectrum, prediction: Prediction, below: float, before: int
+) -> tuple[RateFit | None, float]:
+    if trace.stop == DIVERGED:
+        return None, math.inf
+    try:
+        fit = fit_rate(trace.norms, floor=below, power=prediction.power, start=before)
+    except InvalidInputError:
+        return None, math.inf
+    bias = expected_bias(
+        spectrum.values,
+        prediction.step,
+        prediction.momentum,
+        first=fit.first,
+        last=fit.last,
+        power=prediction.power,
+    )
+    return fit, bias
+
+
+def _enlarged(iteration: Iteration, fixed: State, state: State, spectrum: Spectrum, factor: float) -> State:
+    """The state with its displacement from the fixed point multiplied, null components of the parameters left out."""
+    moved = []
+    parameters = 2 if len(state) == 2 else 1  # heavy ball remembers one more point
+    for i, (here, there) in enumerate(zip(state, fixed, strict=True)):
+        d = here - there
+        if i < parameters and spectrum.null_dim:
+            z = d if iteration.P is None else iteration.P.solve(d)
+            d = iteration.forward(z - spectrum.null @ (spectrum.null.T @ z))
+        moved.append(there + factor * d)
+    return tuple(moved)
+
+
+def seconds_per_iteration(iteration: Iteration, state: State) -> float:
+    """Measured on a few."""
+    iteration.advance(state)
+    began = time.perf_counter()
+    for _ in range(5):
+        state, _ = iteration.advance(state)
+    return (time.perf_counter() - began) / 5
+
+
+def perturbed(iteration: Iteration, fixed: State, z: torch.Tensor, size: float, seed: int) -> State:
+    """The fixed point moved by `P z`, its statistics by `size` relative to themselves."""
+    g = torch.Generator().manual_seed(seed)
+    d = iteration.forward(z)
+    parameters = 2 if len(fixed) == 2 else 1
+    rest = [t * (1 + size * torch.randn(t.shape, generator=g, dtype=torch.float64).to(t)) for t in fixed[parameters:]]
+    return (*(t + d for t in fixed[:parameters]), *rest)
