@@ -24,7 +24,14 @@ from bnp_analysis.theory.check import Check
 # Parameters of a dense reference matrix, and numbers in the factor that it is made of.
 DENSE_LIMIT = 1_500
 FACTOR_LIMIT = 40_000_000
-_UNDAMPED = {"eps1": 0.0, "eps2": 0.0, "q": "auto", "statistics": "channel", "bias_free": "rank-one"}
+_UNDAMPED = {
+    "eps1": 0.0,
+    "eps2": 0.0,
+    "q": "auto",
+    "statistics": "channel",
+    "bias_free": "rank-one",
+    "output_scale": False,
+}
 
 
 class NotApplicable(Exception):
@@ -55,6 +62,8 @@ class Problem:
         self.risk, self.seed, self.limit = risk, seed, limit
         self.given = preconditioner is not None
         self._preconditioner = preconditioner
+        # Results that two statements need; the second finds what the first computed.
+        self.curves: dict[Any, Any] = {}
 
     @cached_property
     def layers(self) -> Coverage:

@@ -14,9 +14,14 @@ from bnp_analysis.network import EmpiricalRisk
 from bnp_analysis.theory.check import Check, CheckTable
 from bnp_analysis.theory.conditioning import check_conditioning, check_scale
 from bnp_analysis.theory.coordinates import check_coordinates, check_update, check_without_bias
+from bnp_analysis.theory.floating_point import check_floating_point
 from bnp_analysis.theory.layer_curvature import check_hessian_is_gauss_newton, check_unit_blocks
+from bnp_analysis.theory.normalization import check_batch_norm
+from bnp_analysis.theory.orbits import check_orbits, check_output_scaling
 from bnp_analysis.theory.problem import Problem, Statement
 from bnp_analysis.theory.statistics import check_patch_statistics, check_running_statistics
+from bnp_analysis.theory.symmetry import check_null_directions
+from bnp_analysis.theory.whitening import check_blocks
 
 STATEMENTS: tuple[Statement, ...] = (
     check_unit_blocks,
@@ -28,6 +33,12 @@ STATEMENTS: tuple[Statement, ...] = (
     check_patch_statistics,
     check_conditioning,
     check_scale,
+    check_batch_norm,
+    check_output_scaling,
+    check_null_directions,
+    check_orbits,
+    check_floating_point,
+    check_blocks,
 )
 SOURCES = tuple(dict.fromkeys(s.source for s in STATEMENTS))
 
