@@ -5,6 +5,7 @@
 #   TORCH_INDEX  an index to take torch from first: on Linux the default index has the CUDA build, several GB;
 #                the address of the CPU build's index is on torch's own installation page
 #   PIP_FLAGS    more flags for pip install
+#   FIGURES_FLAGS options and names for figures, such as "--force fig06_largest_singular_value"
 #   PYTEST_FLAGS more flags for pytest, such as "-n 2" or "-k lanczos"
 
 SHELL := /bin/sh
@@ -15,6 +16,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 PIP_FLAGS ?=
+FIGURES_FLAGS ?=
 PYTEST_FLAGS ?=
 
 BIN := $(VENV)/bin
@@ -24,7 +26,7 @@ EXTRAS := dataframe,download,notebooks,test,lint
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 SLOW_SUMMARY := benchmarks/results/test-slow.txt
 
-.PHONY: help demo test test-slow lint types notebooks bench clean
+.PHONY: help demo test test-slow lint types notebooks figures bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +62,9 @@ notebooks: $(DEV) ## run notebooks/*.py and write them, with outputs, as noteboo
 	  $(BIN)/jupytext --quiet --to ipynb --set-kernel python3 "$$source"; \
 	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter-execute --inplace "$${source%.py}.ipynb"; \
 	done
+
+figures: $(BASE) ## the figures of the theory, quick preset, into paper_figures/quick; FIGURES_FLAGS="--preset full" for more
+	$(BIN)/python -m paper_figures $(FIGURES_FLAGS)
 
 bench: $(DEV) ## the truth suite: every route against problems with known answers
 	$(BIN)/python benchmarks/truth_suite.py

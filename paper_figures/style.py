@@ -31,10 +31,17 @@ _SETTINGS: dict[str, Any] = {
 }
 
 
-def panels(rows: int = 1, columns: int = 1, *, width: float = PAGE, height: float = 2.3, **more: Any) -> Any:
-    """A figure and its axes as an array `(rows, columns)`, in the common style; `height` is that of a row."""
+def panels(
+    rows: int = 1, columns: int = 1, *, width: float = PAGE, height: float = 2.3, extra: float = 0.0, **more: Any
+) -> Any:
+    """A figure and its axes as an array `(rows, columns)`, in the common style.
+
+    `height` is that of a row, `extra` that of a legend above; both in inches.
+    """
     mpl.rcParams.update(_SETTINGS)
-    return plt.subplots(rows, columns, figsize=(width, rows * height), layout="constrained", squeeze=False, **more)
+    return plt.subplots(
+        rows, columns, figsize=(width, rows * height + extra), layout="constrained", squeeze=False, **more
+    )
 
 
 def band(

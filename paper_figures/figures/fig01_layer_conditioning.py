@@ -21,7 +21,7 @@ SHOWS = "T1, T1', T7a, T7b"
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"samples": 400, "hidden": [12, 12], "steps": [0, 30, 150], "lr": 0.1, "batch": 60, "seed": 0},
     "full": {
-        "samples": 1500,
+        "samples": 1400,
         "hidden": [32, 32, 32],
         "steps": [0, 10, 50, 200, 1000],
         "lr": 0.1,

@@ -84,7 +84,7 @@ def note(data: FigureData) -> str:
 def draw(data: FigureData) -> Figure:
     """A row per comparison: loss and accuracy against epochs, loss and accuracy against time."""
     panels = data.words("panels")
-    figure, axes = style.panels(len(panels), 4, height=1.5)
+    figure, axes = style.panels(len(panels), 4, height=1.4, extra=0.7)
     for row, name in zip(axes, panels, strict=True):
         for m, method in enumerate(data.words(f"{name}/methods")):
             steps = data[f"{name}/step"][m][0]

@@ -1,0 +1,138 @@
+"""Figures: data from a computation or from a file, a verdict that can fail, a picture from the data alone.
+
+Bugs that only this file catches: a figure without provenance, data computed again although nothing changed or kept
+although something did, a claim that no data can refute, a drawing that computes, a committed figure whose claim fails
+without saying so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+
+from paper_figures import __main__ as runner
+from paper_figures import frame
+
+FULL = frame.HERE / "full"
+CHEAP = "fig06_largest_singular_value"
+KEPT = [name for name in frame.names() if frame.stored(name, FULL) is not None]
+
+
+def ignore(fraction: float) -> None:
+    """Nobody looks."""
+
+
+@pytest.mark.parametrize("name", frame.names())
+def test_a_figure_keeps_the_contract(name: str) -> None:
+    module = frame.module(name)
+    assert set(module.PRESETS) == set(frame.PRESETS)
+    assert module.TITLE
+    assert module.CLAIM.endswith(".")
+    assert module.SHOWS.startswith("T")
+    for preset in frame.PRESETS:
+        assert json.loads(json.dumps(module.PRESETS[preset])) == module.PRESETS[preset]
+
+
+def test_a_run_leaves_data_provenance_pictures_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [CHEAP, "--out", str(tmp_path)]
+    assert runner.main(arguments) == 0
+    assert "computed" in capsys.readouterr().out
+    assert {path.suffix for path in tmp_path.glob(f"{CHEAP}.*")} == {".npz", ".json", ".png", ".pdf"}
+    about = json.loads((tmp_path / f"{CHEAP}.json").read_text())
+    assert {"settings", "seed", "versions", "revision", "command", "seconds", "preset", "key"} <= set(about)
+    page = (tmp_path / "index.md").read_text()
+    assert frame.module(CHEAP).TITLE in page
+    assert about["command"] in page
+    before = (tmp_path / f"{CHEAP}.npz").read_bytes()
+    assert runner.main(arguments) == 0
+    assert "data kept" in capsys.readouterr().out
+    assert runner.main([*arguments, "--force"]) == 0
+    assert "computed" in capsys.readouterr().out
+    again, first = frame.stored(CHEAP, tmp_path), tmp_path / "first.npz"
+    first.write_bytes(before)
+    assert again is not None
+    with np.load(first) as arrays:
+        assert all(np.array_equal(arrays[word], again[word]) for word in arrays.files)
+
+
+def test_changed_settings_are_computed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, computed = frame.make(CHEAP, "quick", tmp_path, ignore)
+    assert computed
+    changed = frame.module(CHEAP).PRESETS["quick"] | {"draws": 2}
+    monkeypatch.setitem(frame.module(CHEAP).PRESETS, "quick", changed)
+    data, computed = frame.make(CHEAP, "quick", tmp_path, ignore)
+    assert computed
+    assert data["observed"].shape[-1] == 2
+
+
+def test_an_interrupted_run_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    later = "fig10_shift_and_scale"
+
+    def stop(settings: Any, report: Any) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(frame.module(later), "compute", stop)
+    assert runner.main([CHEAP, later, "--out", str(tmp_path)]) == runner.INTERRUPTED
+    assert frame.stored(CHEAP, tmp_path) is not None
+    assert frame.stored(later, tmp_path) is None
+    assert CHEAP in (tmp_path / "index.md").read_text()
+
+
+def test_an_unknown_figure_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runner.main(["fig99", "--out", str(tmp_path)]) == runner.BAD_INPUT
+    assert CHEAP in capsys.readouterr().err
+
+
+def spoiled(data: frame.FigureData, change: Any) -> frame.FigureData:
+    """The data with every array of floats changed."""
+    with np.errstate(all="ignore"):
+        arrays = {
+            word: change(values) if values.dtype.kind == "f" and values.size else values
+            for word, values in data.arrays.items()
+        }
+    return dataclasses.replace(data, arrays=arrays)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_claim_can_fail(name: str) -> None:
+    """Numbers turned around, and numbers lost: neither may pass for a claim that holds."""
+    data = frame.stored(name, FULL)
+    assert data is not None
+    module = frame.module(name)
+    rng = np.random.default_rng(0)
+    assert module.failure(spoiled(data, lambda values: np.full_like(values, np.nan)))
+    assert any(
+        module.failure(spoiled(data, change))
+        for change in (np.reciprocal, np.flip, lambda values: values * rng.lognormal(sigma=9, size=values.shape))
+    )
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_committed_figure_is_drawn_from_its_data_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = frame.stored(name, FULL)
+    assert data is not None
+    assert data.about["figure"] == name
+    module = frame.module(name)
+    monkeypatch.delattr(module, "compute")
+    figure = module.draw(data)
+    assert figure.axes
+    plt.close(figure)
+    page = (FULL / "index.md").read_text()
+    assert module.TITLE in page
+    assert module.failure(data) in page
+
+
+@pytest.mark.parametrize("number", [3, 4, 6])
+def test_the_claims_of_the_theory_hold_on_the_committed_data(number: int) -> None:
+    names = [name for name in KEPT if name.startswith(f"fig{number:02d}")]
+    assert names
+    for name in names:
+        data = frame.stored(name, FULL)
+        assert data is not None
+        assert frame.module(name).failure(data) == ""
