@@ -1,8 +1,17 @@
 """The convergence theory as checks: what a statement predicts, what is observed, and whether it holds."""
 
+from bnp_analysis.theory import problems
 from bnp_analysis.theory.check import Check, CheckTable
 from bnp_analysis.theory.convergence import ConvergenceCheck, check_convergence_rate
 from bnp_analysis.theory.rate_options import RateOptions
 from bnp_analysis.theory.suite import check_theory
 
-__all__ = ["Check", "CheckTable", "ConvergenceCheck", "RateOptions", "check_convergence_rate", "check_theory"]
+__all__ = [
+    "Check",
+    "CheckTable",
+    "ConvergenceCheck",
+    "RateOptions",
+    "check_convergence_rate",
+    "check_theory",
+    "problems",
+]

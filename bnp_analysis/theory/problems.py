@@ -1,0 +1,287 @@
+"""Problems whose minimizer, null space and effective condition number are known: for theory and its checks.
+
+Inputs are real (handwritten digits), targets come from a teacher network, so that the loss has an attained minimizer
+with zero residual; no pre-activation lies near a kink. Dials choose `kappa*`, the shift and the scales of the inputs
+without changing the function that is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from bnp_analysis.curvature.hessian import hessian
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.theory.minimizer import find_minimizer
+from bnp_analysis.theory.problem_parts import dial, effective_condition, small_digits, teach, white_digits
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+_HOMOGENEOUS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "leaky_relu": partial(nn.LeakyReLU, 0.2)}
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {**_HOMOGENEOUS, "tanh": nn.Tanh}
+_START = 1e-5  # relative distance of a problem's point from its minimizer
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A risk with what is known about it.
+
+    Attributes:
+        risk: at a point near the minimizer, in float64.
+        minimizer: the flat parameters of a minimizer.
+        null_dimension: of the Hessian there, from formulas.
+        kappa: its effective condition number there.
+        description: one line.
+
+    Example:
+        >>> problem = softmax_regression(kappa=20.0)
+        >>> problem.null_dimension, round(problem.kappa, 6)
+        (7, 20.0)
+    """
+
+    risk: EmpiricalRisk
+    minimizer: Tensor
+    null_dimension: int
+    kappa: float
+    description: str
+
+    @property
+    def solved(self) -> EmpiricalRisk:
+        """The risk at the minimizer."""
+        return self.risk.at(self.minimizer)
+
+    def __repr__(self) -> str:
+        return f"<Problem: {self.description}>"
+
+
+def teacher_student(
+    widths: Sequence[int] = (6, 8, 3),
+    *,
+    activation: str = "relu",
+    kappa: float | None = None,
+    by: str = "inputs",
+    shift: float = 0.0,
+    n: int = 200,
+    seed: int = 0,
+) -> Problem:
+    """A dense network learning from one of its own kind, squared loss.
+
+    Args:
+        widths: of inputs, hidden layers, outputs.
+        activation: `"relu"`, `"leaky_relu"` or `"tanh"`.
+        kappa: the effective condition number at the minimizer, None for what comes out.
+        by: the dial: `"inputs"` gives the features scales from 1 down to some small number; `"orbit"` multiplies what
+            goes into the first hidden layer and divides what comes out of it (T12; homogeneous activations).
+        shift: mean over standard deviation of every input feature, 0 to 100; the teacher's biases undo it.
+        n: examples.
+        seed: of teacher and start.
+
+    Returns:
+        A `Problem`; its null space has one dimension per homogeneous hidden unit.
+
+    Raises:
+        InvalidInputError: an unknown activation or dial, a `kappa` out of reach, sizes out of range.
+
+    Example:
+        >>> problem = teacher_student(kappa=2e3, shift=0.5)
+        >>> problem.null_dimension, round(problem.kappa, 6), float(problem.solved.value) < 1e-20
+        (8, 2000.0, True)
+    """
+    if activation not in _ACTIVATIONS:
+        raise InvalidInputError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+    if by not in ("inputs", "orbit") or (by == "orbit" and activation not in _HOMOGENEOUS):
+        raise InvalidInputError(f"by must be 'inputs', or 'orbit' with a homogeneous activation, got {by!r}")
+    null = sum(widths[1:-1]) if activation in _HOMOGENEOUS else 0
+    model = _dense(widths, _ACTIVATIONS[activation])
+    words = f"{'-'.join(map(str, widths))} {activation}"
+    return _dense_problem(model, widths, null, words, kappa=kappa, by=by, shift=shift, n=n, seed=seed)
+
+
+def linear_chain(
+    widths: Sequence[int] = (5, 4, 4, 3),
+    *,
+    kappa: float | None = None,
+    shift: float = 0.0,
+    n: int = 200,
+    seed: int = 0,
+) -> Problem:
+    """A deep linear network learning a linear map, squared loss.
+
+    With the narrowest width `h`, `m` inputs and `C` outputs, the products of `p` parameters move in
+    `h (m + C - h) + C` directions (matrices of rank `h`, and the bias), so the null space has
+    `p - h (m + C - h) - C` dimensions (T11).
+
+    Args:
+        widths, kappa, shift, n, seed: see `teacher_student`; the dial gives the input features scales.
+
+    Example:
+        >>> linear_chain(kappa=100.0).null_dimension
+        41
+    """
+    if len(widths) < 3:
+        raise InvalidInputError(f"a chain has at least one hidden layer, got widths {list(widths)}")
+    narrow = min(widths)
+    model = _dense(widths, None)
+    count = sum(p.numel() for p in model.parameters())
+    null = count - narrow * (widths[0] + widths[-1] - narrow) - widths[-1]
+    words = f"{'-'.join(map(str, widths))} linear"
+    return _dense_problem(model, widths, null, words, kappa=kappa, by="inputs", shift=shift, n=n, seed=seed)
+
+
+def convolutional(
+    channels: int = 3, *, activation: str = "leaky_relu", kappa: float | None = None, n: int = 100, seed: int = 0
+) -> Problem:
+    """A convolution, an activation and a dense layer learning from one of their own kind on digits of 4 x 4 pixels.
+
+    Args:
+        channels: of the convolution, 2 x 2 without padding.
+        activation: `"relu"` or `"leaky_relu"`.
+        kappa: reached along the scaling orbit of the channels (T12); None for what comes out.
+        n, seed: see `teacher_student`.
+
+    Returns:
+        A `Problem`; its null space has one dimension per channel.
+
+    Example:
+        >>> convolutional(kappa=1e4).null_dimension
+        3
+    """
+    if activation not in _HOMOGENEOUS:
+        raise InvalidInputError(f"activation must be one of {', '.join(_HOMOGENEOUS)}, got {activation!r}")
+    x = small_digits(n, seed=seed)
+    head = _empty(nn.Linear(9 * channels, 2, dtype=torch.float64, device="meta"))
+    conv = _empty(nn.Conv2d(1, channels, 2, dtype=torch.float64, device="meta"))
+    model = nn.Sequential(conv, _HOMOGENEOUS[activation](), nn.Flatten(), head)
+    g = torch.Generator().manual_seed(seed)
+    y = teach(model, x, g, margins=True)
+    theta = EmpiricalRisk(model, nn.functional.mse_loss, (x, y)).theta
+
+    def build(d: Tensor) -> EmpiricalRisk:
+        return EmpiricalRisk(model, nn.functional.mse_loss, (x, y), at=theta * d)
+
+    exponents = torch.cat(
+        [torch.ones(conv.weight.numel() + channels), -torch.ones(head.weight.numel()), torch.zeros(2)]
+    )
+    words = f"{channels} channels of 2 x 2, {activation}"
+    return _turned(build, exponents.double(), channels, kappa, words, seed)
+
+
+def softmax_regression(
+    classes: int = 3,
+    features: int = 6,
+    *,
+    smoothing: float = 0.1,
+    kappa: float | None = None,
+    shift: float = 0.0,
+    n: int = 200,
+    seed: int = 0,
+) -> Problem:
+    """Label-smoothed softmax regression of digits: a loss with an attained minimizer that is not zero there.
+
+    Args:
+        classes: digits `0 .. classes - 1`.
+        features: principal components.
+        smoothing: of the labels, in (0, 1); without it separable data have no minimizer.
+        kappa, shift, n, seed: see `teacher_student`; the dial gives the input features scales.
+
+    Returns:
+        A `Problem`; its null space has `features + 1` dimensions, the shift of all logits (T11).
+    """
+    if not 0 < smoothing < 1:
+        raise InvalidInputError(f"smoothing must be in (0, 1), got {smoothing}: without it there may be no minimizer")
+    x, y = white_digits(n, features, classes=classes, seed=seed)
+    x = x + shift
+    loss = nn.CrossEntropyLoss(label_smoothing=smoothing)
+    model = _empty(nn.Linear(features, classes, dtype=torch.float64, device="meta"))
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    found = find_minimizer(EmpiricalRisk(model, loss, (x, y)))
+    per_feature = torch.linspace(0, 1, features, dtype=torch.float64)
+    exponents = torch.cat([per_feature.repeat(classes), torch.zeros(classes, dtype=torch.float64)])
+
+    def build(d: Tensor) -> EmpiricalRisk:
+        return EmpiricalRisk(model, loss, (x / d[:features], y), at=found.theta * d)
+
+    words = f"softmax regression, {classes} classes, {features} features, labels smoothed by {smoothing:g}"
+    return _turned(build, exponents, features + 1, kappa, _shifted(words, shift), seed)
+
+
+def _empty(layer: Layer) -> Layer:
+    """Parameters without values: torch's would be drawn from the global generator."""
+    return layer.to_empty(device="cpu")
+
+
+def _dense(widths: Sequence[int], activation: Callable[[], nn.Module] | None) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for k, (inputs, outputs) in enumerate(pairwise(widths)):
+        layers.append(_empty(nn.Linear(inputs, outputs, dtype=torch.float64, device="meta")))
+        if activation is not None and k + 2 < len(widths):
+            layers.append(activation())
+    return nn.Sequential(*layers)
+
+
+def _dense_problem(
+    model: nn.Sequential,
+    widths: Sequence[int],
+    null: int,
+    words: str,
+    *,
+    kappa: float | None,
+    by: str,
+    shift: float,
+    n: int,
+    seed: int,
+) -> Problem:
+    m, hidden = widths[0], widths[1]
+    white, _ = white_digits(n, m, seed=seed)
+    g = torch.Generator().manual_seed(seed)
+    y = teach(model, white, g, margins=any(isinstance(k, nn.ReLU | nn.LeakyReLU) for k in model))
+    first, x = model[0], white + shift
+    assert isinstance(first, nn.Linear)
+    with torch.no_grad():
+        first.bias.sub_(first.weight.sum(dim=1) * shift)
+    theta = EmpiricalRisk(model, nn.functional.mse_loss, (x, y)).theta
+
+    # Scales of the flat parameters: first weight (hidden, m), first bias, and what follows.
+    rest = len(theta) - hidden * (m + 1)
+    if by == "inputs":
+        per_feature = torch.linspace(0, 1, m, dtype=torch.float64)
+        exponents = torch.cat([per_feature.repeat(hidden), torch.zeros(hidden + rest, dtype=torch.float64)])
+    else:
+        outgoing = widths[2] * hidden
+        parts = [torch.ones(hidden * (m + 1)), -torch.ones(outgoing), torch.zeros(rest - outgoing)]
+        exponents = torch.cat(parts).double()
+
+    def build(d: Tensor) -> EmpiricalRisk:
+        inputs = x / d[:m] if by == "inputs" else x
+        return EmpiricalRisk(model, nn.functional.mse_loss, (inputs, y), at=theta * d)
+
+    return _turned(build, exponents, null, kappa, _shifted(words, shift), seed)
+
+
+def _turned(
+    build: Callable[[Tensor], EmpiricalRisk],
+    exponents: Tensor,
+    null: int,
+    kappa: float | None,
+    words: str,
+    seed: int,
+) -> Problem:
+    """Turn the dial to `kappa`, build the risk there, start near its minimizer."""
+    base = hessian(build(torch.ones_like(exponents))).to_dense()
+    solved = build(dial(base, null, exponents, kappa))
+    reached = effective_condition(hessian(solved).to_dense(), null)
+    g = torch.Generator().manual_seed(seed + 1)
+    start = solved.theta * (1 + _START * torch.randn(solved.space.dim, generator=g, dtype=torch.float64))
+    return Problem(solved.at(start), solved.theta, null, reached, f"{words}, kappa* {reached:.4g}")
+
+
+def _shifted(words: str, shift: float) -> str:
+    return words + (f", inputs shifted by {shift:g} standard deviations" if shift else "")
