@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,12 +28,20 @@ PRECONDITIONERS: dict[str, Callable[[EmpiricalRisk], Any]] = {
     "diagonal": lambda risk: precondition.diagonal_preconditioner(risk, damping=1e-6),
     "kfac": precondition.kfac_preconditioner,
 }
+#: Commands that run files of a checkout: name -> (its folder, what it does).
+IN_CHECKOUT = {
+    "figures": ("paper_figures", "make the figures of the theory"),
+    "bench": ("benchmarks", "run a benchmark: truth_suite, bnp_step, peers, ..."),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 done, 1 a check fails, 2 bad input, 130 interrupted."""
-    arguments = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
+        if words and words[0] in IN_CHECKOUT:
+            return _in_checkout(words[0], words[1:])
+        arguments = _parser().parse_args(words)
         return int(arguments.run(arguments))
     except (BNPAnalysisError, ImportError, FileNotFoundError) as error:
         print(f"bnp-analysis: error: {error}", file=sys.stderr)
@@ -74,7 +84,40 @@ def _parser() -> argparse.ArgumentParser:
     spectrum.set_defaults(run=_spectrum)
     add_train_command(commands)
     add_check_command(commands, _problem_options, _checked)
+    for name, (_, words) in IN_CHECKOUT.items():
+        commands.add_parser(name, help=f"{words} (in a checkout, found upward from here, or --root FOLDER)")
     return parser
+
+
+def _in_checkout(command: str, words: list[str]) -> int:
+    """Run `python -m paper_figures ...` or `python benchmarks/NAME.py ...` from the root of a checkout."""
+    here = Path.cwd()
+    if "--root" in words:
+        place = words.index("--root")
+        here = Path(*words[place + 1 : place + 2])
+        del words[place : place + 2]
+    folder = IN_CHECKOUT[command][0]
+    root = next((path for path in (here, *here.absolute().parents) if (path / folder / "README.md").exists()), None)
+    if root is None:
+        raise InvalidInputError(
+            f"{command} needs a checkout, and {here} is in none: clone the repository (an installed package has no "
+            f"{folder}/) and run this inside it, or give --root FOLDER"
+        )
+    # The checkout's own package, also where another version is installed.
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+    def run(*program: str) -> int:
+        return subprocess.run([sys.executable, *program, *words], cwd=root, env=environment, check=False).returncode
+
+    if command == "figures":
+        return run("-m", folder)
+    scripts = sorted(
+        path.stem for path in (root / folder).glob("*.py") if 'if __name__ == "__main__"' in path.read_text()
+    )
+    if not words or words[0] not in scripts:
+        raise InvalidInputError(f"bench needs the name of a benchmark: {', '.join(scripts)}")
+    return run(str(root / folder / f"{words.pop(0)}.py"))
 
 
 def _problem_options(parser: argparse.ArgumentParser) -> None:

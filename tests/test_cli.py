@@ -6,12 +6,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import bnp_analysis as bnp
 from bnp_analysis.cli import main
+from bnp_analysis.theory import coordinates
 
 SMALL = ["--samples", "60", "--hidden", "6", "--epochs", "1", "--quiet"]
 
@@ -115,3 +117,63 @@ def test_module_and_help():
     assert done.returncode == 0
     assert "--curvature" in done.stdout
     assert subprocess.run([sys.executable, "-m", "bnp_analysis"], capture_output=True, check=False).returncode == 2
+
+
+def test_figures_and_benchmarks_run_in_a_checkout(tmp_path, capfd, monkeypatch):
+    out = tmp_path / "figures"
+    root = str(Path(__file__).parent.parent)
+    assert main(["figures", "fig06_largest_singular_value", "--root", root, "--out", str(out)]) == 0
+    assert (out / "fig06_largest_singular_value.png").stat().st_size > 1000
+    assert main(["figures", "fig99", "--root", root, "--out", str(out)]) == 2
+    assert main(["bench", "--root", root]) == 2
+    assert "bnp_step" in capfd.readouterr().err
+    assert main(["bench", "bnp_step", "--help", "--root", root]) == 0
+    assert "usage: bnp_step.py" in capfd.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    assert main(["figures"]) == 2
+    assert "needs a checkout" in capfd.readouterr().err
+
+
+def test_check_prints_a_line_per_check_and_says_the_verdict(tmp_path, capsys):
+    out = tmp_path / "c.json"
+    assert main(["check", *SMALL, "--only", "T3", "T7", "T6", "--json", str(out)]) == 0
+    text = capsys.readouterr().out
+    table = bnp.CheckTable.load(out)
+    assert {check.source for check in table.checks} == {"T3", "T6", "T7"}
+    assert [line for line in text.splitlines() if line.startswith("T")] == [str(check) for check in table.checks]
+    assert str(table) in text
+    assert "not applicable  per-patch statistics" in text
+
+
+def test_check_shows_details_and_tries_the_chosen_preconditioner(capsys):
+    assert main(["check", *SMALL, "--only", "T2", "--preconditioner", "kfac", "--verbose"]) == 0
+    text = capsys.readouterr().out
+    assert "the preconditioner is KroneckerPreconditioner, not BNP's" in text
+    assert "(P is invertible): True" in text
+
+
+def test_exit_status_of_check(monkeypatch, capsys):
+    def wrong(risk, P):
+        return in_coordinates(risk, P).at(torch.zeros(risk.space.dim, dtype=torch.float64))
+
+    in_coordinates = coordinates.in_coordinates
+    assert main(["check", *SMALL, "--only", "T6"]) == 2, "nothing applies"
+    assert main(["check", *SMALL, "--only", "T2", "--dtype", "float32"]) == 2, "not in single precision"
+    assert main(["check", *SMALL, "--only", "T2", "--time-limit", "0"]) == 2, "nothing was tried"
+    assert main(["check", *SMALL, "--only", "T99"]) == 2
+    assert "T99; there are: T1" in capsys.readouterr().err
+    monkeypatch.setattr(coordinates, "in_coordinates", wrong)
+    assert main(["check", *SMALL, "--only", "T2"]) == 1
+    assert " fails " in capsys.readouterr().out
+
+
+def test_an_interrupted_check_keeps_what_was_made(tmp_path, monkeypatch, capsys):
+    def stop(risk, P):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(coordinates, "in_coordinates", stop)
+    out = tmp_path / "c.json"
+    assert main(["check", *SMALL, "--only", "T1", "T2", "--json", str(out)]) == 130
+    table = bnp.CheckTable.load(out)
+    assert {check.source for check in table.checks} == {"T1"}
+    assert "interrupted in T2" in capsys.readouterr().out
