@@ -70,11 +70,9 @@ def whitened(
     """
     parts = []
     for positions in blocks:
-        u, s, _ = torch.linalg.svd(F[:, positions], full_matrices=False)
-        if not len(s) or float(s[0]) == 0:
-            continue
-        rank = decided_rank(s, max(F.shape), "a block")
-        parts.append((u[:, :rank], s[:rank]))
+        found = whitened_block(F[:, positions])
+        if found is not None:
+            parts.append(found)
     if not parts:
         raise NotApplicable("the matrix is zero")
     white = torch.linalg.svdvals(torch.cat([u for u, _ in parts], dim=1))
@@ -97,6 +95,15 @@ def whitened(
         spread=max(c) / min(c),
         tried=tried,
     )
+
+
+def whitened_block(F: Tensor) -> tuple[Tensor, Tensor] | None:
+    """`F P` with `P` whitening `F^T F` on its range, and the singular values taken out; None for a zero block."""
+    u, s, _ = torch.linalg.svd(F, full_matrices=False)
+    if not len(s) or float(s[0]) == 0:
+        return None
+    rank = decided_rank(s, max(F.shape), "a block")
+    return u[:, :rank], s[:rank]
 
 
 def _near(n: int, k: int, g: torch.Generator) -> Tensor:

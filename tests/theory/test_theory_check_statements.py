@@ -1,0 +1,146 @@
+"""Every statement holds, or says why it does not apply, on many kinds of networks; and applies where it should.
+
+Bugs that only this file catches: a check that is right for dense layers with biases and wrong for convolutions, groups,
+sequences, several batches, layers without a bias or a bare layer as root; one that hides behind *not applicable*.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from theory_check_problems import NETWORKS, checks, relu
+from torch import nn
+
+from bnp_analysis.theory.problem import Problem, Statement
+from bnp_analysis.theory.suite import STATEMENTS
+
+# Statement -> networks on which something of it must apply.
+APPLIES = {
+    "T1": set(NETWORKS),
+    "T1'": set(NETWORKS) - {"tanh", "batch norm, live"},
+    "T2": set(NETWORKS),
+    "T3": set(NETWORKS) - {"no bias"},
+    "T4": set(NETWORKS),
+    "T5": set(NETWORKS),
+    "T6": {name for name in NETWORKS if "conv" in name},
+    "T7": set(NETWORKS),
+    "T8": set(NETWORKS),
+    "T9": set(NETWORKS) - {"no bias"},
+    "T10": {"relu", "deep", "constant feature", "conv", "conv, zero padding", "conv, circular", "conv, groups"},
+    "T11": set(NETWORKS),
+    "T12": {"relu", "deep", "constant feature", "conv", "conv, zero padding", "conv, circular", "conv, groups"},
+    "T13": set(NETWORKS),
+    "T16": set(NETWORKS),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("statement", STATEMENTS, ids=lambda s: s.source)
+def test_statements_hold_or_do_not_apply(statement: Statement, name: str) -> None:
+    if statement.source == "T13" and name != "relu":
+        pytest.skip("most of T13 does not depend on the network")
+    found = checks(statement, NETWORKS[name]())
+    for check in found:
+        assert check.holds is not False, str(check)
+        assert "could not be tried" not in check.reason, str(check)
+    if name in APPLIES[statement.source]:
+        assert any(check.holds for check in found), [str(check) for check in found]
+
+
+def source(name: str) -> Statement:
+    return next(s for s in STATEMENTS if s.source == name)
+
+
+def test_the_counter_example_of_centering_is_recognized() -> None:
+    """`H = [[10, 3], [-10, 3]]`: 3.16 becomes 10. Its constant feature is set aside; what is left is conditioned."""
+    from bnp_analysis.theory.conditioning import Inputs, singular
+    from bnp_analysis.theory.problem import NotApplicable
+    from bnp_analysis.theory.reference import extended
+
+    H = torch.tensor([[10.0, 3.0], [-10.0, 3.0]], dtype=torch.float64)
+    whole = Inputs(H, 0)
+    assert singular(extended(whole.centered, True)).value > 3 * whole.raw.value
+    with pytest.raises(NotApplicable, match="rank 2 of 3 columns"):
+        whole.require_full_rank()
+    Inputs(H[:, :1], 1).require_full_rank()
+
+
+def test_too_few_rows_are_named_where_the_statement_needs_rank() -> None:
+    lines = [check for check in checks(source("T7"), relu(5)) if check.statement.startswith("centering")]
+    assert [check.holds for check in lines] == [None, None]
+    assert "rank 5 of 7 columns (5 rows" in lines[0].reason
+
+
+def test_a_point_on_a_kink_is_refused() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    with torch.no_grad():
+        model[0].weight[2] = 0
+        model[0].bias[2] = 0
+    risk = relu().at(model.state_dict())
+    for name in ("T1'", "T10", "T12"):
+        found = checks(source(name), risk)
+        assert all(check.holds is None for check in found)
+        assert "60 pre-activations lie exactly on a kink" in found[0].reason
+    assert any("kink" in check.reason for check in checks(source("T11"), risk))
+
+
+def test_smooth_activations_are_named_with_the_size_of_the_difference() -> None:
+    found = checks(source("T1'"), NETWORKS["tanh"]())
+    assert "tanh" in found[0].reason
+    assert "differ by" in found[0].reason
+
+
+def test_large_problems_name_their_size() -> None:
+    risk = relu()
+    found = {check.statement: check for s in STATEMENTS for check in s(Problem(risk, limit=25))}
+    sizes = [check.reason for check in found.values() if "takes up to 25" in check.reason]
+    assert any("53 parameters" in reason for reason in sizes)
+    assert any("35 parameters" in reason for reason in sizes), "the first layer alone"
+    kept = [check for check in found.values() if check.holds]
+    assert any("[2]" in check.statement and check.source == "T11" for check in kept), "the layer that fits is tried"
+    assert all(check.holds is not False for check in found.values())
+
+
+def test_single_precision_is_refused() -> None:
+    risk = relu().to(torch.float32)
+    for statement in STATEMENTS:
+        (check,) = statement(risk)
+        assert check.holds is None
+        assert "float32" in check.reason
+
+
+def test_a_network_without_covered_layers() -> None:
+    model = nn.Sequential(nn.Embedding(7, 3)).double()
+    import bnp_analysis as bnp
+
+    x, y = torch.arange(7), torch.arange(7) % 3
+    risk = bnp.EmpiricalRisk(model, nn.functional.cross_entropy, (x, y))
+    for name in ("T1", "T2", "T3", "T5", "T7", "T8", "T9"):
+        (check,) = source(name)(risk)
+        assert check.holds is None
+        assert "no covered layer (0.weight: Embedding is not a covered layer type)" in check.reason
+
+
+def test_a_layer_that_is_reused_is_not_covered() -> None:
+    import bnp_analysis as bnp
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(torch.relu(self.a(x)))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = Twice().double()
+    x = torch.rand(9, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    risk = bnp.EmpiricalRisk(model, nn.functional.cross_entropy, (x, torch.arange(9) % 3))
+    (check,) = source("T2")(risk)
+    assert "tied" in check.reason
+    (found,) = (c for c in checks(source("T11"), risk) if "explained" in c.statement)
+    assert found.holds, "the null space needs no covered layer"
