@@ -67,7 +67,7 @@ def test_a_false_claim_is_found(method: str, tmp_path: Path, monkeypatch: pytest
         monkeypatch.setattr(
             dense_routes,
             "singular_value_radius",
-            lambda largest, shape, magnitude, unit: 0.01 * true_radius(largest, shape, 0.0, unit),
+            lambda largest, shape, forming: 0.01 * true_radius(largest, shape, 0.0),
         )
     else:
         monkeypatch.setattr(golub_kahan_route, "factor_rounding_norm", lambda F, seed=0: 0.0)

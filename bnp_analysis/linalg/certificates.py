@@ -5,88 +5,49 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg.derived import Derived, GramOperator
+from bnp_analysis.linalg.forming import UNIT
 from bnp_analysis.linalg.lanczos import Floats
-from bnp_analysis.linalg.matrices import RowScaled
-from bnp_analysis.linalg.operators import LinearOperator, Product
-from bnp_analysis.linalg.preconditioner import Congruence, Preconditioner
-
-UNIT = torch.finfo(torch.float64).eps
 
 
-def norm_bound(matrix: Tensor) -> float:
-    """`sqrt(|A|_1 |A|_inf) >= |A|_2`, a rigorous bound without iteration.
-
-    Example:
-        >>> norm_bound(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
-        4.0
-    """
-    if matrix.numel() == 0:
-        return 0.0
-    magnitude = matrix.abs().double()
-    return math.sqrt(float(magnitude.sum(dim=0).max()) * float(magnitude.sum(dim=1).max()))
-
-
-def dense_with_magnitude(operator: LinearOperator) -> tuple[Tensor, Tensor | None]:
-    """The dense matrix of `F P1 P2 ...` and `|F| |P1| |P2| ...`, None where no product was formed.
-
-    The second bounds, times the unit roundoff, what forming the product can have changed: the term
-    of T13 without which no interval survives `|P| = 1e5` (trap 11).
-    """
-    if isinstance(operator, Product) and isinstance(operator.right, Preconditioner):
-        left, P = operator.left, operator.right
-        if isinstance(left, RowScaled):
-            return left.conditioned(P).to_dense(), left.scale.abs()[:, None] * P.row_magnitude(left.rows)
-        dense, magnitude = dense_with_magnitude(left)
-        magnitude = dense.abs() if magnitude is None else magnitude
-        return _right(dense, P), _right(magnitude, P.absolute())
-    if isinstance(operator, Congruence):
-        dense, magnitude = dense_with_magnitude(operator.operator)
-        magnitude = dense.abs() if magnitude is None else magnitude
-        P, absolute = operator.preconditioner, operator.preconditioner.absolute()
-        return _right(_right(dense, P).T, P).T, _right(_right(magnitude, absolute).T, absolute).T
-    if isinstance(operator, Derived) and amplified(operator):
-        dense, magnitude = dense_with_magnitude(operator.inner)
-        return operator.of(dense), operator.of(dense.abs() if magnitude is None else magnitude)
-    if isinstance(operator, GramOperator) and amplified(operator):
-        rows, magnitude = dense_with_magnitude(operator.factor)
-        magnitude = rows.abs() if magnitude is None else magnitude
-        return rows.T @ rows, magnitude.T @ magnitude
-    return operator.to_dense(), None
-
-
-def amplified(operator: object) -> bool:
-    """Whether a product rounds relative to more than the operator's own norm: it multiplies operators (T13)."""
-    if isinstance(operator, Derived):
-        return amplified(operator.inner)
-    if isinstance(operator, GramOperator):
-        return amplified(operator.factor)
-    return isinstance(operator, Product | Congruence)
-
-
-def _right(matrix: Tensor, P: LinearOperator) -> Tensor:
-    """`matrix @ P`, row by row through `P^T`."""
-    return P._rmatmat(matrix.T).T
-
-
-def singular_value_radius(largest: float, shape: tuple[int, int], magnitude: float, unit: float) -> float:
-    """`d = max(r, n) u (sigma_1 + || |F| |P| ||) + u_w || |F| |P| ||`: no singular value moved further.
+def singular_value_radius(largest: float, shape: tuple[int, int], forming: float) -> float:
+    """`d = max(r, n) u sigma_1 + e`: no singular value moved further, in the SVD and in forming the factor.
 
     Args:
         largest: the largest computed singular value.
         shape: of the factor.
-        magnitude: a bound of `|| |F| |P| ||_2`; `|| |F| ||_2` when no product was formed.
-        unit: roundoff of the dtype in which the rows were computed.
+        forming: `e`, what forming the factor has rounded, `c u || |F| |P| ||_2`; 0 for one that is given.
 
     Example:
-        >>> singular_value_radius(1.0, (10, 10), 1.0, UNIT) < 1e-14
+        >>> singular_value_radius(1.0, (10, 10), 0.0) < 1e-14
         True
     """
-    return max(shape) * UNIT * (largest + magnitude) + max(shape) * (unit if unit > UNIT else 0.0) * magnitude
+    return max(shape) * UNIT * largest + forming
+
+
+def apparent_rank(sigma: Floats, structural: int, noise: float) -> int | None:
+    """The structural rank, where the singular values end there by all appearance: a clear gap, above the noise.
+
+    That is no evidence (an isolated value at `1e-8 sigma_1` looks the same), but a better estimate than the values
+    that the radius certifies.
+
+    Args:
+        sigma: singular values, descending.
+        structural: how many structure allows.
+        noise: `u || |F| |P| ||_2`, the size of one rounding.
+
+    Returns:
+        `structural`, or None where there is no gap of 100 or the value is below 10 roundings.
+
+    Example:
+        >>> apparent_rank(np.array([1.0, 1e-5, 1e-9]), 2, 1e-7)
+        2
+    """
+    if not 0 < structural <= sigma.size:
+        return None
+    following = float(sigma[structural]) if structural < sigma.size else 0.0
+    return structural if sigma[structural - 1] > max(10 * noise, 100 * following) else None
 
 
 def require_probability(failure_probability: float) -> None:

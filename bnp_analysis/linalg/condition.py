@@ -16,11 +16,11 @@ from bnp_analysis.errors import InvalidInputError, ZeroOperatorError
 from bnp_analysis.linalg import dense_routes, krylov_routes
 from bnp_analysis.linalg.certificates import kuczynski_wozniakowski
 from bnp_analysis.linalg.derived import GramOperator, Shifted
-from bnp_analysis.linalg.extremes import Extremes, require_operator
+from bnp_analysis.linalg.extremes import require_operator
 from bnp_analysis.linalg.golub_kahan_route import golub_kahan_ends
 from bnp_analysis.linalg.inverse_route import inverse_lanczos
 from bnp_analysis.linalg.null import HasBasis, read_null
-from bnp_analysis.linalg.number import MAGNITUDE, SINGULAR, ConditionNumber
+from bnp_analysis.linalg.number import MAGNITUDE, SINGULAR, ConditionNumber, Extremes
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner, check_fits, congruence
 from bnp_analysis.linalg.progress import Progress
@@ -268,32 +268,16 @@ def _measure(
         )
     value = ends.lambda_max / ends.lambda_min if ends.lambda_min > 0 else math.inf
     note = ends.note + (next_route(A) if route == "lanczos" and not math.isfinite(ends.upper) else "")
+    bounds = {"note": note, "failure_probability": ends.failure_probability if math.isfinite(ends.upper) else 0.0}
     return ConditionNumber(
+        **(vars(ends) | bounds),
         value=value,
-        lower=ends.lower,
-        upper=ends.upper,
         two_sided=math.isfinite(ends.upper) and math.isfinite(ends.lower),
         method=route,
-        lambda_max=ends.lambda_max,
-        lambda_min=ends.lambda_min,
         dim=A.dim,
         dtype=str(A.dtype).removeprefix("torch."),
-        rank=ends.rank,
-        null_dim=ends.null_dim,
-        null_sources=ends.null_sources,
-        unresolved=ends.unresolved,
-        negative=ends.negative,
-        zero=ends.zero,
-        gap_ratio=ends.gap_ratio,
-        noise_floor=ends.noise_floor,
-        residual_max=ends.residuals[0],
-        residual_min=ends.residuals[1],
-        failure_probability=ends.failure_probability if math.isfinite(ends.upper) else 0.0,
         quantity=MAGNITUDE if indefinite else "kappa*",
-        stop=ends.stop,
-        note=note,
         settings={"method": method} | settings,
         seed=seed,
-        matvecs=ends.matvecs,
         seconds=time.perf_counter() - began,
     )

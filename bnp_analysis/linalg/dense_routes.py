@@ -10,20 +10,22 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NotConvexError
-from bnp_analysis.linalg.certificates import UNIT, dense_with_magnitude, norm_bound, singular_value_radius
+from bnp_analysis.linalg.certificates import singular_value_radius
 from bnp_analysis.linalg.extremes import (
-    Extremes,
+    factor_extremes,
     factor_rounding_norm,
     require_finite,
     rounding_norm,
     unexplained,
     zero_matrix,
 )
+from bnp_analysis.linalg.forming import UNIT, formed, norm_bound
 from bnp_analysis.linalg.inertia import confirm_ends
 from bnp_analysis.linalg.lanczos import Floats
 from bnp_analysis.linalg.matrices import MatrixOperator
 from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.linalg.null import DeclaredNull, require_null
+from bnp_analysis.linalg.number import Extremes
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner, congruence
 
@@ -40,46 +42,21 @@ def factor_svd(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNul
     matvecs = factor.dense_cost + null.cost
     if null.dim:
         require_null(factor, null, factor_rounding_norm(factor), "F")
-    rows, magnitude = dense_with_magnitude(factor if P is None else factor @ P)
-    require_finite(rows, "the factor")
-    structural = min(factor.rank_bound, MatrixOperator(rows).rank_bound, A.dim - null.dim)
-    unit = torch.finfo(A.dtype).eps
-    scale = float(rows.abs().max()) if rows.numel() else 0.0
+    rows = formed(factor if P is None else factor @ P)
+    require_finite(rows.matrix, "the factor")
+    structural = min(factor.rank_bound, MatrixOperator(rows.matrix).rank_bound, A.dim - null.dim)
+    scale = float(rows.matrix.abs().max()) if rows.matrix.numel() else 0.0
     if scale == 0.0:
         return zero_matrix(null, matvecs)
-    work = rows.double() / scale
-    sigma = torch.linalg.svdvals(_square_root_of_gram(work)).cpu().numpy()
-    bound = norm_bound(rows if magnitude is None else magnitude) / scale
-    # A stored factor without a product is exact: only the SVD rounds.
-    exact = P is None and magnitude is None and factor.exact
-    radius = singular_value_radius(float(sigma[0]), factor.shape, 0.0 if exact else bound, UNIT if exact else unit)
+    sigma = torch.linalg.svdvals(_square_root_of_gram(rows.matrix / scale)).cpu().numpy()
+    size = norm_bound(rows.sizes()) / scale
+    radius = singular_value_radius(float(sigma[0]), factor.shape, rows.rounding * size)
     # Declared directions are zero by evidence: what is left of them measures the rounding from below.
     if A.dim - null.dim < sigma.size:
         radius = max(radius, float(sigma[A.dim - null.dim]))
-    rank = int((sigma > radius).sum())
-    if rank == 0:
-        return zero_matrix(null, matvecs)
-    unresolved = max(structural - rank, 0)
-    zero_sigma = float(sigma[rank]) if rank < sigma.size else 0.0
-    # Where the shape forces a zero, the largest value that counts as one is at most the radius.
-    top, bottom = float(sigma[0]), float(sigma[rank - 1])
-    lower = (max(top - radius, 0.0) / (bottom + radius)) ** 2
-    upper = ((top + radius) / (bottom - radius)) ** 2 if unresolved == 0 else math.inf
-    return Extremes(
-        lambda_max=(top * scale) ** 2,
-        lambda_min=(bottom * scale) ** 2,
-        lower=lower,
-        upper=upper,
-        rank=rank,
-        null_dim=null.dim,
-        null_sources=null.sources,
-        unresolved=unresolved,
-        zero=A.dim - rank,
-        gap_ratio=(bottom / zero_sigma) ** 2 if zero_sigma > 0 else math.inf,
-        noise_floor=(radius * scale) ** 2,
-        residuals=(scale**2 * radius * (2 * top + radius), scale**2 * radius * (2 * bottom + radius)),
-        matvecs=matvecs,
-        note=unexplained(unresolved, null),
+    noise = size * (UNIT if factor.exact else torch.finfo(A.dtype).eps)
+    return factor_extremes(
+        A, null, sigma, radius=radius, noise=noise, structural=structural, scale=scale, matvecs=matvecs
     )
 
 
@@ -110,16 +87,15 @@ def _spectrum(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNull
     if null.dim:
         require_null(A, null, rounding_norm(A), "A")
     operator = A if P is None else congruence(A, P)
-    matrix, magnitude = dense_with_magnitude(operator)
-    require_finite(matrix, "the matrix")
-    matrix = matrix.double()
-    scale = float(matrix.abs().max())
+    found = formed(operator)
+    require_finite(found.matrix, "the matrix")
+    scale = float(found.matrix.abs().max())
     if scale == 0.0:
         return None
-    matrix = matrix / scale
+    matrix = found.matrix / scale
     asymmetry = float((matrix - matrix.T).norm()) / 2
     unit = torch.finfo(A.dtype).eps
-    bound = norm_bound(matrix if magnitude is None else magnitude.double() / scale)
+    bound = norm_bound(found.sizes()) / scale
     if asymmetry > 1e3 * A.dim * unit * bound:
         raise InvalidInputError(
             f"{A!r} is not symmetric: |A - A^T|/2 = {asymmetry:.3g} relative to its largest entry. Eigenvalues "
@@ -127,8 +103,7 @@ def _spectrum(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNull
         )
     matrix = (matrix + matrix.T) / 2
     values = np.sort(torch.linalg.eigvalsh(matrix).cpu().numpy())
-    # A stored matrix without a product is exact: only the eigenvalue routine rounds.
-    rounding = asymmetry + (0.0 if magnitude is None and operator.exact else A.dim * unit * bound)
+    rounding = asymmetry + found.rounding * bound
     radius = A.dim * UNIT * float(np.abs(values).max()) + rounding
     # Declared directions are zero by evidence: what is left of them measures the rounding from below.
     radius = max(radius, float(np.sort(np.abs(values))[null.dim - 1])) if null.dim else radius
@@ -158,7 +133,7 @@ def dense_symmetric(
     unresolved = max(structural - rank, 0)
     top, bottom = float(nonzero[-1]), float(nonzero[0])
     zeros = sizes[: A.dim - rank]
-    note = unexplained(unresolved, null)
+    note = unexplained(unresolved, null, A)
     ends: tuple[float, float, float, float] | None = (bottom - radius, bottom + radius, top - radius, top + radius)
     if inertia:
         ends = _confirmed(found, bottom, top, A.dim - rank)
@@ -177,7 +152,8 @@ def dense_symmetric(
         zero=A.dim - rank,
         gap_ratio=bottom / float(zeros[-1]) if zeros.size and zeros[-1] > 0 else math.inf,
         noise_floor=radius * scale,
-        residuals=(radius * scale, radius * scale),
+        residual_max=radius * scale,
+        residual_min=radius * scale,
         matvecs=found.matvecs,
         note=note,
     )

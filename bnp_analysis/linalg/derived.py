@@ -71,7 +71,7 @@ class Shifted(SymmetricOperator, Derived):
         return self._operator
 
     def of(self, matrix: Tensor) -> Tensor:
-        return matrix + self._delta * torch.eye(self.dim, dtype=self.dtype, device=self.device)
+        return matrix + self._delta * torch.eye(self.dim, dtype=matrix.dtype, device=self.device)
 
     @property
     def factor(self) -> LinearOperator | None:
@@ -101,7 +101,7 @@ class WithMultipleOfIdentity(LinearOperator, Derived):
         return self._factor
 
     def of(self, matrix: Tensor) -> Tensor:
-        return torch.cat([matrix, self._c * torch.eye(self.shape[1], dtype=self.dtype, device=self.device)])
+        return torch.cat([matrix, self._c * torch.eye(self.shape[1], dtype=matrix.dtype, device=self.device)])
 
     @property
     def dense_cost(self) -> int:

@@ -10,9 +10,10 @@ import torch
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.bidiagonal import Bidiagonalization, golub_kahan
-from bnp_analysis.linalg.certificates import amplified
-from bnp_analysis.linalg.extremes import Extremes, factor_rounding_norm, unexplained, zero_matrix
+from bnp_analysis.linalg.extremes import factor_extremes, factor_rounding_norm, zero_matrix
+from bnp_analysis.linalg.forming import amplified
 from bnp_analysis.linalg.null import NORM_STEPS, DeclaredNull, require_null
+from bnp_analysis.linalg.number import Extremes
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.progress import Progress
@@ -62,44 +63,26 @@ def golub_kahan_ends(
     unit = float(torch.finfo(A.dtype).eps)
     top = float(sigma[0]) if sigma.size else 0.0
     radius = 10 * unit * math.sqrt(max(operator.shape)) * (top + max(top, size)) + run.dropped
-    rank = int((sigma > radius).sum())
-    if rank == 0:
-        return zero_matrix(null, run.products + spent)
-    if run.stop == "exhausted":
-        return _complete(A, null, run, radius, structural, run.products + spent)
-    return _partial(null, run, radius, structural, run.products + spent)
-
-
-def _complete(
-    A: SymmetricOperator, null: DeclaredNull, run: Bidiagonalization, radius: float, structural: int, matvecs: int
-) -> Extremes:
-    """Every nonzero singular value is there: both sides, if structure explains the others."""
-    sigma = run.singular_values()
-    rank = int((sigma > radius).sum())
-    top, bottom, unresolved = float(sigma[0]), float(sigma[rank - 1]), max(structural - rank, 0)
-    zero = float(sigma[rank]) if rank < sigma.size else 0.0
-    return Extremes(
-        lambda_max=top**2,
-        lambda_min=bottom**2,
-        lower=(max(top - radius, 0.0) / (bottom + radius)) ** 2,
-        upper=((top + radius) / (bottom - radius)) ** 2 if unresolved == 0 else math.inf,
-        rank=rank,
-        null_dim=null.dim,
-        null_sources=null.sources,
-        unresolved=unresolved,
-        zero=A.dim - rank,
-        gap_ratio=(bottom / zero) ** 2 if zero > 0 else math.inf,
-        noise_floor=radius**2,
-        residuals=(radius * (2 * top + radius), radius * (2 * bottom + radius)),
-        matvecs=matvecs,
+    if run.stop != "exhausted":
+        return _partial(null, run, radius, structural, run.products + spent)
+    return factor_extremes(
+        A,
+        null,
+        sigma,
+        radius=radius,
+        noise=unit * max(top, size),
+        structural=structural,
+        matvecs=run.products + spent,
         stop=run.stop,
-        note=unexplained(unresolved, null),
     )
 
 
 def _partial(null: DeclaredNull, run: Bidiagonalization, radius: float, structural: int, matvecs: int) -> Extremes:
     """A lower bound from the columns of `V` that lie in the row space."""
-    top = float(run.singular_values()[0])
+    sigma = run.singular_values()
+    if not (sigma > radius).any():
+        return zero_matrix(null, matvecs)
+    top = float(sigma[0])
     clean = run.matrix.shape[1] if null.complete else run.clean
     least = float(np.linalg.svd(run.matrix[:, :clean], compute_uv=False)[-1]) / math.sqrt(1 - 1e-4)
     known = least > radius

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from bnp_analysis.errors import NotConvexError, ZeroOperatorError
 from bnp_analysis.linalg.certificates import (
-    amplified,
     invariance_slack,
     kuczynski_wozniakowski,
     null_contamination,
@@ -19,15 +18,16 @@ from bnp_analysis.linalg.certificates import (
 )
 from bnp_analysis.linalg.derived import Shifted
 from bnp_analysis.linalg.extremes import (
-    Extremes,
     incomplete,
     norm_estimate,
     require_symmetric,
     rounding_norm,
     zero_matrix,
 )
+from bnp_analysis.linalg.forming import amplified
 from bnp_analysis.linalg.lanczos import Floats, Tridiagonalization, lanczos, tridiagonal_eigh
 from bnp_analysis.linalg.null import NORM_STEPS, DeclaredNull, require_null
+from bnp_analysis.linalg.number import Extremes
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner, congruence
 from bnp_analysis.linalg.progress import Progress
@@ -90,7 +90,8 @@ def lanczos_ends(
         null_sources=null.sources,
         noise_floor=floor,
         failure_probability=failure_probability,
-        residuals=(float(residuals[-1]), float(residuals[0])),
+        residual_max=float(residuals[-1]),
+        residual_min=float(residuals[0]),
         matvecs=run.matvecs + extra + spent,
         stop=run.stop,
         note=note,

@@ -12,15 +12,44 @@ MAGNITUDE = "max|lambda|/min|lambda|"
 SINGULAR = "sigma_max/sigma_min+"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Extremes:
+    """What a route finds: the ends of the nonzero spectrum, counts, and the bounds of their ratio.
+
+    The fields are those of `ConditionNumber`.
+    """
+
+    lambda_max: float
+    lambda_min: float
+    lower: float
+    upper: float
+    rank: int | None = None
+    null_dim: int = 0
+    null_sources: Mapping[str, int] = field(default_factory=dict)
+    unresolved: int | None = None
+    negative: int = 0
+    zero: int | None = None
+    gap_ratio: float = math.inf
+    noise_floor: float = 0.0
+    failure_probability: float = 0.0
+    residual_max: float = math.nan
+    residual_min: float = math.nan
+    matvecs: int = 0
+    stop: str = "done"
+    note: str = ""
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
-class ConditionNumber(Result):
+class ConditionNumber(Result, Extremes):
     """The effective condition number `kappa* = lambda_max / lambda_min+` with its bounds.
 
     Attributes:
-        value: best estimate; the ratio of `lambda_max` and `lambda_min`.
+        value: best estimate; the ratio of `lambda_max` and `lambda_min`. Where some eigenvalues are unresolved and yet
+            the spectrum ends in a clear gap where structure says it must, that is where it is taken; else at the
+            smallest certified one.
         lower, upper: bounds; `lower` is NaN where none may be issued, `upper` infinite where none is known.
         two_sided: both bounds hold (with `failure_probability`, where that is not zero).
-        method: the route, `"factor-svd"`, `"dense"` or `"lanczos"`.
+        method: the route, as `condition_number` names them.
         lambda_max, lambda_min: largest and smallest nonzero eigenvalue (magnitudes for an indefinite matrix).
         residual_max, residual_min: some eigenvalue lies within each of these of `lambda_max`, `lambda_min`; NaN where
             the route gives no such pair.
@@ -38,28 +67,11 @@ class ConditionNumber(Result):
     """
 
     value: float
-    lower: float
-    upper: float
     two_sided: bool
     method: str
-    lambda_max: float
-    lambda_min: float
     dim: int
     dtype: str
-    rank: int | None = None
-    null_dim: int = 0
-    null_sources: Mapping[str, int] = field(default_factory=dict)
-    unresolved: int | None = None
-    negative: int = 0
-    zero: int | None = None
-    gap_ratio: float = math.inf
-    noise_floor: float = 0.0
-    failure_probability: float = 0.0
-    residual_max: float = math.nan
-    residual_min: float = math.nan
     quantity: str = "kappa*"
-    stop: str = "done"
-    note: str = ""
 
     def summary(self) -> str:
         """One honest line."""

@@ -120,6 +120,10 @@ class BlockDiagonal(NetworkPreconditioner):
     def _rsolve(self, y: Tensor) -> Tensor:
         return self._each(y, lambda block, part: block._rsolve(part))
 
+    @property
+    def roundings(self) -> int:
+        return max((block.roundings for _, block in self._parts), default=0)
+
     def absolute(self) -> LinearOperator:
         return _BlockDiagonalMagnitude(self)
 

@@ -145,6 +145,12 @@ class BNPBlock(SplitsByUnit):
         """`(I + c u u^T) w`: with `c = -shrink` the inverse square root of `I + v v^T`, with `grow` its square root."""
         return w + c * self._u * (self._u * w).sum(dim=2, keepdim=True)
 
+    @property
+    def roundings(self) -> int:
+        # With a bias: product, difference, quotient, sigma, q sigma and its cast. Without one: sums over the features
+        # in u.w and in |v|, which u has twice and the shrinkage up to twice, and a few for what they are made of.
+        return 6 if self.bias else 5 * self.features + 24
+
     def absolute(self) -> LinearOperator:
         return _BNPMagnitude(self)
 

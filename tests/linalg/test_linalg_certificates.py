@@ -28,15 +28,14 @@ from bnp_analysis.linalg import (
     lanczos,
 )
 from bnp_analysis.linalg.certificates import (
-    UNIT,
-    dense_with_magnitude,
+    apparent_rank,
     invariance_slack,
     kuczynski_wozniakowski,
-    norm_bound,
     null_contamination,
     singular_value_radius,
 )
 from bnp_analysis.linalg.extremes import factor_rounding_norm, norm_estimate, rounding_norm
+from bnp_analysis.linalg.forming import UNIT, entry_rounding, formed, norm_bound
 from bnp_analysis.linalg.lanczos import tridiagonal_eigh
 from bnp_analysis.linalg.random import orthonormal, project_out
 from bnp_analysis.testing import random_orthogonal, spectrum, symmetric_with_spectrum
@@ -49,10 +48,47 @@ def test_the_norm_bound_bounds(rows: int, columns: int, seed: int) -> None:
     assert norm * (1 - 1e-12) <= norm_bound(matrix) <= norm * math.sqrt(max(rows, 1) * max(columns, 1)) * (1 + 1e-12)
 
 
-def test_the_radius_has_its_three_terms() -> None:
-    assert singular_value_radius(2.0, (3, 7), 5.0, UNIT) == pytest.approx(7 * UNIT * 7.0)
-    single = torch.finfo(torch.float32).eps
-    assert singular_value_radius(2.0, (3, 7), 5.0, single) == pytest.approx(7 * UNIT * 7.0 + 7 * single * 5.0)
+@given(rows=st.integers(1, 30), columns=st.integers(1, 30), decades=st.floats(0, 300), seed=st.integers(0, 99))
+def test_the_norm_bound_is_never_below_the_perron_root(rows: int, columns: int, decades: float, seed: int) -> None:
+    """Zero columns, entries over hundreds of decades and blocks that do not meet included."""
+    g = torch.Generator().manual_seed(seed)
+    exponents = decades * (torch.rand(rows, columns, generator=g, dtype=torch.float64) - 0.5)
+    matrix = torch.where(torch.rand(rows, columns, generator=g) < 0.7, 10**exponents, 0.0)
+    size = float(matrix.max())
+    norm = size * float(torch.linalg.matrix_norm(matrix / size, 2)) if size else 0.0
+    simple = math.sqrt(float((matrix / (size or 1)).sum(dim=0).max()) * float((matrix / (size or 1)).sum(dim=1).max()))
+    assert norm * (1 - 1e-12) <= norm_bound(matrix) <= size * simple * (1 + 1e-12)
+
+
+def test_the_norm_bound_is_sharp(generator: torch.Generator) -> None:
+    """Where rows and columns differ in size, `sqrt(|A|_1 |A|_inf)` is too large."""
+    scales = torch.logspace(0, -3, 40, dtype=torch.float64)
+    matrix = torch.rand(40, 40, generator=generator, dtype=torch.float64) * scales * scales[:, None]
+    norm = float(torch.linalg.matrix_norm(matrix, 2))
+    assert norm_bound(matrix) == pytest.approx(norm, rel=1e-3)
+    assert math.sqrt(float(matrix.sum(dim=0).max()) * float(matrix.sum(dim=1).max())) > 1.7 * norm
+
+
+def test_the_radius_has_its_two_terms() -> None:
+    assert singular_value_radius(2.0, (3, 7), 5.0) == pytest.approx(14 * UNIT + 5.0)
+
+
+def test_entries_that_are_given_have_no_rounding() -> None:
+    F = torch.eye(3, 100)
+    single = torch.finfo(torch.float32).eps / 2
+    assert entry_rounding(MatrixOperator(F)) == 0.0
+    assert entry_rounding(MatrixOperator(F, exact=False)) == 100 * single
+    assert entry_rounding(MatrixOperator(F.T, exact=False)) == 64 * single, "upstream of a small block are other sums"
+    assert entry_rounding(GramOperator(MatrixOperator(F))) == 200 * single
+
+
+def test_the_apparent_rank_needs_a_clear_gap() -> None:
+    sigma = np.array([1.0, 1e-3, 2e-6, 1e-9])
+    assert apparent_rank(sigma, 3, 1e-7) == 3
+    assert apparent_rank(sigma, 3, 3e-7) is None, "within ten roundings"
+    assert apparent_rank(sigma * [1, 1, 1, 30], 3, 1e-8) is None, "no gap"
+    assert apparent_rank(sigma, 4, 1e-11) == 4, "the shape ends the spectrum"
+    assert apparent_rank(sigma, 5, 1e-11) is None
 
 
 def test_kuczynski_wozniakowski_by_hand() -> None:
@@ -117,14 +153,15 @@ def test_contamination_bounds_what_happens(kind: str, dtype: torch.dtype, genera
 
 
 def rounded(operator: SymmetricOperator | MatrixOperator, exact: mpmath.matrix) -> None:
-    """The dense matrix differs from the exact product by at most `n u` times its magnitude, entry by entry."""
-    dense, magnitude = dense_with_magnitude(operator)
-    assert magnitude is not None
-    n = max(dense.shape)
-    for i in range(dense.shape[0]):
-        for j in range(dense.shape[1]):
-            assert abs(mpmath.mpf(float(dense[i, j])) - exact[i, j]) <= n * UNIT * float(magnitude[i, j])
-    assert bool((magnitude >= dense.abs() * (1 - 1e-12)).all())
+    """The dense matrix differs from the exact product by at most its rounding times its magnitude, entry by entry."""
+    found = formed(operator)
+    assert found.magnitude is not None
+    assert 0 < found.rounding <= 5 * max(operator.shape) * UNIT
+    for i in range(found.matrix.shape[0]):
+        for j in range(found.matrix.shape[1]):
+            allowed = found.rounding * float(found.magnitude[i, j])
+            assert abs(mpmath.mpf(float(found.matrix[i, j])) - exact[i, j]) <= allowed
+    assert bool((found.magnitude >= found.matrix.abs() * (1 - 1e-12)).all())
 
 
 def test_the_magnitude_bounds_the_rounding_of_a_product(generator: torch.Generator) -> None:
@@ -139,20 +176,47 @@ def test_the_magnitude_bounds_the_rounding_of_a_product(generator: torch.Generat
         A = F.T @ F
         A = (A + A.T) / 2
         change = DensePreconditioner(P)
-        scales = torch.rand(n, generator=generator, dtype=torch.float64)
         with mpmath.workdps(50):
-            f, q, a, s = (mpmath.matrix(x.tolist()) for x in (F, P, A, torch.diag(scales)))
+            f, q, a = (mpmath.matrix(x.tolist()) for x in (F, P, A))
             rounded(MatrixOperator(F) @ change, f * q)
-            rounded(RowScaled(scales, F) @ change, s * (f * q))
             rounded(MatrixOperator(F) @ change @ change, f * q * q)
             rounded(Congruence(DenseOperator(A), change), q.T * a * q)
             rounded(Shifted(Congruence(DenseOperator(A), change), 0.5), q.T * a * q + mpmath.mpf(0.5) * mpmath.eye(n))
+            rounded(GramOperator(MatrixOperator(F) @ change), (f * q).T * (f * q))
+
+
+def test_rows_that_are_scaled_and_conditioned(generator: torch.Generator) -> None:
+    n = 5
+    P = random_orthogonal(n, generator) * torch.logspace(0, 6, n, dtype=torch.float64) @ random_orthogonal(n, generator)
+    F, scales = random_orthogonal(n, generator) @ torch.linalg.inv(P), torch.rand(n, generator=generator).double()
+    found = formed(RowScaled(scales, F) @ DensePreconditioner(P))
+    assert found.magnitude is not None
+    torch.testing.assert_close(found.magnitude, scales[:, None] * (F.abs() @ P.abs()))
+    exact = scales[:, None] * (F @ P)
+    assert bool(((found.matrix - exact).abs() <= n * UNIT * found.magnitude).all())
+
+
+def test_products_of_float32_numbers_are_formed_in_float64(generator: torch.Generator) -> None:
+    """Stored numbers are exact in every dtype: a product in float32 would lose what they have."""
+    F, P = torch.randn(6, 4, generator=generator), torch.randn(4, 4, generator=generator)
+    A = DenseOperator(P + P.T)
+    for operator, exact in (
+        (MatrixOperator(F) @ DensePreconditioner(P), F.double() @ P.double()),
+        (Congruence(A, DensePreconditioner(P)), P.double().T @ A.to_dense().double() @ P.double()),
+    ):
+        found = formed(operator)
+        assert found.matrix.dtype == torch.float64
+        assert found.rounding <= 1e-14
+        torch.testing.assert_close(found.matrix, exact, rtol=1e-13, atol=1e-13)
+    shifted = formed(Shifted(Congruence(A, DensePreconditioner(P)), 0.1)).matrix
+    plain = formed(Congruence(A, DensePreconditioner(P))).matrix
+    torch.testing.assert_close(shifted - plain, 0.1 * torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-14)
 
 
 def test_what_no_product_formed_has_no_magnitude() -> None:
     eye = torch.eye(3)
     for operator in (DenseOperator(eye), MatrixOperator(eye), Shifted(DenseOperator(eye), 1.0)):
-        assert dense_with_magnitude(operator)[1] is None
+        assert formed(operator).magnitude is None
 
 
 def test_norms(generator: torch.Generator) -> None:
