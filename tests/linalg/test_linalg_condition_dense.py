@@ -178,6 +178,26 @@ def test_computed_entries_widen_the_interval(generator: torch.Generator) -> None
     assert k.matvecs == 16
 
 
+def test_the_value_is_taken_where_the_spectrum_ends_by_all_appearance(generator: torch.Generator) -> None:
+    """Computed float32 rows certify less than they show: the value uses the gap, the bounds do not."""
+    p = symmetric_with_spectrum(spectrum("log", 270, 1e10, rank=260), generator, factor_rows=300)
+    assert p.operator.factor is not None
+    rows, null = p.operator.factor.to_dense().float(), p.null.float()
+    A = GramOperator(MatrixOperator(rows, exact=False))
+    k = condition_number(A, null=null)
+    assert (k.two_sided, k.upper) == (False, math.inf)
+    assert k.rank is not None
+    assert k.unresolved == 260 - k.rank > 0
+    assert k.lower < 0.5 * p.kappa
+    assert k.value == pytest.approx(p.kappa, rel=0.1)
+    assert k.gap_ratio > 1e4
+    assert "built in float64 has a lower floor" in k.note
+    undeclared = condition_number(A)
+    assert undeclared.value < 0.5 * p.kappa, "without an end of the spectrum, what is certified"
+    in_float64 = condition_number(GramOperator(MatrixOperator(rows.double())), null=None)
+    assert "float64" not in in_float64.note
+
+
 @pytest.mark.parametrize("method", ["factor-svd", "dense", "lanczos"])
 def test_declared_directions_set_the_noise_floor(method: str, generator: torch.Generator) -> None:
     """What is left of a known null direction is rounding, so that nothing below it counts as an eigenvalue.

@@ -1,9 +1,9 @@
 """Every preconditioner is an invertible linear map, and its blocks are its own submatrices.
 
 Bugs that only these tests catch: `solve` that inverts another map than `apply`, a transpose that forgets the order
-of its factors (the rank-one form is not symmetric), an `absolute` below `|P|` (certificates would be too narrow),
-units dealt to the wrong group of a convolution, a block for a layer in another order than the space, a conversion
-of dtype that forgets one of the stored tensors.
+of its factors (the rank-one form is not symmetric), an `absolute` below `|P|` or roundings that are not counted
+(certificates would be too narrow), units dealt to the wrong group of a convolution, a block for a layer in another
+order than the space, a conversion of dtype that forgets one of the stored tensors.
 """
 
 from __future__ import annotations
@@ -76,6 +76,19 @@ CASES: dict[str, Make] = {
 @pytest.mark.parametrize("case", CASES)
 def test_each_kind_of_block_obeys_the_laws(case: str, generator: torch.Generator) -> None:
     check_preconditioner(CASES[case](generator), generator)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_product_rounds_more_than_is_said(case: str, generator: torch.Generator) -> None:
+    """`|fl(P^T g) - P^T g| <= roundings u |P|^T |g|` in float32, whose error float64 shows."""
+    for _ in range(20):
+        P = CASES[case](generator)
+        single, size = P.to(torch.float32), P.absolute()
+        g = torch.randn(P.dim, 30, generator=generator, dtype=torch.float64).float()
+        gap = (single._rmatmat(g).double() - P._rmatmat(g.double())).abs()
+        allowed = P.roundings * torch.finfo(torch.float32).eps / 2 * size._rmatmat(g.double().abs())
+        assert bool((gap <= allowed).all())
+        assert float((gap / allowed).max()) > 0.01, "a count so large says nothing"
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
