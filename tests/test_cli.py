@@ -177,3 +177,10 @@ def test_an_interrupted_check_keeps_what_was_made(tmp_path, monkeypatch, capsys)
     table = bnp.CheckTable.load(out)
     assert {check.source for check in table.checks} == {"T1"}
     assert "interrupted in T2" in capsys.readouterr().out
+
+
+def test_check_observes_rates_if_asked(capsys):
+    assert main(["check", *SMALL, "--only", "T4", "--rates", "5"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("T14", "T15"))]
+    assert len(lines) == 3
+    assert all("not applicable" in line and "[this network]" in line for line in lines)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg import Preconditioner
 from bnp_analysis.network import EmpiricalRisk
 from bnp_analysis.theory.check import Check, CheckTable
+from bnp_analysis.theory.rate_checks import rates_of
 from bnp_analysis.theory.suite import SOURCES, check_theory
 
 # A network whose dense reference matrices take seconds.
@@ -45,6 +48,9 @@ def add_check_command(
     problem_options(parser)
     parser.add_argument("--only", nargs="+", metavar="T", help=f"only these statements: {', '.join(SOURCES)}")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="begin no further statement after this")
+    parser.add_argument(
+        "--rates", type=float, metavar="SECONDS", help="observe rates on this network as well, so long for each"
+    )
     parser.add_argument("--verbose", action="store_true", help="print hypotheses and details of every check")
     parser.set_defaults(run=lambda arguments: run_check(arguments, make), **SMALL)
 
@@ -75,10 +81,26 @@ def run_check(
         report=line,
         time_limit=arguments.time_limit,
     )
+    if arguments.rates is not None and table.stop == "done":
+        rates = rates_of(risk, preconditioner, seed=arguments.seed, time_limit=arguments.rates)
+        table = _with(table, rates, line)
     print(f"{table}; {table.seconds:.1f} s")
     if arguments.json:
         print(f"wrote {table.save(arguments.json)}")
     return exit_status(table)
+
+
+def _with(table: CheckTable, checks: Iterator[Check], report: Callable[[Check], None]) -> CheckTable:
+    """A table with more checks; Ctrl-C keeps those made."""
+    began, found, stop = time.perf_counter(), list(table.checks), table.stop
+    try:
+        for check in checks:
+            found.append(check)
+            report(check)
+    except KeyboardInterrupt:
+        stop = "interrupted in the rates"
+    seconds = table.seconds + time.perf_counter() - began
+    return dataclasses.replace(table, checks=tuple(found), stop=stop, seconds=seconds)
 
 
 def exit_status(table: CheckTable) -> int:

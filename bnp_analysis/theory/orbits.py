@@ -190,14 +190,14 @@ def _factor_of(curve: OrbitCurve) -> float:
 
 def _curve(problem: Problem, risk: EmpiricalRisk, scaling: Scaling) -> OrbitCurve:
     """The curve, kept for the next statement that asks for it."""
-    key = (scaling.producer, scaling.units)
-    if key not in problem.curves:
+    key = ("orbit", scaling.producer, scaling.units)
+    if key not in problem.results:
         try:
             # All t for single units, the ends for whole layers.
-            problem.curves[key] = orbit_curve(risk, scaling, TIMES if len(scaling.units) == 1 else TIMES[::3])
+            problem.results[key] = orbit_curve(risk, scaling, TIMES if len(scaling.units) == 1 else TIMES[::3])
         except InvalidInputError as error:
             raise NotApplicable(str(error)) from error
-    found: OrbitCurve = problem.curves[key]
+    found: OrbitCurve = problem.results[key]
     return found
 
 

@@ -62,8 +62,8 @@ class Problem:
         self.risk, self.seed, self.limit = risk, seed, limit
         self.given = preconditioner is not None
         self._preconditioner = preconditioner
-        # Results that two statements need; the second finds what the first computed.
-        self.curves: dict[Any, Any] = {}
+        # What two statements need: the second finds what the first computed.
+        self.results: dict[Any, Any] = {}
 
     @cached_property
     def layers(self) -> Coverage:

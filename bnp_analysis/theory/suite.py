@@ -19,6 +19,7 @@ from bnp_analysis.theory.layer_curvature import check_hessian_is_gauss_newton, c
 from bnp_analysis.theory.normalization import check_batch_norm
 from bnp_analysis.theory.orbits import check_orbits, check_output_scaling
 from bnp_analysis.theory.problem import Problem, Statement
+from bnp_analysis.theory.rate_checks import check_descent, check_preconditioned_descent
 from bnp_analysis.theory.statistics import check_patch_statistics, check_running_statistics
 from bnp_analysis.theory.symmetry import check_null_directions
 from bnp_analysis.theory.whitening import check_blocks
@@ -38,6 +39,8 @@ STATEMENTS: tuple[Statement, ...] = (
     check_null_directions,
     check_orbits,
     check_floating_point,
+    check_descent,
+    check_preconditioned_descent,
     check_blocks,
 )
 SOURCES = tuple(dict.fromkeys(s.source for s in STATEMENTS))

@@ -26,10 +26,12 @@ from bnp_analysis.theory import (
     normalization,
     orbits,
     problem,
+    rate_checks,
     statistics,
     symmetry,
     whitening,
 )
+from bnp_analysis.theory.convergence import ConvergenceCheck
 from bnp_analysis.theory.problem import Problem
 
 Patch = pytest.MonkeyPatch
@@ -328,6 +330,23 @@ def test_a_shift_that_the_loss_sees(monkeypatch: Patch) -> None:
     original = symmetry.candidate_directions
     monkeypatch.setattr(symmetry, "candidate_directions", wrong)
     fails(symmetry.check_null_directions, relu(), "along the shift of all logits")
+
+
+# T14, T15
+
+
+def test_rates_that_are_not_what_the_spectrum_says(monkeypatch: Patch) -> None:
+    def off(risk: bnp.EmpiricalRisk, P: object = None, *, method: str = "gd", **more: object) -> ConvergenceCheck:
+        observed = {"gd": 100.0, "heavy_ball": 100.0, "bnp": 50.0}[method]
+        return ConvergenceCheck(
+            statement=method, source="T14", holds=False, observed=observed, predicted=80.0, tolerance=0.03, kappa=160.0
+        )
+
+    monkeypatch.setattr(rate_checks, "check_convergence_rate", off)
+    fails(rate_checks.check_descent, relu(), "gd [teacher-student")
+    fails(rate_checks.check_descent, relu(), "heavy_ball [teacher-student")
+    fails(rate_checks.check_preconditioned_descent, relu(), "bnp [teacher-student")
+    fails(rate_checks.check_preconditioned_descent, relu(), "BNP is faster than gradient descent by the ratio")
 
 
 # T13, T16

@@ -106,7 +106,7 @@ def test_nothing_is_changed() -> None:
     x = torch.randn(30, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     risk = bnp.EmpiricalRisk(model, nn.functional.cross_entropy, (x, torch.arange(30) % 3))
     theta, state = risk.theta.clone(), torch.random.get_rng_state()
-    bnp.check_theory(risk)
+    bnp.check_theory(risk, only=[source for source in SOURCES if source not in ("T14", "T15")])
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(risk.theta, theta)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
