@@ -40,7 +40,8 @@ class ConvergenceCheck(Check):
         unexplained: null dimensions that are zero to rounding and that no cause explains.
         without_deflation: the time constant that the same spectrum predicts if its zeros count as eigenvalues.
         fit: what the run says, None without a tail.
-        gradient_norms: `(k,)`, `|P^T grad|` at every iteration of the last run.
+        gradient_norms: `(k,)`, `|P^T grad|` at every iteration of the last run; where the displacement was enlarged
+            to go on above the rounding floor, divided by the enlargement.
         losses: `(j, 2)`, rows `(iteration, L)`.
         minimizer: how the limit point was found.
         iterations: of all runs.
@@ -187,7 +188,7 @@ def _measured(study: Study) -> dict[str, Any]:
     if seen is not None:
         known |= {
             "fit": seen.fit,
-            "gradient_norms": torch.tensor(seen.trace.norms, dtype=torch.float64),
-            "losses": torch.tensor(seen.trace.losses, dtype=torch.float64).reshape(-1, 2),
+            "gradient_norms": torch.tensor(seen.norms, dtype=torch.float64),
+            "losses": torch.tensor(seen.losses, dtype=torch.float64).reshape(-1, 2),
         }
     return known

@@ -34,6 +34,8 @@ METHODS = {"gd": "gradient descent", "heavy_ball": "heavy ball", "bnp": "BNP wit
 _SHIFT = 0.005  # by how much the move of the limit point may change the prediction
 _LENGTH = 5.0  # time constants that a run has at least
 _NONLINEAR = 0.1
+_STATISTICS = 1e-3  # how far, relative, running statistics start from their limit at most
+_FASTEST = 0.3  # time constants below are no rates: three digits or more in each iteration
 
 
 class NotPredictable(Exception):
@@ -84,10 +86,10 @@ class Study:
             P = self._preconditioner(here)
             self._measure(here, P)
             observation, size = self._run(here, P, size, update)
-            if observation.trace.stop == DIVERGED:
+            if observation.stop == DIVERGED:
                 size /= 30
                 continue
-            end = self.risk.at(observation.trace.state[0])
+            end = self.risk.at(observation.state[0])
             moved = self._moved(end)
             if moved <= _SHIFT:
                 self._judge(observation)
@@ -171,6 +173,11 @@ class Study:
             f"at step {p.step:.4g} the factor is {p.factor:.6g}: not below 1, as the step is not below "
             f"{2 * (1 + p.momentum) / s.largest:.4g}",
         )
+        self._require(
+            "a rate to observe",
+            p.time_constant > _FASTEST,
+            f"kappa* is {s.kappa:.6g} and r is {p.factor:.2g}: an iteration or two are at the rounding floor",
+        )
 
     def _iteration(self, here: EmpiricalRisk, P: Preconditioner | None) -> Iteration:
         assert self.prediction is not None
@@ -186,25 +193,32 @@ class Study:
         assert s is not None
         assert p is not None
         iteration = self._iteration(here, P)
-        fixed = iteration.at_rest(here.theta)
         floor = gradient_floor(here, P, seed=self.seed)
         below = 10 * floor * max(1.0, math.sqrt(s.kappa))
-        size = self._smooth(here, P, size, floor, below)
+        smooth = self._smooth(here, P, size, floor, below)
+        self._require_time(iteration, iteration.at_rest(here.theta), p)
+        if smooth is None:
+            raise NotPredictable(
+                f"the rounding floor of the gradient ({floor:.2g}) leaves no digits for a run: kappa* is {s.kappa:.3g}"
+            )
+        size = smooth
         z = balanced(s, torch.Generator().manual_seed(self.seed))
-        start = perturbed(iteration, fixed, self._length(here, P) * size / s.kappa * z, size / s.kappa, self.seed)
-        self._require_time(iteration, start, p)
+        part = size / s.kappa
+        start = perturbed(iteration, here.theta, self._length(here, P) * part * z, min(part, _STATISTICS), self.seed)
         limits = Limits(self.options.tolerance, self.options.max_iterations - self.iterations, self.deadline)
-        seen = observe(iteration, fixed, start, s, p, below, limits, update)
+        seen = observe(iteration, start, s, p, below, limits, update)
         self.seen = seen
-        self.iterations += seen.iterations
+        self.iterations += len(seen.norms)
         return seen, size
 
     def _length(self, here: EmpiricalRisk, P: Preconditioner | None) -> float:
         z = here.theta if P is None else P.solve(here.theta)
         return float(z.norm()) or 1.0
 
-    def _smooth(self, here: EmpiricalRisk, P: Preconditioner | None, size: float, floor: float, below: float) -> float:
-        """The largest perturbation, from `size` down, at which the gradient is nearly linear."""
+    def _smooth(
+        self, here: EmpiricalRisk, P: Preconditioner | None, size: float, floor: float, below: float
+    ) -> float | None:
+        """The largest perturbation, from `size` down, with a nearly linear gradient; None if rounding hides them all."""
         s = self.spectrum
         assert s is not None
         unit = self._length(here, P) / s.kappa
@@ -218,9 +232,7 @@ class Study:
                 return size
             size /= 10
         if found is None:
-            raise NotPredictable(
-                f"the rounding floor of the gradient ({floor:.2g}) leaves no digits for a run: kappa* is {s.kappa:.3g}"
-            )
+            return None
         self._require("smooth neighbourhood", False, roughness(here, found.kink, found.nonlinear))
         raise AssertionError
 
@@ -254,18 +266,18 @@ class Study:
         return moved
 
     def _judge(self, seen: Observation) -> None:
-        stop = seen.trace.stop
-        self.details["expected bias of the fit"] = seen.bias
+        stop = seen.stop
+        self.details |= {"expected bias of the fit": seen.bias, "cycles": seen.cycles}
         if seen.straight:
             self.outcome = "observed"
             return
         self.outcome = stop if stop not in (DONE, DIVERGED) else "no tail"
         shown = f"; so far {seen.fit.summary()}" if seen.fit is not None else ""
         if stop == INTERRUPTED:
-            raise NotPredictable(f"interrupted after {seen.iterations} iterations{shown}")
+            raise NotPredictable(f"interrupted after {len(seen.norms)} iterations{shown}")
         assert self.prediction is not None
         raise NotPredictable(
-            f"no straight tail within {seen.iterations} iterations ({stop}), predicted -1/log r = "
+            f"no straight tail within {len(seen.norms)} iterations ({stop}), predicted -1/log r = "
             f"{self.prediction.time_constant:.4g}: eigenvalues near the slowest still took part (expected bias of the "
             f"fit {seen.bias:.2g}){shown}"
         )

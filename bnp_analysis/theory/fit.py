@@ -60,7 +60,7 @@ class RateFit(Result):
         )
 
 
-def fit_rate(norms: Values, *, floor: float = 0.0, power: int = 0, start: int = 0) -> RateFit:
+def fit_rate(norms: Values, *, floor: float = 0.0, power: int = 0) -> RateFit:
     """Fit `|g_k| ~ C r^k`, or `C k r^k`, to the tail of a run.
 
     The rule: of the iterations before the norm first falls to `floor`, the second half; a straight line by least
@@ -71,7 +71,6 @@ def fit_rate(norms: Values, *, floor: float = 0.0, power: int = 0, start: int = 
         norms: `(n,)`, positive, one per iteration.
         floor: below it rounding decides.
         power: 1 where a double root makes the decay `k r^k`.
-        start: the number of iterations before the first norm, for `log k`.
 
     Returns:
         A `RateFit`.
@@ -98,7 +97,7 @@ def fit_rate(norms: Values, *, floor: float = 0.0, power: int = 0, start: int = 
         )
     k = np.arange(first, last, dtype=np.float64)
     y = np.log(values[first:last])
-    y -= power * np.log(k + start)
+    y -= power * np.log(k)
     slope = _slope(k, y)
     blocks = np.array([_slope(a, b) for a, b in zip(*(np.array_split(v, _BLOCKS) for v in (k, y)), strict=True)])
     spread = float(student.ppf(0.975, _BLOCKS - 1) * blocks.std(ddof=1) / math.sqrt(_BLOCKS))
@@ -110,8 +109,8 @@ def fit_rate(norms: Values, *, floor: float = 0.0, power: int = 0, start: int = 
         low=_constant(slope - spread),
         high=_constant(slope + spread),
         drift=abs(late / early - 1) if early else math.inf,
-        first=start + first,
-        last=start + last,
+        first=first,
+        last=last,
         e_folds=float(np.log(values[first] / values[last - 1])),
         power=power,
     )

@@ -69,7 +69,8 @@ def gradient_floor(risk: EmpiricalRisk, preconditioner: Preconditioner | None = 
     """
     g = torch.Generator().manual_seed(seed)
     theta, base = risk.theta, risk.gradient
-    size = theta.abs() + theta.norm() / max(theta.numel(), 1) ** 0.5
+    mean = float(theta.norm()) / theta.numel() ** 0.5
+    size = theta.abs() + (mean if mean > 0 else 1.0)
     found = []
     for _ in range(4):
         noise = torch.randn(theta.shape, generator=g, dtype=torch.float64).to(theta)
@@ -156,8 +157,9 @@ def _newton(
         kept = values.abs() > 100 * len(values) * _UNIT * scale
         along = (vectors.T @ risk.gradient)[kept]
         sizes, vectors = values[kept].abs(), vectors[:, kept]
-        length = float(risk.theta.norm())
-        newton = float((along / sizes).norm()) / (length if length > 0 else 1.0) if len(sizes) else 0.0
+        # From the origin, where nothing has a size, lengths are absolute.
+        length = max(float(risk.theta.norm()), 0.0 if history[0][2] > 0 else 1.0)
+        newton = float((along / sizes).norm()) / length if len(sizes) else 0.0
         if time.monotonic() > deadline:
             break
         for _attempt in range(14):

@@ -8,17 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.theory import rates
-from bnp_analysis.theory.descent import DIVERGED, DONE, Iteration, State, Trace, run
+from bnp_analysis.theory.descent import DIVERGED, DONE, Iteration, State, run
 from bnp_analysis.theory.fit import RateFit, expected_bias, fit_rate
 from bnp_analysis.theory.limit_point import Spectrum
 
 _BIAS = 0.01  # what the length of the fitted window may cost, by the measured spectrum
 _DRIFT = 0.02  # by how much the slopes of the tail's halves may differ
 _E_FOLDS = 2.0  # over which a tail must fall at least
-_CYCLES = 12
+_CYCLES = 40
 
 
 @dataclass(frozen=True)
@@ -76,18 +77,24 @@ class Observation:
     """What a run showed.
 
     Attributes:
-        trace: of its last cycle.
-        fit: of that cycle's tail, None where it is too short to fit.
+        norms: `|P^T grad|` at each iteration; after the displacement was enlarged, divided by the enlargement.
+        losses: rows `(iteration, L)`, as they were.
+        state: the last one.
+        stop: why the run ended.
+        fit: of the tail, None where it is too short.
         bias: of the fit, as the measured spectrum expects it at this length.
-        iterations: of all cycles.
         straight: whether the tail decides the rate.
+        cycles: how often the displacement was enlarged, plus 1.
     """
 
-    trace: Trace
+    norms: list[float]
+    losses: list[tuple[int, float]]
+    state: State
+    stop: str
     fit: RateFit | None
     bias: float
-    iterations: int
     straight: bool
+    cycles: int
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,6 @@ class Limits:
 
 def observe(
     iteration: Iteration,
-    fixed: State,
     start: State,
     spectrum: Spectrum,
     prediction: Prediction,
@@ -109,18 +115,22 @@ def observe(
     limits: Limits,
     seen: Callable[[int], None],
 ) -> Observation:
-    """Run in cycles: down to `below`, then the displacement from the fixed point enlarged to its first size, and on.
+    """Run in cycles: down to `below`, then the displacement from the limit enlarged to its first size, and on.
 
     Each cycle is the nonlinear iteration, begun where the last one pointed to; so the tail may be longer than the
-    digits of one run. Only the last cycle is fitted. Null components are left behind: along them nothing contracts.
+    digits of one run. The norms of the cycles continue each other after division by the enlargements.
     """
-    state, total, size = start, 0, math.nan
-    for _ in range(_CYCLES):
-        most = limits.iterations - total
-        trace = run(iteration, state, below=below, most=most, deadline=limits.deadline, first=total, seen=seen)
-        size = trace.norms[0] if math.isnan(size) and trace.norms else size
-        fit, bias = _fit(trace, spectrum, prediction, below, total)
-        total += len(trace.norms)
+    state, scale = start, 1.0
+    norms: list[float] = []
+    losses: list[tuple[int, float]] = []
+    for cycle in range(1, _CYCLES + 1):
+        most = limits.iterations - len(norms)
+        trace = run(iteration, state, below=below, most=most, deadline=limits.deadline, first=len(norms), seen=seen)
+        if norms and trace.norms:
+            scale *= norms.pop() / scale / trace.norms[0]  # the same iterate, enlarged
+        norms += [scale * norm for norm in trace.norms]
+        losses += trace.losses
+        fit, bias = (None, math.inf) if trace.stop == DIVERGED else _fit(norms, spectrum, prediction)
         straight = (
             fit is not None
             and bias <= _BIAS
@@ -128,20 +138,16 @@ def observe(
             and fit.half_width <= limits.tolerance
             and fit.e_folds >= _E_FOLDS
         )
-        observation = Observation(trace, fit, bias, total, straight)
-        if trace.stop != DONE or straight or total >= limits.iterations:
-            return observation
-        state = _enlarged(iteration, fixed, trace.state, spectrum, size / trace.norms[-1])
-    return observation
+        seen_so_far = Observation(norms, losses, trace.state, trace.stop, fit, bias, straight, cycle)
+        if trace.stop != DONE or straight or len(norms) >= limits.iterations:
+            break
+        state = _enlarged(iteration, trace.state, spectrum, trace.norms[0] / trace.norms[-1])
+    return seen_so_far
 
 
-def _fit(
-    trace: Trace, spectrum: Spectrum, prediction: Prediction, below: float, before: int
-) -> tuple[RateFit | None, float]:
-    if trace.stop == DIVERGED:
-        return None, math.inf
+def _fit(norms: list[float], spectrum: Spectrum, prediction: Prediction) -> tuple[RateFit | None, float]:
     try:
-        fit = fit_rate(trace.norms, floor=below, power=prediction.power, start=before)
+        fit = fit_rate(norms, power=prediction.power)
     except InvalidInputError:
         return None, math.inf
     bias = expected_bias(
@@ -155,17 +161,21 @@ def _fit(
     return fit, bias
 
 
-def _enlarged(iteration: Iteration, fixed: State, state: State, spectrum: Spectrum, factor: float) -> State:
-    """The state with its displacement from the fixed point multiplied, null components of the parameters left out."""
-    moved = []
-    parameters = 2 if len(state) == 2 else 1  # heavy ball remembers one more point
-    for i, (here, there) in enumerate(zip(state, fixed, strict=True)):
-        d = here - there
-        if i < parameters and spectrum.null_dim:
-            z = d if iteration.P is None else iteration.P.solve(d)
-            d = iteration.forward(z - spectrum.null @ (spectrum.null.T @ z))
-        moved.append(there + factor * d)
-    return tuple(moved)
+def _enlarged(iteration: Iteration, state: State, spectrum: Spectrum, factor: float) -> State:
+    """The state with its displacement from the limit multiplied.
+
+    The limit is a Newton step away, in the range; what the run has drifted along the minimizers is left behind.
+    Statistics stay where they are: with `rho` near 1 they have hardly moved.
+    """
+    theta, *rest = state
+    z = spectrum.vectors @ ((spectrum.vectors.T @ iteration.gradient(theta)) / spectrum.values)
+    limit = theta - iteration.forward(z)
+    enlarged = limit + factor * iteration.forward(z)
+    if len(state) == 2:  # heavy ball remembers one more point
+        d = rest[0] - limit
+        d = d if iteration.P is None else iteration.P.solve(d)
+        return enlarged, limit + factor * iteration.forward(spectrum.vectors @ (spectrum.vectors.T @ d))
+    return (enlarged, *rest)
 
 
 def seconds_per_iteration(iteration: Iteration, state: State) -> float:
@@ -177,10 +187,10 @@ def seconds_per_iteration(iteration: Iteration, state: State) -> float:
     return (time.perf_counter() - began) / 5
 
 
-def perturbed(iteration: Iteration, fixed: State, z: torch.Tensor, size: float, seed: int) -> State:
-    """The fixed point moved by `P z`, its statistics by `size` relative to themselves."""
+def perturbed(iteration: Iteration, theta: Tensor, z: Tensor, size: float, seed: int) -> State:
+    """The state of rest moved by `P z`, its statistics by `size` relative to themselves."""
     g = torch.Generator().manual_seed(seed)
-    d = iteration.forward(z)
+    fixed, d = iteration.at_rest(theta), iteration.forward(z)
     parameters = 2 if len(fixed) == 2 else 1
     rest = [t * (1 + size * torch.randn(t.shape, generator=g, dtype=torch.float64).to(t)) for t in fixed[parameters:]]
     return (*(t + d for t in fixed[:parameters]), *rest)

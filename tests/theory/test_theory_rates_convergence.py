@@ -1,0 +1,349 @@
+"""Predicted against observed rates of real runs, and what must get no verdict.
+
+Bugs that only this file catches: zeros of the Hessian that enter the prediction, a rate of the transient or of rounding
+reported as asymptotic, a check that cannot fail, running statistics that change the factor, a verdict where the
+hypotheses of T14 do not hold, an interrupted run that loses what it has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import bnp_analysis as bnp
+from bnp_analysis import EmpiricalRisk
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.models import mlp
+from bnp_analysis.theory import convergence_study, rates
+from bnp_analysis.theory.convergence import ConvergenceCheck, check_convergence_rate
+from bnp_analysis.theory.descent import RunningBNP
+from bnp_analysis.theory.problems import Problem, convolutional, linear_chain, softmax_regression, teacher_student
+from bnp_analysis.theory.rate_options import RateOptions
+
+D = torch.float64
+mse = nn.functional.mse_loss
+
+
+PROBLEMS: dict[str, Callable[[], Problem]] = {
+    "chain": lambda: linear_chain(kappa=5.0),
+    "softmax": lambda: softmax_regression(kappa=20.0),
+    "relu": lambda: teacher_student((8, 2, 4), kappa=150.0),
+    "tanh": lambda: teacher_student((4, 3, 2), activation="tanh", kappa=300.0),
+    "convolutional": lambda: convolutional(2, kappa=400.0),
+}
+
+
+SLOW = {(name, method) for name in ("tanh", "convolutional") for method in ("gd", "bnp")}
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        pytest.param(name, method, marks=[pytest.mark.slow] if (name, method) in SLOW else [])
+        for name in PROBLEMS
+        for method in ("gd", "heavy_ball", "bnp")
+    ],
+)
+def test_runs_contract_as_predicted(name: str, method: str) -> None:
+    problem = PROBLEMS[name]()
+    check = check_convergence_rate(problem.risk, method=method)
+    assert check.holds, check
+    assert check.outcome == "observed"
+    assert check.observed == pytest.approx(check.predicted, rel=0.015), "half of what is tolerated"
+    assert check.null_dim == problem.null_dimension
+    assert check.unexplained == 0
+    assert check.fit is not None
+    assert check.fit.half_width < 0.03
+    assert all(check.hypotheses.values())
+    if method != "bnp":
+        assert check.kappa == pytest.approx(problem.kappa, rel=1e-2), "another point of the same manifold"
+    best = rates.best_heavy_ball_factor if method == "heavy_ball" else rates.best_factor
+    assert check.factor == pytest.approx(best(check.kappa), rel=1e-2)
+
+
+def test_against_a_spectrum_known_by_hand() -> None:
+    """`L = |X w - y|^2 / N` with orthogonal columns: eigenvalues 2 |x_j|^2 / N."""
+    x = torch.diag(torch.tensor([3.0, 2.0, 1.0], dtype=D))
+    risk = EmpiricalRisk(nn.Linear(3, 1, bias=False, dtype=D), mse, (x, torch.ones(3, 1, dtype=D)))
+    check = check_convergence_rate(risk)
+    assert check.eigenvalues.tolist() == pytest.approx([2 / 3, 8 / 3, 6.0], rel=1e-12)
+    assert check.observed == pytest.approx(-1 / np.log(0.8), rel=1e-3)
+
+
+@pytest.mark.parametrize(("method", "factor", "momentum"), [("gd", 0.3, 0.0), ("heavy_ball", 0.5, 0.6)])
+def test_steps_and_momenta_of_ones_own(method: str, factor: float, momentum: float) -> None:
+    problem = softmax_regression(kappa=30.0)
+    largest = float(check_convergence_rate(problem.risk).eigenvalues[-1])
+    options = RateOptions(momentum=momentum) if momentum else None
+    check = check_convergence_rate(problem.risk, method=method, step=factor / largest, options=options)
+    expected = rates.heavy_ball_factor(check.eigenvalues, factor / largest, momentum)
+    assert check.holds, check
+    assert check.predicted == pytest.approx(rates.time_constant(expected), rel=1e-6)
+    assert check.step == factor / largest
+
+
+def test_without_deflation_the_prediction_is_wrong() -> None:
+    check = check_convergence_rate(softmax_regression(kappa=20.0).risk)
+    assert check.null_dim == 7
+    assert check.without_deflation > 1e10 * check.observed
+
+
+def test_a_wrong_prediction_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the slowest direction belonged to the null space."""
+    risk = softmax_regression(kappa=30.0).risk
+    values = check_convergence_rate(risk).eigenvalues
+    step = 0.5 / float(values[-1])
+    honest = check_convergence_rate(risk, step=step)
+    assert honest.holds
+    true = convergence_study.predict
+
+    def optimistic(spectrum: Any, *arguments: Any) -> Any:
+        return true(dataclasses.replace(spectrum, values=spectrum.values[1:]), *arguments)
+
+    monkeypatch.setattr(convergence_study, "predict", optimistic)
+    check = check_convergence_rate(risk, step=step)
+    assert check.holds is False, check
+    assert check.observed == pytest.approx(honest.observed, rel=1e-3)
+
+
+def test_the_rate_does_not_depend_on_the_perturbation() -> None:
+    risk = softmax_regression(kappa=20.0).risk
+    found = [check_convergence_rate(risk, seed=seed).observed for seed in range(3)]
+    assert max(found) / min(found) < 1.01
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        softmax_regression,
+        pytest.param(lambda **dials: teacher_student((8, 2, 4), **dials), marks=pytest.mark.slow),
+    ],
+)
+def test_bnp_undoes_shifts_and_scales(make: Callable[..., Problem]) -> None:
+    """Undamped BNP sees the same problem; gradient descent pays for both, by the predicted factor."""
+    rows = {}
+    for shift, kappa in ((0.0, None), (1.0, None), (1.0, 600.0)):
+        risk = make(shift=shift, kappa=kappa).risk
+        rows[shift, kappa] = check_convergence_rate(risk), check_convergence_rate(risk, method="bnp")
+    assert all(check.holds for pair in rows.values() for check in pair)
+    with_bnp = [bnp_run.observed for _, bnp_run in rows.values()]
+    assert max(with_bnp) / min(with_bnp) < 1.02
+    plain, helped = rows[1.0, 600.0]
+    gain = plain.observed / helped.observed
+    assert gain == pytest.approx(plain.predicted / helped.predicted, rel=0.03)
+    assert gain > 10
+
+
+def test_on_white_inputs_bnp_does_not_help() -> None:
+    risk = softmax_regression().risk
+    plain, helped = check_convergence_rate(risk), check_convergence_rate(risk, method="bnp")
+    assert plain.holds
+    assert helped.holds
+    assert plain.observed / helped.observed == pytest.approx(1.0, rel=0.02)
+
+
+def test_a_fixed_preconditioner_is_its_own_congruence() -> None:
+    problem = teacher_student((8, 2, 4), kappa=1e3)
+    P = bnp.bnp_preconditioner(problem.solved, eps1=1e-2)
+    check = check_convergence_rate(problem.risk, P)
+    B = bnp.congruence(bnp.hessian(problem.solved), P).to_dense()
+    values = torch.linalg.eigvalsh(B)
+    assert check.holds, check
+    assert check.kappa == pytest.approx(float(values[-1] / values[problem.null_dimension]), rel=1e-2)
+    assert check.source == "T15"
+
+
+@pytest.mark.parametrize("rho", [0.3, 0.95])
+def test_the_joint_map_has_the_joint_spectrum(rho: float) -> None:
+    """T15 by finite differences of the iteration itself, parameters and statistics together."""
+    problem = teacher_student((3, 2, 2))
+    P = bnp.bnp_preconditioner(problem.solved)
+    B = bnp.congruence(bnp.hessian(problem.solved), P).to_dense()
+    values = torch.linalg.eigvalsh(B)[problem.null_dimension :]
+    step = rates.best_step(float(values[-1]), float(values[0]))
+    iteration = RunningBNP(problem.risk, P, step, rho)
+    rest = iteration.at_rest(problem.minimizer)
+    sizes = [t.numel() for t in rest]
+
+    def advanced(flat: torch.Tensor) -> torch.Tensor:
+        state = tuple(p.view(t.shape) for p, t in zip(flat.split(sizes), rest, strict=True))
+        return torch.cat([t.flatten() for t in iteration.advance(state)[0]])
+
+    flat = torch.cat([t.flatten() for t in rest])
+    h = 1e-5
+    columns = [(advanced(flat + h * e) - advanced(flat - h * e)) / (2 * h) for e in torch.eye(len(flat), dtype=D)]
+    found = np.sort(np.linalg.eigvals(torch.stack(columns, dim=1).numpy()).real)
+    moments = len(flat) - len(problem.minimizer)
+    expected = [*(1 - step * values).tolist(), *[1.0] * problem.null_dimension, *[rho] * moments]
+    assert np.allclose(found, np.sort(expected), atol=1e-4)
+    assert {round(v, 6) for v in rates.joint_spectrum(values, step, rho)} <= {round(v, 6) for v in expected}
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.5, 0.99])
+def test_the_memory_does_not_change_the_factor(rho: float) -> None:
+    check = check_convergence_rate(
+        softmax_regression(kappa=30.0).risk, method="bnp", options=RateOptions(rho=rho, tolerance=0.02)
+    )
+    assert check.holds, check
+
+
+def separable() -> EmpiricalRisk:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 5, generator=g, dtype=D)
+    y = (x @ torch.randn(5, 3, generator=g, dtype=D)).argmax(dim=1)
+    return EmpiricalRisk(mlp([5, 3], dtype=D), nn.functional.cross_entropy, (x, y))
+
+
+def redundant() -> EmpiricalRisk:
+    """Two tanh units where the teacher has one: at the doubled teacher the loss grows like a fourth power."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 4, generator=g, dtype=D)
+    one, two = mlp([4, 1, 2], activation="tanh", dtype=D), mlp([4, 2, 2], activation="tanh", dtype=D)
+    with torch.no_grad():
+        two[0].weight.copy_(one[0].weight.expand(2, -1))
+        two[0].bias.copy_(one[0].bias.expand(2))
+        two[2].weight.copy_(one[2].weight.expand(-1, 2) / 2)
+        two[2].bias.copy_(one[2].bias)
+        y = one(x)
+    return EmpiricalRisk(two, mse, (x, y))
+
+
+def kink() -> EmpiricalRisk:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 4, generator=g, dtype=D)
+    model = mlp([4, 3, 2], dtype=D)
+    with torch.no_grad():
+        model[0].bias[0] -= model[0](x)[5, 0]
+    return EmpiricalRisk(model, mse, (x, model(x).detach()))
+
+
+def saddle() -> EmpiricalRisk:
+    problem = linear_chain((4, 2, 3))
+    return problem.risk.at(torch.zeros(problem.risk.space.dim, dtype=D))
+
+
+def functional_kink() -> EmpiricalRisk:
+    """The same without a module that could be seen."""
+
+    class Absolute(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(2, dtype=D))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x @ self.w).abs().unsqueeze(1) + self.w[0]
+
+    x = torch.tensor([[1.0, -1.0], [1.0, 2.0], [3.0, 1.0]], dtype=D)
+    model = Absolute()
+    return EmpiricalRisk(model, mse, (x, model(x).detach()))
+
+
+BAD: dict[str, tuple[Callable[[], EmpiricalRisk], dict[str, Any], str, str]] = {
+    "separable": (separable, {}, "no attained minimizer", "minimizer attained"),
+    "redundant": (redundant, {}, "sublinear", "null space tangent to the minimizers"),
+    "kink": (kink, {}, "1 at the input of act1", "smooth neighbourhood"),
+    "functional kink": (functional_kink, {}, "not smooth", "smooth neighbourhood"),
+    "saddle": (saddle, {}, "indefinite", "Hessian positive semidefinite"),
+    "float32": (lambda: softmax_regression().risk.to(torch.float32), {}, "float32", "float64"),
+    "penalty": (
+        lambda: softmax_regression().risk,
+        {"options": RateOptions(weight_decay=1e-4)},
+        "penalty",
+        "no penalty outside of the loss",
+    ),
+    "step": (lambda: softmax_regression().risk, {"step": 100.0}, "not below 1", "step below 2/lambda_max"),
+    "large": (
+        lambda: softmax_regression().risk,
+        {"options": RateOptions(max_parameters=20)},
+        "eigenvalues were not computed",
+        "spectrum within reach",
+    ),
+    "one step": (
+        lambda: EmpiricalRisk(
+            nn.Linear(2, 1, bias=False, dtype=D), mse, (torch.eye(2, dtype=D), torch.ones(2, 1).to(D))
+        ),
+        {},
+        "an iteration or two",
+        "a rate to observe",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gets_no_verdict(name: str) -> None:
+    make, arguments, words, hypothesis = BAD[name]
+    check = check_convergence_rate(make(), time_limit=60.0, **arguments)
+    assert check.holds is None
+    assert words in check.reason
+    assert check.hypotheses[hypothesis] is False
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"options": RateOptions(max_iterations=500)}, {"time_limit": 5.0}],
+)
+def test_what_would_be_too_slow_is_said_before_it_runs(arguments: dict[str, Any]) -> None:
+    check = check_convergence_rate(teacher_student((8, 2, 4), kappa=1e6).solved, **arguments)
+    assert check.holds is None
+    assert check.outcome == "too slow"
+    assert "iterations per factor of e are predicted" in check.reason
+    assert check.iterations == 0
+    assert check.kappa == pytest.approx(1e6, rel=1e-2), "what is known is reported"
+
+
+def test_an_interrupt_keeps_what_was_done() -> None:
+    def impatient(done: int, total: int) -> None:
+        if done >= 200:
+            raise KeyboardInterrupt
+
+    check = check_convergence_rate(teacher_student((8, 2, 4), kappa=1e3).solved, progress=impatient)
+    assert check.holds is None
+    assert check.outcome == "interrupted"
+    assert 200 <= len(check.gradient_norms) < 260
+    assert "interrupted after" in check.reason
+    assert check.fit is not None
+
+
+def test_a_check_survives_a_file(tmp_path: Path) -> None:
+    check = check_convergence_rate(softmax_regression(kappa=20.0).risk)
+    check.save(tmp_path / "check.json")
+    assert ConvergenceCheck.load(tmp_path / "check.json") == check
+    (row,) = check.records()
+    assert row["low"] <= row["observed"] <= row["high"]
+    assert (check.gradient_norms > 0).all()
+    assert (check.losses[:, 1].diff() <= 0).all()
+
+
+def test_the_risk_is_left_alone() -> None:
+    risk = softmax_regression(kappa=20.0).risk
+    before = risk.theta.clone()
+    check_convergence_rate(risk, method="bnp")
+    assert torch.equal(risk.theta, before)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"method": "adam"},
+        {"step": "best"},
+        {"step": -1.0},
+        {"preconditioner": bnp.identity_preconditioner(bnp.ParameterSpace({"w": (3,)}))},
+        {"method": "bnp", "preconditioner": bnp.identity_preconditioner(bnp.ParameterSpace({"w": (21,)}))},
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInputError):
+        check_convergence_rate(softmax_regression().risk, **arguments)
+
+
+@pytest.mark.parametrize("options", [{"momentum": 1.0}, {"momentum": "some"}, {"rho": 1.0}, {"tolerance": 0.0}])
+def test_wrong_options_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInputError):
+        RateOptions(**options)
