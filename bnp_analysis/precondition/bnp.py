@@ -69,6 +69,21 @@ def damped_variance(variance: Tensor, eps1: float, eps2: float) -> Tensor:
     return torch.where(damped > 0, damped, torch.ones_like(damped))
 
 
+def scale_square(features: int, rows: int) -> float:
+    """`q^2 = max(m/R, 1)` (T3)."""
+    return max(features / rows, 1.0)
+
+
+def surviving_mean(mean: Tensor, second: Tensor) -> float:
+    """`sum_j mu_j^2/rms_j^2` of the worst group: what the diagonal form without a bias adds to `q^2` (T5).
+
+    Args:
+        mean, second: first and second moments, `(groups, m)`.
+    """
+    share = torch.where(second > 0, mean.square() / second, torch.zeros_like(second))
+    return float(share.sum(dim=1).max())
+
+
 def layer_block(
     layer: Layer,
     moments: Moments,
@@ -94,12 +109,11 @@ def layer_block(
         A `BNPBlock`.
     """
     mean, variance = moments.mean, moments.variance
-    square = max(layer.features / moments.rows, 1.0)
+    square = scale_square(layer.features, moments.rows)
     if layer.bias is None and bias_free == "diagonal":
         # Column norms in place of deviations, nothing projected out: the mean direction survives.
         variance = variance + mean.square()
-        survives = torch.where(variance > 0, mean.square() / variance, torch.zeros_like(variance))
-        square += float(survives.sum(dim=1).max())
+        square += surviving_mean(mean, variance)
         mean = torch.zeros_like(mean)
     scale = math.sqrt(square) if q is None else q
     damped = damped_variance(variance, eps1, eps2)

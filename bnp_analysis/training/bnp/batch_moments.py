@@ -17,19 +17,20 @@ class BatchMoments(NamedTuple):
     Attributes:
         samples: the values behind each mean.
         rows: `R`, rows of `H^`; the same for a dense layer, output positions for a convolution.
-        mean, variance: `(width,)`, per feature, input channel or patch entry.
+        mean, variance: `(width,)`, per feature, input channel or patch entry; no variance for that of one row, zero.
     """
 
     samples: int
     rows: int
     mean: Tensor
-    variance: Tensor
+    variance: Tensor | None
 
 
 def pool_moments(a: BatchMoments, b: BatchMoments) -> BatchMoments:
     """The moments of both together: micro-batches of one step, or several uses of a layer (T4)."""
     total = a.samples + b.samples
-    mean, variance = update_moments(a.mean, a.variance, b.mean, b.variance, a.samples / total)
+    one, two = (torch.zeros_like(m.mean) if m.variance is None else m.variance for m in (a, b))
+    mean, variance = update_moments(a.mean, one, b.mean, two, a.samples / total)
     return BatchMoments(total, a.rows + b.rows, mean, variance)
 
 
@@ -44,26 +45,33 @@ def batch_moments(layer: Layer, h: Tensor, kind: str) -> BatchMoments | None:
     Returns:
         The moments, or None for an input without rows.
     """
-    if h.numel() == 0:
-        return None
     h = h.detach()
-    if h.dtype != torch.float32 and h.dtype != torch.float64:  # noqa: PLR1714 - a set is slower
+    if h.dtype is not torch.float32 and h.dtype is not torch.float64:
         h = h.float()
-    patches = not isinstance(layer.module, torch.nn.Linear)
-    if not patches or kind == "patch":
-        table = h if h.ndim == 2 and not patches else rows(layer, h).flatten(1)
-        mean, variance = _table_moments(table)
-        return BatchMoments(table.shape[0], table.shape[0], mean, variance)
-    h = h if h.ndim == layer.module.weight.ndim else h.unsqueeze(0)
-    mean, variance = _image_moments(layer, h)
-    return BatchMoments(h.numel() // h.shape[1], h.shape[0] * _positions(layer, h), mean, variance)
+    module = layer.module
+    dense = isinstance(module, torch.nn.Linear)
+    if dense and h.ndim == 2:
+        table = h
+    elif dense or kind == "patch":
+        table = rows(layer, h).flatten(1) if h.numel() else h
+    elif h.numel() == 0:
+        return None
+    else:
+        h = h if h.ndim == module.weight.ndim else h.unsqueeze(0)
+        mean, variance = _image_moments(layer, h)
+        return BatchMoments(h.numel() // h.shape[1], h.shape[0] * _positions(layer, h), mean, variance)
+    count = table.shape[0]
+    if table.numel() == 0:
+        return None
+    mean, variance = _table_moments(table)
+    return BatchMoments(count, count, mean, variance)
 
 
-def _table_moments(table: Tensor) -> tuple[Tensor, Tensor]:
+def _table_moments(table: Tensor) -> tuple[Tensor, Tensor | None]:
     """Per column of `(R, d)`; the kernels differ by a factor of ten and more on CPU, see `benchmarks/bnp_step.py`."""
     if table.shape[0] == 1:
-        row = table.view(-1).clone() if table.is_contiguous() else table[0].clone()
-        return row, torch.zeros_like(row)
+        # A copy: whoever gave the input may reuse its memory before the step.
+        return table.flatten().clone(), None
     if table.is_cuda:
         variance, mean = torch.var_mean(table, dim=0, correction=0)
         return mean, variance
@@ -71,7 +79,7 @@ def _table_moments(table: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-def _image_moments(layer: Layer, h: Tensor) -> tuple[Tensor, Tensor]:
+def _image_moments(layer: Layer, h: Tensor) -> tuple[Tensor, Tensor | None]:
     """Per channel of `(N, c, ...)`."""
     if not h.is_contiguous() or h.is_cuda:
         return _table_moments(channels(layer, h))

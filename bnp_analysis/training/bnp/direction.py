@@ -6,31 +6,33 @@ import torch
 from torch import Tensor
 
 
-def with_bias_(weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor, q2: float) -> None:
+def with_bias_(weight: Tensor, bias: Tensor, mean: Tensor, damped: Tensor, q2: float) -> None:
     """`Gw' = (Gw - Gb mu^T)/s2/q2`, `Gb' = Gb/q2 - Gw' mu`, in place (T3).
 
     Args:
         weight: gradient `(n, ...)`, contiguous; changed.
         bias: gradient `(n,)`, contiguous; changed.
-        mean: `mu`, `(groups, m)`.
-        inverse: `1/(s2 q2)`, `(groups, m)`, of the damped variance `s2`.
+        mean: `mu`, `(m,)`, or `(groups, m)` of several.
+        damped: `s2`, like the mean.
         q2: `q^2`.
 
     Example:
         >>> gw, gb = torch.tensor([[2.0]]), torch.tensor([1.0])
-        >>> with_bias_(gw, gb, torch.tensor([[3.0]]), torch.tensor([[0.25]]), 1.0)
+        >>> with_bias_(gw, gb, torch.tensor([3.0]), torch.tensor([4.0]), 1.0)
         >>> gw.item(), gb.item()
         (-0.25, 1.75)
     """
-    groups, m = mean.shape
-    if groups == 1:
-        w, mu = weight if weight.ndim == 2 else weight.view(-1, m), mean[0]
-        w.addr_(bias, mu, alpha=-1).mul_(inverse)
-        bias.addmv_(w, mu, beta=1 / q2, alpha=-1)
+    scale = 1 / q2
+    # The fewest passes over the weights: on CPU each is a good part of the cost of a step.
+    if mean.ndim == 1:
+        w = weight if weight.ndim == 2 else weight.view(weight.shape[0], -1)
+        w.addr_(bias, mean, beta=scale, alpha=-scale).div_(damped)
+        bias.addmv_(w, mean, beta=scale, alpha=-1)
         return
+    groups, m = mean.shape
     w, b = weight.view(groups, -1, m), bias.view(groups, -1, 1)
-    w.baddbmm_(b, mean.unsqueeze(1), alpha=-1).mul_(inverse.unsqueeze(1))
-    b.baddbmm_(w, mean.unsqueeze(2), beta=1 / q2, alpha=-1)
+    w.baddbmm_(b, mean.unsqueeze(1), beta=scale, alpha=-scale).div_(damped.unsqueeze(1))
+    b.baddbmm_(w, mean.unsqueeze(2), beta=scale, alpha=-1)
 
 
 def without_bias_(weight: Tensor, mean: Tensor, damped: Tensor, q2: float) -> None:
@@ -38,18 +40,19 @@ def without_bias_(weight: Tensor, mean: Tensor, damped: Tensor, q2: float) -> No
 
     Args:
         weight: gradient `(n, ...)`, contiguous; changed.
-        mean: `mu`, `(groups, m)`.
-        damped: `s2`, `(groups, m)`.
+        mean: `mu`, `(m,)`, or `(groups, m)` of several.
+        damped: `s2`, like the mean.
         q2: `q^2`.
 
     Example:
         >>> gw = torch.tensor([[26.0]])
-        >>> without_bias_(gw, torch.tensor([[3.0]]), torch.tensor([[4.0]]), 1.0)
+        >>> without_bias_(gw, torch.tensor([3.0]), torch.tensor([4.0]), 1.0)
         >>> round(gw.item(), 5)
         2.0
     """
-    groups, m = mean.shape
-    w = weight.view(groups, -1, m)
+    if mean.ndim == 1:
+        mean, damped = mean.unsqueeze(0), damped.unsqueeze(0)
+    w = weight.view(mean.shape[0], -1, mean.shape[1])
     # In terms of v = mu/sigma nothing overflows that need not.
     inverse = damped.rsqrt()
     v = mean * inverse

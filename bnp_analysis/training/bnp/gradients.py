@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,34 +30,35 @@ def has_free_bias(layer: Layer) -> bool:
     return layer.bias is not None and bias is not None and bias.requires_grad
 
 
-def find_gradients(layers: Sequence[Layer], seen: set[int], used: set[int]) -> list[Gradients]:
+def find_gradients(layers: Sequence[Layer], seen: Container[int], rows: Sequence[int]) -> list[Gradients]:
     """The gradients of the layers that took part.
 
     Args:
         layers: the candidates.
         seen: those with statistics in this step.
-        used: those ever seen.
+        rows: of each layer when it was last seen before, 0 for never.
 
     Raises:
         InvalidInputError: some of the layers seen have none, which are named, or all; sparse ones.
     """
-    found, missing = [], []
+    found: list[Gradients] = []
+    missing: list[str] = []
     for i, layer in enumerate(layers):
         # Attributes of modules are slow; each is looked up once.
         held = layer.module._parameters
         owner, own = held["weight"], held["bias"] if layer.bias is not None else None
-        if i not in used or owner is None or not owner.requires_grad:
+        if owner is None or not owner.requires_grad or not (rows[i] or i in seen):
             continue
-        weight, free = owner.grad, own is not None and own.requires_grad
-        bias = own.grad if own is not None and free else None
-        lacking = [layer.weight] if weight is None else []
-        if free and bias is None and layer.bias is not None:
-            lacking.append(layer.bias)
-        if lacking and i in seen:
-            missing.extend(lacking)
-        if weight is None or lacking:
+        weight, bias = owner.grad, None
+        free = own is not None and own.requires_grad
+        if own is not None and free:
+            bias = own.grad
+        if weight is None or (free and bias is None):
+            if i in seen:
+                missing += [layer.weight] if weight is None else []
+                missing += [layer.bias] if free and bias is None and layer.bias is not None else []
             continue
-        if weight.layout != torch.strided or (bias is not None and bias.layout != torch.strided):
+        if weight.layout is not torch.strided or (bias is not None and bias.layout is not torch.strided):
             raise InvalidInputError(f"the gradient of layer {layer.name!r} is sparse; BNP needs dense gradients")
         found.append(Gradients(i, layer, weight, bias))
     if not found:
@@ -77,7 +78,8 @@ def marks(gradients: Sequence[Gradients]) -> list[Mark]:
 
 def unchanged(gradients: Sequence[Gradients], before: Sequence[Mark]) -> bool:
     """Whether every gradient is one that was marked, and was not written to since."""
-    if len(gradients) > len(before):
-        return False
-    known = {id(ref()): version for ref, version in before if ref() is not None}
-    return all(known.get(id(g.weight)) == g.weight._version for g in gradients)
+    return len(gradients) <= len(before) and all(_marked(g.weight, before) for g in gradients)
+
+
+def _marked(gradient: Tensor, before: Sequence[Mark]) -> bool:
+    return any(ref() is gradient and version == gradient._version for ref, version in before)

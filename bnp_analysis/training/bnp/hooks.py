@@ -28,22 +28,21 @@ class InputHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
-            self._outside_of_graphs(module, args, kwargs)
+            # A compiled model breaks its graph here: what follows counts, which a graph must not.
+            from bnp_analysis.training.bnp.outside_of_graphs import see
+
+            see(self, module, args, kwargs)
         else:
-            self._hand_on(module, args, kwargs)
+            self.see(module, args, kwargs)
 
-    # Compiled models break their graph here and run this eagerly: it counts, which a graph must not.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _outside_of_graphs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._hand_on(module, args, kwargs)
-
-    def _hand_on(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Hand on the input if this is a forward pass that trains."""
         # Shallow copies share the table of hooks: replicas of DataParallel.
-        if not module.training or not torch.is_grad_enabled() or module is not self._module or _recomputed():
+        if not module.training or module is not self._module or not torch.is_grad_enabled() or _recomputed():
             return
         owner = self._owner()
         if owner is not None:
-            owner._receive(self._index, args[0] if args else kwargs["input"])
+            owner.receive(self._index, args[0] if args else kwargs["input"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return inert

@@ -22,9 +22,10 @@ from bnp_analysis.training.bnp.batch_moments import BatchMoments, batch_moments,
 from bnp_analysis.training.bnp.gradients import Mark, find_gradients, has_free_bias, marks, unchanged
 from bnp_analysis.training.bnp.hooks import InputHook
 from bnp_analysis.training.bnp.layers import Names, find_candidates, frozen_names, trainable_space
-from bnp_analysis.training.bnp.rule import Rule, layer_width
+from bnp_analysis.training.bnp.rule import Rule
 from bnp_analysis.training.bnp.running_moments import RunningMoments
 from bnp_analysis.training.bnp.settings import Settings
+from bnp_analysis.training.bnp.spread import layer_width
 from bnp_analysis.training.bnp.state import read_state, write_state
 
 
@@ -134,11 +135,11 @@ class BNP:
     @property
     def covered(self) -> tuple[str, ...]:
         """Names of the layers it acts on: those whose weight trains and, after the first step, that were seen."""
-        seen = self._seen()
+        rows, before = self._running.rows, not self._running.step
         return tuple(
             layer.name
             for i, layer in enumerate(self._layers)
-            if layer.module.weight.requires_grad and (i in seen or not self._running.step)
+            if layer.module.weight.requires_grad and (rows[i] or before)
         )
 
     @property
@@ -175,10 +176,11 @@ class BNP:
                 "or without statistics. Call model.train(), and step() once per optimizer step; a model that was "
                 "compiled must be given to BNP before or after, but not replaced"
             )
-        found = find_gradients(self._layers, set(self._pending), self._seen() | set(self._pending))
+        found = find_gradients(self._layers, self._pending, self._running.rows)
         if unchanged(found, self._marks):
             raise InvalidInputError("a second step() without a backward pass: P P^T would be applied twice")
-        self._refuse_single_rows()
+        if self.settings.variance == "within":
+            self._refuse_single_rows()
         pending, inputs = self._pending, self._inputs
         self._pending, self._inputs = {}, {}
         self._running.commit(pending)
@@ -265,7 +267,8 @@ class BNP:
         self._attached, self._closed = None, True
         self._pending, self._inputs = {}, {}
 
-    def _receive(self, index: int, h: Tensor) -> None:
+    def receive(self, index: int, h: Tensor) -> None:
+        """Take in an input of a layer, from its hook."""
         layer = self._layers[index]
         weight = layer.module._parameters["weight"]
         if weight is None or not weight.requires_grad:
@@ -278,12 +281,9 @@ class BNP:
         if self.settings.q == "measured":
             self._inputs.setdefault(index, []).append(h.detach())
 
-    def _seen(self) -> set[int]:
-        return {i for i, count in enumerate(self._running.rows) if count}
-
     def _refuse_single_rows(self) -> None:
         single = [self._layers[i].name for i, m in self._pending.items() if m.samples < 2]
-        if single and self.settings.variance == "within":
+        if single:
             self._pending, self._inputs = {}, {}
             raise InvalidInputError(
                 f"variance='within' on one row: the variance within the batch of layer {single[0]!r} is 0 and would "

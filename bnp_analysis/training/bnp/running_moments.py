@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
@@ -10,8 +11,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bnp_analysis.errors import NonFiniteError
-from bnp_analysis.precondition.running import update_moments, without_start
+from bnp_analysis.precondition.running import without_start
 from bnp_analysis.training.bnp.batch_moments import BatchMoments
+
+
+class Buffer:
+    """Means and variances of all layers, `(2, sum of widths)`, with the views that each step needs.
+
+    Attributes:
+        values, flat: both rows, and one behind the other.
+        mean, variance: the rows.
+        means, variances: of each layer, views.
+        largest: the largest variance of each layer.
+        shaped: means in the shapes of the layers' weights, for who makes them.
+    """
+
+    def __init__(self, values: Tensor, widths: list[int]) -> None:
+        self.values, self.flat = values, values.view(-1)
+        self.mean, self.variance = values.unbind()
+        self.means, self.variances = (list(torch.split(row, widths)) for row in (self.mean, self.variance))
+        self.largest = torch.stack([v.amax() for v in self.variances])
+        self.shaped: list[Tensor] = []
 
 
 class RunningMoments:
@@ -26,7 +46,7 @@ class RunningMoments:
         check_every: steps between reading the flag of non-finite values; None for 1 on CPU, 100 elsewhere.
 
     Attributes:
-        values: `(2, sum of widths)`, means and variances; None before the first step.
+        now: the statistics; None before the first step.
         rows: `R` of the last step of each layer, 0 for a layer never seen.
         start: weight of the start in each layer's statistics under constant `rho`.
         step: steps committed.
@@ -47,27 +67,26 @@ class RunningMoments:
         self.rho, self.corrected, self.total = rho, corrected, total
         self.reference_rows, self.check_every = reference_rows, check_every
         ends = list(accumulate(self.widths))
-        self.slices = [slice(end - width, end) for end, width in zip(ends, self.widths, strict=True)]
-        self.values: Tensor | None = None
+        self._slices = [slice(end - width, end) for end, width in zip(ends, self.widths, strict=True)]
+        self.now: Buffer | None = None
         self.rows = [0] * len(self.names)
         self.start = [1.0] * len(self.names)
         self.step = 0
-        self._views: tuple[Tensor, list[tuple[Tensor, Tensor]]] | None = None
+        # The next step is computed beside the last one, and takes its place when it is known to be finite.
+        self._next: Buffer | None = None
+        self._batch: Buffer | None = None
+        self._lengths = torch.tensor(self.widths)
         self._bad: tuple[Tensor, Tensor] | None = None
 
     def of(self, index: int) -> tuple[Tensor, Tensor]:
         """Mean and variance of a layer, views."""
-        assert self.values is not None
-        if self._views is None or self._views[0] is not self.values:
-            parts = [self.values[:, part] for part in self.slices]
-            self._views = self.values, [(part[0], part[1]) for part in parts]
-        return self._views[1][index]
+        assert self.now is not None
+        return self.now.means[index], self.now.variances[index]
 
-    @property
-    def variances(self) -> Tensor:
-        """Of all layers, side by side."""
-        assert self.values is not None
-        return self.values[1]
+    def set(self, values: Tensor | None) -> None:
+        """Put statistics in place of those there are."""
+        self.now = None if values is None else Buffer(values, self.widths)
+        self._next = None
 
     def commit(self, found: Mapping[int, BatchMoments]) -> None:
         """Take in what the layers saw in a step, over all processes where training is distributed.
@@ -75,31 +94,30 @@ class RunningMoments:
         Raises:
             NonFiniteError: NaN or infinity, now or since the flag was last read; names the layer and the step.
         """
+        count = len(self.names)
         batch = self._gather(found)
-        rows = [found[i].rows if i in found else 0 for i in range(len(self.names))]
+        rows = [found[i].rows if i in found else 0 for i in range(count)]
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            samples = [found[i].samples if i in found else 0 for i in range(len(self.names))]
-            batch, rows = _all_reduced(batch, samples, rows, self.widths)
-        every = self.check_every or (1 if batch.device.type == "cpu" else 100)
+            samples = [found[i].samples if i in found else 0 for i in range(count)]
+            values, rows = _all_reduced(batch.values, samples, rows, self.widths)
+            batch = Buffer(values, self.widths)
+        old, new = self._buffers(batch.values)
+        self._update(old, new, batch, [self._weight(i, n) for i, n in enumerate(rows)])
+        new.largest = torch.segment_reduce(new.variance, "max", lengths=self._lengths, unsafe=True)
+        every = self.check_every or (1 if batch.values.device.type == "cpu" else 100)
         step = self.step + 1
+        # A mean that is not finite makes the variance of its layer so.
         if every == 1:
-            self._refuse(batch, step)
-        old = self._values_like(batch)
-        weights = [self._weight(i, count) for i, count in enumerate(rows)]
-        rho = self._spread(weights, batch)
-        if every == 1 and isinstance(rho, float):
-            self.values = self._updated_(old, batch, rho)
+            if not math.isfinite(sum(new.largest.tolist())) and not bool(torch.isfinite(new.largest).all()):
+                self._report(~torch.isfinite(new.largest), step)
         else:
-            mean, variance = update_moments(old[0], old[1], batch[0], batch[1], rho)
-            if not self.total:
-                variance = old[1] + (1 - rho) * (batch[1] - old[1])
-            new = torch.stack([mean, variance])
-            self.values = new if every == 1 else self._guarded(old, new, batch, step)
+            self._guard(old, new, step)
+        self.now, self._next = new, old
         self.step = step
-        for i, count in enumerate(rows):
-            if count:
-                self.rows[i] = count
-                self.start[i] *= self._constant(count)
+        for i, n in enumerate(rows):
+            if n:
+                self.rows[i] = n
+                self.start[i] *= self._constant(n)
         if every > 1 and step % every == 0:
             self.check()
 
@@ -111,19 +129,24 @@ class RunningMoments:
         """
         if self._bad is None:
             return
-        when, entries = self._bad
+        when, layers = self._bad
         step = int(when)
         if step:
             self._bad = None
-            self._report(entries, step)
+            self._report(layers, step)
 
-    def _updated_(self, old: Tensor, batch: Tensor, rho: float) -> Tensor:
-        """`update_moments` in place, for a number `rho`."""
-        delta = batch[0] - old[0]
-        old.lerp_(batch, 1 - rho)
-        if self.total:
-            old[1].addcmul_(delta, delta, value=rho * (1 - rho))
-        return old
+    def _update(self, old: Buffer, new: Buffer, batch: Buffer, weights: list[float]) -> None:
+        """`update_moments` for all layers at once, in few operations; `weights` are those of the past."""
+        delta = batch.mean - old.mean
+        same = weights.count(weights[0]) == len(weights)
+        past = weights[0] if same else self._spread(weights, batch.values)
+        torch.lerp(old.values, batch.values, 1 - past, out=new.values)
+        if not self.total:
+            return
+        if isinstance(past, float):
+            new.variance.addcmul_(delta, delta, value=past * (1 - past))
+        else:
+            new.variance.addcmul_(delta.square_(), past * (1 - past))
 
     def _constant(self, rows: int) -> float:
         return self.rho if self.reference_rows is None else float(self.rho ** (rows / self.reference_rows))
@@ -134,49 +157,61 @@ class RunningMoments:
         rho = self._constant(rows)
         return without_start(rho, self.start[index]) if self.corrected else rho
 
-    def _spread(self, weights: list[float], like: Tensor) -> float | Tensor:
-        if len(set(weights)) == 1:
-            return weights[0]
+    def _spread(self, weights: list[float], like: Tensor) -> Tensor:
         parts = [torch.full((n,), w, dtype=like.dtype) for w, n in zip(weights, self.widths, strict=True)]
         return torch.cat(parts).to(like.device, non_blocking=True)
 
-    def _gather(self, found: Mapping[int, BatchMoments]) -> Tensor:
+    def _gather(self, found: Mapping[int, BatchMoments]) -> Buffer:
+        """What the layers saw, side by side; zeros, which weigh nothing, for those that did not run."""
         some = next(iter(found.values())).mean
-        zeros = {i: some.new_zeros(w) for i, w in enumerate(self.widths) if i not in found}
-        means = [found[i].mean if i in found else zeros[i] for i in range(len(self.widths))]
-        variances = [found[i].variance if i in found else zeros[i] for i in range(len(self.widths))]
-        return torch.cat([*means, *variances]).view(2, -1)
+        batch = self._batch
+        if batch is None or not _alike(batch.values, some):
+            batch = self._batch = Buffer(some.new_zeros(2, sum(self.widths)), self.widths)
+            self._zeros = Buffer(torch.zeros_like(batch.values), self.widths)
+        # In the order of the layers, which need not be that of their forward passes.
+        moments = [found.get(i) for i in range(len(self.widths))]
+        zeros = self._zeros.means
+        means = [zero if m is None else m.mean for m, zero in zip(moments, zeros, strict=True)]
+        variances = [
+            zero if m is None or m.variance is None else m.variance for m, zero in zip(moments, zeros, strict=True)
+        ]
+        torch.cat(means + variances, out=batch.flat)
+        return batch
 
-    def _values_like(self, batch: Tensor) -> Tensor:
-        if self.values is None:
-            return torch.stack([torch.zeros_like(batch[0]), torch.ones_like(batch[1])])
-        same = self.values.dtype == batch.dtype and self.values.device == batch.device
-        return self.values if same else self.values.to(batch)
+    def _buffers(self, batch: Tensor) -> tuple[Buffer, Buffer]:
+        """The statistics, `(0, 1)` at first, and a place for the next ones, as the batch's are."""
+        if self.now is None:
+            self.now = Buffer(torch.stack([torch.zeros_like(batch[0]), torch.ones_like(batch[1])]), self.widths)
+        if not _alike(self.now.values, batch):
+            self.set(self.now.values.to(batch))
+        if self._next is None:
+            self._next = Buffer(torch.zeros_like(batch), self.widths)
+            self._lengths = self._lengths.to(batch.device)
+        return self.now, self._next
 
-    def _refuse(self, batch: Tensor, step: int) -> None:
-        total = float(batch.sum())
-        # A sum that overflows although no entry is infinite is looked at again.
-        if total - total != 0.0 and not bool(torch.isfinite(batch).all()):
-            self._report(~torch.isfinite(batch).all(dim=0), step)
-
-    def _guarded(self, old: Tensor, new: Tensor, batch: Tensor, step: int) -> Tensor:
-        """The new values unless some are not finite, decided and noted on the device."""
-        bad = ~torch.isfinite(batch).all(dim=0)
+    def _guard(self, old: Buffer, new: Buffer, step: int) -> None:
+        """The old values again if some of the new are not finite, decided and noted on the device."""
+        bad = ~torch.isfinite(new.largest)
         if self._bad is None:
-            self._bad = torch.zeros((), dtype=torch.int64, device=batch.device), torch.zeros_like(bad)
-        when, entries = self._bad
+            self._bad = torch.zeros((), dtype=torch.int64, device=bad.device), torch.zeros_like(bad)
+        when, layers = self._bad
         any_bad = bad.any()
         first = any_bad & (when == 0)
-        self._bad = torch.where(first, step, when), torch.where(first, bad, entries)
-        return torch.where(any_bad, old, new)
+        self._bad = torch.where(first, step, when), torch.where(first, bad, layers)
+        torch.where(any_bad, old.values, new.values, out=new.values)
+        new.largest = torch.where(any_bad, old.largest, new.largest)
 
-    def _report(self, entries: Tensor, step: int) -> None:
-        layers = [name for name, part in zip(self.names, self.slices, strict=True) if bool(entries[part].any())]
+    def _report(self, bad: Tensor, step: int) -> None:
+        layers = [name for name, wrong in zip(self.names, bad.tolist(), strict=True) if wrong]
+        others = f", and those of {len(layers) - 1} layers more" if len(layers) > 1 else ""
         raise NonFiniteError(
-            f"the input of layer {layers[0]!r} has NaN or infinite entries at step {step}"
-            + (f" (and those of {len(layers) - 1} layers more)" if len(layers) > 1 else "")
-            + ". The statistics of that step were left out; lower the learning rate, or look at the data"
+            f"the input of layer {layers[0]!r} has NaN or infinite entries at step {step}, or some whose squares are"
+            f"{others}. The statistics of that step were left out; lower the learning rate, or look at the data"
         )
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.dtype is b.dtype and a.device == b.device
 
 
 def _all_reduced(batch: Tensor, samples: list[int], rows: list[int], widths: Sequence[int]) -> tuple[Tensor, list[int]]:

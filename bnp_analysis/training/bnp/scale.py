@@ -1,4 +1,4 @@
-"""The scale `q^2` of a layer while it trains (T3, T5, T8)."""
+"""The measured scale `q^2` of a layer while it trains (T8)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,6 @@ from bnp_analysis.network.layers import Layer, rows
 _POWER_STEPS = 5
 
 
-def chosen_scale(layer: Layer, count: int, diagonal: tuple[Tensor, Tensor] | None) -> float:
-    """`max(m/R, 1)`; for the diagonal form without a bias, given its moments, plus `max sum_j mu_j^2/rms_j^2`."""
-    square = max(layer.features / count, 1.0)
-    if diagonal is not None:
-        first = diagonal[0].square()
-        second = diagonal[1] + first
-        survives = torch.where(second > 0, first / second, torch.zeros_like(second))
-        square += float(survives.sum(dim=1).max())
-    return square
-
-
 class MeasuredScale:
     """`|G^|^2 / R` of the rows of a step, by power steps that continue from the last ones (T8)."""
 
@@ -32,6 +21,7 @@ class MeasuredScale:
 
     def __call__(self, layer: Layer, inputs: Sequence[Tensor], mean: Tensor, s2: Tensor) -> float:
         """The largest over the groups, for inputs normalized by the mean and the damped variance."""
+        mean, s2 = (t.view(layer.groups, -1) for t in (mean, s2))
         v = mean / s2.sqrt()
         norm = torch.linalg.vector_norm(v, dim=1, keepdim=True)
         u = v / norm.clamp_min(torch.finfo(v.dtype).tiny)

@@ -18,7 +18,7 @@ def write_state(running: RunningMoments, q2: Mapping[int, float]) -> dict[str, A
     """Tensors and numbers only, so that `torch.load(weights_only=True)` reads it."""
     layers: dict[str, dict[str, Any]] = {}
     for i, (name, width) in enumerate(zip(running.names, running.widths, strict=True)):
-        mean, variance = (torch.zeros(width), torch.ones(width)) if running.values is None else running.of(i)
+        mean, variance = (torch.zeros(width), torch.ones(width)) if running.now is None else running.of(i)
         layers[name] = {
             "mean": mean.clone(),
             "variance": variance.clone(),
@@ -52,9 +52,9 @@ def read_state(state: Mapping[str, Any], running: RunningMoments) -> dict[int, f
             "include=, exclude= or statistics="
         )
     ordered = [layers[name] for name in running.names]
-    like = None if running.values is None else running.values.device
+    like = None if running.now is None else running.now.values.device
     moments = [torch.cat([entry[key] for entry in ordered]) for key in ("mean", "variance")]
-    running.values = torch.stack(moments).to(like) if state["step"] else None
+    running.set(torch.stack(moments).to(like) if state["step"] else None)
     running.rows = [int(entry["rows"]) for entry in ordered]
     running.start = [float(entry["start"]) for entry in ordered]
     running.step = int(state["step"])

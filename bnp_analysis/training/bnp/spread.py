@@ -1,0 +1,79 @@
+"""From the statistics of all layers side by side to what multiplies each layer's weights, in few operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from bnp_analysis.network.layers import Layer, expand_channels
+from bnp_analysis.training.bnp.running_moments import Buffer
+
+
+def layer_width(layer: Layer, statistics: str) -> int:
+    """How many means a layer has: per channel, or per entry of its patches, group by group."""
+    if statistics == "patch" or isinstance(layer.module, nn.Linear):
+        return layer.groups * layer.features
+    return layer.module.in_channels
+
+
+class Spread:
+    """Means and damped variances of each layer, channels repeated over their patches.
+
+    Args:
+        layers: in the order of the statistics.
+        widths: how many means each has.
+        eps1, eps2: damping.
+    """
+
+    def __init__(self, layers: Sequence[Layer], widths: Sequence[int], eps1: float, eps2: float) -> None:
+        self._layers = tuple(layers)
+        sizes = [layer.groups * layer.features for layer in layers]
+        self._sizes, self._channelwise = sizes, [w != size for w, size in zip(widths, sizes, strict=True)]
+        owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        source, begin = [], 0
+        for layer, width, channelwise in zip(layers, widths, self._channelwise, strict=True):
+            own = torch.arange(begin, begin + width)
+            source.append(expand_channels(layer, own).flatten() if channelwise else own)
+            begin += width
+        self._owner, self._source = owner, torch.cat(source)
+        self._positive = eps2 > 0
+        self._eps1, self._eps2 = eps1, torch.full((len(sizes),), eps2, dtype=torch.float64)
+        self._out: Tensor | None = None
+        self._means: list[Tensor] = []
+        self._damped: list[Tensor] = []
+
+    def __call__(self, now: Buffer) -> tuple[list[Tensor], list[Tensor]]:
+        """`mu` and `sigma^2 + eps1 max(sigma^2) + eps2`, 1 in place of a zero; `(m,)`, or `(groups, m)` of several."""
+        if self._out is None or self._out.dtype != now.values.dtype or self._out.device != now.values.device:
+            self._out = self._prepare(now.values)
+        means, s2 = self._means, self._s2
+        top = torch.index_select(torch.add(self._eps2, now.largest, alpha=self._eps1), 0, self._owner)
+        if any(self._channelwise):
+            torch.index_select(now.values, 1, self._source, out=self._out)
+            s2.add_(top)
+        else:
+            torch.add(now.variance, top, out=s2)
+            now.shaped = means = now.shaped or self._split(now.mean)
+        if not self._positive:
+            s2.masked_fill_(s2 == 0, 1.0)
+        return means, self._damped
+
+    def _prepare(self, like: Tensor) -> Tensor:
+        """Where the results go, `(2, sum of m)`, whose views are made once."""
+        self._owner, self._source, self._eps2 = (t.to(like.device) for t in (self._owner, self._source, self._eps2))
+        self._eps2 = self._eps2.to(like.dtype)
+        out = torch.empty(2, sum(self._sizes), dtype=like.dtype, device=like.device)
+        self._s2 = out[1]
+        self._means, self._damped = self._split(out[0]), self._split(self._s2)
+        return out
+
+    def one(self, index: int, values: Tensor) -> Tensor:
+        """The values of one layer's statistics, `(groups, m)`."""
+        layer = self._layers[index]
+        return expand_channels(layer, values) if self._channelwise[index] else values.view(layer.groups, -1)
+
+    def _split(self, flat: Tensor) -> list[Tensor]:
+        parts = torch.split(flat, self._sizes)
+        return [part if y.groups == 1 else part.view(y.groups, -1) for part, y in zip(parts, self._layers, strict=True)]
