@@ -92,6 +92,9 @@ def write_index(folder: Path, preset: str) -> None:
         data = frame.stored(name, folder)
         if data is None:
             continue
+        if data.about["key"] != frame.key(name, preset):
+            lines += [f"## {frame.module(name).TITLE}", "", "The data are of another version of this figure.", ""]
+            continue
         module, about = frame.module(name), data.about
         failure = module.failure(data)
         verdict = f"**The claim fails here:** {failure}" if failure else "The claim holds on these data."

@@ -118,6 +118,7 @@ def test_a_committed_figure_is_drawn_from_its_data_alone(name: str, monkeypatch:
     data = frame.stored(name, FULL)
     assert data is not None
     assert data.about["figure"] == name
+    assert data.about["key"] == frame.key(name, "full"), "its code or settings changed: make it again"
     module = frame.module(name)
     monkeypatch.delattr(module, "compute")
     figure = module.draw(data)
