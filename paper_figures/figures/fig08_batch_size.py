@@ -69,7 +69,7 @@ def note(data: FigureData) -> str:
     return (
         "Recorded results of benchmarks/compare_training.py, the same in every preset: perceptron of 3 x 100 units "
         "on digits (10 epochs) and MNIST, CNN on 10,000 images of CIFAR-10 (3 epochs); the number of epochs "
-        "differs between batch sizes on MNIST (5, 3, and 3 on 20,000 examples at batch 1). Mean and range over 3 seeds."
+        "differs between batch sizes on MNIST (5, 3, and 3 on 10,000 examples at batch 1). Mean and range over 3 seeds."
     )
 
 
