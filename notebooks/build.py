@@ -1,0 +1,79 @@
+"""Run `notebooks/*.py` and write them, with outputs, as `notebooks/*.ipynb`: the whole of `make notebooks`.
+
+A notebook that fails, or warns, is not written. What would differ from run to run though nothing changed (ids, times,
+versions, bars that are gone) is left out, so that a new run gives a small diff.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+
+HERE = Path(__file__).resolve().parent
+WIDGET = "application/vnd.jupyter.widget-view+json"
+TIMEOUT = 300  # seconds for one cell
+
+
+def sources() -> list[Path]:
+    """The notebooks' sources, in their order."""
+    return sorted(HERE.glob("[0-9]*.py"))
+
+
+def convert(source: Path) -> nbformat.NotebookNode:
+    """A source as a notebook without outputs, its cells numbered."""
+    notebook = jupytext.read(source, fmt="py:percent")
+    notebook.metadata = nbformat.from_dict(
+        {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        }
+    )
+    for i, cell in enumerate(notebook.cells):
+        cell.id, cell.metadata = f"cell-{i:02}", nbformat.from_dict({})
+    return notebook
+
+
+def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Run all cells in a folder that is gone afterwards.
+
+    Raises:
+        CellExecutionError: a cell failed; RuntimeError: a cell wrote a warning.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        NotebookClient(
+            notebook, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": folder}}
+        ).execute()
+    notebook.metadata.pop("widgets", None)
+    notebook.metadata.language_info = nbformat.from_dict({"name": "python"})
+    for cell in notebook.cells:
+        cell.metadata = nbformat.from_dict({})
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+            for output in cell.outputs:
+                if output.get("name") == "stderr":
+                    raise RuntimeError(f"{cell.id} wrote to stderr:\n{output.text}")
+    return notebook
+
+
+def main(arguments: list[str]) -> int:
+    """Run the sources named, or all."""
+    for source in [Path(name) for name in arguments] or sources():
+        began = time.perf_counter()
+        notebook = execute(convert(source))
+        target = source.with_suffix(".ipynb")
+        partial = target.with_name(f".{target.name}.tmp")
+        nbformat.write(notebook, partial)
+        partial.replace(target)
+        size = target.stat().st_size / 1000
+        print(f"{source.stem}: {time.perf_counter() - began:.0f} s, {size:.0f} kB", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
