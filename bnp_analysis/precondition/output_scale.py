@@ -53,7 +53,7 @@ def output_scales(risk: EmpiricalRisk, layers: Coverage) -> dict[str, Tensor]:
                 materialize_grads=True,
             )
             for (layer, _), g in zip(activations, gradients, strict=True):
-                squares[layer.name] += weight * _by_unit(layer, g).double().square().sum(dim=0)
+                squares[layer.name] += weight * by_unit(layer, g).double().square().sum(dim=0)
     return {name: total.sqrt() for name, total in squares.items()}
 
 
@@ -76,7 +76,7 @@ def _cotangents(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> Iterator[
             yield cotangent.reshape(outputs.shape)
 
 
-def _by_unit(layer: Layer, g: Tensor) -> Tensor:
+def by_unit(layer: Layer, g: Tensor) -> Tensor:
     """A gradient at the layer's output with one column per unit."""
     if not isinstance(layer.module, torch.nn.Linear):
         # Channels come after the examples, or first where an image comes alone.

@@ -61,3 +61,17 @@ def without_bias_(weight: Tensor, mean: Tensor, damped: Tensor, q2: float) -> No
     shrink = (norm / torch.hypot(torch.ones_like(norm), norm)).square().unsqueeze(2)
     w.mul_(inverse.unsqueeze(1))
     w.sub_((w @ u) @ (shrink * u).transpose(1, 2)).mul_((inverse / q2).unsqueeze(1))
+
+
+def divide_units_(weight: Tensor, bias: Tensor | None, squares: Tensor) -> None:
+    """Each unit's part divided by its `s_i^2`, in place (T10).
+
+    Example:
+        >>> gw, gb = torch.ones(2, 3), torch.ones(2)
+        >>> divide_units_(gw, gb, torch.tensor([1.0, 4.0])); gw.sum().item(), gb.tolist()
+        (3.75, [1.0, 0.25])
+    """
+    s2 = squares.to(weight)
+    weight.view(s2.numel(), -1).div_(s2.unsqueeze(1))
+    if bias is not None:
+        bias.div_(s2)

@@ -24,12 +24,6 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
-def has_free_bias(layer: Layer) -> bool:
-    """Whether the layer has a bias of its own that trains."""
-    bias = layer.module.bias
-    return layer.bias is not None and bias is not None and bias.requires_grad
-
-
 def find_gradients(layers: Sequence[Layer], seen: Container[int], rows: Sequence[int]) -> list[Gradients]:
     """The gradients of the layers that took part.
 

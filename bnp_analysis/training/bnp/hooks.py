@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.hooks import RemovableHandle
+
+from bnp_analysis.network.layers import Layer
 
 
 class InputHook:
@@ -48,14 +51,68 @@ class InputHook:
         return inert
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
-        return _make_inert, ()
+        return make_inert, ()
+
+
+class OutputHook:
+    """A forward hook that has the gradient at a layer's output handed on when it passes.
+
+    Args:
+        module: the layer.
+        owner: what collects, by a weak reference.
+        index: of the layer, for its owner.
+    """
+
+    def __init__(self, module: nn.Module, owner: weakref.ref[Any], index: int) -> None:
+        self._module, self._owner, self._index = module, owner, index
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            from bnp_analysis.training.bnp.outside_of_graphs import watch
+
+            watch(self, module, output)
+        else:
+            self.watch(module, output)
+
+    def watch(self, module: nn.Module, output: Tensor) -> None:
+        """Register for the gradient at an output in training."""
+        # A forward pass that activation checkpointing repeats gets a hook that is never called.
+        if not module.training or module is not self._module or not output.requires_grad:
+            return
+        if module._parameters["weight"] is not None and module._parameters["weight"].requires_grad:
+            owner, index = self._owner, self._index
+
+            def passed(gradient: Tensor) -> None:
+                scales = owner()
+                if scales is not None:
+                    scales.receive(index, gradient)
+
+            output.register_hook(passed)  # type: ignore[no-untyped-call] # torch does not annotate it
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return inert
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return make_inert, ()
+
+
+def add_hooks(layers: Sequence[Layer], owner: weakref.ref[Any], outputs: Any) -> list[RemovableHandle]:
+    """The hooks of all layers: on their inputs, and where outputs are scaled on these."""
+    handles = []
+    for i, layer in enumerate(layers):
+        module = layer.module
+        handles.append(module.register_forward_pre_hook(InputHook(module, owner, i), with_kwargs=True))
+        if outputs is not None:
+            handles.append(module.register_forward_hook(OutputHook(module, weakref.ref(outputs), i)))
+    return handles
 
 
 def inert(module: nn.Module, args: Any, kwargs: Any) -> None:
     """What remains of a hook on a copied model."""
 
 
-def _make_inert() -> Callable[..., None]:
+def make_inert() -> Callable[..., None]:
+    """The same, made anew: what a pickle of a hook calls."""
     return inert
 
 

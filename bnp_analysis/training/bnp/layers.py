@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -128,6 +128,32 @@ def _names(given: Names, layers: list[Layer]) -> list[str]:
 
 def _matches(layer: Layer, names: list[str]) -> bool:
     return any(not n or layer.name == n or layer.name.startswith(f"{n}.") for n in names)
+
+
+def uncovered(layers: Iterable[Layer], others: Mapping[str, str], covered: Container[str]) -> dict[str, str]:
+    """Parameter name -> why it is left alone.
+
+    Args:
+        layers: the candidates.
+        others: the reasons of parameters that belong to none of them.
+        covered: names of the layers that are acted on.
+    """
+    reasons = dict(others)
+    for layer in layers:
+        if layer.name not in covered:
+            frozen = not layer.module.weight.requires_grad
+            why = "its weight is frozen" if frozen else "its forward never ran in training"
+            names = [n for n in (layer.weight, layer.bias) if n is not None]
+            reasons.update(dict.fromkeys(names, f"{layer.name or type(layer.module).__name__}: {why}"))
+        elif layer.bias is not None and not has_free_bias(layer):
+            reasons[layer.bias] = "frozen"
+    return reasons
+
+
+def has_free_bias(layer: Layer) -> bool:
+    """Whether the layer has a bias of its own that trains."""
+    bias = layer.module.bias
+    return layer.bias is not None and bias is not None and bias.requires_grad
 
 
 def trainable_space(model: nn.Module) -> ParameterSpace:

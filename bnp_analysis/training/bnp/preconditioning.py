@@ -19,9 +19,10 @@ from bnp_analysis.network.snapshot import unwrap
 from bnp_analysis.precondition.bnp import BNPPreconditioner
 from bnp_analysis.training.bnp.attach import attach_to
 from bnp_analysis.training.bnp.batch_moments import BatchMoments, batch_moments, pool_moments
-from bnp_analysis.training.bnp.gradients import Mark, find_gradients, has_free_bias, marks, unchanged
-from bnp_analysis.training.bnp.hooks import InputHook
-from bnp_analysis.training.bnp.layers import Names, find_candidates, frozen_names, trainable_space
+from bnp_analysis.training.bnp.gradients import Mark, find_gradients, marks, unchanged
+from bnp_analysis.training.bnp.hooks import add_hooks
+from bnp_analysis.training.bnp.layers import Names, find_candidates, frozen_names, trainable_space, uncovered
+from bnp_analysis.training.bnp.output_scale import OutputScales
 from bnp_analysis.training.bnp.rule import Rule
 from bnp_analysis.training.bnp.running_moments import RunningMoments
 from bnp_analysis.training.bnp.settings import Settings
@@ -46,6 +47,8 @@ class BNP:
         init: `"corrected"` leaves the start `(0, 1)` out of the averages; `"paper"` keeps it.
         statistics: of a convolution, per `"channel"` or per entry of the `"patch"` (T6).
         bias_free: of layers without a free bias, `"rank-one"` or `"diagonal"` (T5).
+        output_scale: `"estimated"` also divides each unit by an estimate of its output scale (T10), see `OutputScales`;
+            an extension of this project. It costs another pass over the gradients of each layer's outputs.
         include, exclude: names of layers, or of modules above them; default all, none.
         reference_rows: a step of `R` rows leaves the past `rho^(R / reference_rows)`, so that a row weighs the same in
             batches of any size; None for `rho` at each step, as in the paper.
@@ -56,7 +59,7 @@ class BNP:
 
     Defaults are those of the paper as recalled, but `variance`, `init` and `bias_free`; `BNP.paper(model)` has all.
 
-    Source: Lange, Helfrich and Ye 2022; T2-T6, T8.
+    Source: Lange, Helfrich and Ye 2022; T2-T6, T8; output scaling T10.
 
     Example:
         >>> import torch
@@ -84,6 +87,7 @@ class BNP:
         init: str = "corrected",
         statistics: str = "channel",
         bias_free: str = "rank-one",
+        output_scale: str = "none",
         include: Names | None = None,
         exclude: Names | None = None,
         reference_rows: float | None = None,
@@ -91,7 +95,9 @@ class BNP:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise InvalidInputError(f"model must be an nn.Module, got {type(model).__name__}")
-        self.settings = Settings(rho, eps1, eps2, q, variance, init, statistics, bias_free, reference_rows, check_every)
+        self.settings = Settings(
+            rho, eps1, eps2, q, variance, init, statistics, bias_free, output_scale, reference_rows, check_every
+        )
         self.model = model
         self._choice: dict[str, Any] = {"include": frozen_names(include), "exclude": frozen_names(exclude)}
         found = find_candidates(unwrap(model), **self._choice)
@@ -107,15 +113,12 @@ class BNP:
         )
         self._pending: dict[int, BatchMoments] = {}
         self._inputs: dict[int, list[Tensor]] = {}
-        self._rule = Rule(self.settings, self._layers, self._running)
+        self._outputs = OutputScales(self._layers, rho, eps1) if output_scale == "estimated" else None
+        self._rule = Rule(self.settings, self._layers, self._running, self._outputs)
         self._marks: list[Mark] = []
         self._attached: RemovableHandle | None = None
         self._closed = False
-        own = weakref.ref(self)
-        self._hooks = [
-            layer.module.register_forward_pre_hook(InputHook(layer.module, own, i), with_kwargs=True)
-            for i, layer in enumerate(self._layers)
-        ]
+        self._hooks = add_hooks(self._layers, weakref.ref(self), self._outputs)
         if any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules()):
             # Graphs that were compiled before do not know the hooks.
             torch.compiler.reset()
@@ -145,17 +148,7 @@ class BNP:
     @property
     def uncovered(self) -> dict[str, str]:
         """Parameter name -> why it is left alone."""
-        reasons = dict(self._reasons)
-        covered = set(self.covered)
-        for layer in self._layers:
-            names = [n for n in (layer.weight, layer.bias) if n is not None]
-            if layer.name not in covered:
-                frozen = not layer.module.weight.requires_grad
-                why = "its weight is frozen" if frozen else "its forward never ran in training"
-                reasons.update(dict.fromkeys(names, f"{layer.name or type(layer.module).__name__}: {why}"))
-            elif layer.bias is not None and not has_free_bias(layer):
-                reasons[layer.bias] = "frozen"
-        return reasons
+        return uncovered(self._layers, self._reasons, set(self.covered))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -184,6 +177,8 @@ class BNP:
         pending, inputs = self._pending, self._inputs
         self._pending, self._inputs = {}, {}
         self._running.commit(pending)
+        if self._outputs is not None:
+            self._outputs.commit()
         self._rule.apply(found, inputs)
         self._marks = marks(found)
 
@@ -221,7 +216,7 @@ class BNP:
     def state_dict(self) -> dict[str, Any]:
         """Statistics, steps and scales; options and rows since the last step are not part of it."""
         self._running.check()
-        return write_state(self._running, self._rule.q2)
+        return write_state(self._running, self._rule.q2, self._outputs)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`.
@@ -229,8 +224,9 @@ class BNP:
         Raises:
             InvalidInputError: it comes from another architecture, or is none.
         """
-        self._rule.q2 = read_state(state, self._running)
-        self._pending, self._inputs, self._marks = {}, {}, []
+        self._rule.q2 = read_state(state, self._running, self._outputs)
+        self._forget()
+        self._marks = []
 
     def close(self) -> None:
         """Remove all hooks.
@@ -265,7 +261,13 @@ class BNP:
         for handle in [*self._hooks, *([self._attached] if self._attached else [])]:
             handle.remove()
         self._attached, self._closed = None, True
+        self._forget()
+
+    def _forget(self) -> None:
+        """Leave out what was seen since the last step."""
         self._pending, self._inputs = {}, {}
+        if self._outputs is not None:
+            self._outputs.forget()
 
     def receive(self, index: int, h: Tensor) -> None:
         """Take in an input of a layer, from its hook."""
@@ -284,7 +286,7 @@ class BNP:
     def _refuse_single_rows(self) -> None:
         single = [self._layers[i].name for i, m in self._pending.items() if m.samples < 2]
         if single:
-            self._pending, self._inputs = {}, {}
+            self._forget()
             raise InvalidInputError(
                 f"variance='within' on one row: the variance within the batch of layer {single[0]!r} is 0 and would "
                 "drive sigma to 0. Use variance='total', right at any batch size, or larger batches"

@@ -21,8 +21,11 @@ from bnp_analysis.precondition.bnp import (
     surviving_mean,
 )
 from bnp_analysis.precondition.bnp_block import BNPBlock
-from bnp_analysis.training.bnp.direction import with_bias_, without_bias_
-from bnp_analysis.training.bnp.gradients import Gradients, has_free_bias
+from bnp_analysis.precondition.output_scale import UnitScaled
+from bnp_analysis.training.bnp.direction import divide_units_, with_bias_, without_bias_
+from bnp_analysis.training.bnp.gradients import Gradients
+from bnp_analysis.training.bnp.layers import has_free_bias
+from bnp_analysis.training.bnp.output_scale import OutputScales
 from bnp_analysis.training.bnp.running_moments import RunningMoments
 from bnp_analysis.training.bnp.scale import MeasuredScale
 from bnp_analysis.training.bnp.settings import Settings
@@ -36,13 +39,16 @@ class Rule:
         settings: damping, `q`, form without a bias.
         layers: in the order of the statistics.
         running: their statistics.
+        outputs: the scales of their units, if there are any.
 
     Attributes:
         q2: `q^2` of the last step, layer by layer.
     """
 
-    def __init__(self, settings: Settings, layers: Sequence[Layer], running: RunningMoments) -> None:
-        self._settings, self._layers, self._running = settings, layers, running
+    def __init__(
+        self, settings: Settings, layers: Sequence[Layer], running: RunningMoments, outputs: OutputScales | None
+    ) -> None:
+        self._settings, self._layers, self._running, self._outputs = settings, layers, running, outputs
         self._measured = [MeasuredScale() for _ in layers]
         self.q2: dict[int, float] = {}
         self._spread = Spread(layers, running.widths, settings.eps1, settings.eps2)
@@ -61,13 +67,15 @@ class Rule:
             q2 = self.q2[i] = self._square(g, mean, s2, inputs.get(i, ()))
             # In the statistics' precision where the gradient's is lower.
             w = _ready(weight, kind)
-            if bias is None:
+            b = None if bias is None else _ready(bias, kind)
+            if b is None:
                 without_bias_(w, mean, s2, q2)
             else:
-                b = _ready(bias, kind)
                 with_bias_(w, b, mean, s2, q2)
-                if b is not bias:
-                    bias.copy_(b)
+            if self._outputs is not None:
+                divide_units_(w, b, self._outputs.squares(i))
+            if bias is not None and b is not None and b is not bias:
+                bias.copy_(b)
             if w is not weight:
                 weight.copy_(w)
 
@@ -113,14 +121,17 @@ class Rule:
         mean, variance = self._running.of(index)
         return self._spread.one(index, mean), self._spread.one(index, variance)
 
-    def _block(self, layer: Layer, i: int, space: ParameterSpace) -> tuple[BNPBlock, Tensor]:
+    def _block(self, layer: Layer, i: int, space: ParameterSpace) -> tuple[BNPBlock | UnitScaled, Tensor]:
         mean, variance = (m.detach().to(space.device, torch.float64, copy=True) for m in self._moments(i))
         moments = Moments(mean, variance, variance == 0, self._running.rows[i])
         chosen = self._settings
         q = None if chosen.q == "auto" else math.sqrt(self.q2[i])
         damping = {"eps1": chosen.eps1, "eps2": chosen.eps2}
         block = layer_block(layer, moments, **damping, q=q, bias_free=chosen.bias_free, dtype=space.dtype)
-        return block, moments.constant
+        if self._outputs is None:
+            return block, moments.constant
+        scales = self._outputs.squares(i).to(space.device, torch.float64).sqrt()
+        return UnitScaled(block, scales), moments.constant
 
 
 def _ready(gradient: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@ _CHOICES = {
     "init": ("corrected", "paper"),
     "statistics": ("channel", "patch"),
     "bias_free": ("rank-one", "diagonal"),
+    "output_scale": ("none", "estimated"),
 }
 
 
@@ -27,6 +28,7 @@ class Settings:
     init: str = "corrected"
     statistics: str = "channel"
     bias_free: str = "rank-one"
+    output_scale: str = "none"
     reference_rows: float | None = None
     check_every: int | None = None
 
@@ -39,7 +41,9 @@ class Settings:
             raise InvalidInputError(f"q must be 'auto', 'measured' or a positive number (1 for off), got {self.q!r}")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
-                raise InvalidInputError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+                exact = "; exact scales are those of bnp_preconditioner(risk, output_scale=True)"
+                more = exact if name == "output_scale" else ""
+                raise InvalidInputError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}{more}")
         if self.reference_rows is not None and not _positive(self.reference_rows):
             raise InvalidInputError(f"reference_rows must be a positive number or None, got {self.reference_rows!r}")
         every = self.check_every

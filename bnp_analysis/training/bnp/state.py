@@ -9,12 +9,13 @@ import torch
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.names import clean_name
+from bnp_analysis.training.bnp.output_scale import OutputScales
 from bnp_analysis.training.bnp.running_moments import RunningMoments
 
 _VERSION = 1
 
 
-def write_state(running: RunningMoments, q2: Mapping[int, float]) -> dict[str, Any]:
+def write_state(running: RunningMoments, q2: Mapping[int, float], outputs: OutputScales | None) -> dict[str, Any]:
     """Tensors and numbers only, so that `torch.load(weights_only=True)` reads it."""
     layers: dict[str, dict[str, Any]] = {}
     for i, (name, width) in enumerate(zip(running.names, running.widths, strict=True)):
@@ -26,10 +27,12 @@ def write_state(running: RunningMoments, q2: Mapping[int, float]) -> dict[str, A
             "start": running.start[i],
             "q2": q2.get(i, 1.0),
         }
+        if outputs is not None:
+            layers[name] |= outputs.state(i)
     return {"version": _VERSION, "step": running.step, "layers": layers}
 
 
-def read_state(state: Mapping[str, Any], running: RunningMoments) -> dict[int, float]:
+def read_state(state: Mapping[str, Any], running: RunningMoments, outputs: OutputScales | None) -> dict[int, float]:
     """Put a state into the running statistics; nothing changes unless all of it fits.
 
     Returns:
@@ -46,12 +49,16 @@ def read_state(state: Mapping[str, Any], running: RunningMoments) -> dict[int, f
     for name, width in zip(running.names, running.widths, strict=True):
         if name in layers and tuple(layers[name]["mean"].shape) != (width,):
             misfit.append(f"{name!r} has {tuple(layers[name]['mean'].shape)} means, expected {(width,)}")
+    if outputs is not None and any("output_squares" not in entry for entry in layers.values()):
+        misfit.append("it was saved without output_scale='estimated'")
     if misfit:
         raise InvalidInputError(
             f"the state does not fit: {'; '.join(misfit)}. It comes from another architecture, or from other "
             "include=, exclude= or statistics="
         )
     ordered = [layers[name] for name in running.names]
+    if outputs is not None:
+        outputs.load(ordered)
     like = None if running.now is None else running.now.values.device
     moments = [torch.cat([entry[key] for entry in ordered]) for key in ("mean", "variance")]
     running.set(torch.stack(moments).to(like) if state["step"] else None)
