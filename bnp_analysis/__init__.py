@@ -38,7 +38,7 @@ from bnp_analysis.precondition import (
     kfac_preconditioner,
 )
 from bnp_analysis.results import Result
-from bnp_analysis.theory import Check, CheckTable, check_theory
+from bnp_analysis.theory import Check, CheckTable, ConvergenceCheck, check_convergence_rate, check_theory
 from bnp_analysis.training import BNP, Run, train
 
 __version__ = "0.1.0"
@@ -50,6 +50,7 @@ __all__ = [
     "CheckTable",
     "Comparison",
     "ConditionNumber",
+    "ConvergenceCheck",
     "DenseOperator",
     "DensePreconditioner",
     "Eigenpairs",
@@ -65,6 +66,7 @@ __all__ = [
     "SpectralDensity",
     "SymmetricOperator",
     "bnp_preconditioner",
+    "check_convergence_rate",
     "check_theory",
     "compare",
     "condition_number",

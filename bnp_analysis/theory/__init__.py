@@ -3,6 +3,7 @@
 from bnp_analysis.theory import problems
 from bnp_analysis.theory.check import Check, CheckTable
 from bnp_analysis.theory.convergence import ConvergenceCheck, check_convergence_rate
+from bnp_analysis.theory.gain import check_bnp_gain
 from bnp_analysis.theory.rate_options import RateOptions
 from bnp_analysis.theory.suite import check_theory
 
@@ -11,6 +12,7 @@ __all__ = [
     "CheckTable",
     "ConvergenceCheck",
     "RateOptions",
+    "check_bnp_gain",
     "check_convergence_rate",
     "check_theory",
     "problems",

@@ -218,7 +218,7 @@ class Study:
     def _smooth(
         self, here: EmpiricalRisk, P: Preconditioner | None, size: float, floor: float, below: float
     ) -> float | None:
-        """The largest perturbation, from `size` down, with a nearly linear gradient; None if rounding hides them all."""
+        """The largest perturbation, from `size` down, with a nearly linear gradient; None if rounding hides all."""
         s = self.spectrum
         assert s is not None
         unit = self._length(here, P) / s.kappa
@@ -276,8 +276,10 @@ class Study:
         if stop == INTERRUPTED:
             raise NotPredictable(f"interrupted after {len(seen.norms)} iterations{shown}")
         assert self.prediction is not None
+        predicted = f"-1/log r = {self.prediction.time_constant:.4g} is predicted"
+        if stop != DONE:
+            raise NotPredictable(f"the {stop} came before a straight tail, {predicted}{shown}")
         raise NotPredictable(
-            f"no straight tail within {len(seen.norms)} iterations ({stop}), predicted -1/log r = "
-            f"{self.prediction.time_constant:.4g}: eigenvalues near the slowest still took part (expected bias of the "
-            f"fit {seen.bias:.2g}){shown}"
+            f"no straight tail in {len(seen.norms)} iterations, {predicted}: modes near the slowest still took part "
+            f"(expected bias of the fit {seen.bias:.2g}), or they swing{shown}"
         )

@@ -24,6 +24,7 @@ from bnp_analysis.models import mlp
 from bnp_analysis.theory import convergence_study, rates
 from bnp_analysis.theory.convergence import ConvergenceCheck, check_convergence_rate
 from bnp_analysis.theory.descent import RunningBNP
+from bnp_analysis.theory.gain import check_bnp_gain
 from bnp_analysis.theory.problems import Problem, convolutional, linear_chain, softmax_regression, teacher_student
 from bnp_analysis.theory.rate_options import RateOptions
 
@@ -347,3 +348,17 @@ def test_wrong_arguments_are_refused(arguments: dict[str, Any]) -> None:
 def test_wrong_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(InvalidInputError):
         RateOptions(**options)
+
+
+def test_the_gain_says_whether_bnp_helps() -> None:
+    none = check_bnp_gain(softmax_regression().risk)
+    assert none.holds
+    assert none.statement.startswith("BNP does not help")
+    much = check_bnp_gain(softmax_regression(shift=1.0, kappa=300.0).risk)
+    assert much.holds
+    assert much.statement.startswith("BNP helps")
+    assert much.observed == pytest.approx(much.details["kappa*"] / much.details["kappa* with BNP"], rel=0.05)
+    hopeless = check_bnp_gain(softmax_regression(shift=30.0).risk, options=RateOptions(max_iterations=5000))
+    assert hopeless.holds is None
+    assert "too slow" in hopeless.reason
+    assert hopeless.details["predicted gain"] > 1e3, "the prediction is told all the same"
