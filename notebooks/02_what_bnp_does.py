@@ -42,8 +42,8 @@ for name, h in inputs.items():
 #
 # $$ \nabla^2_{\hat w_i} L = \hat H^T S_i \hat H, \qquad S_i = \frac{\partial^2 L}{\partial a_i\, \partial a_i^T} . $$
 #
-# In the last layer $S_i$ is known: with softmax and cross-entropy it is $\mathrm{diag}(p_i (1 - p_i)) / N$. Compare with
-# the block that the package gets by differentiating the network twice, which knows nothing of this formula.
+# In the last layer $S_i$ is known: with softmax and cross-entropy it is $\mathrm{diag}(p_i (1 - p_i)) / N$. Compare
+# with the block that the package gets by differentiating the network twice, which knows nothing of this formula.
 
 # %%
 layer, unit = "fc3", 2
@@ -70,8 +70,8 @@ print(f"relative difference {t1:.1e}")
 # $$ P = \tfrac1q\, U D, \qquad U = \begin{pmatrix} 1 & -\mu^T \\ 0 & I \end{pmatrix}, \qquad
 # D = \mathrm{diag}(1, 1/\sigma_1, \dots, 1/\sigma_m) . $$
 #
-# Since $\hat H U = [e,\ H - e \mu^T]$ and $\hat H U D = [e,\ (H - e\mu^T)\,\mathrm{diag}(1/\sigma)] = \hat G$, the Hessian
-# in the variables $z$ is
+# Since $\hat H U = [e,\ H - e \mu^T]$ and $\hat H U D = [e,\ (H - e\mu^T)\,\mathrm{diag}(1/\sigma)] = \hat G$, the
+# Hessian in the variables $z$ is
 #
 # $$ P^T\, \hat H^T S \hat H\, P = \hat G^T S \hat G / q^2 . $$
 
@@ -94,7 +94,8 @@ print(f"the package's P against U D / q: {same_P:.1e}")
 # ## What is done to the gradients (T3)
 #
 # Gradient descent in $z$ is $z \leftarrow z - \alpha P^T g$. In the network's own variables that is
-# $\hat w \leftarrow \hat w - \alpha P P^T g$: the forward pass and inference never change, the gradient is multiplied by
+# $\hat w \leftarrow \hat w - \alpha P P^T g$: the forward pass and inference never change, the gradient is multiplied
+# by
 #
 # $$ P P^T = \frac{1}{q^2} \begin{pmatrix} 1 & \mu^T \\ \mu & \mu\mu^T + \mathrm{diag}(\sigma^2) \end{pmatrix}^{-1} . $$
 #
@@ -122,8 +123,8 @@ print(f"P P^T g, weight and bias: relative differences {t3:.1e}, {t3_bias:.1e}")
 # ## Why it conditions (T7)
 #
 # **Centring.** $\kappa(\hat H U) \le \kappa(\hat H)$: the singular values of $\hat H U$ are $\sqrt N$ and those of the
-# centred inputs; $\sqrt N$ and $\sigma_{\max}(H - e\mu^T)$ are both at most $\sigma_{\max}(\hat H)$, and for a unit vector
-# $x$ the vector $v = (-\mu \cdot x, x)$ gives $\hat H v = (H - e\mu^T) x$ with $|v| \ge 1$.
+# centred inputs; $\sqrt N$ and $\sigma_{\max}(H - e\mu^T)$ are both at most $\sigma_{\max}(\hat H)$, and for a unit
+# vector $x$ the vector $v = (-\mu \cdot x, x)$ gives $\hat H v = (H - e\mu^T) x$ with $|v| \ge 1$.
 #
 # **Scaling.** The columns of $G$ all have length $\sqrt N$, and no diagonal scaling of the centred inputs is better by
 # more than $\sqrt m$: $\kappa(G) \le \sqrt m\, \min_D \kappa((H - e\mu^T) D)$, after van der Sluis.
@@ -172,8 +173,9 @@ ax = bnp.plotting.plot_blocks(comparison)
 # %% [markdown]
 # ## The factor `q` (T8), and invariance
 #
-# `q` levels the layers: $|\hat G|^2 / N$ lies between $\max(1, m/(N-1))$ and $m$ always, and for independent features near
-# $(1 + \sqrt{m/N})^2$, that is within $[q^2, 4 q^2]$ for $q^2 = \max(m/N, 1)$. Correlated inputs leave the upper end.
+# `q` levels the layers: $|\hat G|^2 / N$ lies between $\max(1, m/(N-1))$ and $m$ always, and for independent features
+# near $(1 + \sqrt{m/N})^2$, that is within $[q^2, 4 q^2]$ for $q^2 = \max(m/N, 1)$. Correlated inputs leave the upper
+# end.
 #
 # Undamped, the step does not see a shift or a scale of the inputs: multiply the pixels by 255 and add 3, let the first
 # layer undo it, and the curvature in $z$ is what it was.

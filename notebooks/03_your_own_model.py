@@ -13,8 +13,8 @@
 # %% [markdown]
 # # Your own model: what is covered, and what is not
 #
-# A small convolutional network and a small transformer block, both written as anybody would write them. Which parameters
-# does BNP act on, which null directions does the package find, and what may be said about the blocks?
+# A small convolutional network and a small transformer block, both written as anybody would write them. Which
+# parameters does BNP act on, which null directions does the package find, and what may be said about the blocks?
 
 # %%
 import torch
@@ -62,8 +62,8 @@ for layer in coverage(risk):
 print("not covered:", coverage(risk).uncovered)
 
 # %% [markdown]
-# Null directions are read off the operations of the forward pass: units of a ReLU can be rescaled, the softmax ignores a
-# common shift, and so on. Each is verified by a product before it counts.
+# Null directions are read off the operations of the forward pass: units of a ReLU can be rescaled, the softmax ignores
+# a common shift, and so on. Each is verified by a product before it counts.
 
 # %%
 N = bnp.null_directions(risk)
@@ -96,8 +96,8 @@ by_patch = measure(risk, P_patch, ("conv2", 0))
 # %% [markdown]
 # ## A transformer block
 #
-# Eight tokens, the rows of an image. `nn.MultiheadAttention` keeps the weights of queries, keys and values in one tensor
-# and never runs its output layer as a module, so BNP cannot see their inputs. It says so, and leaves them alone.
+# Eight tokens, the rows of an image. `nn.MultiheadAttention` keeps the weights of queries, keys and values in one
+# tensor and never runs its output layer as a module, so BNP cannot see their inputs. It says so, and leaves them alone.
 
 
 # %%

@@ -1,0 +1,197 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Spectra and certificates: how far a condition number can be trusted
+#
+# `kappa*` is the largest over the smallest *nonzero* eigenvalue. Both words are hard for a computer: the smallest value
+# drowns in rounding first, and "nonzero" is no question that floating point can answer. Here are the ways to get it
+# wrong, on matrices whose answer is known, and what the package says in each case (T13).
+
+# %%
+import torch
+
+import bnp_analysis as bnp
+from bnp_analysis.linalg import MatrixOperator, singular_condition_number
+from bnp_analysis.testing import random_orthogonal, spectrum, symmetric_with_spectrum
+
+generator = torch.Generator().manual_seed(0)
+
+# %% [markdown]
+# ## The factor, not the matrix
+#
+# Curvature matrices come as $A = F^T F$. Eigenvalues of a computed $A$ carry an error of about $u\,\lambda_{\max}$,
+# where $u$ is the unit roundoff, so $\lambda_{\min}$ is known to a relative $u\,\kappa$. Singular values of $F$ carry
+# $u\,\sigma_{\max}$: that is $u \sqrt{\kappa}$. Beyond $\kappa = 10^{16}$ only the factor knows anything.
+
+# %%
+n = 40
+print(f"{'true kappa*':>12} {'eigenvalues of A':>22} {'singular values of F':>22}")
+errors = {}
+for kappa in (1e4, 1e8, 1e12, 1e16, 1e20):
+    left, right = random_orthogonal(n + 10, generator)[:, :n], random_orthogonal(n, generator)
+    F = left * spectrum("log", n, kappa).sqrt() @ right.T
+    values = torch.linalg.eigvalsh(F.T @ F)
+    by_matrix = float(values[-1] / values[0])
+    by_factor = singular_condition_number(MatrixOperator(F)).value ** 2
+    errors[kappa] = abs(by_matrix / kappa - 1), abs(by_factor / kappa - 1)
+    print(f"{kappa:12.0e} {by_matrix:22.10g} {by_factor:22.10g}")
+
+# %% [markdown]
+# A negative "condition number", or one that is off by a factor, looks like any other number. Therefore
+# `condition_number` takes the factor where an operator has one, and without it says where its knowledge ends:
+
+# %%
+problem = symmetric_with_spectrum(spectrum("log", n, 1e20), generator, factor_rows=n + 10)
+with_factor = bnp.condition_number(problem.operator, null=problem.null)
+without_factor = bnp.condition_number(bnp.DenseOperator(problem.operator.to_dense()), null=problem.null)
+print(with_factor)
+print(without_factor)
+
+# %% [markdown]
+# ## Every route, before it runs
+#
+# `routes` lists what each way to the number would cost, and what it could claim.
+
+# %%
+for route in bnp.routes(problem.operator):
+    print(route)
+
+# %% [markdown]
+# ## Lanczos and a null space that nobody declared
+#
+# Networks have null spaces. Take 400 eigenvalues, 50 of them zero, the others with `kappa* = 1e4`. The ratio of the
+# largest to the smallest positive Ritz value is what many scripts print. It passes the truth and goes on: in floating
+# point the null space enters the run, and its Ritz values are noise.
+
+# %%
+singular = symmetric_with_spectrum(spectrum("log", 400, 1e4, rank=350), generator)
+ratios, undeclared, declared = {}, {}, {}
+for steps in (60, 100, 150):
+    ritz = bnp.lanczos(singular.operator, steps, seed=1).ritz()[0]
+    ratios[steps] = float(ritz[-1] / ritz[ritz > 0].min())
+    undeclared[steps] = bnp.condition_number(singular.operator, method="lanczos", steps=steps, seed=1)
+    print(f"{steps} steps: ratio of Ritz values {ratios[steps]:.3g}\n  {undeclared[steps]}")
+
+# %% [markdown]
+# The package starts in the range of the matrix, watches how far rounding leads it out, and claims a lower bound from
+# the clean part alone. With the null space declared, the run stays outside of it, and a random start gives an upper
+# bound that fails with a stated probability (Kuczynski and Wozniakowski 1992). It takes of the order of
+# $\sqrt{\kappa^*}$ steps; before that the upper bound is infinite, and the line says how many are missing.
+
+# %%
+for steps in (100, 350):
+    declared[steps] = bnp.condition_number(singular.operator, null=singular.null, method="lanczos", steps=steps, seed=1)
+    print(declared[steps])
+easy = symmetric_with_spectrum(spectrum("log", 400, 100.0, rank=350), generator)
+probable = bnp.condition_number(easy.operator, null=easy.null, method="lanczos", steps=150, seed=1)
+print(f"kappa* = 100:\n{probable}")
+
+# %% [markdown]
+# A direction that is declared but not null is refused, since it would make the number too small:
+
+# %%
+try:
+    bnp.condition_number(singular.operator, null=singular.vectors[:, 340:342])
+    refused = ""
+except bnp.errors.NullSpaceError as error:
+    refused = str(error)
+print(refused)
+
+# %% [markdown]
+# ## With a preconditioner: the term `|P|`
+#
+# The computed $F P$ differs from the exact one by about $u\, |F|\, |P|$, entry by entry. If $P$ is large and cancels
+# against $F$, that exceeds $u\, |F P|$ by far: a certificate that looks at the product alone is wrong. Below, many
+# $F = G P^{-1}$ with $|P|$ large; the truth of the *stored* $F$ and $P$ comes from arithmetic with 60 digits.
+
+# %%
+import mpmath
+
+
+def exact_kappa(F, P):
+    with mpmath.workdps(60):
+        product = mpmath.matrix(F.tolist()) * mpmath.matrix(P.tolist())
+        sigma = mpmath.svd_r(product, compute_uv=False)
+        return float((sigma[0] / sigma[len(sigma) - 1]) ** 2)
+
+
+inside_naive, inside, cases = 0, 0, 20
+for _ in range(cases):
+    P = random_orthogonal(5, generator) * spectrum("log", 5, 1e7, scale=1e7) @ random_orthogonal(5, generator)
+    G = random_orthogonal(7, generator)[:, :5] * spectrum("log", 5, 100.0).sqrt() @ random_orthogonal(5, generator)
+    F = G @ torch.linalg.inv(P)
+    truth = exact_kappa(F, P)
+    sigma = torch.linalg.svdvals(F @ P)
+    radius = 7 * 2.0**-53 * sigma[0]  # what is right for a stored matrix, and forgets |P|
+    naive = [
+        float((sigma[0] - radius) / (sigma[-1] + radius)) ** 2,
+        float((sigma[0] + radius) / (sigma[-1] - radius)) ** 2,
+    ]
+    A = bnp.DenseOperator(F.T @ F, factor=F)
+    k = bnp.condition_number(A, preconditioner=bnp.DensePreconditioner(P))
+    inside_naive += naive[0] <= truth <= naive[1]
+    inside += k.lower <= truth <= k.upper
+print(f"the truth lies in the interval: without |P| {inside_naive} of {cases}, with it {inside} of {cases}")
+print(f"the last one: truth {truth:.12g}\n{k}")
+
+# %% [markdown]
+# ## A spectral density is no condition number
+#
+# Stochastic Lanczos quadrature shows where the eigenvalues are, with error bars. A condition number depends on *one*
+# small eigenvalue among hundreds: a mass of 1/400, below the error bar. Both matrices here have the same density to the
+# eye, and condition numbers that differ by $10^6$.
+
+# %%
+tame = spectrum("log", 400, 100.0)
+wild = tame.clone()
+wild[-1] = 1e-8
+pair = [symmetric_with_spectrum(values, torch.Generator().manual_seed(1)).operator for values in (tame, wild)]
+densities = [bnp.spectral_density(A, probes=8, steps=40, seed=0) for A in pair]
+numbers = [bnp.condition_number(A, null=torch.zeros(400, 0, dtype=torch.float64)) for A in pair]
+for density, number in zip(densities, numbers, strict=True):
+    print(f"{density}\n  {number}")
+
+# %%
+ax = bnp.plotting.plot_spectral_density(densities[0], label="kappa* = 1e2")
+ax = bnp.plotting.plot_spectral_density(densities[1], ax, label="kappa* = 1e8", color=bnp.plotting.ORANGE)
+masses = [density.mass(0.0, 0.02) for density in densities]
+for mass, error in masses:
+    print(f"mass below 0.02: {mass:.4f} +- {error:.4f}")
+
+# %% [markdown]
+# The claims of this page, asserted:
+
+# %%
+assert errors[1e12][0] > 1e3 * errors[1e12][1]
+assert errors[1e16][0] > 0.01
+assert errors[1e20][1] < 1e-3
+assert with_factor.two_sided
+assert with_factor.lower <= 1e20 * (1 + 1e-3)
+assert not without_factor.two_sided
+assert without_factor.lower <= 1e20
+assert ratios[60] > 1.05e4
+assert ratios[150] > 1e6
+assert all(k.lower <= 1e4 and not k.two_sided for k in undeclared.values())
+assert not declared[100].two_sided
+assert declared[100].lower <= 1e4
+assert declared[350].two_sided
+assert declared[350].lower <= 1e4 * (1 + 1e-12)
+assert declared[350].upper >= 1e4 * (1 - 1e-12)
+assert probable.two_sided
+assert 0 < probable.failure_probability < 0.01
+assert probable.lower <= 100 <= probable.upper
+assert refused
+assert inside == cases
+assert inside_naive < cases / 2
+assert abs(numbers[1].value / numbers[0].value / 1e6 - 1) < 1e-3
+assert abs(masses[0][0] - masses[1][0]) < masses[0][1]
