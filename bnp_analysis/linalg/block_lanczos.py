@@ -92,8 +92,7 @@ def block_lanczos(
     with reporting(progress, limit, "block Lanczos") as update:
         try:
             for _ in range(steps):
-                # In dimension n - r no more columns than that can be independent: the rest is rounding.
-                q = _independent_columns(w, 10 * n**0.5 * eps * scale)[:, : n - rank - basis.shape[1]]
+                q = _independent_columns(w, 10 * n**0.5 * eps * scale)
                 if q.shape[1] == 0:
                     stop = "invariant subspace"
                     break

@@ -21,7 +21,7 @@ def count_below(matrix: Floats, shift: float) -> tuple[int, float]:
     Returns:
         The count, and a bound of `|R|_2`.
 
-    Source: T13; Sylvester, Weyl.
+    Source: T13; Sylvester, Weyl; Bunch and Kaufman 1977.
 
     Example:
         >>> count_below(np.diag([1.0, 2.0, 5.0]), 3.0)[0]
@@ -38,18 +38,12 @@ def count_below(matrix: Floats, shift: float) -> tuple[int, float]:
 
 
 def _blocks_below(diagonal: Floats) -> int:
-    """Negative eigenvalues of a block diagonal matrix with blocks of size one and two."""
-    count, i = 0, 0
-    while i < len(diagonal):
-        if i + 1 < len(diagonal) and diagonal[i + 1, i] != 0.0:
-            a, b, c = diagonal[i, i], diagonal[i + 1, i], diagonal[i + 1, i + 1]
-            determinant, trace = a * c - b * b, a + c
-            count += 1 if determinant < 0 else (2 if trace < 0 else 0)
-            i += 2
-        else:
-            count += int(diagonal[i, i] < 0)
-            i += 1
-    return count
+    """Negative eigenvalues of `D`: a block of size two is a pivot of Bunch and Kaufman, with one of each sign."""
+    pairs = np.diagonal(diagonal, -1) != 0.0
+    single = np.ones(len(diagonal), dtype=bool)
+    single[:-1] &= ~pairs
+    single[1:] &= ~pairs
+    return int(pairs.sum() + (np.diagonal(diagonal)[single] < 0).sum())
 
 
 def confirm_ends(

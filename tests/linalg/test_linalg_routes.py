@@ -100,6 +100,17 @@ def test_inertia_counts_eigenvalues(shift: float, generator: torch.Generator) ->
     assert count_below(-np.eye(3), 0.0)[0] == 3
 
 
+def test_inertia_counts_pivots_of_both_sizes() -> None:
+    """Small diagonals make blocks of size two, whose position and number vary."""
+    random = np.random.default_rng(0)
+    for trial in range(300):
+        n = 1 + trial % 9
+        matrix = random.standard_normal((n, n))
+        matrix = matrix + matrix.T - np.diag(2.0 * np.diag(matrix)) * (1.0 - 1e-3) * (trial % 2)
+        shift = 0.3 * random.standard_normal()
+        assert count_below(matrix, shift)[0] == int((np.linalg.eigvalsh(matrix) < shift).sum())
+
+
 def test_inertia_confirms_what_is_true_only() -> None:
     matrix = np.diag([0.0, 0.0, 2.0, -3.0, 5.0])
     ends = confirm_ends(matrix, 2.0, 5.0, 2, 1e-6)

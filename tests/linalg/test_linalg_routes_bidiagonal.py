@@ -46,6 +46,7 @@ class Watched(LinearOperator):
     def __init__(self, matrix: Tensor, stop_at: int = 0) -> None:
         super().__init__((matrix.shape[0], matrix.shape[1]), matrix.dtype, "cpu")
         self.matrix, self.stop_at, self.halves = matrix, stop_at, 0
+        self.asked: list[Tensor] = []
 
     def _matmat(self, x: Tensor) -> Tensor:
         return self._count(self.matrix @ x)
@@ -87,6 +88,46 @@ def test_exact_singular_values(shape: str, dtype: torch.dtype, generator: torch.
         if null is not None:
             assert columns == sigma.size
             assert float((null.double().T @ run.right).abs().max()) <= 1e-14 if dtype == torch.float64 else 1e-6
+
+
+class Rough(Watched):
+    """Products rougher than the dtype: `F` with an error on its null space, `F^T` with others, all below the noise."""
+
+    def __init__(self, rough: float, rougher: float) -> None:
+        """Rank 20, value 1, in 60 x 40; noise `nu = 10 u sqrt(60)`."""
+        eye = torch.eye(60, dtype=torch.float64)
+        nu = 10 * torch.finfo(torch.float64).eps * math.sqrt(60)
+        super().__init__(eye[:, :20] @ eye[:20, :40])
+        self.away = rough * nu * eye[:, 30:50] @ eye[20:40, :40]
+        self.back = rougher * nu * eye[:40, 20:40] @ eye[30:50]
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        return self._count((self.matrix + self.away) @ x)
+
+    def _rmatmat(self, y: Tensor) -> Tensor:
+        self.asked.append(y[:, 0].clone())
+        return self._count(self.matrix.T @ y + self.back @ y)
+
+
+def test_what_was_set_to_zero_is_in_the_radius() -> None:
+    """Twenty columns whose images lie below the noise, together above it."""
+    F = Rough(0.8, 300.0)
+    run = golub_kahan(F, 40)
+    assert run.matrix.shape == (20, 40)
+    gap = (F.matrix + F.away) @ run.right - run.left @ torch.from_numpy(run.matrix)
+    assert float(gap.norm()) > 3 * run.noise
+    assert run.dropped == pytest.approx(float(gap.norm()), rel=0.1)
+    # What F^T sends out of V at the end is below the noise, and counted too.
+    assert run.noise / 10 < golub_kahan(Rough(0.0, 0.8), 40).dropped < 2 * run.noise
+
+
+def test_random_vectors_come_from_outside_what_is_known() -> None:
+    """So that `F^T` of them has nothing in `V`: what rounding has put there is not carried on unseen."""
+    F = Rough(0.0, 0.0)
+    run = golub_kahan(F, 40)
+    assert len(F.asked) == 22
+    for known, y in enumerate(F.asked[1:]):
+        assert float((run.left[:, : max(known - 1, 0)].T @ y).norm()) < 1e-13
 
 
 @pytest.mark.parametrize("scale", [2.0**-46, 1.0, 2.0**46])
