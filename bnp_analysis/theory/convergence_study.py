@@ -14,7 +14,7 @@ from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.precondition.bnp import BNPPreconditioner, bnp_preconditioner
-from bnp_analysis.theory.descent import DIVERGED, DONE, INTERRUPTED, HeavyBallIteration, Iteration, RunningBNP
+from bnp_analysis.theory.descent import DIVERGED, DONE, INTERRUPTED, HeavyBallIteration, Iteration, RunningBNP, State
 from bnp_analysis.theory.limit_point import Spectrum, measure
 from bnp_analysis.theory.minimizer import Minimizer, find_minimizer, gradient_floor
 from bnp_analysis.theory.neighbourhood import KINK, balanced, off_the_minimizers, remainder, roughness, undetermined
@@ -90,7 +90,7 @@ class Study:
                 size /= 30
                 continue
             end = self.risk.at(observation.state[0])
-            moved = self._moved(end)
+            moved = self._moved(end, observation.state)
             if moved <= _SHIFT:
                 self._judge(observation)
                 return
@@ -248,22 +248,26 @@ class Study:
                 f"{self.options.max_iterations - self.iterations} iterations and {max(left, 0):.3g} s"
             )
 
-    def _moved(self, end: EmpiricalRisk) -> float:
-        """Predict again where the run ended: that is the limit point."""
+    def _moved(self, end: EmpiricalRisk, state: State) -> float:
+        """Predict again where the run ended: that is the limit point. Running statistics must have got there, too."""
         assert self.prediction is not None
         assert self.spectrum is not None
-        s = measure(end, self._preconditioner(end), null=False)
-        self.products += s.products
-        if len(s.values) != len(self.spectrum.values):
-            return math.inf
-        there = predict(s, self.method, self.prediction.step, self.prediction.momentum)
-        moved = abs(there.time_constant / self.prediction.time_constant - 1)
-        self.details["prediction at the end over that at the start"] = (
-            there.time_constant / self.prediction.time_constant
-        )
-        if moved <= _SHIFT:
-            self.prediction = replace(self.prediction, factor=there.factor, time_constant=there.time_constant)
-        return moved
+        p, P = self.prediction, self._preconditioner(end)
+        used = [P]
+        if isinstance(P, BNPPreconditioner) and self.method == "bnp":
+            used.append(RunningBNP(end, P, p.step, self.options.rho).used_at(state))
+        constants = []
+        for one in used:
+            s = measure(end, one, null=False)
+            self.products += s.products
+            if len(s.values) != len(self.spectrum.values):
+                return math.inf
+            there = predict(s, self.method, p.step, p.momentum)
+            constants.append(there.time_constant)
+            if one is P:
+                self.prediction = replace(p, factor=there.factor, time_constant=there.time_constant)
+        self.details["prediction at the end over that at the start"] = constants[0] / p.time_constant
+        return max(abs(constant / p.time_constant - 1) for constant in constants)
 
     def _judge(self, seen: Observation) -> None:
         stop = seen.stop

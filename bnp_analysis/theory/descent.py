@@ -92,6 +92,7 @@ class RunningBNP(Iteration):
         self.layers = coverage(risk)
         self.positions = {layer.name: layer_positions(layer, risk.space) for layer in self.layers}
         self.settings = limit.settings
+        self.moments = self._moments(risk.theta)
 
     def _moments(self, theta: Tensor) -> dict[str, Moments]:
         return layer_moments(self.risk.at(theta), statistics=self.settings["statistics"], layers=self.layers)
@@ -99,19 +100,16 @@ class RunningBNP(Iteration):
     def at_rest(self, theta: Tensor) -> State:
         return (theta, *(t for m in self._moments(theta).values() for t in (m.mean, m.variance)))
 
-    def advance(self, state: State) -> tuple[State, float]:
+    def used_at(self, state: State) -> Preconditioner:
+        """The preconditioner of a state's statistics."""
         theta, *statistics = state
-        batch = self._moments(theta)
-        following: list[Tensor] = []
+        q = self.settings["q"]
         blocks = {}
         for i, layer in enumerate(self.layers):
-            m = batch[layer.name]
-            mean, variance = update_moments(statistics[2 * i], statistics[2 * i + 1], m.mean, m.variance, self.rho)
-            following += [mean, variance]
-            q = self.settings["q"]
+            rest = self.moments[layer.name]
             block = layer_block(
                 layer,
-                Moments(mean, variance, m.constant, m.rows),
+                Moments(statistics[2 * i], statistics[2 * i + 1], rest.constant, rest.rows),
                 eps1=self.settings["eps1"],
                 eps2=self.settings["eps2"],
                 q=None if q == "auto" else float(q),
@@ -119,7 +117,16 @@ class RunningBNP(Iteration):
                 dtype=theta.dtype,
             )
             blocks[layer.name] = (self.positions[layer.name], block)
-        P = BlockDiagonal(theta.numel(), blocks, theta.dtype, theta.device)
+        return BlockDiagonal(theta.numel(), blocks, theta.dtype, theta.device)
+
+    def advance(self, state: State) -> tuple[State, float]:
+        theta, *statistics = state
+        batch = self._moments(theta)
+        following: list[Tensor] = []
+        for i, layer in enumerate(self.layers):
+            m = batch[layer.name]
+            following += update_moments(statistics[2 * i], statistics[2 * i + 1], m.mean, m.variance, self.rho)
+        P = self.used_at((theta, *following))
         g = self.risk.at(theta).gradient
         measured = g if self.P is None else self.P.apply_transpose(g)
         return (theta - self.step * P.direction(g), *following), float(measured.norm())

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import t as student
+from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.results import Result
@@ -68,15 +69,15 @@ def fit_rate(norms: Values, *, floor: float = 0.0, power: int = 0) -> RateFit:
     consecutive blocks, which does not pretend that neighbouring iterations are independent.
 
     Args:
-        norms: `(n,)`, positive, one per iteration.
-        floor: below it rounding decides.
+        norms: `(n,)`, one per iteration.
+        floor: at and below it rounding decides.
         power: 1 where a double root makes the decay `k r^k`.
 
     Returns:
         A `RateFit`.
 
     Raises:
-        InvalidInputError: fewer than 32 iterations above the floor, or norms that are not positive.
+        InvalidInputError: fewer than 32 iterations above the floor, or norms there that are no numbers.
 
     Source: T14.
 
@@ -87,14 +88,15 @@ def fit_rate(norms: Values, *, floor: float = 0.0, power: int = 0) -> RateFit:
     """
     if power not in (0, 1):
         raise InvalidInputError(f"power must be 0 or 1, got {power}")
-    values = positive(norms)
-    below = np.flatnonzero(values <= floor)
-    last = int(below[0]) if below.size else values.size
+    given = np.asarray(norms.detach().cpu() if isinstance(norms, Tensor) else norms, dtype=np.float64)
+    below = np.flatnonzero(given <= floor)
+    last = int(below[0]) if below.size else given.size
     first = last // 2
     if last - first < 2 * _BLOCKS:
         raise InvalidInputError(
             f"{last} iterations above the rounding floor {floor:.2g} are too few to fit; 32 are needed"
         )
+    values = positive(given[:last])
     k = np.arange(first, last, dtype=np.float64)
     y = np.log(values[first:last])
     y -= power * np.log(k)

@@ -139,7 +139,7 @@ def observe(
             and fit.e_folds >= _E_FOLDS
         )
         seen_so_far = Observation(norms, losses, trace.state, trace.stop, fit, bias, straight, cycle)
-        if trace.stop != DONE or straight or len(norms) >= limits.iterations:
+        if trace.stop != DONE or straight or len(norms) >= limits.iterations or trace.norms[-1] == 0:
             break
         state = _enlarged(iteration, trace.state, spectrum, trace.norms[0] / trace.norms[-1])
     return seen_so_far
@@ -188,9 +188,12 @@ def seconds_per_iteration(iteration: Iteration, state: State) -> float:
 
 
 def perturbed(iteration: Iteration, theta: Tensor, z: Tensor, size: float, seed: int) -> State:
-    """The state of rest moved by `P z`, its statistics by `size` relative to themselves."""
+    """The state of rest moved by `P z`; means by `size` deviations, variances by `size` of themselves."""
     g = torch.Generator().manual_seed(seed)
     fixed, d = iteration.at_rest(theta), iteration.forward(z)
     parameters = 2 if len(fixed) == 2 else 1
-    rest = [t * (1 + size * torch.randn(t.shape, generator=g, dtype=torch.float64).to(t)) for t in fixed[parameters:]]
-    return (*(t + d for t in fixed[:parameters]), *rest)
+    moved = [t + d for t in fixed[:parameters]]
+    for mean, variance in zip(fixed[parameters::2], fixed[parameters + 1 :: 2], strict=True):
+        noise = torch.randn(2, *mean.shape, generator=g, dtype=torch.float64).to(mean)
+        moved += [mean + size * variance.sqrt() * noise[0], variance * (1 + size * noise[1])]
+    return tuple(moved)
