@@ -1,11 +1,14 @@
-"""Time of one training step: plain, with BatchNorm layers, and with BNP, side by side in one run.
+"""Time and memory of one training step: plain, with BatchNorm layers, and with BNP, side by side in one run.
 
-    python benchmarks/bnp_step.py [--threads 1] [--rounds 7] [--device cpu] [--out benchmarks/results/bnp_step.md]
+    python benchmarks/bnp_step.py [--threads 1] [--rounds 15] [--device cpu] [--out benchmarks/results/bnp_step.md]
 
 A step is `zero_grad`, forward, loss, backward, `pre.step()` where there is one, `optimizer.step()`: SGD with a learning
 rate of 1e-8, so that no network fits its batch and computes with denormal numbers. The three take turns in short
 blocks, round after round, so that what else the machine does hits them alike; ratios are medians over rounds of block
-ratios to the plain step (or BatchNorm's) of the same round.
+ratios to the plain step (or BatchNorm's) of the same round. On one thread of a CPU the clock is the processor time of
+the process, which leaves out the time that other programs take.
+
+Memory: by how much the largest resident memory of a fresh process grows while it takes five steps.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import argparse
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +26,36 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bnp_analysis.models import cnn, mlp
-from bnp_analysis.training.bnp import BNP
+from bnp_analysis.models import cnn, mlp, resnet
+from bnp_analysis.training import BNP
+from bnp_analysis.training.cost import peak_memory
 
 WIDTHS = [784, 100, 100, 100, 10]
+NETWORKS: dict[str, tuple[Callable[[str], nn.Module], tuple[int, ...]]] = {
+    "MLP 784-100-100-100-10": (lambda norm: mlp(WIDTHS, norm=norm, dtype=torch.float32), (784,)),
+    "CNN 3 x 32 x 32": (lambda norm: cnn(norm=norm, dtype=torch.float32), (3, 32, 32)),
+    "ResNet-20 3 x 32 x 32": (lambda norm: resnet(20, norm=norm, dtype=torch.float32), (3, 32, 32)),
+}
+CASES = (
+    ("MLP 784-100-100-100-10", 1),
+    ("MLP 784-100-100-100-10", 60),
+    ("MLP 784-100-100-100-10", 512),
+    ("CNN 3 x 32 x 32", 128),
+    ("ResNet-20 3 x 32 x 32", 128),
+)
+METHODS = ("plain", "BatchNorm", "BNP")
 
 
-def step_of(model: nn.Module, x: Tensor, y: Tensor, pre: BNP | None) -> Callable[[], None]:
+def step_of(method: str, network: str, batch: int, device: str) -> Callable[[], None]:
     """A training step on one fixed batch."""
+    make, shape = NETWORKS[network]
+    model = make("batch" if method == "BatchNorm" else "none").to(device)
+    x = torch.rand(batch, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    return steps(model, x, (torch.arange(batch) % 10).to(device), BNP(model) if method == "BNP" else None)
+
+
+def steps(model: nn.Module, x: Tensor, y: Tensor, pre: BNP | None) -> Callable[[], None]:
+    """The step itself."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-8)
 
     def step() -> None:
@@ -41,88 +68,103 @@ def step_of(model: nn.Module, x: Tensor, y: Tensor, pre: BNP | None) -> Callable
     return step
 
 
-def cases(device: str) -> dict[str, tuple[Callable[[str], nn.Module], tuple[int, ...]]]:
-    """Name -> (network by normalization, shape of a batch)."""
-
-    def perceptron(norm: str) -> nn.Module:
-        return mlp(WIDTHS, norm=norm, dtype=torch.float32).to(device)
-
-    def convolutional(norm: str) -> nn.Module:
-        return cnn(norm=norm, dtype=torch.float32).to(device)
-
-    return {
-        "MLP 784-100-100-100-10, batch 1": (perceptron, (1, 784)),
-        "MLP 784-100-100-100-10, batch 60": (perceptron, (60, 784)),
-        "MLP 784-100-100-100-10, batch 512": (perceptron, (512, 784)),
-        "CNN 3 x 32 x 32, batch 128": (convolutional, (128, 3, 32, 32)),
-    }
-
-
 def block(step: Callable[[], None], count: int, device: str) -> float:
     """Seconds per step over `count` steps."""
-    begin = time.perf_counter()
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    begin = clock()
     for _ in range(count):
         step()
     if device != "cpu":
         torch.cuda.synchronize()
-    return (time.perf_counter() - begin) / count
+    return (clock() - begin) / count
 
 
-def measure(name: str, make: Callable[[str], nn.Module], shape: tuple[int, ...], rounds: int, device: str) -> str:
-    """One row of the table."""
-    g = torch.Generator().manual_seed(0)
-    x = torch.rand(shape, generator=g).to(device)
-    y = (torch.arange(shape[0]) % 10).to(device)
-    plain, preconditioned = make("none"), make("none")
-    steps = {"plain": step_of(plain, x, y, None), "bnp": step_of(preconditioned, x, y, BNP(preconditioned))}
-    if shape[0] > 1:
-        steps["bn"] = step_of(make("batch"), x, y, None)
-    for step in steps.values():
+def row(network: str, batch: int, rounds: int, device: str) -> str:
+    """One row of the table of times."""
+    able = [m for m in METHODS if batch > 1 or m != "BatchNorm"]
+    runs = {method: step_of(method, network, batch, device) for method in able}
+    for step in runs.values():
         block(step, 3, device)
-    count = max(1, int(0.15 / block(steps["plain"], 3, device)))
-    times: dict[str, list[float]] = {key: [] for key in steps}
+    count = max(1, int(0.15 / block(runs["plain"], 3, device)))
+    times: dict[str, list[float]] = {method: [] for method in able}
     for _ in range(rounds):
-        for key, step in steps.items():
-            times[key].append(block(step, count, device))
-    base = times["plain"]
+        for method, step in runs.items():
+            times[method].append(block(step, count, device))
 
-    def cell(key: str) -> str:
-        if key not in times:
-            return "- | -"
-        ratios = [t / b for t, b in zip(times[key], base, strict=True)]
-        return f"{statistics.median(times[key]) * 1e3:.3f} | {statistics.median(ratios):.2f}"
+    def cell(method: str, over: str) -> str:
+        if not {method, over} <= times.keys():
+            return "-"
+        return f"{statistics.median(t / b for t, b in zip(times[method], times[over], strict=True)):.2f}"
 
-    over = "-"
-    if "bn" in times:
-        over = f"{statistics.median(t / b for t, b in zip(times['bnp'], times['bn'], strict=True)):.2f}"
-    return f"| {name} | {statistics.median(base) * 1e3:.3f} | {cell('bn')} | {cell('bnp')} | {over} |"
+    milliseconds = [f"{statistics.median(times[m]) * 1e3:.3f}" if m in times else "-" for m in METHODS]
+    ratios = [cell("BatchNorm", "plain"), cell("BNP", "plain"), cell("BNP", "BatchNorm")]
+    return f"| {' | '.join([f'{network}, batch {batch}', *milliseconds, *ratios])} |"
+
+
+def memory(method: str, network: str, batch: int, device: str) -> float:
+    """Megabytes of five steps, in this process, in which libraries that load on first use were loaded before."""
+    step_of("BNP", "MLP 784-100-100-100-10", 2, device)()
+    step_of("BatchNorm", "CNN 3 x 32 x 32", 2, device)()
+    before = peak_memory(device, reset=True)
+    block(step_of(method, network, batch, device), 5, device)
+    return peak_memory(device) - before
+
+
+def memory_row(network: str, batch: int, threads: int, device: str) -> str:
+    """One row of the table of memory, each number from a process of its own."""
+    found = []
+    for method in METHODS:
+        words = [sys.executable, __file__, "--threads", str(threads), "--device", device]
+        words += ["--memory", method, network, str(batch)]
+        found.append(float(subprocess.run(words, check=True, capture_output=True, text=True).stdout))
+    parameters = sum(p.numel() for p in NETWORKS[network][0]("none").parameters()) * 4 / 2**20
+    numbers = [f"{parameters:.1f}", *(f"{mb:.1f}" for mb in found), f"{found[2] - found[0]:+.1f}"]
+    return f"| {' | '.join([f'{network}, batch {batch}', *numbers])} |"
+
+
+def report(rounds: int, threads: int, device: str) -> list[str]:
+    """Both tables, printed as they come."""
+    lines = ["| step | plain ms | BatchNorm ms | BNP ms | BatchNorm / plain | BNP / plain | BNP / BatchNorm |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    print("\n".join(lines), flush=True)
+    for network, batch in CASES:
+        lines.append(row(network, batch, rounds, device))
+        print(lines[-1], flush=True)
+    lines += [
+        "",
+        "| peak memory | parameters MB | plain MB | BatchNorm MB | BNP MB | BNP - plain |",
+        "|---|---|---|---|---|---|",
+    ]
+    print("\n".join(lines[-3:]), flush=True)
+    for network, batch in CASES[2:]:
+        lines.append(memory_row(network, batch, threads, device))
+        print(lines[-1], flush=True)
+    return lines
 
 
 def main() -> None:
-    """Measure and write the table."""
+    """Measure and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--memory", nargs=3, metavar=("METHOD", "NETWORK", "BATCH"), help="only this number")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.memory:
+        method, network, batch = options.memory
+        print(memory(method, network, int(batch), options.device))
+        return
+    lines = report(options.rounds, options.threads, options.device)
     where = f"{options.threads} thread(s)" if options.device == "cpu" else torch.cuda.get_device_name()
-    lines = [
-        "| step | plain ms | BatchNorm ms | over plain | BNP ms | over plain | BNP over BatchNorm |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    print("\n".join(lines), flush=True)
-    for name, (make, shape) in cases(options.device).items():
-        lines.append(measure(name, make, shape, options.rounds, options.device))
-        print(lines[-1], flush=True)
     settings = f"{where}, torch {torch.__version__}, Python {platform.python_version()}, {options.rounds} rounds"
     if hasattr(os, "getloadavg"):
         settings += f", load {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors at the end"
     if options.out is not None:
         command = f"python benchmarks/bnp_step.py --threads {options.threads} --rounds {options.rounds}"
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        text = [f"# Time of one training step\n\n`{command} --device {options.device}`: {settings}.\n", *lines]
+        text = [f"# One training step\n\n`{command} --device {options.device}`: {settings}.\n", *lines]
         options.out.write_text("\n".join(text) + "\n", encoding="utf-8")
 
 

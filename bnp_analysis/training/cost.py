@@ -75,12 +75,12 @@ def _times(
 def _memory(experiment: Experiment, input_shape: Shape, num_classes: int, steps: int) -> float:
     with one_thread():
         _Runner(Experiment(hidden=(2,)), (2,), 2).run(2)  # libraries that load on first use
-        before = _peak(experiment.device, reset=True)
+        before = peak_memory(experiment.device, reset=True)
         _Runner(experiment, input_shape, num_classes).run(steps)
-        return _peak(experiment.device) - before
+        return peak_memory(experiment.device) - before
 
 
-def _peak(device: str, *, reset: bool = False) -> float:
+def peak_memory(device: str, *, reset: bool = False) -> float:
     """The largest memory so far in MB; with `reset` from now on, where the system can forget the past."""
     if device.startswith("cuda"):
         if reset:

@@ -10,6 +10,8 @@ from torch import Tensor
 from bnp_analysis.network.layers import Layer, channels, rows
 from bnp_analysis.precondition.running import update_moments
 
+_PART = 2**19  # numbers that are centred together
+
 
 class BatchMoments(NamedTuple):
     """Mean and biased variance of what a layer saw.
@@ -85,8 +87,10 @@ def _image_moments(layer: Layer, h: Tensor) -> tuple[Tensor, Tensor | None]:
         return _table_moments(channels(layer, h))
     values = h.flatten(2)
     mean = values.mean((0, 2))
-    centred = values - mean.unsqueeze(1)
-    squares = torch.linalg.vector_norm(centred, dim=2).square_().sum(0)
+    column, squares = mean.unsqueeze(1), torch.zeros_like(mean)
+    # In parts that stay in the cache: less time, and no second copy of the input in memory.
+    for part in torch.split(values, max(1, _PART // max(values[0].numel(), 1))):
+        squares += torch.linalg.vector_norm(part - column, dim=2).square_().sum(0)
     return mean, squares / (h.numel() // h.shape[1])
 
 

@@ -72,8 +72,10 @@ def marks(gradients: Sequence[Gradients]) -> list[Mark]:
 
 def unchanged(gradients: Sequence[Gradients], before: Sequence[Mark]) -> bool:
     """Whether every gradient is one that was marked, and was not written to since."""
-    return len(gradients) <= len(before) and all(_marked(g.weight, before) for g in gradients)
-
-
-def _marked(gradient: Tensor, before: Sequence[Mark]) -> bool:
-    return any(ref() is gradient and version == gradient._version for ref, version in before)
+    for g in gradients:
+        for ref, version in before:
+            if ref() is g.weight and version == g.weight._version:
+                break
+        else:
+            return False
+    return True

@@ -58,13 +58,18 @@ class Rule:
         settings, running = self._settings, self._running
         assert running.now is not None
         means, damped = self._spread(running.now)
-        kind = running.now.values.dtype
+        kind, rows = running.now.values.dtype, running.rows
+        diagonal = settings.bias_free == "diagonal"
         for g in found:
-            i, weight, bias = g.place, g.weight, g.bias
+            i, layer, weight, bias = g
             mean, s2 = means[i], damped[i]
-            if bias is None and settings.bias_free == "diagonal":
+            if bias is None and diagonal:
                 mean, s2 = self._diagonal(i)
-            q2 = self.q2[i] = self._square(g, mean, s2, inputs.get(i, ()))
+            if settings.q == "auto" and (bias is not None or not diagonal):
+                q2 = scale_square(layer.features, rows[i])
+            else:
+                q2 = self._square(g, mean, s2, inputs.get(i, ()))
+            self.q2[i] = q2
             # In the statistics' precision where the gradient's is lower.
             w = _ready(weight, kind)
             b = None if bias is None else _ready(bias, kind)
@@ -80,14 +85,12 @@ class Rule:
                 weight.copy_(w)
 
     def _square(self, g: Gradients, mean: Tensor, s2: Tensor, inputs: Sequence[Tensor]) -> float:
-        """`q^2` of a layer in this step."""
+        """`q^2` of a layer in this step, where it is not that of T3."""
         q, i = self._settings.q, g.place
         if q == "auto":
+            mean, variance = self._moments(i)
             square = scale_square(g.layer.features, self._running.rows[i])
-            if g.bias is None and self._settings.bias_free == "diagonal":
-                mean, variance = self._moments(i)
-                square += surviving_mean(mean, variance + mean.square())
-            return square
+            return square + surviving_mean(mean, variance + mean.square())
         if q != "measured":
             return float(q) ** 2
         if not inputs:

@@ -102,7 +102,7 @@ class RunningMoments:
             values, rows = _all_reduced(batch.values, samples, rows, self.widths)
             batch = Buffer(values, self.widths)
         old, new = self._buffers(batch.values)
-        self._update(old, new, batch, [self._weight(i, n) for i, n in enumerate(rows)])
+        self._update(old, new, batch, self._past(rows, batch.values))
         new.largest = torch.segment_reduce(new.variance, "max", lengths=self._lengths, unsafe=True)
         every = self.check_every or (1 if batch.values.device.type == "cpu" else 100)
         step = self.step + 1
@@ -135,11 +135,9 @@ class RunningMoments:
             self._bad = None
             self._report(layers, step)
 
-    def _update(self, old: Buffer, new: Buffer, batch: Buffer, weights: list[float]) -> None:
-        """`update_moments` for all layers at once, in few operations; `weights` are those of the past."""
+    def _update(self, old: Buffer, new: Buffer, batch: Buffer, past: float | Tensor) -> None:
+        """`update_moments` for all layers at once, in few operations; `past` weighs what was seen before."""
         delta = batch.mean - old.mean
-        same = weights.count(weights[0]) == len(weights)
-        past = weights[0] if same else self._spread(weights, batch.values)
         torch.lerp(old.values, batch.values, 1 - past, out=new.values)
         if not self.total:
             return
@@ -147,6 +145,14 @@ class RunningMoments:
             new.variance.addcmul_(delta, delta, value=past * (1 - past))
         else:
             new.variance.addcmul_(delta.square_(), past * (1 - past))
+
+    def _past(self, rows: list[int], like: Tensor) -> float | Tensor:
+        """The weight of what was seen before: a number, or where layers differ one per entry."""
+        if self.reference_rows is None and all(rows) and self.start.count(self.start[0]) == len(rows):
+            return self._weight(0, rows[0])
+        weights = [self._weight(i, n) for i, n in enumerate(rows)]
+        parts = [torch.full((n,), w, dtype=like.dtype) for w, n in zip(weights, self.widths, strict=True)]
+        return torch.cat(parts).to(like.device, non_blocking=True)
 
     def _constant(self, rows: int) -> float:
         return self.rho if self.reference_rows is None else float(self.rho ** (rows / self.reference_rows))
@@ -157,10 +163,6 @@ class RunningMoments:
         rho = self._constant(rows)
         return without_start(rho, self.start[index]) if self.corrected else rho
 
-    def _spread(self, weights: list[float], like: Tensor) -> Tensor:
-        parts = [torch.full((n,), w, dtype=like.dtype) for w, n in zip(weights, self.widths, strict=True)]
-        return torch.cat(parts).to(like.device, non_blocking=True)
-
     def _gather(self, found: Mapping[int, BatchMoments]) -> Buffer:
         """What the layers saw, side by side; zeros, which weigh nothing, for those that did not run."""
         some = next(iter(found.values())).mean
@@ -168,13 +170,11 @@ class RunningMoments:
         if batch is None or not _alike(batch.values, some):
             batch = self._batch = Buffer(some.new_zeros(2, sum(self.widths)), self.widths)
             self._zeros = Buffer(torch.zeros_like(batch.values), self.widths)
-        # In the order of the layers, which need not be that of their forward passes.
-        moments = [found.get(i) for i in range(len(self.widths))]
         zeros = self._zeros.means
-        means = [zero if m is None else m.mean for m, zero in zip(moments, zeros, strict=True)]
-        variances = [
-            zero if m is None or m.variance is None else m.variance for m, zero in zip(moments, zeros, strict=True)
-        ]
+        # In the order of the layers, which need not be that of their forward passes.
+        moments = [found.get(i) or BatchMoments(0, 0, zero, None) for i, zero in enumerate(zeros)]
+        means = [m.mean for m in moments]
+        variances = [m.variance if m.variance is not None else zeros[i] for i, m in enumerate(moments)]
         torch.cat(means + variances, out=batch.flat)
         return batch
 
