@@ -71,12 +71,8 @@ def tridiagonal_eigh(alpha: Floats, beta: Floats) -> tuple[Floats, Floats]:
     """Eigenvalues and vectors of the tridiagonal problem, always in float64 (trap 11)."""
     if alpha.size == 1:
         return alpha.copy(), np.ones((1, 1))
-    scale = max(float(np.abs(alpha).max()), float(np.abs(beta).max()))
-    if scale == 0.0:
-        return np.zeros_like(alpha), np.eye(alpha.size)
-    # Scaled, so that 1e-300 A does not underflow inside LAPACK.
-    values, vectors = eigh_tridiagonal(alpha / scale, beta / scale)
-    return np.asarray(values * scale, dtype=np.float64), np.asarray(vectors, dtype=np.float64)
+    values, vectors = eigh_tridiagonal(alpha, beta)
+    return np.asarray(values, dtype=np.float64), np.asarray(vectors, dtype=np.float64)
 
 
 def lanczos(

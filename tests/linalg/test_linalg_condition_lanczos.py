@@ -280,3 +280,13 @@ def test_seeds_decide(generator: torch.Generator) -> None:
     assert one.seed == 7
     assert one.lower != other.lower
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("steps", range(1, 16))
+def test_magnitudes_are_not_those_of_interior_ritz_values(steps: int, generator: torch.Generator) -> None:
+    """Between -1 and 1 lies no eigenvalue, but every other step a Ritz value near zero: it bounds nothing."""
+    values = torch.cat([torch.linspace(1, 2, 40), -torch.linspace(1, 2, 40)]).double()
+    p = symmetric_with_spectrum(values, generator)
+    k = magnitude_condition_number(p.operator, null=p.null, method="lanczos", steps=steps, seed=steps)
+    assert k.lower <= 2.0 + 1e-9
+    assert k.upper == math.inf
