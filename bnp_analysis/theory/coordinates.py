@@ -28,7 +28,8 @@ _EPS1 = 1e-2
 @statement("T2", _T2)
 def check_coordinates(problem: Problem) -> Iterator[Check]:
     """T2: the network as a function of `z`, differentiated through a dense `P`, against products with the operator."""
-    risk, P = problem.risk, problem.P
+    problem.require_smooth()
+    risk, P = problem.moving.risk, problem.P
     problem.require_size(risk.space.dim, "the dense P")
     in_z = in_coordinates(risk, P)
     dense = P.to_dense()
@@ -113,7 +114,7 @@ def _update(problem: Problem, layer: Layer) -> Iterator[Check]:
         relation="<=",
         details={"undamped": float(s2.max() / s2.min())},
     )
-    yield from _invariance(problem, layer)
+    yield from _invariance(problem.moving, layer)
 
 
 def _formula(g: Tensor, layer: Layer, mean: Tensor, s2: Tensor, q: float) -> Tensor:
@@ -133,6 +134,9 @@ def _invariance(problem: Problem, layer: Layer) -> Iterator[Check]:
     constant = int(own_moments(problem, layer).constant.sum())
     if padded:
         yield Check.not_applicable(words, "T3", "zero padding: padded entries are not mapped")
+        return
+    if problem.activations.on_kink:
+        yield Check.not_applicable(words, "T3", f"{problem.activations.on_kink} pre-activations lie exactly on a kink")
         return
     channels = layer.groups * layer.features // layer.patch
     g = problem.random(31)

@@ -9,6 +9,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from bnp_analysis.errors import ZeroOperatorError
 from bnp_analysis.linalg import (
     CallableOperator,
     ConditionNumber,
@@ -137,7 +138,7 @@ def _ritz(problem: Problem) -> Iterator[Check]:
     try:
         A = GramOperator(MatrixOperator(problem.factor, exact=False))
         dense = condition_number(A)
-    except NotApplicable as refusal:
+    except (NotApplicable, ZeroOperatorError) as refusal:
         yield Check.not_applicable(words, "T13", str(refusal))
         return
     for steps in (15, 60):
@@ -168,7 +169,7 @@ def _starts(problem: Problem) -> Iterator[Check]:
     except NotApplicable as refusal:
         yield Check.not_applicable(words, "T13", str(refusal))
         return
-    values = values[values > 1e-6 * values[0]].square()
+    values = values[values > 1e-6 * values[:1]].square()
     n = len(values)
     steps = min(_STEPS, n // 2)
     if steps < 5:

@@ -152,6 +152,6 @@ def _live(link: Link, unit: int) -> bool:
         if received is None:
             return False
         rows = received.movedim(1 if reader.node.kind == "conv" else -1, 0)[reader.features[unit]]
-        if bool((rows.reshape(rows.shape[0], -1).std(dim=1) == 0).any()):
+        if bool((rows.reshape(rows.shape[0], -1).std(dim=1, unbiased=False) == 0).any()):
             return False
     return True

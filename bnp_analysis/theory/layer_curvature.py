@@ -8,13 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from bnp_analysis.curvature import gauss_newton, hessian
-from bnp_analysis.network import Layer, coverage, layer_rows
+from bnp_analysis.curvature.output_curvature import output_root
+from bnp_analysis.curvature.units import unit_blocks
+from bnp_analysis.network import EmpiricalRisk, Layer, coverage, layer_rows
 from bnp_analysis.theory.check import Check
 from bnp_analysis.theory.problem import NotApplicable, Problem, agreement, distance, each_layer, label, statement
-from bnp_analysis.theory.rewriting import Offset, first_examples, rewritten
+from bnp_analysis.theory.rewriting import Offset, first_examples, rewritten, with_squared_outputs
 
 _T1 = "a unit's Hessian block is H^^T S_i H^"
+_GN = "a unit's Gauss-Newton block is H^^T diag(s_i^2) H^"
 _T1P = "a layer's Hessian block equals its Gauss-Newton block"
+_BOUND = 1e-9
 # Pre-activations of the layer whose second derivatives are formed.
 _MOST_OFFSETS = 800
 
@@ -26,9 +30,33 @@ def check_unit_blocks(problem: Problem) -> Iterator[Check]:
     `S` comes from a network with a free offset at the layer's output, the other side from the network itself.
     """
     yield from each_layer(problem, _T1, "T1", _unit_blocks)
+    yield from each_layer(problem, _GN, "T1", _by_rows)
+
+
+def _by_rows(problem: Problem, layer: Layer) -> Iterator[Check]:
+    """The short way to the blocks of dense units, one number per row, against the Jacobian of the network."""
+    found = unit_blocks(problem.risk, problem.layers).get(layer.name)
+    if found is None:
+        raise NotApplicable("S_i is not one number per row: a convolution, a sequence, coupled or reused rows")
+    short, long = [], []
+    for i in problem.some_units(layer):
+        A = gauss_newton(problem.risk, block=(layer.name, i))
+        problem.require_size(A.dim)
+        short.append(found[i].to_dense())
+        long.append(A.to_dense())
+    yield agreement(
+        f"{_GN} [{label(layer)}]",
+        "T1",
+        torch.stack(short),
+        torch.stack(long),
+        bound=resolution(problem.risk, layer.name),
+        hypotheses={"dense": True},
+    )
 
 
 def _unit_blocks(problem: Problem, layer: Layer) -> Iterator[Check]:
+    problem.require_smooth()
+    problem.require_once(layer)
     risk = problem.risk
     per_example = _outputs_per_example(problem, layer)
     if per_example > _MOST_OFFSETS:
@@ -47,12 +75,13 @@ def _unit_blocks(problem: Problem, layer: Layer) -> Iterator[Check]:
     S = S[order][:, order].view(layer.units, rows.shape[0], layer.units, rows.shape[0])
     problem.require_size(layer.units * (layer.features + 1))
     A = hessian(part, block=layer.name).to_dense()
-    hypotheses = {"covered": True, "one use of the weight": True}
+    hypotheses = {"covered": True, "one use of the weight": True, "no entry on a kink": True}
     yield agreement(
         f"the layer's Hessian block is (I (x) H^)^T S (I (x) H^) [{label(layer)}]",
         "T1",
         A,
         _assembled(own, rows, S),
+        bound=resolution(part, layer.name),
         hypotheses=hypotheses,
         details={"rows": rows.shape[0], "units": layer.units, "examples": part.batches.total},
     )
@@ -121,16 +150,17 @@ def check_hessian_is_gauss_newton(problem: Problem) -> Iterator[Check]:
 
 def _equal_blocks(problem: Problem, layer: Layer) -> Iterator[Check]:
     found = problem.activations
+    problem.require_once(layer)
+    problem.require_smooth()
+    bound = resolution(problem.risk, layer.name)
     H, A = problem.dense("hessian", layer.name), _by_factor(problem, layer)
     gap = distance(H, A)
     if not found.piecewise_linear:
         raise NotApplicable(f"not piecewise linear: {found.why_smooth}; the blocks differ by {gap:.3g} relative")
-    if found.on_kink:
-        raise NotApplicable(f"{found.on_kink} pre-activations lie exactly on a kink, where there is no Hessian")
     if not bool(A.any()):
         raise NotApplicable("the layer has no curvature at all")
     hypotheses = {"piecewise linear": True, "no entry on a kink": True}
-    yield agreement(f"{_T1P} [{label(layer)}]", "T1'", H, A, hypotheses=hypotheses)
+    yield agreement(f"{_T1P} [{label(layer)}]", "T1'", H, A, bound=bound, hypotheses=hypotheses)
 
 
 def _by_factor(problem: Problem, layer: Layer) -> Tensor:
@@ -141,3 +171,28 @@ def _by_factor(problem: Problem, layer: Layer) -> Tensor:
         return found.to_dense()
     F = found.factor.to_dense()
     return F.T @ F
+
+
+def resolution(risk: EmpiricalRisk, layer: str) -> float:
+    """How well second derivatives by a layer are computed, relative: a saturated softmax leaves `p - p^2` to rounding.
+
+    `u |J|^2 / |F|^2` with the Jacobian `J` by the layer and the factor `F`, in which the curvature keeps its digits.
+
+    Raises:
+        NotApplicable: nothing of them is left.
+    """
+    batch = next(iter(risk.batches))
+    with torch.no_grad():
+        outputs = risk.batch_outputs(risk.named_tensors(), batch)
+    root = output_root(risk, batch, outputs, positions=True)
+    F = gauss_newton(risk, block=layer).factor
+    if root is None or root.probabilities is None or F is None:
+        return _BOUND
+    J = gauss_newton(with_squared_outputs(risk), block=layer).factor
+    assert J is not None
+    size = float(F.to_dense().square().sum())
+    rounding = torch.finfo(risk.space.dtype).eps * float(J.to_dense().square().sum())
+    if rounding > 1e-6 * size:
+        share = size / rounding if rounding else 0.0
+        raise NotApplicable(f"the softmax is saturated: the layer's curvature is {share:.2g} times its rounding")
+    return max(_BOUND, 100 * rounding / size) if size else _BOUND

@@ -122,8 +122,7 @@ def _studied(problem: Problem) -> tuple[EmpiricalRisk, list[Scaling]]:
     """The risk on a part of its data, and the orbits at it."""
     risk = problem.risk
     problem.require_size(risk.space.dim)
-    if problem.activations.on_kink:
-        raise NotApplicable(f"{problem.activations.on_kink} pre-activations lie exactly on a kink: no Hessian there")
+    problem.require_smooth()
     if risk.coupled:
         raise NotApplicable("batch statistics couple the examples")
     outputs = max(risk.outputs.numel() // round(risk.batches.total), 1)

@@ -93,6 +93,49 @@ class Problem:
         return self.bnp if self._preconditioner is None else self._preconditioner
 
     @cached_property
+    def moving(self) -> Problem:
+        """The problem where its gradient is more than rounding: here, or a little beside a critical point."""
+        theta = self.risk.theta
+        noise = torch.randn(theta.shape, generator=self.random(1), dtype=torch.float64).to(theta)
+        beside = self.risk.at(theta + 0.01 * (theta.abs() + theta.abs().mean()) * noise)
+        if self.risk.gradient.norm() > 1e-6 * beside.gradient.norm():
+            return self
+        return Problem(beside, seed=self.seed, limit=self.limit)
+
+    @cached_property
+    def uses(self) -> dict[str, int]:
+        """How often each covered layer runs in one forward pass."""
+        counts = dict.fromkeys((layer.name for layer in self.layers), 0)
+
+        def note(name: str, module: Any, args: Any, output: Any) -> None:
+            counts[name] += 1
+
+        self.risk.capture(note, counts)
+        return {name: count // self.risk.batches.number for name, count in counts.items()}
+
+    def require_once(self, layer: Layer) -> None:
+        """Refuse a layer that runs several times in one forward pass.
+
+        Raises:
+            NotApplicable: with the number.
+        """
+        if self.uses[layer.name] != 1:
+            raise NotApplicable(f"the layer runs {self.uses[layer.name]} times in one forward pass")
+
+    def require_smooth(self) -> None:
+        """Refuse points without derivatives.
+
+        Raises:
+            NotApplicable: an entry lies exactly on a kink.
+        """
+        count = self.activations.on_kink
+        if count:
+            raise NotApplicable(
+                f"{count} pre-activations lie exactly on a kink: there is no derivative, and the one that is computed "
+                "depends on rounding"
+            )
+
+    @cached_property
     def rows(self) -> dict[str, Tensor]:
         """The rows of every covered layer, `(R, groups, m)`."""
         return layer_rows(self.risk, self.layers)

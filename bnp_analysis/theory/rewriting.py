@@ -64,6 +64,14 @@ def _risk_of(
     return EmpiricalRisk(model, loss, data, output=risk._output if output else None, count=count)
 
 
+def with_squared_outputs(risk: EmpiricalRisk) -> EmpiricalRisk:
+    """The risk of the same network with the loss `|f|^2/2`, whose curvature in the outputs is the identity."""
+    squared = copy.copy(rewritten(risk))
+    squared._loss = lambda outputs, y: outputs.square().flatten(1).sum(dim=1).mean() / 2
+    squared._cache = {}
+    return squared
+
+
 def first_examples(risk: EmpiricalRisk, count: int) -> list[Batch]:
     """The first examples of the first batch, or all of it where it cannot be cut."""
     batch = next(iter(risk.batches))

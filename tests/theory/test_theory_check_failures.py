@@ -16,6 +16,7 @@ from theory_check_problems import CLASSES, NETWORKS, inputs, relu, risk_of
 from torch import Tensor, nn
 
 import bnp_analysis as bnp
+from bnp_analysis.curvature.units import UnitBlocks, unit_blocks
 from bnp_analysis.linalg.derived import Shifted
 from bnp_analysis.precondition import BNPBlock, BNPPreconditioner
 from bnp_analysis.theory import (
@@ -91,6 +92,14 @@ def test_examples_that_are_coupled_unnoticed(monkeypatch: Patch) -> None:
 def test_an_empirical_fisher_matrix_in_place_of_gauss_newton(monkeypatch: Patch) -> None:
     monkeypatch.setattr(layer_curvature, "gauss_newton", lambda risk, block: bnp.fisher(risk, "empirical", block=block))
     fails(layer_curvature.check_hessian_is_gauss_newton, relu(), "equals its Gauss-Newton block")
+
+
+def test_blocks_of_units_that_forget_the_square(monkeypatch: Patch) -> None:
+    def rooted(risk: bnp.EmpiricalRisk, layers: object) -> dict[str, UnitBlocks]:
+        return {name: UnitBlocks(b.rows, b.scales.sqrt()) for name, b in unit_blocks(risk, layers).items()}
+
+    monkeypatch.setattr(layer_curvature, "unit_blocks", rooted)
+    fails(layer_curvature.check_unit_blocks, relu(), "a unit's Gauss-Newton block is")
 
 
 # T2, T3, T5

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from theory_check_problems import NETWORKS, checks, relu
+from theory_check_problems import AWKWARD, NETWORKS, checks, relu
 from torch import nn
 
 from bnp_analysis.theory.problem import Problem, Statement
@@ -50,6 +50,35 @@ def test_statements_hold_or_do_not_apply(statement: Statement, name: str) -> Non
         assert "could not be tried" not in check.reason, str(check)
     if name in APPLIES[statement.source]:
         assert any(check.holds for check in found), [str(check) for check in found]
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_no_wrong_verdict_in_awkward_places(name: str) -> None:
+    given = Problem(AWKWARD[name]())
+    for statement in STATEMENTS:
+        if statement.source not in ELSEWHERE - {"T13"}:
+            wrong = [str(check) for check in statement(given) if check.holds is False]
+            assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "words"),
+    [
+        ("a layer that runs twice", "T1", "the layer runs 2 times"),
+        ("a layer that runs twice", "T1'", "the layer runs 2 times"),
+        ("a layer that runs twice", "T9", "the layer runs 2 times"),
+        ("on a kink", "T2", "lie exactly on a kink"),
+        ("on a kink", "T9", "lie exactly on a kink"),
+        ("a saturated softmax", "T1'", "the softmax is saturated"),
+        ("a loader that shuffles", "T9", "3 batches: live statistics are those of one"),
+        ("a loader that shuffles", "T16", "no factor"),
+        ("a loss that is not convex", "T12", "not convex in the outputs"),
+        ("a loss without curvature", "T11", "the Gauss-Newton matrix is zero"),
+    ],
+)
+def test_reasons(name: str, number: str, words: str) -> None:
+    reasons = [check.reason for check in checks(source(number), AWKWARD[name]()) if check.holds is None]
+    assert any(words in reason for reason in reasons), reasons
 
 
 def source(name: str) -> Statement:

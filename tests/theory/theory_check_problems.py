@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import bnp_analysis as bnp
+from bnp_analysis.theory import problems
 from bnp_analysis.theory.check import Check
 from bnp_analysis.theory.problem import Statement
 
@@ -87,6 +88,61 @@ NETWORKS: dict[str, Callable[[], bnp.EmpiricalRisk]] = {
         nn.functional.cross_entropy,
         [(inputs(20, 6), torch.arange(20) % 3), (inputs(7, 6, seed=1), torch.arange(7) % 3)],
     ),
+}
+
+
+class Reused(nn.Module):
+    """One layer that runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.out = nn.Linear(6, 6), nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.a(torch.relu(self.a(x)))))
+
+
+def _on_a_kink() -> bnp.EmpiricalRisk:
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, CLASSES)).double()
+    state = {name: torch.zeros_like(t) if "bias" in name else t for name, t in relu().named_tensors().items()}
+    model.load_state_dict(state)
+    x = inputs(40, 6)
+    x[3] = 0
+    return bnp.EmpiricalRisk(model, nn.functional.cross_entropy, (x, torch.arange(40) % CLASSES))
+
+
+def _shuffled() -> bnp.EmpiricalRisk:
+    data = torch.utils.data.TensorDataset(inputs(40, 6), torch.arange(40) % CLASSES)
+    loader = torch.utils.data.DataLoader(data, batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(0))
+    model = bnp.models.mlp([6, 4, CLASSES], seed=1, dtype=torch.float64)
+    return bnp.EmpiricalRisk(model, nn.functional.cross_entropy, loader)
+
+
+def _hidden(x: Tensor) -> bnp.EmpiricalRisk:
+    return risk_of(lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, CLASSES)), x)
+
+
+def _squared(loss: Callable[..., Tensor]) -> bnp.EmpiricalRisk:
+    model = bnp.models.mlp([6, 5, CLASSES], seed=1, dtype=torch.float64)
+    return bnp.EmpiricalRisk(model, loss, (inputs(40, 6), inputs(40, CLASSES, seed=1)))
+
+
+# Where a careless check would give a wrong verdict.
+AWKWARD: dict[str, Callable[[], bnp.EmpiricalRisk]] = {
+    "at a minimizer with zero residual": lambda: problems.teacher_student().solved,
+    "at a minimizer of a linear chain": lambda: problems.linear_chain().solved,
+    "on a kink": _on_a_kink,
+    "a layer that runs twice": lambda: risk_of(Reused, inputs(40, 6)),
+    "a loader that shuffles": _shuffled,
+    "one example": lambda: _hidden(inputs(1, 6)),
+    "two examples": lambda: _hidden(inputs(2, 6)),
+    "a saturated softmax": lambda: _hidden(1e4 * inputs(40, 6)),
+    "tiny inputs": lambda: _hidden(1e-6 * inputs(40, 6)),
+    "far from the origin": lambda: _hidden(1e4 + inputs(40, 6)),
+    "duplicate features": lambda: _hidden(inputs(40, 3).repeat(1, 2)),
+    "squared loss": lambda: _squared(nn.functional.mse_loss),
+    "a loss without curvature": lambda: _squared(nn.functional.l1_loss),
+    "a loss that is not convex": lambda: _squared(lambda outputs, y: torch.sin(3 * outputs - y).mean()),
 }
 
 
