@@ -22,11 +22,11 @@ PYTEST_FLAGS ?=
 BIN := $(VENV)/bin
 BASE := $(VENV)/.installed-base
 DEV := $(VENV)/.installed-dev
-EXTRAS := dataframe,download,notebooks,test,lint
+EXTRAS := dataframe,docs,download,notebooks,test,lint
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 SLOW_SUMMARY := benchmarks/results/test-slow.txt
 
-.PHONY: help demo test test-slow lint types notebooks figures bench clean
+.PHONY: help demo test test-slow lint types notebooks docs figures bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,11 +57,10 @@ types: $(DEV) ## mypy, strict
 	$(BIN)/mypy
 
 notebooks: $(DEV) ## run notebooks/*.py and write them, with outputs, as notebooks/*.ipynb
-	@set -e; for source in notebooks/*.py; do \
-	  echo "$$source"; \
-	  $(BIN)/jupytext --quiet --to ipynb --set-kernel python3 "$$source"; \
-	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter-execute --inplace "$${source%.py}.ipynb"; \
-	done
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python notebooks/build.py
+
+docs: $(DEV) ## the API reference, from the docstrings, into docs/api
+	$(BIN)/python docs/build_api.py
 
 figures: $(BASE) ## the figures of the theory, quick preset, into paper_figures/quick; FIGURES_FLAGS="--preset full" for more
 	$(BIN)/python -m paper_figures $(FIGURES_FLAGS)
@@ -70,7 +69,7 @@ bench: $(DEV) ## the truth suite: every route against problems with known answer
 	$(BIN)/python benchmarks/truth_suite.py
 
 clean: ## remove all that make made: environment, caches, builds, demo
-	rm -rf $(VENV) build dist demo .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist demo docs/api .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BASE): pyproject.toml constraints.txt

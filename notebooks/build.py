@@ -17,7 +17,7 @@ from nbclient import NotebookClient
 
 HERE = Path(__file__).resolve().parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
-TIMEOUT = 300  # seconds for one cell
+TIMEOUT = 900  # seconds for one cell
 
 
 def sources() -> list[Path]:
@@ -54,11 +54,22 @@ def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({})
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+            cell.outputs = joined([output for output in cell.outputs if WIDGET not in output.get("data", {})])
             for output in cell.outputs:
                 if output.get("name") == "stderr":
                     raise RuntimeError(f"{cell.id} wrote to stderr:\n{output.text}")
     return notebook
+
+
+def joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Text that was printed in several portions as one output."""
+    found: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        if found and output.output_type == "stream" and found[-1].get("name") == output.name:
+            found[-1].text += output.text
+        else:
+            found.append(output)
+    return found
 
 
 def main(arguments: list[str]) -> int:
