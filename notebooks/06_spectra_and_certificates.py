@@ -194,4 +194,4 @@ assert refused
 assert inside == cases
 assert inside_naive < cases / 2
 assert abs(numbers[1].value / numbers[0].value / 1e6 - 1) < 1e-3
-assert abs(masses[0][0] - masses[1][0]) < masses[0][1]
+assert abs(masses[0][0] - masses[1][0]) < 3 * (masses[0][1] + masses[1][1])
