@@ -38,6 +38,7 @@ def verify(record: dict[str, Any]) -> None:
     assert all(row["holds"] for row in record["blocks"]["trained"])
 
 
+@pytest.mark.slow
 def test_a_part_of_the_sweeps_runs(script: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(script), "--quick", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
