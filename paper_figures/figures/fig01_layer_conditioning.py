@@ -105,7 +105,7 @@ def note(data: FigureData) -> str:
 def draw(data: FigureData) -> Figure:
     """Inputs above, blocks below; a column of panels per layer."""
     layers = data.words("layers")
-    figure, axes = style.panels(2, len(layers), sharex=True, sharey="row", height=1.9)
+    figure, axes = style.panels(2, len(layers), sharex=True, sharey="row", height=1.9, extra=0.3)
     steps = data["steps"]
     for i, layer in enumerate(layers):
         top, bottom = axes[0][i], axes[1][i]
@@ -124,6 +124,8 @@ def draw(data: FigureData) -> Figure:
         bottom.set_xlabel("step")
     axes[0][0].set_ylabel(r"$\sigma_{\max}/\sigma_{\min}^{+}$ of the inputs")
     axes[1][0].set_ylabel(r"$\kappa^*$ of unit blocks")
-    axes[0][1].legend(loc="upper right")
-    axes[1][-1].legend(loc="upper right")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    below = axes[1][0].get_legend_handles_labels()
+    words = [*labels, *(f"blocks {label}" for label in below[1])]
+    figure.legend([*handles, *below[0]], words, loc="outside upper center", ncols=len(words))
     return figure
