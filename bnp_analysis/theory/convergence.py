@@ -30,7 +30,7 @@ class ConvergenceCheck(Check):
     Attributes:
         method: `"gd"`, `"heavy_ball"` or `"bnp"`.
         outcome: `"observed"`; or why there is no observation: `"not applicable"`, `"too slow"`, `"no tail"`,
-            `"time limit"`, `"interrupted"`.
+            `"time limit"`, `"iteration limit"`, `"interrupted"`.
         step, momentum: of the iteration.
         factor: the predicted `r`.
         kappa: `lambda_max / lambda_min+` of `P^T Hess P` at the limit point, without its null space.

@@ -90,10 +90,13 @@ class Study:
                 size /= 30
                 continue
             end = self.risk.at(observation.state[0])
-            moved = self._moved(end, observation.state)
-            if moved <= _SHIFT:
+            ended = observation.stop != DONE
+            if (ended and not observation.straight) or self._moved(end, observation.state) <= _SHIFT:
                 self._judge(observation)
                 return
+            if ended:
+                self.outcome = observation.stop
+                raise NotPredictable(f"the {observation.stop} came when the limit point had moved, before another run")
             here = self.risk.at(find_minimizer(end, seed=self.seed, deadline=self.deadline).theta)
             size /= 30
         raise NotPredictable(

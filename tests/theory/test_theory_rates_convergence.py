@@ -301,7 +301,11 @@ def test_what_would_be_too_slow_is_said_before_it_runs(arguments: dict[str, Any]
     assert check.kappa == pytest.approx(1e6, rel=1e-2), "what is known is reported"
 
 
-def test_an_interrupt_keeps_what_was_done() -> None:
+@pytest.mark.parametrize("moved", [0.0, 1.0])
+def test_an_interrupt_keeps_what_was_done(moved: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And ends the check, also where the limit point has moved and another run would begin."""
+    monkeypatch.setattr(convergence_study.Study, "_moved", lambda *ignored: moved)
+
     def impatient(done: int, total: int) -> None:
         if done >= 200:
             raise KeyboardInterrupt
