@@ -91,6 +91,7 @@ def copied(state: Any) -> Any:
 
 def random_states() -> dict[str, Any]:
     """The global random states of torch, its accelerators in use, NumPy and Python."""
+    # NumPy's old global state, no generator of ours: a loader's augmentation may draw from it.
     name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
     return {
         "torch": torch.get_rng_state(),

@@ -127,7 +127,8 @@ class Loop:
         if self.at.stopped:
             return False
         if self.by_step and "scheduler" in self.parts.others:
-            self.parts.others["scheduler"].step()  # type: ignore[attr-defined]
+            scheduler: Any = self.parts.others["scheduler"]
+            scheduler.step()
         update(self.at.step)
         self._probe()
         if self.save_every and self.at.step % self.save_every == 0:

@@ -100,7 +100,7 @@ class Log:
             return
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "r+b" if keep and path.exists() else "wb")  # noqa: SIM115
+        self._file = open(path, "r+b" if keep and path.exists() else "wb")  # noqa: SIM115 - open as long as the run, see close()
         self._file.truncate(min(keep, self._file.seek(0, os.SEEK_END)))
         self._file.seek(0, os.SEEK_END)
 

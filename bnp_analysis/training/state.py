@@ -151,7 +151,7 @@ class Step:
         found = value.detach()
         if check and not bool(torch.isfinite(found)):
             return found, count, f"the loss is {float(found)}"
-        value.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(value)
         if self.preconditioner is not None:
             try:
                 self.preconditioner.step()

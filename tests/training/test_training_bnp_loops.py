@@ -10,6 +10,10 @@ from __future__ import annotations
 
 import copy
 import faulthandler
+import subprocess
+import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -293,10 +297,58 @@ def test_a_compiled_model(order: str) -> None:
     torch.compiler.reset()
 
 
-def _worker(rank: int, folder: str) -> None:
-    faulthandler.dump_traceback_later(100, exit=True)  # a hang must end, and say where
+def test_a_compiled_model_cannot_be_one_graph() -> None:
+    """Said by torch: the hooks count, outside of graphs."""
+    model, _, x, _ = twins()
+    pre = BNP(model)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(model, backend="eager", fullgraph=True)(x)
+    assert not pre._pending
+    torch.compiler.reset()
+
+
+def test_importing_does_not_load_the_compiler() -> None:
+    """It takes longer than torch itself."""
+    code = "import sys, bnp_analysis.training; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_data_parallel_on_several_devices_is_refused() -> None:
+    model, twin, x, y = twins()
+    wrapped = nn.DataParallel(model)
+    pre, other = BNP(wrapped), BNP(twin)
+    assert torch.equal(stepped(wrapped, x, y, pre)[1], stepped(twin, x, y, other)[1]), "one device runs no copies"
+    wrapped.device_ids = [0, 1]
+    with pytest.raises(InvalidInputError, match="use DistributedDataParallel"):
+        BNP(wrapped)
+
+
+def _join(rank: int, folder: str) -> None:
+    """Two processes meet; a hang ends, and says where."""
+    faulthandler.dump_traceback_later(100, exit=True)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+
+
+def _failing_worker(rank: int, folder: str) -> None:
+    _join(rank, folder)
+    if rank:
+        raise ValueError("this rank fails")
+    dist.barrier()
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_the_others(tmp_path: Path) -> None:
+    """No rank waits for one that is gone: the parent hears of it, in bounded time."""
+    begin = time.monotonic()
+    with pytest.raises(Exception, match=r"this rank fails|Connection|closed by peer|terminated"):
+        mp.spawn(_failing_worker, (str(tmp_path),), nprocs=2)
+    assert time.monotonic() - begin < 150
+
+
+def _worker(rank: int, folder: str) -> None:
+    _join(rank, folder)
     torch.manual_seed(0)
     model, x, y = network("padding")
     parallel = DistributedDataParallel(model)

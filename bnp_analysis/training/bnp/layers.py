@@ -36,6 +36,19 @@ def frozen_names(names: Names | None) -> tuple[str, ...] | None:
     return None if names is None else (names,) if isinstance(names, str) else tuple(names)
 
 
+def refuse_replicas(model: nn.Module) -> None:
+    """Refuse a model that runs in copies of its layers, which have no hooks.
+
+    Raises:
+        InvalidInputError: `DataParallel` on several devices.
+    """
+    if any(isinstance(module, nn.DataParallel) and len(module.device_ids) > 1 for module in model.modules()):
+        raise InvalidInputError(
+            "DataParallel runs copies of the layers, whose inputs BNP does not see: use DistributedDataParallel, or one"
+            " device"
+        )
+
+
 def find_candidates(model: nn.Module, include: Names | None, exclude: Names | None) -> Candidates:
     """The layers of an unwrapped model that BNP can act on.
 
