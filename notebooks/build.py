@@ -6,6 +6,7 @@ versions, bars that are gone) is left out, so that a new run gives a small diff.
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
@@ -18,6 +19,10 @@ from nbclient import NotebookClient
 HERE = Path(__file__).resolve().parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
 TIMEOUT = 900  # seconds for one cell
+
+# Sums add up in the same order on every machine, and small matrices gain nothing from threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 
 def sources() -> list[Path]:
