@@ -112,8 +112,7 @@ def norm_bound(matrix: Tensor) -> float:
     for _ in range(_PERRON_STEPS):
         x = x / x.max()
         following = M.T @ (M @ x)
-        if not bool((x > 0).all()):
-            break
+        # Where x underflows, in a part far smaller than the rest, 0/0 bounds nothing: min keeps what it had.
         bound = min(bound, math.sqrt(float((following / x).max())))
         x = following
     return size * bound

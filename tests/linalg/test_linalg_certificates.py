@@ -66,11 +66,12 @@ def test_the_norm_bound_is_sharp(generator: torch.Generator) -> None:
     matrix = torch.rand(40, 40, generator=generator, dtype=torch.float64) * scales * scales[:, None]
     norm = float(torch.linalg.matrix_norm(matrix, 2))
     assert norm_bound(matrix) == pytest.approx(norm, rel=1e-3)
+    assert norm_bound(torch.diag(torch.tensor([3.0, 1e-200], dtype=torch.float64))) == 3.0
     assert math.sqrt(float(matrix.sum(dim=0).max()) * float(matrix.sum(dim=1).max())) > 1.7 * norm
 
 
 def test_the_radius_has_its_two_terms() -> None:
-    assert singular_value_radius(2.0, (3, 7), 5.0) == pytest.approx(14 * UNIT + 5.0)
+    assert singular_value_radius(2.0, (3, 7), 5 * UNIT) == pytest.approx(19 * UNIT, abs=0.0)
 
 
 def test_entries_that_are_given_have_no_rounding() -> None:

@@ -147,3 +147,24 @@ def test_a_null_direction_in_the_wrong_coordinates_is_refused(generator: torch.G
         condition_number(p.operator, preconditioner=P, null=P.transport(p.null))
     with pytest.raises(NullSpaceError):
         condition_number(congruence(p.operator, P), null=p.null)
+
+
+@pytest.mark.parametrize("method", ["lanczos", "inverse-lanczos"])
+def test_krylov_counts_the_rounding_of_a_stored_congruence(method: str, generator: torch.Generator) -> None:
+    """`u |P|^2 |A|`, far above `u |P^T A P|`: the stored `A` is what rounds."""
+    resolved = 0
+    for norm in (1e2, 1e3):
+        for _ in range(6):
+            factor, matrix = cancelling(generator, norm, torch.float64)
+            square = factor.T @ factor
+            square = (square + square.T) / 2
+            n = matrix.shape[0]
+            k = condition_number(
+                DenseOperator(square),
+                preconditioner=DensePreconditioner(matrix),
+                null=torch.zeros(n, 0, dtype=torch.float64),
+                method=method,
+            )
+            assert k.lower <= true_kappa_dense(square, matrix) <= k.upper
+            resolved += k.two_sided
+    assert resolved >= 6

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import bnp_analysis as bnp
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.network import ParameterSpace
 from bnp_analysis.precondition import (
     BlockDiagonal,
     BNPBlock,
@@ -89,6 +90,12 @@ def test_no_product_rounds_more_than_is_said(case: str, generator: torch.Generat
         allowed = P.roundings * torch.finfo(torch.float32).eps / 2 * size._rmatmat(g.double().abs())
         assert bool((gap <= allowed).all())
         assert float((gap / allowed).max()) > 0.01, "a count so large says nothing"
+
+
+def test_blocks_round_as_the_roughest_of_them(generator: torch.Generator) -> None:
+    P = gaps(generator)
+    assert P.roundings == max(block.roundings for _, block in P.blocks.values())
+    assert identity_preconditioner(ParameterSpace({"w": (2,)})).roundings == 0
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
