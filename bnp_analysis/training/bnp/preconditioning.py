@@ -54,8 +54,7 @@ class BNP:
         init: `"corrected"` leaves the start `(0, 1)` out of the averages; `"paper"` keeps it.
         statistics: of a convolution, per `"channel"` or per entry of the `"patch"` (T6).
         bias_free: of layers without a free bias, `"rank-one"` or `"diagonal"` (T5).
-        output_scale: `"estimated"` also divides each unit by an estimate of its output scale (T10), see `OutputScales`;
-            an extension of this project. It costs another pass over the gradients of each layer's outputs.
+        output_scale: `"estimated"` also divides units by estimated output scales (T10, this project's), `OutputScales`.
         include, exclude: names of layers, or of modules above them; default all, none.
         reference_rows: a step of `R` rows leaves the past `rho^(R / reference_rows)`, so that a row weighs the same in
             batches of any size; None for `rho` at each step, as in the paper.
