@@ -1,0 +1,135 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Checking the convergence theory
+#
+# Every statement is tried: a prediction, an observation that shares as little as possible with it, a verdict. A
+# statement whose hypotheses fail is *not applicable*, with the reason; that is no success, and no failure either.
+
+# %%
+import matplotlib.pyplot as plt
+import torch
+
+import bnp_analysis as bnp
+from bnp_analysis.theory import check_bnp_gain, problems
+
+# %% [markdown]
+# ## Statements over a network
+#
+# A small network, inputs that are not centred. `check_theory` takes any risk; here it tries some of the statements
+# about layers, symmetries and orbits. `bnp-analysis check` does the same from the command line and says by its exit
+# status whether all of them hold.
+
+# %%
+g = torch.Generator().manual_seed(0)
+x = 2 + torch.randn(40, 4, generator=g, dtype=torch.float64)
+y = torch.randint(3, (40,), generator=g)
+model = bnp.models.mlp([4, 4, 3], seed=0, dtype=torch.float64)
+risk = bnp.EmpiricalRisk(model, torch.nn.functional.cross_entropy, (x, y))
+checks = bnp.check_theory(risk, only=["T1", "T2", "T3", "T7", "T11"], progress=True)
+checks
+
+# %% [markdown]
+# Each check carries its hypotheses and numbers:
+
+# %%
+one = checks.checks[0]
+print(one)
+print(dict(one.hypotheses))
+print(one.details)
+
+# %% [markdown]
+# ## Rates (T14)
+#
+# Near a manifold of minimizers whose Hessian has no other null directions than those along it, gradient descent
+# contracts by $r = \max_\lambda |1 - \alpha\lambda|$ over the *nonzero* eigenvalues, at best by
+# $(\kappa^*-1)/(\kappa^*+1)$, and heavy ball by $(\sqrt{\kappa^*}-1)/(\sqrt{\kappa^*}+1)$. So predict $r$ from the
+# spectrum at the limit point, run the nonlinear iteration, fit the tail.
+#
+# It takes a minimizer that is attained: here a student that learns from a teacher of its own kind.
+
+# %%
+problem = problems.teacher_student((3, 3, 2), n=40)
+print(problem)
+gd = bnp.check_convergence_rate(problem.risk)
+print(gd)
+print(f"kappa* {gd.kappa:.5g}, null space {gd.null_dim}: {dict(gd.null_sources)}, unexplained {gd.unexplained}")
+heavy = bnp.check_convergence_rate(problem.risk, method="heavy_ball")
+print(heavy)
+
+# %%
+figure, ax = plt.subplots(figsize=(5.5, 3.5), layout="constrained")
+for check, label, colour in ((gd, "gradient descent", "#0072B2"), (heavy, "heavy ball", "#D55E00")):
+    norms = check.gradient_norms
+    k = torch.arange(len(norms), dtype=torch.float64)
+    ax.semilogy(k, norms, color=colour, label=f"{label}, observed")
+    end = check.fit.last - 1
+    slope = check.factor ** (k - end) * ((k + 1) / (end + 1)) ** check.fit.power
+    ax.semilogy(
+        k, norms[end] * slope, "--", color="black", linewidth=0.8, label=None if check is gd else "predicted slope"
+    )
+ax.set_xlabel("iteration")
+ax.set_ylabel("gradient norm")
+legend = ax.legend(frameon=False)
+
+# %% [markdown]
+# The null space matters: with the smallest *computed* eigenvalue in place of the smallest nonzero one the predicted
+# rate would be that of noise.
+
+# %%
+print(f"iterations per factor of e: observed {gd.observed:.5g}, predicted {gd.predicted:.5g}")
+print("without deflation:", gd.without_deflation)
+
+# %% [markdown]
+# ## Rates with BNP (T15)
+#
+# With `P` the matrix is `P^T Hess P`. BNP with running statistics, in full batches, has the factor of the limit's `P`.
+# Inputs that are shifted by one and a half standard deviations make the difference:
+
+# %%
+shifted = problems.teacher_student((3, 3, 2), shift=1.5, n=40)
+gain = check_bnp_gain(shifted.risk)
+print(gain)
+for name, value in gain.details.items():
+    print(f"  {name}: {value:.5g}")
+
+# %% [markdown]
+# ## Where the theory does not speak
+#
+# Cross-entropy on separable data has no minimizer: the weights grow for ever. The check finds out and does not invent a
+# rate.
+
+# %%
+separable = torch.cat([torch.randn(10, 2, generator=g, dtype=torch.float64) + c for c in (-6.0, 6.0)])
+labels = torch.arange(20) // 10
+nowhere = bnp.EmpiricalRisk(
+    torch.nn.Linear(2, 2, dtype=torch.float64), torch.nn.functional.cross_entropy, (separable, labels)
+)
+silent = bnp.check_convergence_rate(nowhere, time_limit=20)
+print(silent)
+
+# %% [markdown]
+# The claims of this page, asserted:
+
+# %%
+assert checks.holds
+assert {check.source for check in checks.checks} >= {"T1", "T2", "T3", "T7", "T11"}
+assert gd.holds
+assert heavy.holds
+assert abs(gd.factor - (gd.kappa - 1) / (gd.kappa + 1)) < 1e-6
+assert abs(heavy.factor - (gd.kappa**0.5 - 1) / (gd.kappa**0.5 + 1)) < 1e-3
+assert gd.unexplained == 0
+assert heavy.observed < gd.observed / 3
+assert gain.holds
+assert gain.observed > 1.5
+assert silent.holds is None
