@@ -26,7 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
         "widths": [3, 3, 2],
         "shift": 1.0,
-        "kappa": 300.0,
+        "kappa": 500.0,
         "seeds": [0, 1],
         "n": 80,
         "inputs": [RECORDED],
@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "full": {
         "widths": [3, 3, 2],
         "shift": 1.0,
-        "kappa": 300.0,
+        "kappa": 500.0,
         "seeds": [0, 1, 2, 3],
         "n": 80,
         "inputs": [RECORDED],
@@ -43,8 +43,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 CURVES = ("gd", "heavy_ball", "gd with BNP", "bnp")
-LABELS = ("gradient descent", "heavy ball", "BNP, fixed statistics", "BNP, running statistics")
-COLOURS = (style.GREY, style.BLUE, style.ORANGE, style.PURPLE)
+KINDS = ("gd", "heavy_ball", "bnp_fixed", "bnp", "bnp_heavy_ball")  # of the recorded study, the first as in CURVES
+LABELS = ("gradient descent", "heavy ball", "BNP, fixed statistics", "BNP, running statistics", "BNP, heavy ball")
+COLOURS = (style.GREY, style.BLUE, style.ORANGE, style.PURPLE, style.GREEN)
 TOLERANCE = 0.03
 
 
@@ -72,8 +73,13 @@ def compute(settings: Settings, report: Report) -> dict[str, Any]:
                 arrays |= {f"norms{c}": check.gradient_norms.numpy(), f"factor{c}": check.factor}
             report((s * len(CURVES) + c + 1) / total)
     recorded = json.loads((ROOT / RECORDED).read_text())["rows"] if (ROOT / RECORDED).exists() else []
-    kinds = {"gd": 0, "heavy_ball": 1, "gd, BNP": 2, "bnp": 3}
-    known = [[kinds[r["kind"]], r["predicted"], r["observed"], r["kappa"]] for r in recorded]
+    known = [
+        [
+            KINDS.index(row["method"]),
+            *(np.nan if row[x] is None else row[x] for x in ("predicted", "observed", "kappa")),
+        ]
+        for row in recorded
+    ]
     return arrays | {"live": rows, "recorded": np.array(known, dtype=float).reshape(-1, 4)}
 
 
@@ -106,19 +112,24 @@ def note(data: FigureData) -> str:
     return (
         f"(a) ReLU teacher-student network {widths} on {s['n']} images of digits reduced to {s['widths'][0]} features, "
         f"mean over deviation {s['shift']}, scales chosen for kappa* = {s['kappa']:g}; float64, best steps, perturbed "
-        f"from the minimizer, seed {s['seeds'][0]}; dashed: r^k (heavy ball k r^k) with the predicted r. (b) The same "
-        f"for seeds {s['seeds']} (filled) and the recorded study {RECORDED} (open): {int(seen.sum())} of {len(rows)} "
-        f"runs reached their tail, largest error {error:.1%}. Smallest predicted gain of BNP in (a): "
+        f"from the minimizer, seed {s['seeds'][0]}; dashed: r^k (heavy ball k r^k) with the predicted r. (b, c) "
+        f"The same for seeds {s['seeds']} (filled) and the recorded study {RECORDED} (open): {int(seen.sum())} of "
+        f"{len(rows)} runs reached their tail, largest error {error:.1%}. Smallest predicted gain of BNP in (a): "
         f"{speedup(data):.3g} times."
     )
 
 
 def draw(data: FigureData) -> Figure:
     """Curves on the left, the scatter on the right."""
-    figure, ((left, right),) = style.panels(1, 2, height=2.7, extra=0.3)
+    figure, ((left, right, error),) = style.panels(1, 3, height=2.4, extra=0.3)
     for c, (label, colour) in enumerate(zip(LABELS, COLOURS, strict=True)):
-        norms = data[f"norms{c}"]
-        if not len(norms):  # too slow to observe
+        for rows, face in ((data["recorded"], "white"), (data["live"], colour)):
+            own = rows[rows[:, 0] == c]
+            look = {"color": colour, "markerfacecolor": face, "marker": "osD^v"[c], "linestyle": "none"}
+            right.plot(own[:, 1], own[:, 2], label=label, **look)
+            error.plot(own[:, 1], 100 * (own[:, 2] / own[:, 1] - 1), **look)
+        norms = data.arrays.get(f"norms{c}", [])
+        if not len(norms):  # too slow to observe, or in the recorded study only
             continue
         k = np.arange(1, len(norms) + 1)
         left.plot(k, norms / norms[0], color=colour, label=label)
@@ -127,23 +138,26 @@ def draw(data: FigureData) -> Figure:
         if anchor > 0:
             line = np.exp(slope - slope[anchor]) * norms[anchor] / norms[0]
             left.plot(k[len(k) // 4 :], line[len(k) // 4 :], "--", color=style.BLACK, linewidth=0.8)
-        for rows, face in ((data["recorded"], "white"), (data["live"], colour)):
-            own = rows[rows[:, 0] == c]
-            right.plot(own[:, 1], own[:, 2], "osD^"[c], color=colour, markerfacecolor=face)
     left.set_xscale("log")
     left.set_yscale("log")
     left.set_xlabel("iteration")
     left.set_ylabel(r"$\|P^T\nabla L\|$ over its first value")
-    left.set_title("gradient norms and predicted slopes")
+    left.set_title("gradient norms, slopes")
     everything = np.concatenate([data["live"], data["recorded"]])[:, 1:3]
+    everything = everything[np.isfinite(everything).all(axis=1)]
     limits = [np.nanmin(everything) / 2, np.nanmax(everything) * 2]
     right.plot(limits, limits, color=style.BLACK, linewidth=0.7)
-    right.fill_between(limits, np.multiply(limits, 0.97), np.multiply(limits, 1.03), color=style.GREY, alpha=0.3)
     right.set_xscale("log")
     right.set_yscale("log")
     right.set_xlabel(r"predicted $-1/\log r$")
     right.set_ylabel(r"observed $-1/\log r$")
-    right.set_title("time constants (band: 3 %)")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    style.letters([left, right])
+    right.set_title("time constants")
+    error.axhspan(-3, 3, color=style.GREY, alpha=0.2, linewidth=0)
+    error.set_xscale("log")
+    error.set_xlabel(r"predicted $-1/\log r$")
+    error.set_ylabel("deviation, %")
+    error.set_title("observed against predicted")
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles[1::2], labels[1::2], loc="outside upper center", ncols=len(LABELS))
+    style.letters([left, right, error])
     return figure

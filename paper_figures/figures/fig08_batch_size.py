@@ -14,8 +14,8 @@ from paper_figures.frame import ROOT, FigureData, Report, Settings
 
 TITLE = "Final accuracy against the size of the batch"
 CLAIM = (
-    "BNP trains at every batch size, one included, where BatchNorm and Batch Renormalization cannot run, and is never "
-    "more than two points below the best method."
+    "BNP trains at every batch size, one included, where BatchNorm and Batch Renormalization cannot run, and ends "
+    "above the vanilla network at each; it is not always the best method."
 )
 SHOWS = "T3, T4"
 SERIES = {"digits": (60, 6, 1), "mnist": (60, 6, 1), "cifar": (128, 2)}
@@ -55,12 +55,12 @@ def _accuracies(path: str) -> list[list[float]]:
 
 
 def failure(data: FigureData) -> str:
-    """BNP present everywhere, and within two points of the best."""
+    """BNP present everywhere, and above vanilla."""
     for series in data.words("series"):
         for batch, found in zip(data[f"{series}/batch"], data[f"{series}/accuracy"][..., 0], strict=True):
-            gap = np.nanmax(found) - found[METHODS.index("BNP")]
-            if not gap <= 0.02:
-                return f"{series}, batch {batch}: BNP is {100 * gap:.1f} points below the best method"
+            gain = found[METHODS.index("BNP")] - found[METHODS.index("vanilla")]
+            if not gain > 0:
+                return f"{series}, batch {batch}: BNP is {100 * -gain:.1f} points below the vanilla network"
     return ""
 
 
@@ -68,8 +68,8 @@ def note(data: FigureData) -> str:
     """Where the data come from."""
     return (
         "Recorded results of benchmarks/compare_training.py, the same in every preset: perceptron of 3 x 100 units "
-        "on digits (10 epochs) and MNIST, CNN on 10,000 images of CIFAR-10 (3 epochs); the number of epochs "
-        "differs between batch sizes on MNIST (5, 3, and 3 on 10,000 examples at batch 1). Mean and range over 3 seeds."
+        "on digits (10 epochs) and MNIST, CNN on CIFAR-10 (3 epochs; 10,000 images, 5,000 at batch 2); "
+        "epochs on MNIST 5, 3, and 3 on 10,000 examples at batch 1. Mean and range over 3 seeds."
     )
 
 
