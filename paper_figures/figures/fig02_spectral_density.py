@@ -83,6 +83,8 @@ def failure(data: FigureData) -> str:
     for name in MATRICES:
         for j in (0, 1):
             key = f"{name}/{j}"
+            if not np.isfinite(data[f"{key}/exact"]).all():
+                return f"{name}: an eigenvalue is not finite"
             error = 4 * data[f"{key}/mass_error"] + data[f"{key}/node_weight"]
             gap = float((np.abs(data[f"{key}/mass"] - data[f"{key}/true_mass"]) - error).max())
             if not gap <= 0:
