@@ -211,3 +211,39 @@ def test_an_input_that_is_overwritten_afterwards_was_seen_before() -> None:
         buffer.fill_(1e6)
         pre.step()
         assert relative(pre.state_dict()["layers"]["0"]["mean"], x[:n].mean(0)) < 1e-12
+
+
+@pytest.mark.parametrize("numbers", [1, 70, 10**6])
+def test_images_centred_in_parts_are_centred_whole(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bnp_analysis.training.bnp.batch_moments._PART", numbers)
+    model, x, _ = network("padding", rows=7)
+    found = batch_moments(BNP(model)._layers[0], x, "channel")
+    mean, var = moments(x.movedim(1, -1).flatten(0, -2))
+    assert found is not None
+    assert found.variance is not None
+    assert relative(found.mean, mean) < 1e-13
+    assert relative(found.variance, var) < 1e-13
+
+
+class Backwards(nn.Module):
+    """Layers that run in another order than they are listed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.first = nn.Linear(4, 3), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x)))
+
+
+def test_statistics_belong_to_layers_not_to_the_order_of_their_runs() -> None:
+    _, x, y = network()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Backwards().double()
+    pre = BNP(model)
+    hidden = torch.tanh(model.first(x)).detach()
+    stepped(model, x, y, pre)
+    kept = pre.state_dict()["layers"]
+    assert relative(kept["first"]["mean"], x.mean(0)) < 1e-13
+    assert relative(kept["last"]["variance"], hidden.var(0, correction=0)) < 1e-12
