@@ -193,12 +193,13 @@ def _why(history: list[tuple[float, float, float]], newton: float, floor: float,
     )
     if time.monotonic() > deadline:
         return f"the time limit came first; {seen}"
-    if newton > 1e-4 and last_size > 1.2 * size and last_grad < 1e-3 * grad:
+    if newton > 1e-4 and last_size > 1.2 * size and last_grad < 1e-8 * grad:
         return (
             f"the loss has no attained minimizer here: {seen}, and the Newton step is still {newton:.2g} of |theta|, "
             "as gradient and curvature vanish together. Smooth the labels, or add a penalty to the loss"
         )
     return (
-        f"no critical point was reached, as at a kink, where a descent stops at a gradient that is not zero: {seen}; "
+        f"no critical point was reached: {seen}. A descent ends like this at a kink, where the gradient is not zero, "
+        "on the way to a singular minimizer, or where what remains of the gradient lies along nearly flat directions; "
         f"Newton step {newton:.2g} of |theta|, rounding alone makes |grad| {floor:.2g}"
     )
