@@ -112,9 +112,8 @@ for name, value in gain.details.items():
 # %%
 separable = torch.cat([torch.randn(10, 2, generator=g, dtype=torch.float64) + c for c in (-6.0, 6.0)])
 labels = torch.arange(20) // 10
-nowhere = bnp.EmpiricalRisk(
-    torch.nn.Linear(2, 2, dtype=torch.float64), torch.nn.functional.cross_entropy, (separable, labels)
-)
+linear = bnp.models.mlp([2, 2], seed=0, dtype=torch.float64)
+nowhere = bnp.EmpiricalRisk(linear, torch.nn.functional.cross_entropy, (separable, labels))
 silent = bnp.check_convergence_rate(nowhere, time_limit=20)
 print(silent)
 
