@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from bnp_analysis.curvature.gauss_newton import gauss_newton
 from bnp_analysis.curvature.null_basis import NullBasis, Verifier, most_columns
+from bnp_analysis.curvature.orbits import Orbit
 from bnp_analysis.curvature.output_curvature import output_root
+from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.network.candidates import Candidate, Part
 from bnp_analysis.network.parameters import Block
@@ -38,6 +41,33 @@ class NullDirections(Result):
     approximate: Mapping[str, tuple[int, float]]
     rejected: Mapping[str, tuple[int, float]]
     not_analysed: tuple[str, ...]
+    # Maps, not numbers: files do not hold them.
+    _orbits: ClassVar[tuple[Orbit, ...]] = ()
+
+    @property
+    def orbits(self) -> tuple[Orbit, ...]:
+        """The finite symmetries behind the directions, where a formula is known: scales, shifts, mixings of two."""
+        return self._orbits
+
+    def orbit(self, cause: str, index: int = 0) -> Orbit:
+        """One of the finite symmetries of a cause.
+
+        Args:
+            cause: a key of `sources`.
+            index: which of them, in the order in which they were found.
+
+        Raises:
+            InvalidInputError: there is none: data, not structure, make these directions null; or the result was read
+                from a file.
+        """
+        mine = [orbit for orbit in self.orbits if orbit.cause == cause]
+        if not -len(mine) <= index < len(mine):
+            known = sorted({orbit.cause for orbit in self.orbits})
+            raise InvalidInputError(
+                f"{len(mine)} finite symmetries of {cause!r}, so none has index {index}; there are some of: "
+                f"{', '.join(known) or 'no cause (files do not hold them)'}"
+            )
+        return mine[index]
 
     def summary(self) -> str:
         """Counts by cause."""
@@ -68,9 +98,11 @@ def null_directions(risk: EmpiricalRisk, *, block: Block | None = None) -> NullD
     """Directions `t` with `F t = 0`, `F^T F` the Gauss-Newton matrix, from the symmetries and the data of a network.
 
     Causes (T11), the most local first: parameters without effect, dependent inputs, rows that a ReLU or a max-pooling
-    cuts, dead units; shifts before a normalization, the softmax shift; positively homogeneous units and channels,
-    linear layers and always-active units, the affine part of a normalization. Each is verified by a product, relative.
-    Scales before a normalization with eps > 0 are measured and reported as approximate, however small they are.
+    cuts, dead units; what a normalization, the layers behind or the loss do not read of a layer's outputs; scales,
+    shifts and mixings of channels along residual streams, of homogeneous units, linear layers, always-active units,
+    attention heads, the affine part of a normalization; rotations of a stream that only norms and linear layers read.
+    Each is verified by a product, relative. Scales before a normalization with eps > 0 are measured and reported as
+    approximate, however small they are.
 
     Args:
         risk: the empirical risk.
@@ -107,10 +139,14 @@ def null_directions(risk: EmpiricalRisk, *, block: Block | None = None) -> NullD
     basis = NullBasis(risk.space.dim, verifier)
     approximate: dict[str, tuple[int, float]] = {}
     rejected: dict[str, tuple[int, float]] = {}
+    orbits: list[Orbit] = []
     for candidate in candidates:
         book = rejected if candidate.exact else approximate
-        basis.add(candidate.cause, list(_verified(candidate, verifier, book)))
-    return NullDirections(
+        parts = [_verified(candidate, part, verifier, book) for part in candidate.parts]
+        basis.add(candidate.cause, [part for part in parts if part.count])
+        kept = zip(parts, candidate.moves, strict=False)
+        orbits += [Orbit(candidate.cause, move) for part, move in kept if part.count and move is not None]
+    found = NullDirections(
         basis=basis.dense(risk.theta),
         sources=basis.counts(),
         approximate=approximate,
@@ -120,20 +156,19 @@ def null_directions(risk: EmpiricalRisk, *, block: Block | None = None) -> NullD
         matvecs=verifier.matvecs,
         seconds=time.perf_counter() - began,
     )
+    object.__setattr__(found, "_orbits", tuple(orbits))
+    return found
 
 
-def _verified(candidate: Candidate, verifier: Verifier, book: dict[str, tuple[int, float]]) -> Iterator[Part]:
-    """The columns of a candidate that are null; the others go into the book, and all that are not exact."""
-    for part in candidate.parts:
-        moving = part.values.norm(dim=0) > 0
-        values = part.values[:, moving]
-        sizes = verifier.sizes(Part(part.positions, values))
-        null = (sizes <= verifier.tolerance) & candidate.exact
-        if not bool(null.all()):
-            known, worst = book.get(candidate.cause, (0, 0.0))
-            book[candidate.cause] = (known + int((~null).sum()), max(worst, float(sizes[~null].max())))
-        if bool(null.any()):
-            yield Part(part.positions, values[:, null])
+def _verified(candidate: Candidate, part: Part, verifier: Verifier, book: dict[str, tuple[int, float]]) -> Part:
+    """The columns of a part that are null; the others go into the book, and all that are not exact."""
+    values = part.values[:, part.values.norm(dim=0) > 0]
+    sizes = verifier.sizes(Part(part.positions, values))
+    null = (sizes <= verifier.tolerance) & candidate.exact
+    if not bool(null.all()):
+        known, worst = book.get(candidate.cause, (0, 0.0))
+        book[candidate.cause] = (known + int((~null).sum()), max(worst, float(sizes[~null].max())))
+    return Part(part.positions, values[:, null])
 
 
 def _counted(risk: EmpiricalRisk) -> list[Tensor | None] | None:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bnp_analysis.network.graph import Graph, Node
-from bnp_analysis.network.links import Reader
+from bnp_analysis.network.graph import Graph
 from bnp_analysis.network.risk import EmpiricalRisk
 
 
@@ -26,12 +25,34 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
+class Move:
+    """A one-parameter group of maps of the flat space, `T_s T_t = T_(s t)`, read with `log t` as its time.
+
+    Attributes:
+        scaled, exponents: `theta[scaled] *= t^exponents`.
+        moved, steps: `theta[moved] += log(t) steps`.
+        sheared: for each of some steps in a row, `theta[target] += log(t) * factor * theta[source]`, summed over equal
+            targets; columns `(target, source)` and the factors.
+    """
+
+    scaled: Tensor
+    exponents: Tensor
+    moved: Tensor
+    steps: Tensor
+    sheared: tuple[tuple[Tensor, Tensor], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
 class Candidate:
-    """Directions of one cause; `exact` is False where only a norm's eps = 0 would make them null."""
+    """Directions of one cause; `exact` is False where only a norm's eps = 0 would make them null.
+
+    `moves[i]` is the finite symmetry along the single column of `parts[i]`, where there is one.
+    """
 
     cause: str
     parts: tuple[Part, ...]
     exact: bool = True
+    moves: tuple[Move | None, ...] = ()
 
     @property
     def count(self) -> int:
@@ -53,9 +74,29 @@ class Chart:
     def __init__(self, risk: EmpiricalRisk, graph: Graph) -> None:
         self.space, self.graph = risk.space, graph
         self._tensors = {name: t.detach().cpu().double() for name, t in risk.named_tensors().items()}
+        begin, self._start = self.space.dim, {}
+        for name, t in self._tensors.items():
+            if name not in self.space:
+                self._start[name] = begin
+                begin += t.numel()
+        # Every number of every parameter: the free ones as in the flat space, then the constants.
+        self.size, self.dim = begin, self.space.dim
 
     def tensor(self, name: str) -> Tensor:
         return self._tensors[name]
+
+    def positions(self, name: str) -> Tensor:
+        """Where the entries of a parameter lie, of its shape; constants lie behind the flat space."""
+        start = self.space.slice_of(name).start if name in self.space else self._start[name]
+        t = self._tensors[name]
+        return torch.arange(start, start + t.numel()).view(t.shape)
+
+    def values(self) -> Tensor:
+        """All numbers by position."""
+        found = torch.zeros(self.size, dtype=torch.float64)
+        for name, t in self._tensors.items():
+            found[self.positions(name).reshape(-1)] = t.reshape(-1)
+        return found
 
     def movable(self, name: str) -> bool:
         """Whether a parameter is free and used once."""
@@ -81,20 +122,3 @@ class Chart:
         tensor = self._tensors[name]
         width = tensor.numel() // tensor.shape[0]
         return torch.arange(unit * width, (unit + 1) * width)
-
-    def row(self, node: Node, into: int, source: int) -> list[Piece]:
-        """The weights and bias of unit `source`, placed in unit `into`."""
-        names = [node.parameters[role] for role in ("weight", "bias") if role in node.parameters]
-        return [Piece(name, self.entries(name, into), self.tensor(name)[source].reshape(-1, 1)) for name in names]
-
-    def columns(self, readers: Iterable[Reader], channel: int, factor: float, onto: int | None = None) -> list[Piece]:
-        """The weights that read a channel, times a factor, placed on channel `onto`; default where they are."""
-        pieces = []
-        for reader in readers:
-            name = reader.node.parameters["weight"]
-            values = self.tensor(name).reshape(-1, 1)[reader.entries(channel)]
-            pieces.append(Piece(name, reader.entries(channel if onto is None else onto), factor * values))
-        return pieces
-
-    def single(self, name: str, entry: int, value: float = 1.0) -> Piece:
-        return Piece(name, torch.tensor([entry]), torch.tensor([[value]], dtype=torch.float64))

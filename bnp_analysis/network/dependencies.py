@@ -11,7 +11,6 @@ from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.network.candidates import Candidate, Chart, Part, Piece
 from bnp_analysis.network.graph import Graph, Node
 from bnp_analysis.network.layers import Layer, rows
-from bnp_analysis.network.links import channel_axis
 
 # Floating-point operations that the search in one layer may take.
 _MOST_WORK = 2e12
@@ -59,7 +58,7 @@ def dependent_inputs(chart: Chart, graphs: list[Graph], skipped: list[str]) -> l
         shared = [name for name in names if not chart.movable(name)]
         if shared:
             skipped.append(f"{', '.join(shared)}: used more than once")
-        elif channel_axis(node) is None:
+        elif node.channel_axis is None:
             skipped.append(f"{node.layer}: {node.kind} over several axes")
         else:
             search = _Search(chart, [graph.nodes[node.index] for graph in graphs], skipped)
@@ -77,7 +76,7 @@ class _Search:
     def __init__(self, chart: Chart, nodes: list[Node], skipped: list[str]) -> None:
         self._chart, self._nodes = chart, nodes
         first = nodes[0]
-        axis = channel_axis(first)
+        axis = first.channel_axis
         assert axis is not None
         self.units = first.shape[axis]
         self.roles = [role for role in ("weight", "bias") if first.parameters.get(role) in chart.space.names]
@@ -129,7 +128,7 @@ class _Search:
     def _normalized(self, node: Node, i: int) -> Tensor:
         """What the gain of channel `i` multiplies, `(R, 1)`."""
         assert node.output is not None
-        axis = channel_axis(node)
+        axis = node.channel_axis
         assert axis is not None
         y = _double(node.output).movedim(axis, -1).reshape(-1, self.units)[:, i : i + 1]
         gain, offset = (self._chart.tensor(node.parameters[r])[i] if r in node.parameters else None for r in _AFFINE)

@@ -6,8 +6,9 @@ modules. Tensors are told apart by identity, parameters by the names under which
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -16,38 +17,44 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from bnp_analysis.network.batches import Batch, tensors_of
+from bnp_analysis.network.batches import Batch, map_tensors, tensors_of
+from bnp_analysis.network.calls import ACTIVATIONS, NORMS, arguments_by_name, read_call
 from bnp_analysis.network.kernels import recording
 from bnp_analysis.network.risk import EmpiricalRisk
 
-LAYERS = {F.linear: "linear", F.conv1d: "conv", F.conv2d: "conv", F.conv3d: "conv"}
-NORMS = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"}
-_ALIASES = {
-    **{f"{name}{d}d_with_indices": f"{name}{d}d" for name in ("max_pool", "adaptive_max_pool") for d in (1, 2, 3)},
-    **{f"_{name}{d}d": f"{name}{d}d" for name in ("max_pool", "adaptive_max_pool") for d in (1, 2, 3)},
-    **{f"{name}_": name for name in ("relu", "leaky_relu")},
-}
-# The parts that arguments play, in the order in which they are passed.
-_ORDER = {
-    "linear": ("input", "weight", "bias"),
-    "conv": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
-    "batch_norm": ("input", "mean", "variance", "weight", "bias", "training", "momentum", "eps"),
-    "instance_norm": ("input", "mean", "variance", "weight", "bias", "training", "momentum", "eps"),
-    "layer_norm": ("input", "shape", "weight", "bias", "eps"),
-    "group_norm": ("input", "groups", "weight", "bias", "eps"),
-    "rms_norm": ("input", "shape", "weight", "eps"),
-    "leaky_relu": ("input", "negative_slope"),
-    "softmax": ("input", "dim"),
-    "log_softmax": ("input", "dim"),
-    **{f"avg_pool{d}d": ("input", "kernel_size", "stride", "padding") for d in (1, 2, 3)},
-}
-_SAME = {
-    "running_mean": "mean",
-    "running_var": "variance",
-    "use_input_stats": "training",
-    "normalized_shape": "shape",
-    "num_groups": "groups",
-}
+# Where parameters may enter, beside layers.
+_WRITERS = {"matmul", "embedding", "add"}
+# Read through to the calls inside.
+_COMPOSITE = {F.multi_head_attention_forward}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor that a node made: the node's index, and which of its tensors it is."""
+
+    node: int
+    position: int
+
+
+@dataclass(frozen=True)
+class Name:
+    """A parameter."""
+
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call as it was made, with a `Slot` or a `Name` in the place of each tensor that is not a constant."""
+
+    function: Any
+    positional: tuple[Any, ...]
+    keywords: dict[str, Any]
+    outputs: int
+
+    def named(self, kind: str) -> dict[str, Any]:
+        """The arguments by the parts they play."""
+        return arguments_by_name(kind, self.positional, self.keywords)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +69,10 @@ class Node:
         arguments: the other arguments by name; of tensors only the statistics of a norm.
         before, shape: of its first input, and of its output.
         received, output: copies of both, of layers and norms only; what follows may write into them.
-        reach: of layers and norms: which entries of the output the network's output depends on, to first order.
+        reach: of layers, norms and activations: which entries of the output the network's output depends on, to
+            first order.
+        signs: of activations: the signs of what they receive.
+        call: the whole call, where the graph was asked to keep it.
     """
 
     index: int
@@ -75,12 +85,24 @@ class Node:
     received: Tensor | None = None
     output: Tensor | None = None
     reach: Tensor | None = None
+    signs: Tensor | None = None
+    call: Call | None = None
 
     @property
     def layer(self) -> str:
         """The name of the layer whose weight it uses (empty for a bare layer), or its kind."""
         name = self.parameters.get("weight", self.kind)
         return "" if name == "weight" else name.removesuffix(".weight")
+
+    @property
+    def channel_axis(self) -> int | None:
+        """The axis of the output of a layer or norm that runs over its channels; None if there is no such axis."""
+        if self.kind == "conv":
+            return len(self.shape) + 1 - len(self.arguments["weight_shape"])
+        if self.kind in ("layer_norm", "rms_norm"):
+            shape = self.arguments.get("shape", ())
+            return len(self.shape) - 1 if isinstance(shape, int) or len(shape) == 1 else None
+        return 1 if self.is_norm else len(self.shape) - 1
 
     @property
     def is_layer(self) -> bool:
@@ -97,12 +119,13 @@ class Graph:
 
     Attributes:
         nodes: the calls.
-        result: the one that made the network's output.
+        result: the one that made the network's output, and `output` which of its tensors that is.
         moved: free parameter -> which of its entries that output depends on, to first order.
     """
 
     nodes: list[Node] = field(default_factory=list)
     result: int = -1
+    output: Slot | None = None
     moved: dict[str, Tensor] = field(default_factory=dict)
 
     def consumers(self, index: int) -> list[Node]:
@@ -122,51 +145,75 @@ class Graph:
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, parameters: dict[int, str]) -> None:
+    def __init__(self, parameters: dict[int, str], *, calls: bool) -> None:
         super().__init__()
         self.nodes: list[Node] = []
         # Where the gradient of an output arrives, before anything is written into that output.
         self.edges: dict[int, Any] = {}
-        self._parameters = parameters
-        self._made: dict[int, int] = {}
+        self._parameters, self._calls = parameters, calls
+        self._made: dict[int, Slot] = {}
         # Kept alive: a freed tensor's identity would be given to another.
         self._alive: list[Any] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _COMPOSITE:
+            with self:
+                return _opened(func)(*args, **kwargs)
         given = tensors_of((list(args), kwargs))
-        kind, roles, arguments = _read(func, args, kwargs, self._parameters)
+        kind, roles, arguments = read_call(func, args, kwargs, self._parameters)
         keep = kind in ("linear", "conv") or kind in NORMS
         first = next((t for t in given if id(t) not in self._parameters), None)
         received = first.detach().clone() if keep and first is not None else None
+        signs = first.detach().sign().to(torch.int8).cpu() if kind in ACTIVATIONS and first is not None else None
+        call = self._call(func, args, kwargs) if self._calls else None
         out = func(*args, **kwargs)
-        made = [t for t in tensors_of(out if isinstance(out, Tensor | tuple | list) else ()) if t.is_floating_point()]
-        if made:
+        made = tensors_of(args[0] if kind == "__setitem__" else (out if isinstance(out, Tensor | tuple | list) else ()))
+        if any(t.is_floating_point() for t in made):
             index = len(self.nodes)
             before = torch.Size() if first is None else first.shape
-            inputs = tuple(dict.fromkeys(self._made.get(id(t), -1) for t in given if id(t) not in self._parameters))
-            node = Node(index, kind, inputs, roles, arguments, before, made[0].shape, received)
-            if keep:
-                node = replace(node, output=made[0].detach().clone())
-                if made[0].requires_grad:
-                    self.edges[index] = get_gradient_edge(made[0])
+            sources = (self.made(t) for t in given if id(t) not in self._parameters)
+            inputs = tuple(dict.fromkeys(-1 if slot is None else slot.node for slot in sources))
+            call = call if call is None else replace(call, outputs=len(made))
+            node = Node(index, kind, inputs, roles, arguments, before, made[0].shape, received, signs=signs, call=call)
+            if keep or signs is not None:
+                node = replace(node, output=made[0].detach().clone()) if keep else node
+            if (keep or signs is not None or kind in _WRITERS) and made[0].requires_grad:
+                self.edges[index] = get_gradient_edge(made[0])
             self.nodes.append(node)
-            self._made |= {id(t): index for t in made}
+            self._made |= {id(t): Slot(index, k) for k, t in enumerate(made) if t.is_floating_point()}
             self._alive += [out, args, kwargs]
         return out
 
-    def made(self, t: Tensor) -> int:
-        return self._made.get(id(t), -1)
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Call:
+        def written(t: Tensor) -> Any:
+            return (
+                Name(self._parameters[id(t)]) if id(t) in self._parameters else self.made(t) or t.detach().cpu().clone()
+            )
+
+        return Call(func, tuple(map_tensors(list(args), written)), map_tensors(dict(kwargs), written), 1)
+
+    def made(self, t: Tensor) -> Slot | None:
+        return self._made.get(id(t))
+
+
+def _opened(func: Any) -> Any:
+    """A function of torch that is written in Python, so that the calls inside it are seen in its place."""
+    space = {**func.__globals__, "has_torch_function": lambda *_: False}
+    copy = FunctionType(func.__code__, space, func.__name__, func.__defaults__, func.__closure__)
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
 
 
 @recording()
-def record_graph(risk: EmpiricalRisk, batch: Batch, counted: Tensor | None = None) -> Graph:
+def record_graph(risk: EmpiricalRisk, batch: Batch, counted: Tensor | None = None, *, calls: bool = False) -> Graph:
     """Run one batch and record its operations.
 
     Args:
         risk: the empirical risk.
         batch: one of its batches.
         counted: of the shape of the outputs: which of them the loss looks at; default all.
+        calls: whether the nodes keep their calls, and with them all constants.
 
     Returns:
         The `Graph`, without derivatives attached.
@@ -180,7 +227,7 @@ def record_graph(risk: EmpiricalRisk, batch: Batch, counted: Tensor | None = Non
     """
     leaves = risk.leaves()
     tensors = risk.named_tensors() | leaves
-    recorder = _Recorder({id(t): name for name, t in tensors.items()})
+    recorder = _Recorder({id(t): name for name, t in tensors.items()}, calls=calls)
     with recorder:
         out = risk.batch_outputs(tensors, batch)
     wanted = [*recorder.edges.values(), *leaves.values()]
@@ -193,35 +240,28 @@ def record_graph(risk: EmpiricalRisk, batch: Batch, counted: Tensor | None = Non
     reached = dict(zip(recorder.edges, grads, strict=False))
     moved = zip(leaves, grads[len(recorder.edges) :], strict=True)
     nodes = [
-        node if node.output is None else replace(node, reach=_nonzero(reached.get(node.index), node.shape))
+        node
+        if node.output is None and node.signs is None
+        else replace(node, reach=_nonzero(reached.get(node.index), node.shape))
         for node in recorder.nodes
     ]
-    return Graph(nodes, recorder.made(out), {name: _nonzero(grad, leaves[name].shape) for name, grad in moved})
+    output, found = recorder.made(out), {name: _nonzero(grad, leaves[name].shape) for name, grad in moved}
+    return Graph(nodes, -1 if output is None else output.node, output, found)
+
+
+@recording()
+def sensitivities(risk: EmpiricalRisk, batch: Batch, covectors: Sequence[Tensor]) -> Iterator[dict[int, Tensor]]:
+    """For each covector of the outputs, its derivatives by what layers and other users of parameters make, by node."""
+    tensors = risk.named_tensors() | risk.leaves()
+    recorder = _Recorder({id(t): name for name, t in tensors.items()}, calls=False)
+    with recorder:
+        out = risk.batch_outputs(tensors, batch)
+    if not out.requires_grad:
+        return
+    for covector in covectors:
+        grads = torch.autograd.grad(out, [*recorder.edges.values()], covector, allow_unused=True, retain_graph=True)
+        yield {k: g.detach().cpu() for k, g in zip(recorder.edges, grads, strict=True) if g is not None}
 
 
 def _nonzero(grad: Tensor | None, shape: torch.Size) -> Tensor:
     return torch.zeros(shape, dtype=torch.bool) if grad is None else (grad != 0).cpu()
-
-
-def _read(func: Any, args: Any, kwargs: Any, names: dict[int, str]) -> tuple[str, dict[str, str], dict[str, Any]]:
-    """The kind of a call, the parameters it uses by role, and its other arguments by name."""
-    name = str(getattr(func, "__name__", func))
-    kind = LAYERS.get(func, _ALIASES.get(name, name))
-    order = _ORDER.get(kind, ())
-    given = {(order[i] if i < len(order) else f"argument{i}"): value for i, value in enumerate(args)}
-    given |= {_SAME.get(key, key): value for key, value in kwargs.items()}
-    roles = {role: names[id(value)] for role, value in given.items() if id(value) in names}
-    tensors = [value for value in tensors_of((list(args), kwargs)) if id(value) in names]
-    roles |= {f"tensor{i}": names[id(t)] for i, t in enumerate(tensors) if names[id(t)] not in roles.values()}
-    kept = ("mean", "variance")
-    arguments = {
-        key: value.clone() if isinstance(value, Tensor) else value
-        for key, value in given.items()
-        if id(value) not in names and (key in kept or not tensors_of(value))
-    }
-    if kind in ("linear", "conv"):
-        weight, bias = given.get("weight"), given.get("bias")
-        arguments["weight_shape"] = tuple(weight.shape) if isinstance(weight, Tensor) else ()
-        if id(weight) not in names or (bias is not None and id(bias) not in names):
-            kind += " with computed weights"
-    return kind, roles, arguments

@@ -1,4 +1,4 @@
-"""Candidate null directions of feed-forward and convolutional chains: what the structure says must not change the loss.
+"""Candidate null directions of any network: what the structure and the data say must not change the outputs.
 
 Tangent vectors of symmetries (T11), read off the recorded operations. Nothing here is believed: `curvature` verifies
 each candidate before it counts.
@@ -11,13 +11,19 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from bnp_analysis.linalg.memory import require_memory
+from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.candidates import Candidate, Chart
 from bnp_analysis.network.dependencies import dependent_inputs, without_effect
 from bnp_analysis.network.graph import Graph, record_graph
-from bnp_analysis.network.links import Link, follow
-from bnp_analysis.network.normalized import absorbed, norm_scales, norm_shifts
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.network.tangents import TangentBuilder
+from bnp_analysis.network.symmetry import activations, arithmetic, norms, products, shapes
+from bnp_analysis.network.symmetry.gauge import scale_candidates
+from bnp_analysis.network.symmetry.mixing import Mixer, frames
+from bnp_analysis.network.symmetry.trace import Trace
+from bnp_analysis.network.symmetry.unread import unread
+
+# Importing them registers what operations mean.
+_RULES = (activations, arithmetic, norms, products, shapes)
 
 
 def candidate_directions(
@@ -25,8 +31,9 @@ def candidate_directions(
 ) -> tuple[list[Candidate], list[str]]:
     """Candidates of every cause, the most local first, and what could not be analysed.
 
-    Inside one unit: parameters without effect, dependent inputs, inactive rows, dead units. Inside one layer: what a
-    normalization or the softmax removes. Across layers: homogeneous units and channels, linear and always-active ones.
+    Inside one unit: parameters without effect, dependent inputs, inactive rows, dead units. Inside one layer: what
+    nothing reads, because a norm, a layer behind or the loss takes it out. Across layers: scales, shifts and mixings
+    of channels, wherever they are made and read.
 
     Args:
         risk: the empirical risk; its data are run once, and what layers and norms receive and return is held.
@@ -45,26 +52,16 @@ def candidate_directions(
     if not all(graph.same_operations(other) for other in graphs):
         return [], ["the operations depend on the batch"]
     chart = Chart(risk, graph)
-    links: dict[int, Link] = {}
-    for node in graph:
-        if node.is_layer or (node.is_norm and "weight" in node.parameters):
-            link, why = follow(graph, node)
-            if link is not None:
-                links[node.index] = link
-            elif why:
-                skipped.append(f"{node.layer}: {why}")
-    skipped += _unread(chart)
-    layers = [node for node in graph if node.is_layer]
-    builder = TangentBuilder(risk, graphs, chart, links, skipped)
+    trace = Trace(chart, _with_calls(risk, graph), graphs)
+    ledger = trace.ledger
     found = [without_effect(chart, graphs), *dependent_inputs(chart, graphs, skipped)]
-    found += [norm_shifts(chart, node) for node in layers]
-    found += builder.deaf()
-    for link in links.values():
-        found += builder.rescalings(link)
-        found += builder.mixings(link)
-    for node in layers:
-        found += [*norm_scales(chart, node), absorbed(chart, node)]
-    return [c for c in found if c.count], list(dict.fromkeys(skipped))
+    found += unread(risk, chart, graph, ledger.uses, counted)
+    found += scale_candidates(ledger, trace.theta)
+    mixer = Mixer(ledger, trace.theta)
+    for frame in frames(ledger):
+        found += mixer.candidates(frame)
+    skipped += [*ledger.skipped, *_unread_parameters(chart, trace)]
+    return [c for c in sorted(found, key=lambda c: not c.exact) if c.count], list(dict.fromkeys(skipped))
 
 
 def _graphs(risk: EmpiricalRisk, counted: Sequence[Tensor | None] | None) -> list[Graph]:
@@ -79,15 +76,27 @@ def _graphs(risk: EmpiricalRisk, counted: Sequence[Tensor | None] | None) -> lis
 
 def _held(graph: Graph) -> Iterator[Tensor]:
     for node in graph:
-        yield from (t for t in (node.received, node.output, node.reach) if t is not None)
+        yield from (t for t in (node.received, node.output, node.reach, node.signs) if t is not None)
 
 
-def _unread(chart: Chart) -> list[str]:
-    """Free parameters that only operations of other kinds use."""
-    found = {}
-    for node in chart.graph:
-        for name in node.parameters.values():
-            known = node.is_layer or node.is_norm or node.kind == "prelu"
-            if name in chart.space and not known:
-                found[name] = f"{name}: used by {node.kind}"
-    return list(found.values())
+def _with_calls(risk: EmpiricalRisk, graph: Graph) -> Graph:
+    """The same operations on two examples, where they do the same; else on the first batch."""
+    batch = next(iter(risk.batches))
+    few = slice_batch(batch, 0, 2)
+    for part in (few, batch):
+        found = None if part is None else _recorded(risk, part)
+        if found is not None and found.same_operations(graph):
+            return found
+    return record_graph(risk, batch, calls=True)
+
+
+def _recorded(risk: EmpiricalRisk, batch: Batch) -> Graph | None:
+    try:
+        return record_graph(risk, batch, calls=True)
+    except (RuntimeError, ValueError, IndexError):  # Written for one size of batch.
+        return None
+
+
+def _unread_parameters(chart: Chart, trace: Trace) -> list[str]:
+    """Free parameters that operations of unknown kinds use."""
+    return [f"{name}: used by {kind}" for name, kind in trace.unknown if name in chart.space]

@@ -12,14 +12,17 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.sparse import csr_array
 from torch import Tensor, nn
 
 import bnp_analysis as bnp
+from bnp_analysis.network.candidates import Chart
 from bnp_analysis.network.dependencies import null_vectors
 from bnp_analysis.network.graph import Graph, record_graph
-from bnp_analysis.network.links import Link, follow
 from bnp_analysis.network.symmetries import candidate_directions
-from bnp_analysis.network.tangents import shift_invariant, slopes
+from bnp_analysis.network.symmetry.system import solutions
+from bnp_analysis.network.symmetry.trace import Trace
+from bnp_analysis.network.symmetry.unread import shift_invariant
 
 Forward = Callable[["Written", Tensor], Tensor]
 
@@ -53,11 +56,6 @@ def graph_of(model: nn.Module, x: Tensor) -> Graph:
     return record_graph(risk, next(iter(risk.batches)))
 
 
-def link_of(model: nn.Module, x: Tensor) -> tuple[Link | None, str]:
-    graph = graph_of(model, x)
-    return follow(graph, next(node for node in graph if node.is_layer))
-
-
 IMAGES = numbers(5, 1, 6, 6)
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "module": nn.ReLU(),
@@ -84,25 +82,42 @@ def test_every_spelling_of_relu_is_one(spelling: str) -> None:
     assert torch.equal(graph.nodes[2].received, graph.nodes[0].output.relu())
 
 
-POOLS: dict[str, tuple[Callable[[Tensor], Tensor], bool, bool]] = {
-    "max": (nn.MaxPool2d(2), True, False),
-    "max functional": (lambda h: F.max_pool2d(h, 2), True, False),
-    "max torch": (lambda h: torch.max_pool2d(h, 2), True, False),
-    "max with indices": (lambda h: F.max_pool2d(h, 2, return_indices=True)[0], True, False),
-    "adaptive max": (nn.AdaptiveMaxPool2d(2), True, False),
-    "average": (nn.AvgPool2d(2), False, True),
-    "adaptive average": (nn.AdaptiveAvgPool2d(2), False, True),
+def trace_of(model: nn.Module, x: Tensor) -> Trace:
+    risk = risk_of(model, x)
+    batch = next(iter(risk.batches))
+    graph = record_graph(risk, batch, calls=True)
+    return Trace(Chart(risk, graph), graph, [graph])
+
+
+def columns(model: nn.Module, x: Tensor) -> list[list[int]]:
+    """For each label that the first layer makes, the input features of the second that show it."""
+    ledger = trace_of(model, x).ledger
+    first, second = [use for use in ledger.uses if not use.table][:2]
+    made = [[int(first.out[i])] for i in range(len(first.out))]
+    # An activation that is linear on the data gives its channels new labels.
+    names = {int(new): i for new, old in ledger.aligned for new, old in zip(new, old, strict=True) for i, m in
+             enumerate(made) if int(old) in m} | {m[0]: i for i, m in enumerate(made)}  # fmt: skip
+    return [[k for k, label in enumerate(second.source[0]) if names.get(int(label)) == i] for i in range(len(made))]
+
+
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "max": nn.MaxPool2d(2),
+    "max functional": lambda h: F.max_pool2d(h, 2),
+    "max torch": lambda h: torch.max_pool2d(h, 2),
+    "max with indices": lambda h: F.max_pool2d(h, 2, return_indices=True)[0],
+    "adaptive max": nn.AdaptiveMaxPool2d(2),
+    "average": nn.AvgPool2d(2),
+    "adaptive average": nn.AdaptiveAvgPool2d(2),
 }
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_pools_are_told_apart_and_channels_become_runs_of_features(pool: str) -> None:
-    act, maxima, averages = POOLS[pool]
+def test_channels_become_runs_of_features_behind_any_pool(pool: str) -> None:
+    act = POOLS[pool]
     model = Written(lambda m, x: m.out(act(F.relu(m.a(x))).flatten(1)), a=nn.Conv2d(1, 3, 3), out=nn.Linear(12, 2))
-    link, _ = link_of(model, IMAGES)
-    assert link is not None
-    assert (link.maxima, bool(link.averages), link.linear) == (maxima, averages, False)
-    assert torch.equal(link.readers[0].features, torch.arange(12).view(3, 4))
+    assert columns(model, IMAGES) == torch.arange(12).view(3, 4).tolist()
+    causes = {c.cause: c.count for c in candidate_directions(risk_of(model, IMAGES))[0]}
+    assert causes["homogeneity"] == 3
 
 
 def test_channels_are_followed_through_reshapes() -> None:
@@ -119,36 +134,31 @@ def test_channels_are_followed_through_reshapes() -> None:
         (lambda m, x: m.out(m.a(x).squeeze()), whole, IMAGES, [[0], [1], [2]]),
         (lambda m, x: m.out(m.a(x).mean((2, 3))), images, IMAGES, [[0], [1]]),
         (lambda m, x: m.out(m.a(x).unflatten(1, (2, 1)).flatten(1)), plain, x, [[0], [1]]),
+        (lambda m, x: m.out(F.pad(m.a(x), (0, 1), "circular")), {**plain, "out": nn.Linear(3, 2)}, x, [[0, 2], [1]]),
+        (lambda m, x: m.out(m.a(x).T.flip(0).t()), plain, x, [[1], [0]]),
+        (lambda m, x: m.out(F.pad(m.a(x), (1, 0))), {**plain, "out": nn.Linear(3, 2)}, x, [[1], [2]]),
     ]
     for forward, layers, data, features in cases:
-        link, why = link_of(Written(forward, **layers), data)
-        assert link is not None, why
-        assert link.readers[0].features.tolist() == features
-    split = Written(lambda m, x: m.out(m.a(x).view(5, 2, 6)).sum(1), a=nn.Linear(3, 12), out=nn.Linear(6, 2))
-    assert link_of(split, x) == (None, "passes through view")
-    across = Written(lambda m, x: m.out(F.avg_pool1d(m.a(x), 2)).sum(1), a=nn.Linear(3, 4), out=nn.Linear(2, 2))
-    assert link_of(across, tokens) == (None, "passes through avg_pool1d")
+        assert columns(Written(forward, **layers), data) == features
 
 
-def test_entries_of_grouped_readers() -> None:
+def test_scales_shifts_and_their_sums() -> None:
+    """`h`, `2 h + 1` and `h + f(h)`: what one scale and one shift of `h` are behind them."""
     model = Written(
-        lambda m, x: m.out(F.relu(m.b(F.relu(m.a(x))))).mean((2, 3)),
-        a=nn.Conv2d(1, 4, 3), b=nn.Conv2d(4, 6, 2, groups=2), out=nn.Conv2d(6, 2, 1),
+        lambda m, x: m.out((h := m.a(x)) * 2 + 1 + m.b(torch.tanh(h * 0))),
+        a=nn.Linear(3, 2), b=nn.Linear(2, 2), out=nn.Linear(2, 2),
     )  # fmt: skip
-    link, _ = link_of(model, IMAGES)
-    assert link is not None
-    (reader,) = link.readers
-    weight = torch.arange(model.b.weight.numel()).view_as(model.b.weight)
-    # Channel 3 is the second input of the second group, outputs 3 to 5.
-    assert torch.equal(reader.entries(3).sort().values, weight[3:, 1].reshape(-1))
-    assert reader.groups == 2
+    ledger = trace_of(model, numbers(7, 3)).ledger
+    first, last = ledger.uses[0].out, ledger.uses[-1].source[0]
+    assert ledger.gain(first).tolist() == [1.0, 1.0]
+    assert ledger.gain(last).tolist() == [2.0, 2.0]
 
 
 def test_what_cannot_be_followed_is_named() -> None:
     forwards: dict[str, Forward] = {
-        "passes through add": lambda m, x: m.out(m.a(x) + m.b(F.relu(m.a(x)))),
-        "passes through tanh": lambda m, x: m.out(m.b(torch.tanh(m.a(x)))),
+        "passes through cumsum": lambda m, x: m.out(m.b(m.a(x).cumsum(1))),
         "passes through detach": lambda m, x: m.out(m.b(F.relu(m.a(x)).detach())),
+        "passes through __setitem__": lambda m, x: m.out(_overwritten(m.b(F.relu(m.a(x))))),
         "passes through linear with computed weights": lambda m, x: m.out(F.linear(m.a(x), 2 * m.b.weight)),
         "b.weight: used by mul": lambda m, x: m.out(F.linear(m.a(x), 2 * m.b.weight)),
         "a.weight, a.bias: used more than once": lambda m, x: m.out(F.relu(m.a(x)) + m.b(m.a(x))),
@@ -156,7 +166,13 @@ def test_what_cannot_be_followed_is_named() -> None:
     for word, forward in forwards.items():
         model = Written(forward, a=nn.Linear(3, 4), b=nn.Linear(4, 4), out=nn.Linear(4, 2))
         _, skipped = candidate_directions(risk_of(model, numbers(7, 3)))
-        assert word in "; ".join(skipped)
+        assert word in "; ".join(skipped), (word, skipped)
+
+
+def _overwritten(h: Tensor) -> Tensor:
+    h = h.clone()
+    h[:, 0] = 1.0
+    return h
 
 
 def test_operations_that_depend_on_the_batch_are_not_analysed() -> None:
@@ -207,13 +223,21 @@ def test_moved_parameters_are_those_with_an_effect() -> None:
     assert graph.moved["3.weight"].tolist() == [False, True]
 
 
-def test_slopes_of_units_that_act_linearly() -> None:
+def test_units_that_act_linearly_pass_shifts_with_their_slope() -> None:
     model = Written(lambda m, x: m.out(F.leaky_relu(m.a(x), 0.25)), a=nn.Linear(3, 3), out=nn.Linear(3, 2))
     model.a.bias.data = torch.tensor([50.0, 0.0, -50.0], dtype=torch.float64)
-    graph = graph_of(model, numbers(9, 3))
-    link, _ = follow(graph, graph.nodes[0])
-    assert link is not None
-    assert slopes([graph], link) == {0: 1.0, 2: 0.25}
+    ledger = trace_of(model, numbers(9, 3)).ledger
+    made, read = ledger.uses[0].out, ledger.uses[1].source[0]
+    assert read[1] == made[1]
+    assert ledger.gain(read).tolist() == [1.0, 1.0, 0.25]
+
+
+def test_equations_leave_what_they_leave() -> None:
+    rows = torch.tensor([[1.0, -1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0], [0, 0, 0, 1, -2, 0], [0, 2, 0, -2, 0, 0]])
+    basis, left_out = solutions(csr_array(rows.double().numpy()))
+    assert left_out == 0
+    found = {tuple(u.tolist()): (v / abs(v).max()).tolist() for u, v in basis}
+    assert found == {(0, 1, 3, 4): [1.0, 1.0, 1.0, 0.5], (5,): [1.0]}
 
 
 def test_losses_that_ignore_a_shift() -> None:
