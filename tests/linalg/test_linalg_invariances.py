@@ -33,7 +33,7 @@ PROBLEMS = st.builds(
     st.integers(0, 10**6),
 )
 Problem = tuple[str, int, int, float, int]
-METHODS = ("factor-svd", "dense", "lanczos")
+METHODS = ("factor-svd", "golub-kahan", "dense", "inertia", "lanczos")
 
 
 def made(problem: Problem) -> PrescribedOperator:
