@@ -8,7 +8,9 @@ blocks, round after round, so that what else the machine does hits them alike; r
 ratios to the plain step (or BatchNorm's) of the same round. On one thread of a CPU the clock is the processor time of
 the process, which leaves out the time that other programs take.
 
-Memory: by how much the largest resident memory of a fresh process grows while it takes five steps.
+Memory: by how much the largest resident memory of a fresh process grows while it takes five steps, with glibc's
+allocator told to return large blocks at once (MALLOC_MMAP_THRESHOLD_): else it keeps freed ones, and numbers vary by
+tens of MB from run to run.
 """
 
 from __future__ import annotations
@@ -116,7 +118,8 @@ def memory_row(network: str, batch: int, threads: int, device: str) -> str:
     for method in METHODS:
         words = [sys.executable, __file__, "--threads", str(threads), "--device", device]
         words += ["--memory", method, network, str(batch)]
-        found.append(float(subprocess.run(words, check=True, capture_output=True, text=True).stdout))
+        fixed = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
+        found.append(float(subprocess.run(words, check=True, capture_output=True, text=True, env=fixed).stdout))
     parameters = sum(p.numel() for p in NETWORKS[network][0]("none").parameters()) * 4 / 2**20
     numbers = [f"{parameters:.1f}", *(f"{mb:.1f}" for mb in found), f"{found[2] - found[0]:+.1f}"]
     return f"| {' | '.join([f'{network}, batch {batch}', *numbers])} |"
