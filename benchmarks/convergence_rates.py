@@ -25,7 +25,7 @@ import torch
 import bnp_analysis as bnp
 from bnp_analysis.results import package_versions
 from bnp_analysis.theory import ConvergenceCheck, check_convergence_rate
-from bnp_analysis.theory.problems import Problem, convolutional, linear_chain, softmax_regression, teacher_student
+from bnp_analysis.theory.problems import KnownProblem, convolutional, linear_chain, softmax_regression, teacher_student
 
 METHODS = {
     "gd": "gradient descent",
@@ -44,7 +44,7 @@ class Case:
 
     group: str
     kind: str
-    make: Callable[[], Problem]
+    make: Callable[[], KnownProblem]
     method: str
     pair: str = ""
     quick: bool = False
@@ -52,7 +52,7 @@ class Case:
 
 def cases() -> Iterator[Case]:
     """All of them, fast ones first within each group."""
-    problems: dict[str, tuple[str, Callable[[], Problem]]] = {
+    problems: dict[str, tuple[str, Callable[[], KnownProblem]]] = {
         "chain 5": ("dense", lambda: linear_chain(kappa=5.0)),
         "softmax 20": ("dense", lambda: softmax_regression(kappa=20.0)),
         "narrow chain 50": ("dense", lambda: linear_chain((6, 2, 4), kappa=50.0, shift=1.0)),
@@ -77,7 +77,7 @@ def cases() -> Iterator[Case]:
         for name, (kind, make) in problems.items():
             if name not in left_out:
                 yield Case("rates", kind, make, method, quick=name in quick)
-    dials: dict[str, Callable[[], Problem]] = {
+    dials: dict[str, Callable[[], KnownProblem]] = {
         "white inputs": softmax_regression,
         "shifted by 1": lambda: softmax_regression(shift=1.0),
         "shifted by 3": lambda: softmax_regression(shift=3.0),
@@ -94,7 +94,7 @@ def cases() -> Iterator[Case]:
             yield Case("what BNP gains", "dense", make, method, pair=name, quick=name == "white inputs")
 
 
-def measure(case: Case, problem: Problem) -> ConvergenceCheck:
+def measure(case: Case, problem: KnownProblem) -> ConvergenceCheck:
     """Run one check."""
     fixed = case.method in ("bnp_fixed", "bnp_heavy_ball")
     P = bnp.bnp_preconditioner(problem.solved) if fixed else None
@@ -102,7 +102,7 @@ def measure(case: Case, problem: Problem) -> ConvergenceCheck:
     return check_convergence_rate(problem.risk, P, method=method, time_limit=TIME_LIMIT)
 
 
-def row_of(case: Case, problem: Problem, check: ConvergenceCheck) -> dict[str, Any]:
+def row_of(case: Case, problem: KnownProblem, check: ConvergenceCheck) -> dict[str, Any]:
     """A row of plain data."""
     every = max(1, len(check.gradient_norms) // POINTS)
     fit = check.fit

@@ -13,7 +13,7 @@ import torch
 
 import bnp_analysis as bnp
 from bnp_analysis.cli import main
-from bnp_analysis.theory import coordinates
+from bnp_analysis.theory.statements import coordinates
 
 SMALL = ["--samples", "60", "--hidden", "6", "--epochs", "1", "--quiet"]
 

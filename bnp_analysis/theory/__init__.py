@@ -2,9 +2,9 @@
 
 from bnp_analysis.theory import problems
 from bnp_analysis.theory.check import Check, CheckTable
-from bnp_analysis.theory.convergence import ConvergenceCheck, check_convergence_rate
-from bnp_analysis.theory.gain import check_bnp_gain
-from bnp_analysis.theory.rate_options import RateOptions
+from bnp_analysis.theory.rates.convergence import ConvergenceCheck, check_convergence_rate
+from bnp_analysis.theory.rates.gain import check_bnp_gain
+from bnp_analysis.theory.rates.options import RateOptions
 from bnp_analysis.theory.suite import check_theory
 
 __all__ = [

@@ -13,7 +13,7 @@ from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg import Preconditioner
 from bnp_analysis.network import EmpiricalRisk
 from bnp_analysis.theory.check import Check, CheckTable
-from bnp_analysis.theory.rate_checks import rates_of
+from bnp_analysis.theory.statements.rates import rates_of
 from bnp_analysis.theory.suite import SOURCES, check_theory
 
 # A network whose dense reference matrices take seconds.

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from bnp_analysis.curvature.hessian import hessian
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.theory.minimizer import find_minimizer
 from bnp_analysis.theory.problem_parts import dial, effective_condition, small_digits, teach, white_digits
+from bnp_analysis.theory.rates.minimizer import find_minimizer
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -30,7 +30,7 @@ _START = 1e-5  # relative distance of a problem's point from its minimizer
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
+class KnownProblem:
     """A risk with what is known about it.
 
     Attributes:
@@ -58,7 +58,7 @@ class Problem:
         return self.risk.at(self.minimizer)
 
     def __repr__(self) -> str:
-        return f"<Problem: {self.description}>"
+        return f"<KnownProblem: {self.description}>"
 
 
 def teacher_student(
@@ -70,7 +70,7 @@ def teacher_student(
     shift: float = 0.0,
     n: int = 200,
     seed: int = 0,
-) -> Problem:
+) -> KnownProblem:
     """A dense network learning from one of its own kind, squared loss.
 
     Args:
@@ -84,7 +84,7 @@ def teacher_student(
         seed: of teacher and start.
 
     Returns:
-        A `Problem`; its null space has one dimension per homogeneous hidden unit.
+        A `KnownProblem`; its null space has one dimension per homogeneous hidden unit.
 
     Raises:
         InvalidInputError: an unknown activation or dial, a `kappa` out of reach, sizes out of range.
@@ -111,7 +111,7 @@ def linear_chain(
     shift: float = 0.0,
     n: int = 200,
     seed: int = 0,
-) -> Problem:
+) -> KnownProblem:
     """A deep linear network learning a linear map, squared loss.
 
     With the narrowest width `h`, `m` inputs and `C` outputs, the products of `p` parameters move in
@@ -137,7 +137,7 @@ def linear_chain(
 
 def convolutional(
     channels: int = 3, *, activation: str = "leaky_relu", kappa: float | None = None, n: int = 100, seed: int = 0
-) -> Problem:
+) -> KnownProblem:
     """A convolution, an activation and a dense layer learning from one of their own kind on digits of 4 x 4 pixels.
 
     Args:
@@ -147,7 +147,7 @@ def convolutional(
         n, seed: see `teacher_student`.
 
     Returns:
-        A `Problem`; its null space has one dimension per channel.
+        A `KnownProblem`; its null space has one dimension per channel.
 
     Example:
         >>> convolutional(kappa=1e4).null_dimension
@@ -182,7 +182,7 @@ def softmax_regression(
     shift: float = 0.0,
     n: int = 200,
     seed: int = 0,
-) -> Problem:
+) -> KnownProblem:
     """Label-smoothed softmax regression of digits: a loss with an attained minimizer that is not zero there.
 
     Args:
@@ -192,7 +192,7 @@ def softmax_regression(
         kappa, shift, n, seed: see `teacher_student`; the dial gives the input features scales.
 
     Returns:
-        A `Problem`; its null space has `features + 1` dimensions, the shift of all logits (T11).
+        A `KnownProblem`; its null space has `features + 1` dimensions, the shift of all logits (T11).
     """
     if not 0 < smoothing < 1:
         raise InvalidInputError(f"smoothing must be in (0, 1), got {smoothing}: without it there may be no minimizer")
@@ -238,7 +238,7 @@ def _dense_problem(
     shift: float,
     n: int,
     seed: int,
-) -> Problem:
+) -> KnownProblem:
     m, hidden = widths[0], widths[1]
     white, _ = white_digits(n, m, seed=seed)
     g = torch.Generator().manual_seed(seed)
@@ -273,14 +273,14 @@ def _turned(
     kappa: float | None,
     words: str,
     seed: int,
-) -> Problem:
+) -> KnownProblem:
     """Turn the dial to `kappa`, build the risk there, start near its minimizer."""
     base = hessian(build(torch.ones_like(exponents))).to_dense()
     solved = build(dial(base, null, exponents, kappa))
     reached = effective_condition(hessian(solved).to_dense(), null)
     g = torch.Generator().manual_seed(seed + 1)
     start = solved.theta * (1 + _START * torch.randn(solved.space.dim, generator=g, dtype=torch.float64))
-    return Problem(solved.at(start), solved.theta, null, reached, f"{words}, kappa* {reached:.4g}")
+    return KnownProblem(solved.at(start), solved.theta, null, reached, f"{words}, kappa* {reached:.4g}")
 
 
 def _shifted(words: str, shift: float) -> str:

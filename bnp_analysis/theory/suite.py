@@ -12,17 +12,17 @@ from bnp_analysis.linalg import Preconditioner
 from bnp_analysis.linalg.progress import Progress, reporting
 from bnp_analysis.network import EmpiricalRisk
 from bnp_analysis.theory.check import Check, CheckTable
-from bnp_analysis.theory.conditioning import check_conditioning, check_scale
-from bnp_analysis.theory.coordinates import check_coordinates, check_update, check_without_bias
-from bnp_analysis.theory.floating_point import check_floating_point
-from bnp_analysis.theory.layer_curvature import check_hessian_is_gauss_newton, check_unit_blocks
-from bnp_analysis.theory.normalization import check_batch_norm
-from bnp_analysis.theory.orbits import check_orbits, check_output_scaling
-from bnp_analysis.theory.problem import Problem, Statement
-from bnp_analysis.theory.rate_checks import check_descent, check_preconditioned_descent
-from bnp_analysis.theory.statistics import check_patch_statistics, check_running_statistics
-from bnp_analysis.theory.symmetry import check_null_directions
-from bnp_analysis.theory.whitening import check_blocks
+from bnp_analysis.theory.statements.blocks import check_blocks
+from bnp_analysis.theory.statements.conditioning import check_conditioning, check_scale
+from bnp_analysis.theory.statements.coordinates import check_coordinates, check_update, check_without_bias
+from bnp_analysis.theory.statements.floating_point import check_floating_point
+from bnp_analysis.theory.statements.layer_curvature import check_hessian_is_gauss_newton, check_unit_blocks
+from bnp_analysis.theory.statements.normalization import check_batch_norm
+from bnp_analysis.theory.statements.orbits import check_orbits, check_output_scaling
+from bnp_analysis.theory.statements.rates import check_descent, check_preconditioned_descent
+from bnp_analysis.theory.statements.setting import Problem, Statement
+from bnp_analysis.theory.statements.statistics import check_patch_statistics, check_running_statistics
+from bnp_analysis.theory.statements.symmetry import check_null_directions
 
 STATEMENTS: tuple[Statement, ...] = (
     check_unit_blocks,

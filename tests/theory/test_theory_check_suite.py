@@ -13,7 +13,7 @@ from torch import nn
 
 import bnp_analysis as bnp
 from bnp_analysis.theory import suite
-from bnp_analysis.theory.problem import Problem, statement
+from bnp_analysis.theory.statements.setting import Problem, statement
 from bnp_analysis.theory.suite import SOURCES
 
 # On problems of their own, and tried in the tests of the statements.

@@ -17,10 +17,10 @@ from torch import nn
 import bnp_analysis as bnp
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.moments import layer_moments
-from bnp_analysis.theory.minimizer import find_minimizer, gradient_floor
-from bnp_analysis.theory.problems import Problem, convolutional, linear_chain, softmax_regression, teacher_student
+from bnp_analysis.theory.problems import KnownProblem, convolutional, linear_chain, softmax_regression, teacher_student
+from bnp_analysis.theory.rates.minimizer import find_minimizer, gradient_floor
 
-MAKERS: dict[str, Callable[[], Problem]] = {
+MAKERS: dict[str, Callable[[], KnownProblem]] = {
     "relu": lambda: teacher_student((6, 4, 3), kappa=3e3),
     "leaky, orbit": lambda: teacher_student((6, 3, 3), activation="leaky_relu", kappa=1e4, by="orbit"),
     "tanh": lambda: teacher_student((4, 3, 2), activation="tanh", kappa=1e3),
@@ -114,6 +114,6 @@ def test_seeds_are_local_and_reproducible() -> None:
         lambda: softmax_regression(n=5000),
     ],
 )
-def test_what_cannot_be_made_is_refused(make: Callable[[], Problem]) -> None:
+def test_what_cannot_be_made_is_refused(make: Callable[[], KnownProblem]) -> None:
     with pytest.raises(InvalidInputError):
         make()

@@ -21,20 +21,21 @@ import bnp_analysis as bnp
 from bnp_analysis import EmpiricalRisk
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.models import mlp
-from bnp_analysis.theory import convergence_study, rates
-from bnp_analysis.theory.convergence import ConvergenceCheck, check_convergence_rate
-from bnp_analysis.theory.descent import RunningBNP, Trace, run
-from bnp_analysis.theory.fit import fit_rate
-from bnp_analysis.theory.gain import check_bnp_gain
-from bnp_analysis.theory.limit_point import measure
-from bnp_analysis.theory.problems import Problem, convolutional, linear_chain, softmax_regression, teacher_student
-from bnp_analysis.theory.rate_options import RateOptions
+from bnp_analysis.theory import rates
+from bnp_analysis.theory.problems import KnownProblem, convolutional, linear_chain, softmax_regression, teacher_student
+from bnp_analysis.theory.rates import study as convergence_study
+from bnp_analysis.theory.rates.convergence import ConvergenceCheck, check_convergence_rate
+from bnp_analysis.theory.rates.descent import RunningBNP, Trace, run
+from bnp_analysis.theory.rates.fit import fit_rate
+from bnp_analysis.theory.rates.gain import check_bnp_gain
+from bnp_analysis.theory.rates.limit_point import measure
+from bnp_analysis.theory.rates.options import RateOptions
 
 D = torch.float64
 mse = nn.functional.mse_loss
 
 
-PROBLEMS: dict[str, Callable[[], Problem]] = {
+PROBLEMS: dict[str, Callable[[], KnownProblem]] = {
     "chain": lambda: linear_chain(kappa=5.0),
     "softmax": lambda: softmax_regression(kappa=20.0),
     "relu": lambda: teacher_student((8, 2, 4), kappa=150.0),
@@ -129,7 +130,7 @@ def test_the_rate_does_not_depend_on_the_perturbation() -> None:
         pytest.param(lambda **dials: teacher_student((8, 2, 4), **dials), marks=pytest.mark.slow),
     ],
 )
-def test_bnp_undoes_shifts_and_scales(make: Callable[..., Problem]) -> None:
+def test_bnp_undoes_shifts_and_scales(make: Callable[..., KnownProblem]) -> None:
     """Undamped BNP sees the same problem; gradient descent pays for both, by the predicted factor."""
     rows = {}
     for shift, kappa in ((0.0, None), (1.0, None), (1.0, 300.0)):
@@ -377,7 +378,7 @@ def test_the_gain_says_whether_bnp_helps() -> None:
         pytest.param(lambda: teacher_student((8, 2, 4), shift=100.0), marks=pytest.mark.slow),
     ],
 )
-def test_statistics_far_from_the_origin_do_not_disturb(make: Callable[[], Problem]) -> None:
+def test_statistics_far_from_the_origin_do_not_disturb(make: Callable[[], KnownProblem]) -> None:
     """Means a hundred deviations from zero: what is small relative to the mean is not small to `P`."""
     check = check_convergence_rate(make().risk, method="bnp")
     assert check.holds
@@ -394,7 +395,9 @@ def test_statistics_that_have_not_settled_give_no_verdict(monkeypatch: pytest.Mo
     assert check.iterations > 0
 
 
-def bnp_run(problem: Problem, rho: float, moved: float, count: int, *, from_zero: bool = False) -> tuple[float, Trace]:
+def bnp_run(
+    problem: KnownProblem, rho: float, moved: float, count: int, *, from_zero: bool = False
+) -> tuple[float, Trace]:
     """The best factor, and a run of BNP with running statistics from near its fixed point."""
     P = bnp.bnp_preconditioner(problem.solved)
     s = measure(problem.solved, P, null=False)

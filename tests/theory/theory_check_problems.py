@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import bnp_analysis as bnp
 from bnp_analysis.theory import problems
 from bnp_analysis.theory.check import Check
-from bnp_analysis.theory.problem import Statement
+from bnp_analysis.theory.statements.setting import Statement
 
 CLASSES = 3
 Make = Callable[[], nn.Module]

@@ -189,7 +189,8 @@ class Ledger:
         out = self.fresh(len(entries))
         self.uses.append(Use(out, np.zeros((1, 1), np.int64), entries[:, None], table=True))
         self.event(out)
-        return torch.from_numpy(out[place.reshape(value.entries.shape)])
+        # An entry without dimensions would come out as a scalar.
+        return torch.from_numpy(np.asarray(out[place.reshape(value.entries.shape)]))
 
     def gain(self, labels: Ints) -> Floats:
         return np.array([self.gains.get(int(label), 1.0) for label in labels])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bnp_analysis.linalg import Preconditioner
 from bnp_analysis.theory.check import Check
-from bnp_analysis.theory.problem import NotApplicable, Problem, statement
+from bnp_analysis.theory.statements.setting import NotApplicable, Problem, statement
 
 _T16 = "with all s blocks whitened kappa*(P^T A P) <= s min kappa*(D^T A D) over block-diagonal D"
 _TOP = "with all s blocks whitened lambda_max <= s"

@@ -8,9 +8,9 @@ from bnp_analysis.linalg.progress import Progress
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.precondition.bnp import BNPPreconditioner
 from bnp_analysis.theory.check import Check
-from bnp_analysis.theory.convergence import ConvergenceCheck, check_convergence_rate
-from bnp_analysis.theory.rate_options import RateOptions
-from bnp_analysis.theory.rates import time_constant
+from bnp_analysis.theory.rates.convergence import ConvergenceCheck, check_convergence_rate
+from bnp_analysis.theory.rates.formulas import time_constant
+from bnp_analysis.theory.rates.options import RateOptions
 
 _NOTHING = 0.05  # a gain within this of 1 is none
 

@@ -14,9 +14,9 @@ from bnp_analysis.linalg.random import normal
 from bnp_analysis.network import Layer, coverage
 from bnp_analysis.precondition import bnp_preconditioner
 from bnp_analysis.theory.check import Check
-from bnp_analysis.theory.problem import NotApplicable, Problem, agreement, each_layer, label, statement
-from bnp_analysis.theory.reference import block_of, damped, extended, first_unit, own_moments, scale
-from bnp_analysis.theory.rewriting import Affine, in_coordinates, rewritten
+from bnp_analysis.theory.statements.reference import block_of, damped, extended, first_unit, own_moments, scale
+from bnp_analysis.theory.statements.rewriting import Affine, in_coordinates, rewritten
+from bnp_analysis.theory.statements.setting import NotApplicable, Problem, agreement, each_layer, label, statement
 
 _T2 = "gradient descent in z = P^-1 theta multiplies gradients by P P^T"
 _ROWS = "the rows of H^ P are those of G^ / q"

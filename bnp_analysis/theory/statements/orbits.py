@@ -17,9 +17,9 @@ from bnp_analysis.linalg.random import normal
 from bnp_analysis.network import EmpiricalRisk
 from bnp_analysis.precondition import bnp_preconditioner
 from bnp_analysis.theory.check import Check
-from bnp_analysis.theory.generators import Scaling, scalings
-from bnp_analysis.theory.problem import NotApplicable, Problem, distance, statement
-from bnp_analysis.theory.rewriting import first_examples, rewritten
+from bnp_analysis.theory.statements.generators import Scaling, scalings
+from bnp_analysis.theory.statements.rewriting import first_examples, rewritten
+from bnp_analysis.theory.statements.setting import NotApplicable, Problem, distance, statement
 
 _T12 = "Hess(T theta) = T^-T Hess(theta) T^-1 along an orbit that keeps the network's function"
 _KAPPA = "kappa* of the Gauss-Newton matrix along the orbit follows the law"

@@ -15,8 +15,8 @@ from bnp_analysis.linalg import ConditionNumber, MatrixOperator, singular_condit
 from bnp_analysis.network import Layer
 from bnp_analysis.precondition import bnp_preconditioner
 from bnp_analysis.theory.check import Check
-from bnp_analysis.theory.problem import NotApplicable, Problem, each_layer, label, statement
-from bnp_analysis.theory.reference import damped, extended, own_moments
+from bnp_analysis.theory.statements.reference import damped, extended, own_moments
+from bnp_analysis.theory.statements.setting import NotApplicable, Problem, each_layer, label, statement
 
 _CENTERING = "centering: kappa(H^U) <= kappa(H^)"
 _SCALING = "scaling: kappa*(G) <= sqrt(m) min_D kappa*(H_c D)"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bnp_analysis.network import Layer
 from bnp_analysis.precondition import BlockDiagonal, BNPBlock, BNPPreconditioner
-from bnp_analysis.theory.problem import NotApplicable, Problem
+from bnp_analysis.theory.statements.setting import NotApplicable, Problem
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.theory import rates
+from bnp_analysis.theory.rates import formulas
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class RateOptions:
         if isinstance(self.momentum, str) and self.momentum != "optimal":
             raise InvalidInputError(f"momentum must be 'optimal' or a number in [0, 1), got {self.momentum!r}")
         if not isinstance(self.momentum, str):
-            rates.check_momentum(self.momentum)
+            formulas.check_momentum(self.momentum)
         if not 0 <= self.rho < 1:
             raise InvalidInputError(f"rho must be in [0, 1), got {self.rho}")
         if not min(self.tolerance, self.perturbation, self.max_iterations, self.max_parameters) > 0:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.results import Result
-from bnp_analysis.theory.rates import Values, check_momentum, positive
+from bnp_analysis.theory.rates.formulas import Values, check_momentum, positive
 
 RULE = (
     "least squares through log|grad| over the second half of the iterations above the rounding floor, minus log k "

@@ -12,9 +12,17 @@ from torch import Tensor, nn
 from bnp_analysis.network import EmpiricalRisk, Layer
 from bnp_analysis.precondition import BlockDiagonal, bnp_preconditioner
 from bnp_analysis.theory.check import Check
-from bnp_analysis.theory.problem import NotApplicable, Problem, agreement, distance, each_layer, label, statement
-from bnp_analysis.theory.reference import LayerMoments, own_moments
-from bnp_analysis.theory.rewriting import LiveNorm, rewritten
+from bnp_analysis.theory.statements.reference import LayerMoments, own_moments
+from bnp_analysis.theory.statements.rewriting import LiveNorm, rewritten
+from bnp_analysis.theory.statements.setting import (
+    NotApplicable,
+    Problem,
+    agreement,
+    distance,
+    each_layer,
+    label,
+    statement,
+)
 
 _T9 = "gradient descent on the network with BN at fixed statistics is BNP"
 _OWN = "with live statistics a layer's own gradient is P^T grad"

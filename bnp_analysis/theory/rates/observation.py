@@ -12,9 +12,9 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.theory import rates
-from bnp_analysis.theory.descent import DIVERGED, DONE, Iteration, State, run
-from bnp_analysis.theory.fit import RateFit, expected_bias, fit_rate
-from bnp_analysis.theory.limit_point import Spectrum
+from bnp_analysis.theory.rates.descent import DIVERGED, DONE, Iteration, State, run
+from bnp_analysis.theory.rates.fit import RateFit, expected_bias, fit_rate
+from bnp_analysis.theory.rates.limit_point import Spectrum
 
 _BIAS = 0.01  # what the length of the fitted window may cost, by the measured spectrum
 _DRIFT = 0.02  # by how much the slopes of the tail's halves may differ

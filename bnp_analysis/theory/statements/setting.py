@@ -18,8 +18,8 @@ from bnp_analysis.linalg.random import generator
 from bnp_analysis.network import Coverage, EmpiricalRisk, Layer, coverage, layer_rows
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.precondition import BNPPreconditioner, bnp_preconditioner
-from bnp_analysis.theory.activations import Activations, activations
 from bnp_analysis.theory.check import Check
+from bnp_analysis.theory.statements.activations import Activations, activations
 
 # Parameters of a dense reference matrix, and numbers in the factor that it is made of.
 DENSE_LIMIT = 1_500

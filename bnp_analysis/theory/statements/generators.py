@@ -11,7 +11,7 @@ from torch import Tensor
 from bnp_analysis.network.candidates import Chart
 from bnp_analysis.network.graph import Node, record_graph
 from bnp_analysis.network.links import Link, follow
-from bnp_analysis.theory.problem import NotApplicable, Problem
+from bnp_analysis.theory.statements.setting import NotApplicable, Problem
 
 # Channels of a layer among which generators are chosen.
 _TRIED = 64

@@ -14,8 +14,8 @@ from bnp_analysis.network import Layer
 from bnp_analysis.precondition import bnp_preconditioner
 from bnp_analysis.precondition.running import corrected_rho, update_moments
 from bnp_analysis.theory.check import Check
-from bnp_analysis.theory.problem import NotApplicable, Problem, agreement, each_layer, label, statement
-from bnp_analysis.theory.reference import damped, extended, own_moments
+from bnp_analysis.theory.statements.reference import damped, extended, own_moments
+from bnp_analysis.theory.statements.setting import NotApplicable, Problem, agreement, each_layer, label, statement
 
 _T4 = "running statistics are mean and variance of a mixture of all rows seen"
 _T6 = "per-patch statistics center and scale every entry of a patch"

@@ -16,11 +16,11 @@ from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.progress import Progress, reporting
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.theory.check import Check
-from bnp_analysis.theory.convergence_study import METHODS, NotPredictable, Study
-from bnp_analysis.theory.fit import RateFit
-from bnp_analysis.theory.minimizer import Minimizer
-from bnp_analysis.theory.observation import undeflated
-from bnp_analysis.theory.rate_options import RateOptions
+from bnp_analysis.theory.rates.fit import RateFit
+from bnp_analysis.theory.rates.minimizer import Minimizer
+from bnp_analysis.theory.rates.observation import undeflated
+from bnp_analysis.theory.rates.options import RateOptions
+from bnp_analysis.theory.rates.study import METHODS, NotPredictable, Study
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

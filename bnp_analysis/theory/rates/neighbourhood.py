@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bnp_analysis.curvature.hessian import hessian
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.theory.limit_point import Spectrum, both_sides
+from bnp_analysis.theory.rates.limit_point import Spectrum, both_sides
 
 #: A part of the gradient that is not differentiable, relative to its linear part: above it a kink is near.
 KINK = 1e-3

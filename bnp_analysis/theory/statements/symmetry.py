@@ -10,10 +10,11 @@ from torch import Tensor
 from bnp_analysis.curvature import NullDirections, hessian, null_directions
 from bnp_analysis.linalg.extremes import norm_estimate
 from bnp_analysis.network import Layer
+from bnp_analysis.network.candidates import Part
 from bnp_analysis.network.symmetries import candidate_directions
 from bnp_analysis.theory.check import Check
-from bnp_analysis.theory.generators import generators
-from bnp_analysis.theory.problem import NotApplicable, Problem, each_layer, label, statement
+from bnp_analysis.theory.statements.generators import generators
+from bnp_analysis.theory.statements.setting import NotApplicable, Problem, each_layer, label, statement
 
 _T11 = "the null directions that symmetries and data explain are null, and at most the nullity"
 _COUNT = "explained null dimensions <= dense nullity of the Gauss-Newton matrix"
@@ -136,9 +137,29 @@ def _orbits(problem: Problem) -> Iterator[Check]:
         yield Check.not_applicable(_ORBIT, "T11", "no unit or channel is scaled or mixed by a linear generator")
 
 
+def _is_translation(problem: Problem, layer: Layer, part: Part) -> bool:
+    """Whether a direction adds one number to the same weight of every unit of one layer: no parameter enters it."""
+    space = problem.risk.space
+    column = torch.zeros(space.dim, dtype=torch.float64)
+    column[part.positions] = part.values[:, 0]
+    size = float(column.norm())
+    for name in space.layer_names(layer.name):
+        rows = column[space.slice_of(name)].reshape(layer.units, -1)
+        if float((rows - rows[0]).norm()) > 1e-12 * size:
+            return False
+        column[space.slice_of(name)] = 0
+    return not bool(column.any())
+
+
 def _shift(problem: Problem) -> Iterator[Check]:
     candidates, _ = candidate_directions(problem.risk)
-    parts = [part for one in candidates if one.cause == "softmax shift" for part in one.parts]
+    parts = [
+        part
+        for one in candidates
+        if one.cause == "softmax shift"
+        for part in one.parts
+        if any(_is_translation(problem, layer, part) for layer in problem.layers)
+    ]
     if not parts:
         yield Check.not_applicable(_SHIFT, "T11", "the loss does not ignore a shift of the outputs of a last layer")
         return

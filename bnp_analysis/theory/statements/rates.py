@@ -11,8 +11,8 @@ from bnp_analysis.network import EmpiricalRisk
 from bnp_analysis.precondition import bnp_preconditioner
 from bnp_analysis.theory import problems
 from bnp_analysis.theory.check import Check
-from bnp_analysis.theory.convergence import ConvergenceCheck, check_convergence_rate
-from bnp_analysis.theory.problem import Problem, statement
+from bnp_analysis.theory.rates.convergence import ConvergenceCheck, check_convergence_rate
+from bnp_analysis.theory.statements.setting import Problem, statement
 
 _T14 = "gradient descent and heavy ball contract as the spectrum at the limit point says"
 _T15 = "BNP contracts as the spectrum of P^T Hess P at the limit point says"
@@ -22,7 +22,7 @@ _KAPPA = 300.0
 _SECONDS = 60.0
 
 
-def _embedded(problem: Problem) -> problems.Problem:
+def _embedded(problem: Problem) -> problems.KnownProblem:
     return problems.teacher_student((4, 3, 2), kappa=_KAPPA, n=60, seed=problem.seed)
 
 

@@ -12,8 +12,16 @@ from bnp_analysis.curvature.output_curvature import output_root
 from bnp_analysis.curvature.units import unit_blocks
 from bnp_analysis.network import EmpiricalRisk, Layer, coverage, layer_rows
 from bnp_analysis.theory.check import Check
-from bnp_analysis.theory.problem import NotApplicable, Problem, agreement, distance, each_layer, label, statement
-from bnp_analysis.theory.rewriting import Offset, first_examples, rewritten, with_squared_outputs
+from bnp_analysis.theory.statements.rewriting import Offset, first_examples, rewritten, with_squared_outputs
+from bnp_analysis.theory.statements.setting import (
+    NotApplicable,
+    Problem,
+    agreement,
+    distance,
+    each_layer,
+    label,
+    statement,
+)
 
 _T1 = "a unit's Hessian block is H^^T S_i H^"
 _GN = "a unit's Gauss-Newton block is H^^T diag(s_i^2) H^"

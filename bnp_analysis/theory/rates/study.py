@@ -14,11 +14,26 @@ from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.precondition.bnp import BNPPreconditioner, bnp_preconditioner
-from bnp_analysis.theory.descent import DIVERGED, DONE, INTERRUPTED, HeavyBallIteration, Iteration, RunningBNP, State
-from bnp_analysis.theory.limit_point import Spectrum, measure
-from bnp_analysis.theory.minimizer import Minimizer, find_minimizer, gradient_floor
-from bnp_analysis.theory.neighbourhood import KINK, balanced, off_the_minimizers, remainder, roughness, undetermined
-from bnp_analysis.theory.observation import (
+from bnp_analysis.theory.rates.descent import (
+    DIVERGED,
+    DONE,
+    INTERRUPTED,
+    HeavyBallIteration,
+    Iteration,
+    RunningBNP,
+    State,
+)
+from bnp_analysis.theory.rates.limit_point import Spectrum, measure
+from bnp_analysis.theory.rates.minimizer import Minimizer, find_minimizer, gradient_floor
+from bnp_analysis.theory.rates.neighbourhood import (
+    KINK,
+    balanced,
+    off_the_minimizers,
+    remainder,
+    roughness,
+    undetermined,
+)
+from bnp_analysis.theory.rates.observation import (
     Limits,
     Observation,
     Prediction,
@@ -27,10 +42,12 @@ from bnp_analysis.theory.observation import (
     predict,
     seconds_per_iteration,
 )
-from bnp_analysis.theory.rate_options import RateOptions
+from bnp_analysis.theory.rates.options import RateOptions
 
 METHODS = {"gd": "gradient descent", "heavy_ball": "heavy ball", "bnp": "BNP with running statistics"}
 
+#: Causes that hold at a point and not along an orbit: two equal units, for instance, make columns of a layer dependent.
+_AT_A_POINT = ("dependent inputs", "unread outputs")
 _SHIFT = 0.005  # by how much the move of the limit point may change the prediction
 _LENGTH = 5.0  # time constants that a run has at least
 _NONLINEAR = 0.1
@@ -162,7 +179,8 @@ class Study:
             or f"{s.unresolved} eigenvalues are neither zero nor nonzero beyond doubt: their size is within "
             f"1000 times the noise {s.noise:.1g} of the computed Hessian",
         )
-        why = singular or (off_the_minimizers(here, P, s, floor) if s.unexplained else "")
+        doubtful = s.unexplained or any(cause in s.sources for cause in _AT_A_POINT)
+        why = singular or (off_the_minimizers(here, P, s, floor) if doubtful else "")
         self._require(
             "null space tangent to the minimizers",
             not why,

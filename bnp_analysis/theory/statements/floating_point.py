@@ -22,7 +22,7 @@ from bnp_analysis.linalg.certificates import kuczynski_wozniakowski
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.testing import random_orthogonal, spectrum
 from bnp_analysis.theory.check import Check
-from bnp_analysis.theory.problem import NotApplicable, Problem, statement
+from bnp_analysis.theory.statements.setting import NotApplicable, Problem, statement
 
 _T13 = "what a computed condition number may claim in floating point"
 _UNIT = torch.finfo(torch.float64).eps
