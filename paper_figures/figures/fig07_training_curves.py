@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from bnp_analysis.errors import DataNotFoundError
 from bnp_analysis.training.comparison import MethodComparison
@@ -98,6 +98,8 @@ def draw(data: FigureData) -> Figure:
         for k in (0, 2):
             if row[k].has_data():
                 row[k].set_yscale("log")
+                row[k].yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+                row[k].yaxis.set_major_formatter(ScalarFormatter())
                 row[k].yaxis.set_minor_formatter(NullFormatter())
         row[0].set_ylabel(name)
         row[0].set_xticks(np.arange(1, len(steps) + 1))

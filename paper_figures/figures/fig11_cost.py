@@ -158,8 +158,8 @@ def draw(data: FigureData) -> Figure:
     right.set_xticks(places, data.words("models"))
     right.set_ylabel("time of a product over a gradient")
     right.set_title("products")
-    for ax in (left, right):
+    for ax, room in ((left, 0.4), (right, 0.2 * len(tools))):
         ax.legend(loc="upper right")
-        ax.margins(y=0.4)
+        ax.margins(y=room)
     style.letters([left, right])
     return figure
