@@ -130,9 +130,10 @@ for name, reason in coverage(fused_risk).uncovered.items():
     print(f"  {name}: {reason}")
 
 # %% [markdown]
-# `P` leaves attention alone, its null directions are known all the same: queries and keys may be mixed against each other,
-# keys shifted, values mixed. But 30 sequences do not determine all parameters: what no symmetry explains is not counted
-# as zero, so the number of the whole network has no upper bound, and says why. The blocks of covered layers are decided.
+# `P` leaves attention alone, its null directions are known all the same: queries and keys may be mixed against each
+# other, keys shifted, values mixed. But 30 sequences do not determine all parameters: what no symmetry explains is not
+# counted as zero, so the number of the whole network has no upper bound, and says why. The blocks of covered layers are
+# decided.
 
 # %%
 few = bnp.EmpiricalRisk(fused, cross_entropy, (tokens[:30], labels[:30]), dtype=torch.float64)

@@ -19,8 +19,8 @@ from bnp_analysis.theory.check import Check
 from bnp_analysis.theory.rates.fit import RateFit
 from bnp_analysis.theory.rates.minimizer import Minimizer
 from bnp_analysis.theory.rates.observation import undeflated
-from bnp_analysis.theory.rates.options import RateOptions
-from bnp_analysis.theory.rates.study import METHODS, NotPredictable, Study
+from bnp_analysis.theory.rates.options import METHODS, NotPredictable, RateOptions
+from bnp_analysis.theory.rates.study import Study
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -8,6 +8,12 @@ from typing import Any
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.theory.rates import formulas
 
+METHODS = {"gd": "gradient descent", "heavy_ball": "heavy ball", "bnp": "BNP with running statistics"}
+
+
+class NotPredictable(Exception):
+    """Why there is no prediction, or no observation."""
+
 
 @dataclass(frozen=True)
 class RateOptions:

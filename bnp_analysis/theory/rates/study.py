@@ -42,9 +42,7 @@ from bnp_analysis.theory.rates.observation import (
     predict,
     seconds_per_iteration,
 )
-from bnp_analysis.theory.rates.options import RateOptions
-
-METHODS = {"gd": "gradient descent", "heavy_ball": "heavy ball", "bnp": "BNP with running statistics"}
+from bnp_analysis.theory.rates.options import NotPredictable, RateOptions
 
 #: Causes that hold at a point and not along an orbit: two equal units, for instance, make columns of a layer dependent.
 _AT_A_POINT = ("dependent inputs", "unread outputs")
@@ -53,10 +51,6 @@ _LENGTH = 5.0  # time constants that a run has at least
 _NONLINEAR = 0.1
 _STATISTICS = 1e-3  # how far, relative, running statistics start from their limit at most
 _FASTEST = 0.3  # time constants below are no rates: three digits or more in each iteration
-
-
-class NotPredictable(Exception):
-    """Why there is no prediction, or no observation."""
 
 
 class Study:

@@ -12,7 +12,7 @@ from bnp_analysis.curvature import hessian
 from bnp_analysis.linalg import MatrixOperator, congruence, singular_condition_number
 from bnp_analysis.linalg.random import normal
 from bnp_analysis.network import Layer, coverage
-from bnp_analysis.precondition import bnp_preconditioner
+from bnp_analysis.precondition import BNPBlock, BNPPreconditioner, bnp_preconditioner
 from bnp_analysis.theory.check import Check
 from bnp_analysis.theory.statements.reference import block_of, damped, extended, first_unit, own_moments, scale
 from bnp_analysis.theory.statements.rewriting import Affine, in_coordinates, rewritten
@@ -47,7 +47,8 @@ def check_coordinates(problem: Problem) -> Iterator[Check]:
 
 def _normalized_rows(problem: Problem, layer: Layer) -> Iterator[Check]:
     block = block_of(problem.P, layer)
-    settings = problem.P.settings  # type: ignore[attr-defined]
+    assert isinstance(problem.P, BNPPreconditioner)
+    settings = problem.P.settings
     if layer.bias is None:
         raise NotApplicable("the layer has no free bias: T5")
     if settings["q"] == "measured":
@@ -104,7 +105,8 @@ def _update(problem: Problem, layer: Layer) -> Iterator[Check]:
     words = f"undamped, P P^T is the inverse of the second moment with its covariance made diagonal [{name}]"
     yield agreement(words, "T3", torch.cat(products), eye.repeat(layer.groups, 1), bound=bound)
     light = bnp_preconditioner(problem.risk, eps1=_EPS1).blocks[layer.name][1]
-    spread = light.variance.max() / light.variance.min()  # type: ignore[attr-defined]
+    assert isinstance(light, BNPBlock)
+    spread = light.variance.max() / light.variance.min()
     yield Check.compare(
         f"damping bounds what is corrected: max s2 / min s2 [{name}]",
         "T3",
@@ -195,6 +197,7 @@ def _without_bias(problem: Problem, layer: Layer) -> Iterator[Check]:
     R, q = len(rows), scale(layer, len(rows))
     block = block_of(problem.bnp, layer)
     diagonal = bnp_preconditioner(problem.risk, bias_free="diagonal").blocks[layer.name][1]
+    assert isinstance(diagonal, BNPBlock)
     products, columns, kappas = [], [], {}
     rms = rows.square().mean(dim=0).sqrt() if layer.patch == 1 else (moments.variance + moments.mean**2).sqrt()
     worst = 1.0
@@ -204,7 +207,7 @@ def _without_bias(problem: Problem, layer: Layer) -> Iterator[Check]:
         M = torch.diag(s2[group]) + torch.outer(moments.mean[group], moments.mean[group])
         products.append(q * q * P @ P.T @ M)
         worst = max(worst, float(torch.linalg.cond(M)))
-        D = diagonal.unit(first)  # type: ignore[attr-defined]
+        D = diagonal.unit(first)
         columns.append(D.q * D.to_dense().diagonal() * rms[group])
         if group == 0:
             forms = {"raw": rows[:, 0], "diagonal": rows[:, 0] @ D.to_dense(), "rank-one": rows[:, 0] @ P}
@@ -220,7 +223,7 @@ def _without_bias(problem: Problem, layer: Layer) -> Iterator[Check]:
     yield Check.compare(
         f"its q^2 = max(m/R, 1) + sum_j mu_j^2 / rms_j^2 [{name}]",
         "T5",
-        observed=diagonal.q**2,  # type: ignore[attr-defined]
+        observed=diagonal.q**2,
         predicted=max(layer.features / R, 1.0) + float(survives.sum(dim=1).max()),
         tolerance=1e-9,
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bnp_analysis.linalg import MatrixOperator, condition_number, singular_condition_number
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.network import Layer
-from bnp_analysis.precondition import bnp_preconditioner
+from bnp_analysis.precondition import BNPBlock, bnp_preconditioner
 from bnp_analysis.precondition.running import corrected_rho, update_moments
 from bnp_analysis.theory.check import Check
 from bnp_analysis.theory.statements.reference import damped, extended, own_moments
@@ -106,6 +106,7 @@ def _patches(problem: Problem, layer: Layer) -> Iterator[Check]:
     G = {which: _normalized(problem, layer, which) for which in ("channel", "patch")}
     kept = ~own_moments(problem, layer, "patch").constant
     P = bnp_preconditioner(problem.risk, statistics="patch").blocks[layer.name][1]
+    assert isinstance(P, BNPBlock)
     mean, std = G["patch"].mean(dim=0)[kept], G["patch"].std(dim=0, unbiased=False)[kept]
     yield agreement(
         f"{_T6} [{name}]",
@@ -116,7 +117,7 @@ def _patches(problem: Problem, layer: Layer) -> Iterator[Check]:
         details={"entries": int(kept.sum())},
     )
     if layer.bias is not None:
-        rest = P.normalized(rows)[..., : layer.features] * P.q  # type: ignore[attr-defined]
+        rest = P.normalized(rows)[..., : layer.features] * P.q
         yield agreement(f"the per-patch preconditioner makes these rows [{name}]", "T6", rest, G["patch"])
     yield _agree(problem, layer, G)
 
