@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+import bnp_analysis
 from bnp_analysis.results import package_versions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,10 +77,12 @@ def key(name: str, preset: str) -> str:
     What judges and draws does not count, so that a label may change without a computation.
     """
     settings = module(name).PRESETS[preset]
-    tree = ast.parse((HERE / "figures" / f"{name}.py").read_text())
-    deciding = [node for node in tree.body if not _is_presentation(node)]
-    digest = hashlib.sha256(ast.dump(ast.Module(deciding, [])).encode())
-    words = [FORMAT, settings, package_versions()["bnp_analysis"]]
+    source = (HERE / "figures" / f"{name}.py").read_text()
+    nodes = [node for node in ast.parse(source).body if not _is_presentation(node)]
+    # The text, not the tree: its form differs between versions of Python.
+    deciding = [ast.get_source_segment(source, node) or "" for node in nodes]
+    digest = hashlib.sha256("\n".join(deciding).encode())
+    words = [FORMAT, settings, bnp_analysis.__version__]
     digest.update(json.dumps(words, sort_keys=True).encode())
     for path in settings.get("inputs", []):
         digest.update((ROOT / path).read_bytes() if (ROOT / path).exists() else b"absent")
@@ -106,7 +109,7 @@ def make(name: str, preset: str, folder: Path, report: Report, *, force: bool = 
     arrays = {word: np.asarray(value) for word, value in module(name).compute(settings, report).items()}
     about = {
         **{"figure": name, "preset": preset, "key": wanted, "settings": settings, "seed": settings.get("seed")},
-        **{"versions": package_versions(), "revision": revision()},
+        **{"versions": package_versions() | {"bnp_analysis": bnp_analysis.__version__}, "revision": revision()},
         "command": f"bnp-analysis figures {name} --preset {preset}",
         "seconds": round(time.perf_counter() - began, 2),
     }
