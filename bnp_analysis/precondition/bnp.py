@@ -189,6 +189,10 @@ def bnp_preconditioner(
         (8, {'': 1.0}, {})
     """
     require_options(eps1, eps2, q, bias_free)
+    if not isinstance(output_scale, bool):  # a word such as "none" would count as true
+        raise InvalidInputError(
+            f"output_scale must be True or False here, got {output_scale!r}; BNP has estimated ones"
+        )
     layers = covered_layers(risk, "BNP")
     moments = layer_moments(risk, statistics=statistics, layers=layers)
 

@@ -193,6 +193,13 @@ def test_a_loss_without_a_root_is_refused() -> None:
         bnp.bnp_preconditioner(risk, output_scale=True)
 
 
+def test_a_word_is_not_taken_for_true() -> None:
+    model, x, y = network("dense")
+    risk = bnp.EmpiricalRisk(model, torch.nn.functional.cross_entropy, (x, y))
+    with pytest.raises(InvalidInputError, match="must be True or False"):
+        bnp.bnp_preconditioner(risk, output_scale="none")  # type: ignore[call-overload]
+
+
 def test_scales_that_do_not_fit_are_refused() -> None:
     block = BNPBlock(torch.zeros(1, 2), torch.ones(1, 2), 1.0, units=3, bias=True)
     for scales in (torch.ones(2), torch.tensor([1.0, 0.0, 1.0]), torch.tensor([1.0, torch.inf, 1.0])):
