@@ -112,3 +112,9 @@ def both_sides(H: Tensor, P: Preconditioner | None) -> Tensor:
         return H
     half = P._rmatmat(H)
     return P._rmatmat(half.T)
+
+
+def length_of(theta: Tensor, P: Preconditioner | None) -> float:
+    """`|P^-1 theta|`, the length of a point in the variables of the iteration; 1 at the origin."""
+    z = theta if P is None else P.solve(theta)
+    return float(z.norm()) or 1.0

@@ -23,7 +23,7 @@ from bnp_analysis.theory.rates.descent import (
     RunningBNP,
     State,
 )
-from bnp_analysis.theory.rates.limit_point import Spectrum, measure
+from bnp_analysis.theory.rates.limit_point import Spectrum, length_of, measure
 from bnp_analysis.theory.rates.minimizer import Minimizer, find_minimizer, gradient_floor
 from bnp_analysis.theory.rates.neighbourhood import (
     KINK,
@@ -219,16 +219,12 @@ class Study:
         size = smooth
         z = balanced(s, torch.Generator().manual_seed(self.seed))
         part = size / s.kappa
-        start = perturbed(iteration, here.theta, self._length(here, P) * part * z, min(part, _STATISTICS), self.seed)
+        start = perturbed(iteration, here.theta, length_of(here.theta, P) * part * z, min(part, _STATISTICS), self.seed)
         limits = Limits(self.options.tolerance, self.options.max_iterations - self.iterations, self.deadline)
         seen = observe(iteration, start, s, p, below, limits, update)
         self.seen = seen
         self.iterations += len(seen.norms)
         return seen, size
-
-    def _length(self, here: EmpiricalRisk, P: Preconditioner | None) -> float:
-        z = here.theta if P is None else P.solve(here.theta)
-        return float(z.norm()) or 1.0
 
     def _smooth(
         self, here: EmpiricalRisk, P: Preconditioner | None, size: float, floor: float, below: float
@@ -236,7 +232,7 @@ class Study:
         """The largest perturbation, from `size` down, with a nearly linear gradient; None if rounding hides all."""
         s = self.spectrum
         assert s is not None
-        unit = self._length(here, P) / s.kappa
+        unit = length_of(here.theta, P) / s.kappa
         found = None
         # Equal gradients in all modes: |grad| is about lambda_min sqrt(rank) |z|.
         while s.smallest * math.sqrt(len(s.values)) * size * unit > 50 * below:

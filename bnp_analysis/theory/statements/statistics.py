@@ -126,7 +126,7 @@ def _agree(problem: Problem, layer: Layer, G: dict[str, Tensor]) -> Check:
     """Whether both statistics are the same, where every patch entry runs over all values of its channel."""
     words = f"per-channel statistics center and scale every entry of a patch [{label(layer)}]"
     module = layer.module
-    same = getattr(module, "padding_mode", "") == "circular" and all(s == 1 for s in module.stride)  # type: ignore[union-attr]
+    same = getattr(module, "padding_mode", "") == "circular" and all(s == 1 for s in getattr(module, "stride", ()))
     same = same and problem.rows[layer.name].shape[0] == _positions(problem, layer)
     details = {"largest mean in sigma": float(G["channel"].mean(dim=0).abs().max())} | _effect(problem, layer, G)
     if same:
