@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from bnp_analysis.curvature.products import GraphCache, OutputGraph, output_graph
+from bnp_analysis.curvature.engines import Engine, Plan, tensors_of_columns
+from bnp_analysis.curvature.products import OutputGraph, output_graph
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.network.batches import Batch, slice_batch, tensors_of
 from bnp_analysis.network.kernels import recording
@@ -40,13 +42,21 @@ class JacobianFactor(LinearOperator):
         risk: the empirical risk.
         roots: for each batch the output-side rows `R`, batch weight not included.
         rank: a structural bound of the rank.
+        engine, max_memory: as in `hessian`.
     """
 
-    def __init__(self, risk: EmpiricalRisk, roots: list[Root], rank: int) -> None:
+    def __init__(
+        self, risk: EmpiricalRisk, roots: list[Root], rank: int, engine: str = "auto", max_memory: int | None = None
+    ) -> None:
         self._rows = [root.rows.shape[0] * root.rows.shape[1] for root in roots]
         super().__init__((sum(self._rows), risk.space.dim), risk.space.dtype, risk.space.device)
         self._risk, self._roots, self._rank = risk, roots, rank
-        self._graphs = GraphCache(risk, output_graph)
+        self._engine = Engine(risk, output_graph, engine, max_memory)
+
+    @property
+    def engine(self) -> Plan:
+        """How products are computed, and their estimated memory."""
+        return self._engine.plan
 
     @property
     def rank_bound(self) -> int:
@@ -62,25 +72,27 @@ class JacobianFactor(LinearOperator):
         return cost
 
     def _matmat(self, x: Tensor) -> Tensor:
-        vectors = [list(self._risk.space.unflatten(v).values()) for v in x.T.contiguous().unbind()]
+        vectors = tensors_of_columns(self._risk.space, x)
         product = x.new_zeros(self.shape[0], x.shape[1])
-        begin = 0
-        for graph, root, size in zip(self._graphs, self._roots, self._rows, strict=True):
+        ends = list(accumulate(self._rows))
+
+        def project(graph: OutputGraph, b: int, retain: bool) -> None:
             for k, v in enumerate(vectors):
-                product[begin : begin + size, k] = _project(root.rows, graph.jvp(v)) * graph.weight**0.5
-            begin += size
+                image = graph.jvp(v, retain=retain or k + 1 < len(vectors))
+                product[ends[b] - self._rows[b] : ends[b], k] = _project(self._roots[b].rows, image) * graph.weight**0.5
+
+        self._engine.each(project)
         return product
 
     def _rmatmat(self, y: Tensor) -> Tensor:
-        total = y.new_zeros(self.shape[1], y.shape[1])
-        begin = 0
-        for graph, root, size in zip(self._graphs, self._roots, self._rows, strict=True):
-            part = y[begin : begin + size] * graph.weight**0.5
-            begin += size
-            for k in range(y.shape[1]):
-                u = _cotangent(root.rows, part[:, k], graph)
-                total[:, k] += self._risk.space.flatten(graph.vjp(u))
-        return total
+        ends = list(accumulate(self._rows))
+
+        def pull(graph: OutputGraph, b: int, k: int, retain: bool) -> list[Tensor]:
+            part = y[ends[b] - self._rows[b] : ends[b], k]
+            u = _cotangent(self._roots[b].rows, part * graph.weight**0.5, graph)
+            return graph.vjp(u, retain=retain)
+
+        return self._engine.total(y.shape[1], pull)
 
     def to_dense(self) -> Tensor:
         dense = torch.empty(self.shape, dtype=self.dtype, device=self.device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.curvature.blocks import restricted
+from bnp_analysis.curvature.engines import Plan
 from bnp_analysis.curvature.factors import JacobianFactor, batch_roots
 from bnp_analysis.curvature.output_curvature import loss_gradient, output_root
 from bnp_analysis.errors import InvalidInputError
@@ -25,7 +26,7 @@ KINDS = ("mc", "empirical")
 class Fisher(SymmetricOperator):
     """`F^T F` with rows that are scaled gradients; made by `fisher`."""
 
-    def __init__(self, risk: EmpiricalRisk, make: Make) -> None:
+    def __init__(self, risk: EmpiricalRisk, make: Make, engine: str = "auto", max_memory: int | None = None) -> None:
         super().__init__(risk.space.dim, risk.space.dtype, risk.space.device)
         made = batch_roots(risk, make)
         if made is None:
@@ -33,7 +34,12 @@ class Fisher(SymmetricOperator):
                 "the Fisher matrix needs one gradient per example, so a loss that is separate over examples, and data "
                 "that keep their order: give list(loader) or a loader without shuffle"
             )
-        self._factor = JacobianFactor(risk, *made)
+        self._factor = JacobianFactor(risk, *made, engine, max_memory)
+
+    @property
+    def engine(self) -> Plan:
+        """How products are computed, and their estimated memory."""
+        return self._factor.engine
 
     @property
     def factor(self) -> LinearOperator:
@@ -44,7 +50,14 @@ class Fisher(SymmetricOperator):
 
 
 def fisher(
-    risk: EmpiricalRisk, kind: str = "mc", *, samples: int = 1, seed: int = 0, block: Block | None = None
+    risk: EmpiricalRisk,
+    kind: str = "mc",
+    *,
+    samples: int = 1,
+    seed: int = 0,
+    block: Block | None = None,
+    engine: str = "auto",
+    max_memory: int | None = None,
 ) -> SymmetricOperator:
     """The Fisher matrix `A = (1/N) sum_j E[g_j g_j^T]`, `g_j` the gradient of the loss of example `j`.
 
@@ -56,6 +69,7 @@ def fisher(
         samples: draws per example, `"mc"` only.
         seed: of the draws.
         block: a layer's name, or `(layer, i)` for output unit `i`.
+        engine, max_memory: as in `hessian`.
 
     Returns:
         A `SymmetricOperator` with a `factor`. The expectation of `"mc"` is the Gauss-Newton matrix for these
@@ -63,6 +77,7 @@ def fisher(
 
     Raises:
         InvalidInputError: an unknown kind, a loss without a known distribution, or not a mean over examples.
+        MemoryLimitError: at the first product: not even one batch fits.
 
     Source: Kunstner, Balles and Hennig 2019 for the difference of the two.
 
@@ -78,9 +93,9 @@ def fisher(
     if samples < 1:
         raise InvalidInputError(f"samples must be at least 1, got {samples}")
     if kind == "empirical":
-        return restricted(risk, block, lambda r: Fisher(r, _empirical))
+        return restricted(risk, block, lambda r: Fisher(r, _empirical, engine, max_memory))
     # The generator is made for every operator: a block and the whole see the same targets.
-    return restricted(risk, block, lambda r: Fisher(r, _sampler(samples, seed)))
+    return restricted(risk, block, lambda r: Fisher(r, _sampler(samples, seed), engine, max_memory))
 
 
 def _empirical(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> tuple[Tensor, int] | None:

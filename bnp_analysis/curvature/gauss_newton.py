@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from bnp_analysis.curvature.blocks import restricted
+from bnp_analysis.curvature.engines import Engine, Plan, tensors_of_columns
 from bnp_analysis.curvature.factors import JacobianFactor, batch_roots
 from bnp_analysis.curvature.output_curvature import hessian_product, loss_gradient, output_root
-from bnp_analysis.curvature.products import GraphCache, OutputGraph, output_graph
+from bnp_analysis.curvature.products import OutputGraph, output_graph
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.parameters import Block
@@ -20,10 +20,15 @@ from bnp_analysis.network.risk import EmpiricalRisk
 class GaussNewton(SymmetricOperator):
     """`J^T S J` of a risk; made by `gauss_newton`."""
 
-    def __init__(self, risk: EmpiricalRisk) -> None:
+    def __init__(self, risk: EmpiricalRisk, engine: str = "auto", max_memory: int | None = None) -> None:
         super().__init__(risk.space.dim, risk.space.dtype, risk.space.device)
         self._risk = risk
-        self._graphs = GraphCache(risk, _with_loss)
+        self._engine = Engine(risk, _with_loss, engine, max_memory)
+
+    @property
+    def engine(self) -> Plan:
+        """How products are computed, and their estimated memory."""
+        return self._engine.plan
 
     @cached_property
     def factor(self) -> LinearOperator | None:
@@ -34,25 +39,30 @@ class GaussNewton(SymmetricOperator):
             return None if found is None else (found.root, found.rank)
 
         made = batch_roots(self._risk, make)
-        return None if made is None else JacobianFactor(self._risk, *made)
+        return None if made is None else JacobianFactor(self._risk, *made, self._engine.name, self._engine.max_memory)
 
     def _matmat(self, x: Tensor) -> Tensor:
-        space = self._risk.space
-        vectors = [list(space.unflatten(column).values()) for column in x.T.contiguous().unbind()]
-        total = torch.zeros_like(x)
-        for graph, z, g in self._graphs:
-            for k, v in enumerate(vectors):
-                u = hessian_product(z, g, graph.jvp(v)) * graph.weight
-                total[:, k] += space.flatten(graph.vjp(u))
-        return total
+        vectors = tensors_of_columns(self._risk.space, x)
+
+        def product(recorded: _Recorded, _: int, k: int, retain: bool) -> list[Tensor]:
+            graph, z, g = recorded
+            u = hessian_product(z, g, graph.jvp(vectors[k], retain=retain)) * graph.weight
+            return graph.vjp(u, retain=retain)
+
+        return self._engine.total(x.shape[1], product)
 
 
-def _with_loss(risk: EmpiricalRisk, batch: Batch) -> tuple[OutputGraph, Tensor, Tensor]:
+_Recorded = tuple[OutputGraph, Tensor, Tensor]
+
+
+def _with_loss(risk: EmpiricalRisk, batch: Batch) -> _Recorded:
     graph = output_graph(risk, batch)
     return graph, *loss_gradient(risk, batch, graph.outputs)
 
 
-def gauss_newton(risk: EmpiricalRisk, *, block: Block | None = None) -> SymmetricOperator:
+def gauss_newton(
+    risk: EmpiricalRisk, *, block: Block | None = None, engine: str = "auto", max_memory: int | None = None
+) -> SymmetricOperator:
     """The Gauss-Newton matrix `A = (1/N) sum_j J_j^T (d^2 l_j / d f_j^2) J_j`, or its block of a layer or unit.
 
     Where activations are piecewise linear, a layer's or unit's block equals the Hessian's (T1').
@@ -60,6 +70,7 @@ def gauss_newton(risk: EmpiricalRisk, *, block: Block | None = None) -> Symmetri
     Args:
         risk: the empirical risk; any loss that is twice differentiable in the outputs.
         block: a layer's name, or `(layer, i)` for output unit `i`.
+        engine, max_memory: as in `hessian`; the operator and its factor hold graphs of their own.
 
     Returns:
         A `SymmetricOperator`. It has a `factor` `S^(1/2) J` where the loss is convex in the outputs and separate
@@ -67,6 +78,7 @@ def gauss_newton(risk: EmpiricalRisk, *, block: Block | None = None) -> Symmetri
 
     Raises:
         InvalidInputError: no such block.
+        MemoryLimitError: at the first product: not even one batch fits.
 
     Source: T1, T1', T13.
 
@@ -78,4 +90,4 @@ def gauss_newton(risk: EmpiricalRisk, *, block: Block | None = None) -> Symmetri
         >>> A.factor.shape, bool(torch.allclose(A.to_dense(), torch.eye(2)))
         ((2, 2), True)
     """
-    return restricted(risk, block, GaussNewton)
+    return restricted(risk, block, lambda r: GaussNewton(r, engine, max_memory))

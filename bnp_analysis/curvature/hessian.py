@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from bnp_analysis.curvature.blocks import restricted
-from bnp_analysis.curvature.products import GraphCache, gradient_graph
+from bnp_analysis.curvature.engines import Engine, Plan, tensors_of_columns
+from bnp_analysis.curvature.products import GradientGraph, gradient_graph
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
@@ -15,31 +15,42 @@ from bnp_analysis.network.risk import EmpiricalRisk
 class Hessian(SymmetricOperator):
     """`Hess L(theta)` of a risk; made by `hessian`."""
 
-    def __init__(self, risk: EmpiricalRisk) -> None:
+    def __init__(self, risk: EmpiricalRisk, engine: str = "auto", max_memory: int | None = None) -> None:
         super().__init__(risk.space.dim, risk.space.dtype, risk.space.device)
         self._space = risk.space
-        self._graphs = GraphCache(risk, gradient_graph)
+        self._engine = Engine(risk, gradient_graph, engine, max_memory)
+
+    @property
+    def engine(self) -> Plan:
+        """How products are computed, and their estimated memory."""
+        return self._engine.plan
 
     def _matmat(self, x: Tensor) -> Tensor:
-        vectors = [list(self._space.unflatten(column).values()) for column in x.T.contiguous().unbind()]
-        total = torch.zeros_like(x)
-        for graph in self._graphs:
-            for k, v in enumerate(vectors):
-                total[:, k] += self._space.flatten(graph.product(v))
-        return total
+        vectors = tensors_of_columns(self._space, x)
+
+        def product(graph: GradientGraph, _: int, k: int, retain: bool) -> list[Tensor]:
+            return graph.product(vectors[k], retain=retain)
+
+        return self._engine.total(x.shape[1], product)
 
 
-def hessian(risk: EmpiricalRisk, *, block: Block | None = None) -> SymmetricOperator:
+def hessian(
+    risk: EmpiricalRisk, *, block: Block | None = None, engine: str = "auto", max_memory: int | None = None
+) -> SymmetricOperator:
     """The Hessian of the risk, `A = d^2 L / d theta^2`, or its diagonal block of a layer or unit.
 
     Args:
         risk: the empirical risk.
         block: a layer's name, or `(layer, i)` for output unit `i`; the flat order is that of the space.
+        engine: `"retained"` keeps the recorded graph of every batch, `"recompute"` none, `"auto"` those that fit.
+        max_memory: bytes that kept graphs and one product may take together; default what is free, 40 % of it for
+            kept graphs. Checked, from an estimate, before the first product.
 
     Returns:
-        A `SymmetricOperator`; it is indefinite in general and has no factor.
+        A `SymmetricOperator`; it is indefinite in general and has no factor. Its `engine` says what is kept.
 
     Raises:
+        MemoryLimitError: at the first product: not even one batch fits.
         InvalidInputError: no such block, or an operation without a second derivative.
 
     Source: T1.
@@ -52,4 +63,4 @@ def hessian(risk: EmpiricalRisk, *, block: Block | None = None) -> SymmetricOper
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    return restricted(risk, block, Hessian)
+    return restricted(risk, block, lambda r: Hessian(r, engine, max_memory))

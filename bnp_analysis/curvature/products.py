@@ -2,29 +2,25 @@
 
 All are reverse mode over reverse mode: torch's fused BatchNorm, LayerNorm and InstanceNorm give silently wrong
 second derivatives under `grad(jvp)` and nested `jvp`, and `jvp(grad)` fails for some losses (trap 1). The
-graph of a batch is built once and kept while memory allows; then a Hessian product costs one backward pass
-through it, and a Jacobian product one through the graph of `u -> J^T u`, which is linear in `u`.
+graph of a batch is recorded once; then a Hessian product costs one backward pass through it, and a Jacobian product
+one through the graph of `u -> J^T u`, which is linear in `u`. Its last use need not `retain` it: what was saved is
+freed on the way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from bnp_analysis.curvature.convolutions import Convolution, TwiceDifferentiable
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg.memory import available_memory
 from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.kernels import explained, not_twice, recording
 from bnp_analysis.network.risk import EmpiricalRisk
-
-G = TypeVar("G")
-
-# Kept graphs may take this share of the memory that is free when the first product is asked for.
-_SHARE = 0.4
 
 
 @dataclass(frozen=True)
@@ -34,13 +30,13 @@ class GradientGraph:
     leaves: list[Tensor]
     gradients: list[Tensor]
 
-    def product(self, v: list[Tensor]) -> list[Tensor]:
+    def product(self, v: list[Tensor], *, retain: bool = True) -> list[Tensor]:
         """The Hessian of the weighted batch loss times `v`, per tensor."""
         pairs = [(g, w) for g, w in zip(self.gradients, v, strict=True) if g.requires_grad]
         if not pairs:
             # The loss is linear in these parameters.
             return [torch.zeros_like(t) for t in self.leaves]
-        return backward([g for g, _ in pairs], self.leaves, [w for _, w in pairs])
+        return backward([g for g, _ in pairs], self.leaves, [w for _, w in pairs], retain=retain)
 
 
 @dataclass(frozen=True)
@@ -54,18 +50,18 @@ class OutputGraph:
     cotangent: Tensor
     pulled: list[Tensor]
 
-    def jvp(self, v: list[Tensor]) -> Tensor:
+    def jvp(self, v: list[Tensor], *, retain: bool = True) -> Tensor:
         """`J v`, in the shape of the outputs."""
         pairs = [(g, w) for g, w in zip(self.pulled, v, strict=True) if g.requires_grad]
         if not pairs:
             return torch.zeros_like(self.outputs)
-        return backward([g for g, _ in pairs], [self.cotangent], [w for _, w in pairs])[0]
+        return backward([g for g, _ in pairs], [self.cotangent], [w for _, w in pairs], retain=retain)[0]
 
-    def vjp(self, u: Tensor) -> list[Tensor]:
+    def vjp(self, u: Tensor, *, retain: bool = True) -> list[Tensor]:
         """`J^T u`, per tensor."""
         if not self.outputs.requires_grad:
             return [torch.zeros_like(t) for t in self.leaves]
-        return backward([self.outputs], self.leaves, [u])
+        return backward([self.outputs], self.leaves, [u], retain=retain)
 
     def vjp_rows(self, u: Tensor) -> list[Tensor]:
         """`J^T u` for a stack of cotangents `(k, *outputs.shape)`, per tensor `(k, ...)`."""
@@ -80,12 +76,17 @@ class OutputGraph:
 
 
 def backward(
-    outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor], *, batched: bool = False
+    outputs: list[Tensor],
+    inputs: list[Tensor],
+    cotangents: list[Tensor],
+    *,
+    batched: bool = False,
+    retain: bool = True,
 ) -> list[Tensor]:
-    """`torch.autograd.grad` on a kept graph; zero where an input is unused."""
+    """`torch.autograd.grad` on a recorded graph; zero where an input is unused."""
     with explained():
         found = torch.autograd.grad(
-            outputs, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=batched
+            outputs, inputs, cotangents, retain_graph=retain, allow_unused=True, is_grads_batched=batched
         )
     # Not materialize_grads: its zeros for unused inputs forget the batch of cotangents.
     lead = cotangents[0].shape[:1] if batched else ()
@@ -99,7 +100,10 @@ def _require_differentiable(gradients: Iterable[Tensor], outputs: Tensor) -> Non
     """
     if any(node.name() == "torch::autograd::Error" for node in _nodes(gradients)):
         custom = {
-            node.name() for node in _nodes([outputs]) if isinstance(node, torch.autograd.function.BackwardCFunction)
+            node.name()
+            for node in _nodes([outputs])
+            if isinstance(node, torch.autograd.function.BackwardCFunction)
+            and getattr(node, "_forward_cls", None) is not Convolution
         }
         raise not_twice(f"one of {', '.join(sorted(custom))} is marked once_differentiable.")
 
@@ -120,7 +124,8 @@ def gradient_graph(risk: EmpiricalRisk, batch: Batch) -> GradientGraph:
     """Record the gradient of `(count / total) * loss` of a batch."""
     tensors = risk.leaves()
     leaves = list(tensors.values())
-    loss = risk.batch_loss(risk.batch_outputs(tensors, batch), batch) * (batch.count / risk.batches.total)
+    with TwiceDifferentiable():
+        loss = risk.batch_loss(risk.batch_outputs(tensors, batch), batch) * (batch.count / risk.batches.total)
     if not loss.requires_grad:
         return GradientGraph(leaves, [torch.zeros_like(t) for t in leaves])
     with explained():
@@ -134,7 +139,8 @@ def output_graph(risk: EmpiricalRisk, batch: Batch, *, forward: bool = True) -> 
     """Record the outputs of a batch; with `forward` also `u -> J^T u`, which Jacobian-vector products need."""
     tensors = risk.leaves()
     leaves = list(tensors.values())
-    outputs = risk.batch_outputs(tensors, batch)
+    with TwiceDifferentiable(linear=True) if forward else nullcontext():
+        outputs = risk.batch_outputs(tensors, batch)
     cotangent = torch.zeros_like(outputs, requires_grad=True)
     pulled = [torch.zeros_like(t) for t in leaves]
     if forward and outputs.requires_grad:
@@ -146,47 +152,3 @@ def output_graph(risk: EmpiricalRisk, batch: Batch, *, forward: bool = True) -> 
             )
         _require_differentiable(pulled, outputs)
     return OutputGraph(batch, batch.count / risk.batches.total, leaves, outputs, cotangent, pulled)
-
-
-class GraphCache(Generic[G]):
-    """The graphs of all batches: the first ones kept while memory allows, the rest rebuilt in every pass."""
-
-    def __init__(self, risk: EmpiricalRisk, build: Callable[[EmpiricalRisk, Batch], G]) -> None:
-        self._risk, self._build = risk, build
-        self._kept: dict[int, G] = {}
-        self._room: int | None = None
-
-    def __iter__(self) -> Iterator[G]:
-        if len(self._kept) == self._risk.batches.number:
-            yield from self._kept.values()
-            return
-        # A loader may change its order: its graphs are kept only if it is known to repeat it.
-        keep = self._risk.batches.ordered
-        for batch in self._risk.batches:
-            if keep and batch.index in self._kept:
-                yield self._kept[batch.index]
-                continue
-            if self._room is None:
-                self._room = self._measure(batch) if keep else 0
-            graph = self._build(self._risk, batch)
-            if len(self._kept) < self._room:
-                self._kept[batch.index] = graph
-            yield graph
-
-    def _measure(self, batch: Batch) -> int:
-        """How many graphs of this size fit: the bytes that one saves are counted while it is built."""
-        seen: dict[int, int] = {}
-
-        def pack(t: Tensor) -> Tensor:
-            storage = t.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            self._build(self._risk, batch)
-        budget = _SHARE * _free_memory(self._risk.space.device)
-        return int(budget // max(sum(seen.values()), 1))
-
-
-def _free_memory(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()

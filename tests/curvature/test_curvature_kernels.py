@@ -4,7 +4,7 @@ compiled models that are differentiated as compiled, and kept or rebuilt graphs 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,10 +16,8 @@ from torch.autograd.functional import hessian
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, TensorDataset
 
 import bnp_analysis as bnp
-from bnp_analysis.curvature import products
 from bnp_analysis.errors import InvalidInputError
 
 # trap 12: the same functions from sums and products alone
@@ -272,60 +270,6 @@ def test_functions_compiled_inside_forward_run_eagerly() -> None:
     risk = Problem(spread(Inner()), F.mse_loss, [(numbers(5, 3), numbers(5, 2, seed=1))]).risk()
     bnp.hessian(risk) @ numbers(risk.space.dim)
     assert not calls
-
-
-# kept and rebuilt graphs
-
-
-@pytest.fixture(params=[0, 1, 2], ids=["none fits", "one fits", "two fit"])
-def room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    monkeypatch.setattr(products.GraphCache, "_measure", lambda self, batch: request.param)
-    return request.param
-
-
-@pytest.mark.parametrize("name", ["cross_entropy", "cnn, LayerNorm", "mlp, BatchNorm, train", "ignore_index, count="])
-def test_rebuilt_graphs_give_the_kept_products(name: str, room: int) -> None:
-    problem = PROBLEMS[name]()
-    risk = problem.risk()
-    V = numbers(risk.space.dim, 2, seed=3)
-    H, A = bnp.hessian(risk), bnp.gauss_newton(risk)
-    for _ in range(2):
-        assert relative(H @ V, problem.hessian() @ V) <= 1e-10
-        assert relative(A @ V, problem.gauss_newton() @ V) <= 1e-10
-        assert relative(A.factor.T @ (A.factor @ V), problem.gauss_newton() @ V) <= 1e-10
-    assert len(H._graphs._kept) == min(room, risk.batches.number)
-
-
-@pytest.mark.parametrize(("free", "kept"), [(0, 0), (2**40, 3)])
-def test_graphs_are_kept_while_memory_allows(free: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_free_memory", lambda device: free)
-    problem = PROBLEMS["cross_entropy"]()
-    H = bnp.hessian(problem.risk())
-    v = numbers(H.dim, seed=1)
-    for _ in range(2):
-        assert relative(H @ v, problem.hessian() @ v) <= 1e-10
-    assert len(H._graphs._kept) == kept
-
-
-def test_a_kept_graph_is_as_large_as_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network ten times as wide takes more room: fewer graphs are kept in the same memory."""
-    monkeypatch.setattr(products, "_free_memory", lambda device: 2_000_000)
-    kept = {}
-    for width in (10, 400):
-        model = spread(bnp.models.mlp([4, width, width, 3]), scale=0.05)
-        H = bnp.hessian(Problem(model, F.cross_entropy, split(numbers(40, 4), classes(40, 3), (8,) * 5)).risk())
-        H @ numbers(H.dim)
-        kept[width] = len(H._graphs._kept)
-    assert kept[10] == 5 > kept[400]
-
-
-def test_graphs_of_an_unordered_loader_are_not_kept() -> None:
-    loader = DataLoader(TensorDataset(numbers(9, 4), classes(9, 3)), batch_size=4, shuffle=True)
-    problem = PROBLEMS["cross_entropy"]()
-    H = bnp.hessian(bnp.EmpiricalRisk(problem.model, problem.loss, loader))
-    for _ in range(2):
-        assert relative(H.to_dense(), Problem(problem.model, problem.loss, [loader.dataset.tensors]).hessian()) <= 1e-10
-    assert not H._graphs._kept
 
 
 class Distances(nn.Module):

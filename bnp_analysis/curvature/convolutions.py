@@ -1,0 +1,125 @@
+"""Convolutions whose second derivatives cost what is asked of them.
+
+torch's own computes all three products of a convolution's second derivative whoever asks, by convolutions that swap
+examples and channels: twice the work that a Gauss-Newton product needs. A convolution is bilinear, `y = C(x, w)`, so
+each product is a convolution or half of its first derivative, and only those that are wanted are computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+# stride, padding, dilation, transposed, output padding, groups
+Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
+_PLACES: dict[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+
+
+class TwiceDifferentiable(TorchFunctionMode):
+    """Convolutions called inside are computed by `Convolution`, with the same values.
+
+    Args:
+        linear: the gradient will be differentiated in its cotangent alone, as Jacobian products do.
+    """
+
+    def __init__(self, *, linear: bool = False) -> None:
+        super().__init__()
+        self._linear = linear
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _PLACES and (taken := _arguments(_PLACES[func], *args, **kwargs)) is not None:
+            return Convolution.apply(*taken, self._linear)  # type: ignore[no-untyped-call]
+        return func(*args, **kwargs)
+
+
+def _arguments(
+    places: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> tuple[Tensor, Tensor, Tensor | None, Geometry] | None:
+    """The arguments in one form; None for what is left to torch: padding by name, no batch, tensors of other kinds."""
+    plain = all(type(t) in (Tensor, nn.Parameter) for t in (input, weight))
+    if isinstance(padding, str) or not plain or input.ndim != places + 2:
+        return None
+    stride, padding, dilation = ([a] * places if isinstance(a, int) else list(a) for a in (stride, padding, dilation))
+    return input, weight, bias, (stride, padding, dilation, False, [0] * places, groups)
+
+
+def _derivatives(
+    g: Tensor, x: Tensor, w: Tensor, geometry: Geometry, wanted: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`C(x, w)` differentiated backwards: in the input, the weight and a bias, those that are wanted."""
+    found = torch.ops.aten.convolution_backward(g, x, w, [w.shape[0]], *geometry, wanted)
+    return cast(tuple[Tensor | None, Tensor | None, Tensor | None], found)
+
+
+class Convolution(torch.autograd.Function):
+    """`y = C(x, w) + b`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor, b: Tensor | None, geometry: Geometry, linear: bool) -> Tensor:
+        return torch.convolution(x, w, b, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, w, _, ctx.geometry, ctx.linear = inputs
+        ctx.save_for_backward(x, w)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        x, w = ctx.saved_tensors
+        if ctx.linear:
+            x, w = x.detach(), w.detach()
+        found = Pullback.apply(cotangents[0], x, w, ctx.geometry, ctx.needs_input_grad[:3])  # type: ignore[no-untyped-call]
+        return *found, None, None
+
+
+class Pullback(torch.autograd.Function):
+    """The first derivative of `Convolution`: `(C_x(g, w), C_w(g, x), sum of g)`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(g: Tensor, x: Tensor, w: Tensor, geometry: Geometry, wanted: Iterable[bool]) -> Any:
+        return _derivatives(g, x, w, geometry, list(wanted))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        g, x, w, ctx.geometry, _ = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(g if any(ctx.needs_input_grad[1:]) else None, x, w)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        g, x, w = ctx.saved_tensors
+        dx, dw, db = cotangents
+        wanted, geometry = ctx.needs_input_grad, ctx.geometry
+        along_g = along_x = along_w = None
+        if wanted[0]:
+            parts = [torch.convolution(dx, w, None, *geometry)] if dx is not None else []
+            if dw is not None or db is not None:
+                parts.append(torch.convolution(x, torch.zeros_like(w) if dw is None else dw, db, *geometry))
+            along_g = sum(parts[1:], parts[0]) if parts else None
+        if wanted[1] and dw is not None:
+            along_x = _derivatives(g, x, dw, geometry, [True, False, False])[0]
+        if wanted[2] and dx is not None:
+            along_w = _derivatives(g, dx, w, geometry, [False, True, False])[1]
+        return along_g, along_x, along_w, None, None

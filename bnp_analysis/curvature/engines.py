@@ -1,0 +1,247 @@
+"""Who holds the graphs of the batches: kept for all products, rebuilt in every one, or some of each.
+
+An operator asks its engine to use the graph of every batch in turn. *Retained* graphs cost memory once and time never;
+*recompute* holds one graph at a time, used for all columns of a block and then dropped; *auto* keeps what fits. What a
+graph takes is measured on a few examples before the first whole one is recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from bnp_analysis.errors import InvalidInputError, MemoryLimitError
+from bnp_analysis.linalg.memory import available_memory
+from bnp_analysis.network.batches import Batch, slice_batch, tensors_of
+from bnp_analysis.network.parameters import ParameterSpace
+from bnp_analysis.network.risk import EmpiricalRisk
+
+G = TypeVar("G")
+ENGINES = ("auto", "retained", "recompute")
+
+# Without max_memory, kept graphs may take this share of the memory that is free when the first product is asked for.
+_SHARE = 0.4
+# What a product takes beside the graphs, as a share of one graph: measured by benchmarks/engines.py.
+_WORKING = 0.25
+# Examples of the two small batches from which the size of a graph is extrapolated.
+_FEW = (4, 8)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an operator's products are computed, and what memory they take.
+
+    Attributes:
+        engine: `"retained"` (every graph is kept), `"recompute"` (none), `"mixed"`.
+        kept: batches whose graph is kept.
+        batches: of the data.
+        graph_bytes: estimate for the largest batch.
+        bytes: estimate of what the operator keeps and one product needs.
+        limit: bytes it was allowed.
+    """
+
+    engine: str
+    kept: int
+    batches: int
+    graph_bytes: int
+    bytes: int
+    limit: int
+
+    def __str__(self) -> str:
+        return f"{self.engine}, graphs of {self.kept} of {self.batches} batches kept, about {_size(self.bytes)}"
+
+
+class Engine(Generic[G]):
+    """The graphs of a risk's batches, by one of `ENGINES`.
+
+    Args:
+        risk: the empirical risk.
+        build: records the graph of one batch.
+        name: of the engine.
+        max_memory: bytes that kept graphs and one product may take together.
+    """
+
+    def __init__(
+        self,
+        risk: EmpiricalRisk,
+        build: Callable[[EmpiricalRisk, Batch], G],
+        name: str = "auto",
+        max_memory: int | None = None,
+    ) -> None:
+        if name not in ENGINES:
+            raise InvalidInputError(f"engine must be one of {', '.join(ENGINES)}, got {name!r}")
+        if max_memory is not None and max_memory <= 0:
+            raise InvalidInputError(f"max_memory is a positive number of bytes, got {max_memory}")
+        if name == "retained" and not risk.batches.ordered:
+            raise InvalidInputError(
+                "a loader that may change its order has no graphs to retain: its batches are other ones in every "
+                "pass. Use engine='recompute', or give list(loader)"
+            )
+        self.name, self.max_memory = name, max_memory
+        self._risk, self._build = risk, build
+        self._kept: list[G] = []
+        self._plan: Plan | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """The plan, made before the first product.
+
+        Raises:
+            MemoryLimitError: not even one batch fits, or `"retained"` was asked for and not all do.
+        """
+        if self._plan is None:
+            self._plan = self._make_plan()
+        return self._plan
+
+    def each(self, use: Callable[[G, int, bool], None]) -> None:
+        """`use(graph, b, kept)` for every batch `b`; a graph that is not kept lives no longer than its use."""
+        plan = self.plan
+        if len(self._kept) == plan.batches:
+            for b, graph in enumerate(self._kept):
+                use(graph, b, True)
+            return
+        for b, batch in enumerate(self._risk.batches):
+            if b == len(self._kept) < plan.kept:
+                self._kept.append(self._build(self._risk, batch))
+            if b < len(self._kept):
+                use(self._kept[b], b, True)
+            else:
+                use(self._build(self._risk, batch), b, False)
+
+    def total(self, columns: int, use: Callable[[G, int, int, bool], list[Tensor]]) -> Tensor:
+        """`(n, columns)`, the sum over the batches `b` of `use(graph, b, column, retain)`, flattened.
+
+        Several batches are summed in float64: their number then adds no rounding.
+        """
+        space = self._risk.space
+        wide = torch.float64 if self.plan.batches > 1 else space.dtype
+        sums = torch.zeros(columns, space.dim, dtype=wide, device=space.device)
+
+        def add(graph: G, b: int, kept: bool) -> None:
+            for k in range(columns):
+                sums[k] += space.flatten(use(graph, b, k, kept or k + 1 < columns))
+
+        self.each(add)
+        return sums.to(space.dtype).T
+
+    def _make_plan(self) -> Plan:
+        free = _free_memory(self._risk.space.device)
+        limit = free if self.max_memory is None else self.max_memory
+        sizes = _Sizes(self._risk, self._build, limit)
+        largest = sizes.bytes_of(max(sizes.examples))
+        working = int(_WORKING * largest)
+        if sizes.exceeded or largest + working > limit:
+            raise MemoryLimitError(self._refusal(sizes, limit))
+        graphs = [sizes.bytes_of(n) for n in sizes.examples]
+        budget = limit if self.max_memory is not None or self.name == "retained" else int(_SHARE * free)
+        kept = 0
+        if self.name != "recompute" and self._risk.batches.ordered:
+            # Beside the kept graphs there is room for the largest of those that are rebuilt.
+            held, largest_left = [0, *accumulate(graphs)], [0, *accumulate(reversed(graphs), max)][::-1]
+            needs = [a + b for a, b in zip(held, largest_left, strict=True)]
+            kept = max((k for k, need in enumerate(needs) if need <= budget - working), default=0)
+        if self.name == "retained" and kept < len(graphs):
+            raise MemoryLimitError(
+                f"the graphs of all {len(graphs)} batches take about {_size(sum(graphs) + working)}, {_size(limit)} "
+                f"are allowed, so keeping them would exhaust the memory. Use engine='auto', which keeps {kept} of them "
+                "and rebuilds the others in every product, or raise max_memory"
+            )
+        engine = "retained" if kept == len(graphs) else "mixed" if kept else "recompute"
+        need = sum(graphs[:kept]) + max(graphs[kept:], default=0) + working
+        return Plan(engine, kept, len(graphs), largest, need, limit)
+
+    def _refusal(self, sizes: _Sizes, limit: int) -> str:
+        fits = sizes.fitting(int(limit / (1 + _WORKING)))
+        need = _size((1 + _WORKING) * sizes.bytes_of(max(sizes.examples)))
+        return (
+            f"a product over one batch of {max(sizes.examples)} examples needs "
+            f"{'more than' if sizes.exceeded else 'about'} {need}, {_size(limit)} are allowed, so it would exhaust "
+            f"the memory. {f'Batches of at most {fits} examples' if fits else 'Not even one example'} would fit; "
+            "give smaller ones, differentiate fewer parameters (block=, params=), or raise max_memory"
+        )
+
+
+class _Sizes:
+    """The bytes of the batches' graphs: those of the tensors saved in them, linear in the number of examples.
+
+    Where examples are independent, extrapolated from two small batches; else counted while the largest is recorded,
+    which stops at the limit.
+    """
+
+    def __init__(self, risk: EmpiricalRisk, build: Callable[[EmpiricalRisk, Batch], object], limit: int) -> None:
+        self.examples: list[int] = []
+        largest: Batch | None = None
+        for batch in risk.batches:
+            self.examples.append(tensors_of(batch.x)[0].shape[0])
+            if largest is None or self.examples[-1] == max(self.examples) > tensors_of(largest.x)[0].shape[0]:
+                largest = batch
+        assert largest is not None
+        self.exceeded = False
+        few = [part for n in _FEW if (part := slice_batch(largest, 0, n)) is not None]
+        if few and not risk.coupled and max(self.examples) > sum(_FEW):
+            # A model made for one size of batch fails on others.
+            with suppress(RuntimeError, ValueError):
+                low, high = (_saved_bytes(risk, build, part) for part in few)
+                self._slope = (high - low) / (_FEW[1] - _FEW[0])
+                self._fixed = low - _FEW[0] * self._slope
+                return
+        try:
+            whole = _saved_bytes(risk, build, largest, limit)
+        except _Exceeded:
+            self.exceeded, whole = True, limit
+        self._slope, self._fixed = whole / max(self.examples), 0.0
+
+    def bytes_of(self, examples: int) -> int:
+        """Of the graph of a batch of so many examples."""
+        return max(1, int(self._fixed + self._slope * examples))
+
+    def fitting(self, limit: int) -> int:
+        """Examples of a batch whose graph has at most so many bytes."""
+        return max(0, int((limit - self._fixed) / self._slope)) if self._slope > 0 else 0
+
+
+class _Exceeded(MemoryError):
+    """Counting stopped at the limit."""
+
+
+def _saved_bytes(
+    risk: EmpiricalRisk,
+    build: Callable[[EmpiricalRisk, Batch], object],
+    batch: Batch,
+    limit: float = float("inf"),
+) -> int:
+    seen: set[int] = set()
+    total = 0
+
+    def pack(t: Tensor) -> Tensor:
+        nonlocal total
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+        if total > limit:
+            raise _Exceeded
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        build(risk, batch)
+    return total
+
+
+def tensors_of_columns(space: ParameterSpace, x: Tensor) -> list[list[Tensor]]:
+    """The columns of a block `(n, k)`, each as tensors of the space."""
+    return [list(space.unflatten(column).values()) for column in x.T.contiguous().unbind()]
+
+
+def _free_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
