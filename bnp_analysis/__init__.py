@@ -6,7 +6,7 @@ A, P = bnp.gauss_newton(risk), bnp.bnp_preconditioner(risk)
 print(bnp.condition_number(A), bnp.condition_number(A, preconditioner=P))
 """
 
-from bnp_analysis import data, errors, models, plotting, training
+from bnp_analysis import data, distributed, errors, models, plotting, training
 from bnp_analysis.curvature import NullDirections, fisher, gauss_newton, hessian, null_directions
 from bnp_analysis.diagnose import Comparison, LayerRow, LayerTable, compare, layer_table
 from bnp_analysis.linalg import (
@@ -73,6 +73,7 @@ __all__ = [
     "congruence",
     "data",
     "diagonal_preconditioner",
+    "distributed",
     "eigenpairs",
     "errors",
     "fisher",

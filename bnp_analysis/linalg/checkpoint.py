@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import torch
@@ -13,8 +13,14 @@ import torch
 from bnp_analysis.errors import InvalidInputError
 
 
+class ReadOnlyPath(PosixPath):
+    """Where a state is read, and not written: by a process beside the one that does."""
+
+
 def save_state(path: str | Path, key: str, state: Mapping[str, Any]) -> None:
     """Write tensors and numbers under a key that says what run they belong to; never half a file."""
+    if isinstance(path, ReadOnlyPath):
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
