@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bnp_analysis.distributed import ALONE, Group
 from bnp_analysis.errors import InconsistentDataError, InvalidInputError, NonFiniteError
+from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.network.randomness import random_state
 
 Count = Callable[[Any], float]
@@ -32,10 +34,18 @@ class Batches:
 
     A loader may change its order between passes, not its contents: every pass is compared with the first by
     an order-independent hash of its examples. A batch of weight 0 is left out: its own mean may be 0/0.
+
+    Attributes:
+        total: the weight of all batches of all processes.
+        number: of batches that count, of this process; `everywhere` of all processes.
+        before: examples of the processes with lower ranks.
+        ordered: whether every pass, on every process, sees the same examples in the same order.
     """
 
-    def __init__(self, data: Any, count: Count | None, dtype: torch.dtype, device: torch.device) -> None:
-        self._count, self._dtype, self._device = count, dtype, device
+    def __init__(
+        self, data: Any, count: Count | None, dtype: torch.dtype, device: torch.device, group: Group = ALONE
+    ) -> None:
+        self._count, self._dtype, self._device, self._group = count, dtype, device, group
         self._stored: list[Batch] | None = None
         self._fingerprint: tuple[int, int] | None = None
         if isinstance(data, torch.utils.data.Dataset):
@@ -57,22 +67,27 @@ class Batches:
             self._stored = [self._prepare(pair, i, copy=True) for i, pair in enumerate(self._source)]
             self._source = None
         counts = []
-        first = (0, 0)
+        first, examples = (0, 0), 0
         with random_state(generators=_generators(self._source)):
             for batch in self._read():
                 counts.append(batch.count)
                 if batch.count > 0:
+                    examples += tensors_of(batch.x)[0].shape[0]
                     _require_finite_batch(batch)
                     first = _add(first, _hash(batch))
-        if not counts:
+        if not counts and group.size == 1:
             raise InvalidInputError(
                 "the data has no batch: an empty loader has no mean. With drop_last=True a loader shorter than one "
                 "batch is empty"
             )
         # In memory, or a loader without shuffling: rows of a factor belong to the same examples in every pass.
-        self.ordered = self._stored is not None or _repeats_order(self._source)
-        self.total = float(sum(counts))
+        ordered = self._stored is not None or _repeats_order(self._source)
         self.number = sum(count > 0 for count in counts)
+        parts = group.share(lambda: (float(sum(counts)), self.number, ordered, examples), "counting the data")
+        self.total = float(sum(part[0] for part in parts))
+        self.everywhere = int(sum(part[1] for part in parts))
+        self.ordered = all(bool(part[2]) for part in parts)
+        self.before = int(sum(part[3] for part in parts[: group.rank]))
         if not self.total > 0:
             raise InvalidInputError(f"the batches weigh {self.total} in total; count= must be positive")
         if self._stored is not None:
@@ -95,13 +110,34 @@ class Batches:
         other = copy.copy(self)
         other._dtype, other._device = dtype, device
         if self._stored is not None:
-            other._stored = [
-                replace(b, x=map_tensors(b.x, other._moved), y=map_tensors(b.y, other._moved)) for b in self._stored
-            ]
+            other._stored = [other._brought(b) for b in self._stored]
         else:
             # Other digits, another hash: the next pass sets it.
             other._fingerprint = None
         return other
+
+    def gathered(self) -> Batches:
+        """The batches of all processes, in the order of ranks, held by each of them.
+
+        Raises:
+            MemoryLimitError: they do not fit.
+        """
+        other = copy.copy(self)
+        found = self._group.share(self._portable, "gathering the data")
+        batches = [replace(b, index=i) for i, b in enumerate(b for part in found for b in part)]
+        other._group, other._source, other.number, other.before = ALONE, None, len(batches), 0
+        other._stored = [other._brought(b) for b in batches]
+        return other
+
+    def _brought(self, b: Batch) -> Batch:
+        return replace(b, x=map_tensors(b.x, self._moved), y=map_tensors(b.y, self._moved))
+
+    def _portable(self) -> list[Batch]:
+        own = [replace(b, x=map_tensors(b.x, Tensor.cpu), y=map_tensors(b.y, Tensor.cpu)) for b in self]
+        size = sum(t.numel() * t.element_size() for b in own for t in tensors_of((b.x, b.y)))
+        share = sum(b.count for b in own) / self.total
+        require_memory(int(3 * size / share) if share else 0, "the data of all processes in one")
+        return own
 
     def _moved(self, t: Tensor) -> Tensor:
         return self._cast(t, False)

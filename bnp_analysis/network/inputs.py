@@ -42,6 +42,22 @@ def input_triangles(risk: EmpiricalRisk, moments: dict[str, Moments], layers: Co
 
     Source: T7, T13.
     """
+    parts = risk.group.share(lambda: _own_triangles(risk, moments, layers), "the triangles of layers' inputs")
+    return {layer.name: _joined([part[layer.name] for part in parts], risk.space.device) for layer in layers}
+
+
+def _joined(parts: list[list[list[Tensor]]], device: torch.device) -> InputTriangles:
+    """The triangles of all rows from those of several pieces; none where a piece has no row."""
+    forms: tuple[list[Tensor], ...] = ([], [], [])
+    for groups in zip(*parts, strict=True):
+        for form, found in enumerate(forms):
+            pieces = [triangles[form].to(device) for triangles in groups if triangles]
+            found.append(pieces[0] if len(pieces) == 1 else torch.linalg.qr(torch.cat(pieces), mode="r")[1])
+    return InputTriangles(*forms)
+
+
+def _own_triangles(risk: EmpiricalRisk, moments: dict[str, Moments], layers: Coverage) -> dict[str, list[list[Tensor]]]:
+    """For each layer and group the three triangles of this process's rows, formed batch by batch."""
     partial: dict[str, list[list[Tensor]]] = {layer.name: [[] for _ in range(layer.groups)] for layer in layers}
 
     def visit(name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -59,7 +75,4 @@ def input_triangles(risk: EmpiricalRisk, moments: dict[str, Moments], layers: Co
             triangles[:] = [torch.linalg.qr(part, mode="r")[1] for part in fresh]
 
     risk.capture(visit, partial)
-    return {
-        name: InputTriangles(*([group[form] for group in groups] for form in range(3)))
-        for name, groups in partial.items()
-    }
+    return {name: [[t.cpu() for t in triangles] for triangles in groups] for name, groups in partial.items()}

@@ -148,8 +148,17 @@ def _overridden(module: nn.Module) -> bool:
     return isinstance(module, COVERED) and (own or "forward" in vars(module))
 
 
-def _forward_uses(risk: EmpiricalRisk) -> tuple[dict[str, int], dict[str, str]]:
-    """How often each module's forward runs; and why some layers are more, or less, than a product with their weight."""
+def _forward_uses(risk: EmpiricalRisk) -> tuple[set[str], dict[str, str]]:
+    """Whose forward runs, on any process; and why some layers are more, or less, than a product with their weight."""
+    runs: set[str] = set()
+    other: dict[str, str] = {}
+    for own_runs, own_other in risk.group.share(lambda: _own_forward_uses(risk), "which layers run"):
+        runs, other = runs | own_runs.keys(), own_other | other
+    return runs, other
+
+
+def _own_forward_uses(risk: EmpiricalRisk) -> tuple[dict[str, int], dict[str, str]]:
+    """The same on this process's batches, and how often."""
     runs: dict[str, int] = {}
     other: dict[str, str] = {}
     weights: dict[str, Tensor] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,21 +42,34 @@ class Accumulator:
 
     def add(self, x: Tensor) -> None:
         """Take in more rows `(R, m)`."""
-        self.unit = max(self.unit, float(torch.finfo(x.dtype).eps))
+        rows = Accumulator()
+        rows.unit, rows.count = float(torch.finfo(x.dtype).eps), x.shape[0]
         x = x.double()
-        count = x.shape[0]
-        mean = x.mean(dim=0)
-        m2 = (x - mean).square().sum(dim=0)
-        low, high = x.amin(dim=0), x.amax(dim=0)
-        if self.count == 0:
-            self.count, self.mean, self.m2, self.low, self.high = count, mean, m2, low, high
+        rows.mean = x.mean(dim=0)
+        rows.m2 = (x - rows.mean).square().sum(dim=0)
+        rows.low, rows.high = x.amin(dim=0), x.amax(dim=0)
+        self.merge(rows)
+
+    def merge(self, other: Accumulator) -> None:
+        """Take in the rows that another has seen."""
+        if other.count == 0:
             return
-        total = self.count + count
-        delta = mean - self.mean
-        self.mean = self.mean + delta * (count / total)
-        self.m2 = self.m2 + m2 + delta.square() * (self.count * count / total)
-        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        if self.count == 0:
+            vars(self).update(vars(other))
+            return
+        self.unit = max(self.unit, other.unit)
+        total = self.count + other.count
+        delta = other.mean - self.mean
+        self.mean = self.mean + delta * (other.count / total)
+        self.m2 = self.m2 + other.m2 + delta.square() * (self.count * other.count / total)
+        self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
         self.count = total
+
+    def to(self, device: torch.device | str) -> Accumulator:
+        """The same on another device."""
+        other = Accumulator()
+        vars(other).update({k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+        return other
 
     @property
     def variance(self) -> Tensor:
@@ -98,6 +112,20 @@ def layer_moments(
     layers = coverage(risk) if layers is None else layers
     sums = {layer.name: Accumulator() for layer in layers}
     counts = dict.fromkeys(sums, 0)
+    parts = risk.group.share(lambda: _own_moments(risk, statistics, layers), "the moments of layers")
+    for own_sums, own_counts in parts:
+        for name, own in own_sums.items():
+            sums[name].merge(own.to(risk.space.device))
+            counts[name] += own_counts[name]
+    return {layer.name: _moments(layer, sums[layer.name], counts[layer.name], statistics) for layer in layers}
+
+
+def _own_moments(
+    risk: EmpiricalRisk, statistics: str, layers: Coverage
+) -> tuple[dict[str, Accumulator], dict[str, int]]:
+    """The moments and numbers of rows in this process's batches, on the CPU."""
+    sums = {layer.name: Accumulator() for layer in layers}
+    counts = dict.fromkeys(sums, 0)
 
     def visit(name: str, module: nn.Module, args: Any, output: Any) -> None:
         layer = layers[name]
@@ -108,7 +136,7 @@ def layer_moments(
         counts[name] += output_rows(layer, output)
 
     risk.capture(visit, sums)
-    return {layer.name: _moments(layer, sums[layer.name], counts[layer.name], statistics) for layer in layers}
+    return {name: found.to("cpu") for name, found in sums.items()}, counts
 
 
 def _columns(layer: Layer, h: Tensor, statistics: str) -> Tensor:
@@ -134,11 +162,14 @@ def layer_rows(risk: EmpiricalRisk, layers: Coverage | None = None) -> dict[str,
         Layer name -> rows in the risk's dtype; memory grows with the data.
     """
     layers = coverage(risk) if layers is None else layers
-    found: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
+    # Something to join also where this process has no batch.
+    found = {layer.name: [risk.theta.new_zeros(0, layer.groups, layer.features)] for layer in layers}
 
     def visit(name: str, module: nn.Module, args: Any, output: Any) -> None:
         # A copy: rows of a dense layer are its input, and what follows may write into that.
         found[name].append(rows(layers[name], args[0]).clone())
 
-    risk.capture(visit, found)
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    with risk.group.together("a pass over the rows of layers"):
+        risk.capture(visit, found)
+    own = {name: torch.cat(parts) for name, parts in found.items()}
+    return {name: risk.group.gather(partial(own.__getitem__, name), f"rows of {name}") for name in own}

@@ -35,6 +35,21 @@ def require_pure(risk: EmpiricalRisk) -> bool:
     Raises:
         StochasticModelError: names the layers, what would have been computed, the ways out.
     """
+    found = risk.group.share(lambda: _couples_here(risk), "what couples examples")
+    coupled = any(c for c, _ in found)
+    normalizing = list(dict.fromkeys(name for _, names in found for name in names))
+    if coupled and risk.batches.everywhere > 1:
+        raise StochasticModelError(
+            f"batch-coupled layers in training mode ({_named(normalizing)}) over {risk.batches.everywhere} "
+            "batches: each batch would be normalized by its own statistics, so the risk would depend on how the "
+            "data are split, and no product would be that of the whole data set. Call model.eval() to measure at "
+            "running statistics, or give all the data as one batch (x, y)"
+        )
+    return coupled
+
+
+def _couples_here(risk: EmpiricalRisk) -> tuple[bool, list[str]]:
+    """Whether this process's batches couple their examples, and by which layers."""
     random = _that_run(risk, random_layers(risk))
     normalizing = _that_run(risk, coupled_layers(risk))
     coupled = bool(normalizing)
@@ -53,14 +68,7 @@ def require_pure(risk: EmpiricalRisk) -> bool:
         coupled = coupled or _couples(risk, tensors, batch, outputs[0])
         if coupled or tensors_of(batch.x)[0].shape[0] > 1:
             break
-    if coupled and risk.batches.number > 1:
-        raise StochasticModelError(
-            f"batch-coupled layers in training mode ({_named(normalizing)}) over {risk.batches.number} "
-            "batches: each batch would be normalized by its own statistics, so the risk would depend on how the "
-            "data are split, and no product would be that of the whole data set. Call model.eval() to measure at "
-            "running statistics, or give all the data as one batch (x, y)"
-        )
-    return coupled
+    return coupled, normalizing
 
 
 def _generic_point(risk: EmpiricalRisk) -> Mapping[str, Tensor]:

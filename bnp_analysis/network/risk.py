@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from bnp_analysis.distributed import ALONE, Group
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.network.batches import Batch, Batches, Count, arguments, map_tensors
+from bnp_analysis.network.identity import fingerprint
 from bnp_analysis.network.kernels import differentiable_kernels, explained, recording
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.purity import require_mean_loss, require_pure
 from bnp_analysis.network.selection import choose_parameters
 from bnp_analysis.network.snapshot import snapshot, snapshot_loss
-from bnp_analysis.network.state import fit_state
+from bnp_analysis.network.state import point, with_tensors
+from bnp_analysis.network.watching import Visit, watched
 
 Loss = Callable[[Tensor, Any], Tensor]
-Visit = Callable[[str, nn.Module, Any, Any], Tensor | None]
 
 
 class EmpiricalRisk:
@@ -43,6 +44,8 @@ class EmpiricalRisk:
         count: the weight of a batch `(x, y)` in the mean; default its number of examples.
         dtype: of parameters and floating-point data; default the model's.
         device: default the model's.
+        group: the processes that share the data (`bnp.distributed`); `data` is then this one's shard, perhaps an empty
+            list, and the risk that of all shards together. All of them make the same calls.
 
     Attributes:
         space: the `ParameterSpace` of `theta`.
@@ -53,6 +56,7 @@ class EmpiricalRisk:
         InvalidInputError: a filter that matches nothing, parameters that are not floating point, a loss that is
             not a scalar or not a mean where that matters, a state that does not fit, an empty loader.
         NonFiniteError: NaN or infinity in data (names the batch), parameters (names them) or the loss.
+        DistributedError: another process failed or was lost, or has another model or loss.
         StochasticModelError: random layers in training mode, or batch-coupled ones over several batches.
         InconsistentDataError: a loader whose contents change between passes.
 
@@ -78,27 +82,29 @@ class EmpiricalRisk:
         count: Count | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        group: Group = ALONE,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise InvalidInputError(f"model must be an nn.Module, got {type(model).__name__}")
-        self._model = snapshot(model, dtype, device)
-        self._output = output
-        self._recurrent = any(isinstance(m, nn.RNNBase) for m in self._model.modules())
-        self.space = choose_parameters(self._model, params)
-        self._model.requires_grad_(False)
-        self._loss = snapshot_loss(loss, self.space.dtype, self.space.device)
-        self.batches = Batches(data, count, self.space.dtype, self.space.device)
-        own = {name: p.detach() for name, p in self._model.named_parameters()}
-        self.theta = self.space.flatten(own).clone()
-        self._constants = {name: p for name, p in own.items() if name not in self.space}
-        if at is not None:
-            self._move(at)
-        self._cache: dict[str, Tensor] = {}
-        self._require_finite_parameters()
-        self.coupled = require_pure(self)
-        _ = self.value
-        if self.batches.number > 1:
-            require_mean_loss(self)
+        self.group = group
+        with group.together("the construction of a risk"):
+            self._model = snapshot(model, dtype, device)
+            self._output = output
+            self._recurrent = any(isinstance(m, nn.RNNBase) for m in self._model.modules())
+            self.space = choose_parameters(self._model, params)
+            self._model.requires_grad_(False)
+            self._loss = snapshot_loss(loss, self.space.dtype, self.space.device)
+            self.batches = Batches(data, count, self.space.dtype, self.space.device, group)
+            own = {name: p.detach() for name, p in self._model.named_parameters()}
+            self.theta = self.space.flatten(own).clone()
+            self._constants = {name: p for name, p in own.items() if name not in self.space}
+            if at is not None:
+                self._move(at)
+            self._cache: dict[str, Tensor] = {}
+            self._require_finite_parameters()
+            self.group.require_same(lambda: fingerprint(self._model, self._loss, self.theta), "the risk")
+            self.coupled = require_pure(self)
+            _ = self.value
+            if self.batches.everywhere > 1:
+                require_mean_loss(self)
 
     def __call__(self, theta: Tensor) -> Tensor:
         """The risk at another point, a scalar tensor.
@@ -106,8 +112,13 @@ class EmpiricalRisk:
         Raises:
             NonFiniteError: the loss of a batch is NaN or infinite; names the batch.
         """
+        theta = theta.to(self.theta)
+        return self.group.sum(lambda: self._part(theta), "the risk", of=theta).to(self.space.dtype)
+
+    def _part(self, theta: Tensor) -> Tensor:
+        """What this process's batches add to the risk."""
         total = torch.zeros((), dtype=torch.float64, device=self.space.device)
-        tensors = self.space.unflatten(theta.to(self.theta))
+        tensors = self.space.unflatten(theta)
         with torch.no_grad():
             for batch in self.batches:
                 loss = self.batch_loss(self.batch_outputs(tensors, batch), batch)
@@ -117,7 +128,7 @@ class EmpiricalRisk:
                         "derivatives are not numbers. Look at the learning rate, the inputs and the dtype"
                     )
                 total += batch.count / self.batches.total * loss.double()
-        return total.to(self.space.dtype)
+        return total
 
     @property
     def value(self) -> Tensor:
@@ -131,22 +142,27 @@ class EmpiricalRisk:
     def gradient(self) -> Tensor:
         """`grad L(theta)`, `(n,)`."""
         if "gradient" not in self._cache:
-            total = torch.zeros(self.space.dim, dtype=self.space.dtype, device=self.space.device)
-            for batch in self.batches:
-                tensors = self.leaves()
-                loss = self.batch_loss(self.batch_outputs(tensors, batch), batch)
-                total += batch.count / self.batches.total * self.pullback(loss, tensors)
+            total = self.group.sum(self._gradient_part, "the gradient", of=self.theta)
             if not bool(torch.isfinite(total).all()):
                 raise NonFiniteError("the gradient has NaN or infinite entries though the loss is finite")
             self._cache["gradient"] = total
         return self._cache["gradient"].clone()
 
+    def _gradient_part(self) -> Tensor:
+        total = torch.zeros(self.space.dim, dtype=self.space.dtype, device=self.space.device)
+        for batch in self.batches:
+            tensors = self.leaves()
+            loss = self.batch_loss(self.batch_outputs(tensors, batch), batch)
+            total += batch.count / self.batches.total * self.pullback(loss, tensors)
+        return total
+
     @property
     def outputs(self) -> Tensor:
-        """`f(x_j; theta)` over all batches, concatenated in the order of the pass."""
+        """`f(x_j; theta)` over all batches, concatenated in the order of the pass, processes in that of ranks."""
         tensors = self.space.unflatten(self.theta)
         with torch.no_grad():
-            return torch.cat([self.batch_outputs(tensors, batch) for batch in self.batches])
+            own = self.group.share(lambda: [self.batch_outputs(tensors, b).cpu() for b in self.batches], "outputs")
+        return torch.cat([part for parts in own for part in parts]).to(self.space.device)
 
     @recording()
     def at(self, theta: Tensor | Mapping[str, Tensor]) -> EmpiricalRisk:
@@ -154,6 +170,7 @@ class EmpiricalRisk:
         other = copy.copy(self)
         other._cache = {}
         other._move(theta)
+        other.group.agree(other.theta, "the point")
         other._require_finite_parameters()
         return other
 
@@ -173,6 +190,18 @@ class EmpiricalRisk:
         }
         other.batches = self.batches.to(dtype, where)
         other._cache = {}
+        return other
+
+    def gathered(self) -> EmpiricalRisk:
+        """The same risk with the data of all processes in each of them, for what cannot be split.
+
+        Raises:
+            MemoryLimitError: the data do not fit into one process.
+        """
+        if self.group.size == 1:
+            return self
+        other = copy.copy(self)
+        other.group, other.batches = ALONE, self.batches.gathered()
         return other
 
     @recording()
@@ -229,9 +258,9 @@ class EmpiricalRisk:
         return self.space.flatten(g.detach() for g in grads)
 
     def capture(self, visit: Visit, names: Iterable[str] | None = None) -> None:
-        """Run every batch without gradients and show each module's inputs and output to `visit(name, module, ...)`."""
+        """Run this process's batches without gradients, showing `visit(name, module, inputs, output)` every module."""
         tensors = self.space.unflatten(self.theta)
-        with self._watched(visit, names), torch.no_grad():
+        with watched(self._model, visit, names), torch.no_grad():
             for batch in self.batches:
                 self.batch_outputs(tensors, batch)
 
@@ -245,48 +274,20 @@ class EmpiricalRisk:
             seen[name].append((args[0].detach().clone(), output))
             return output.clone()
 
-        with self._watched(note, seen):
+        with watched(self._model, note, seen):
             return self.batch_outputs(self.leaves(), batch), seen
-
-    @contextmanager
-    def _watched(self, visit: Visit, names: Iterable[str] | None) -> Iterator[None]:
-        wanted = None if names is None else set(names)
-        handles = []
-        for name, module in self._model.named_modules():
-            if wanted is None or name in wanted:
-
-                def hook(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> Any:
-                    return visit(name, module, (*args, *kwargs.values()), output)
-
-                handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The modules of the snapshot under their names; look, do not touch."""
         yield from self._model.named_modules()
 
     def _move(self, at: Tensor | Mapping[str, Tensor]) -> None:
-        if isinstance(at, Tensor):
-            if at.shape != (self.space.dim,):
-                raise InvalidInputError(f"theta must be ({self.space.dim},), got {tuple(at.shape)}")
-            self.theta = at.detach().to(self.theta).clone()
-            return
-        if not isinstance(at, Mapping):
-            raise InvalidInputError(f"a point is a flat tensor or a state dict, not {type(at).__name__}")
-        free, rest = fit_state(at, self._model, self.space)
-        self.theta = self.space.flatten(free).to(self.theta).clone()
+        self.theta, rest = point(at, self._model, self.space)
         if rest:
             # Buffers and constants of the state belong to the point as well: a model of its own.
-            self._model = copy.deepcopy(self._model)
-            tensors = dict(self._model.named_parameters()) | dict(self._model.named_buffers())
-            with torch.no_grad():
-                for name, t in rest.items():
-                    tensors[name].copy_(t)
-            self._constants = self._constants | {n: tensors[n].detach() for n in rest if n in self._constants}
+            self._model = with_tensors(self._model, rest)
+            own = dict(self._model.named_parameters())
+            self._constants = self._constants | {n: own[n].detach() for n in rest if n in self._constants}
 
     def _require_finite_parameters(self) -> None:
         found = self.named_tensors().items()

@@ -22,8 +22,10 @@ def snapshot(model: nn.Module, dtype: torch.dtype | None, device: torch.device |
     """A deep copy of the model, unwrapped; its parameters still say which of them require a gradient.
 
     Raises:
-        InvalidInputError: a model that cannot be copied, or a dtype that is not floating point.
+        InvalidInputError: no model, one that cannot be copied, or a dtype that is not floating point.
     """
+    if not isinstance(model, nn.Module):
+        raise InvalidInputError(f"model must be an nn.Module, got {type(model).__name__}")
     if dtype is not None and not dtype.is_floating_point:
         raise InvalidInputError(f"dtype must be a floating-point type, got {dtype}")
     root = unwrap(model)

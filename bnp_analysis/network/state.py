@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,3 +57,27 @@ def fit_state(
         {name: t for name, t in found.items() if name in space},
         {name: t.clone() for name, t in found.items() if name not in space},
     )
+
+
+def point(
+    at: Tensor | Mapping[str, Tensor], model: nn.Module, space: ParameterSpace
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A point `(n,)` of the space, from a flat vector or a state dict; and the rest of the state."""
+    if isinstance(at, Tensor):
+        if at.shape != (space.dim,):
+            raise InvalidInputError(f"theta must be ({space.dim},), got {tuple(at.shape)}")
+        return at.detach().to(dtype=space.dtype, device=space.device).clone(), {}
+    if not isinstance(at, Mapping):
+        raise InvalidInputError(f"a point is a flat tensor or a state dict, not {type(at).__name__}")
+    free, rest = fit_state(at, model, space)
+    return space.flatten(free).to(dtype=space.dtype, device=space.device).clone(), rest
+
+
+def with_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the model with other values in some of its parameters and buffers."""
+    other = copy.deepcopy(model)
+    tensors = dict(other.named_parameters()) | dict(other.named_buffers())
+    with torch.no_grad():
+        for name, t in values.items():
+            tensors[name].copy_(t)
+    return other

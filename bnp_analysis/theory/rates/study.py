@@ -72,7 +72,7 @@ class Study:
                 "running statistics need the settings of a BNPPreconditioner with q='auto' or a number; make one with "
                 "bnp_preconditioner, or use method='gd' for a fixed preconditioner"
             )
-        self.risk, self.given, self.method, self.step = risk, given, method, step
+        self.risk, self.given, self.method, self.step = risk.gathered(), given, method, step
         self.seed, self.deadline, self.options = seed, deadline, options
         self.hypotheses: dict[str, bool] = {}
         self.details: dict[str, Any] = {}

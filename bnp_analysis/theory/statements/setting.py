@@ -59,7 +59,8 @@ class Problem:
         seed: int = 0,
         limit: int = DENSE_LIMIT,
     ) -> None:
-        self.risk, self.seed, self.limit = risk, seed, limit
+        # Statements look at rows and examples: with several processes each of them has all.
+        self.risk, self.seed, self.limit = risk.gathered(), seed, limit
         self.given = preconditioner is not None
         self._preconditioner = preconditioner
         # What two statements need: the second finds what the first computed.
