@@ -133,6 +133,8 @@ class Engine(Generic[G]):
     def _make_plan(self) -> Plan:
         free = _free_memory(self._risk.space.device)
         limit = free if self.max_memory is None else self.max_memory
+        if self._risk.batches.number == 0:  # A process whose shard is empty.
+            return Plan("retained", 0, 0, 0, 0, limit)
         sizes = _Sizes(self._risk, self._build, limit)
         largest = sizes.bytes_of(max(sizes.examples))
         working = int(_WORKING * largest)

@@ -38,10 +38,12 @@ class Root:
 class JacobianFactor(LinearOperator):
     """`F = R J`, `(sum_b N_b r_b) x n`; row `(j, i)` is `sqrt(w_b) R_j[i] . J_j`.
 
+    Over several processes the rows of all of them, in the order of ranks; each computes those of its batches.
+
     Args:
         risk: the empirical risk.
-        roots: for each batch the output-side rows `R`, batch weight not included.
-        rank: a structural bound of the rank.
+        roots: for each batch of this process the output-side rows `R`, batch weight not included.
+        rank: a structural bound of the rank of these rows.
         engine, max_memory: as in `hessian`.
     """
 
@@ -49,8 +51,12 @@ class JacobianFactor(LinearOperator):
         self, risk: EmpiricalRisk, roots: list[Root], rank: int, engine: str = "auto", max_memory: int | None = None
     ) -> None:
         self._rows = [root.rows.shape[0] * root.rows.shape[1] for root in roots]
-        super().__init__((sum(self._rows), risk.space.dim), risk.space.dtype, risk.space.device)
-        self._risk, self._roots, self._rank = risk, roots, rank
+        self._risk, self._roots, self.group = risk, roots, risk.group
+        own = sum(self._rows), rank, self._own_dense_cost()
+        counts, ranks, costs = zip(*self.group.share(lambda: own, "the rows of a factor"), strict=True)
+        super().__init__((sum(counts), risk.space.dim), risk.space.dtype, risk.space.device)
+        self._begin = int(sum(counts[: self.group.rank]))
+        self._rank, self._dense_cost = int(sum(ranks)), int(max(costs))
         self._engine = Engine(risk, output_graph, engine, max_memory)
 
     @property
@@ -64,6 +70,9 @@ class JacobianFactor(LinearOperator):
 
     @property
     def dense_cost(self) -> int:
+        return self._dense_cost
+
+    def _own_dense_cost(self) -> int:
         # A row costs the backward pass of its slice: in products, which are two passes over all the data.
         cost = 1
         for rows, root in zip(self._rows, self._roots, strict=True):
@@ -72,8 +81,16 @@ class JacobianFactor(LinearOperator):
         return cost
 
     def _matmat(self, x: Tensor) -> Tensor:
+        return self.group.gather(lambda: self.own_rows_times(x), "a product with a factor", of=x)
+
+    def _rmatmat(self, y: Tensor) -> Tensor:
+        part = y[self._begin : self._begin + sum(self._rows)]
+        return self.group.sum(lambda: self.own_columns_times(part), "a product with a factor's transpose", of=y)
+
+    def own_rows_times(self, x: Tensor) -> Tensor:
+        """The product with the rows of this process's batches."""
         vectors = tensors_of_columns(self._risk.space, x)
-        product = x.new_zeros(self.shape[0], x.shape[1])
+        product = x.new_zeros(sum(self._rows), x.shape[1])
         ends = list(accumulate(self._rows))
 
         def project(graph: OutputGraph, b: int, retain: bool) -> None:
@@ -84,7 +101,8 @@ class JacobianFactor(LinearOperator):
         self._engine.each(project)
         return product
 
-    def _rmatmat(self, y: Tensor) -> Tensor:
+    def own_columns_times(self, y: Tensor) -> Tensor:
+        """The transposed product with these rows."""
         ends = list(accumulate(self._rows))
 
         def pull(graph: OutputGraph, b: int, k: int, retain: bool) -> list[Tensor]:
@@ -95,7 +113,10 @@ class JacobianFactor(LinearOperator):
         return self._engine.total(y.shape[1], pull)
 
     def to_dense(self) -> Tensor:
-        dense = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        return self.group.gather(self._own_dense, "the rows of a factor")
+
+    def _own_dense(self) -> Tensor:
+        dense = torch.empty(sum(self._rows), self.shape[1], dtype=self.dtype, device=self.device)
         begin = 0
         for batch, root in zip(self._risk.batches, self._roots, strict=True):
             weight = (batch.count / self._risk.batches.total) ** 0.5
@@ -150,12 +171,24 @@ def _cotangent(root: Tensor, y: Tensor, graph: OutputGraph) -> Tensor:
 def batch_roots(
     risk: EmpiricalRisk, make: Callable[[EmpiricalRisk, Batch, Tensor], tuple[Tensor, int] | None]
 ) -> tuple[list[Root], int] | None:
-    """`make(risk, batch, outputs)` for every batch, with the ranks added up; None as soon as one has none.
+    """`make(risk, batch, outputs)` for this process's batches, their ranks added up; None where any batch has none.
 
     A loader whose order may change has no fixed rows, so no factor.
     """
     if not risk.batches.ordered:
         return None
+    made: list[tuple[list[Root], int] | None] = []
+
+    def attempt() -> bool:
+        made.append(_own_roots(risk, make))
+        return made[0] is not None
+
+    return made[0] if all(risk.group.share(attempt, "the roots of a factor")) else None
+
+
+def _own_roots(
+    risk: EmpiricalRisk, make: Callable[[EmpiricalRisk, Batch, Tensor], tuple[Tensor, int] | None]
+) -> tuple[list[Root], int] | None:
     roots, rank = [], 0
     tensors = risk.space.unflatten(risk.theta)
     for batch in risk.batches:

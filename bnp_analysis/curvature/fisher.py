@@ -11,9 +11,10 @@ from bnp_analysis.curvature.blocks import restricted
 from bnp_analysis.curvature.engines import Plan
 from bnp_analysis.curvature.factors import JacobianFactor, batch_roots
 from bnp_analysis.curvature.output_curvature import loss_gradient, output_root
+from bnp_analysis.distributed import over_processes
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
-from bnp_analysis.linalg.random import generator, normal
+from bnp_analysis.linalg.random import generator, uniform_at
 from bnp_analysis.network.batches import Batch, slice_batch, tensors_of
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.purity import is_mean
@@ -34,7 +35,7 @@ class Fisher(SymmetricOperator):
                 "the Fisher matrix needs one gradient per example, so a loss that is separate over examples, and data "
                 "that keep their order: give list(loader) or a loader without shuffle"
             )
-        self._factor = JacobianFactor(risk, *made, engine, max_memory)
+        self._factor, self.group = JacobianFactor(risk, *made, engine, max_memory), risk.group
 
     @property
     def engine(self) -> Plan:
@@ -45,8 +46,9 @@ class Fisher(SymmetricOperator):
     def factor(self) -> LinearOperator:
         return self._factor
 
+    @over_processes
     def _matmat(self, x: Tensor) -> Tensor:
-        return self._factor._rmatmat(self._factor._matmat(x))
+        return self._factor.own_columns_times(self._factor.own_rows_times(x))
 
 
 def fisher(
@@ -67,7 +69,7 @@ def fisher(
             with a diagonal output Hessian, as squared loss: a Gaussian score of that variance), `"empirical"` takes
             the data's.
         samples: draws per example, `"mc"` only.
-        seed: of the draws.
+        seed: of the draws; those of an example depend on its place in the data alone, not on batches or processes.
         block: a layer's name, or `(layer, i)` for output unit `i`.
         engine, max_memory: as in `hessian`.
 
@@ -94,7 +96,7 @@ def fisher(
         raise InvalidInputError(f"samples must be at least 1, got {samples}")
     if kind == "empirical":
         return restricted(risk, block, lambda r: Fisher(r, _empirical, engine, max_memory))
-    # The generator is made for every operator: a block and the whole see the same targets.
+    # The sampler is made for every operator: a block and the whole see the same targets.
     return restricted(risk, block, lambda r: Fisher(r, _sampler(samples, seed), engine, max_memory))
 
 
@@ -120,20 +122,31 @@ def _shares(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> Tensor:
 
 
 def _sampler(samples: int, seed: int) -> Make:
-    g = generator(seed)
+    generator(seed)  # refuses what is no seed
+    seen = 0
 
     def draw(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> tuple[Tensor, int] | None:
+        nonlocal seen
+        begin, size = risk.batches.before + seen, tensors_of(batch.x)[0].shape[0]
+        seen += size
         found = output_root(risk, batch, outputs, positions=True)
         if found is None:
             return None
         count, _, width = found.root.shape
+        # An example's place in the data, and a row's in its example; rows that belong to none count on from the first.
+        each = count // size if count % size == 0 else count
+        row = torch.arange(count)
+        example, place = (begin + row // each).unsqueeze(1), (row % each).unsqueeze(1) * samples * width
         if found.kind == "softmax" and found.probabilities is not None and found.scale is not None:
             p = found.probabilities
-            classes = torch.multinomial(p.double().cpu(), samples, replacement=True, generator=g).to(p.device)
+            below = p.double().cpu().cumsum(dim=1)
+            u = uniform_at(seed, example, place + torch.arange(samples)) * below[:, -1:]
+            classes = torch.searchsorted(below, u).to(p.device)
             onehot = torch.nn.functional.one_hot(classes, width).to(p.dtype)
             root = (p.unsqueeze(1) - onehot) * (found.scale / samples).sqrt().view(-1, 1, 1)
         elif found.kind == "diagonal":
-            noise = normal((count, samples, width), g, outputs)
+            u = uniform_at(seed, example, place + torch.arange(samples * width))
+            noise = torch.special.ndtri(u).view(count, samples, width).to(outputs)
             root = noise @ found.root / samples**0.5
         else:
             raise InvalidInputError(

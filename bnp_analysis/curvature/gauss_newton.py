@@ -11,6 +11,7 @@ from bnp_analysis.curvature.engines import Engine, Plan, tensors_of_columns
 from bnp_analysis.curvature.factors import JacobianFactor, batch_roots
 from bnp_analysis.curvature.output_curvature import hessian_product, loss_gradient, output_root
 from bnp_analysis.curvature.products import OutputGraph, output_graph
+from bnp_analysis.distributed import over_processes
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.parameters import Block
@@ -22,7 +23,7 @@ class GaussNewton(SymmetricOperator):
 
     def __init__(self, risk: EmpiricalRisk, engine: str = "auto", max_memory: int | None = None) -> None:
         super().__init__(risk.space.dim, risk.space.dtype, risk.space.device)
-        self._risk = risk
+        self._risk, self.group = risk, risk.group
         self._engine = Engine(risk, _with_loss, engine, max_memory)
 
     @property
@@ -41,6 +42,7 @@ class GaussNewton(SymmetricOperator):
         made = batch_roots(self._risk, make)
         return None if made is None else JacobianFactor(self._risk, *made, self._engine.name, self._engine.max_memory)
 
+    @over_processes
     def _matmat(self, x: Tensor) -> Tensor:
         vectors = tensors_of_columns(self._risk.space, x)
 

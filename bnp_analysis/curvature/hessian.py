@@ -7,6 +7,7 @@ from torch import Tensor
 from bnp_analysis.curvature.blocks import restricted
 from bnp_analysis.curvature.engines import Engine, Plan, tensors_of_columns
 from bnp_analysis.curvature.products import GradientGraph, gradient_graph
+from bnp_analysis.distributed import over_processes
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
@@ -17,7 +18,7 @@ class Hessian(SymmetricOperator):
 
     def __init__(self, risk: EmpiricalRisk, engine: str = "auto", max_memory: int | None = None) -> None:
         super().__init__(risk.space.dim, risk.space.dtype, risk.space.device)
-        self._space = risk.space
+        self._space, self.group = risk.space, risk.group
         self._engine = Engine(risk, gradient_graph, engine, max_memory)
 
     @property
@@ -25,6 +26,7 @@ class Hessian(SymmetricOperator):
         """How products are computed, and their estimated memory."""
         return self._engine.plan
 
+    @over_processes
     def _matmat(self, x: Tensor) -> Tensor:
         vectors = tensors_of_columns(self._space, x)
 

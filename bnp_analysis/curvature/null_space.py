@@ -131,6 +131,8 @@ def null_directions(risk: EmpiricalRisk, *, block: Block | None = None) -> NullD
         inner = risk.restrict(risk.space.layer_names(layer))
         found = null_directions(inner)
         return found if isinstance(block, str) else _unit(found, inner.space.indices(block), began)
+    # The search reads all data at once: with several processes each has them all, and finds the same.
+    risk = risk.gathered()
     candidates, skipped = candidate_directions(risk, _counted(risk))
     count = sum(c.count for c in candidates)
     require_memory(8 * risk.space.dim * most_columns(candidates), "the basis of the candidate null directions")

@@ -6,6 +6,8 @@ layer's input rows and one number per example, not the Jacobian of the network.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -48,9 +50,28 @@ def unit_blocks(risk: EmpiricalRisk, layers: Coverage) -> dict[str, UnitBlocks]:
 
     Source: T1, T13.
     """
-    dense = {layer.name: layer for layer in layers if isinstance(layer.module, torch.nn.Linear)}
+    dense = [layer for layer in layers if isinstance(layer.module, torch.nn.Linear)]
     if risk.coupled or not dense or not risk.batches.ordered:
         return {}
+    own: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def attempt() -> list[str]:
+        own.update(_own_rows(risk, dense))
+        return [*own]
+
+    kept = set.intersection(*map(set, risk.group.share(attempt, "the layers that have unit blocks")))
+    found = {}
+    for layer in dense:
+        if layer.name in kept:
+            mine, what = own[layer.name], f"the rows of {layer.name}"
+            inputs, scales = (risk.group.gather(partial(mine.__getitem__, i), what) for i in range(2))
+            found[layer.name] = UnitBlocks(_with_bias(layer, inputs), scales)
+    return found
+
+
+def _own_rows(risk: EmpiricalRisk, layers: list[Layer]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The input rows and scales of this process's batches, of layers that run once per example."""
+    dense = {layer.name: layer for layer in layers}
     inputs: dict[str, list[Tensor]] = {name: [] for name in dense}
     scales: dict[str, list[Tensor]] = {name: [] for name in dense}
     for batch in risk.batches:
@@ -76,8 +97,9 @@ def unit_blocks(risk: EmpiricalRisk, layers: Coverage) -> dict[str, UnitBlocks]:
         for name, total in zip(dense, squares, strict=True):
             inputs[name].append(seen[name][0][0])
             scales[name].append((weight * total).sqrt())
+    none = risk.theta.new_zeros
     return {
-        name: UnitBlocks(_with_bias(layer, torch.cat(inputs[name])), torch.cat(scales[name]))
+        name: (torch.cat([none(0, layer.features), *inputs[name]]), torch.cat([none(0, layer.units), *scales[name]]))
         for name, layer in dense.items()
     }
 

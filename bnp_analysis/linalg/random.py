@@ -30,6 +30,42 @@ def rademacher(shape: tuple[int, ...], g: torch.Generator, like: Tensor) -> Tens
     return signs.to(dtype=like.dtype, device=like.device)
 
 
+def uniform_at(seed: int, example: Tensor, entry: Tensor) -> Tensor:
+    """Uniform numbers in (0, 1), one for each pair of an example and an entry of it, whatever else is drawn.
+
+    Args:
+        seed: of all of them.
+        example, entry: integers, broadcast.
+
+    Returns:
+        float64 on the CPU.
+
+    Source: the mixing of splitmix64 (Steele, Lea and Flood 2014), once for the example and once for the entry.
+
+    Example:
+        >>> every = uniform_at(0, torch.arange(4).view(4, 1), torch.arange(3))
+        >>> bool(every[2, 1] == uniform_at(0, torch.tensor(2), torch.tensor(1)))
+        True
+    """
+    start = np.random.SeedSequence((abs(seed), int(seed < 0))).generate_state(1, np.uint64).view(np.int64)
+    z = _mixed(_mixed(int(start[0]) + example.cpu().long() * _STEP) + entry.cpu().long() * _STEP)
+    return (_shifted(z, 12).double() + 0.5) * 2.0**-52
+
+
+_STEP, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+
+
+def _mixed(z: Tensor) -> Tensor:
+    z = (z ^ _shifted(z, 30)) * _FIRST
+    z = (z ^ _shifted(z, 27)) * _SECOND
+    return z ^ _shifted(z, 31)
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """To the right, zeros coming in."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
 def project_out(x: Tensor, basis: Tensor | None) -> Tensor:
     """`x` minus its part in the span of an orthonormal basis `(n, r)`, twice for rounding."""
     if basis is None or basis.shape[1] == 0:
