@@ -155,6 +155,11 @@ def gauss_newton_diagonal(risk: EmpiricalRisk) -> Tensor:
     Raises:
         InvalidInputError: the loss is not convex in the outputs, or not separate over examples.
     """
+    return risk.group.sum(lambda: _own_diagonal(risk), "the diagonal").to(risk.space.dtype)
+
+
+def _own_diagonal(risk: EmpiricalRisk) -> Tensor:
+    """The sum over this process's batches."""
     total = torch.zeros(risk.space.dim, dtype=torch.float64, device=risk.space.device)
     tensors = risk.space.unflatten(risk.theta)
     for batch in risk.batches:
@@ -176,7 +181,7 @@ def gauss_newton_diagonal(risk: EmpiricalRisk) -> Tensor:
             if part is not None:
                 rows = found.root if whole else found.root[begin * each : (begin + step) * each]
                 total += weight * jacobian_rows(risk, part, rows).square().sum(dim=0)
-    return total.to(risk.space.dtype)
+    return total
 
 
 def _from_divisors(

@@ -206,7 +206,15 @@ def output_moments(risk: EmpiricalRisk, layers: Coverage) -> dict[str, Tensor]:
     Raises:
         InvalidInputError: the loss is not convex in the outputs, or not separate over examples.
     """
-    sums: dict[str, Tensor] = {}
+    shapes = {layer.name: (layer.groups, *2 * [layer.units // layer.groups]) for layer in layers}
+    total = risk.group.sum(lambda: _own_output_moments(risk, layers, shapes), "output moments")
+    parts = torch.split(total, [math.prod(shape) for shape in shapes.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def _own_output_moments(risk: EmpiricalRisk, layers: Coverage, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
+    """What this process's batches add, one layer behind the other."""
+    sums = {name: torch.zeros(shape, dtype=torch.float64, device=risk.space.device) for name, shape in shapes.items()}
     for batch in risk.batches:
         outputs, seen = risk.record(batch, [layer.name for layer in layers])
         found = output_root(risk, batch, outputs.detach())
@@ -231,8 +239,8 @@ def output_moments(risk: EmpiricalRisk, layers: Coverage) -> dict[str, Tensor]:
             for name, u in zip(owners, pulled, strict=True):
                 g = _rows_of_outputs(layers[name], u).double()
                 gram = g.transpose(1, 2) @ g * weight
-                sums[name] = sums[name] + gram if name in sums else gram
-    return sums
+                sums[name] += gram
+    return torch.cat([gram.reshape(-1) for gram in sums.values()])
 
 
 def _cotangents(root: Tensor, together: bool) -> Iterator[Tensor]:

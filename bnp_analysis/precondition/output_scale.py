@@ -36,6 +36,13 @@ def output_scales(risk: EmpiricalRisk, layers: Coverage) -> dict[str, Tensor]:
 
     Source: T10. Exact; one backward pass per output, and per example where a batch couples its examples.
     """
+    total = risk.group.sum(lambda: torch.cat(_own_squares(risk, layers)), "output scales")
+    parts = torch.split(total, [layer.units for layer in layers])
+    return {layer.name: part.sqrt() for layer, part in zip(layers, parts, strict=True)}
+
+
+def _own_squares(risk: EmpiricalRisk, layers: Coverage) -> list[Tensor]:
+    """The sum over this process's batches, layer by layer."""
     squares = {layer.name: torch.zeros(layer.units, dtype=torch.float64, device=risk.space.device) for layer in layers}
     for batch in risk.batches:
         outputs, seen = risk.record(batch, squares)
@@ -54,7 +61,7 @@ def output_scales(risk: EmpiricalRisk, layers: Coverage) -> dict[str, Tensor]:
             )
             for (layer, _), g in zip(activations, gradients, strict=True):
                 squares[layer.name] += weight * by_unit(layer, g).double().square().sum(dim=0)
-    return {name: total.sqrt() for name, total in squares.items()}
+    return list(squares.values())
 
 
 def _cotangents(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> Iterator[Tensor]:

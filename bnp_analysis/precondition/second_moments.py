@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,17 @@ def second_moments(risk: EmpiricalRisk, layers: Coverage, transform: Transform =
     Returns:
         Layer name -> `(groups, d, d)`, float64.
     """
+    parts = risk.group.share(lambda: _own_sums(risk, layers, transform), "second moments")
+    means = {}
+    for name in (layer.name for layer in layers):
+        mine = [part[name] for part in parts if name in part]
+        total = functools.reduce(torch.add, (gram.to(risk.space.device) for gram, _ in mine))
+        means[name] = total / sum(count for _, count in mine)
+    return means
+
+
+def _own_sums(risk: EmpiricalRisk, layers: Coverage, transform: Transform) -> dict[str, tuple[Tensor, int]]:
+    """The sums and numbers of rows over this process's batches, for layers that ran."""
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys((layer.name for layer in layers), 0)
 
@@ -40,4 +52,4 @@ def second_moments(risk: EmpiricalRisk, layers: Coverage, transform: Transform =
         counts[name] += t.shape[1]
 
     risk.capture(visit, counts)
-    return {name: total / counts[name] for name, total in sums.items()}
+    return {name: (total.cpu(), counts[name]) for name, total in sums.items()}
