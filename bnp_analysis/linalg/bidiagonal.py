@@ -64,9 +64,9 @@ def golub_kahan(
 ) -> Bidiagonalization:
     """Bidiagonalize `F`, `F V = U B`, from a start in its row space until a random vector finds nothing more.
 
-    One start meets one copy of a repeated singular value. When its space is exhausted, `F^T (u_k + g)` with a random
-    `g` outside `U` takes the place of `F^T u_k`: every column then meets what is left, and no product is spent on
-    further restarts. `B` is upper triangular from there on.
+    One start meets one copy of a repeated singular value, and near the end of its space rounding puts null vectors
+    into `V`. From there on `F^T (u_k + g)` with a random `g` outside `U` takes the place of `F^T u_k`: it is long
+    while anything is left to meet, and no product is spent on further restarts. `B` is then upper triangular.
 
     Args:
         F: `(m, n)`; products in its dtype, vectors in float64.
@@ -79,7 +79,7 @@ def golub_kahan(
         progress: True draws a bar, a callable gets `(done, total)`.
 
     Returns:
-        A `Bidiagonalization`; `k` columns take `k + 1` pairs of products at most, repeated singular values included.
+        A `Bidiagonalization`; `k` columns take at most `k + 1` pairs of products.
 
     Raises:
         InvalidInputError: nothing to do, or a checkpoint of another run; NonFiniteError: a product with NaN or
@@ -117,8 +117,7 @@ def golub_kahan(
                 raise
             stop = "interrupted"
     if run.columns == F.shape[1] - rank:
-        # As many directions as there are.
-        stop = "exhausted"
+        stop = "exhausted"  # as many directions as there are
     if checkpoint is not None:
         save_state(checkpoint, key, run.state())
     return run.result(stop)
@@ -144,6 +143,8 @@ class _Run:
     def __init__(self, F: LinearOperator, limit: int, null: Tensor | None, seed: int, magnitude: float) -> None:
         self.F, self.g, self.limit, self.magnitude = F, generator(seed), limit, magnitude
         self.null = None if null is None else null.double()
+        # Once a new vector would hold more of the null space than this, random vectors are mixed in.
+        self.leak_limit = float(torch.finfo(F.dtype).eps) ** 0.4
         # Rows are basis vectors: contiguous for the products of a reorthogonalization.
         self.V = torch.zeros(0, F.shape[1], dtype=torch.float64, device=F.device)
         self.U = torch.zeros(0, F.shape[0], dtype=torch.float64, device=F.device)
@@ -201,21 +202,21 @@ class _Run:
         if at.columns == len(self.V):
             self.make_room(min(self.limit, 2 * at.columns))
         w, halves, mixed, dropped = at.w, at.halves, at.mixed, at.dropped
-        if float(w.norm()) <= noise:
-            dropped += float(w.norm()) ** 2
-            if not mixed:
-                # An invariant space: repeated values need another start.
-                (w, halves), mixed = self._pull(self._outside(at.rows), at.columns, halves), True
-            if float(w.norm()) <= noise:
-                # F^T of a random vector lies in the space: but for chance, so does the whole row space.
-                self.mark = replace(at, halves=halves, mixed=mixed, dropped=dropped, w=torch.zeros_like(w))
-                return False
-        # Once more: what is left of a small vector is less orthogonal than it was.
-        v = self._against(w / w.norm(), self.V[: at.columns], self.null)
-        v = v / v.norm()
         # F^T u has only its rounding there; subtracting alpha v and dividing by beta enlarge what v had.
         before = float(self.B[at.rows - 1, at.columns - 1] * self.leaks[at.columns - 1]) if at.rows else 0.0
-        leak = min(1.0, (noise / 10 + before) / float(w.norm()))
+        if not mixed and noise / 10 + before > self.leak_limit * float(w.norm()):
+            # The space is exhausted, or nearly: this w, normalized, would put more of the null space into V, and each
+            # such part takes a column. F^T of something new is long; repeated values need another start as well.
+            pulled, halves = self._pull(self._outside(at.rows), at.columns, halves)
+            w, mixed = w + pulled, True
+        if float(w.norm()) <= noise:
+            # F^T of a random vector lies in the space: but for chance, so does the whole row space.
+            dropped += float(w.norm()) ** 2
+            self.mark = replace(at, halves=halves, mixed=mixed, dropped=dropped, w=torch.zeros_like(w))
+            return False
+        # Once more: what is left of a small vector is less orthogonal than it was.
+        v = self._against(w / w.norm(), self.V[: at.columns], self.null)
+        v, leak = v / v.norm(), min(1.0, (noise / 10 + before) / float(w.norm()))
         k, image = at.rows, self._times(self.F, v, halves)
         u = self._against(image, self.U[:k], None)
         a, halves = float(u.norm()), halves + 1

@@ -1,7 +1,8 @@
 """Golub-Kahan bidiagonalization finds every nonzero singular value of a factor, and resumes from a file.
 
 Bugs that only these tests catch: a last column of `B` that is dropped, which makes spurious tiny singular values; a
-run that ends before the row space is exhausted; a file that cannot be read back, or of another matrix and resumed.
+run that ends before the row space is exhausted; null vectors that rounding puts into the basis one after another; a
+file that cannot be read back, or of another matrix and resumed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg import LinearOperator, MatrixOperator, condition_number, golub_kahan
-from bnp_analysis.testing import KINDS, spectrum, symmetric_with_spectrum
+from bnp_analysis.testing import KINDS, random_orthogonal, spectrum, symmetric_with_spectrum
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -35,6 +36,19 @@ def test_golub_kahan_finds_all_singular_values(kind: str, generator: torch.Gener
         assert float((F @ run.right - run.left @ torch.as_tensor(run.matrix)).norm()) <= 1e-13
         for basis in (run.left, run.right):
             assert float((basis.T @ basis - torch.eye(basis.shape[1])).abs().max()) <= 1e-14
+
+
+@pytest.mark.parametrize("kappa", [1e2, 1e6, 1e8])
+@pytest.mark.parametrize("kind", ["log", "isolated", "clustered", "two-scale"])
+def test_an_undeclared_null_space_takes_few_columns(kind: str, kappa: float, generator: torch.Generator) -> None:
+    """Each column that rounding puts into the null space is a product spent on nothing."""
+    rank = 350
+    sigma = spectrum(kind, 400, kappa, rank=rank)[:rank].sqrt()
+    left, right = (random_orthogonal(400, generator)[:, :rank] for _ in range(2))
+    run = golub_kahan(MatrixOperator(left * sigma @ right.T), 400)
+    assert run.stop == "exhausted"
+    assert run.matrix.shape[1] <= rank + 2
+    np.testing.assert_allclose(run.singular_values()[:rank], sigma.numpy(), atol=1e-13)
 
 
 @pytest.mark.parametrize("shape", [(3, 9), (9, 3), (1, 5), (5, 1), (1, 1)])
