@@ -117,6 +117,8 @@ def test_what_was_set_to_zero_is_in_the_radius() -> None:
     gap = (F.matrix + F.away) @ run.right - run.left @ torch.from_numpy(run.matrix)
     assert float(gap.norm()) > 3 * run.noise
     assert run.dropped == pytest.approx(float(gap.norm()), rel=0.1, abs=0.0)
+    k = condition_number(GramOperator(F), method="golub-kahan")
+    assert math.sqrt(k.noise_floor) >= run.dropped + 1.9 * run.noise
     # What F^T sends out of V at the end is below the noise, and counted too.
     assert run.noise / 10 < golub_kahan(Rough(0.0, 0.8), 40).dropped < 2 * run.noise
 
