@@ -91,7 +91,7 @@ def inverse_lanczos(
             "inverse-lanczos inverts the operator, so its whole null space must be declared, by a tensor: (n, 0) for a "
             "nonsingular operator, null_directions(risk).basis where you know that nothing is missing"
         )
-    B, basis, noise, checks = conditioned(A, P, null, seed)
+    B, basis, noise, checks = conditioned(A, P, null, steps, seed)
     dim = A.dim - null.dim
     top_run = lanczos(B, min(steps, dim), seed=seed, null=basis)
     if top_run.stop == "interrupted":

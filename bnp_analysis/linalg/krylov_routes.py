@@ -26,6 +26,7 @@ from bnp_analysis.linalg.extremes import (
 )
 from bnp_analysis.linalg.forming import amplified
 from bnp_analysis.linalg.lanczos import Floats, Tridiagonalization, lanczos, tridiagonal_eigh
+from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.linalg.null import NORM_STEPS, DeclaredNull, require_null
 from bnp_analysis.linalg.number import Extremes
 from bnp_analysis.linalg.operators import SymmetricOperator
@@ -49,7 +50,7 @@ def lanczos_ends(
 ) -> Extremes:
     """Ritz values: a lower bound where T13 allows one, an upper one if the whole null space is declared."""
     require_probability(failure_probability)
-    operator, basis, noise, spent = conditioned(A, P, null, seed)
+    operator, basis, noise, spent = conditioned(A, P, null, steps, seed)
     run, extra = _run(operator, basis, null.complete, steps, seed, checkpoint, progress)
     values, residuals = run.ritz()
     floor = noise * float(np.abs(values).max())
@@ -111,7 +112,7 @@ def lanczos_magnitudes(
     For `x` in the range, `min|lambda| <= |A x| / |x|`; the least such ratio on the space searched is the
     smallest singular value of the tridiagonal matrix extended by its residual row.
     """
-    operator, basis, noise, spent = conditioned(A, P, null, seed)
+    operator, basis, noise, spent = conditioned(A, P, null, steps, seed)
     run, extra = _run(operator, basis, null.complete, steps, seed, None, progress)
     values, residuals = run.ritz()
     top = float(np.abs(values).max())
@@ -139,9 +140,14 @@ def lanczos_magnitudes(
 
 
 def conditioned(
-    A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNull, seed: int
+    A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNull, steps: int, seed: int
 ) -> tuple[SymmetricOperator, Tensor, float, int]:
-    """The operator measured, its null basis, the relative noise of its eigenvalues, products spent."""
+    """The operator measured, its null basis, the relative noise of its eigenvalues, products spent.
+
+    Memory is asked for first: the probes alone are a dozen vectors.
+    """
+    vectors = min(steps, A.dim) + 12
+    require_memory(vectors * A.dim * A.dtype.itemsize, f"{vectors} vectors of length {A.dim} for {steps} Lanczos steps")
     spent = 2 + null.cost
     require_symmetric(A, seed)
     noise = 10 * math.sqrt(A.dim) * torch.finfo(A.dtype).eps

@@ -232,6 +232,17 @@ def test_the_route_follows_size_factor_and_memory(monkeypatch: pytest.MonkeyPatc
         condition_number(GramOperator(MatrixOperator(torch.ones(100, 100))), method="golub-kahan")
 
 
+@pytest.mark.parametrize("method", ["lanczos", "inverse-lanczos"])
+def test_memory_is_asked_for_before_the_probes(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two random vectors of a huge operator, to test its symmetry, once took all there was."""
+    asked: list[Tensor] = []
+    A = CallableOperator(lambda v: asked.append(v) or v, 1000)
+    monkeypatch.setattr(memory_module, "available_memory", lambda: 60_000)
+    with pytest.raises(MemoryLimitError, match="32 vectors of length 1000 for 20 Lanczos steps"):
+        condition_number(A, null=torch.zeros(1000, 0), method=method, steps=20)
+    assert not asked
+
+
 def routes_module() -> object:
     import sys
 
