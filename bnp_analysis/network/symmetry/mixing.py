@@ -19,6 +19,7 @@ _MOST_WORK = 1e12
 Matrix = tuple[tuple[int, int, float], ...]
 # The use that asks for it (-u - 1 where it reads), and `theta[target] += factor * theta[source]`.
 Shear = tuple[int, Ints, Ints, Floats]
+Place = tuple[Ints, int, Floats, Floats]
 _EMPTY = np.zeros(0, np.int64)
 
 
@@ -147,9 +148,10 @@ class Mixer:
             return []
         names = {self._ledger.causes.get(int(label)) for label in frame.places.ravel()}
         cause = _cause(frame, names)
+        places = self._places(frame)
         parts, moves, again = [], [], set()
         for matrix in frame.matrices():
-            shears = self._shears(frame, matrix)
+            shears = self._shears(places, matrix)
             part = self._part(shears)
             if part is not None:
                 parts.append(part)
@@ -158,17 +160,22 @@ class Mixer:
             elif len(matrix) == 1:
                 again.add(tuple(sorted(matrix[0][:2])))
         for i, j in sorted(again):
-            part = self._part(self._shears(frame, ((i, j, 1.0), (j, i, -1.0))))
+            part = self._part(self._shears(places, ((i, j, 1.0), (j, i, -1.0))))
             if part is not None:
                 parts.append(part)
                 moves.append(None)
         return [Candidate(cause, tuple(parts), moves=tuple(moves))] if parts else []
 
-    def _shears(self, frame: Frame, matrix: Matrix) -> list[Shear]:
+    def _places(self, frame: Frame) -> list[Place]:
+        """The labels at each place, with their signs, gains and offsets."""
+        ledger = self._ledger
+        signed = zip(frame.places.T, frame.signs.tolist(), strict=True)
+        return [(place, sign, ledger.gain(place), ledger.offset(place)) for place, sign in signed]
+
+    def _shears(self, places: list[Place], matrix: Matrix) -> list[Shear]:
         """What all uses of the channels are asked for."""
         found: list[Shear] = []
-        for place, sign in zip(frame.places.T, frame.signs, strict=True):
-            gains, offsets = self._ledger.gain(place), self._ledger.offset(place)
+        for place, sign, gains, offsets in places:
             for i, j, value in matrix:
                 into, source = (i, j) if sign > 0 else (j, i)
                 factor = sign * value * gains[into] / gains[source]
