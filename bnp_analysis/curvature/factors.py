@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -118,13 +118,16 @@ class JacobianFactor(LinearOperator):
     def _own_dense(self) -> Tensor:
         dense = torch.empty(sum(self._rows), self.shape[1], dtype=self.dtype, device=self.device)
         begin = 0
+        for rows in self.row_blocks():
+            dense[begin : begin + len(rows)] = rows
+            begin += len(rows)
+        return dense
+
+    def row_blocks(self) -> Iterator[Tensor]:
         for batch, root in zip(self._risk.batches, self._roots, strict=True):
             weight = (batch.count / self._risk.batches.total) ** 0.5
             for part, rows in _slices(batch, root, self._risk.coupled):
-                end = begin + rows.shape[0] * rows.shape[1]
-                dense[begin:end] = jacobian_rows(self._risk, part, rows) * weight
-                begin = end
-        return dense
+                yield jacobian_rows(self._risk, part, rows) * weight
 
 
 def _slices(batch: Batch, root: Root, coupled: bool) -> list[tuple[Batch, Tensor]]:

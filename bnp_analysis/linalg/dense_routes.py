@@ -44,7 +44,7 @@ def factor_svd(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNul
         require_null(factor, null, factor_rounding_norm(factor), "F")
     rows = formed(factor if P is None else factor @ P)
     require_finite(rows.matrix, "the factor")
-    structural = min(factor.rank_bound, MatrixOperator(rows.matrix).rank_bound, A.dim - null.dim)
+    structural = min(factor.rank_bound, MatrixOperator(rows.matrix, exact=False).rank_bound, A.dim - null.dim)
     scale = float(rows.matrix.abs().max()) if rows.matrix.numel() else 0.0
     if scale == 0.0:
         return zero_matrix(null, matvecs)
@@ -61,7 +61,9 @@ def factor_svd(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNul
 
 
 def _square_root_of_gram(rows: Tensor) -> Tensor:
-    """A square matrix with the singular values of `rows`, from the QR of its taller side."""
+    """A matrix with the nonzero singular values of `rows`: without its zero rows and columns, tall ones by QR."""
+    nonzero = rows != 0
+    rows = rows[nonzero.any(dim=1)][:, nonzero.any(dim=0)]
     tall = rows if rows.shape[0] >= rows.shape[1] else rows.T
     if tall.shape[0] <= 1.5 * tall.shape[1]:
         return tall
@@ -129,7 +131,7 @@ def dense_symmetric(
     rank = int(nonzero.size)
     if rank == 0:
         return zero_matrix(null, found.matvecs)
-    structural = min(MatrixOperator(found.matrix).rank_bound, A.dim - null.dim)
+    structural = min(MatrixOperator(found.matrix, exact=False).rank_bound, A.dim - null.dim)
     unresolved = max(structural - rank, 0)
     top, bottom = float(nonzero[-1]), float(nonzero[0])
     zeros = sizes[: A.dim - rank]

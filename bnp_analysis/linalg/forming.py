@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.linalg.derived import Derived, GramOperator
-from bnp_analysis.linalg.matrices import RowScaled
+from bnp_analysis.linalg.matrices import ReducedFactor, RowScaled
 from bnp_analysis.linalg.operators import LinearOperator, Product, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Congruence, Preconditioner
 
@@ -26,7 +26,8 @@ class Formed:
     Attributes:
         matrix: the dense operator.
         magnitude: `|F| |P1| |P2| ...` of a product, without which no interval survives `|P| = 1e5` (trap 11); else
-            None, which stands for `|matrix|`.
+            None, which stands for `|matrix|`. Of a `ReducedFactor` one row, bounds of columns: then
+            `|(matrix - exact) e_j| <= rounding * magnitude_j`.
         rounding: 0 where the entries are given.
     """
 
@@ -47,6 +48,8 @@ def formed(operator: LinearOperator) -> Formed:
         >>> formed(MatrixOperator(torch.eye(2))).rounding
         0.0
     """
+    if isinstance(operator, ReducedFactor):
+        return Formed(operator.matrix, operator.columns[None, :], operator.rounding)
     if isinstance(operator, Product) and isinstance(operator.right, Preconditioner):
         inner, P = formed(operator.left), _precise(operator.right)
         rounding = inner.rounding + P.roundings * UNIT / 2
@@ -87,7 +90,7 @@ def amplified(operator: object) -> bool:
         return amplified(operator.inner)
     if isinstance(operator, GramOperator):
         return amplified(operator.factor)
-    return isinstance(operator, Product | Congruence)
+    return isinstance(operator, Product | Congruence | ReducedFactor)
 
 
 def norm_bound(matrix: Tensor) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, describe
+from bnp_analysis.linalg.structure import structural_rank
 
 
 class MatrixOperator(LinearOperator):
@@ -38,8 +39,10 @@ class MatrixOperator(LinearOperator):
 
     @property
     def rank_bound(self) -> int:
-        # An exactly zero row or column adds nothing to the rank.
         nonzero = self._matrix != 0
+        if self._exact:
+            return structural_rank(nonzero)
+        # Of computed entries only whole rows and columns count as zero by structure.
         return min(int(nonzero.any(dim=1).sum()), int(nonzero.any(dim=0).sum()))
 
     @property
@@ -142,8 +145,7 @@ class RowScaled(LinearOperator):
 
     @property
     def rank_bound(self) -> int:
-        kept = self.rows[self.scale != 0]
-        return min(kept.shape[0], int((kept != 0).any(dim=0).sum()))
+        return structural_rank(self.rows[self.scale != 0] != 0)
 
     @property
     def dense_cost(self) -> int:
@@ -161,6 +163,43 @@ class RowScaled(LinearOperator):
 
     def to_dense(self) -> Tensor:
         return self.scale[:, None] * self.rows
+
+    def row_blocks(self) -> Iterator[Tensor]:
+        kept = self.scale != 0
+        yield self.scale[kept, None] * self.rows[kept]
+
+
+class ReducedFactor(LinearOperator):
+    """`R` with `R^T R = F^T F` and few rows, in float64; made by `reduced`.
+
+    Args:
+        matrix: `R`, `(k, n)`.
+        columns: `|F e_j|`, `(n,)`, to which the error of column `j` of `R` is relative.
+        rounding: that error: `R = Q^T (F + E)` with orthonormal columns `Q` and `|E e_j| <= rounding |F e_j|`.
+        rank: a structural bound of the rank of `F`.
+        dtype: in which `F` works.
+    """
+
+    def __init__(self, matrix: Tensor, columns: Tensor, rounding: float, rank: int, dtype: torch.dtype) -> None:
+        super().__init__((matrix.shape[0], matrix.shape[1]), dtype, matrix.device)
+        self.matrix, self.columns, self.rounding, self._rank = matrix, columns, rounding, rank
+
+    @property
+    def rank_bound(self) -> int:
+        return min(*self.shape, self._rank)
+
+    @property
+    def dense_cost(self) -> int:
+        return 0
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        return (self.matrix @ x.double()).to(x.dtype)
+
+    def _rmatmat(self, y: Tensor) -> Tensor:
+        return (self.matrix.T @ y.double()).to(y.dtype)
+
+    def to_dense(self) -> Tensor:
+        return self.matrix.to(self.dtype)
 
 
 class CallableOperator(SymmetricOperator):

@@ -7,7 +7,7 @@ A class here is either abstract or final.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Self, overload
 
 import torch
@@ -86,6 +86,10 @@ class LinearOperator(ABC):
             return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         dense = torch.cat(chunks, dim=1)
         return dense if columns <= rows else dense.T
+
+    def row_blocks(self) -> Iterator[Tensor]:
+        """The rows of `to_dense()` in parts, but for zero rows that may be left out: less is held at once."""
+        yield self.to_dense()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.shape[0]}x{self.shape[1]} {self.dtype} on {self.device}>"

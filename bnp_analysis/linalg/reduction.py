@@ -1,0 +1,128 @@
+"""A factor `F` replaced by a small `R` with `R^T R = F^T F`, made once and measured many times (T13)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg.derived import GramOperator
+from bnp_analysis.linalg.forming import UNIT, amplified, entry_rounding
+from bnp_analysis.linalg.matrices import ReducedFactor
+from bnp_analysis.linalg.memory import available_memory
+from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
+from bnp_analysis.linalg.routes import FACTOR_LIMIT, choose_route
+
+# As many rows as columns, times this, are gathered before a QR factorization.
+_GATHERED = 4
+# Floating-point operations that a factor too large for memory may take.
+_MOST_WORK = 5e12
+
+
+def reduced(A: SymmetricOperator) -> SymmetricOperator:
+    """The same operator with a factor of at most as many rows as columns, by Householder QR: `F = Q R`.
+
+    Then `F P = Q (R P)`: one tall factorization serves `A` and every `P^T A P`. Householder QR is backward stable
+    column by column, `F + E = Q R` with `|E e_j| <= c u |F e_j|`, so that `R P` is known to `c u || f^T |P| ||_2` with
+    `f_j = |F e_j|`: no digits are lost by columns of different sizes, only by what cancels in `F P` itself. Where that
+    is too much, form `F P`.
+
+    Args:
+        A: an operator with a factor that is not itself a product.
+
+    Returns:
+        A `SymmetricOperator` with a `ReducedFactor`.
+
+    Raises:
+        InvalidInputError: no factor, or one made by a preconditioner.
+
+    Source: Higham 2002, theorem 19.4; T13.
+
+    Example:
+        >>> from bnp_analysis.linalg import GramOperator, MatrixOperator
+        >>> tall = GramOperator(MatrixOperator(torch.ones(9, 2)))
+        >>> reduced(tall).factor.shape
+        (2, 2)
+    """
+    factor = A.factor
+    if factor is None:
+        raise InvalidInputError(f"{A!r} has no factor that could be reduced")
+    return reduced_parts(factor, [slice(None)])[0]
+
+
+def reducible(A: SymmetricOperator) -> bool:
+    """Whether `reduced(A)` fits into memory and its singular values can be had: the sizes of factor-svd (T13).
+
+    Example:
+        >>> from bnp_analysis.linalg import GramOperator, MatrixOperator
+        >>> reducible(GramOperator(MatrixOperator(torch.ones(9, 2))))
+        True
+    """
+    factor = A.factor
+    if factor is None or amplified(factor):
+        return False
+    rows, columns = factor.shape
+    small = min(rows, columns)
+    if small > FACTOR_LIMIT:
+        return False
+    held = 8 * 3 * min(rows, (_GATHERED + 1) * columns) * columns
+    work = 2.0 * rows * columns * small
+    return choose_route(A) == "factor-svd" or (held < available_memory() and work < _MOST_WORK)
+
+
+def reduced_parts(factor: LinearOperator, parts: Sequence[Tensor | slice]) -> list[SymmetricOperator]:
+    """`reduced` for several sets of columns of one factor, whose rows are formed once and never held all.
+
+    Args:
+        factor: `F`, not a product with a preconditioner.
+        parts: positions of columns.
+    """
+    if amplified(factor):
+        raise InvalidInputError("a factor F P is not reduced: what P amplifies would be lost. Reduce F, then apply P")
+    gathered = [_Gathered(part) for part in parts]
+    for block in factor.row_blocks():
+        rows = block.double()
+        for one in gathered:
+            one.add(rows)
+    given = entry_rounding(factor)
+    return [GramOperator(one.result(given, factor)) for one in gathered]
+
+
+class _Gathered:
+    """Rows of some columns of a factor, reduced whenever there are many."""
+
+    def __init__(self, part: Tensor | slice) -> None:
+        self._part = part
+        self._rows: list[Tensor] = []
+        self._norms: Tensor | None = None
+        self._count = self._factorized = 0
+
+    def add(self, rows: Tensor) -> None:
+        mine = rows[:, self._part]
+        mine = mine[(mine != 0).any(dim=1)]
+        norms = torch.linalg.vector_norm(mine, dim=0)
+        self._norms = norms if self._norms is None else torch.hypot(self._norms, norms)
+        self._rows.append(mine)
+        self._count += len(mine)
+        if self._count > _GATHERED * mine.shape[1]:
+            self._factorize()
+
+    def _factorize(self) -> None:
+        rows = torch.cat(self._rows) if len(self._rows) > 1 else self._rows[0]
+        kept = (rows != 0).any(dim=0)
+        if len(rows) > int(kept.sum()):
+            self._factorized += len(rows)
+            triangle = torch.linalg.qr(rows[:, kept], mode="r")[1]
+            rows = rows.new_zeros(len(triangle), rows.shape[1])
+            rows[:, kept] = triangle
+        self._rows, self._count = [rows], len(rows)
+
+    def result(self, given: float, factor: LinearOperator) -> ReducedFactor:
+        """What was added: its rows as they are where they are few."""
+        assert self._norms is not None
+        if self._count > len(self._norms):
+            self._factorize()
+        rounding = given + UNIT * self._factorized
+        return ReducedFactor(torch.cat(self._rows), self._norms, rounding, factor.rank_bound, factor.dtype)
