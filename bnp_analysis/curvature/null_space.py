@@ -16,6 +16,7 @@ from bnp_analysis.curvature.orbits import Orbit
 from bnp_analysis.curvature.output_curvature import output_root
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.memory import require_memory
+from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.network.candidates import Candidate, Part
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
@@ -94,7 +95,9 @@ class NullDirections(Result):
         return self.basis[positions][:, alone]
 
 
-def null_directions(risk: EmpiricalRisk, *, block: Block | None = None) -> NullDirections:
+def null_directions(
+    risk: EmpiricalRisk, *, block: Block | None = None, factor: LinearOperator | None = None
+) -> NullDirections:
     """Directions `t` with `F t = 0`, `F^T F` the Gauss-Newton matrix, from the symmetries and the data of a network.
 
     Causes (T11), the most local first: parameters without effect, dependent inputs, rows that a ReLU or a max-pooling
@@ -107,6 +110,8 @@ def null_directions(risk: EmpiricalRisk, *, block: Block | None = None) -> NullD
     Args:
         risk: the empirical risk.
         block: only directions inside a layer, or inside one output unit `(layer, i)`.
+        factor: of the Gauss-Newton matrix of the risk, or of the layer's block, for instance a reduced one; default
+            the Gauss-Newton operator's own.
 
     Returns:
         `NullDirections`; the rank is that of the union. What the data do not determine beyond these causes is not
@@ -129,15 +134,17 @@ def null_directions(risk: EmpiricalRisk, *, block: Block | None = None) -> NullD
     if block is not None:
         layer = block if isinstance(block, str) else block[0]
         inner = risk.restrict(risk.space.layer_names(layer))
-        found = null_directions(inner)
+        found = null_directions(inner, factor=factor)
         return found if isinstance(block, str) else _unit(found, inner.space.indices(block), began)
     # The search reads all data at once: with several processes each has them all, and finds the same.
     risk = risk.gathered()
     candidates, skipped = candidate_directions(risk, _counted(risk))
     count = sum(c.count for c in candidates)
     require_memory(8 * risk.space.dim * most_columns(candidates), "the basis of the candidate null directions")
+    if factor is not None and factor.shape[1] != risk.space.dim:
+        raise InvalidInputError(f"the factor has {factor.shape[1]} columns, the parameters are {risk.space.dim}")
     A = gauss_newton(risk)
-    verifier = Verifier(A.factor or A, count)
+    verifier = Verifier(factor or A.factor or A, count)
     basis = NullBasis(risk.space.dim, verifier)
     approximate: dict[str, tuple[int, float]] = {}
     rejected: dict[str, tuple[int, float]] = {}

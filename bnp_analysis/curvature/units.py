@@ -1,22 +1,94 @@
-"""The blocks of single units of dense layers, from one backward pass per output (T1).
+"""The blocks of dense layers and of their units, from one backward pass per output (T1).
 
 The Gauss-Newton block of unit `i` is `H^^T S_i H^` with diagonal `S_i`; its factor `S_i^(1/2) H^` needs the
-layer's input rows and one number per example, not the Jacobian of the network.
+layer's input rows and one number per example, not the Jacobian of the network. The layer's own factor has the rows
+`g_jr (x) h^_j`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from bnp_analysis.curvature.null_basis import Verifier
 from bnp_analysis.curvature.output_curvature import output_root
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.matrices import RowScaled
+from bnp_analysis.linalg.memory import available_memory
+from bnp_analysis.linalg.null import SomeNullDirections
+from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.network.batches import tensors_of
+from bnp_analysis.network.candidates import Part
+from bnp_analysis.network.dependencies import null_vectors
 from bnp_analysis.network.layers import Coverage, Layer
 from bnp_analysis.network.risk import EmpiricalRisk
+
+# Numbers in the rows of a layer's factor that are formed together.
+_TOGETHER = 2**23
+
+
+class DenseLayerFactor(LinearOperator):
+    """The factor of a dense layer's block: for example `j` and output `r` the row `g_jr (x) h_j`, then `g_jr`.
+
+    Args:
+        cotangents: `G`, `(R, r, n)`: the output-side rows pulled back to the layer's outputs.
+        inputs: `H^`, `(R, m)`, with the bias column last if there is one.
+        bias: whether there is one.
+        rank: a structural bound of the rank.
+
+    Example:
+        >>> F = DenseLayerFactor(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[3.0, 1.0]]), bias=True, rank=1)
+        >>> F.to_dense().tolist()
+        [[3.0, 6.0, 1.0, 2.0]]
+    """
+
+    def __init__(self, cotangents: Tensor, inputs: Tensor, *, bias: bool, rank: int) -> None:
+        examples, each, units = cotangents.shape
+        super().__init__((examples * each, units * inputs.shape[1]), inputs.dtype, inputs.device)
+        self._cotangents, self._inputs = cotangents, inputs
+        self._rank = rank
+        self._cut = units * (inputs.shape[1] - int(bias))
+
+    @property
+    def rank_bound(self) -> int:
+        return min(*self.shape, self._rank)
+
+    @property
+    def dense_cost(self) -> int:
+        return 0
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        units, features = self._cotangents.shape[2], self._inputs.shape[1]
+        weights = x[: self._cut].reshape(units, -1, x.shape[1])
+        bias = x[self._cut :].reshape(units, -1, x.shape[1])
+        columns = torch.cat([weights, bias], dim=1).transpose(0, 1).reshape(features, -1)
+        images = (self._inputs @ columns).reshape(-1, units, x.shape[1])
+        return torch.bmm(self._cotangents, images).reshape(self.shape[0], x.shape[1])
+
+    def _rmatmat(self, y: Tensor) -> Tensor:
+        examples, each, units = self._cotangents.shape
+        pulled = torch.bmm(self._cotangents.transpose(1, 2), y.reshape(examples, each, -1))
+        sums = (self._inputs.T @ pulled.reshape(examples, -1)).reshape(-1, units, y.shape[1]).transpose(0, 1)
+        features = self._cut // units
+        flat = [part.reshape(-1, y.shape[1]) for part in (sums[:, :features], sums[:, features:])]
+        return torch.cat(flat)
+
+    def to_dense(self) -> Tensor:
+        return torch.cat(list(self.row_blocks()))
+
+    def row_blocks(self) -> Iterator[Tensor]:
+        examples, each, units = self._cotangents.shape
+        features = self._cut // units
+        step = max(1, _TOGETHER // (each * self.shape[1]))
+        for begin in range(0, examples, step):
+            g, h = self._cotangents[begin : begin + step], self._inputs[begin : begin + step]
+            weights = g.unsqueeze(3) * h[:, None, None, :features]
+            bias = g.unsqueeze(3) * h[:, None, None, features:]
+            yield torch.cat([weights.flatten(2), bias.flatten(2)], dim=2).flatten(0, 1)
 
 
 class UnitBlocks:
@@ -25,16 +97,30 @@ class UnitBlocks:
     Attributes:
         rows: `(R, m + 1)`, the inputs with the bias column last; without it when the layer has no free bias.
         scales: `(R, n)`, `s_ji = sqrt(d^2 L / d a_ji^2)` of the Gauss-Newton matrix.
+        whole: the layer's own block; None where its factor would not fit into memory.
     """
 
-    def __init__(self, rows: Tensor, scales: Tensor) -> None:
-        self.rows, self.scales = rows, scales
+    def __init__(self, rows: Tensor, scales: Tensor, whole: GramOperator | None = None) -> None:
+        self.rows, self.scales, self.whole = rows, scales, whole
+        self._common: Tensor | None = None
 
     def __len__(self) -> int:
         return self.scales.shape[1]
 
     def __getitem__(self, i: int) -> GramOperator:
         return GramOperator(RowScaled(self.scales[:, i], self.rows))
+
+    def dependences(self, i: int, factor: LinearOperator) -> SomeNullDirections:
+        """Directions `v` with `H^ v = 0` on the rows that count for unit `i`, verified with a factor of its block."""
+        active = self.scales[:, i] != 0
+        if not bool(active.all()):
+            vectors = _null_rows(self.rows[active])
+        else:
+            vectors = self._common = _null_rows(self.rows) if self._common is None else self._common
+        if vectors.shape[1]:
+            verifier = Verifier(factor, vectors.shape[1])
+            vectors = vectors[:, verifier.sizes(Part(torch.arange(len(vectors)), vectors)) <= verifier.tolerance]
+        return SomeNullDirections(vectors.to(self.rows), {"dependent inputs": vectors.shape[1]})
 
 
 def unit_blocks(risk: EmpiricalRisk, layers: Coverage) -> dict[str, UnitBlocks]:
@@ -53,7 +139,7 @@ def unit_blocks(risk: EmpiricalRisk, layers: Coverage) -> dict[str, UnitBlocks]:
     dense = [layer for layer in layers if isinstance(layer.module, torch.nn.Linear)]
     if risk.coupled or not dense or not risk.batches.ordered:
         return {}
-    own: dict[str, tuple[Tensor, Tensor]] = {}
+    own: dict[str, _Own] = {}
 
     def attempt() -> list[str]:
         own.update(_own_rows(risk, dense))
@@ -64,16 +150,35 @@ def unit_blocks(risk: EmpiricalRisk, layers: Coverage) -> dict[str, UnitBlocks]:
     for layer in dense:
         if layer.name in kept:
             mine, what = own[layer.name], f"the rows of {layer.name}"
-            inputs, scales = (risk.group.gather(partial(mine.__getitem__, i), what) for i in range(2))
-            found[layer.name] = UnitBlocks(_with_bias(layer, inputs), scales)
+            inputs, scales = (risk.group.gather(partial(getattr, mine, part), what) for part in ("inputs", "scales"))
+            rows = _with_bias(layer, inputs)
+            found[layer.name] = UnitBlocks(rows, scales, mine.layer_block(rows, bias=layer.bias is not None))
     return found
 
 
-def _own_rows(risk: EmpiricalRisk, layers: list[Layer]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The input rows and scales of this process's batches, of layers that run once per example."""
+@dataclass(frozen=True)
+class _Own:
+    """What this process's batches give of a layer; cotangents of one process alone, while they fit."""
+
+    inputs: Tensor
+    scales: Tensor
+    cotangents: Tensor | None
+    rank: int
+
+    def layer_block(self, rows: Tensor, *, bias: bool) -> GramOperator | None:
+        if self.cotangents is None:
+            return None
+        return GramOperator(DenseLayerFactor(self.cotangents, rows, bias=bias, rank=self.rank))
+
+
+def _own_rows(risk: EmpiricalRisk, layers: list[Layer]) -> dict[str, _Own]:
+    """One sweep over this process's batches, for layers that run once per example."""
     dense = {layer.name: layer for layer in layers}
-    inputs: dict[str, list[Tensor]] = {name: [] for name in dense}
-    scales: dict[str, list[Tensor]] = {name: [] for name in dense}
+    none = risk.theta.new_zeros
+    inputs = {name: [none(0, layer.features)] for name, layer in dense.items()}
+    scales = {name: [none(0, layer.units)] for name, layer in dense.items()}
+    cotangents: dict[str, list[Tensor]] = {name: [] for name in dense}
+    kept, rank = risk.group.size == 1, 0
     for batch in risk.batches:
         outputs, seen = risk.record(batch, dense)
         found = output_root(risk, batch, outputs.detach())
@@ -82,31 +187,48 @@ def _own_rows(risk: EmpiricalRisk, layers: list[Layer]) -> dict[str, tuple[Tenso
         if found is None or not dense or found.root.shape[0] != examples:
             return {}
         activations = [seen[name][0][1] for name in dense]
+        width = sum(a.shape[1] * a.element_size() for a in activations)
+        kept = kept and found.root.shape[1] * examples * width < available_memory() // 4
+        rank += found.rank
+        pulled: list[list[Tensor]] = [[] for _ in dense]
         squares = [torch.zeros_like(a) for a in activations]
         weight = batch.count / risk.batches.total
         for r in range(found.root.shape[1]):
             grads = torch.autograd.grad(
                 outputs,
                 activations,
-                found.root[:, r].reshape(outputs.shape),
+                weight**0.5 * found.root[:, r].reshape(outputs.shape),
                 retain_graph=True,
                 allow_unused=True,
                 materialize_grads=True,
             )
             squares = [total + g.detach().square() for total, g in zip(squares, grads, strict=True)]
-        for name, total in zip(dense, squares, strict=True):
+            for one, g in zip(pulled, grads, strict=True):
+                one += [g.detach()] if kept else []
+        for name, one, total in zip(dense, pulled, squares, strict=True):
             inputs[name].append(seen[name][0][0])
-            scales[name].append((weight * total).sqrt())
-    none = risk.theta.new_zeros
+            scales[name].append(total.sqrt())
+            cotangents[name] += [torch.stack(one, dim=1)] if kept else []
     return {
-        name: (torch.cat([none(0, layer.features), *inputs[name]]), torch.cat([none(0, layer.units), *scales[name]]))
-        for name, layer in dense.items()
+        name: _Own(
+            torch.cat(inputs[name]),
+            torch.cat(scales[name]),
+            torch.cat(cotangents[name]) if kept and cotangents[name] else None,
+            rank,
+        )
+        for name in dense
     }
 
 
 def _simple(seen: list[tuple[Tensor, Tensor]], examples: int) -> bool:
     """One occurrence, one row per example, and an output that the loss can reach."""
     return len(seen) == 1 and seen[0][1].ndim == 2 and seen[0][1].shape[0] == examples and seen[0][1].requires_grad
+
+
+def _null_rows(rows: Tensor) -> Tensor:
+    """The null space of rows at length one, on the CPU: a row counts however small it is."""
+    size = rows.double().norm(dim=1, keepdim=True)
+    return null_vectors(rows.double() / torch.where(size > 0, size, 1.0)).cpu()
 
 
 def _with_bias(layer: Layer, h: Tensor) -> Tensor:
