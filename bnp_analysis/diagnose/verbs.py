@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from bnp_analysis.curvature import NullDirections, fisher, gauss_newton, hessian, null_directions
+from bnp_analysis.curvature import fisher, gauss_newton, hessian
 from bnp_analysis.curvature.units import unit_blocks
+from bnp_analysis.diagnose.blocks import block_numbers, known_null, pair
 from bnp_analysis.diagnose.tables import Comparison, LayerRow, LayerTable
-from bnp_analysis.errors import InvalidInputError, MemoryLimitError, ZeroOperatorError
+from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg import (
     ConditionNumber,
     MatrixOperator,
-    Preconditioner,
     SymmetricOperator,
     condition_number,
     magnitude_condition_number,
     singular_condition_number,
 )
-from bnp_analysis.linalg.null import HasBasis, SomeNullDirections
-from bnp_analysis.linalg.progress import Progress, reporting
+from bnp_analysis.linalg.progress import Progress, Update, reporting
 from bnp_analysis.linalg.random import generator, normal
 from bnp_analysis.network import Coverage, EmpiricalRisk, Layer, coverage
 from bnp_analysis.network.dependencies import null_vectors
 from bnp_analysis.network.inputs import input_triangles
 from bnp_analysis.network.moments import layer_moments
 from bnp_analysis.precondition import NetworkPreconditioner, bnp_preconditioner
-
-# Parameters of a block beyond which tables do not search for null directions.
-_SEARCHED = 6_000
 
 
 def layer_table(
@@ -86,20 +83,9 @@ def layer_table(
         for layer in found:
             forms = (triangles[layer.name].raw, triangles[layer.name].centered, triangles[layer.name].normalized)
             worst = [max((_singular(t) for t in form), key=lambda k: k.value) for form in forms]
-            null = _known_null(risk, layer.name)
-            whole = _pair(gauss_newton(risk, block=layer.name), P.block(layer.name), null, seed)
-            inner = risk.space.restrict(risk.space.layer_names(layer.name))
-            blocks = units.get(layer.name)
-            pairs = []
-            for i in range(layer.units):
-                A: SymmetricOperator = gauss_newton(risk, block=(layer.name, i)) if blocks is None else blocks[i]
-                inside = None
-                if null is not None:
-                    inside = SomeNullDirections(null.inside(inner.indices((layer.name, i))))
-                pairs.append(_pair(A, _unit_of(P, layer.name, i), inside, seed))
-                done += 1
-                update(done)
-            done += 2
+            advance = partial(_advance, update, done)
+            blocks = block_numbers(risk, layer, P, units.get(layer.name), seed, advance)
+            done += layer.units + 2
             update(done)
             table.append(
                 LayerRow(
@@ -113,13 +99,15 @@ def layer_table(
                     inputs=worst[0],
                     centered=worst[1],
                     normalized=worst[2],
-                    unit_blocks=tuple(pair[0] for pair in pairs),
-                    unit_blocks_with_P=tuple(pair[1] for pair in pairs),
-                    block=whole[0],
-                    block_with_P=whole[1],
+                    unit_blocks=tuple(plain for plain, _ in blocks.units),
+                    unit_blocks_with_P=tuple(conditioned for _, conditioned in blocks.units),
+                    block=blocks.whole[0],
+                    block_with_P=blocks.whole[1],
                     is_hessian=_equals_hessian(risk, layer, seed),
                     seed=seed,
-                    matvecs=_products([*worst, *(k for pair in pairs for k in pair), *whole]) + 2,
+                    matvecs=_products([*worst, *(k for both in [*blocks.units, blocks.whole] for k in both)])
+                    + blocks.products
+                    + 2,
                 )
             )
     return LayerTable(
@@ -180,18 +168,19 @@ def compare(
         raise InvalidInputError(f"unknown curvature {', '.join(unknown)}; there are: {', '.join(CURVATURES)}")
     table = layer_table(risk, P, layers=layers, dtype=None, seed=seed, progress=progress)
     network = {}
-    null = _known_null(risk, None) if set(curvature) - {"hessian"} else None
+    null = known_null(risk, None) if set(curvature) - {"hessian"} else None
     for name in curvature:
         A = curvature_matrix(risk, name, seed)
         measure = magnitude_condition_number if name == "hessian" else condition_number
         # The symmetries of the network annihilate J, hence the Gauss-Newton and Fisher matrices; not the Hessian.
-        network[name] = _pair(A, P, None if name == "hessian" else null, seed, measure, progress)
+        known = None if name == "hessian" else null
+        network[name] = pair(A, P, known, seed, measure=measure, progress=progress)
     return Comparison(
         layers=table,
         network=network,
         settings=table.settings,
         seed=seed,
-        matvecs=table.matvecs + _products([k for pair in network.values() for k in pair]),
+        matvecs=table.matvecs + _products([k for both in network.values() for k in both]),
         seconds=time.perf_counter() - began,
     )
 
@@ -228,43 +217,12 @@ def _measured(
     return risk, bnp_preconditioner(risk) if P is None else P
 
 
+def _advance(update: Update, before: int, count: int) -> None:
+    update(before + count)
+
+
 def _singular(triangle: Tensor) -> ConditionNumber:
     return singular_condition_number(MatrixOperator(triangle, exact=False), null_vectors(triangle))
-
-
-def _pair(
-    A: SymmetricOperator,
-    P: Preconditioner | None,
-    null: HasBasis | None,
-    seed: int,
-    measure: Callable[..., ConditionNumber] = condition_number,
-    progress: Progress = False,
-) -> tuple[ConditionNumber | None, ConditionNumber | None]:
-    """The number without and with `P`; None where there is no curvature at all, or no such `P`."""
-    try:
-        plain = measure(A, null=null, seed=seed, progress=progress)
-        return plain, None if P is None else measure(A, preconditioner=P, null=null, seed=seed, progress=progress)
-    except ZeroOperatorError:
-        return None, None
-
-
-def _unit_of(P: NetworkPreconditioner, layer: str, unit: int) -> Preconditioner | None:
-    """The part of `P` on one unit; None where `P` couples the units of a layer, as K-FAC does."""
-    try:
-        return P.block((layer, unit))
-    except InvalidInputError:
-        return None
-
-
-def _known_null(risk: EmpiricalRisk, block: str | None) -> NullDirections | None:
-    """The verified null directions; None for large blocks, whose basis is dense: their numbers stay one-sided."""
-    names = risk.space.names if block is None else risk.space.layer_names(block)
-    if risk.space.restrict(names).dim > _SEARCHED:
-        return None
-    try:
-        return null_directions(risk, block=block)
-    except MemoryLimitError:
-        return None
 
 
 def _equals_hessian(risk: EmpiricalRisk, layer: Layer, seed: int) -> bool:
