@@ -118,12 +118,15 @@ class JacobianFactor(LinearOperator):
     def _own_dense(self) -> Tensor:
         dense = torch.empty(sum(self._rows), self.shape[1], dtype=self.dtype, device=self.device)
         begin = 0
-        for rows in self.row_blocks():
+        for rows in self._own_blocks():
             dense[begin : begin + len(rows)] = rows
             begin += len(rows)
         return dense
 
     def row_blocks(self) -> Iterator[Tensor]:
+        yield from self._own_blocks() if self.group.size == 1 else [self.to_dense()]
+
+    def _own_blocks(self) -> Iterator[Tensor]:
         for batch, root in zip(self._risk.batches, self._roots, strict=True):
             weight = (batch.count / self._risk.batches.total) ** 0.5
             for part, rows in _slices(batch, root, self._risk.coupled):

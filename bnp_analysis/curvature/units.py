@@ -204,7 +204,7 @@ def _own_rows(risk: EmpiricalRisk, layers: list[Layer]) -> dict[str, _Own]:
             )
             squares = [total + g.detach().square() for total, g in zip(squares, grads, strict=True)]
             for one, g in zip(pulled, grads, strict=True):
-                one += [g.detach()] if kept else []
+                one.extend([g.detach()] if kept else [])
         for name, one, total in zip(dense, pulled, squares, strict=True):
             inputs[name].append(seen[name][0][0])
             scales[name].append(total.sqrt())

@@ -83,7 +83,8 @@ def block_numbers(
             numbers = pair(A, part, inside, seed, direct=block) if inside.basis.shape[1] else numbers
         return numbers
 
-    stored = dense is not None or parts is not None or small is not own
+    # Operators that are not stored keep graphs, or talk to other processes: one at a time.
+    stored = dense is not None or (risk.group.size == 1 and (parts is not None or small is not own))
     workers = _workers(layer, max(own.shape[0] if own.factor is None else own.factor.shape[0], 1)) if stored else 1
     return BlockNumbers(whole, each(unit, range(layer.units), workers, lambda done: update(1 + done)), products)
 
