@@ -14,6 +14,7 @@ from torch import Tensor
 from bnp_analysis.distributed import ALONE, Group
 from bnp_analysis.errors import InconsistentDataError, InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.memory import require_memory
+from bnp_analysis.network.hashing import MIX, add, hash_of
 from bnp_analysis.network.randomness import random_state
 
 Count = Callable[[Any], float]
@@ -47,6 +48,7 @@ class Batches:
     ) -> None:
         self._count, self._dtype, self._device, self._group = count, dtype, device, group
         self._stored: list[Batch] | None = None
+        self._whole: Batches | None = None
         self._fingerprint: tuple[int, int] | None = None
         if isinstance(data, torch.utils.data.Dataset):
             raise InvalidInputError(
@@ -74,7 +76,7 @@ class Batches:
                 if batch.count > 0:
                     examples += tensors_of(batch.x)[0].shape[0]
                     _require_finite_batch(batch)
-                    first = _add(first, _hash(batch))
+                    first = add(first, hash_of(tensors_of((batch.x, batch.y))))
         if not counts and group.size == 1:
             raise InvalidInputError(
                 "the data has no batch: an empty loader has no mean. With drop_last=True a loader shorter than one "
@@ -108,7 +110,7 @@ class Batches:
     def to(self, dtype: torch.dtype, device: torch.device) -> Batches:
         """The same data in another dtype, on another device."""
         other = copy.copy(self)
-        other._dtype, other._device = dtype, device
+        other._dtype, other._device, other._whole = dtype, device, None
         if self._stored is not None:
             other._stored = [other._brought(b) for b in self._stored]
         else:
@@ -122,11 +124,14 @@ class Batches:
         Raises:
             MemoryLimitError: they do not fit.
         """
+        if self._whole is not None:
+            return self._whole
         other = copy.copy(self)
         found = self._group.share(self._portable, "gathering the data")
         batches = [replace(b, index=i) for i, b in enumerate(b for part in found for b in part)]
         other._group, other._source, other.number, other.before = ALONE, None, len(batches), 0
         other._stored = [other._brought(b) for b in batches]
+        self._whole = other
         return other
 
     def _brought(self, b: Batch) -> Batch:
@@ -147,10 +152,10 @@ class Batches:
 
     def _pass(self, *, perturb: bool) -> Iterator[Batch]:
         seen = (0, 0)
-        with random_state(seed=_MIX if perturb else None, generators=_generators(self._source)):
+        with random_state(seed=MIX if perturb else None, generators=_generators(self._source)):
             for batch in self._read():
                 if batch.count > 0:
-                    seen = _add(seen, _hash(batch))
+                    seen = add(seen, hash_of(tensors_of((batch.x, batch.y))))
                     yield batch
         if self._fingerprint is None:
             self._fingerprint = seen
@@ -250,33 +255,6 @@ def _require_finite_batch(batch: Batch) -> None:
                     f"batch {batch.index} has NaN or infinite {part}: {int((~torch.isfinite(t)).sum())} of "
                     f"{t.numel()} entries. The loss, and every product, would be NaN"
                 )
-
-
-_MIX = 0x5851F42D4C957F2D
-
-
-def _hash(batch: Batch) -> tuple[int, int]:
-    """A number per example that depends on all its tensors, summed modulo 2^64 over the examples."""
-    leaves = tensors_of(batch.x) + tensors_of(batch.y)
-    size = leaves[0].shape[0]
-    total = torch.zeros(size, dtype=torch.int64, device=leaves[0].device)
-    for position, t in enumerate(leaves):
-        rows = t if t.ndim and t.shape[0] == size else t.expand(size, *t.shape)
-        flat = rows.reshape(size, -1)
-        if flat.is_floating_point():
-            flat = flat.double().contiguous().view(torch.int64)
-        else:
-            flat = flat.to(torch.int64)
-        key = torch.Generator().manual_seed(position)
-        weights = torch.randint(-(2**62), 2**62, (flat.shape[1],), generator=key).to(flat.device)
-        total = total + (flat * weights).sum(dim=1)
-        total = (total ^ (total >> 29)) * _MIX
-        total = total ^ (total >> 32)
-    return int(total.sum()) % 2**64, size
-
-
-def _add(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
-    return (a[0] + b[0]) % 2**64, a[1] + b[1]
 
 
 def _generators(source: Any) -> list[torch.Generator]:
