@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from bnp_analysis.cli.checkout import IN_CHECKOUT, run_in_checkout
 from bnp_analysis.cli.condition import add_condition_command
 from bnp_analysis.cli.problem import checked_problem, problem_options
+from bnp_analysis.cli.processes import require_one_process
 from bnp_analysis.cli.spectrum import add_spectrum_command
 from bnp_analysis.errors import BNPAnalysisError
 from bnp_analysis.theory.command import add_check_command
@@ -20,8 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if words and words[0] in IN_CHECKOUT:
+            require_one_process(words[0])
             return run_in_checkout(words[0], words[1:])
         arguments = _parser().parse_args(words)
+        require_one_process(words[0], arguments.run)
         return int(arguments.run(arguments))
     except (BNPAnalysisError, ImportError, FileNotFoundError) as error:
         print(f"bnp-analysis: error: {error}", file=sys.stderr)

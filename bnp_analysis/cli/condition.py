@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bnp_analysis.cli.problem import PRECONDITIONERS, figure_option, problem_options, risk_of
+from bnp_analysis.cli.processes import in_processes, process_options
 from bnp_analysis.diagnose import CURVATURES, Comparison, compare
 
 
@@ -18,6 +19,7 @@ def add_condition_command(commands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     problem_options(condition)
+    process_options(condition)
     figure_option(condition)
     condition.add_argument("--layers", nargs="+", metavar="NAME", help="only these layers in the table")
     condition.add_argument(
@@ -26,6 +28,7 @@ def add_condition_command(commands: Any) -> None:
     condition.set_defaults(run=_condition)
 
 
+@in_processes
 def _condition(arguments: argparse.Namespace) -> int:
     risk = risk_of(arguments)
     P = PRECONDITIONERS[arguments.preconditioner](risk)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bnp_analysis import data, models, precondition
+from bnp_analysis.distributed import ALONE
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg import Preconditioner
 from bnp_analysis.network import EmpiricalRisk
@@ -58,6 +59,12 @@ def checked_problem(arguments: argparse.Namespace) -> tuple[EmpiricalRisk, Preco
 
 def risk_of(arguments: argparse.Namespace) -> EmpiricalRisk:
     """Data, network, a little training, and the risk at the point reached."""
+    group = getattr(arguments, "group", ALONE)
+    if arguments.download and group.size > 1:
+        raise InvalidInputError(
+            "--download in several processes would fetch the same files several times at once; fetch them first, "
+            "without torchrun"
+        )
     flat = arguments.model == "mlp"
     source = {"data_dir": arguments.data_dir, "download": arguments.download, "seed": arguments.seed}
     found = data.load(arguments.data, n=arguments.samples, standardize=arguments.standardize, flatten=flat, **source)
@@ -77,7 +84,10 @@ def risk_of(arguments: argparse.Namespace) -> EmpiricalRisk:
     loss = torch.nn.functional.cross_entropy
     losses = fit(model, loss, found.tensors, epochs=epochs, lr=arguments.lr, seed=arguments.seed)
     model.eval()
-    risk = EmpiricalRisk(model, loss, found.tensors, dtype=DTYPES[arguments.dtype], device=arguments.device)
+    # Every process has trained on all of it; on unlike machines not to the same bits.
+    model.load_state_dict(group.from_first(model.state_dict(), "the trained parameters"))
+    shard, dtype = group.shard(found.tensors), DTYPES[arguments.dtype]
+    risk = EmpiricalRisk(model, loss, shard, dtype=dtype, device=arguments.device, group=group)
     trained = f"{epochs} epochs, loss {losses[0]:.3f} -> {losses[-1]:.3f}" if losses else "not trained here"
     print(f"{arguments.data}: {len(found)} examples; {arguments.model}, {risk.space.dim} parameters; {trained}")
     return risk

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bnp_analysis.cli.problem import PRECONDITIONERS, figure_option, problem_options, risk_of
+from bnp_analysis.cli.processes import in_processes, process_options
 from bnp_analysis.diagnose import CURVATURES, curvature_matrix
 from bnp_analysis.linalg import eigenpairs, spectral_density
 
@@ -19,6 +20,7 @@ def add_spectrum_command(commands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     problem_options(spectrum)
+    process_options(spectrum)
     figure_option(spectrum)
     spectrum.add_argument("--curvature", choices=CURVATURES, default="hessian", help="the matrix")
     spectrum.add_argument("--top", type=int, default=5, metavar="K", help="eigenvalues to print")
@@ -27,6 +29,7 @@ def add_spectrum_command(commands: Any) -> None:
     spectrum.set_defaults(run=_spectrum)
 
 
+@in_processes
 def _spectrum(arguments: argparse.Namespace) -> int:
     risk = risk_of(arguments)
     A = curvature_matrix(risk, arguments.curvature, arguments.seed)
