@@ -2,7 +2,7 @@
 
 `operators` are matrices known by their products, `preconditioner` the invertible maps `P` and `P^T A P`,
 `lanczos` the process, `condition` the condition number with its routes and certificates, `eigen` a few
-eigenpairs, `quadrature` densities and traces.
+eigenpairs, `quadrature` densities, `hutchinson` traces.
 """
 
 from bnp_analysis.linalg.bidiagonal import Bidiagonalization, golub_kahan
@@ -15,6 +15,7 @@ from bnp_analysis.linalg.condition import (
 )
 from bnp_analysis.linalg.derived import ColumnSubset, GramOperator, Restriction, Shifted
 from bnp_analysis.linalg.eigen import Eigenpairs, eigenpairs
+from bnp_analysis.linalg.hutchinson import Trace, trace
 from bnp_analysis.linalg.lanczos import Tridiagonalization, lanczos
 from bnp_analysis.linalg.matrices import CallableOperator, DenseOperator, MatrixOperator, RowScaled
 from bnp_analysis.linalg.number import ConditionNumber
@@ -26,7 +27,7 @@ from bnp_analysis.linalg.preconditioner import (
     Preconditioner,
     congruence,
 )
-from bnp_analysis.linalg.quadrature import SpectralDensity, Trace, spectral_density, trace
+from bnp_analysis.linalg.quadrature import SpectralDensity, spectral_density
 from bnp_analysis.linalg.rank import RankEstimate, rank_estimate
 from bnp_analysis.linalg.routes import Route, choose_route, routes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path, PosixPath
 from typing import Any
@@ -11,6 +12,22 @@ from typing import Any
 import torch
 
 from bnp_analysis.errors import InvalidInputError
+
+_EVERY, _SECONDS = 50, 30.0
+
+
+class Schedule:
+    """When a run is saved: every 50 steps or 30 seconds, whichever comes first."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def due(self, steps: int) -> bool:
+        """Whether it is time after so many steps."""
+        if steps % _EVERY and time.monotonic() < self._last + _SECONDS:
+            return False
+        self._last = time.monotonic()
+        return True
 
 
 class ReadOnlyPath(PosixPath):

@@ -18,14 +18,14 @@ from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
-from bnp_analysis.linalg.checkpoint import load_state, save_state
+from bnp_analysis.linalg.checkpoint import Schedule, load_state, save_state
 from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.progress import Progress, reporting
 from bnp_analysis.linalg.random import generator, normal, project_out
+from bnp_analysis.linalg.rows import dots, length, orthogonalized
 
 Floats = NDArray[np.float64]
-_SAVE_EVERY = 50
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +100,8 @@ def lanczos(
             eigenvalues appear with their multiplicity; else stop there.
         resume: continue an earlier run of the same operator instead of starting one.
         until: called every five steps; the run stops when it returns True.
-        checkpoint: a file written every 50 steps, at the end and on Ctrl-C, and resumed from when it exists.
+        checkpoint: a file written every 50 steps or 30 seconds, at the end and on Ctrl-C, and resumed from when it
+            exists.
         progress: True draws a bar, a callable gets `(done, total)`.
 
     Returns:
@@ -133,7 +134,7 @@ def lanczos(
     bytes_needed = (limit + 1 + rank) * A.dim * A.dtype.itemsize
     require_memory(bytes_needed, f"a Lanczos basis of {limit} vectors of length {A.dim}")
     run = _Run(A, limit, null, _start(A, start, null, seed) if resume is None else resume.residual, resume)
-    stop = "steps"
+    stop, schedule = "steps", Schedule()
     with reporting(progress, limit, "Lanczos") as update:
         try:
             while run.size < limit:
@@ -142,7 +143,7 @@ def lanczos(
                     break
                 run.advance(seed)
                 update(run.size)
-                if checkpoint is not None and run.size % _SAVE_EVERY == 0:
+                if checkpoint is not None and schedule.due(run.size):
                     save_state(checkpoint, key, run.state())
                 if until is not None and run.size % 5 == 0 and until(run.snapshot("converged")):
                     stop = "converged"
@@ -178,6 +179,7 @@ class _Run:
         self, A: SymmetricOperator, limit: int, null: Tensor | None, w: Tensor, resume: Tridiagonalization | None
     ) -> None:
         self.A, self.null, self.w = A, null, w
+        self.norm = float(length(w))
         # Rows are basis vectors: contiguous for the two products of a reorthogonalization.
         self.basis = torch.zeros(limit + 1, A.dim, dtype=A.dtype, device=A.device)
         self.alpha: list[float] = []
@@ -205,7 +207,7 @@ class _Run:
             return False
         scale = max(abs(x) for x in (*self.alpha, *self.beta))
         noise = 10 * float(np.sqrt(self.A.dim)) * float(torch.finfo(self.A.dtype).eps) * scale
-        return float(self.w.double().norm()) <= noise
+        return self.norm <= noise
 
     def advance(self, seed: int) -> None:
         """One product: the next basis vector, its `alpha`, the `beta` before it, and the next residual."""
@@ -213,25 +215,29 @@ class _Run:
         if self.broken_down:
             # A stream for each step: neither the start again, nor other vectors in a run that was resumed.
             drawn = normal((self.A.dim,), generator(seed, stream=k), self.basis)
-            fresh = _orthogonalize(drawn, self.basis[:k], self.null)
-            coupling, vector = 0.0, fresh / fresh.norm()
+            fresh = orthogonalized(drawn, self.basis[:k], self.null)[0]
+            coupling, vector = 0.0, fresh / length(fresh)
         else:
-            coupling = float(self.w.double().norm())
-            vector = self.w / coupling
+            coupling, vector = self.norm, self.w / self.norm
         self.basis[k] = vector
         product = self.A @ vector
-        a = float(product.double() @ vector.double())
-        if not np.isfinite(a):
+        a = dots(vector[None], product)[0]
+        # The recurrence first: what the basis takes off then is rounding, and one pass is enough.
+        residual = product - a.to(product.dtype) * vector
+        if k:
+            residual = residual - coupling * self.basis[k - 1]
+        residual, size, _ = orthogonalized(residual, self.basis[: k + 1], self.null)
+        alpha, norm = torch.stack([a, size]).tolist()  # the one answer that a device is waited for
+        if not np.isfinite(norm):
             raise NonFiniteError(
                 f"product {self.matvecs + 1} with {self.A!r} has NaN or infinite entries; every Ritz value after "
                 "it would be noise. Look at the parameters, the loss and the dtype"
             )
-        residual = _orthogonalize(product, self.basis[: k + 1], self.null)
         if k + 1 == self.room:
-            residual = torch.zeros_like(residual)
+            residual, norm = torch.zeros_like(residual), 0.0
         self.beta += [coupling] if k else []
-        self.alpha.append(a)
-        self.w = residual
+        self.alpha.append(alpha)
+        self.w, self.norm = residual, norm
         self.matvecs += 1
 
     def state(self) -> dict[str, Any]:
@@ -268,12 +274,3 @@ def _start(A: SymmetricOperator, start: Tensor | None, null: Tensor | None, seed
             "leave start=None for a random one"
         )
     return projected / norm
-
-
-def _orthogonalize(w: Tensor, basis: Tensor, null: Tensor | None) -> Tensor:
-    """Classical Gram-Schmidt, twice, against the basis (rows) and the known null directions."""
-    for _ in range(2):
-        if null is not None and null.shape[1]:
-            w = w - null @ (null.T @ w)
-        w = w - (basis @ w) @ basis
-    return w

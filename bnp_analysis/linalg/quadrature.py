@@ -1,4 +1,4 @@
-"""Stochastic Lanczos quadrature: the spectral density; and stochastic traces."""
+"""Stochastic Lanczos quadrature: the spectral density."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnp_analysis.errors import InvalidInputError, NonFiniteError
+from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.checkpoint import load_state, save_state
 from bnp_analysis.linalg.extremes import measured
 from bnp_analysis.linalg.lanczos import Floats, lanczos, tridiagonal_eigh
@@ -19,7 +19,8 @@ from bnp_analysis.linalg.null import HasBasis
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.progress import Progress, reporting
-from bnp_analysis.linalg.random import generator, normal, orthonormal, project_out, rademacher
+from bnp_analysis.linalg.random import generator, normal, orthonormal, project_out
+from bnp_analysis.linalg.three_term import three_term
 from bnp_analysis.results import Result
 
 
@@ -58,25 +59,12 @@ class SpectralDensity(Result):
     def mass(self, low: float, high: float) -> tuple[float, float]:
         """The fraction of eigenvalues in `[low, high]` with its standard error over probes."""
         inside = np.where((self.nodes >= low) & (self.nodes <= high), self.weights, 0.0).sum(axis=1)
-        return float(inside.mean()), _standard_error(inside)
+        return float(inside.mean()), standard_error(inside)
 
     def records(self) -> list[dict[str, float]]:
         """One row per grid point."""
         columns = zip(self.grid.tolist(), self.density.tolist(), self.error.tolist(), strict=True)
         return [{"eigenvalue": x, "density": y, "error": e} for x, y, e in columns]
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Trace(Result):
-    """A stochastic trace with its standard error."""
-
-    value: float
-    error: float
-    dim: int
-
-    def summary(self) -> str:
-        """The trace and its error."""
-        return f"trace = {self.value:.6g} +- {self.error:.2g} (standard error), {self.matvecs} products"
 
 
 def spectral_density(
@@ -90,6 +78,7 @@ def spectral_density(
     points: int = 1000,
     width: float | None = None,
     scale: str = "linear",
+    reorthogonalize: bool = True,
     checkpoint: str | Path | None = None,
     seed: int = 0,
     progress: Progress = False,
@@ -97,7 +86,7 @@ def spectral_density(
     """The spectral density `(1/n) sum_i delta(x - lambda_i)` by stochastic Lanczos quadrature.
 
     Each probe `v` gives a Gauss rule with nodes the Ritz values and weights the squared first components of the
-    eigenvectors of its tridiagonal matrix. Full reorthogonalization leaves no ghost nodes.
+    eigenvectors of its tridiagonal matrix.
 
     Args:
         A: symmetric operator on `R^n`.
@@ -111,6 +100,9 @@ def spectral_density(
         width: standard deviation of the Gaussian that widens a node, in units of eigenvalues; default 1 % of
             the range, of the eigenvalue itself where there is but one.
         scale: `"linear"`, or `"log"` for the density of `log10 |lambda|` (nodes below rounding are put there).
+        reorthogonalize: True leaves no ghost nodes and keeps `steps` vectors; False keeps three and saves the time of
+            reorthogonalization: converged eigenvalues come again as ghosts, whose weights add up to that of the
+            eigenvalue, so that density, mass and moments are right and the number of distinct nodes means nothing.
         checkpoint: a file written after every probe and resumed from when it exists.
         seed: of the probes.
         progress: True draws a bar, a callable gets `(done, total)`.
@@ -149,6 +141,7 @@ def spectral_density(
     matvecs, done = declared.cost, 0
     key = (
         f"density of dimension {A.dim} in {A.dtype}, {probes} probes x {steps}, {basis.shape[1]} left out, seed {seed}"
+        + ("" if reorthogonalize else ", not reorthogonalized")
     )
     if checkpoint is not None and Path(checkpoint).exists():
         state = load_state(checkpoint, key)
@@ -163,11 +156,11 @@ def spectral_density(
     with reporting(progress, probes, "spectral density") as update:
         try:
             for i in range(done, probes):
-                run = lanczos(operator, steps, start=starts[i], null=basis)
-                matvecs += run.matvecs
-                if run.stop == "interrupted":
+                alpha, beta, spent, stop = _run(operator, steps, starts[i], basis, reorthogonalize)
+                matvecs += spent
+                if stop == "interrupted":
                     raise KeyboardInterrupt
-                values, vectors = tridiagonal_eigh(run.alpha, run.beta)
+                values, vectors = tridiagonal_eigh(alpha, beta)
                 nodes[i, : values.size], weights[i, : values.size] = values, vectors[0] ** 2
                 done = i + 1
                 update(done)
@@ -191,7 +184,7 @@ def spectral_density(
     return SpectralDensity(
         grid=grid,
         density=each.mean(axis=0),
-        error=np.array([_standard_error(each[:, j]) for j in range(points)]),
+        error=np.array([standard_error(each[:, j]) for j in range(points)]),
         nodes=nodes,
         weights=weights,
         width=sigma,
@@ -202,6 +195,7 @@ def spectral_density(
             "steps": steps,
             "width": width,
             "scale": scale,
+            "reorthogonalize": reorthogonalize,
             "deflated": basis.shape[1] - declared.dim,
             "preconditioned": preconditioner is not None,
         },
@@ -209,6 +203,16 @@ def spectral_density(
         matvecs=matvecs,
         seconds=time.perf_counter() - began,
     )
+
+
+def _run(
+    operator: SymmetricOperator, steps: int, start: Tensor, null: Tensor, reorthogonalize: bool
+) -> tuple[Floats, Floats, int, str]:
+    """The tridiagonal matrix of a probe, the products it took and why it ended."""
+    if reorthogonalize:
+        run = lanczos(operator, steps, start=start, null=null)
+        return run.alpha, run.beta, run.matvecs, run.stop
+    return *three_term(operator, steps, start, null), "steps"
 
 
 def _logarithms(nodes: Floats) -> Floats:
@@ -230,70 +234,9 @@ def _require_same(operator: SymmetricOperator, start: Tensor, basis: Tensor, mea
         )
 
 
-def trace(
-    A: SymmetricOperator,
-    *,
-    preconditioner: Preconditioner | None = None,
-    probes: int = 32,
-    seed: int = 0,
-    progress: Progress = False,
-) -> Trace:
-    """The trace of `P^T A P` by Hutchinson's estimator, `mean(v.Av)` over random signs `v`.
-
-    Args:
-        A: symmetric operator on `R^n`.
-        preconditioner: `P`; the trace of `P^T A P`.
-        probes: number of random vectors, at least 2.
-        seed: of the probes.
-        progress: True draws a bar, a callable gets `(done, total)`.
-
-    Returns:
-        A `Trace` with the standard error over probes.
-
-    Raises:
-        InvalidInputError: fewer than two probes; NonFiniteError: a product with NaN or infinity.
-
-    Source: Hutchinson 1990.
-
-    Example:
-        >>> import torch, bnp_analysis as bnp
-        >>> bnp.trace(bnp.DenseOperator(torch.eye(7, dtype=torch.float64))).value
-        7.0
-    """
-    if probes < 2:
-        raise InvalidInputError(f"an error bar needs at least two probes, got {probes}")
-    began = time.perf_counter()
-    operator, _ = measured(A, preconditioner, None, seed)
-    g = generator(seed)
-    like = torch.empty(0, dtype=A.dtype, device=A.device)
-    samples: list[float] = []
-    with reporting(progress, probes, "trace") as update:
-        try:
-            for i in range(probes):
-                v = rademacher((A.dim,), g, like)
-                samples.append(float(v.double() @ (operator @ v).double()))
-                if not math.isfinite(samples[-1]):
-                    raise NonFiniteError(f"product {i + 1} with {operator!r} has NaN or infinite entries")
-                update(i + 1)
-        except KeyboardInterrupt:
-            # Two finished probes are a result of their own, with an error bar.
-            if len(samples) < 2:
-                raise
-    values = np.array(samples)
-    return Trace(
-        value=float(values.mean()),
-        error=_standard_error(values),
-        dim=A.dim,
-        settings={"probes": probes, "preconditioned": preconditioner is not None},
-        seed=seed,
-        matvecs=len(samples),
-        seconds=time.perf_counter() - began,
-    )
-
-
-def _standard_error(samples: Floats) -> float:
+def standard_error(samples: Floats) -> float:
     """Of the mean; NaN for a single probe, which has no spread."""
     return float(samples.std(ddof=1) / math.sqrt(samples.size)) if samples.size > 1 else math.nan
 
 
-__all__ = ["SpectralDensity", "Trace", "spectral_density", "trace"]
+__all__ = ["SpectralDensity", "spectral_density", "standard_error"]

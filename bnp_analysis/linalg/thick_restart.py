@@ -11,43 +11,53 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
+from bnp_analysis.linalg.checkpoint import Schedule
 from bnp_analysis.linalg.lanczos import Floats
+from bnp_analysis.linalg.looks import products_that_show
 from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.progress import Progress, reporting
 from bnp_analysis.linalg.random import generator, normal
+from bnp_analysis.linalg.rows import dots, length, orthogonalized
 
 _LEAST_LOOK = 8
-_SAVE_EVERY = 50
-_CHECK_EVERY = 3
+_COLUMNS = 1 << 15
 
 
 class ThickRestart:
-    """The state of one search: an orthonormal basis `V` (rows), its images `A V`, and `H = V^T A V`.
+    """The state of one search: `A V^T = V^T H + sum_c r_c g_c^T`, rows of `V` orthonormal and orthogonal to each `r_c`.
 
-    The images make every residual exact, also after a look in a new direction, when the basis is no Krylov space.
+    A Krylov space has one residual; a look in a new direction leaves another one open. They give the residual of every
+    Ritz pair without further products, and what symmetry says of the next product.
     """
 
-    def __init__(self, A: SymmetricOperator, null: Tensor, k: int, which: str, tol: float, seed: int) -> None:
+    def __init__(
+        self, A: SymmetricOperator, null: Tensor, k: int, which: str, tol: float, seed: int, looks: bool = True
+    ) -> None:
         self.A, self.null, self.k, self.which, self.tol = A, null, k, which, tol
+        self.upper = {"largest": k, "smallest": 0}.get(which, (k + 1) // 2)  # how many of the upper end
+        # A second copy of the value at an end does not change that value.
+        self.looks = looks and max(self.upper, k - self.upper) > 1
         room = A.dim - null.shape[1]
         # The small end of a spectrum converges slowly: a wider basis restarts less often.
-        self.width = min(room, max(2 * k + 10, 24) if which == "largest" else max(3 * k + 20, 60))
-        require_memory((2 * self.width + 1) * A.dim * A.dtype.itemsize, f"a basis of {self.width} vectors")
+        self.width = min(room, max(5 * k, 40) if which == "largest" else max(5 * k + 10, 90))
+        require_memory((self.width + 6) * A.dim * A.dtype.itemsize, f"a basis of {self.width} vectors")
         self.V = torch.zeros(self.width + 1, A.dim, dtype=A.dtype, device=A.device)
-        self.images = torch.zeros(self.width, A.dim, dtype=A.dtype, device=A.device)
-        self.H: Floats = np.zeros((self.width, self.width))
+        self.H = torch.zeros(self.width, self.width, dtype=torch.float64, device=A.device)
+        self.open: list[tuple[Tensor, Tensor]] = []
+        self.chain = True  # whether the open residuals belong to the newest vector alone
         self.g = generator(seed)
-        self.size, self.matvecs, self.noise, self.stop = 0, 0, 0.0, "steps"
+        self.size, self.matvecs, self.stop = 0, 0, "steps"
+        self.scale = self.noise = self.drift = 0.0
         self.full = self.width == room
         self.seen: Floats | None = None  # the wanted values before the look that goes on
-        self.look_length, self.look_until = 0, 0
+        self.longest_look, self.look_until = 0, 0
         self.V[0] = self._fresh()
 
     def run(self, max_matvecs: int, progress: Progress, save: Callable[[], None] = lambda: None) -> None:
         """Search until the wanted pairs have converged and a look in a new direction finds no others.
 
-        `save` is called every 50 products, at the end and on Ctrl-C.
+        `save` is called every 50 products or 30 seconds, at the end and on Ctrl-C.
         """
         try:
             self._search(max_matvecs, progress, save)
@@ -58,12 +68,13 @@ class ThickRestart:
     def state(self) -> dict[str, Any]:
         """Everything that another process needs to go on."""
         return {
-            "V": self.V.cpu(),
-            "images": self.images.cpu(),
-            "H": torch.from_numpy(self.H.copy()),
+            "V": self.V[: self.size + 1].cpu(),
+            "H": self.H.cpu(),
+            "open": [(r.cpu(), g.cpu()) for r, g in self.open],
+            "chain": self.chain,
             "seen": None if self.seen is None else torch.from_numpy(np.asarray(self.seen).copy()),
-            "numbers": [self.size, self.matvecs, self.look_length, self.look_until],
-            "noise": float(self.noise),
+            "counts": [self.size, self.matvecs, self.longest_look, self.look_until],
+            "sizes": [self.scale, self.noise, self.drift],
             "generator": self.g.get_state(),
         }
 
@@ -71,16 +82,19 @@ class ThickRestart:
         """Go on from a saved state.
 
         Raises:
-            InvalidInputError: the images in it are not those of this operator.
+            InvalidInputError: the products in it are not those of this operator.
         """
-        self.V, self.images = state["V"].to(self.V), state["images"].to(self.images)
-        self.H = state["H"].numpy()
+        self.V[: len(state["V"])] = state["V"].to(self.V)
+        self.H = state["H"].to(self.H)
+        self.open = [(r.to(self.V), g.to(self.H)) for r, g in state["open"]]
+        self.chain = state["chain"]
         self.seen = None if state["seen"] is None else state["seen"].numpy()
-        self.size, self.matvecs, self.look_length, self.look_until = state["numbers"]
-        self.noise = state["noise"]
+        self.size, self.matvecs, self.longest_look, self.look_until = state["counts"]
+        self.scale, self.noise, self.drift = state["sizes"]
         self.g.set_state(state["generator"])
-        gap = float((self.A @ self.V[0] - self.images[0]).double().norm())
-        if gap > 100 * self.noise:
+        first = torch.eye(self.size, 1, dtype=self.H.dtype, device=self.H.device)
+        image = (self.H[: self.size, :1].to(self.V.dtype).T @ self.V[: self.size] + self._residuals(first))[0]
+        if float((self.A @ self.V[0] - image).double().norm()) > 100 * self.noise:
             raise InvalidInputError(
                 "the saved search belongs to another operator of the same size; delete the file, or give another "
                 "checkpoint="
@@ -88,15 +102,17 @@ class ThickRestart:
         self.matvecs += 1
 
     def _search(self, max_matvecs: int, progress: Progress, save: Callable[[], None]) -> None:
+        schedule = Schedule()
         with reporting(progress, max_matvecs, "eigenpairs") as update:
             try:
                 while True:
                     while self.size < self.width and self.matvecs < max(max_matvecs, self.k):
                         self._expand()
-                        if self.matvecs % _SAVE_EVERY == 0:
+                        if schedule.due(self.matvecs):
                             save()
                         update(min(self.matvecs, max_matvecs))
-                        if not self.full and self.size % _CHECK_EVERY == 0 and self._settled():
+                        # Long searches are looked at less often: an eigenproblem each time.
+                        if not self.full and self.matvecs % (1 + self.matvecs // 100) == 0 and self._settled():
                             break
                     if self.full and self.size == self.width:
                         self.stop = "converged"
@@ -105,7 +121,7 @@ class ThickRestart:
                         if self._confirmed():
                             self.stop = "converged"
                             return
-                        self._restart(self._fresh())
+                        self._look()
                     elif self.matvecs >= max(max_matvecs, self.k):
                         return
                     elif self.size == self.width:
@@ -118,99 +134,128 @@ class ThickRestart:
     def wanted_pairs(self) -> tuple[Tensor, Tensor, Tensor]:
         """Values `(k,)`, vectors `(n, k)` and residual norms `(k,)` of the wanted pairs."""
         values, vectors, wanted = self._decompose()
-        residuals = self._residuals(values, vectors, wanted).double().norm(dim=1)
         Y = self._coefficients(vectors, wanted)
-        return torch.as_tensor(values[wanted].copy(), dtype=torch.float64), (Y.T @ self.V[: self.size]).T, residuals
+        X = (Y.to(self.V.dtype).T @ self.V[: self.size]).T
+        return torch.as_tensor(values[wanted].copy(), dtype=torch.float64), X, self._residual_norms(Y)
 
     def _expand(self) -> None:
         """One product: the image of the newest vector, its column of `H`, and the next direction."""
         j = self.size
-        w = self.A @ self.V[j]
+        u = self.V[j]
+        w = self.A @ u
+        column = torch.zeros(j + 1, dtype=torch.float64, device=u.device)
+        kept = []
+        for r, g in self.open:  # A is symmetric: most of the column is known
+            along = dots(r[None], u)
+            column[:j] += along * g[:j]
+            if not self.chain:
+                kept.append((r - along.to(r.dtype) * u, g))
+        column[j] = dots(u[None], w)[0]
+        first = max(j - 1, 0) if self.chain else 0
+        w = w - column[first:].to(w.dtype) @ self.V[first : j + 1]
+        w, norm, more = orthogonalized(w, self.V[: j + 1], self.null)
+        column += more
         self.matvecs += 1
-        column = (self.V[: j + 1].double() @ w.double()).cpu().numpy()
-        if not np.isfinite(column).all():
+        norm, size, gap = torch.stack([norm, column.abs().max(), more.abs().max()]).tolist()
+        if not math.isfinite(norm):
             raise NonFiniteError(f"product {self.matvecs} with {self.A!r} has NaN or infinite entries")
-        self.images[j] = w
-        self.H[: j + 1, j] = column
-        self.H[j, : j + 1] = column
-        scale = float(np.abs(self.H[: j + 1, : j + 1]).max())
-        self.noise = 10 * math.sqrt(self.A.dim) * float(torch.finfo(self.A.dtype).eps) * scale
+        self.scale, self.drift = max(self.scale, size), max(self.drift, gap)
+        self.noise = 10 * math.sqrt(min(self.A.dim, 1000)) * float(torch.finfo(self.A.dtype).eps) * self.scale
+        self.H[: j + 1, j] = self.H[j, : j + 1] = column
+        self.open = [(r, g) for r, g in kept if float(r.norm()) > self.noise]
         self.size = j + 1
+        if norm > self.noise:
+            g = torch.zeros(self.width, dtype=torch.float64, device=u.device)
+            g[j] = 1.0
+            self.open.append((w, g))
+        self.chain = len(self.open) <= 1 and norm > self.noise
         if self.size < self.width or not self.full:
-            self.V[self.size] = self._unit(w)
-
-    def _unit(self, w: Tensor) -> Tensor:
-        """The direction of `w` outside the basis; a fresh one where only rounding is left of it."""
-        w = self._orthogonalized(w)
-        norm = w.norm()
-        return w / norm if float(norm) > self.noise else self._fresh()
+            self.V[self.size] = w / norm if norm > self.noise else self._fresh()
 
     def _fresh(self) -> Tensor:
         """A random unit vector outside the basis and the null space."""
-        v = self._orthogonalized(normal((self.A.dim,), self.g, self.V))
-        unit: Tensor = v / v.norm()
-        return unit
+        return self._unit(normal((self.A.dim,), self.g, self.V))
 
-    def _orthogonalized(self, w: Tensor) -> Tensor:
-        V = self.V[: self.size]
-        for _ in range(2):
-            w = w - self.null @ (self.null.T @ w)
-            w = w - (V @ w) @ V
-        return w
+    def _unit(self, v: Tensor) -> Tensor:
+        v, norm, _ = orthogonalized(v, self.V[: self.size], self.null)
+        return (v / norm).to(v.dtype)
 
     def _decompose(self) -> tuple[Floats, Floats, list[int]]:
         """Ritz values, vectors and the positions of the wanted ones, best first."""
-        values, vectors = np.linalg.eigh(self.H[: self.size, : self.size])
+        values, vectors = np.linalg.eigh(self.H[: self.size, : self.size].cpu().numpy())
         descending = list(range(self.size))[::-1]
-        if self.which == "largest":
-            return values, vectors, descending[: self.k]
-        if self.which == "smallest":
-            return values, vectors, descending[::-1][: self.k]
-        upper = (self.k + 1) // 2
-        return values, vectors, descending[:upper] + descending[::-1][: self.k - upper]
+        return values, vectors, descending[: self.upper] + descending[::-1][: self.k - self.upper]
 
     def _coefficients(self, vectors: Floats, chosen: list[int]) -> Tensor:
-        return torch.as_tensor(vectors[:, chosen].copy(), dtype=self.V.dtype, device=self.V.device)
+        return torch.as_tensor(vectors[:, chosen].copy(), device=self.V.device)
 
-    def _residuals(self, values: Floats, vectors: Floats, chosen: list[int]) -> Tensor:
-        """The vectors `A y - theta y` of Ritz pairs, as rows."""
-        Y = self._coefficients(vectors, chosen)
-        theta = torch.as_tensor(values[chosen].copy(), dtype=self.V.dtype, device=self.V.device)
-        return Y.T @ self.images[: self.size] - theta[:, None] * (Y.T @ self.V[: self.size])
+    def _shares(self, Y: Tensor) -> Tensor:
+        """`(c, k)`: how much of each open residual a Ritz pair has."""
+        return (torch.stack([g[: self.size] for _, g in self.open]) if self.open else self.H[:0, : self.size]) @ Y
+
+    def _residuals(self, Y: Tensor) -> Tensor:
+        """The vectors `A x - theta x` of Ritz pairs, as rows."""
+        rows = torch.stack([r for r, _ in self.open]) if self.open else self.V[:0]
+        return self._shares(Y).T.to(rows.dtype) @ rows
+
+    def _residual_norms(self, Y: Tensor) -> Tensor:
+        if len(self.open) == 1:
+            return self._shares(Y)[0].abs() * length(self.open[0][0])
+        norms: Tensor = torch.linalg.vector_norm(self._residuals(Y), dim=1, dtype=torch.float64)
+        return norms
 
     def _settled(self) -> bool:
         """Whether the wanted pairs meet the tolerance, and the look that goes on has been long enough."""
         if self.size < self.k or self.matvecs < self.look_until:
             return False
         values, vectors, wanted = self._decompose()
-        residuals = self._residuals(values, vectors, wanted).double().norm(dim=1).cpu().numpy()
+        residuals = self._residual_norms(self._coefficients(vectors, wanted)).cpu().numpy()
         return bool(np.all(residuals <= self._tolerance(values[wanted])))
 
     def _tolerance(self, values: Floats) -> Floats:
-        tolerance: Floats = np.maximum(self.tol * np.abs(values), self.noise) / 2  # half: products differ by rounding
+        tolerance: Floats = 0.9 * np.maximum(self.tol * np.abs(values), self.noise)  # what is reported is rounded too
         return tolerance
 
     def _confirmed(self) -> bool:
-        """Whether a look from another start left the wanted values as they were; if not, begin one.
+        """Whether a look from another start left the wanted values as they were; if not, say how long the next must be.
 
-        One start vector meets one copy of a repeated eigenvalue. A look is half as long as the first search was.
+        One start vector meets one copy of a repeated eigenvalue.
         """
-        values, _, wanted = self._decompose()
+        values, vectors, wanted = self._decompose()
         found, seen = values[wanted], self.seen
-        if seen is not None and bool(np.all(np.abs(found - seen) <= 4 * self._tolerance(found))):
+        if not self.looks or (seen is not None and bool(np.all(np.abs(found - seen) <= 2 * self._tolerance(found)))):
             return True
         self.seen = found
-        self.look_length = self.look_length or max(_LEAST_LOOK, self.matvecs // 2)
-        self.look_until = self.matvecs + self.look_length
+        self.longest_look = self.longest_look or max(_LEAST_LOOK, self.matvecs // 2)
+        rest = [i for i in range(self.size) if i not in wanted]
+        norms = self.H.new_tensor([float(r.norm()) for r, _ in self.open])
+        spread = (norms @ self._shares(self._coefficients(vectors, rest)).abs()).cpu().numpy()
+        low, high = values[rest] - spread, values[rest] + spread
+        sizes = (self.A.dim, self.tol, self.noise)
+        need = max(
+            products_that_show(found[: self.upper], low, high, *sizes),
+            products_that_show(-found[self.upper :], -high, -low, *sizes),
+        )
+        self.look_until = self.matvecs + int(min(need, self.longest_look))
         return False
+
+    def _look(self) -> None:
+        """Go on in a random direction."""
+        if self.size + self.look_until - self.matvecs < self.width:
+            self.V[self.size] = self._fresh()
+            self.chain = False
+        else:
+            self._restart(self._fresh())
 
     def _next_direction(self) -> Tensor:
         """The residual of the worst wanted pair; while they all are converged, the direction of the search."""
         values, vectors, wanted = self._decompose()
-        rows = self._residuals(values, vectors, wanted)
-        excess = rows.double().norm(dim=1).cpu().numpy() - self._tolerance(values[wanted])
+        Y = self._coefficients(vectors, wanted)
+        excess = self._residual_norms(Y).cpu().numpy() - self._tolerance(values[wanted])
         worst = int(excess.argmax())
-        return self._unit(rows[worst]) if excess[worst] > 0 else self.V[self.size].clone()
+        if excess[worst] <= 0 or len(self.open) == 1:
+            return self.V[self.size].clone()
+        return self._unit(self._residuals(Y[:, worst : worst + 1])[0])
 
     def _restart(self, following: Tensor) -> None:
         """Keep the wanted Ritz vectors and their neighbours, and go on in the direction given."""
@@ -221,12 +266,18 @@ class ThickRestart:
             half = keep // 2
             order = list(range(half)) + list(range(half, self.size))[::-1]
         chosen = wanted + [i for i in order if i not in wanted][: keep - len(wanted)]
-        Y = self._coefficients(vectors, chosen)
-        kept, images = Y.T @ self.V[: self.size], Y.T @ self.images[: self.size]
+        Y, size = self._coefficients(vectors, chosen), len(chosen)
+        turn = Y.to(self.V.dtype).T
+        for start in range(0, self.A.dim, _COLUMNS):  # no second basis in memory
+            part = slice(start, start + _COLUMNS)
+            self.V[:size, part] = turn @ self.V[: self.size, part]
         # Lengths would drift over hundreds of restarts.
-        lengths = kept.norm(dim=1, keepdim=True)
-        self.V[: len(chosen)], self.images[: len(chosen)] = kept / lengths, images / lengths
-        self.H[:] = 0.0
-        self.H[np.arange(len(chosen)), np.arange(len(chosen))] = values[chosen]
-        self.size = len(chosen)
+        self.V[:size] /= self.V[:size].norm(dim=1, keepdim=True)
+        self.H.zero_()
+        self.H[:size, :size] = torch.diag(torch.as_tensor(values[chosen].copy(), device=self.H.device))
+        for place, (r, g) in enumerate(self.open):
+            turned = torch.zeros_like(g)
+            turned[:size] = Y.T @ g[: self.size]
+            self.open[place] = (r, turned)
+        self.size, self.chain = size, False
         self.V[self.size] = following

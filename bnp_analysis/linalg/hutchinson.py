@@ -1,0 +1,93 @@
+"""Stochastic traces."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from bnp_analysis.errors import InvalidInputError, NonFiniteError
+from bnp_analysis.linalg.extremes import measured
+from bnp_analysis.linalg.operators import SymmetricOperator
+from bnp_analysis.linalg.preconditioner import Preconditioner
+from bnp_analysis.linalg.progress import Progress, reporting
+from bnp_analysis.linalg.quadrature import standard_error
+from bnp_analysis.linalg.random import generator, rademacher
+from bnp_analysis.results import Result
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Trace(Result):
+    """A stochastic trace with its standard error."""
+
+    value: float
+    error: float
+    dim: int
+
+    def summary(self) -> str:
+        """The trace and its error."""
+        return f"trace = {self.value:.6g} +- {self.error:.2g} (standard error), {self.matvecs} products"
+
+
+def trace(
+    A: SymmetricOperator,
+    *,
+    preconditioner: Preconditioner | None = None,
+    probes: int = 32,
+    seed: int = 0,
+    progress: Progress = False,
+) -> Trace:
+    """The trace of `P^T A P` by Hutchinson's estimator, `mean(v.Av)` over random signs `v`.
+
+    Args:
+        A: symmetric operator on `R^n`.
+        preconditioner: `P`; the trace of `P^T A P`.
+        probes: number of random vectors, at least 2.
+        seed: of the probes.
+        progress: True draws a bar, a callable gets `(done, total)`.
+
+    Returns:
+        A `Trace` with the standard error over probes.
+
+    Raises:
+        InvalidInputError: fewer than two probes; NonFiniteError: a product with NaN or infinity.
+
+    Source: Hutchinson 1990.
+
+    Example:
+        >>> import torch, bnp_analysis as bnp
+        >>> bnp.trace(bnp.DenseOperator(torch.eye(7, dtype=torch.float64))).value
+        7.0
+    """
+    if probes < 2:
+        raise InvalidInputError(f"an error bar needs at least two probes, got {probes}")
+    began = time.perf_counter()
+    operator, _ = measured(A, preconditioner, None, seed)
+    g = generator(seed)
+    like = torch.empty(0, dtype=A.dtype, device=A.device)
+    samples: list[float] = []
+    with reporting(progress, probes, "trace") as update:
+        try:
+            for i in range(probes):
+                v = rademacher((A.dim,), g, like)
+                samples.append(float(v.double() @ (operator @ v).double()))
+                if not math.isfinite(samples[-1]):
+                    raise NonFiniteError(f"product {i + 1} with {operator!r} has NaN or infinite entries")
+                update(i + 1)
+        except KeyboardInterrupt:
+            # Two finished probes are a result of their own, with an error bar.
+            if len(samples) < 2:
+                raise
+    values = np.array(samples)
+    return Trace(
+        value=float(values.mean()),
+        error=standard_error(values),
+        dim=A.dim,
+        settings={"probes": probes, "preconditioned": preconditioner is not None},
+        seed=seed,
+        matvecs=len(samples),
+        seconds=time.perf_counter() - began,
+    )
