@@ -114,10 +114,11 @@ class Pullback(torch.autograd.Function):
         wanted, geometry = ctx.needs_input_grad, ctx.geometry
         along_g = along_x = along_w = None
         if wanted[0]:
-            parts = [torch.convolution(dx, w, None, *geometry)] if dx is not None else []
             if dw is not None or db is not None:
-                parts.append(torch.convolution(x, torch.zeros_like(w) if dw is None else dw, db, *geometry))
-            along_g = sum(parts[1:], parts[0]) if parts else None
+                along_g = torch.convolution(x, torch.zeros_like(w) if dw is None else dw, db, *geometry)
+            if dx is not None:
+                image = torch.convolution(dx, w, None, *geometry)
+                along_g = image if along_g is None else along_g.add_(image)
         if wanted[1] and dw is not None:
             along_x = _derivatives(g, x, dw, geometry, [True, False, False])[0]
         if wanted[2] and dx is not None:

@@ -28,7 +28,7 @@ ENGINES = ("auto", "retained", "recompute")
 # Without max_memory, kept graphs may take this share of the memory that is free when the first product is asked for.
 _SHARE = 0.4
 # What a product takes beside the graphs, as a share of one graph: measured by benchmarks/engines.py.
-_WORKING = 0.25
+_WORKING = 0.75
 # Examples of the two small batches from which the size of a graph is extrapolated.
 _FEW = (4, 8)
 
@@ -218,7 +218,9 @@ def _saved_bytes(
     batch: Batch,
     limit: float = float("inf"),
 ) -> int:
-    seen: set[int] = set()
+    # The data of a batch, of which a small one is a view: they are held by the graph only where nothing else does.
+    data = {t.untyped_storage().data_ptr(): t.numel() * t.element_size() for t in tensors_of((batch.x, batch.y))}
+    seen = set(data) if risk.batches.in_memory else set()
     total = 0
 
     def pack(t: Tensor) -> Tensor:
@@ -226,7 +228,7 @@ def _saved_bytes(
         storage = t.untyped_storage()
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
-            total += storage.nbytes()
+            total += data.get(storage.data_ptr(), storage.nbytes())
         if total > limit:
             raise _Exceeded
         return t

@@ -100,6 +100,11 @@ class Batches:
             for _ in self._pass(perturb=True):
                 pass
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether the data are held here, not read anew in every pass."""
+        return self._stored is not None
+
     def _read(self) -> Iterator[Batch]:
         if self._stored is not None:
             yield from self._stored

@@ -12,11 +12,12 @@ from torch.func import functional_call
 
 from bnp_analysis.distributed import ALONE, Group
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
-from bnp_analysis.network.batches import Batch, Batches, Count, arguments, map_tensors
+from bnp_analysis.network.batches import Batch, Batches, Count, arguments
 from bnp_analysis.network.identity import fingerprint
 from bnp_analysis.network.kernels import differentiable_kernels, explained, recording
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.purity import require_mean_loss, require_pure
+from bnp_analysis.network.reading import Inputs, one_tensor
 from bnp_analysis.network.selection import choose_parameters
 from bnp_analysis.network.snapshot import snapshot, snapshot_loss
 from bnp_analysis.network.state import point, with_tensors
@@ -87,7 +88,7 @@ class EmpiricalRisk:
         self.group = group
         with group.together("the construction of a risk"):
             self._model = snapshot(model, dtype, device)
-            self._output = output
+            self._output, self._inputs = output, Inputs()
             self._recurrent = any(isinstance(m, nn.RNNBase) for m in self._model.modules())
             self.space = choose_parameters(self._model, params)
             self._model.requires_grad_(False)
@@ -103,6 +104,7 @@ class EmpiricalRisk:
             self.group.require_same(lambda: fingerprint(self._model, self._loss, self.theta), "the risk")
             self.coupled = require_pure(self)
             _ = self.value
+            self._inputs.settle()
             if self.batches.everywhere > 1:
                 require_mean_loss(self)
 
@@ -225,21 +227,13 @@ class EmpiricalRisk:
 
     def batch_outputs(self, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """`f(x; theta)` for a batch, at named tensors."""
-        # Copies, no operations of the network: batch statistics write into buffers (trap 2), some models into inputs.
+        # Copies, no operations of the network: batch statistics write into buffers (trap 2).
         with torch._C.DisableTorchFunction():
             buffers = {name: b.clone() for name, b in self._model.named_buffers()}
-            args, kwargs = arguments(map_tensors(batch.x, torch.clone))
-        with differentiable_kernels(recurrent=self._recurrent):
+        with self._inputs.given(batch.x) as x, differentiable_kernels(recurrent=self._recurrent):
+            args, kwargs = arguments(x)
             raw = functional_call(self._model, {**self._constants, **tensors, **buffers}, args, kwargs)
-        out = raw if self._output is None else self._output(raw)
-        if not isinstance(out, Tensor):
-            raise InvalidInputError(
-                f"the model returns {type(out).__name__}, not a tensor; pick one with output=, for instance "
-                "output=lambda o: o.logits"
-            )
-        if not out.is_floating_point():
-            raise InvalidInputError(f"the model returns {out.dtype} outputs, which have no derivative")
-        return out
+        return one_tensor(raw, self._output)
 
     def batch_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """The loss of a batch from its outputs, a scalar."""

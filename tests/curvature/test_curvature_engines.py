@@ -32,7 +32,12 @@ NAMES = ("cross_entropy", "class weights, count=", "tied", "cnn", "cnn, LayerNor
 
 def mixed(build: Callable[..., Any], risk: bnp.EmpiricalRisk) -> Any:
     """An operator that keeps the first graph and has to rebuild two others or more."""
-    return build(risk, max_memory=int(2.3 * build(risk).engine.graph_bytes))
+    return build(risk, max_memory=room(build(risk), 2))
+
+
+def room(A: Any, graphs: float) -> int:
+    """Bytes for so many graphs of the largest batch, and for a product."""
+    return int((graphs + engines._WORKING + 0.01) * A.engine.graph_bytes)
 
 
 @pytest.mark.parametrize("engine", [*ENGINES, "mixed"])
@@ -101,13 +106,26 @@ def test_a_graph_is_as_large_as_was_extrapolated(build: Callable[..., Any], monk
 
 def test_what_is_kept_follows_from_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     risk = images()
-    each = bnp.hessian(risk).engine.graph_bytes
-    plans = [bnp.hessian(risk, max_memory=int(share * each)).engine for share in (1.3, 2.3, 3)]
+    whole = bnp.hessian(risk)
+    each = whole.engine.graph_bytes
+    plans = [bnp.hessian(risk, max_memory=room(whole, graphs)).engine for graphs in (1, 2, 2.7)]
     assert [(p.engine, p.kept) for p in plans] == [("recompute", 0), ("mixed", 1), ("retained", 3)]
     assert all(p.bytes <= p.limit for p in plans)
-    monkeypatch.setattr(engines, "_free_memory", lambda device: 3 * each)  # 40 % of it is not enough for one
+    monkeypatch.setattr(engines, "_free_memory", lambda device: 4 * each)  # 40 % of it is not enough for one
     assert bnp.hessian(risk).engine.kept == 0
     assert bnp.hessian(risk, engine="retained").engine.kept == 3
+
+
+def test_the_data_count_where_a_graph_alone_holds_them() -> None:
+    """Thousands of features, few units: a graph of data in memory is small, one of a loader's holds its batch."""
+    x, y = numbers(40, 2000), classes(40, 3)
+    model = spread(bnp.models.mlp([2000, 3]), scale=0.01)
+    kept = bnp.hessian(bnp.EmpiricalRisk(model, F.cross_entropy, (x, y))).engine.graph_bytes
+    loader = DataLoader(TensorDataset(x, y), batch_size=40)
+    read = bnp.hessian(bnp.EmpiricalRisk(model, F.cross_entropy, loader)).engine.graph_bytes
+    size = x.numel() * x.element_size()
+    assert kept < size / 2
+    assert read - kept == pytest.approx(size, rel=0.02)
 
 
 def test_a_wider_network_keeps_fewer_graphs() -> None:
@@ -129,7 +147,7 @@ def test_too_little_memory_is_refused_before_the_product_and_the_advice_helps() 
     with pytest.raises(MemoryLimitError, match="Not even one example"):
         _ = bnp.hessian(images(), max_memory=1000).engine
     with pytest.raises(MemoryLimitError, match="keeps 1 of them"):
-        _ = bnp.hessian(images(), engine="retained", max_memory=int(2.3 * each)).engine
+        _ = bnp.hessian(images(), engine="retained", max_memory=room(bnp.hessian(images()), 2)).engine
 
 
 def test_a_batch_that_cannot_be_cut_is_counted_until_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
