@@ -6,5 +6,6 @@ from bnp_analysis.models.normalization import NORM_PLACES, NORMS
 from bnp_analysis.models.perceptron import mlp
 from bnp_analysis.models.registry import MODELS, build, build_for
 from bnp_analysis.models.residual import resnet
+from bnp_analysis.models.transformer import transformer
 
-__all__ = ["ACTIVATIONS", "MODELS", "NORMS", "NORM_PLACES", "build", "build_for", "cnn", "mlp", "resnet"]
+__all__ = ["ACTIVATIONS", "MODELS", "NORMS", "NORM_PLACES", "build", "build_for", "cnn", "mlp", "resnet", "transformer"]

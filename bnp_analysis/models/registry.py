@@ -13,6 +13,7 @@ from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.models.convolutional import cnn
 from bnp_analysis.models.perceptron import mlp
 from bnp_analysis.models.residual import resnet
+from bnp_analysis.models.transformer import transformer
 
 _DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 
@@ -22,6 +23,7 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "cnn": cnn,
     "resnet": resnet,
     **{f"resnet{depth}": partial(resnet, depth) for depth in _DEPTHS},
+    "transformer": transformer,
 }
 
 
@@ -30,7 +32,7 @@ def build(name: str, **kwargs: Any) -> nn.Module:
 
     Args:
         name: a key of `MODELS`.
-        **kwargs: what its factory takes; see `mlp`, `cnn`, `resnet`.
+        **kwargs: what its factory takes; see `mlp`, `cnn`, `resnet`, `transformer`.
 
     Returns:
         The network, in training mode.
@@ -85,7 +87,7 @@ def build_for(name: str, input_shape: Sequence[int], num_classes: int, **kwargs:
     if name == "mlp":
         widths = [input_shape[0], *kwargs.pop("hidden", (32, 32)), num_classes]
         return build(name, widths=widths, **kwargs)
-    if name == "cnn":
+    if name in ("cnn", "transformer"):
         return build(name, input_shape=tuple(input_shape), num_classes=num_classes, **kwargs)
     return build(name, in_channels=input_shape[0], num_classes=num_classes, **kwargs)
 

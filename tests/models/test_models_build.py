@@ -256,7 +256,7 @@ def test_bad_arguments_are_refused(name: str, arguments: dict[str, Any], message
         models.build(name, **arguments)
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet8", "resnet14", "resnet"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet8", "resnet14", "resnet", "transformer"])
 def test_build_for_fits_the_data(name: str) -> None:
     shape = (64,) if name == "mlp" else (1, 8, 8)
     model = models.build_for(name, shape, 4, seed=1)
