@@ -1,9 +1,12 @@
 """Time and memory of one training step: plain, with BatchNorm layers, and with BNP, side by side in one run.
 
+BatchNorm stands before the activations, as it mostly does, or on the layers' inputs: with fixed statistics and `q = 1`,
+the latter network is the one that BNP trains (T9), and normalizes as many features as BNP does.
+
     python benchmarks/bnp_step.py [--threads 1] [--rounds 15] [--device cpu] [--out benchmarks/results/bnp_step.md]
 
 A step is `zero_grad`, forward, loss, backward, `pre.step()` where there is one, `optimizer.step()`: SGD with a learning
-rate of 1e-8, so that no network fits its batch and computes with denormal numbers. The three take turns in short
+rate of 1e-8, so that no network fits its batch and computes with denormal numbers. They take turns in short
 blocks, round after round, so that what else the machine does hits them alike; ratios are medians over rounds of block
 ratios to the plain step (or BatchNorm's) of the same round. On one thread of a CPU the clock is the processor time of
 the process, which leaves out the time that other programs take.
@@ -23,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,10 +37,10 @@ from bnp_analysis.training import BNP
 from bnp_analysis.training.cost import peak_memory
 
 WIDTHS = [784, 100, 100, 100, 10]
-NETWORKS: dict[str, tuple[Callable[[str], nn.Module], tuple[int, ...]]] = {
-    "MLP 784-100-100-100-10": (lambda norm: mlp(WIDTHS, norm=norm, dtype=torch.float32), (784,)),
-    "CNN 3 x 32 x 32": (lambda norm: cnn(norm=norm, dtype=torch.float32), (3, 32, 32)),
-    "ResNet-20 3 x 32 x 32": (lambda norm: resnet(20, norm=norm, dtype=torch.float32), (3, 32, 32)),
+NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
+    "MLP 784-100-100-100-10": (partial(mlp, WIDTHS, dtype=torch.float32), (784,)),
+    "CNN 3 x 32 x 32": (partial(cnn, dtype=torch.float32), (3, 32, 32)),
+    "ResNet-20 3 x 32 x 32": (partial(resnet, 20, dtype=torch.float32), (3, 32, 32)),
 }
 CASES = (
     ("MLP 784-100-100-100-10", 1),
@@ -45,13 +49,17 @@ CASES = (
     ("CNN 3 x 32 x 32", 128),
     ("ResNet-20 3 x 32 x 32", 128),
 )
-METHODS = ("plain", "BatchNorm", "BNP")
+METHODS = ("plain", "BatchNorm", "BatchNorm on inputs", "BNP")
+NORMS = {
+    "BatchNorm": {"norm": "batch"},
+    "BatchNorm on inputs": {"norm": "batch", "norm_at": "input"},
+}
 
 
 def step_of(method: str, network: str, batch: int, device: str) -> Callable[[], None]:
     """A training step on one fixed batch."""
     make, shape = NETWORKS[network]
-    model = make("batch" if method == "BatchNorm" else "none").to(device)
+    model = make(**NORMS.get(method, {"norm": "none"})).to(device)
     x = torch.rand(batch, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     return steps(model, x, (torch.arange(batch) % 10).to(device), BNP(model) if method == "BNP" else None)
 
@@ -83,7 +91,7 @@ def block(step: Callable[[], None], count: int, device: str) -> float:
 
 def row(network: str, batch: int, rounds: int, device: str) -> str:
     """One row of the table of times."""
-    able = [m for m in METHODS if batch > 1 or m != "BatchNorm"]
+    able = [m for m in METHODS if batch > 1 or m not in NORMS]
     runs = {method: step_of(method, network, batch, device) for method in able}
     for step in runs.values():
         block(step, 3, device)
@@ -99,7 +107,7 @@ def row(network: str, batch: int, rounds: int, device: str) -> str:
         return f"{statistics.median(t / b for t, b in zip(times[method], times[over], strict=True)):.2f}"
 
     milliseconds = [f"{statistics.median(times[m]) * 1e3:.3f}" if m in times else "-" for m in METHODS]
-    ratios = [cell("BatchNorm", "plain"), cell("BNP", "plain"), cell("BNP", "BatchNorm")]
+    ratios = [cell("BNP", other) for other in METHODS[:-1]]
     return f"| {' | '.join([f'{network}, batch {batch}', *milliseconds, *ratios])} |"
 
 
@@ -120,23 +128,23 @@ def memory_row(network: str, batch: int, threads: int, device: str) -> str:
         words += ["--memory", method, network, str(batch)]
         fixed = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
         found.append(float(subprocess.run(words, check=True, capture_output=True, text=True, env=fixed).stdout))
-    parameters = sum(p.numel() for p in NETWORKS[network][0]("none").parameters()) * 4 / 2**20
-    numbers = [f"{parameters:.1f}", *(f"{mb:.1f}" for mb in found), f"{found[2] - found[0]:+.1f}"]
+    parameters = sum(p.numel() for p in NETWORKS[network][0](norm="none").parameters()) * 4 / 2**20
+    numbers = [f"{parameters:.1f}", *(f"{mb:.1f}" for mb in found), f"{found[-1] - found[0]:+.1f}"]
     return f"| {' | '.join([f'{network}, batch {batch}', *numbers])} |"
 
 
 def report(rounds: int, threads: int, device: str) -> list[str]:
     """Both tables, printed as they come."""
-    lines = ["| step | plain ms | BatchNorm ms | BNP ms | BatchNorm / plain | BNP / plain | BNP / BatchNorm |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = ["| step | " + " | ".join([f"{m} ms" for m in METHODS] + [f"BNP / {m}" for m in METHODS[:-1]]) + " |"]
+    lines.append("|---" * 2 * len(METHODS) + "|")
     print("\n".join(lines), flush=True)
     for network, batch in CASES:
         lines.append(row(network, batch, rounds, device))
         print(lines[-1], flush=True)
     lines += [
         "",
-        "| peak memory | parameters MB | plain MB | BatchNorm MB | BNP MB | BNP - plain |",
-        "|---|---|---|---|---|---|",
+        "| peak memory | parameters MB | " + " | ".join(f"{m} MB" for m in METHODS) + " | BNP - plain |",
+        "|---" * (len(METHODS) + 3) + "|",
     ]
     print("\n".join(lines[-3:]), flush=True)
     for network, batch in CASES[2:]:
