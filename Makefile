@@ -6,6 +6,7 @@
 #                the address of the CPU build's index is on torch's own installation page
 #   PIP_FLAGS    more flags for pip install
 #   FIGURES_FLAGS options and names for figures, such as "--force fig06_largest_singular_value"
+#   BENCH_FLAGS  names and options for bench, such as "truth" or "products --quick"
 #   PYTEST_FLAGS more flags for pytest, such as "-n 2" or "-k lanczos"
 
 SHELL := /bin/sh
@@ -17,6 +18,7 @@ VENV ?= .venv
 TORCH_INDEX ?=
 PIP_FLAGS ?=
 FIGURES_FLAGS ?=
+BENCH_FLAGS ?=
 PYTEST_FLAGS ?=
 
 BIN := $(VENV)/bin
@@ -65,8 +67,8 @@ docs: $(DEV) ## the API reference, from the docstrings, into docs/api
 figures: $(BASE) ## the figures of the theory, quick preset, into paper_figures/quick; FIGURES_FLAGS="--preset full" for more
 	$(BIN)/python -m paper_figures $(FIGURES_FLAGS)
 
-bench: $(DEV) ## the truth suite: every route against problems with known answers
-	$(BIN)/python benchmarks/truth_suite.py
+bench: $(DEV) ## products, Krylov methods and a part of the truth suite; BENCH_FLAGS="NAME ... --quick --gpu" for others
+	$(BIN)/bnp-analysis bench $(BENCH_FLAGS)
 
 clean: ## remove all that make made: environment, caches, builds, demo
 	rm -rf $(VENV) build dist demo docs/api .hypothesis .mypy_cache .pytest_cache .ruff_cache

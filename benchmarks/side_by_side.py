@@ -114,8 +114,8 @@ def flop_limits(model: nn.Module, x: Tensor) -> dict[str, float]:
     For each layer `F` is its forward pass, `gw` and `gx` the two halves of its backward pass, counted by torch's flop
     counter (matrix products and convolutions alone). A gradient takes `F + gw + gx`, the first layer no `gx`. The
     derivative of every one of these, bilinear in two arguments, is two of it: a Hessian product takes `2 (F + gw +
-    gx)`; the data do not change, so the first layer takes `F + gw`. A Gauss-Newton product takes `2 F` forwards (`F` in the
-    first layer) and `gw + gx` backwards (`gw`).
+    gx)`; the data do not change, so the first layer takes `F + gw`. A Gauss-Newton product takes `2 F` forwards (`F` in
+    the first layer) and `gw + gx` backwards (`gw`).
     """
     layers: list[tuple[int, int, int]] = []
 

@@ -125,13 +125,38 @@ def test_figures_and_benchmarks_run_in_a_checkout(tmp_path, capfd, monkeypatch):
     assert main(["figures", "fig06_largest_singular_value", "--root", root, "--out", str(out)]) == 0
     assert (out / "fig06_largest_singular_value.png").stat().st_size > 1000
     assert main(["figures", "fig99", "--root", root, "--out", str(out)]) == 2
-    assert main(["bench", "--root", root]) == 2
+    assert main(["bench", "nothing", "--root", root]) == 2
     assert "bnp_step" in capfd.readouterr().err
+    assert main(["bench", "--list", "--root", root]) == 0
+    listed = {line.split()[0] for line in capfd.readouterr().out.splitlines()}
+    assert {"products", "krylov", "truth_suite", "bnp_step"} <= listed
+    assert "truth_report" not in listed, "a part of the suite is no benchmark"
     assert main(["bench", "bnp_step", "--help", "--root", root]) == 0
     assert "usage: bnp_step.py" in capfd.readouterr().out
     monkeypatch.chdir(tmp_path)
     assert main(["figures"]) == 2
     assert "needs a checkout" in capfd.readouterr().err
+
+
+def test_bench_runs_what_is_named_or_a_choice(tmp_path, capfd):
+    """In a checkout of scripts that print what they were given."""
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    (folder / "README.md").touch()
+    for name, status in {"products": 0, "krylov": 3, "truth_suite": 1, "other": 0}.items():
+        known = '["--gpu"]' if name != "truth_suite" else "[]"
+        text = f'"""What {name} does."""\nimport sys\nif __name__ == "__main__":\n    {known}\n'
+        (folder / f"{name}.py").write_text(text + f"    print('ran {name}', *sys.argv[1:])\n    sys.exit({status})\n")
+
+    def ran(*words: str) -> tuple[int, list[str]]:
+        status = main(["bench", *words, "--root", str(tmp_path)])
+        return status, [line[4:] for line in capfd.readouterr().out.splitlines() if line.startswith("ran ")]
+
+    assert ran() == (3, ["products", "krylov", "truth_suite --quick"])
+    assert ran("--quick") == (3, ["products --quick", "krylov --quick", "truth_suite --quick"])
+    assert ran("--gpu") == (3, ["products --gpu", "krylov --gpu"])
+    assert ran("truth", "--only", "x") == (1, ["truth_suite --only x"])
+    assert ran("other", "products", "--quick") == (0, ["other --quick", "products --quick"])
 
 
 def test_check_prints_a_line_per_check_and_says_the_verdict(tmp_path, capsys):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 
 from bnp_analysis.errors import InvalidInputError
@@ -12,12 +15,15 @@ from bnp_analysis.errors import InvalidInputError
 #: Commands that run files of a checkout: name -> (its folder, what it does).
 IN_CHECKOUT = {
     "figures": ("paper_figures", "make the figures of the theory"),
-    "bench": ("benchmarks", "run a benchmark: truth_suite, bnp_step, peers, ..."),
+    "bench": ("benchmarks", "run benchmarks by name, or products, krylov and truth --quick; --list names them"),
 }
+#: What `bench` runs without names, and the flags that it adds: `truth` is short for `truth_suite`.
+BY_DEFAULT = {"products": [], "krylov": [], "truth": ["--quick"]}
+ALIASES = {"truth": "truth_suite"}
 
 
 def run_in_checkout(command: str, words: list[str]) -> int:
-    """Run `python -m paper_figures ...` or `python benchmarks/NAME.py ...` from the root of a checkout."""
+    """Run `python -m paper_figures ...`, or `python benchmarks/NAME.py ...` for each name, from a checkout's root."""
     here = Path.cwd()
     if "--root" in words:
         place = words.index("--root")
@@ -35,13 +41,34 @@ def run_in_checkout(command: str, words: list[str]) -> int:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
     def run(*program: str) -> int:
-        return subprocess.run([sys.executable, *program, *words], cwd=root, env=environment, check=False).returncode
+        return subprocess.run([sys.executable, *program], cwd=root, env=environment, check=False).returncode
 
     if command == "figures":
-        return run("-m", folder)
-    scripts = sorted(
-        path.stem for path in (root / folder).glob("*.py") if 'if __name__ == "__main__"' in path.read_text()
-    )
-    if not words or words[0] not in scripts:
-        raise InvalidInputError(f"bench needs the name of a benchmark: {', '.join(scripts)}")
-    return run(str(root / folder / f"{words.pop(0)}.py"))
+        return run("-m", folder, *words)
+    return _bench(root / folder, words, run)
+
+
+def _bench(folder: Path, words: list[str], run: Callable[..., int]) -> int:
+    """Run the scripts named first, each with the words that follow; the worst of their exit statuses."""
+    scripts = {path.stem: path.read_text() for path in sorted(folder.glob("*.py"))}
+    scripts = {name: text for name, text in scripts.items() if 'if __name__ == "__main__"' in text}
+    if words == ["--list"]:
+        for name, text in scripts.items():
+            print(f"{name:<20} {(ast.get_docstring(ast.parse(text)) or '').partition(chr(10))[0]}")
+        return 0
+    given = [ALIASES.get(word, word) for word in takewhile(lambda word: not word.startswith("-"), words)]
+    options = words[len(given) :]
+    unknown = [name for name in given if name not in scripts]
+    if unknown:
+        raise InvalidInputError(f"no benchmark is called {', '.join(unknown)}; there are: {', '.join(scripts)}")
+    jobs = dict.fromkeys(given, options) or {
+        ALIASES.get(name, name): list(dict.fromkeys([*flags, *options]))
+        for name, flags in BY_DEFAULT.items()
+        if "--gpu" not in options or '"--gpu"' in scripts.get(ALIASES.get(name, name), "")
+    }
+    status = 0
+    for name, own in jobs.items():
+        if len(jobs) > 1:
+            print(f"== {' '.join([name, *own])}", flush=True)
+        status = max(status, run(str(folder / f"{name}.py"), *own))
+    return status
