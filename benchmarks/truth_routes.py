@@ -16,13 +16,22 @@ from bnp_analysis.linalg import (
     magnitude_condition_number,
     regularized_condition_number,
 )
+from bnp_analysis.linalg.reduction import reduced, reducible
 
 # The accuracy lines speak of condition numbers up to this.
 KAPPA = 1e12
 
 
+def methods(case: Case) -> tuple[str, ...]:
+    """The routes of a case; `reduced` is factor-svd on the triangle of its factor, as tables measure blocks."""
+    more = "factor-svd" in case.routes and case.delta is None and not case.indefinite and reducible(case.A)
+    return (*case.routes, "reduced") if more else case.routes
+
+
 def measure(case: Case, method: str) -> ConditionNumber:
     """The public verb that fits the case."""
+    if method == "reduced":
+        return condition_number(reduced(case.A), preconditioner=case.P, null=case.null, method="factor-svd")
     steps = {} if case.steps is None else {"steps": case.steps}
     if case.delta is not None:
         return regularized_condition_number(case.A, case.delta, preconditioner=case.P, method=method, **steps)

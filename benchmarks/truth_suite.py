@@ -43,7 +43,7 @@ def measure(record: dict[str, Any], quick: bool, only: str) -> None:
     for i, problem in enumerate(chosen):
         record["state"] = f"interrupted at problem {i + 1} of {len(chosen)}"
         case = problem.make()
-        for method in case.routes:
+        for method in truth_routes.methods(case):
             record["rows"].append(truth_routes.run(problem, case, method))
         if sys.stderr.isatty():
             print(f"\r{i + 1}/{len(chosen)} {problem.group}: {problem.name:<60.60}", end="", file=sys.stderr)
