@@ -148,6 +148,8 @@ class Mixer:
             return []
         names = {self._ledger.causes.get(int(label)) for label in frame.places.ravel()}
         cause = _cause(frame, names)
+        if not self._movable(frame):
+            return []
         places = self._places(frame)
         parts, moves, again = [], [], set()
         for matrix in frame.matrices():
@@ -165,6 +167,14 @@ class Mixer:
                 parts.append(part)
                 moves.append(None)
         return [Candidate(cause, tuple(parts), moves=tuple(moves))] if parts else []
+
+    def _movable(self, frame: Frame) -> bool:
+        """Whether a use of the channels has any parameter that is not constant."""
+        labels = [int(label) for label in frame.places.ravel()]
+        met = {self._writers[label][0] for label in labels if label in self._writers}
+        met |= {u for label in labels for u, _ in self._readers.get(label, [])}
+        entries = [e for u in met for e in (self._ledger.uses[u].weight, self._ledger.uses[u].bias) if e is not None]
+        return any(not self._stuck[e].all() for e in entries)
 
     def _places(self, frame: Frame) -> list[Place]:
         """The labels at each place, with their signs, gains and offsets."""
