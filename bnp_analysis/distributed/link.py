@@ -84,7 +84,7 @@ class Link:
         try:
             yield
         except RuntimeError as error:
-            self._lost = self._report(what, str(error).splitlines()[0])
+            self._lost = self._report(what, str(error).splitlines()[0][:160])
             raise DistributedError(self._lost) from error
 
     def _report(self, what: str, said: str) -> str:

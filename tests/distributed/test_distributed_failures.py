@@ -85,6 +85,6 @@ def test_a_process_that_is_late_ends_all(tmp_path: Path) -> None:
     waiting, late = found("late", tmp_path)
     assert waiting["error"][0] == late["error"][0] == "DistributedError"
     assert "no sign of rank 1" in waiting["error"][1]
-    assert "all processes have given up" in late["error"][1]
+    assert "rank 0 or its launcher, who keep the list of processes, are gone" in late["error"][1]
     assert "cannot go on" in waiting["again"][1]
     assert waiting["seconds"] < 7
