@@ -38,7 +38,7 @@ def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_links_lead_somewhere() -> None:
-    for page in ("guide", "training", "paper_map", "theory", "architecture"):
+    for page in ("guide", "training", "paper_map", "theory", "architecture", "scaling"):
         text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
             assert (ROOT / "docs" / target).exists(), (page, target)
