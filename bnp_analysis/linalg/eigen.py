@@ -122,7 +122,7 @@ def eigenpairs(
         max_matvecs, progress, lambda: None if checkpoint is None else save_state(checkpoint, key, search.state())
     )
     values, vectors, residuals = search.wanted_pairs()
-    spent = search.matvecs + declared.cost
+    spent = search.matvecs + search.checks + declared.cost
     if search.drift > search.noise and search.stop != "interrupted":
         residuals = (operator @ vectors - vectors * values.to(vectors)).double().norm(dim=0)
         spent += k

@@ -48,6 +48,7 @@ class ThickRestart:
         self.chain = True  # whether the open residuals belong to the newest vector alone
         self.g = generator(seed)
         self.size, self.matvecs, self.stop = 0, 0, "steps"
+        self.checks = 0  # products that compared saved searches with the operator
         self.scale = self.noise = self.drift = 0.0
         self.full = self.width == room
         self.seen: Floats | None = None  # the wanted values before the look that goes on
@@ -73,7 +74,7 @@ class ThickRestart:
             "open": [(r.cpu(), g.cpu()) for r, g in self.open],
             "chain": self.chain,
             "seen": None if self.seen is None else torch.from_numpy(np.asarray(self.seen).copy()),
-            "counts": [self.size, self.matvecs, self.longest_look, self.look_until],
+            "counts": [self.size, self.matvecs, self.checks, self.longest_look, self.look_until],
             "sizes": [self.scale, self.noise, self.drift],
             "generator": self.g.get_state(),
         }
@@ -89,7 +90,7 @@ class ThickRestart:
         self.open = [(r.to(self.V), g.to(self.H)) for r, g in state["open"]]
         self.chain = state["chain"]
         self.seen = None if state["seen"] is None else state["seen"].numpy()
-        self.size, self.matvecs, self.longest_look, self.look_until = state["counts"]
+        self.size, self.matvecs, self.checks, self.longest_look, self.look_until = state["counts"]
         self.scale, self.noise, self.drift = state["sizes"]
         self.g.set_state(state["generator"])
         first = torch.eye(self.size, 1, dtype=self.H.dtype, device=self.H.device)
@@ -99,7 +100,7 @@ class ThickRestart:
                 "the saved search belongs to another operator of the same size; delete the file, or give another "
                 "checkpoint="
             )
-        self.matvecs += 1
+        self.checks += 1
 
     def _search(self, max_matvecs: int, progress: Progress, save: Callable[[], None]) -> None:
         schedule = Schedule()
