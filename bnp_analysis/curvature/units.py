@@ -62,20 +62,20 @@ class DenseLayerFactor(LinearOperator):
         return 0
 
     def _matmat(self, x: Tensor) -> Tensor:
-        units, features = self._cotangents.shape[2], self._inputs.shape[1]
-        weights = x[: self._cut].reshape(units, -1, x.shape[1])
-        bias = x[self._cut :].reshape(units, -1, x.shape[1])
-        columns = torch.cat([weights, bias], dim=1).transpose(0, 1).reshape(features, -1)
-        images = (self._inputs @ columns).reshape(-1, units, x.shape[1])
-        return torch.bmm(self._cotangents, images).reshape(self.shape[0], x.shape[1])
+        (examples, _, units), features, k = self._cotangents.shape, self._inputs.shape[1], x.shape[1]
+        inner = self._cut // units
+        parts = [x[: self._cut].reshape(units, inner, k), x[self._cut :].reshape(units, features - inner, k)]
+        columns = torch.cat(parts, dim=1).transpose(0, 1).reshape(features, units * k)
+        images = (self._inputs @ columns).reshape(examples, units, k)
+        return torch.bmm(self._cotangents, images).reshape(self.shape[0], k)
 
     def _rmatmat(self, y: Tensor) -> Tensor:
-        examples, each, units = self._cotangents.shape
-        pulled = torch.bmm(self._cotangents.transpose(1, 2), y.reshape(examples, each, -1))
-        sums = (self._inputs.T @ pulled.reshape(examples, -1)).reshape(-1, units, y.shape[1]).transpose(0, 1)
-        features = self._cut // units
-        flat = [part.reshape(-1, y.shape[1]) for part in (sums[:, :features], sums[:, features:])]
-        return torch.cat(flat)
+        (examples, each, units), features, k = self._cotangents.shape, self._inputs.shape[1], y.shape[1]
+        inner = self._cut // units
+        pulled = torch.bmm(self._cotangents.transpose(1, 2), y.reshape(examples, each, k))
+        sums = (self._inputs.T @ pulled.reshape(examples, units * k)).reshape(features, units, k).transpose(0, 1)
+        parts = [sums[:, :inner].reshape(units * inner, k), sums[:, inner:].reshape(units * (features - inner), k)]
+        return torch.cat(parts)
 
     def to_dense(self) -> Tensor:
         return torch.cat(list(self.row_blocks()))
