@@ -1,0 +1,171 @@
+"""The numbers of a layer table are those of each block measured by itself, however the table gets them.
+
+Bugs that only these tests catch: a unit measured on another unit's rows or with another's `P`; a number that the shared
+triangle blurs and that stays blurred; units whose inputs depend on each other left one-sided in large layers; a result
+that depends on how many threads there are; a layer's Jacobian computed again for every unit.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import bnp_analysis as bnp
+from bnp_analysis.curvature.factors import JacobianFactor
+from bnp_analysis.curvature.units import unit_blocks
+from bnp_analysis.diagnose import blocks
+from bnp_analysis.linalg import ConditionNumber, condition_number, reduction
+from bnp_analysis.network import coverage
+
+Found = ConditionNumber | None
+
+
+@pytest.fixture
+def data(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Inputs of several scales, some of them hardly ever nonzero."""
+    x = torch.rand(70, 9, generator=generator, dtype=torch.float64) * torch.logspace(-1, 1, 9, dtype=torch.float64)
+    x[2:, :3] = 0
+    return x, torch.randint(0, 3, (70,), generator=generator)
+
+
+@pytest.fixture
+def images(generator: torch.Generator) -> bnp.EmpiricalRisk:
+    x = torch.rand(40, 2, 6, 6, generator=generator, dtype=torch.float64)
+    y = torch.randint(0, 3, (40,), generator=generator)
+    layers = [nn.Conv2d(2, 4, 3, groups=2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3)]
+    model = nn.Sequential(*layers).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    return bnp.EmpiricalRisk(model, cross_entropy, (x, y))
+
+
+def perceptron(x: Tensor, y: Tensor, activation: str = "relu") -> bnp.EmpiricalRisk:
+    model = bnp.models.mlp([x.shape[1], 12, 8, 3], activation=activation, dtype=torch.float64)
+    return bnp.EmpiricalRisk(model, cross_entropy, (x, y))
+
+
+def numbers(table: bnp.LayerTable) -> Iterator[tuple[str | tuple[str, int], tuple[Found, Found]]]:
+    for row in table.layers:
+        yield row.layer, (row.block, row.block_with_P)
+        for i in range(row.units):
+            yield (row.layer, i), (row.unit_blocks[i], row.unit_blocks_with_P[i])
+
+
+def require_same(risk: bnp.EmpiricalRisk, table: bnp.LayerTable) -> int:
+    """Every number of the table against the block measured by itself; how many of them are two-sided."""
+    P, two_sided = bnp.bnp_preconditioner(risk), 0
+    for block, found in numbers(table):
+        if found[0] is None:
+            continue
+        A, null = bnp.gauss_newton(risk, block=block), bnp.null_directions(risk, block=block)
+        for k, inner in zip(found, (None, P.block(block)), strict=True):
+            assert k is not None
+            direct = condition_number(A, preconditioner=inner, null=null)
+            assert k.value == pytest.approx(direct.value, rel=1e-6) or not direct.two_sided
+            assert max(k.lower, direct.lower) <= min(k.upper, direct.upper)
+            assert k.two_sided >= direct.two_sided
+            assert k.rank == direct.rank or not direct.two_sided
+            two_sided += k.two_sided
+    return two_sided
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_dense_layers_have_the_numbers_of_their_blocks(data, activation):
+    risk = perceptron(*data, activation)
+    assert require_same(risk, bnp.layer_table(risk)) >= 20
+
+
+def test_convolutions_have_the_numbers_of_their_blocks(images):
+    assert require_same(images, bnp.layer_table(images)) >= 10
+
+
+def test_units_of_a_layer_too_large_by_itself_are_still_two_sided(images, data, monkeypatch):
+    # The function of the same name hides the module from an import.
+    routes = importlib.import_module("bnp_analysis.linalg.routes")
+    for module in (reduction, routes):
+        monkeypatch.setattr(module, "FACTOR_LIMIT", 20)
+    monkeypatch.setattr(routes, "DENSE_LIMIT", 20)
+    monkeypatch.setattr(blocks, "_SEARCHED", 0)
+    for risk in (images, perceptron(*data)):
+        for row in bnp.layer_table(risk).layers:
+            if row.units * row.features > 20:
+                assert row.block is None or row.block.method == "lanczos"
+            for k in (*row.unit_blocks, *row.unit_blocks_with_P):
+                assert k is None or k.two_sided
+
+
+def test_a_layer_forms_its_jacobian_once(images, monkeypatch):
+    formed = []
+    rows = JacobianFactor.row_blocks
+
+    def counted(self):
+        formed.append(self.shape)
+        yield from rows(self)
+
+    monkeypatch.setattr(JacobianFactor, "row_blocks", counted)
+    monkeypatch.setattr(JacobianFactor, "to_dense", lambda self: pytest.fail("the factor is formed once more"))
+    monkeypatch.setattr(blocks, "known_null", lambda risk, block, factor=None: None)
+    bnp.layer_table(images)
+    assert len(formed) == 1
+
+
+def test_numbers_do_not_depend_on_the_threads(data):
+    risk, threads = perceptron(*data), torch.get_num_threads()
+    one = bnp.layer_table(risk)
+    try:
+        torch.set_num_threads(3)
+        three = bnp.layer_table(risk)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    for (_, a), (_, b) in zip(numbers(one), numbers(three), strict=True):
+        for k, other in zip(a, b, strict=True):
+            assert (k is None) == (other is None)
+            if k is not None and other is not None:
+                assert k.value == pytest.approx(other.value, rel=1e-9)
+                assert (k.rank, k.two_sided) == (other.rank, other.two_sided)
+
+
+def test_far_means_are_measured_on_the_centred_rows(data, monkeypatch):
+    """Inputs at 1e7 +- 1: the triangle of the raw rows has lost more than the rows minus their mean."""
+    x, y = data
+    x = 1e7 + torch.rand(70, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    model = bnp.models.mlp([6, 12, 3], activation="tanh", dtype=torch.float64)
+    with torch.no_grad():
+        model.fc1.weight *= 1e-7
+    risk = bnp.EmpiricalRisk(model, cross_entropy, (x, y))
+    P = bnp.bnp_preconditioner(risk)
+    swept = unit_blocks(risk, coverage(risk))["fc1"]
+    direct = [condition_number(swept[i], preconditioner=P.block(("fc1", i))) for i in range(12)]
+    found = bnp.layer_table(risk, P, layers=["fc1"]).layers[0].unit_blocks_with_P
+    monkeypatch.setattr(blocks, "_WIDTH", 1.0)
+    blurred = bnp.layer_table(risk, P, layers=["fc1"]).layers[0].unit_blocks_with_P
+    for k, best, worse in zip(found, direct, blurred, strict=True):
+        assert k is not None
+        assert worse is not None
+        assert k.two_sided
+        assert k.upper / k.lower <= 1.000001 * best.upper / best.lower < 0.99999 * worse.upper / worse.lower
+        assert max(k.lower, best.lower, worse.lower) <= min(k.upper, best.upper, worse.upper)
+
+
+def test_dependent_inputs_are_found_in_layers_too_large_to_search(data, monkeypatch):
+    """A column that is a sum of others: no place of a zero shows it."""
+    x, y = data
+    x = torch.cat([x[:, 3:], x[:, 3:5].sum(dim=1, keepdim=True)], dim=1)
+    monkeypatch.setattr(blocks, "_SEARCHED", 0)
+    found = [k for k in bnp.layer_table(perceptron(x, y), layers=["fc1"]).layers[0].unit_blocks if k is not None]
+    assert all(k.two_sided for k in found)
+    assert sum(k.null_sources == {"dependent inputs": 1} for k in found) >= 5
+
+
+def test_progress_counts_every_block_once(data):
+    seen: list[tuple[int, int]] = []
+    bnp.layer_table(perceptron(*data), progress=lambda done, total: seen.append((done, total)))
+    assert {total for _, total in seen} == {12 + 8 + 3 + 2 * 3}
+    assert [done for done, _ in seen] == list(range(1, 30))
