@@ -86,18 +86,22 @@ def test_convolutions_have_the_numbers_of_their_blocks(images):
 
 
 def test_units_of_a_layer_too_large_by_itself_are_still_two_sided(images, data, monkeypatch):
+    risks = (images, perceptron(*data))
+    known = [dict(numbers(bnp.layer_table(risk))) for risk in risks]
     # The function of the same name hides the module from an import.
     routes = importlib.import_module("bnp_analysis.linalg.routes")
     for module in (reduction, routes):
         monkeypatch.setattr(module, "FACTOR_LIMIT", 20)
     monkeypatch.setattr(routes, "DENSE_LIMIT", 20)
     monkeypatch.setattr(blocks, "_SEARCHED", 0)
-    for risk in (images, perceptron(*data)):
-        for row in bnp.layer_table(risk).layers:
-            if row.units * row.features > 20:
-                assert row.block is None or row.block.method == "lanczos"
-            for k in (*row.unit_blocks, *row.unit_blocks_with_P):
-                assert k is None or k.two_sided
+    for risk, before in zip(risks, known, strict=True):
+        for block, found in numbers(bnp.layer_table(risk)):
+            for k, other in zip(found, before[block], strict=True):
+                if k is not None and isinstance(block, tuple):
+                    assert k.two_sided
+                    assert k.value == pytest.approx(other.value, rel=1e-6)
+                elif k is not None and k.dim > 20:
+                    assert k.method == "lanczos"
 
 
 def test_a_layer_forms_its_jacobian_once(images, monkeypatch):

@@ -32,6 +32,7 @@ from bnp_analysis.linalg import (
     condition_number,
     reduction,
 )
+from bnp_analysis.linalg.forming import UNIT
 from bnp_analysis.linalg.matrices import ReducedFactor
 from bnp_analysis.linalg.reduction import reduced, reduced_parts, reducible
 from bnp_analysis.linalg.structure import structural_rank
@@ -114,12 +115,14 @@ def test_columns_that_share_too_few_rows_are_explained(generator):
 
 
 def test_scales_of_zero_take_their_rows_out(generator):
+    """Of the rows that count only two have entries in three of the columns; the others do not make up for them."""
     rows = torch.rand(30, 5, generator=generator, dtype=torch.float64)
+    rows[5:20, :3] = 0
     scale = torch.zeros(30, dtype=torch.float64)
-    scale[3:6] = 1.0
+    scale[3:20] = 1.0
     k = condition_number(GramOperator(RowScaled(scale, rows)))
-    assert (k.rank, k.two_sided) == (3, True)
-    assert condition_number(GramOperator(MatrixOperator(rows[3:6]))).value == pytest.approx(k.value, rel=1e-12)
+    assert (k.rank, k.two_sided) == (4, True)
+    assert condition_number(GramOperator(MatrixOperator(rows[3:20]))).value == pytest.approx(k.value, rel=1e-12)
 
 
 # the reduced factor
@@ -136,6 +139,8 @@ def test_a_reduced_operator_is_the_operator(generator, kind, shape):
     assert B.factor.shape[0] <= min(shape)
     assert float((B.to_dense() - F.T @ F).abs().max()) <= 1e-13 * float((F.T @ F).abs().max())
     assert B.factor.columns == pytest.approx(F.norm(dim=0))
+    # As many roundings as QR had rows, by convention; none where the rows are kept as they are.
+    assert (B.factor.rounding >= shape[0] * UNIT) == (shape[0] > shape[1])
     check_symmetric_operator(B, generator)
     found, direct = condition_number(B), condition_number(A)
     assert found.value == pytest.approx(direct.value, rel=1e-9)
