@@ -4,8 +4,9 @@
 
 Two processes of one thread each are started, connected by gloo. Round after round the first multiplies alone with all
 of the data while the other waits, then both multiply with half of them each; wall-clock time, medians over rounds of
-ratios within a round. The constants of the model (the rate of a product, what meeting and summing cost, what every
-process repeats) are measured in the same run; docs/scaling.md has the formulas.
+ratios within a round, and beside them ratios of processor times. The constants of the model (the rate of a product,
+what meeting and summing cost, what every process repeats) are measured in the same run; docs/scaling.md has the
+formulas.
 """
 
 from __future__ import annotations
@@ -57,7 +58,10 @@ def timed(work: Callable[[], Any], count: int = 1) -> float:
 
 
 def paired(group: Group, one: Callable[[], Any], two: Callable[[], Any], rounds: int, least: float) -> dict[str, float]:
-    """Medians: of both times, and of their ratio within a round. `one` runs on rank 0 while the others wait."""
+    """Medians: of both times, and of their ratio within a round. `one` runs on rank 0 while the others wait.
+
+    `busy` compares processor times, the longest of the ranks', and so leaves out waiting and what other programs take.
+    """
     token = torch.zeros(1)
     for _ in range(2):
         if group.rank == 0:
@@ -65,17 +69,21 @@ def paired(group: Group, one: Callable[[], Any], two: Callable[[], Any], rounds:
         group.agree(token, "a turn")
         two()
     count = group.from_first(max(1, round(least / timed(one))) if group.rank == 0 else 0, "how often")
-    ones, twos = [], []
+    ones, twos, busy = [], [], []
     for _ in range(rounds):
+        clock = time.process_time()
         if group.rank == 0:
             ones.append(timed(one, count))
+        alone, clock = time.process_time() - clock, time.process_time()
         group.agree(token, "a turn")
         twos.append(timed(two, count))
-        group.agree(token, "a turn")
+        own = time.process_time() - clock
+        busy.append(alone / max(group.share(lambda own=own: own, "processor times")))
     if group.rank:
         return {}
     ratios = [a / b for a, b in zip(ones, twos, strict=True)]
-    return {"one": statistics.median(ones), "two": statistics.median(twos), "faster": statistics.median(ratios)}
+    times = {"one": statistics.median(ones), "two": statistics.median(twos)}
+    return times | {"faster": statistics.median(ratios), "busy": statistics.median(busy)}
 
 
 def constants(group: Group, n: int) -> dict[str, float]:
@@ -124,7 +132,7 @@ def _lanczos(A: Any) -> None:
 def report(record: dict[str, Any], command: str) -> list[str]:
     """Measured, predicted, and predicted further."""
     lines = heading("Two processes against one, and more on paper", command, record["about"])
-    head = ["network", "what", "one rank, ms", "two ranks, ms", "faster", "model of two, ms"]
+    head = ["network", "what", "one rank, ms", "two ranks, ms", "faster", "busy", "model of two, ms"]
     rows, paper = [], []
     for network, found in record["networks"].items():
         net = found["latency"], found["bandwidth"]
@@ -137,10 +145,15 @@ def report(record: dict[str, Any], command: str) -> list[str]:
                 own = t["one"] - STEPS * found["Hessian"]["one"]
                 predicted = STEPS * model_of(2, c | {"product": found["Hessian"]["one"]}, *net) + max(own, 0.0)
             ms = [f"{1e3 * s:.1f}" for s in (t["one"], t["two"])]
-            rows.append([network, name, *ms, f"{t['faster']:.2f}x", f"{1e3 * predicted:.1f}"])
+            rows.append([network, name, *ms, f"{t['faster']:.2f}x", f"{t['busy']:.2f}x", f"{1e3 * predicted:.1f}"])
         paper += _paper(network, found)
     lines += table(head, rows)
-    lines += ["", f"One thread a process, float64. `faster` is the median over {record['rounds']} rounds.", ""]
+    lines += [
+        "",
+        f"One thread a process, float64. `faster`: median of {record['rounds']} rounds of ratios of wall-clock times;",
+        "`busy`: of processor times, the longer of the ranks', without waiting, and without what other programs take.",
+        "",
+    ]
     for network, found in record["networks"].items():
         lines += [
             f"{network}: {found['parameters']} parameters, {8 * found['parameters'] / 1e6:.2f} MB to sum per product; "

@@ -170,6 +170,9 @@ def _numbers(risk: bnp.EmpiricalRisk) -> Found:
         k = bnp.condition_number(A, null=N, method=method, steps=12 if method == "lanczos" else None)
         found |= {f"kappa by {method}": k.value, f"its rank by {method}": k.rank}
     k = bnp.condition_number(A, null=N, preconditioner=P)
+    inverse = bnp.regularized_condition_number(A, 0.1, method="inverse-lanczos", seed=2)
+    found |= {"kappa by inverse-lanczos": inverse.value}
+    found["check"] = [c.holds for c in bnp.check_theory(risk, only=["T1", "T3"]).checks]
     found |= {"kappa with P": k.value, "its interval": torch.tensor([k.lower, k.upper]).nan_to_num()}
     found["kappa of the hessian"] = bnp.magnitude_condition_number(H).value
     found["kappa, regularized"] = bnp.regularized_condition_number(A, 0.1).value
@@ -184,7 +187,10 @@ def _numbers(risk: bnp.EmpiricalRisk) -> Found:
 
 def _tables(risk: bnp.EmpiricalRisk) -> Found:
     found: Found = {}
-    for row in bnp.layer_table(risk).layers:
+    comparison = bnp.compare(risk, curvature=["gauss-newton", "fisher-mc"])
+    for name, pair in comparison.network.items():
+        found[f"compared: {name}"] = torch.tensor([k.value for k in pair if k is not None], dtype=torch.float64)
+    for row in comparison.layers.layers:
         kinds = (row.inputs, row.centered, row.normalized, row.block, row.block_with_P)
         numbers = [k.value for k in (*kinds, *row.unit_blocks, *row.unit_blocks_with_P) if k is not None]
         found[f"row of {row.layer}"] = torch.tensor(numbers, dtype=torch.float64)
