@@ -6,6 +6,7 @@ counts or open residuals; a file that a kill leaves half-written; a resumed sear
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -91,16 +92,8 @@ def test_a_killed_run_ends_with_the_same_numbers(name: str, tmp_path: Path) -> N
     assert (folder / "run.pt").exists(), "nothing was saved before the kill"
     resumed, whole = RUNS[name](None, folder / "run.pt"), RUNS[name](None, tmp_path / "whole.pt")
     assert resumed.matvecs >= whole.matvecs
-    different = {"matvecs", "seconds"}
-    for field, value in vars(whole).items():
-        if field not in different:
-            found = getattr(resumed, field)
-            same = torch.equal(value, found) if isinstance(value, Tensor) else bool(_all(value == found))
-            assert same, field
-
-
-def _all(found: Any) -> Any:
-    return found.all() if hasattr(found, "all") else found
+    # Equal to the last bit, but for the product that told whose file it is.
+    assert dataclasses.replace(resumed, matvecs=whole.matvecs) == whole
 
 
 if __name__ == "__main__":
