@@ -19,7 +19,16 @@ import bnp_analysis as bnp
 from bnp_analysis.curvature.factors import JacobianFactor
 from bnp_analysis.curvature.units import unit_blocks
 from bnp_analysis.diagnose import blocks
-from bnp_analysis.linalg import ConditionNumber, condition_number, reduction
+from bnp_analysis.diagnose.blocks import pair
+from bnp_analysis.linalg import (
+    ConditionNumber,
+    DensePreconditioner,
+    GramOperator,
+    MatrixOperator,
+    condition_number,
+    reduction,
+)
+from bnp_analysis.linalg.matrices import ReducedFactor
 from bnp_analysis.network import coverage
 
 Found = ConditionNumber | None
@@ -156,6 +165,25 @@ def test_far_means_are_measured_on_the_centred_rows(data, monkeypatch):
         assert k.two_sided
         assert k.upper / k.lower <= 1.000001 * best.upper / best.lower < 0.99999 * worse.upper / worse.lower
         assert max(k.lower, best.lower, worse.lower) <= min(k.upper, best.upper, worse.upper)
+
+
+@pytest.mark.parametrize("rounding", [1e-3, 1.0, 1e3])
+def test_what_a_reduced_factor_hides_is_measured_directly(rounding, generator):
+    """Rounding that leaves a wide interval, unresolved values, or nothing at all."""
+    F = torch.randn(9, 4, generator=generator, dtype=torch.float64)
+    own = GramOperator(MatrixOperator(F))
+    P = DensePreconditioner(torch.eye(4, dtype=torch.float64))
+    careless = ReducedFactor(torch.linalg.qr(F)[1], F.norm(dim=0), rounding, 4, torch.float64)
+    plain = condition_number(own)
+
+    def measure(A, **words):
+        return condition_number(A, **words) if "preconditioner" in words else plain
+
+    found = pair(GramOperator(careless), P, None, 0, measure=measure, direct=own)[1]
+    assert found is not None
+    assert found.two_sided
+    assert found.value == pytest.approx(plain.value, rel=1e-10)
+    assert pair(own, None, None, 0, measure=measure)[1] is None
 
 
 def test_dependent_inputs_are_found_in_layers_too_large_to_search(data, monkeypatch):

@@ -99,7 +99,7 @@ def pair(
     progress: Progress = False,
     direct: SymmetricOperator | None = None,
 ) -> Pair:
-    """The number without and with `P`; None where there is no curvature at all, or no such `P`.
+    """The number without and with `P`; None where there is no curvature to be seen, or no such `P`.
 
     Args:
         A: the operator, possibly reduced.
@@ -112,21 +112,28 @@ def pair(
     """
     try:
         plain = measure(A, null=null, seed=seed, progress=progress)
-        if P is None:
-            return plain, None
-        found = measure(A, preconditioner=P, null=null, seed=seed, progress=progress)
-        if direct is not None and direct is not A and _blurred(plain, found):
-            other = measure(direct, preconditioner=P, null=null, seed=seed, progress=progress)
-            found = min(found, other, key=lambda k: (k.unresolved or 0, k.upper / k.lower))
-        return plain, found
     except ZeroOperatorError:
         return None, None
+    found: ConditionNumber | None = None
+    for operator in [] if P is None else [A] if direct is None or direct is A else [A, direct]:
+        try:
+            other = measure(operator, preconditioner=P, null=null, seed=seed, progress=progress)
+        except ZeroOperatorError:
+            continue
+        found = other if found is None else min(found, other, key=_doubt)
+        if not _blurred(plain, found):
+            break
+    return plain, found
 
 
 def _blurred(plain: ConditionNumber, found: ConditionNumber) -> bool:
     if (found.unresolved or 0) > (plain.unresolved or 0):
         return True
     return found.dtype == "float64" and math.isfinite(found.upper) and found.upper > (1 + _WIDTH) * found.lower
+
+
+def _doubt(k: ConditionNumber) -> tuple[int, float]:
+    return k.unresolved or 0, k.upper / k.lower if k.lower > 0 else math.inf
 
 
 def known_null(risk: EmpiricalRisk, block: str | None, factor: LinearOperator | None = None) -> NullDirections | None:
