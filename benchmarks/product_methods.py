@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class Problem:
     def gradient(self) -> tuple[Tensor, ...]:
         return torch.autograd.grad(self.loss(), self.parameters)
 
+    @cached_property
     def risk(self) -> bnp.EmpiricalRisk:
         return bnp.EmpiricalRisk(self.model, LOSS, (self.x, self.y))
 
@@ -128,9 +130,9 @@ def curvlinops(p: Problem, kind: str) -> Product:
 #: matrix -> {name: what makes the product}; the first of each matrix is the package's default.
 METHODS: dict[str, dict[str, Callable[[Problem], Product]]] = {
     "Hessian": {
-        OURS: lambda p: bnp.hessian(p.risk()).__matmul__,
-        f"{OURS}, graph retained": lambda p: bnp.hessian(p.risk(), engine="retained").__matmul__,
-        f"{OURS}, recomputed": lambda p: bnp.hessian(p.risk(), engine="recompute").__matmul__,
+        OURS: lambda p: bnp.hessian(p.risk).__matmul__,
+        f"{OURS}, graph retained": lambda p: bnp.hessian(p.risk, engine="retained").__matmul__,
+        f"{OURS}, recomputed": lambda p: bnp.hessian(p.risk, engine="recompute").__matmul__,
         "torch, double backward": double_backward,
         "torch, double backward retained": retained,
         "torch.func.linearize(grad)": linearized,
@@ -141,8 +143,8 @@ METHODS: dict[str, dict[str, Callable[[Problem], Product]]] = {
         "curvlinops-for-pytorch": lambda p: curvlinops(p, "HessianLinearOperator"),
     },
     "Gauss-Newton": {
-        OURS: lambda p: bnp.gauss_newton(p.risk()).__matmul__,
-        f"{OURS}, recomputed": lambda p: bnp.gauss_newton(p.risk(), engine="recompute").__matmul__,
+        OURS: lambda p: bnp.gauss_newton(p.risk).__matmul__,
+        f"{OURS}, recomputed": lambda p: bnp.gauss_newton(p.risk, engine="recompute").__matmul__,
         "hessian-eigenthings": eigenthings_ggn,
         "curvlinops-for-pytorch": lambda p: curvlinops(p, "GGNLinearOperator"),
     },

@@ -6,8 +6,9 @@ Writes `products.md` and `products.json`. The unit is one gradient of the same b
 one process, round after round, warmed up; numbers are medians of the ratios to the unit of the same round. Every
 product is compared with plain double backward before it is timed. Beside them stands the least number of flops of an
 exact product whose activations are cached (`side_by_side.flop_limits`). Memory is by how much the largest resident
-memory of a fresh process grows while it makes the operator and three products, over the same for the gradient. Peers
-that are not installed are skipped. `--gpu` runs on CUDA, with TF32 off and on, and tries bfloat16.
+memory of a fresh process grows while it makes the operator and three products, over the same for the gradient; the
+snapshot of model and data, like the data themselves, is there before. Peers that are not installed are skipped.
+`--gpu` runs on CUDA, with TF32 off and on, and tries bfloat16.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def memory(name: str, size: int, matrix: str, method: str) -> float:
     if matrix in METHODS:
         METHODS[matrix][method](Problem("MLP", 2, "cpu"))(Problem("MLP", 2, "cpu").v)
     p = Problem(name, size, "cpu")
+    _ = p.risk  # snapshot and checks, made once for all operators
     before = peak_memory("cpu", reset=True)
     product = METHODS[matrix][method](p) if matrix in METHODS else lambda v: p.gradient()
     for _ in range(3):
@@ -147,11 +149,11 @@ def bfloat16() -> str:
     """What the package does with a bfloat16 model."""
     p = Problem("MLP", 64, "cuda", torch.bfloat16)
     try:
-        found = bnp.hessian(p.risk()) @ p.v
+        found = bnp.hessian(p.risk) @ p.v
     except (BNPAnalysisError, RuntimeError) as refused:
         return f"bfloat16 is refused: {refused}"
     exact = Problem("MLP", 64, "cuda", torch.float32)
-    expected = bnp.hessian(exact.risk()) @ exact.v
+    expected = bnp.hessian(exact.risk) @ exact.v
     error = float((found.float() - expected).norm() / expected.norm())
     return f"bfloat16 products run, and differ from float32 by {error:.1e} relative: for no condition number."
 
