@@ -75,7 +75,8 @@ def test_a_false_claim_is_found(method: str, tmp_path: Path, monkeypatch: pytest
     assert status == 1
     assert record["totals"]["two_sided_violations"] > 0
     bad = {row["method"] for row in record["rows"] if not row.get("holds", True)}
-    assert bad == {method}
+    # A reduced factor is judged by the same radius.
+    assert bad == ({method, "reduced"} if method == "factor-svd" else {method})
     assert "FALSE" in (tmp_path / "truth_suite.md").read_text()
 
 
