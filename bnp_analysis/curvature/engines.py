@@ -231,7 +231,7 @@ def _saved_bytes(
             total += data.get(storage.data_ptr(), storage.nbytes())
         if total > limit:
             raise _Exceeded
-        return t
+        return t.detach()  # an output that its own node holds would keep the graph alive for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         build(risk, batch)

@@ -48,7 +48,7 @@ def choose_parameters(
             f"parameters that are not real floating point have no derivative: {kinds}; leave them out with params="
         )
     first = named[chosen[0]]
-    mixed = {named[n].dtype for n in chosen} | {named[n].device for n in chosen}
-    if len(mixed) > 2:
-        raise InvalidInputError(f"parameters of several dtypes or devices: {mixed}; choose with dtype= and device=")
+    mixed = {named[n].dtype for n in chosen}
+    if len(mixed) > 1:
+        raise InvalidInputError(f"parameters of several dtypes: {mixed}; choose with dtype=")
     return ParameterSpace({n: named[n].shape for n in chosen}, first.dtype, first.device, aliases)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -62,9 +62,41 @@ def snapshot(model: nn.Module, dtype: torch.dtype | None, device: torch.device |
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             # Sparse gradients cannot be differentiated again; dense ones are the same numbers.
             module.sparse = False
+    tensors = dict(duplicate.named_parameters()) | dict(duplicate.named_buffers())
+    require_one_device({name: t.device for name, t in tensors.items()}, moved=device is not None)
     if device is not None:
         duplicate.to(device=device)
     return duplicate if dtype is None else duplicate.to(dtype=dtype)
+
+
+def require_one_device(places: Mapping[str, torch.device], *, moved: bool) -> None:
+    """Refuse tensors without values, and, unless they will be moved, tensors on several devices.
+
+    Args:
+        places: the device of every parameter and buffer under its name.
+        moved: whether `device=` was given.
+
+    Raises:
+        InvalidInputError: names some of them and the ways out.
+
+    Example:
+        >>> require_one_device({"weight": torch.device("cpu")}, moved=False)
+    """
+    found: dict[torch.device, list[str]] = {}
+    for name, device in places.items():
+        found.setdefault(device, []).append(name)
+    if empty := found.get(torch.device("meta")):
+        raise InvalidInputError(
+            f"{len(empty)} tensors of the model, {empty[0]} first, are on the meta device: they have shapes and no "
+            "values. Load them first: model.to_empty(device='cpu'), then model.load_state_dict(...)"
+        )
+    if len(found) > 1 and not moved:
+        where = "; ".join(f"{device}: {len(names)}, {names[0]} first" for device, names in found.items())
+        raise InvalidInputError(
+            f"the tensors of the model lie on several devices ({where}), but a flat vector theta lives on one. Give "
+            "device=, which moves a copy of the whole model there, or model.to(device); to divide the work, divide "
+            "the data: group= of several processes"
+        )
 
 
 def snapshot_loss(loss: Callable[..., Any], dtype: torch.dtype, device: torch.device) -> Callable[..., Any]:

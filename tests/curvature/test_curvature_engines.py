@@ -4,6 +4,7 @@ a convolution whose second derivative is wrong for some stride, padding, dilatio
 
 from __future__ import annotations
 
+import gc
 import sys
 import weakref
 from collections.abc import Callable
@@ -173,6 +174,26 @@ def test_a_recomputed_graph_is_gone_before_the_next_one(monkeypatch: pytest.Monk
     A = bnp.hessian(images(), engine="recompute")
     A @ numbers(A.dim, 2)
     assert most == [0] * 5  # two small ones to measure, three batches
+
+
+@pytest.mark.parametrize("few", [(4, 8), (100, 200)])
+def test_what_was_recorded_to_measure_is_gone(few: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hook that gives a saved output back as it came ties the graph to itself: it stayed for ever."""
+    monkeypatch.setattr(engines, "_FEW", few)
+    leaves: list[weakref.ref[Tensor]] = []
+    real = bnp.EmpiricalRisk.leaves
+
+    def noted(risk: bnp.EmpiricalRisk) -> dict[str, Tensor]:
+        found = real(risk)
+        leaves.extend(weakref.ref(t) for t in found.values())
+        return found
+
+    risk = images()
+    monkeypatch.setattr(bnp.EmpiricalRisk, "leaves", noted)
+    _ = bnp.hessian(risk).engine
+    gc.collect()
+    assert leaves
+    assert all(ref() is None for ref in leaves)
 
 
 # loaders and sums

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import bnp_analysis as bnp
 from bnp_analysis.errors import BNPAnalysisError, InvalidInputError, NonFiniteError
 from bnp_analysis.network.names import NameIndex, clean_name
+from bnp_analysis.network.snapshot import require_one_device
 
 # the point
 
@@ -310,9 +311,27 @@ def test_parameters_without_a_derivative() -> None:
 def test_parameters_of_several_dtypes() -> None:
     model = mlp()
     model.fc2.float()
-    with pytest.raises(InvalidInputError, match=r"several dtypes or devices.*choose with dtype="):
+    with pytest.raises(InvalidInputError, match=r"several dtypes.*choose with dtype="):
         classify(model, table())
     assert classify(model, table(), dtype=torch.float64).value.dtype == torch.float64
+
+
+@pytest.mark.parametrize("part", ["", "fc2", "norm1"])
+@pytest.mark.parametrize("free", [True, False])
+def test_tensors_without_values(part: str, free: bool) -> None:
+    """Also frozen ones, and buffers: the first product with them used to fail inside torch."""
+    model = mlp(norm="batch").eval()
+    model.get_submodule(part).to("meta").requires_grad_(free or part == "")
+    for options in ({}, {"device": "cpu"}):
+        with pytest.raises(InvalidInputError, match=r"on the meta device.*model.to_empty"):
+            classify(model, table(), **options)
+
+
+def test_tensors_on_several_devices() -> None:
+    places = {"a.weight": torch.device("cuda:0"), "a.bias": torch.device("cuda:0"), "b": torch.device("cuda:1")}
+    with pytest.raises(InvalidInputError, match=r"cuda:0: 2, a.weight first; cuda:1: 1, b first.*Give device="):
+        require_one_device(places, moved=False)
+    require_one_device(places, moved=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
