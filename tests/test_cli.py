@@ -62,6 +62,17 @@ def test_other_preconditioners(name, tmp_path):
     assert all(k is None for k in units) == (name == "kfac")
 
 
+def test_spectrum_by_engine_and_within_memory(capsys):
+    args = ["spectrum", *SMALL, "--top", "1", "--probes", "1", "--steps", "4"]
+    printed = []
+    for more in (["--engine", "retained"], ["--engine", "recompute", "--max-memory", "100"]):
+        assert main([*args, *more]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert main([*args, "--max-memory", "0.001"]) == 2
+    assert "max_memory" in capsys.readouterr().err
+
+
 def test_spectrum_writes_both_densities(tmp_path, capsys):
     args = ["spectrum", *SMALL, "--top", "2", "--probes", "2", "--steps", "8"]
     assert main([*args, "--json", str(tmp_path / "s.json"), "--figure", str(tmp_path / "s.png")]) == 0

@@ -8,6 +8,7 @@ from typing import Any
 
 from bnp_analysis.cli.problem import PRECONDITIONERS, figure_option, problem_options, risk_of
 from bnp_analysis.cli.processes import in_processes, process_options
+from bnp_analysis.curvature.engines import ENGINES
 from bnp_analysis.diagnose import CURVATURES, curvature_matrix
 from bnp_analysis.linalg import eigenpairs, spectral_density
 
@@ -26,13 +27,16 @@ def add_spectrum_command(commands: Any) -> None:
     spectrum.add_argument("--top", type=int, default=5, metavar="K", help="eigenvalues to print")
     spectrum.add_argument("--probes", type=int, default=8, help="random vectors of the density")
     spectrum.add_argument("--steps", type=int, default=64, help="Lanczos steps of each")
+    spectrum.add_argument("--engine", choices=ENGINES, default="auto", help="keep recorded graphs, or recompute them")
+    spectrum.add_argument("--max-memory", type=float, metavar="MIB", help="that kept graphs and a product may take")
     spectrum.set_defaults(run=_spectrum)
 
 
 @in_processes
 def _spectrum(arguments: argparse.Namespace) -> int:
     risk = risk_of(arguments)
-    A = curvature_matrix(risk, arguments.curvature, arguments.seed)
+    limit = None if arguments.max_memory is None else int(2**20 * arguments.max_memory)
+    A = curvature_matrix(risk, arguments.curvature, arguments.seed, engine=arguments.engine, max_memory=limit)
     P = PRECONDITIONERS[arguments.preconditioner](risk)
     progress = not arguments.quiet
     densities = []

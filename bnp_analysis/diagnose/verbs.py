@@ -188,8 +188,10 @@ def compare(
 CURVATURES = ("gauss-newton", "hessian", "fisher-mc", "fisher-empirical")
 
 
-def curvature_matrix(risk: EmpiricalRisk, name: str, seed: int = 0) -> SymmetricOperator:
-    """A curvature matrix of a risk by its name, one of `CURVATURES`.
+def curvature_matrix(
+    risk: EmpiricalRisk, name: str, seed: int = 0, *, engine: str = "auto", max_memory: int | None = None
+) -> SymmetricOperator:
+    """A curvature matrix of a risk by its name, one of `CURVATURES`; `engine` and `max_memory` as in `hessian`.
 
     Example:
         >>> import torch, bnp_analysis as bnp
@@ -199,12 +201,12 @@ def curvature_matrix(risk: EmpiricalRisk, name: str, seed: int = 0) -> Symmetric
         3
     """
     if name == "gauss-newton":
-        return gauss_newton(risk)
+        return gauss_newton(risk, engine=engine, max_memory=max_memory)
     if name == "hessian":
-        return hessian(risk)
+        return hessian(risk, engine=engine, max_memory=max_memory)
     if name not in CURVATURES:
         raise InvalidInputError(f"unknown curvature {name!r}; there are: {', '.join(CURVATURES)}")
-    return fisher(risk, name.removeprefix("fisher-"), seed=seed)
+    return fisher(risk, name.removeprefix("fisher-"), seed=seed, engine=engine, max_memory=max_memory)
 
 
 def _measured(
