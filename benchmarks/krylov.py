@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from krylov_peers import Network, counted_pyhessian, eigenthings, peers, timed
 from scipy.linalg import eigh_tridiagonal
-from side_by_side import RESULTS, about, heading, installed, require_gpu, seconds, table, write
+from side_by_side import RESULTS, about, fix_threads, heading, installed, require_gpu, seconds, table, write
 
 import bnp_analysis as bnp
 from bnp_analysis.errors import DataNotFoundError
@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the two files")
     options = parser.parse_args(arguments)
     device = require_gpu() if options.gpu else "cpu"
-    torch.set_num_threads(options.threads)
+    fix_threads(options.threads)
     warnings.filterwarnings("ignore", category=UserWarning)  # of peers
     try:
         if options.quick:

@@ -28,6 +28,7 @@ from side_by_side import (
     PEERS,
     RESULTS,
     about,
+    fix_threads,
     flop_limits,
     flops,
     heading,
@@ -169,7 +170,7 @@ def matrix_rate() -> float:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The record of a run."""
     device = require_gpu() if options.gpu else "cpu"
-    torch.set_num_threads(options.threads)
+    fix_threads(options.threads)
     flags = [f"--threads {options.threads}", *(f"--{word}" for word in ("quick", "gpu") if getattr(options, word))]
     record: dict[str, Any] = {
         "command": " ".join(["python benchmarks/products.py", *flags]),

@@ -63,6 +63,17 @@ def heading(title: str, command: str, facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def fix_threads(number: int) -> None:
+    """Torch and every BLAS of the process on so many threads."""
+    torch.set_num_threads(number)
+    if importlib.util.find_spec("threadpoolctl"):
+        import scipy.linalg  # its BLAS must be loaded to be limited
+        from threadpoolctl import threadpool_limits
+
+        assert scipy.linalg
+        threadpool_limits(limits=number)
+
+
 def require_gpu() -> str:
     """`"cuda"`, or an error that ends the program."""
     if not torch.cuda.is_available():

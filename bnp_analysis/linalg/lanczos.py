@@ -24,6 +24,7 @@ from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.progress import Progress, reporting
 from bnp_analysis.linalg.random import generator, normal, project_out
 from bnp_analysis.linalg.rows import dots, length, orthogonalized
+from bnp_analysis.linalg.threads import one_blas_thread
 
 Floats = NDArray[np.float64]
 
@@ -71,7 +72,8 @@ def tridiagonal_eigh(alpha: Floats, beta: Floats) -> tuple[Floats, Floats]:
     """Eigenvalues and vectors of the tridiagonal problem, always in float64 (trap 11)."""
     if alpha.size == 1:
         return alpha.copy(), np.ones((1, 1))
-    values, vectors = eigh_tridiagonal(alpha, beta)
+    with one_blas_thread():
+        values, vectors = eigh_tridiagonal(alpha, beta)
     return np.asarray(values, dtype=np.float64), np.asarray(vectors, dtype=np.float64)
 
 

@@ -19,6 +19,7 @@ from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.progress import Progress, reporting
 from bnp_analysis.linalg.random import generator, normal
 from bnp_analysis.linalg.rows import dots, length, orthogonalized
+from bnp_analysis.linalg.threads import one_blas_thread
 
 _LEAST_LOOK = 8
 _COLUMNS = 1 << 15
@@ -183,7 +184,8 @@ class ThickRestart:
 
     def _decompose(self) -> tuple[Floats, Floats, list[int]]:
         """Ritz values, vectors and the positions of the wanted ones, best first."""
-        values, vectors = np.linalg.eigh(self.H[: self.size, : self.size].cpu().numpy())
+        with one_blas_thread():
+            values, vectors = np.linalg.eigh(self.H[: self.size, : self.size].cpu().numpy())
         descending = list(range(self.size))[::-1]
         return values, vectors, descending[: self.upper] + descending[::-1][: self.k - self.upper]
 

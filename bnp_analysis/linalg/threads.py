@@ -1,0 +1,36 @@
+"""Small eigenproblems on one thread.
+
+NumPy's BLAS has threads of its own beside torch's. For matrices of a hundred rows they wait for one another, and for
+torch's, ten times longer than they compute.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+
+@cache
+def _controller() -> Any:
+    try:
+        from threadpoolctl import ThreadpoolController
+    except ImportError:  # it comes with scikit-learn; without it all is only slower
+        return None
+    return ThreadpoolController()
+
+
+def one_blas_thread() -> AbstractContextManager[Any]:
+    """Inside it NumPy's and SciPy's BLAS use one thread; torch's threads stay as they are.
+
+    Example:
+        >>> import numpy as np
+        >>> with one_blas_thread():
+        ...     np.linalg.eigvalsh(np.eye(2)).tolist()
+        [1.0, 1.0]
+    """
+    controller = _controller()
+    limit: AbstractContextManager[Any] = (
+        nullcontext() if controller is None else controller.limit(limits=1, user_api="blas")
+    )
+    return limit
