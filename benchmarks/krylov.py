@@ -29,7 +29,7 @@ from side_by_side import RESULTS, about, fix_threads, heading, installed, requir
 
 import bnp_analysis as bnp
 from bnp_analysis.errors import DataNotFoundError
-from bnp_analysis.linalg import lanczos
+from bnp_analysis.linalg import Tridiagonalization, lanczos
 
 EPOCHS = (0, 12, 60)
 #: what is asked: (how many, relative residual, dtype, most products, most gradients).
@@ -41,10 +41,9 @@ ASKED = (
 DENSITY = {True: 1.9, False: 1.6}  # gradients per probe and step, with and without reorthogonalization
 
 
-def least(network: Network, k: int, tol: float, seed: int, limit: int) -> int | None:
-    """Steps of an unrestarted float64 run until its `k` largest Ritz values have small residuals."""
-    run = lanczos(bnp.hessian(network.risk(torch.float64)), limit, seed=seed)
-    for m in range(k, limit):
+def least(run: Tridiagonalization, k: int, tol: float) -> int | None:
+    """Steps until the `k` largest Ritz values of a run without restarts have small residuals."""
+    for m in range(k, len(run.alpha)):
         values, vectors = eigh_tridiagonal(run.alpha[:m], run.beta[: m - 1])
         if (np.abs(vectors[-1, -k:]) * run.beta[m - 1] <= tol * np.abs(values[-k:])).all():
             return m
@@ -53,10 +52,12 @@ def least(network: Network, k: int, tol: float, seed: int, limit: int) -> int | 
 
 def searches(network: Network, seeds: int, limit: int) -> Iterator[dict[str, Any]]:
     """Our eigenpairs: a row for each thing asked and each way to treat multiplicity."""
+    exact = bnp.hessian(network.risk(torch.float64))
+    runs = [lanczos(exact, limit, seed=seed) for seed in range(seeds)]
     for k, tol, dtype, most_products, most_gradients in ASKED:
         unit = network.gradient(dtype)
         seconds(unit, 3)
-        fewest = [least(network, k, tol, seed, limit) for seed in range(seeds)]
+        fewest = [least(run, k, tol) for run in runs]
         for multiplicity in ("verify", "trust") if k > 1 else ("verify",):
             products, times, residuals, stops = [], [], [], set()
             for seed in range(seeds):
@@ -180,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
     for epochs in EPOCHS[1:2] if options.quick else EPOCHS:
         network = Network(data, epochs, device)
         name = f"after {epochs} epochs" if epochs else "at its start"
-        record["eigenpairs"][name] = list(searches(network, seeds, 130))
+        record["eigenpairs"][name] = list(searches(network, seeds, 110))
         print(f"{name}: eigenpairs done", flush=True)
         if epochs in (EPOCHS[1] if options.quick else EPOCHS[-1],):
             record["density"][name] = densities(network, record["probes"], record["steps"])
