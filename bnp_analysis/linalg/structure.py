@@ -22,6 +22,7 @@ def structural_rank(nonzero: Tensor) -> int:
     Source: Koenig 1931, Hall 1935; Hopcroft and Karp 1973.
 
     Example:
+        >>> import torch
         >>> structural_rank(torch.tensor([[True, True, True], [True, False, False], [True, False, False]]))
         2
     """
