@@ -12,6 +12,9 @@ from bnp_analysis.distributed.group import ALONE, Group
 from bnp_analysis.distributed.link import Link
 from bnp_analysis.errors import DistributedError, InvalidInputError
 
+# Starting takes processes longer, and differs more among them, than what they do together.
+_START = 300.0
+
 
 def launched() -> int:
     """How many processes the launcher (`torchrun`) says there are; 1 without one."""
@@ -25,7 +28,7 @@ def initialize(*, timeout: float = 600.0) -> Group:
 
     Args:
         timeout: seconds that a process may be late before the others end with an error: more than what one product
-            on the largest shard takes, and than what one process may do alone.
+            on the largest shard takes, and than what one process may do alone. For the start at least 300.
 
     Returns:
         A `Group`; of this process alone where nothing was launched.
@@ -58,10 +61,10 @@ def initialize(*, timeout: float = 600.0) -> Group:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
             backend = "cpu:gloo,cuda:nccl"
         try:
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+            dist.init_process_group(backend, timeout=timedelta(seconds=max(timeout, _START)))
         except (RuntimeError, ValueError) as error:
             raise DistributedError(
-                f"the {launched()} processes did not find each other within {timeout:g} s ({error}). Start all of "
+                f"the {launched()} processes did not find each other in time ({error}). Start all of "
                 "them, with one MASTER_ADDR and MASTER_PORT, or let torchrun do it"
             ) from error
     return ALONE if dist.get_world_size() == 1 else Group(Link(timeout, owns=own))

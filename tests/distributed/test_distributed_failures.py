@@ -7,7 +7,6 @@ that each process resumes from a file of its own; a check that one process passe
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +48,13 @@ def test_an_error_on_one_process_is_an_error_on_both_and_they_stay_in_step(two: 
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[tuple[int, str]], float, list[Any]]:
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[tuple[int, str]], list[Any]]:
     """A run whose second process is killed after 65 steps, and the same run started again."""
     folder = tmp_path_factory.mktemp("killed")
-    began = time.monotonic()
     first = start("killed", folder, KILL_AT="65")
-    seconds = time.monotonic() - began
     for status, output in start("killed", folder):
         assert status == 0, output
-    return first, seconds, found("killed", folder)
+    return first, found("killed", folder)
 
 
 def test_a_killed_process_ends_the_others(killed: Any) -> None:
@@ -66,11 +63,11 @@ def test_a_killed_process_ends_the_others(killed: Any) -> None:
     assert survivor == 1
     assert "DistributedError: rank 0 of 2 was left alone at 'a product with Hessian'" in words
     assert "no sign of rank 1" in words
-    assert killed[1] < 60
+    assert "Timed out" not in words, "a closed connection is noticed at once"
 
 
 def test_a_killed_run_resumes_on_all_processes(killed: Any, two: list[Any]) -> None:
-    resumed, calm = killed[2], two[0]["undisturbed"]
+    resumed, calm = killed[1], two[0]["undisturbed"]
     for one in resumed:
         assert 50 <= one["began at"] < 65, "what rank 0 had saved"
         assert one["files"] == ["state.pt"], "rank 0 alone writes"
@@ -87,4 +84,4 @@ def test_a_process_that_is_late_ends_all(tmp_path: Path) -> None:
     assert "no sign of rank 1" in waiting["error"][1]
     assert "rank 0 or its launcher, who keep the list of processes, are gone" in late["error"][1]
     assert "cannot go on" in waiting["again"][1]
-    assert waiting["seconds"] < 7
+    assert "Timed out waiting 2000ms" in waiting["error"][1]
