@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,9 @@ from bnp_analysis.linalg.random import project_out
 from bnp_analysis.linalg.rows import dots, length
 
 
-def three_term(A: SymmetricOperator, steps: int, start: Tensor, null: Tensor) -> tuple[Floats, Floats, int]:
+def three_term(
+    A: SymmetricOperator, steps: int, start: Tensor, null: Tensor, *, every: int | None = None
+) -> tuple[Floats, Floats, int]:
     """The tridiagonal matrix of a run that stores three vectors.
 
     Rounding brings back directions that have converged: their eigenvalues come again, as *ghosts*. The weights of a
@@ -25,6 +28,7 @@ def three_term(A: SymmetricOperator, steps: int, start: Tensor, null: Tensor) ->
         steps: largest size of the matrix.
         start: start vector `(n,)`.
         null: orthonormal `(n, r)`, projected out of every vector.
+        every: steps between two looks at the numbers; default 1 on the CPU, 10 where looking means waiting.
 
     Returns:
         Diagonal `(k,)`, off-diagonal `(k - 1,)` and the products spent; `k < steps` for an invariant subspace.
@@ -46,7 +50,7 @@ def three_term(A: SymmetricOperator, steps: int, start: Tensor, null: Tensor) ->
     alpha, beta = coefficients
     v = project_out(start.unsqueeze(1), null).squeeze(1)
     v, previous = v / length(v), torch.zeros_like(v)
-    every = 1 if A.device.type == "cpu" else 10  # a GPU is not waited for
+    every = every or (1 if A.device.type == "cpu" else 10)
     eps = float(torch.finfo(A.dtype).eps)
     for k in range(steps):
         w = A @ v
@@ -58,12 +62,12 @@ def three_term(A: SymmetricOperator, steps: int, start: Tensor, null: Tensor) ->
         beta[k] = length(w)
         if (k + 1) % every == 0 or k + 1 == steps:
             found = coefficients[:, : k + 1].cpu().numpy()
-            scale = float(abs(found[:, : k + 1]).max())
+            scale = np.maximum.accumulate(np.abs(found).max(axis=0))  # NaN from the first one on
             small = (found[1] <= 10 * math.sqrt(A.dim) * eps * scale).nonzero()[0]
             if small.size:  # an invariant subspace; what was computed after it is of no use
                 last = int(small[0]) + 1
                 return found[0, :last].copy(), found[1, : last - 1].copy(), k + 1
-            if not math.isfinite(scale):
+            if not np.isfinite(scale[-1]):
                 raise NonFiniteError(
                     f"one of the first {k + 1} products with {A!r} has NaN or infinite entries; look at the "
                     "parameters, the loss and the dtype"

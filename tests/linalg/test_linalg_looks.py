@@ -18,6 +18,7 @@ from torch import Tensor
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg import CallableOperator, DenseOperator, eigenpairs, lanczos, spectral_density
 from bnp_analysis.linalg.looks import products_that_show
+from bnp_analysis.linalg.three_term import three_term
 from bnp_analysis.testing import symmetric_with_spectrum
 
 
@@ -126,3 +127,23 @@ def test_the_recurrence_stays_outside_the_null_space(generator: torch.Generator)
     assert flat.nodes[flat.weights > 0].tolist() == pytest.approx([3.0] * 8)
     with pytest.raises(NonFiniteError):
         spectral_density(counting(p.operator, {4: lambda v: v / 0}), reorthogonalize=False)
+
+
+@pytest.mark.parametrize("every", [1, 4, 100])
+def test_looking_seldom_changes_nothing(every: int) -> None:
+    """As on a GPU: what was computed after an invariant subspace or a NaN is thrown away."""
+    none, start = torch.zeros(40, 0, dtype=torch.float64), torch.arange(1.0, 41.0, dtype=torch.float64)
+    A = diagonal(torch.linspace(1, 2, 40, dtype=torch.float64))
+    alpha, beta, spent = three_term(A, 13, start, none, every=every)
+    plain = lanczos(A, 13, start=start)
+    np.testing.assert_allclose(alpha, plain.alpha, rtol=1e-9)
+    np.testing.assert_allclose(beta, plain.beta, rtol=1e-6)
+    assert spent == 13
+    levels = diagonal(torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64).repeat_interleave(14)[:40])
+    alpha, beta, spent = three_term(levels, 13, start, none, every=every)
+    assert (alpha.size, beta.size) == (3, 2)
+    assert spent == min(-(-3 // every) * every, 13)
+    zero = three_term(diagonal(torch.zeros(40, dtype=torch.float64)), 13, start, none, every=every)
+    assert zero[0].tolist() == [0.0]
+    with pytest.raises(NonFiniteError):
+        three_term(counting(A, {4: lambda v: v / 0}), 13, start, none, every=every)
