@@ -9,19 +9,20 @@ from bnp_analysis.errors import MemoryLimitError
 
 
 def available_memory() -> int:
-    """Bytes of memory that a computation on the host may still take.
+    """Bytes of memory that a computation on the host may still take; its share, where torchrun started several here.
 
     Example:
         >>> available_memory() > 0
         True
     """
+    sharers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+                return int(line.split()[1]) * 1024 // sharers
     # Not Linux: half of what is built in.
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // sharers
 
 
 def require_memory(needed: int, what: str, advice: str = "") -> None:

@@ -8,6 +8,7 @@ several processes that measure alone because torch cannot connect them.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -138,6 +139,17 @@ def test_commands_for_one_process_say_so(
         monkeypatch.setenv(name, value)
     assert main(words) == 2
     assert f"{words[0]} does not share its work" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_two_processes_runs(tmp_path: Path) -> None:
+    line = [sys.executable, str(ROOT / "benchmarks" / "scaling.py"), "--quick", "--out", str(tmp_path)]
+    run = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
+    assert run.returncode == 0, run.stderr
+    record = json.loads((tmp_path / "scaling.json").read_text())
+    for network in record["networks"].values():
+        assert min(network[name][key] for name in ("Hessian", "Gauss-Newton") for key in ("one", "two", "busy")) > 0
+    assert "64 ranks" in (tmp_path / "scaling.md").read_text()
 
 
 @pytest.mark.slow
