@@ -74,7 +74,7 @@ def test_spectrum_by_engine_and_within_memory(capsys):
 
 
 def test_spectrum_writes_both_densities(tmp_path, capsys):
-    args = ["spectrum", *SMALL, "--top", "2", "--probes", "2", "--steps", "8"]
+    args = ["spectrum", *SMALL, "--top", "2", "--probes", "2", "--steps", "8", "--no-reorthogonalization"]
     assert main([*args, "--json", str(tmp_path / "s.json"), "--figure", str(tmp_path / "s.png")]) == 0
     assert "with P" in capsys.readouterr().out
     names = sorted(path.name for path in tmp_path.iterdir())
@@ -83,6 +83,7 @@ def test_spectrum_writes_both_densities(tmp_path, capsys):
     ]  # fmt: skip
     pairs = bnp.Eigenpairs.load(tmp_path / "s-eigenpairs.json")
     assert pairs.values[0] >= pairs.values[1]
+    assert not bnp.SpectralDensity.load(tmp_path / "s-density.json").settings["reorthogonalize"]
 
 
 def test_a_checkpoint_is_measured_where_it_stands(tmp_path, capsys):
@@ -165,6 +166,7 @@ def test_bench_runs_what_is_named_or_a_choice(tmp_path, capfd):
 
     assert ran() == (3, ["products", "krylov", "truth_suite --quick"])
     assert ran("--quick") == (3, ["products --quick", "krylov --quick", "truth_suite --quick"])
+    assert ran("--rounds", "1", "--threads", "1")[1][0] == "products --rounds 1 --threads 1"
     assert ran("--gpu") == (3, ["products --gpu", "krylov --gpu"])
     assert ran("truth", "--only", "x") == (1, ["truth_suite --only x"])
     assert ran("other", "products", "--quick") == (0, ["other --quick", "products --quick"])

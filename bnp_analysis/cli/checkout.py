@@ -62,7 +62,7 @@ def _bench(folder: Path, words: list[str], run: Callable[..., int]) -> int:
     if unknown:
         raise InvalidInputError(f"no benchmark is called {', '.join(unknown)}; there are: {', '.join(scripts)}")
     jobs = dict.fromkeys(given, options) or {
-        ALIASES.get(name, name): list(dict.fromkeys([*flags, *options]))
+        ALIASES.get(name, name): [*(flag for flag in flags if flag not in options), *options]
         for name, flags in BY_DEFAULT.items()
         if "--gpu" not in options or '"--gpu"' in scripts.get(ALIASES.get(name, name), "")
     }
@@ -70,5 +70,5 @@ def _bench(folder: Path, words: list[str], run: Callable[..., int]) -> int:
     for name, own in jobs.items():
         if len(jobs) > 1:
             print(f"== {' '.join([name, *own])}", flush=True)
-        status = max(status, run(str(folder / f"{name}.py"), *own))
+        status = max(status, abs(run(str(folder / f"{name}.py"), *own)))  # a signal's is negative
     return status

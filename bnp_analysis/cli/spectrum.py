@@ -27,6 +27,9 @@ def add_spectrum_command(commands: Any) -> None:
     spectrum.add_argument("--top", type=int, default=5, metavar="K", help="eigenvalues to print")
     spectrum.add_argument("--probes", type=int, default=8, help="random vectors of the density")
     spectrum.add_argument("--steps", type=int, default=64, help="Lanczos steps of each")
+    spectrum.add_argument(
+        "--no-reorthogonalization", action="store_true", help="keep three vectors of a density's run, not all of them"
+    )
     spectrum.add_argument("--engine", choices=ENGINES, default="auto", help="keep recorded graphs, or recompute them")
     spectrum.add_argument("--max-memory", type=float, metavar="MIB", help="that kept graphs and a product may take")
     spectrum.set_defaults(run=_spectrum)
@@ -47,6 +50,7 @@ def _spectrum(arguments: argparse.Namespace) -> int:
             preconditioner=factor,
             probes=arguments.probes,
             steps=arguments.steps,
+            reorthogonalize=not arguments.no_reorthogonalization,
             seed=arguments.seed,
             progress=progress,
         )
