@@ -169,7 +169,10 @@ def main(arguments: list[str] | None = None) -> int:
     except DataNotFoundError:
         data = bnp.data.load("digits", n=256 if options.quick else 1500, flatten=True)
     seeds = options.seeds or (1 if options.quick else 3)
-    flags = [f"--threads {options.threads}", *(f"--{word}" for word in ("quick", "gpu") if getattr(options, word))]
+    flags = [
+        f"--threads {options.threads} --seeds {seeds}",
+        *(f"--{word}" for word in ("quick", "gpu") if getattr(options, word)),
+    ]
     inputs = data.tensors[0].flatten(1).shape[1]
     record: dict[str, Any] = {
         "command": " ".join(["python benchmarks/krylov.py", *flags]),

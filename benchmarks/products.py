@@ -171,7 +171,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The record of a run."""
     device = require_gpu() if options.gpu else "cpu"
     fix_threads(options.threads)
-    flags = [f"--threads {options.threads}", *(f"--{word}" for word in ("quick", "gpu") if getattr(options, word))]
+    flags = [
+        f"--threads {options.threads} --rounds {options.rounds}",
+        *(f"--{word}" for word in ("quick", "gpu") if getattr(options, word)),
+    ]
     record: dict[str, Any] = {
         "command": " ".join(["python benchmarks/products.py", *flags]),
         "about": about(device),
