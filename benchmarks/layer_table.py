@@ -1,17 +1,18 @@
-"""The time of `layer_table`, without `P` and with it, beside the straightforward way, in one run.
+"""The time of `layer_table`, beside that of its blocks measured one by one, in one run.
 
     python benchmarks/layer_table.py [--threads 1 2] [--samples 10000] [--sampled 4] [--out benchmarks/results]
 
 The network is the perceptron 784-100-100-100-10 on MNIST where BNP_ANALYSIS_DATA has it, else 64-100-100-100-10 on
 digits, at its initialization.
 
-*Straightforward*, for each unit: form `diag(s) H^` and `diag(s) (H^ P)` with all rows and columns and take the QR
-factorization and the singular values of both, without any certificate; of a few units of each layer, times how many
-there are. For each layer's own block: `condition_number` of the Gauss-Newton operator without and with `P`, with the
-null directions that `null_directions` finds, where it is small enough to be searched. Half of this runs before
+*One by one*, for each unit: `condition_number` of its block without and with `P`. *Bare*: form `diag(s) H^` and
+`diag(s) (H^ P)` with all rows and columns and take the QR factorization and the singular values of both, without any
+certificate. Both of a few units of each layer, times how many there are. For each layer's own block: `condition_number`
+of the Gauss-Newton operator without and with `P`, with the null directions that `null_directions` finds where it is
+small enough to be searched; the table's seconds of the first layer include what it does for all. Half of this runs before
 `layer_table` and half after it, so that what else the machine does hits both; with one thread the clock is the
-processor time of the process, which leaves out the time that other programs take. Each sampled number of a unit is
-compared with the table's interval.
+processor time of the process, which leaves out the time that other programs take. Each bare number is compared with the
+table's interval.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import bnp_analysis as bnp
 from bnp_analysis.curvature.units import UnitBlocks, unit_blocks
 from bnp_analysis.diagnose import LayerRow, LayerTable, cell
 from bnp_analysis.diagnose.blocks import known_null
-from bnp_analysis.errors import DataNotFoundError
+from bnp_analysis.errors import DataNotFoundError, ZeroOperatorError
 from bnp_analysis.linalg import ConditionNumber
 from bnp_analysis.network import coverage
 
@@ -73,15 +74,16 @@ def sides(blocks: UnitBlocks, P: bnp.Preconditioner, i: int) -> tuple[float, flo
     return found[0], found[1]
 
 
-class Straightforward:
-    """The other way, in two halves."""
+class OneByOne:
+    """One block after the other, in two halves."""
 
     def __init__(self, risk: bnp.EmpiricalRisk, sampled: int, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._risk, self._P = risk, bnp.bnp_preconditioner(risk)
         self.layers = list(coverage(risk))
         self._blocks = unit_blocks(risk, coverage(risk))
-        self.units: dict[str, list[float]] = {layer.name: [] for layer in self.layers}
+        self.bare: dict[str, list[float]] = {layer.name: [] for layer in self.layers}
+        self.singly: dict[str, list[float]] = {layer.name: [] for layer in self.layers}
         self.values: dict[tuple[str, int], tuple[float, float]] = {}
         self.whole: dict[str, float] = {}
         self._chosen = {
@@ -92,14 +94,23 @@ class Straightforward:
         """Every second sampled unit, every second layer."""
         for place, layer in enumerate(self.layers):
             for i in self._chosen[layer.name][which::2]:
-                self.units[layer.name].append(timed(self._clock, partial(self._unit, layer.name, i)))
-            say(f"straightforward: {len(self.units[layer.name])} units of {layer.name}")
+                self.bare[layer.name].append(timed(self._clock, partial(self._bare, layer.name, i)))
+                self.singly[layer.name].append(timed(self._clock, partial(self._singly, layer.name, i)))
+            say(f"one by one: {len(self.singly[layer.name])} units of {layer.name}")
             if place % 2 == which:
                 self.whole[layer.name] = timed(self._clock, partial(self._whole, layer.name))
-                say(f"straightforward: the block of {layer.name} took {self.whole[layer.name]:.1f} s")
+                say(f"one by one: the block of {layer.name} took {self.whole[layer.name]:.1f} s")
 
-    def _unit(self, layer: str, i: int) -> None:
+    def _bare(self, layer: str, i: int) -> None:
         self.values[layer, i] = sides(self._blocks[layer], self._P.block((layer, i)), i)
+
+    def _singly(self, layer: str, i: int) -> None:
+        A = self._blocks[layer][i]
+        try:
+            bnp.condition_number(A)
+            bnp.condition_number(A, preconditioner=self._P.block((layer, i)))
+        except ZeroOperatorError:
+            pass
 
     def _whole(self, layer: str) -> None:
         null = known_null(self._risk, layer)
@@ -107,9 +118,10 @@ class Straightforward:
         bnp.condition_number(A, null=null)
         bnp.condition_number(A, preconditioner=self._P.block(layer), null=null)
 
-    def seconds(self, layer: str, units: int) -> float:
-        """Of all units of a layer."""
-        return sum(self.units[layer]) / len(self.units[layer]) * units
+    def seconds(self, layer: str, units: int) -> tuple[float, float]:
+        """Of all units of a layer, one by one and bare."""
+        one, bare = (sum(times[layer]) / len(times[layer]) * units for times in (self.singly, self.bare))
+        return one, bare
 
 
 class Clock:
@@ -130,7 +142,7 @@ class Clock:
 
 
 def misses(table: LayerTable, values: dict[tuple[str, int], tuple[float, float]]) -> int:
-    """Sampled numbers outside the table's intervals, with room for what the straightforward way rounds."""
+    """Bare numbers outside the table's intervals, with room for what they round."""
     rows = {row.layer: row for row in table.layers}
     count = 0
     for (layer, i), pair in values.items():
@@ -160,7 +172,7 @@ def report(threads: int, samples: int, sampled: int) -> list[str]:
     torch.set_num_threads(threads)
     name, risk = network(samples)
     measured = time.process_time if threads == 1 else time.perf_counter
-    other = Straightforward(risk, sampled, measured)
+    other = OneByOne(risk, sampled, measured)
     other.half(0)
     clock = Clock(measured)
     table = bnp.layer_table(risk, progress=clock)
@@ -169,37 +181,33 @@ def report(threads: int, samples: int, sampled: int) -> list[str]:
     lines = [
         f"## {name}, {threads} threads" if threads > 1 else f"## {name}, 1 thread, processor time",
         "",
-        "| layer | units | two-sided without, with P | widest | with P | s | straightforward s | ratio |",
-        "|---|---|---|---|---|---|---|---|",
+        "| layer | units | two-sided without, with P | widest | with P | s | one by one s | bare s | ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    blocks, done, ours, theirs = [], 0, 0.0, 0.0
+    blocks, done, sums = [], 0, [0.0, 0.0, 0.0]
     for row in table.layers:
         start, middle, end = clock.at(done), clock.at(done + 1), clock.at(done + 1 + row.units)
         done += row.units + 2
-        mine, direct = end - middle, other.seconds(row.layer, row.units)
-        ours, theirs = ours + mine, theirs + direct
+        seconds = [end - middle, *other.seconds(row.layer, row.units)]
+        sums = [total + part for total, part in zip(sums, seconds, strict=True)]
         numbers = [exact(row), width(row.unit_blocks), width(row.unit_blocks_with_P)]
-        times = [f"{mine:.1f}", f"{direct:.1f}", f"{direct / mine:.1f}"]
+        times = [*(f"{part:.1f}" for part in seconds), f"{seconds[1] / seconds[0]:.1f}"]
         lines.append(f"| {' | '.join([row.layer, str(row.units), *numbers, *times])} |")
         whole = [f"{middle - start:.1f}", f"{other.whole[row.layer]:.1f}"]
         blocks.append(f"| {' | '.join([row.layer, cell(row.block), cell(row.block_with_P), *whole])} |")
     count = sum(row.units for row in table.layers)
-    lines.append(f"| all | {count} | | | | {ours:.1f} | {theirs:.1f} | {theirs / ours:.1f} |")
+    lines.append(f"| all | {count} | | | | {' | '.join(f'{t:.1f}' for t in sums)} | {sums[1] / sums[0]:.1f} |")
     lines += [
         "",
-        "| layer's own block | kappa* | with P | s | straightforward s |",
+        "| layer's own block | kappa* | with P | s | one by one s |",
         "|---|---|---|---|---|",
         *blocks,
         "",
     ]
-    whole = theirs + sum(other.whole.values())
-    lines.append(
-        f"The table: {total:.1f} s; the straightforward way: {whole:.0f} s, {whole / total:.1f} times as long."
-    )
+    whole = sums[1] + sum(other.whole.values())
+    lines.append(f"The table: {total:.1f} s; one by one: {whole:.0f} s, {whole / total:.1f} times as long.")
     missed = misses(table, other.values)
-    lines.append(
-        f"{2 * len(other.values)} numbers of {len(other.values)} units both ways, {missed} outside the table's."
-    )
+    lines.append(f"{2 * len(other.values)} bare numbers of {len(other.values)} units, {missed} outside the table's.")
     for line in lines:
         print(line, flush=True)
     return [*lines, ""]
