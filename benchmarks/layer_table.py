@@ -9,8 +9,8 @@ digits, at its initialization.
 `diag(s) (H^ P)` with all rows and columns and take the QR factorization and the singular values of both, without any
 certificate. Both of a few units of each layer, times how many there are. For each layer's own block: `condition_number`
 of the Gauss-Newton operator without and with `P`, with the null directions that `null_directions` finds where it is
-small enough to be searched; the table's seconds of the first layer include what it does for all. Half of this runs before
-`layer_table` and half after it, so that what else the machine does hits both; with one thread the clock is the
+small enough to be searched; the table's seconds of the first layer include what it does for all. Half of this runs
+before `layer_table` and half after it, so that what else the machine does hits both; with one thread the clock is the
 processor time of the process, which leaves out the time that other programs take. Each bare number is compared with the
 table's interval.
 """
