@@ -148,11 +148,11 @@ def known_null(risk: EmpiricalRisk, block: str | None, factor: LinearOperator | 
 
 
 def _own_block(risk: EmpiricalRisk, layer: Layer, dense: UnitBlocks | None) -> SymmetricOperator:
-    """The layer's Gauss-Newton block: from its inputs and the cotangents of its outputs where these are known."""
+    """The layer's Gauss-Newton block; its rows from inputs and cotangents where these are known and rows are needed."""
     names = (layer.weight,) if layer.bias is None else (layer.weight, layer.bias)
-    if dense is not None and dense.whole is not None and tuple(risk.space.layer_names(layer.name)) == names:
-        return dense.whole
-    return gauss_newton(risk, block=layer.name)
+    whole = None if dense is None or tuple(risk.space.layer_names(layer.name)) != names else dense.whole
+    # For products alone kept graphs are as fast.
+    return whole if whole is not None and reducible(whole) else gauss_newton(risk, block=layer.name)
 
 
 def _unit_of(P: NetworkPreconditioner, layer: str, unit: int) -> Preconditioner | None:
