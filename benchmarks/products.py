@@ -1,6 +1,6 @@
 """The time of a product with a curvature matrix, in gradients: this package's engines, plain torch and other packages.
 
-    python benchmarks/products.py [--threads 1] [--rounds 9] [--networks MLP CNN ResNet] [--quick] [--gpu] [--out DIR]
+    python benchmarks/products.py [--threads 1] [--rounds 7] [--networks MLP CNN ResNet] [--quick] [--gpu] [--out DIR]
 
 Writes `products.md` and `products.json`. The unit is one gradient of the same batch by plain torch. All take turns in
 one process, round after round, warmed up; numbers are medians of the ratios to the unit of the same round. Every
@@ -214,7 +214,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, help="of turns (default: 9, with --quick 2)")
+    parser.add_argument("--rounds", type=int, help="of turns (default: 7, with --quick 2)")
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS), metavar="NAME")
     parser.add_argument("--quick", action="store_true", help="small batches, two rounds, no memory")
     parser.add_argument("--gpu", action="store_true", help="on CUDA, with larger batches")
@@ -222,7 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--memory", nargs=4, metavar=("NETWORK", "N", "MATRIX", "METHOD"), help="only this number")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", category=UserWarning)  # of peers, and of torch.func about constants
-    options.rounds = options.rounds or (2 if options.quick else 9)
+    options.rounds = options.rounds or (2 if options.quick else 7)
     if options.memory:
         torch.set_num_threads(1)
         print(memory(options.memory[0], int(options.memory[1]), *options.memory[2:]))
