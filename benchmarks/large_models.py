@@ -32,7 +32,7 @@ import bnp_analysis as bnp
 from bnp_analysis import data, models
 from bnp_analysis.errors import BNPAnalysisError
 from bnp_analysis.linalg import SymmetricOperator
-from bnp_analysis.linalg.reduction import reduced_parts
+from bnp_analysis.linalg.condition.reduction import reduced_parts
 from bnp_analysis.network import coverage
 
 Part = Callable[[], dict[str, Any]]

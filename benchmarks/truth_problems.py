@@ -14,8 +14,8 @@ from torch import Tensor
 from truth_arithmetic import Long, error, exact_product, long, singular_values
 
 from bnp_analysis.linalg import DenseOperator, GramOperator, MatrixOperator, Preconditioner, SymmetricOperator
-from bnp_analysis.linalg.null import HasBasis, SomeNullDirections
 from bnp_analysis.linalg.preconditioner import DensePreconditioner
+from bnp_analysis.linalg.spectra.null import HasBasis, SomeNullDirections
 from bnp_analysis.precondition import DiagonalPreconditioner
 from bnp_analysis.testing import random_orthogonal, spectrum
 

@@ -16,7 +16,7 @@ from bnp_analysis.linalg import (
     magnitude_condition_number,
     regularized_condition_number,
 )
-from bnp_analysis.linalg.reduction import reduced, reducible
+from bnp_analysis.linalg.condition.reduction import reduced, reducible
 
 # The accuracy lines speak of condition numbers up to this.
 KAPPA = 1e12

@@ -106,10 +106,29 @@ def test_rooms_import_only_to_their_left() -> None:
     assert violations(ROOT / PACKAGE) == []
 
 
+INNER = ("krylov", "spectra", "condition")
+
+
+def test_linear_algebra_has_an_order_too() -> None:
+    """Operators know no Krylov space, Krylov spaces nothing of what is asked of them."""
+    found = []
+    for path in (ROOT / PACKAGE / "linalg").rglob("*.py"):
+        parts = path.relative_to(ROOT / PACKAGE / "linalg").parts
+        own = INNER.index(parts[0]) if len(parts) > 1 else -1
+        if parts == ("__init__.py",):
+            continue
+        for line, name in imported(ast.parse(path.read_text(encoding="utf-8")), PACKAGE, is_package=False):
+            inner = name.removeprefix(f"{PACKAGE}.linalg.").split(".")[0]
+            if name.startswith(f"{PACKAGE}.linalg.") and inner in INNER and INNER.index(inner) > own:
+                found.append(f"{path.name}:{line} imports {name}")
+    assert found == []
+    assert {path.name for path in (ROOT / PACKAGE / "linalg").iterdir() if path.is_dir()} - {"__pycache__"} == {*INNER}
+
+
 ALLOWED = {
     "linalg/lanczos.py": "import torch\nfrom . import operators\nfrom ..errors import InvalidInputError",
     "linalg/operators.py": "import torch\nfrom bnp_analysis.results import Result",
-    "network/risk.py": "import torch.nn as nn\nfrom bnp_analysis.linalg.lanczos import lanczos",
+    "network/risk.py": "import torch.nn as nn\nfrom bnp_analysis.linalg.krylov.lanczos import lanczos",
     "results.py": "from bnp_analysis._encoding import encode",
     "plotting.py": "def draw():\n    import matplotlib.pyplot",
     "cli.py": "from bnp_analysis import data, diagnose, plotting",

@@ -16,7 +16,7 @@ import mpmath
 import pytest
 import torch
 
-from bnp_analysis.linalg import dense_routes, golub_kahan_route
+from bnp_analysis.linalg.condition import dense_routes, golub_kahan_route
 from bnp_analysis.testing import random_orthogonal, spectrum
 
 ROOT = Path(__file__).resolve().parent.parent

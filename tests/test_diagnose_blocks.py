@@ -26,8 +26,8 @@ from bnp_analysis.linalg import (
     GramOperator,
     MatrixOperator,
     condition_number,
-    reduction,
 )
+from bnp_analysis.linalg.condition import reduction
 from bnp_analysis.linalg.matrices import ReducedFactor
 from bnp_analysis.network import coverage
 
@@ -98,7 +98,7 @@ def test_units_of_a_layer_too_large_by_itself_are_still_two_sided(images, data, 
     risks = (images, perceptron(*data))
     known = [dict(numbers(bnp.layer_table(risk))) for risk in risks]
     # The function of the same name hides the module from an import.
-    routes = importlib.import_module("bnp_analysis.linalg.routes")
+    routes = importlib.import_module("bnp_analysis.linalg.condition.routes")
     for module in (reduction, routes):
         monkeypatch.setattr(module, "FACTOR_LIMIT", 20)
     monkeypatch.setattr(routes, "DENSE_LIMIT", 20)

@@ -12,11 +12,11 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from bnp_analysis.linalg.derived import GramOperator
-from bnp_analysis.linalg.extremes import norm_estimate
 from bnp_analysis.linalg.matrices import MatrixOperator
 from bnp_analysis.linalg.memory import available_memory
-from bnp_analysis.linalg.null import null_tolerance
 from bnp_analysis.linalg.operators import LinearOperator
+from bnp_analysis.linalg.spectra.checks import norm_estimate
+from bnp_analysis.linalg.spectra.null import null_tolerance
 from bnp_analysis.network.candidates import Candidate, Part
 
 # Closer to the span of the others than this, relative, a direction does not count as new.

@@ -19,8 +19,8 @@ from bnp_analysis.curvature.output_curvature import output_root
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.matrices import RowScaled
 from bnp_analysis.linalg.memory import available_memory
-from bnp_analysis.linalg.null import SomeNullDirections
 from bnp_analysis.linalg.operators import LinearOperator
+from bnp_analysis.linalg.spectra.null import SomeNullDirections
 from bnp_analysis.network.batches import tensors_of
 from bnp_analysis.network.candidates import Part
 from bnp_analysis.network.dependencies import null_vectors

@@ -12,11 +12,11 @@ from bnp_analysis.curvature import NullDirections, gauss_newton, null_directions
 from bnp_analysis.curvature.units import UnitBlocks
 from bnp_analysis.errors import InvalidInputError, MemoryLimitError, ZeroOperatorError
 from bnp_analysis.linalg import ConditionNumber, Preconditioner, Restriction, SymmetricOperator, condition_number
+from bnp_analysis.linalg.condition.reduction import reduced, reduced_parts, reducible
 from bnp_analysis.linalg.memory import available_memory
-from bnp_analysis.linalg.null import HasBasis, SomeNullDirections
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.linalg.progress import Progress
-from bnp_analysis.linalg.reduction import reduced, reduced_parts, reducible
+from bnp_analysis.linalg.spectra.null import HasBasis, SomeNullDirections
 from bnp_analysis.linalg.workers import each
 from bnp_analysis.network import EmpiricalRisk, Layer
 from bnp_analysis.precondition import NetworkPreconditioner

@@ -5,20 +5,19 @@
 eigenpairs, `quadrature` densities, `hutchinson` traces.
 """
 
-from bnp_analysis.linalg.bidiagonal import Bidiagonalization, golub_kahan
-from bnp_analysis.linalg.block_lanczos import BlockTridiagonalization, block_lanczos
-from bnp_analysis.linalg.condition import (
+from bnp_analysis.linalg.condition.number import ConditionNumber
+from bnp_analysis.linalg.condition.routes import Route, choose_route, routes
+from bnp_analysis.linalg.condition.verbs import (
     condition_number,
     magnitude_condition_number,
     regularized_condition_number,
     singular_condition_number,
 )
 from bnp_analysis.linalg.derived import ColumnSubset, GramOperator, Restriction, Shifted
-from bnp_analysis.linalg.eigen import Eigenpairs, eigenpairs
-from bnp_analysis.linalg.hutchinson import Trace, trace
-from bnp_analysis.linalg.lanczos import Tridiagonalization, lanczos
+from bnp_analysis.linalg.krylov.bidiagonal import Bidiagonalization, golub_kahan
+from bnp_analysis.linalg.krylov.block_lanczos import BlockTridiagonalization, block_lanczos
+from bnp_analysis.linalg.krylov.lanczos import Tridiagonalization, lanczos
 from bnp_analysis.linalg.matrices import CallableOperator, DenseOperator, MatrixOperator, RowScaled
-from bnp_analysis.linalg.number import ConditionNumber
 from bnp_analysis.linalg.operators import LinearOperator, Product, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import (
     Congruence,
@@ -27,9 +26,10 @@ from bnp_analysis.linalg.preconditioner import (
     Preconditioner,
     congruence,
 )
-from bnp_analysis.linalg.quadrature import SpectralDensity, spectral_density
-from bnp_analysis.linalg.rank import RankEstimate, rank_estimate
-from bnp_analysis.linalg.routes import Route, choose_route, routes
+from bnp_analysis.linalg.spectra.eigen import Eigenpairs, eigenpairs
+from bnp_analysis.linalg.spectra.hutchinson import Trace, trace
+from bnp_analysis.linalg.spectra.quadrature import SpectralDensity, spectral_density
+from bnp_analysis.linalg.spectra.rank import RankEstimate, rank_estimate
 
 __all__ = [
     "Bidiagonalization",

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import bnp_analysis as bnp
 from bnp_analysis.curvature import units
 from bnp_analysis.curvature.units import unit_blocks
-from bnp_analysis.linalg.reduction import reduced
+from bnp_analysis.linalg.condition.reduction import reduced
 from bnp_analysis.network import coverage
 from bnp_analysis.testing import check_symmetric_operator
 

@@ -24,7 +24,7 @@ from bnp_analysis.linalg import (
     lanczos,
     magnitude_condition_number,
 )
-from bnp_analysis.linalg.certificates import kuczynski_wozniakowski
+from bnp_analysis.linalg.condition.certificates import kuczynski_wozniakowski
 from bnp_analysis.testing import KINDS, spectrum, symmetric_with_spectrum
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])

@@ -30,11 +30,11 @@ from bnp_analysis.linalg import (
     Restriction,
     RowScaled,
     condition_number,
-    reduction,
 )
+from bnp_analysis.linalg.condition import reduction
+from bnp_analysis.linalg.condition.reduction import reduced, reduced_parts, reducible
 from bnp_analysis.linalg.forming import UNIT
 from bnp_analysis.linalg.matrices import ReducedFactor
-from bnp_analysis.linalg.reduction import reduced, reduced_parts, reducible
 from bnp_analysis.linalg.structure import structural_rank
 from bnp_analysis.linalg.workers import each
 from bnp_analysis.testing import check_symmetric_operator, random_orthogonal, spectrum

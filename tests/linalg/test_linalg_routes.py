@@ -29,8 +29,8 @@ from bnp_analysis.linalg import (
 )
 from bnp_analysis.linalg import memory as memory_module
 from bnp_analysis.linalg import routes as routes_function
-from bnp_analysis.linalg.inertia import confirm_ends, count_below
-from bnp_analysis.linalg.null import SomeNullDirections
+from bnp_analysis.linalg.condition.inertia import confirm_ends, count_below
+from bnp_analysis.linalg.spectra.null import SomeNullDirections
 from bnp_analysis.testing import KINDS, random_orthogonal, spectrum, symmetric_with_spectrum
 
 FACTORED = ("factor-svd", "golub-kahan")

@@ -22,13 +22,13 @@ from bnp_analysis.linalg import (
     GramOperator,
     MatrixOperator,
     condition_number,
-    inverse_route,
     magnitude_condition_number,
     regularized_condition_number,
     routes,
 )
+from bnp_analysis.linalg.condition import inverse_route
+from bnp_analysis.linalg.condition.routes import METHODS
 from bnp_analysis.linalg.memory import available_memory
-from bnp_analysis.linalg.routes import METHODS
 from bnp_analysis.testing import random_orthogonal, spectrum, symmetric_with_spectrum
 
 MATRIX_FREE = ("golub-kahan", "lanczos", "inverse-lanczos")

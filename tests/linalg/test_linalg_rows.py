@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bnp_analysis.linalg import threads
-from bnp_analysis.linalg.rows import dots, length, orthogonalized
+from bnp_analysis.linalg.krylov.rows import dots, length, orthogonalized
 
 
 def test_long_sums_keep_their_digits(generator: torch.Generator) -> None:

@@ -18,7 +18,7 @@ from bnp_analysis.linalg import (
     condition_number,
     lanczos,
 )
-from bnp_analysis.linalg.certificates import kuczynski_wozniakowski
+from bnp_analysis.linalg.condition.certificates import kuczynski_wozniakowski
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.testing import random_orthogonal, spectrum
 from bnp_analysis.theory.check import Check

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.curvature import NullDirections, hessian, null_directions
-from bnp_analysis.linalg.extremes import norm_estimate
+from bnp_analysis.linalg.spectra.checks import norm_estimate
 from bnp_analysis.network import Layer
 from bnp_analysis.network.candidates import Part
 from bnp_analysis.network.symmetries import candidate_directions

@@ -10,24 +10,18 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NotConvexError
-from bnp_analysis.linalg.certificates import singular_value_radius
-from bnp_analysis.linalg.extremes import (
-    factor_extremes,
-    factor_rounding_norm,
-    require_finite,
-    rounding_norm,
-    unexplained,
-    zero_matrix,
-)
+from bnp_analysis.linalg.condition.certificates import singular_value_radius
+from bnp_analysis.linalg.condition.extremes import factor_extremes, unexplained, zero_matrix
+from bnp_analysis.linalg.condition.inertia import confirm_ends
+from bnp_analysis.linalg.condition.number import Extremes
 from bnp_analysis.linalg.forming import UNIT, formed, norm_bound
-from bnp_analysis.linalg.inertia import confirm_ends
-from bnp_analysis.linalg.lanczos import Floats
+from bnp_analysis.linalg.krylov.lanczos import Floats
 from bnp_analysis.linalg.matrices import MatrixOperator
 from bnp_analysis.linalg.memory import require_memory
-from bnp_analysis.linalg.null import DeclaredNull, require_null
-from bnp_analysis.linalg.number import Extremes
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner, congruence
+from bnp_analysis.linalg.spectra.checks import factor_rounding_norm, require_finite, rounding_norm
+from bnp_analysis.linalg.spectra.null import DeclaredNull, require_null
 
 
 def factor_svd(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNull) -> Extremes:

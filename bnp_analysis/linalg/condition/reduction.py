@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg.condition.routes import FACTOR_LIMIT, choose_route
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.forming import UNIT, amplified, entry_rounding
 from bnp_analysis.linalg.matrices import ReducedFactor
 from bnp_analysis.linalg.memory import available_memory
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
-from bnp_analysis.linalg.routes import FACTOR_LIMIT, choose_route
 
 # As many rows as columns, times this, are gathered before a QR factorization.
 _GATHERED = 4

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.checkpoint import load_state, save_state
-from bnp_analysis.linalg.lanczos import Floats
+from bnp_analysis.linalg.krylov.lanczos import Floats
 from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.linalg.progress import Progress, reporting

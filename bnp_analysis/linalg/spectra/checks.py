@@ -1,4 +1,4 @@
-"""What routes to the ends of a spectrum share: claims from singular values, norms, and checks."""
+"""What is checked before an operator is measured: that it is one, symmetric, finite; and how large it is."""
 
 from __future__ import annotations
 
@@ -10,68 +10,13 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
-from bnp_analysis.linalg.certificates import apparent_rank
 from bnp_analysis.linalg.derived import Derived, GramOperator
 from bnp_analysis.linalg.forming import amplified
-from bnp_analysis.linalg.lanczos import Floats, lanczos
-from bnp_analysis.linalg.null import NORM_STEPS, DeclaredNull, HasBasis, read_null, require_null
-from bnp_analysis.linalg.number import Extremes
+from bnp_analysis.linalg.krylov.lanczos import lanczos
 from bnp_analysis.linalg.operators import LinearOperator, Product, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Congruence, Preconditioner, congruence
 from bnp_analysis.linalg.random import generator, normal
-
-UNDECLARED = "null space not declared"
-
-
-def factor_extremes(
-    A: SymmetricOperator,
-    null: DeclaredNull,
-    sigma: Floats,
-    *,
-    radius: float,
-    noise: float,
-    structural: int,
-    scale: float = 1.0,
-    matvecs: int,
-    stop: str = "done",
-) -> Extremes:
-    """What all singular values of a factor of `A` allow one to claim (T13).
-
-    Args:
-        A: the operator.
-        null: its declared null directions.
-        sigma: singular values divided by `scale`, descending; those that are missing are zero.
-        radius: within which they are known.
-        noise: the size of one rounding in them.
-        structural: how many structure allows to be nonzero.
-        scale: of `sigma`, `radius` and `noise`.
-        matvecs, stop: of the route.
-    """
-    rank = int((sigma > radius).sum())
-    if rank == 0:
-        return zero_matrix(null, matvecs)
-    unresolved = max(structural - rank, 0)
-    apparent = (apparent_rank(sigma, structural, noise) if unresolved else None) or rank
-    top, certain, bottom = (float(sigma[i]) for i in (0, rank - 1, apparent - 1))
-    zero = float(sigma[apparent]) if apparent < sigma.size else 0.0
-    return Extremes(
-        lambda_max=(top * scale) ** 2,
-        lambda_min=(bottom * scale) ** 2,
-        lower=(max(top - radius, 0.0) / (certain + radius)) ** 2,
-        upper=((top + radius) / (certain - radius)) ** 2 if unresolved == 0 else math.inf,
-        rank=rank,
-        null_dim=null.dim,
-        null_sources=null.sources,
-        unresolved=unresolved,
-        zero=A.dim - rank,
-        gap_ratio=(bottom / zero) ** 2 if zero > 0 else math.inf,
-        noise_floor=(radius * scale) ** 2,
-        residual_max=scale**2 * radius * (2 * top + radius),
-        residual_min=scale**2 * radius * (2 * bottom + radius),
-        matvecs=matvecs,
-        stop=stop,
-        note=unexplained(unresolved, null, A),
-    )
+from bnp_analysis.linalg.spectra.null import NORM_STEPS, DeclaredNull, HasBasis, read_null, require_null
 
 
 def norm_estimate(A: SymmetricOperator, seed: int = 0) -> float:
@@ -154,29 +99,3 @@ def require_finite(x: Tensor, what: str) -> None:
             f"{what} has NaN or infinite entries, so no eigenvalue of it is defined; look at the parameters, "
             "the loss and the dtype"
         )
-
-
-def incomplete(null: DeclaredNull) -> str:
-    """Why a random start supports no bound."""
-    return "the known null directions need not be all" if null.declared else UNDECLARED
-
-
-def unexplained(unresolved: int, null: DeclaredNull, A: SymmetricOperator) -> str:
-    if unresolved == 0:
-        return ""
-    why = "" if null.declared else f" ({UNDECLARED})"
-    exact = A.exact if A.factor is None else A.factor.exact
-    more = "; an operator built in float64 has a lower floor" if A.dtype != torch.float64 and not exact else ""
-    return f"{unresolved} eigenvalues below the noise floor are not explained as zero{why}{more}"
-
-
-def zero_matrix(null: DeclaredNull, matvecs: int) -> Extremes:
-    return Extremes(
-        lambda_max=0.0,
-        lambda_min=0.0,
-        lower=math.nan,
-        upper=math.inf,
-        null_dim=null.dim,
-        matvecs=matvecs,
-        rank=0,
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.linalg import ldl
 
-from bnp_analysis.linalg.lanczos import Floats
+from bnp_analysis.linalg.krylov.lanczos import Floats
 
 
 def count_below(matrix: Floats, shift: float) -> tuple[int, float]:

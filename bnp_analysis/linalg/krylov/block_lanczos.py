@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
-from bnp_analysis.linalg.lanczos import Floats
+from bnp_analysis.linalg.krylov.lanczos import Floats
 from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.progress import Progress, reporting

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, ZeroOperatorError
-from bnp_analysis.linalg import dense_routes, krylov_routes
-from bnp_analysis.linalg.certificates import kuczynski_wozniakowski
+from bnp_analysis.linalg.condition import dense_routes, krylov_routes
+from bnp_analysis.linalg.condition.certificates import kuczynski_wozniakowski
+from bnp_analysis.linalg.condition.golub_kahan_route import golub_kahan_ends
+from bnp_analysis.linalg.condition.inverse_route import inverse_lanczos
+from bnp_analysis.linalg.condition.number import MAGNITUDE, SINGULAR, ConditionNumber, Extremes
+from bnp_analysis.linalg.condition.routes import LANCZOS_STEPS, METHODS, choose_route, next_route
 from bnp_analysis.linalg.derived import GramOperator, Shifted
-from bnp_analysis.linalg.extremes import require_operator
-from bnp_analysis.linalg.golub_kahan_route import golub_kahan_ends
-from bnp_analysis.linalg.inverse_route import inverse_lanczos
-from bnp_analysis.linalg.null import HasBasis, read_null
-from bnp_analysis.linalg.number import MAGNITUDE, SINGULAR, ConditionNumber, Extremes
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner, check_fits, congruence
 from bnp_analysis.linalg.progress import Progress
-from bnp_analysis.linalg.routes import LANCZOS_STEPS, METHODS, choose_route, next_route
+from bnp_analysis.linalg.spectra.checks import require_operator
+from bnp_analysis.linalg.spectra.null import HasBasis, read_null
 
 
 def singular_condition_number(F: LinearOperator, null: Tensor | None = None) -> ConditionNumber:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from bnp_analysis.linalg.lanczos import Floats
+from bnp_analysis.linalg.krylov.lanczos import Floats
 
 #: The chance that a look misses a copy, by Chebyshev's bound.
 OVERLOOKED = 1e-3

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.checkpoint import Schedule
-from bnp_analysis.linalg.lanczos import Floats
-from bnp_analysis.linalg.looks import products_that_show
+from bnp_analysis.linalg.krylov.lanczos import Floats
+from bnp_analysis.linalg.krylov.looks import products_that_show
+from bnp_analysis.linalg.krylov.rows import dots, length, orthogonalized
 from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.progress import Progress, reporting
 from bnp_analysis.linalg.random import generator, normal
-from bnp_analysis.linalg.rows import dots, length, orthogonalized
 from bnp_analysis.linalg.threads import one_blas_thread
 
 _LEAST_LOOK = 8

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
-from bnp_analysis.linalg.extremes import measured
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.progress import Progress, reporting
-from bnp_analysis.linalg.quadrature import standard_error
 from bnp_analysis.linalg.random import generator, rademacher
+from bnp_analysis.linalg.spectra.checks import measured
+from bnp_analysis.linalg.spectra.quadrature import standard_error
 from bnp_analysis.results import Result
 
 

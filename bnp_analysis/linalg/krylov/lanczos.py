@@ -19,11 +19,11 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.checkpoint import Schedule, load_state, save_state
+from bnp_analysis.linalg.krylov.rows import dots, length, orthogonalized
 from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.progress import Progress, reporting
 from bnp_analysis.linalg.random import generator, normal, project_out
-from bnp_analysis.linalg.rows import dots, length, orthogonalized
 from bnp_analysis.linalg.threads import one_blas_thread
 
 Floats = NDArray[np.float64]

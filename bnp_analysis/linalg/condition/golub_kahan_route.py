@@ -9,14 +9,15 @@ import numpy as np
 import torch
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg.bidiagonal import Bidiagonalization, golub_kahan
-from bnp_analysis.linalg.extremes import factor_extremes, factor_rounding_norm, zero_matrix
+from bnp_analysis.linalg.condition.extremes import factor_extremes, zero_matrix
+from bnp_analysis.linalg.condition.number import Extremes
 from bnp_analysis.linalg.forming import amplified
-from bnp_analysis.linalg.null import NORM_STEPS, DeclaredNull, require_null
-from bnp_analysis.linalg.number import Extremes
+from bnp_analysis.linalg.krylov.bidiagonal import Bidiagonalization, golub_kahan
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.progress import Progress
+from bnp_analysis.linalg.spectra.checks import factor_rounding_norm
+from bnp_analysis.linalg.spectra.null import NORM_STEPS, DeclaredNull, require_null
 
 
 def golub_kahan_ends(

@@ -12,7 +12,7 @@ from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.progress import Progress
-from bnp_analysis.linalg.quadrature import spectral_density
+from bnp_analysis.linalg.spectra.quadrature import spectral_density
 from bnp_analysis.results import Result
 
 

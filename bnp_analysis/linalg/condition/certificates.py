@@ -8,7 +8,7 @@ import numpy as np
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.forming import UNIT
-from bnp_analysis.linalg.lanczos import Floats
+from bnp_analysis.linalg.krylov.lanczos import Floats
 
 
 def singular_value_radius(largest: float, shape: tuple[int, int], forming: float) -> float:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.checkpoint import load_state, save_state
-from bnp_analysis.linalg.extremes import measured
-from bnp_analysis.linalg.null import HasBasis
+from bnp_analysis.linalg.krylov.thick_restart import ThickRestart
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.progress import Progress
-from bnp_analysis.linalg.thick_restart import ThickRestart
+from bnp_analysis.linalg.spectra.checks import measured
+from bnp_analysis.linalg.spectra.null import HasBasis
 from bnp_analysis.results import Result
 
 WHICH = ("largest", "smallest", "both")

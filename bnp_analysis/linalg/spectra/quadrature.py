@@ -13,14 +13,14 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.checkpoint import load_state, save_state
-from bnp_analysis.linalg.extremes import measured
-from bnp_analysis.linalg.lanczos import Floats, lanczos, tridiagonal_eigh
-from bnp_analysis.linalg.null import HasBasis
+from bnp_analysis.linalg.krylov.lanczos import Floats, lanczos, tridiagonal_eigh
+from bnp_analysis.linalg.krylov.three_term import three_term
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.progress import Progress, reporting
 from bnp_analysis.linalg.random import generator, normal, orthonormal, project_out
-from bnp_analysis.linalg.three_term import three_term
+from bnp_analysis.linalg.spectra.checks import measured
+from bnp_analysis.linalg.spectra.null import HasBasis
 from bnp_analysis.results import Result
 
 

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NotConvexError
-from bnp_analysis.linalg.certificates import invariance_slack, kuczynski_wozniakowski
-from bnp_analysis.linalg.krylov_routes import conditioned, lanczos_ends
-from bnp_analysis.linalg.lanczos import lanczos
+from bnp_analysis.linalg.condition.certificates import invariance_slack, kuczynski_wozniakowski
+from bnp_analysis.linalg.condition.krylov_routes import conditioned, lanczos_ends
+from bnp_analysis.linalg.condition.number import Extremes
+from bnp_analysis.linalg.krylov.lanczos import lanczos
 from bnp_analysis.linalg.matrices import CallableOperator
-from bnp_analysis.linalg.null import DeclaredNull
-from bnp_analysis.linalg.number import Extremes
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.progress import Progress
 from bnp_analysis.linalg.random import project_out
+from bnp_analysis.linalg.spectra.null import DeclaredNull
 
 # Lanczos steps on the pseudo-inverse: its top end stands apart, few are enough.
 _OUTER = 24
