@@ -2,7 +2,7 @@
 
 Bugs that only these tests catch: one copy of a repeated eigenvalue where there are five; "converged" while a residual
 is not; a residual that is estimated, not measured, after the basis stopped being a Krylov space; null directions that
-come back as eigenvectors; a search that never gives up.
+come back as eigenvectors; a search that never gives up; a given start that hides what it is orthogonal to.
 """
 
 from __future__ import annotations
@@ -211,3 +211,34 @@ def test_progress_and_records(tmp_path: Path, generator: torch.Generator) -> Non
     assert torch.equal(loaded.vectors, found.vectors)
     assert found == eigenpairs(p.operator, 2, max_matvecs=99)
     assert found != eigenpairs(p.operator, 2, max_matvecs=99, seed=1)
+
+
+def test_a_start_saves_products_and_hides_nothing(generator: torch.Generator) -> None:
+    """An eigenvector as a start: of the value wanted, it ends the search; of another one, it must not."""
+    p = symmetric_with_spectrum(spectrum("log", 200, 1e4), generator)
+    values, vectors = torch.linalg.eigh(p.operator.to_dense())
+    plain = eigenpairs(p.operator, 1, tol=1e-8)
+    near = eigenpairs(p.operator, 1, tol=1e-8, start=vectors[:, -1] + 1e-3 * vectors[:, 0])
+    far = eigenpairs(p.operator, 1, tol=1e-8, start=vectors[:, 3])
+    for found in (plain, near, far):
+        assert found.stop == "converged"
+        assert found.values.item() == pytest.approx(float(values[-1]), rel=1e-8)
+    assert near.matvecs < plain.matvecs
+    assert near.settings["start"] == "given, and random"
+
+
+def test_a_start_of_no_use_is_refused(tmp_path: Path, generator: torch.Generator) -> None:
+    p = symmetric_with_spectrum(spectrum("log", 30, 1e2, rank=27), generator)
+    ones = torch.ones(30, dtype=torch.float64)
+    for start, words in (
+        (torch.ones(29, dtype=torch.float64), r"start must be a tensor \(30,\), got \(29,\)"),
+        (torch.ones(30), "start is in torch.float32"),
+        (0 * ones, "zero, not finite or a null direction"),
+        (ones / 0, "zero, not finite or a null direction"),
+        (p.null[:, 0], "zero, not finite or a null direction"),
+    ):
+        with pytest.raises(InvalidInputError, match=words):
+            eigenpairs(p.operator, 2, null=p.null, start=start)
+    eigenpairs(p.operator, 2, checkpoint=tmp_path / "run.pt")
+    with pytest.raises(InvalidInputError, match="another run"):
+        eigenpairs(p.operator, 2, start=ones, checkpoint=tmp_path / "run.pt")

@@ -18,7 +18,7 @@ from bnp_analysis.linalg.krylov.rows import dots, length, orthogonalized
 from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.progress import Progress, reporting
-from bnp_analysis.linalg.random import generator, normal
+from bnp_analysis.linalg.random import generator, normal, project_out
 from bnp_analysis.linalg.threads import one_blas_thread
 
 _LEAST_LOOK = 8
@@ -33,7 +33,15 @@ class ThickRestart:
     """
 
     def __init__(
-        self, A: SymmetricOperator, null: Tensor, k: int, which: str, tol: float, seed: int, looks: bool = True
+        self,
+        A: SymmetricOperator,
+        null: Tensor,
+        k: int,
+        which: str,
+        tol: float,
+        seed: int,
+        looks: bool = True,
+        start: Tensor | None = None,
     ) -> None:
         self.A, self.null, self.k, self.which, self.tol = A, null, k, which, tol
         self.upper = {"largest": k, "smallest": 0}.get(which, (k + 1) // 2)  # how many of the upper end
@@ -55,6 +63,10 @@ class ThickRestart:
         self.seen: Floats | None = None  # the wanted values before the look that goes on
         self.longest_look, self.look_until = 0, 0
         self.V[0] = self._fresh()
+        if start is not None:
+            # With a random vector as long: it meets what the start does not, and costs what it knows a factor of two.
+            v = project_out(start.unsqueeze(1), null).squeeze(1)
+            self.V[0] = self._unit(self.V[0] + v / v.norm())
 
     def run(self, max_matvecs: int, progress: Progress, save: Callable[[], None] = lambda: None) -> None:
         """Search until the wanted pairs have converged and a look in a new direction finds no others.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from bnp_analysis.linalg.krylov.thick_restart import ThickRestart
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.progress import Progress
+from bnp_analysis.linalg.random import project_out
 from bnp_analysis.linalg.spectra.checks import measured
 from bnp_analysis.linalg.spectra.null import HasBasis
 from bnp_analysis.results import Result
@@ -66,6 +68,7 @@ def eigenpairs(
     tol: float = 1e-6,
     max_matvecs: int = 1000,
     multiplicity: str = "verify",
+    start: Tensor | None = None,
     checkpoint: str | Path | None = None,
     seed: int = 0,
     progress: Progress = False,
@@ -84,6 +87,9 @@ def eigenpairs(
             copies of repeated eigenvalues, until one would have shown (chance of overlooking it 1e-3) but at most half
             as long as the search was. `"trust"`: a single start vector sees one copy of each; take the caller's word
             that it is the only one.
+        start: `(n,)`, rich in the vectors that are wanted, in the coordinates of the operator measured. For the top of
+            a network's Hessian its gradient may save some products. A random vector of the same length is added, so
+            that no eigenvector is missed for it.
         checkpoint: a file written every 50 products or 30 seconds, at the end and on Ctrl-C, and resumed from when it
             exists.
         seed: of the random start.
@@ -114,8 +120,11 @@ def eigenpairs(
     if not 1 <= k <= room:
         raise InvalidInputError(f"k={k} eigenpairs asked of an operator with {room} dimensions outside the null space")
     began = time.perf_counter()
-    search = ThickRestart(operator, declared.basis, k, which, tol, seed, looks=multiplicity == "verify")
+    if start is not None:
+        _require_start(start, operator, declared.basis)
+    search = ThickRestart(operator, declared.basis, k, which, tol, seed, multiplicity == "verify", start)
     key = f"the {k} {which} eigenpairs of dimension {A.dim} in {A.dtype}, {declared.dim} null directions, seed {seed}"
+    key += "" if start is None else ", a given start"
     if checkpoint is not None and Path(checkpoint).exists():
         search.restore(load_state(checkpoint, key))
     search.run(
@@ -141,9 +150,28 @@ def eigenpairs(
             "tol": tol,
             "max_matvecs": max_matvecs,
             "multiplicity": multiplicity,
+            "start": "random" if start is None else "given, and random",
             "preconditioned": preconditioner is not None,
         },
         seed=seed,
         matvecs=spent,
         seconds=time.perf_counter() - began,
     )
+
+
+def _require_start(start: Tensor, operator: SymmetricOperator, null: Tensor) -> None:
+    """Refuse a start of another size, dtype or device, or with nothing in the space that is searched."""
+    if not isinstance(start, Tensor) or start.shape != (operator.dim,):
+        shape = tuple(start.shape) if isinstance(start, Tensor) else type(start).__name__
+        raise InvalidInputError(f"start must be a tensor ({operator.dim},), got {shape}")
+    if start.dtype != operator.dtype or start.device != operator.device:
+        raise InvalidInputError(
+            f"start is in {start.dtype} on {start.device}, the operator in {operator.dtype} on {operator.device}; "
+            "convert it with .to(...)"
+        )
+    inside = float(project_out(start.double().unsqueeze(1), null.double()).norm())
+    if not 0 < inside < math.inf or inside <= 1e-6 * float(start.double().norm()):
+        raise InvalidInputError(
+            "start is zero, not finite or a null direction, so there would be nothing to search from; leave it out "
+            "for a random one"
+        )
