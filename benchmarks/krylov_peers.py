@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from side_by_side import installed, seconds
+from side_by_side import eig_for_pyhessian, installed, seconds
 from torch import Tensor, nn
 
 import bnp_analysis as bnp
@@ -81,7 +81,7 @@ def eigenthings(network: Network) -> Any:
 
 @contextmanager
 def counted_pyhessian(network: Network) -> Iterator[tuple[Any, list[int]]]:
-    """Pyhessian's object and a list as long as its products; `torch.eig`, which torch no longer has, stands in."""
+    """Pyhessian's object and a list as long as its products."""
     import pyhessian
 
     module = sys.modules["pyhessian.hessian"]  # the package's attribute of this name is the class
@@ -92,22 +92,14 @@ def counted_pyhessian(network: Network) -> Iterator[tuple[Any, list[int]]]:
         calls.append(1)
         return true_product(*arguments)
 
-    def eig(matrix: Tensor, eigenvectors: bool = False) -> tuple[Tensor, Tensor]:
-        values, vectors = torch.linalg.eigh(matrix)
-        return torch.stack([values, torch.zeros_like(values)], dim=1), vectors
-
     module.hessian_vector_product = product
-    had = getattr(torch, "eig", None)
-    torch.eig = eig  # type: ignore[attr-defined]
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), eig_for_pyhessian():
             torch.manual_seed(0)
             model = network.copy(torch.float32)
             yield pyhessian.hessian(model, LOSS, data=(network.x, network.y), cuda=network.x.is_cuda), calls
     finally:
         module.hessian_vector_product = true_product
-        if had is None:
-            del torch.eig  # type: ignore[attr-defined]
 
 
 def peers(network: Network, k: int, tol: float) -> Iterator[dict[str, Any]]:

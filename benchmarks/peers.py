@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.sparse.linalg import eigsh
+from side_by_side import eig_for_pyhessian
 from torch import Tensor, nn
 from truth_arithmetic import long, singular_values
 
@@ -104,22 +105,12 @@ def eigenthings(task: Task, steps: int) -> float:
 
 
 def pyhessian(task: Task, steps: int) -> float:
-    """Its density needs `torch.eig`, which torch no longer has: a stand-in with the same answer takes its place."""
     import pyhessian as package
 
-    def eig(matrix: Tensor, eigenvectors: bool = False) -> tuple[Tensor, Tensor]:
-        values, vectors = torch.linalg.eigh(matrix)
-        return torch.stack([values, torch.zeros_like(values)], dim=1), vectors
-
-    had = getattr(torch, "eig", None)
-    torch.eig = eig  # type: ignore[attr-defined]
-    try:
+    with eig_for_pyhessian():
         torch.manual_seed(0)
         measured = package.hessian(task.model(), nn.functional.mse_loss, data=task.data(), cuda=False)
         values = measured.density(iter=steps, n_v=1)[0][0]
-    finally:
-        if had is None:
-            del torch.eig  # type: ignore[attr-defined]
     return quotient(values, task.x.shape[1], task.x.dtype)
 
 

@@ -9,7 +9,8 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +176,22 @@ def write(folder: Path, name: str, lines: Sequence[str], record: Mapping[str, An
         scratch = folder / f".{name}{suffix}"
         scratch.write_text(text + "\n", encoding="utf-8")
         os.replace(scratch, folder / f"{name}{suffix}")
+
+
+@contextmanager
+def eig_for_pyhessian() -> Iterator[None]:
+    """A stand-in with the same answer for `torch.eig`, which pyhessian calls and torch has only in name."""
+
+    def eig(matrix: Tensor, eigenvectors: bool = False) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(matrix)
+        return torch.stack([values, torch.zeros_like(values)], dim=1), vectors
+
+    had = getattr(torch, "eig", None)
+    torch.eig = eig  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        if had is None:
+            del torch.eig  # type: ignore[attr-defined]
+        else:
+            torch.eig = had  # type: ignore[attr-defined]

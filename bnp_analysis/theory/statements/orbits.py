@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,20 +143,13 @@ def check_orbits(problem: Problem) -> Iterator[Check]:
     for scaling in _first_and_last(orbits):
         curve = _curve(problem, risk, scaling)
         for name in ("plain", "bnp"):
-            words = f"{_KAPPA} [{name}; {_where(scaling)}]"
-            if not _one_rank(curve, name):
-                yield Check.not_applicable(words, "T12", _ranks(curve, name))
-                continue
-            yield Check.compare(
-                words,
-                "T12",
+            yield _compared(
+                curve,
+                name,
+                (f"{_KAPPA} [{name}; {_where(scaling)}]", "T12"),
                 observed=curve.deviation(name),
-                predicted=1e-6 + curve.uncertainty[name],
-                tolerance=0.0,
-                relation="<=",
-                hypotheses={"positively homogeneous": True, "one rank along the orbit": True},
                 reason=f"kappa* from {min(curve.observed[name]):.3g} to {max(curve.observed[name]):.3g}",
-                details={"t": curve.times, "observed": curve.observed[name], "predicted": curve.predicted[name]},
+                details={"observed": curve.observed[name], "predicted": curve.predicted[name]},
             )
 
 
@@ -166,21 +160,32 @@ def check_output_scaling(problem: Problem) -> Iterator[Check]:
     name = "bnp, output scaling"
     for scaling in _first_and_last(orbits):
         curve = _curve(problem, risk, scaling)
-        words = f"{_T10} [{_where(scaling)}]"
-        if not _one_rank(curve, name):
-            yield Check.not_applicable(words, "T10", _ranks(curve, name))
-            continue
-        yield Check.compare(
-            words,
-            "T10",
+        yield _compared(
+            curve,
+            name,
+            (f"{_T10} [{_where(scaling)}]", "T10"),
             observed=curve.spread(name),
-            predicted=1e-6 + curve.uncertainty[name],
-            tolerance=0.0,
-            relation="<=",
-            hypotheses={"positively homogeneous": True, "one rank along the orbit": True},
             reason=f"kappa* {curve.observed[name][0]:.6g}; without it a factor {_factor_of(curve):.3g}",
-            details={"t": curve.times, **{f"kappa*, {key}": values for key, values in curve.observed.items()}},
+            details={f"kappa*, {key}": values for key, values in curve.observed.items()},
         )
+
+
+def _compared(
+    curve: OrbitCurve, name: str, said: tuple[str, str], *, observed: float, reason: str, details: dict[str, Any]
+) -> Check:
+    """A statement about one kind of number along an orbit, where its rank is the same everywhere."""
+    if not _one_rank(curve, name):
+        return Check.not_applicable(*said, _ranks(curve, name))
+    return Check.compare(
+        *said,
+        observed=observed,
+        predicted=1e-6 + curve.uncertainty[name],
+        tolerance=0.0,
+        relation="<=",
+        hypotheses={"positively homogeneous": True, "one rank along the orbit": True},
+        reason=reason,
+        details={"t": curve.times, **details},
+    )
 
 
 def _factor_of(curve: OrbitCurve) -> float:
