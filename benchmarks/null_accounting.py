@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -129,8 +130,8 @@ def dead_and_open(model: nn.Module) -> None:
     bias.data[:3] = torch.tensor([-20.0, 20.0, 20.0], dtype=D)
 
 
-def resnet(**options: str) -> Callable[[], nn.Module]:
-    return lambda: bnp.models.resnet(8, in_channels=1, num_classes=3, width=1, **options)  # type: ignore[arg-type]
+def resnet(**options: Any) -> Callable[[], nn.Module]:
+    return lambda: bnp.models.resnet(8, in_channels=1, num_classes=3, width=1, **options)
 
 
 NETWORKS = {

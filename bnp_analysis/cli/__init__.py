@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             require_one_process(words[0])
             return run_in_checkout(words[0], words[1:])
         arguments = _parser().parse_args(words)
-        require_one_process(words[0], arguments.run)
+        require_one_process(words[0], arguments)
         return int(arguments.run(arguments))
     except (BNPAnalysisError, ImportError, FileNotFoundError) as error:
         print(f"bnp-analysis: error: {error}", file=sys.stderr)

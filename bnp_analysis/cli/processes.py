@@ -7,7 +7,6 @@ import functools
 import os
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from typing import Any
 
 from bnp_analysis.distributed import ALONE, initialize, launched
 from bnp_analysis.errors import InvalidInputError
@@ -41,17 +40,16 @@ def in_processes(run: Run) -> Run:
             with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
                 return run(arguments)
 
-    over_all.several = True  # type: ignore[attr-defined]
     return over_all
 
 
-def require_one_process(command: str, run: Any = None) -> None:
+def require_one_process(command: str, arguments: argparse.Namespace | None = None) -> None:
     """Refuse several processes for a command that would do everything in each of them.
 
     Raises:
         InvalidInputError: says how to start it.
     """
-    if launched() > 1 and not getattr(run, "several", False):
+    if launched() > 1 and not hasattr(arguments, "group"):
         raise InvalidInputError(
             f"{launched()} processes were launched, but {command} does not share its work among them: each would do "
             f"all of it and write the same files. Start it without torchrun; condition and spectrum run in several"

@@ -16,9 +16,10 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.errors import InvalidInputError, MemoryLimitError
 from bnp_analysis.linalg.memory import available_memory
-from bnp_analysis.network.batches import Batch, slice_batch, tensors_of
+from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.risk import EmpiricalRisk
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from bnp_analysis.curvature.engines import Engine, Plan, tensors_of_columns
 from bnp_analysis.curvature.products import OutputGraph, output_graph
+from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.linalg.operators import LinearOperator
-from bnp_analysis.network.batches import Batch, slice_batch, tensors_of
+from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.kernels import recording
 from bnp_analysis.network.risk import EmpiricalRisk
 

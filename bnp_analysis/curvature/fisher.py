@@ -12,10 +12,11 @@ from bnp_analysis.curvature.engines import Plan
 from bnp_analysis.curvature.factors import JacobianFactor, batch_roots
 from bnp_analysis.curvature.output_curvature import loss_gradient, output_root
 from bnp_analysis.distributed import over_processes
+from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.linalg.random import generator, uniform_at
-from bnp_analysis.network.batches import Batch, slice_batch, tensors_of
+from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.purity import is_mean
 from bnp_analysis.network.risk import EmpiricalRisk

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from bnp_analysis.curvature.null_basis import Verifier
 from bnp_analysis.curvature.output_curvature import output_root
+from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.matrices import RowScaled
 from bnp_analysis.linalg.memory import available_memory
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.linalg.spectra.null import SomeNullDirections
-from bnp_analysis.network.batches import tensors_of
 from bnp_analysis.network.candidates import Part
 from bnp_analysis.network.dependencies import null_vectors
 from bnp_analysis.network.layers import Coverage, Layer

@@ -6,7 +6,7 @@ import functools
 import pickle
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.distributed.link import Link
+from bnp_analysis.distributed.nested import map_tensors, tensors_of
 from bnp_analysis.errors import DistributedError, InvalidInputError
 from bnp_analysis.linalg.checkpoint import ReadOnlyPath
 
@@ -60,17 +61,16 @@ class Group:
             InvalidInputError: data that cannot be cut.
         """
         if isinstance(data, tuple) and len(data) == 2:
-            counts = {t.shape[0] if t.ndim else -1 for part in data for t in _leaves(part)}
+            counts = {t.shape[0] if t.ndim else -1 for t in tensors_of(data)}
             if len(counts) != 1:
                 raise InvalidInputError(
                     f"(x, y) has tensors of {sorted(counts)} rows, so examples cannot be told apart; cut them with "
                     "group.part(count)"
                 )
             mine = self.part(counts.pop())
-            cut = tuple(_cut(part, slice(mine.start, mine.stop)) for part in data)
-            return cut if len(mine) else []
-        if isinstance(data, torch.utils.data.Dataset):
-            return torch.utils.data.Subset(data, self.part(len(data)))  # type: ignore[arg-type]
+            return map_tensors(data, lambda t: t[mine.start : mine.stop]) if len(mine) else []
+        if isinstance(data, torch.utils.data.Dataset) and isinstance(data, Sized):
+            return torch.utils.data.Subset(data, self.part(len(data)))
         if isinstance(data, list | tuple):
             mine = self.part(len(data))
             return list(data[mine.start : mine.stop])
@@ -266,23 +266,3 @@ def digest(t: Tensor) -> int:
     # Sums of what multiplication has mixed: differences in several entries do not cancel, nor do swapped ones.
     mixed = (bits + torch.arange(bits.numel(), device=bits.device)) * _MIX
     return int(((mixed ^ (mixed >> 29)) * _MIX).sum())
-
-
-def _leaves(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _leaves(list(value.values()))
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from _leaves(part)
-
-
-def _cut(value: Any, mine: slice) -> Any:
-    if isinstance(value, Tensor):
-        return value[mine]
-    if isinstance(value, Mapping):
-        return {k: _cut(v, mine) for k, v in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_cut(v, mine) for v in value))
-    return type(value)(_cut(v, mine) for v in value) if isinstance(value, tuple | list) else value

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.distributed import ALONE, Group
+from bnp_analysis.distributed.nested import map_tensors, tensors_of
 from bnp_analysis.errors import InconsistentDataError, InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.network.hashing import MIX, add, hash_of
@@ -201,31 +202,6 @@ def arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(x, Mapping):
         return (), dict(x)
     return (tuple(x), {}) if isinstance(x, tuple | list) else ((x,), {})
-
-
-def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with `fn` applied to every tensor inside tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return fn(value)
-    if isinstance(value, Mapping):
-        return {k: map_tensors(v, fn) for k, v in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(v, fn) for v in value))
-    if isinstance(value, tuple | list):
-        return type(value)(map_tensors(v, fn) for v in value)
-    return value
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """Every tensor inside tuples, lists and dicts, in order."""
-    found: list[Tensor] = []
-
-    def note(t: Tensor) -> Tensor:
-        found.append(t)
-        return t
-
-    map_tensors(value, note)
-    return found
 
 
 def with_examples(batch: Batch, index: Tensor) -> Batch:

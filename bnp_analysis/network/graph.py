@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from bnp_analysis.network.batches import Batch, map_tensors, tensors_of
+from bnp_analysis.distributed.nested import map_tensors, tensors_of
+from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.calls import ACTIVATIONS, NORMS, arguments_by_name, read_call
 from bnp_analysis.network.kernels import recording
 from bnp_analysis.network.risk import EmpiricalRisk

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from bnp_analysis.network.batches import tensors_of
+from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.network.risk import EmpiricalRisk
 
 Dense = nn.Linear

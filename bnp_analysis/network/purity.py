@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.errors import InvalidInputError, StochasticModelError
-from bnp_analysis.network.batches import Batch, slice_batch, tensors_of, with_examples
+from bnp_analysis.network.batches import Batch, slice_batch, with_examples
 from bnp_analysis.network.randomness import random_state
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from bnp_analysis.distributed.nested import map_tensors
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.network.batches import map_tensors
 from bnp_analysis.network.names import clean_name
 
 __all__ = ["clean_name", "snapshot", "snapshot_loss", "unwrap"]

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from bnp_analysis.curvature.factors import jacobian_rows
 from bnp_analysis.curvature.output_curvature import output_root
+from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator
-from bnp_analysis.network.batches import slice_batch, tensors_of
+from bnp_analysis.network.batches import slice_batch
 from bnp_analysis.network.parameters import Block, ParameterSpace
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.precondition.adaptive import optimizer_divisors

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from bnp_analysis.curvature.output_curvature import output_root
+from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
-from bnp_analysis.network.batches import tensors_of
 from bnp_analysis.network.layers import Coverage, Layer
 from bnp_analysis.network.parameters import Block, ParameterSpace
 from bnp_analysis.network.risk import EmpiricalRisk

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.curvature.output_curvature import output_root
+from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator
-from bnp_analysis.network.batches import Batch, tensors_of
+from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.layers import Coverage, Layer
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.precondition.blocks import SplitsByUnit

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from bnp_analysis.distributed.nested import map_tensors
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.network.batches import map_tensors
 
 FORMAT = "bnp_analysis.training/1"
 

@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,15 @@ def test_data_that_cannot_be_cut_are_refused() -> None:
         ALONE.shard((torch.ones(3), torch.ones(2)))
     with pytest.raises(InvalidInputError, match="make the loader from"):
         ALONE.shard(torch.utils.data.DataLoader([1, 2]))
+
+    class Stream(torch.utils.data.IterableDataset[int]):
+        """Examples without a number."""
+
+        def __iter__(self) -> Iterator[int]:
+            return iter([1, 2])
+
+    with pytest.raises(InvalidInputError, match="make the loader from"):
+        ALONE.shard(Stream())
 
 
 def test_alone_everything_is_its_own_sum(tmp_path: Path) -> None:

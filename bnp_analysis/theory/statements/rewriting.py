@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.linalg import Preconditioner
 from bnp_analysis.network import EmpiricalRisk
-from bnp_analysis.network.batches import Batch, slice_batch, tensors_of
+from bnp_analysis.network.batches import Batch, slice_batch
 
 Replace = Mapping[str, Callable[[nn.Module], nn.Module]]
 
