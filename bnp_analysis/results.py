@@ -65,7 +65,7 @@ class Result:
 
     Subclasses are declared with ``@dataclass(frozen=True, kw_only=True)``; they override :meth:`summary` and,
     when they hold a table, :meth:`records`. Class names are unique: files are read back by them. Two results
-    are equal when their types and all their contents but ``seconds`` are, to the last bit.
+    are equal when their types and all their contents but ``seconds`` and ``engine`` are, to the last bit.
 
     Args:
         settings: the arguments that the computation ran with.
@@ -73,6 +73,7 @@ class Result:
         versions: versions of the software.
         matvecs: products with the curvature matrix.
         seconds: wall-clock time.
+        engine: how the products were computed (kept graphs, memory), as far as the operator says.
 
     >>> @dataclass(frozen=True, kw_only=True)
     ... class Norm(Result):
@@ -88,6 +89,7 @@ class Result:
     versions: Mapping[str, str] = field(default_factory=package_versions)
     matvecs: int = 0
     seconds: float = field(default=0.0, compare=False)
+    engine: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     _registry: ClassVar[dict[str, type[Result]]] = {}
 
@@ -220,7 +222,7 @@ class Result:
         return json.dumps(_encode_result(self, compared=True), sort_keys=True)
 
     def __eq__(self, other: object) -> bool:
-        """Equal types and contents, bit for bit, NaN equal to itself; ``seconds`` does not count."""
+        """Equal types and contents, bit for bit, NaN equal to itself; ``seconds`` and ``engine`` do not count."""
         if not isinstance(other, Result):
             return NotImplemented
         return type(self) is type(other) and self._key() == other._key()

@@ -73,6 +73,16 @@ def test_spectrum_by_engine_and_within_memory(capsys):
     assert "max_memory" in capsys.readouterr().err
 
 
+def test_condition_by_engine_and_within_memory(tmp_path, capsys):
+    out = tmp_path / "c.json"
+    args = ["condition", *SMALL, "--curvature", "hessian", "--layers", "fc2", "--json", str(out)]
+    assert main([*args, "--engine", "recompute", "--max-memory", "100"]) == 0
+    plan = bnp.Comparison.load(out).network["hessian"][0].engine
+    assert (plan["engine"], plan["limit"]) == ("recompute", 100 * 2**20)
+    assert main([*args, "--max-memory", "0.001"]) == 2
+    assert "max_memory" in capsys.readouterr().err
+
+
 def test_spectrum_writes_both_densities(tmp_path, capsys):
     args = ["spectrum", *SMALL, "--top", "2", "--probes", "2", "--steps", "8", "--no-reorthogonalization"]
     assert main([*args, "--json", str(tmp_path / "s.json"), "--figure", str(tmp_path / "s.png")]) == 0

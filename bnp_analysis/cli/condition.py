@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from bnp_analysis.cli.problem import PRECONDITIONERS, figure_option, problem_options, risk_of
+from bnp_analysis.cli.problem import PRECONDITIONERS, engine_of, engine_options, figure_option, problem_options, risk_of
 from bnp_analysis.cli.processes import in_processes, process_options
 from bnp_analysis.diagnose import CURVATURES, Comparison, compare
 
@@ -20,6 +20,7 @@ def add_condition_command(commands: Any) -> None:
     )
     problem_options(condition)
     process_options(condition)
+    engine_options(condition)
     figure_option(condition)
     condition.add_argument("--layers", nargs="+", metavar="NAME", help="only these layers in the table")
     condition.add_argument(
@@ -38,6 +39,7 @@ def _condition(arguments: argparse.Namespace) -> int:
         curvature=arguments.curvature,
         layers=arguments.layers,
         dtype=None,
+        **engine_of(arguments),
         seed=arguments.seed,
         progress=not arguments.quiet,
     )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bnp_analysis import data, models, precondition
+from bnp_analysis.curvature.engines import ENGINES
 from bnp_analysis.distributed import ALONE
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg import Preconditioner
@@ -45,6 +46,17 @@ def problem_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of subset, initialization, training and random starts")
     add("--json", metavar="FILE", help="write the result with its settings")
     add("--quiet", action="store_true", help="no progress bars")
+
+
+def engine_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--engine", choices=ENGINES, default="auto", help="keep recorded graphs, or recompute them")
+    parser.add_argument("--max-memory", type=float, metavar="MIB", help="that kept graphs and a product may take")
+
+
+def engine_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keywords `engine` and `max_memory` of operators."""
+    limit = None if arguments.max_memory is None else int(2**20 * arguments.max_memory)
+    return {"engine": arguments.engine, "max_memory": limit}
 
 
 def figure_option(parser: argparse.ArgumentParser) -> None:

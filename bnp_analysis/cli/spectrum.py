@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from bnp_analysis.cli.problem import PRECONDITIONERS, figure_option, problem_options, risk_of
+from bnp_analysis.cli.problem import PRECONDITIONERS, engine_of, engine_options, figure_option, problem_options, risk_of
 from bnp_analysis.cli.processes import in_processes, process_options
-from bnp_analysis.curvature.engines import ENGINES
 from bnp_analysis.diagnose import CURVATURES, curvature_matrix
 from bnp_analysis.linalg import eigenpairs, spectral_density
 
@@ -22,6 +21,7 @@ def add_spectrum_command(commands: Any) -> None:
     )
     problem_options(spectrum)
     process_options(spectrum)
+    engine_options(spectrum)
     figure_option(spectrum)
     spectrum.add_argument("--curvature", choices=CURVATURES, default="hessian", help="the matrix")
     spectrum.add_argument("--top", type=int, default=5, metavar="K", help="eigenvalues to print")
@@ -30,16 +30,13 @@ def add_spectrum_command(commands: Any) -> None:
     spectrum.add_argument(
         "--no-reorthogonalization", action="store_true", help="keep three vectors of a density's run, not all of them"
     )
-    spectrum.add_argument("--engine", choices=ENGINES, default="auto", help="keep recorded graphs, or recompute them")
-    spectrum.add_argument("--max-memory", type=float, metavar="MIB", help="that kept graphs and a product may take")
     spectrum.set_defaults(run=_spectrum)
 
 
 @in_processes
 def _spectrum(arguments: argparse.Namespace) -> int:
     risk = risk_of(arguments)
-    limit = None if arguments.max_memory is None else int(2**20 * arguments.max_memory)
-    A = curvature_matrix(risk, arguments.curvature, arguments.seed, engine=arguments.engine, max_memory=limit)
+    A = curvature_matrix(risk, arguments.curvature, arguments.seed, **engine_of(arguments))
     P = PRECONDITIONERS[arguments.preconditioner](risk)
     progress = not arguments.quiet
     densities = []

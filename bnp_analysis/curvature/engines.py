@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -99,6 +99,12 @@ class Engine(Generic[G]):
         if self._plan is None:
             self._plan = self._make_plan()
         return self._plan
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What results keep: what was asked for and, once there was a product, the plan."""
+        asked = {"asked": self.name, "max_memory": self.max_memory}
+        return asked if self._plan is None else asked | asdict(self._plan)
 
     def each(self, use: Callable[[G, int, bool], None]) -> None:
         """`use(graph, b, kept)` for every batch `b`; a graph that is not kept lives no longer than its use."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,10 @@ class JacobianFactor(LinearOperator):
     def engine(self) -> Plan:
         """How products are computed, and their estimated memory."""
         return self._engine.plan
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        return self._engine.record
 
     @property
     def rank_bound(self) -> int:

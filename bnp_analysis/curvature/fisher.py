@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,10 @@ class Fisher(SymmetricOperator):
     def engine(self) -> Plan:
         """How products are computed, and their estimated memory."""
         return self._factor.engine
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        return self._factor.record
 
     @property
     def factor(self) -> LinearOperator:

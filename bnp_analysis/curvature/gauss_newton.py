@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
@@ -30,6 +32,12 @@ class GaussNewton(SymmetricOperator):
     def engine(self) -> Plan:
         """How products are computed, and their estimated memory."""
         return self._engine.plan
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """Of the matrix's own products, or else of its factor's."""
+        own, factor = self._engine.record, vars(self).get("factor")
+        return own if factor is None or "engine" in own else factor.record
 
     @cached_property
     def factor(self) -> LinearOperator | None:

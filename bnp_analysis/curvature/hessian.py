@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from bnp_analysis.curvature.blocks import restricted
@@ -25,6 +28,10 @@ class Hessian(SymmetricOperator):
     def engine(self) -> Plan:
         """How products are computed, and their estimated memory."""
         return self._engine.plan
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        return self._engine.record
 
     @over_processes
     def _matmat(self, x: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -42,6 +43,7 @@ def block_numbers(
     layer: Layer,
     P: NetworkPreconditioner,
     dense: UnitBlocks | None,
+    engine: Mapping[str, Any],
     seed: int,
     update: Callable[[int], None],
 ) -> BlockNumbers:
@@ -52,10 +54,11 @@ def block_numbers(
         layer: one of its covered layers.
         P: the preconditioner.
         dense: the layer's unit blocks, where it is dense and runs once per example.
+        engine: `engine` and `max_memory` of operators.
         seed: of random starts.
         update: gets how many of the layer's blocks are done.
     """
-    own = _own_block(risk, layer, dense)
+    own = _own_block(risk, layer, dense, engine)
     small = reduced(own) if reducible(own) else own
     null = known_null(risk, layer.name, small.factor if small is not own else None)
     whole = pair(small, P.block(layer.name), null, seed, direct=own)
@@ -147,12 +150,14 @@ def known_null(risk: EmpiricalRisk, block: str | None, factor: LinearOperator | 
         return None
 
 
-def _own_block(risk: EmpiricalRisk, layer: Layer, dense: UnitBlocks | None) -> SymmetricOperator:
+def _own_block(
+    risk: EmpiricalRisk, layer: Layer, dense: UnitBlocks | None, engine: Mapping[str, Any]
+) -> SymmetricOperator:
     """The layer's Gauss-Newton block; its rows from inputs and cotangents where these are known and rows are needed."""
     names = (layer.weight,) if layer.bias is None else (layer.weight, layer.bias)
     whole = None if dense is None or tuple(risk.space.layer_names(layer.name)) != names else dense.whole
     # For products alone kept graphs are as fast.
-    return whole if whole is not None and reducible(whole) else gauss_newton(risk, block=layer.name)
+    return whole if whole is not None and reducible(whole) else gauss_newton(risk, block=layer.name, **engine)
 
 
 def _unit_of(P: NetworkPreconditioner, layer: str, unit: int) -> Preconditioner | None:

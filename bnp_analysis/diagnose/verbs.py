@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ def layer_table(
     *,
     layers: Sequence[str] | None = None,
     dtype: torch.dtype | None = torch.float64,
+    engine: str = "auto",
+    max_memory: int | None = None,
     seed: int = 0,
     progress: Progress = False,
 ) -> LayerTable:
@@ -47,6 +50,7 @@ def layer_table(
         P: a preconditioner over `risk.space` that is block diagonal in the layers; default the undamped BNP one.
         layers: names of the layers wanted; default all.
         dtype: in which to measure; None for the risk's own.
+        engine, max_memory: of operators, as in `hessian`.
         seed: of random starts and probes.
         progress: True draws a bar, a callable gets `(done, total)`.
 
@@ -77,6 +81,7 @@ def layer_table(
     moments = layer_moments(risk, layers=found)
     triangles = input_triangles(risk, moments, found)
     units = unit_blocks(risk, found)
+    held = {"engine": engine, "max_memory": max_memory}
     table = []
     with reporting(progress, sum(layer.units + 2 for layer in found), "layers") as update:
         done = 0
@@ -84,7 +89,7 @@ def layer_table(
             forms = (triangles[layer.name].raw, triangles[layer.name].centered, triangles[layer.name].normalized)
             worst = [max((_singular(t) for t in form), key=lambda k: k.value) for form in forms]
             advance = partial(_advance, update, done)
-            blocks = block_numbers(risk, layer, P, units.get(layer.name), seed, advance)
+            blocks = block_numbers(risk, layer, P, units.get(layer.name), held, seed, advance)
             done += layer.units + 2
             update(done)
             table.append(
@@ -103,7 +108,7 @@ def layer_table(
                     unit_blocks_with_P=tuple(conditioned for _, conditioned in blocks.units),
                     block=blocks.whole[0],
                     block_with_P=blocks.whole[1],
-                    is_hessian=_equals_hessian(risk, layer, seed),
+                    is_hessian=_equals_hessian(risk, layer, held, seed),
                     seed=seed,
                     matvecs=_products([*worst, *(k for both in [*blocks.units, blocks.whole] for k in both)])
                     + blocks.products
@@ -131,6 +136,8 @@ def compare(
     curvature: Sequence[str] = ("gauss-newton", "hessian"),
     layers: Sequence[str] | None = None,
     dtype: torch.dtype | None = torch.float64,
+    engine: str = "auto",
+    max_memory: int | None = None,
     seed: int = 0,
     progress: Progress = False,
 ) -> Comparison:
@@ -143,6 +150,7 @@ def compare(
             `"fisher-empirical"`.
         layers: names of the layers wanted in the table; default all.
         dtype: in which to measure; None for the risk's own.
+        engine, max_memory: of operators, as in `hessian`.
         seed: of random starts, probes and sampled targets.
         progress: True draws a bar, a callable gets `(done, total)`.
 
@@ -166,11 +174,12 @@ def compare(
     unknown = [name for name in curvature if name not in CURVATURES]
     if unknown:
         raise InvalidInputError(f"unknown curvature {', '.join(unknown)}; there are: {', '.join(CURVATURES)}")
-    table = layer_table(risk, P, layers=layers, dtype=None, seed=seed, progress=progress)
+    held: dict[str, Any] = {"engine": engine, "max_memory": max_memory}
+    table = layer_table(risk, P, layers=layers, dtype=None, **held, seed=seed, progress=progress)
     network = {}
     null = known_null(risk, None) if set(curvature) - {"hessian"} else None
     for name in curvature:
-        A = curvature_matrix(risk, name, seed)
+        A = curvature_matrix(risk, name, seed, **held)
         measure = magnitude_condition_number if name == "hessian" else condition_number
         # The symmetries of the network annihilate J, hence the Gauss-Newton and Fisher matrices; not the Hessian.
         known = None if name == "hessian" else null
@@ -227,9 +236,9 @@ def _singular(triangle: Tensor) -> ConditionNumber:
     return singular_condition_number(MatrixOperator(triangle, exact=False), null_vectors(triangle))
 
 
-def _equals_hessian(risk: EmpiricalRisk, layer: Layer, seed: int) -> bool:
+def _equals_hessian(risk: EmpiricalRisk, layer: Layer, engine: Mapping[str, Any], seed: int) -> bool:
     """Whether one random product of the layer's Hessian block equals that of its Gauss-Newton block (T1')."""
-    H, A = hessian(risk, block=layer.name), gauss_newton(risk, block=layer.name)
+    H, A = (build(risk, block=layer.name, **engine) for build in (hessian, gauss_newton))
     v = normal((A.dim,), generator(seed), risk.theta)
     image = A @ v
     tolerance = 1e3 * torch.finfo(risk.space.dtype).eps * float(A.dim) ** 0.5

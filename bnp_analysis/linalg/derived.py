@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +47,10 @@ class GramOperator(SymmetricOperator):
     @property
     def factor(self) -> LinearOperator:
         return self._factor
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        return self._factor.record
 
     def _matmat(self, x: Tensor) -> Tensor:
         return self._factor._rmatmat(self._factor._matmat(x))

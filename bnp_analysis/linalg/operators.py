@@ -7,7 +7,7 @@ A class here is either abstract or final.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self, overload
 
 import torch
@@ -62,6 +62,11 @@ class LinearOperator(ABC):
     def exact(self) -> bool:
         """Whether the entries of `to_dense()` are given, not computed with rounding."""
         return False
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """How products were computed, for results; empty where there is nothing to choose."""
+        return {}
 
     @overload
     def __matmul__(self, other: Tensor) -> Tensor: ...

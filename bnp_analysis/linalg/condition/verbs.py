@@ -23,7 +23,7 @@ from bnp_analysis.linalg.derived import GramOperator, Shifted
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner, check_fits, congruence
 from bnp_analysis.linalg.progress import Progress
-from bnp_analysis.linalg.spectra.checks import require_operator
+from bnp_analysis.linalg.spectra.checks import provenance, require_operator
 from bnp_analysis.linalg.spectra.null import HasBasis, read_null
 
 
@@ -110,11 +110,7 @@ def condition_number(
         >>> round(k.value, 12), k.rank, k.two_sided
         (2.0, 2, True)
     """
-    settings = {
-        "steps": steps,
-        "failure_probability": failure_probability,
-        "preconditioned": preconditioner is not None,
-    }
+    settings = {"steps": steps, "failure_probability": failure_probability}
     krylov = LANCZOS_STEPS if steps is None else steps
 
     def solve(route: str) -> Extremes:
@@ -226,7 +222,7 @@ def magnitude_condition_number(
         >>> round(k.value, 12), k.negative
         (4.0, 1)
     """
-    settings = {"steps": steps, "preconditioned": preconditioner is not None}
+    settings = {"steps": steps}
     if method in ("factor-svd", "golub-kahan", "inverse-lanczos"):
         raise InvalidInputError(f"{method} is for semidefinite operators; use condition_number, or method='dense'")
 
@@ -277,7 +273,5 @@ def _measure(
         dim=A.dim,
         dtype=str(A.dtype).removeprefix("torch."),
         quantity=MAGNITUDE if indefinite else "kappa*",
-        settings={"method": method} | settings,
-        seed=seed,
-        seconds=time.perf_counter() - began,
+        **provenance(A, preconditioner, {"method": method} | settings, seed, began),
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,6 +66,18 @@ def measured(
     if P is None:
         return A, declared
     return congruence(A, P), replace(declared, basis=P.transport(declared.basis))
+
+
+def provenance(
+    A: SymmetricOperator, P: Preconditioner | None, settings: dict[str, Any], seed: int, began: float
+) -> dict[str, Any]:
+    """What every result of `A` or `P^T A P` says of how it came about, once the products have been made."""
+    return {
+        "settings": settings | {"preconditioned": P is not None},
+        "seed": seed,
+        "seconds": time.perf_counter() - began,
+        "engine": dict(_innermost(A).record),
+    }
 
 
 def require_symmetric(A: SymmetricOperator, seed: int) -> None:

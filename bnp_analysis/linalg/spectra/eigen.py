@@ -16,7 +16,7 @@ from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.progress import Progress
 from bnp_analysis.linalg.random import project_out
-from bnp_analysis.linalg.spectra.checks import measured
+from bnp_analysis.linalg.spectra.checks import measured, provenance
 from bnp_analysis.linalg.spectra.null import HasBasis
 from bnp_analysis.results import Result
 
@@ -137,6 +137,14 @@ def eigenpairs(
         spent += k
     residuals = residuals.cpu()
     done = residuals <= (tol * values.abs()).clamp(min=search.noise)
+    settings = {
+        "k": k,
+        "which": which,
+        "tol": tol,
+        "max_matvecs": max_matvecs,
+        "multiplicity": multiplicity,
+        "start": "random" if start is None else "given, and random",
+    }
     return Eigenpairs(
         values=values,
         vectors=vectors.cpu(),
@@ -144,18 +152,8 @@ def eigenpairs(
         which=which,
         converged=int(done.sum()),
         stop="rounding" if search.stop == "converged" and not bool(done.all()) else search.stop,
-        settings={
-            "k": k,
-            "which": which,
-            "tol": tol,
-            "max_matvecs": max_matvecs,
-            "multiplicity": multiplicity,
-            "start": "random" if start is None else "given, and random",
-            "preconditioned": preconditioner is not None,
-        },
-        seed=seed,
         matvecs=spent,
-        seconds=time.perf_counter() - began,
+        **provenance(A, preconditioner, settings, seed, began),
     )
 
 

@@ -14,7 +14,7 @@ from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.progress import Progress, reporting
 from bnp_analysis.linalg.random import generator, rademacher
-from bnp_analysis.linalg.spectra.checks import measured
+from bnp_analysis.linalg.spectra.checks import measured, provenance
 from bnp_analysis.linalg.spectra.quadrature import standard_error
 from bnp_analysis.results import Result
 
@@ -86,8 +86,6 @@ def trace(
         value=float(values.mean()),
         error=standard_error(values),
         dim=A.dim,
-        settings={"probes": probes, "preconditioned": preconditioner is not None},
-        seed=seed,
         matvecs=len(samples),
-        seconds=time.perf_counter() - began,
+        **provenance(A, preconditioner, {"probes": probes}, seed, began),
     )

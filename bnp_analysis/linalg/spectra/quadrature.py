@@ -19,7 +19,7 @@ from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.progress import Progress, reporting
 from bnp_analysis.linalg.random import generator, normal, orthonormal, project_out
-from bnp_analysis.linalg.spectra.checks import measured
+from bnp_analysis.linalg.spectra.checks import measured, provenance
 from bnp_analysis.linalg.spectra.null import HasBasis
 from bnp_analysis.results import Result
 
@@ -172,6 +172,14 @@ def spectral_density(
             if done == 0:
                 raise
     nodes, weights = nodes[:done], weights[:done]
+    settings = {
+        "probes": probes,
+        "steps": steps,
+        "width": width,
+        "scale": scale,
+        "reorthogonalize": reorthogonalize,
+        "deflated": basis.shape[1] - declared.dim,
+    }
     axis = _logarithms(nodes) if scale == "log" else nodes
     low, high = float(axis[weights > 0].min()), float(axis[weights > 0].max())
     size = max(abs(low), abs(high))
@@ -190,18 +198,8 @@ def spectral_density(
         width=sigma,
         dim=A.dim,
         null_dim=declared.dim,
-        settings={
-            "probes": probes,
-            "steps": steps,
-            "width": width,
-            "scale": scale,
-            "reorthogonalize": reorthogonalize,
-            "deflated": basis.shape[1] - declared.dim,
-            "preconditioned": preconditioner is not None,
-        },
-        seed=seed,
         matvecs=matvecs,
-        seconds=time.perf_counter() - began,
+        **provenance(A, preconditioner, settings, seed, began),
     )
 
 

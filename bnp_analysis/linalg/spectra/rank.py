@@ -12,6 +12,7 @@ from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.progress import Progress
+from bnp_analysis.linalg.spectra.checks import provenance
 from bnp_analysis.linalg.spectra.quadrature import spectral_density
 from bnp_analysis.results import Result
 
@@ -93,8 +94,6 @@ def rank_estimate(
         threshold=least,
         unresolved=float(near.mean()),
         dim=A.dim,
-        settings=dict(density.settings),
-        seed=seed,
         matvecs=density.matvecs,
-        seconds=time.perf_counter() - began,
+        **provenance(A, preconditioner, dict(density.settings), seed, began),
     )
