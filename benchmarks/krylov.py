@@ -39,7 +39,7 @@ ASKED = (
     (10, 1e-6, torch.float64, 45, 90),
 )
 #: how multiplicity is treated, and where a search starts; the first is the default.
-WAYS = (("verify", "random"), ("verify", "gradient"), ("trust", "random"))
+WAYS = (("verify", "auto"), ("verify", "random"), ("trust", "auto"))
 DENSITY = {True: 1.9, False: 1.6}  # gradients per probe and step, with and without reorthogonalization
 
 
@@ -73,8 +73,7 @@ def searches(network: Network, seeds: int, limit: int) -> Iterator[dict[str, Any
                     tol: float = tol,
                     g: str = start,
                 ) -> Any:
-                    given = risk.gradient if g == "gradient" else None
-                    return bnp.eigenpairs(bnp.hessian(risk), k, tol=tol, seed=seed, multiplicity=how, start=given)
+                    return bnp.eigenpairs(bnp.hessian(risk), k, tol=tol, seed=seed, multiplicity=how, start=g)
 
                 found, gradients = timed(unit, work)
                 products.append(found.matvecs)
@@ -121,8 +120,8 @@ def page(record: dict[str, Any]) -> list[str]:
     lines += [
         f"{record['data']}; products and gradients of time are medians over {record['seeds']} random starts,",
         "in brackets the least and the most. `verify` is the default: a look in a random direction confirms that no",
-        "wanted eigenvalue has a further copy. A start from the network's gradient, with a random vector as long,",
-        "includes the time of that gradient; *least* is that of the random start.",
+        "wanted eigenvalue has a further copy. `auto`, the default, starts from the network's gradient, which comes",
+        "with the recorded graph, and a random vector as long; *least* is that of the random start.",
         "",
         "## Largest eigenpairs",
         "",

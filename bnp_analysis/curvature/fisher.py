@@ -37,7 +37,8 @@ class Fisher(SymmetricOperator):
                 "the Fisher matrix needs one gradient per example, so a loss that is separate over examples, and data "
                 "that keep their order: give list(loader) or a loader without shuffle"
             )
-        self._factor, self.group = JacobianFactor(risk, *made, engine, max_memory), risk.group
+        self._risk, self.group = risk, risk.group
+        self._factor = JacobianFactor(risk, *made, engine, max_memory)
 
     @property
     def engine(self) -> Plan:
@@ -47,6 +48,11 @@ class Fisher(SymmetricOperator):
     @property
     def record(self) -> Mapping[str, Any]:
         return self._factor.record
+
+    @property
+    def start(self) -> Tensor:
+        """The risk's gradient, the mean of the rows' examples."""
+        return self._risk.gradient
 
     @property
     def factor(self) -> LinearOperator:

@@ -39,6 +39,11 @@ class GaussNewton(SymmetricOperator):
         own, factor = self._engine.record, vars(self).get("factor")
         return own if factor is None or "engine" in own else factor.record
 
+    @property
+    def start(self) -> Tensor:
+        """The risk's gradient."""
+        return self._risk.gradient
+
     @cached_property
     def factor(self) -> LinearOperator | None:
         """`F = S^(1/2) J`, where the loss is convex and separate over examples in the outputs."""

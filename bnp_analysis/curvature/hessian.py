@@ -21,7 +21,7 @@ class Hessian(SymmetricOperator):
 
     def __init__(self, risk: EmpiricalRisk, engine: str = "auto", max_memory: int | None = None) -> None:
         super().__init__(risk.space.dim, risk.space.dtype, risk.space.device)
-        self._space, self.group = risk.space, risk.group
+        self._risk, self._space, self.group = risk, risk.space, risk.group
         self._engine = Engine(risk, gradient_graph, engine, max_memory)
 
     @property
@@ -32,6 +32,17 @@ class Hessian(SymmetricOperator):
     @property
     def record(self) -> Mapping[str, Any]:
         return self._engine.record
+
+    @property
+    def start(self) -> Tensor:
+        """The risk's gradient; graphs that are kept hold it."""
+        if self.engine.engine != "retained":
+            return self._risk.gradient
+
+        def gradients(graph: GradientGraph, *_: object) -> list[Tensor]:
+            return [g.detach() for g in graph.gradients]
+
+        return self.group.sum(lambda: self._engine.total(1, gradients)[:, 0], "the gradient", of=self._risk.theta)
 
     @over_processes
     def _matmat(self, x: Tensor) -> Tensor:

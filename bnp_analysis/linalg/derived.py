@@ -80,6 +80,10 @@ class Shifted(SymmetricOperator, Derived):
         return matrix + self._delta * torch.eye(self.dim, dtype=matrix.dtype, device=self.device)
 
     @property
+    def start(self) -> Tensor | None:
+        return self._operator.start
+
+    @property
     def factor(self) -> LinearOperator | None:
         inner = self._operator.factor
         return None if inner is None or self._delta < 0 else WithMultipleOfIdentity(inner, self._delta**0.5)
@@ -138,6 +142,11 @@ class Restriction(SymmetricOperator, Derived):
 
     def of(self, matrix: Tensor) -> Tensor:
         return matrix[self._indices][:, self._indices]
+
+    @property
+    def start(self) -> Tensor | None:
+        inner = self._operator.start
+        return None if inner is None else inner[self._indices]
 
     @property
     def factor(self) -> LinearOperator | None:

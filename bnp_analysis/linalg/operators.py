@@ -202,6 +202,11 @@ class SymmetricOperator(LinearOperator):
         return None
 
     @property
+    def start(self) -> Tensor | None:
+        """A vector `(n,)` rich in the eigenvectors of the largest eigenvalues, where one is known without a product."""
+        return None
+
+    @property
     def T(self) -> Self:
         return self
 

@@ -206,6 +206,11 @@ class Congruence(SymmetricOperator):
         return None if inner is None else inner @ self.preconditioner
 
     @property
+    def start(self) -> Tensor | None:
+        inner = self.operator.start
+        return None if inner is None else self.preconditioner._rmatmat(inner.unsqueeze(1)).squeeze(1)
+
+    @property
     def dense_cost(self) -> int:
         return self.operator.dense_cost
 

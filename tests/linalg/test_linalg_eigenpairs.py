@@ -2,7 +2,8 @@
 
 Bugs that only these tests catch: one copy of a repeated eigenvalue where there are five; "converged" while a residual
 is not; a residual that is estimated, not measured, after the basis stopped being a Krylov space; null directions that
-come back as eigenvectors; a search that never gives up; a given start that hides what it is orthogonal to.
+come back as eigenvectors; a search that never gives up; a start, given or proposed by the operator, that hides what it
+is orthogonal to, is in other coordinates, or ends the search because it is zero.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from bnp_analysis.errors import InvalidInputError, MemoryLimitError, NonFiniteError, NullSpaceError
 from bnp_analysis.linalg import DenseOperator, DensePreconditioner, Eigenpairs, congruence, eigenpairs
 from bnp_analysis.linalg import memory as memory_module
+from bnp_analysis.linalg.derived import Restriction, Shifted
 from bnp_analysis.testing import random_orthogonal, spectrum, symmetric_with_spectrum
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
@@ -225,6 +227,49 @@ def test_a_start_saves_products_and_hides_nothing(generator: torch.Generator) ->
         assert found.values.item() == pytest.approx(float(values[-1]), rel=1e-8)
     assert near.matvecs < plain.matvecs
     assert near.settings["start"] == "given, and random"
+
+
+class _Proposing(DenseOperator):
+    """A matrix that proposes a start."""
+
+    def __init__(self, matrix: torch.Tensor, proposal: torch.Tensor) -> None:
+        super().__init__(matrix)
+        self._proposal = proposal
+
+    @property
+    def start(self) -> torch.Tensor:
+        return self._proposal
+
+
+def test_what_an_operator_proposes_is_used_where_it_can_be(generator: torch.Generator) -> None:
+    """For the largest values only; zero, not finite or inside the null space it is no start, and no error either."""
+    p = symmetric_with_spectrum(spectrum("log", 200, 1e4, rank=190), generator)
+    values, vectors = torch.linalg.eigh(p.operator.to_dense())
+    A = _Proposing(p.operator.to_dense(), vectors[:, -1] + 1e-3 * vectors[:, 20])
+    found, plain = (eigenpairs(A, 1, null=p.null, start=how) for how in ("auto", "random"))
+    assert found.matvecs < plain.matvecs
+    assert found.settings["start"] == "what the operator proposes, and random"
+    assert found.values.item() == pytest.approx(float(values[-1]), rel=1e-5)
+    assert eigenpairs(A, 1, null=p.null, which="smallest", max_matvecs=9).settings["start"] == "random"
+    for proposal in (0 * A.start, A.start / 0, p.null[:, 0]):
+        other = eigenpairs(_Proposing(p.operator.to_dense(), proposal), 1, null=p.null)
+        assert (other.settings["start"], other.matvecs) == ("random", plain.matvecs)
+    with pytest.raises(InvalidInputError, match="start must be 'auto', 'random' or a tensor"):
+        eigenpairs(A, 1, start="gradient")
+
+
+def test_a_proposal_is_in_the_coordinates_of_what_is_made_of_the_operator(generator: torch.Generator) -> None:
+    n = 12
+    M, P = torch.randn(2, n, n, generator=generator, dtype=torch.float64)
+    g = torch.randn(n, generator=generator, dtype=torch.float64)
+    A, places = _Proposing(M.T @ M, g), torch.tensor([7, 2, 3])
+    made = (congruence(A, DensePreconditioner(P)), Shifted(A, 2.0), Restriction(A, places))
+    for B, expected in zip(made, (P.T @ g, g, g[places]), strict=True):
+        assert B.start is not None
+        torch.testing.assert_close(B.start, expected)
+    assert Shifted(DenseOperator(M.T @ M), 2.0).start is None
+    assert congruence(DenseOperator(M.T @ M), DensePreconditioner(P)).start is None
+    assert Restriction(DenseOperator(M.T @ M), places).start is None
 
 
 def test_a_start_of_no_use_is_refused(tmp_path: Path, generator: torch.Generator) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_BLOCK = 8192
+_BLOCK = 1 << 14
 
 
 def dots(V: Tensor, w: Tensor) -> Tensor:
@@ -19,10 +19,8 @@ def dots(V: Tensor, w: Tensor) -> Tensor:
     """
     if V.dtype == torch.float64 or V.device.type != "cpu" or V.shape[1] <= _BLOCK:
         return (V @ w).double()
-    total = torch.zeros(len(V), dtype=torch.float64)
-    for start in range(0, V.shape[1], _BLOCK):
-        part = slice(start, start + _BLOCK)
-        total += V[:, part] @ w[part]
+    parts = zip(torch.split(V, _BLOCK, dim=1), torch.split(w, _BLOCK), strict=True)
+    total: Tensor = torch.stack([rows @ part for rows, part in parts]).sum(dim=0, dtype=torch.float64)
     return total
 
 

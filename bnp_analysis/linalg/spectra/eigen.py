@@ -68,7 +68,7 @@ def eigenpairs(
     tol: float = 1e-6,
     max_matvecs: int = 1000,
     multiplicity: str = "verify",
-    start: Tensor | None = None,
+    start: Tensor | str = "auto",
     checkpoint: str | Path | None = None,
     seed: int = 0,
     progress: Progress = False,
@@ -87,9 +87,10 @@ def eigenpairs(
             copies of repeated eigenvalues, until one would have shown (chance of overlooking it 1e-3) but at most half
             as long as the search was. `"trust"`: a single start vector sees one copy of each; take the caller's word
             that it is the only one.
-        start: `(n,)`, rich in the vectors that are wanted, in the coordinates of the operator measured. For the top of
-            a network's Hessian its gradient may save some products. A random vector of the same length is added, so
-            that no eigenvector is missed for it.
+        start: `(n,)`, rich in the vectors that are wanted, in the coordinates of the operator measured; a random vector
+            of the same length is added, so that no eigenvector is missed for it. `"auto"`: for the largest ones what
+            the operator proposes, if anything: curvature of a risk the risk's gradient, after training rich in the top
+            eigenvectors, which costs one gradient or, where its graph is kept, nothing. `"random"`: no more than that.
         checkpoint: a file written every 50 products or 30 seconds, at the end and on Ctrl-C, and resumed from when it
             exists.
         seed: of the random start.
@@ -120,11 +121,10 @@ def eigenpairs(
     if not 1 <= k <= room:
         raise InvalidInputError(f"k={k} eigenpairs asked of an operator with {room} dimensions outside the null space")
     began = time.perf_counter()
-    if start is not None:
-        _require_start(start, operator, declared.basis)
-    search = ThickRestart(operator, declared.basis, k, which, tol, seed, multiplicity == "verify", start)
+    begin, origin = _start(start, operator, which, declared.basis)
+    search = ThickRestart(operator, declared.basis, k, which, tol, seed, multiplicity == "verify", begin)
     key = f"the {k} {which} eigenpairs of dimension {A.dim} in {A.dtype}, {declared.dim} null directions, seed {seed}"
-    key += "" if start is None else ", a given start"
+    key += "" if begin is None else f", started from {origin}"
     if checkpoint is not None and Path(checkpoint).exists():
         search.restore(load_state(checkpoint, key))
     search.run(
@@ -143,7 +143,7 @@ def eigenpairs(
         "tol": tol,
         "max_matvecs": max_matvecs,
         "multiplicity": multiplicity,
-        "start": "random" if start is None else "given, and random",
+        "start": origin,
     }
     return Eigenpairs(
         values=values,
@@ -157,6 +157,24 @@ def eigenpairs(
     )
 
 
+def _start(start: Tensor | str, operator: SymmetricOperator, which: str, null: Tensor) -> tuple[Tensor | None, str]:
+    """The vector a search begins with beside a random one, and in words where it comes from."""
+    if isinstance(start, str):
+        if start not in ("auto", "random"):
+            raise InvalidInputError(f"start must be 'auto', 'random' or a tensor ({operator.dim},), got {start!r}")
+        proposed = operator.start if start == "auto" and which == "largest" else None
+        # At a minimum the gradient is zero.
+        usable = proposed is not None and _has_part_outside(proposed, null)
+        return (proposed, "what the operator proposes, and random") if usable else (None, "random")
+    _require_start(start, operator, null)
+    return start, "given, and random"
+
+
+def _has_part_outside(start: Tensor, null: Tensor) -> bool:
+    inside = float(project_out(start.double().unsqueeze(1), null.double()).norm())
+    return 0 < inside < math.inf and inside > 1e-6 * float(start.double().norm())
+
+
 def _require_start(start: Tensor, operator: SymmetricOperator, null: Tensor) -> None:
     """Refuse a start of another size, dtype or device, or with nothing in the space that is searched."""
     if not isinstance(start, Tensor) or start.shape != (operator.dim,):
@@ -167,8 +185,7 @@ def _require_start(start: Tensor, operator: SymmetricOperator, null: Tensor) -> 
             f"start is in {start.dtype} on {start.device}, the operator in {operator.dtype} on {operator.device}; "
             "convert it with .to(...)"
         )
-    inside = float(project_out(start.double().unsqueeze(1), null.double()).norm())
-    if not 0 < inside < math.inf or inside <= 1e-6 * float(start.double().norm()):
+    if not _has_part_outside(start, null):
         raise InvalidInputError(
             "start is zero, not finite or a null direction, so there would be nothing to search from; leave it out "
             "for a random one"
