@@ -14,6 +14,7 @@ from bnp_analysis.linalg.condition.verbs import (
     singular_condition_number,
 )
 from bnp_analysis.linalg.derived import ColumnSubset, GramOperator, Restriction, Shifted
+from bnp_analysis.linalg.host import on_host
 from bnp_analysis.linalg.krylov.bidiagonal import Bidiagonalization, golub_kahan
 from bnp_analysis.linalg.krylov.block_lanczos import BlockTridiagonalization, block_lanczos
 from bnp_analysis.linalg.krylov.lanczos import Tridiagonalization, lanczos
@@ -64,6 +65,7 @@ __all__ = [
     "golub_kahan",
     "lanczos",
     "magnitude_condition_number",
+    "on_host",
     "rank_estimate",
     "regularized_condition_number",
     "routes",
