@@ -47,6 +47,10 @@ class MemoryLimitError(BNPAnalysisError, MemoryError):
     """A computation is refused before it starts because its memory estimate exceeds the limit."""
 
 
+class WorkLimitError(BNPAnalysisError, RuntimeError):
+    """A computation is refused before it starts because it would take far too long."""
+
+
 class DistributedError(BNPAnalysisError, RuntimeError):
     """Another process of a group failed, was lost, or is not at the same place with the same numbers."""
 

@@ -79,8 +79,9 @@ def test_condition_by_engine_and_within_memory(tmp_path, capsys):
     assert main([*args, "--engine", "recompute", "--max-memory", "100"]) == 0
     plan = bnp.Comparison.load(out).network["hessian"][0].engine
     assert (plan["engine"], plan["limit"]) == ("recompute", 100 * 2**20)
-    assert main([*args, "--max-memory", "0.001"]) == 2
-    assert "max_memory" in capsys.readouterr().err
+    for option, value, word in (("--max-memory", "0.001", "max_memory"), ("--max-flops", "1000", "max_flops")):
+        assert main([*args, option, value]) == 2
+        assert word in capsys.readouterr().err
 
 
 def test_spectrum_writes_both_densities(tmp_path, capsys):

@@ -100,9 +100,9 @@ def test_units_of_a_layer_too_large_by_itself_are_still_two_sided(images, data, 
     # The function of the same name hides the module from an import.
     routes = importlib.import_module("bnp_analysis.linalg.condition.routes")
     for module in (reduction, routes):
-        monkeypatch.setattr(module, "FACTOR_LIMIT", 20)
+        monkeypatch.setattr(module, "FACTOR_WORK", 1e5)
     monkeypatch.setattr(routes, "DENSE_LIMIT", 20)
-    monkeypatch.setattr(blocks, "_SEARCHED", 0)
+    monkeypatch.setattr(blocks, "SEARCHED", 0)
     for risk, before in zip(risks, known, strict=True):
         for block, found in numbers(bnp.layer_table(risk)):
             for k, other in zip(found, before[block], strict=True):
@@ -126,6 +126,10 @@ def test_a_layer_forms_its_jacobian_once(images, monkeypatch):
     monkeypatch.setattr(blocks, "known_null", lambda risk, block, factor=None: None)
     bnp.layer_table(images)
     assert len(formed) == 1
+    # Also where every number with P is measured once more on the rows themselves.
+    monkeypatch.setattr(blocks, "_WIDTH", -1.0)
+    bnp.layer_table(images)
+    assert len(formed) == 2
 
 
 def test_numbers_do_not_depend_on_the_threads(data):
@@ -190,7 +194,7 @@ def test_dependent_inputs_are_found_in_layers_too_large_to_search(data, monkeypa
     """A column that is a sum of others: no place of a zero shows it."""
     x, y = data
     x = torch.cat([x[:, 3:], x[:, 3:5].sum(dim=1, keepdim=True)], dim=1)
-    monkeypatch.setattr(blocks, "_SEARCHED", 0)
+    monkeypatch.setattr(blocks, "SEARCHED", 0)
     found = [k for k in bnp.layer_table(perceptron(x, y), layers=["fc1"]).layers[0].unit_blocks if k is not None]
     assert all(k.two_sided for k in found)
     assert sum(k.null_sources == {"dependent inputs": 1} for k in found) >= 5

@@ -8,7 +8,7 @@ from typing import Any
 
 from bnp_analysis.cli.problem import PRECONDITIONERS, engine_of, engine_options, figure_option, problem_options, risk_of
 from bnp_analysis.cli.processes import in_processes, process_options
-from bnp_analysis.diagnose import CURVATURES, Comparison, compare
+from bnp_analysis.diagnose import CURVATURES, MOST_WORK, Comparison, compare
 
 
 def add_condition_command(commands: Any) -> None:
@@ -26,6 +26,7 @@ def add_condition_command(commands: Any) -> None:
     condition.add_argument(
         "--curvature", nargs="+", choices=CURVATURES, default=["gauss-newton", "hessian"], help="of the whole network"
     )
+    condition.add_argument("--max-flops", type=float, default=MOST_WORK, metavar="N", help="that the table may take")
     condition.set_defaults(run=_condition)
 
 
@@ -40,6 +41,7 @@ def _condition(arguments: argparse.Namespace) -> int:
         layers=arguments.layers,
         dtype=None,
         **engine_of(arguments),
+        max_flops=arguments.max_flops,
         seed=arguments.seed,
         progress=not arguments.quiet,
     )

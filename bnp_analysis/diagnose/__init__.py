@@ -1,10 +1,12 @@
 """The verbs a notebook wants: compositions, no new mathematics."""
 
+from bnp_analysis.diagnose.price import MOST_WORK
 from bnp_analysis.diagnose.tables import Comparison, LayerRow, LayerTable, cell, spread
 from bnp_analysis.diagnose.verbs import CURVATURES, compare, curvature_matrix, layer_table
 
 __all__ = [
     "CURVATURES",
+    "MOST_WORK",
     "Comparison",
     "LayerRow",
     "LayerTable",

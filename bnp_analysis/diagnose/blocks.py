@@ -12,8 +12,16 @@ import torch
 from bnp_analysis.curvature import NullDirections, gauss_newton, null_directions
 from bnp_analysis.curvature.units import UnitBlocks
 from bnp_analysis.errors import InvalidInputError, MemoryLimitError, ZeroOperatorError
-from bnp_analysis.linalg import ConditionNumber, Preconditioner, Restriction, SymmetricOperator, condition_number
+from bnp_analysis.linalg import (
+    ConditionNumber,
+    GramOperator,
+    Preconditioner,
+    Restriction,
+    SymmetricOperator,
+    condition_number,
+)
 from bnp_analysis.linalg.condition.reduction import reduced, reduced_parts, reducible
+from bnp_analysis.linalg.matrices import HeldFactor
 from bnp_analysis.linalg.memory import available_memory
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.linalg.progress import Progress
@@ -24,7 +32,7 @@ from bnp_analysis.precondition import NetworkPreconditioner
 
 Pair = tuple[ConditionNumber | None, ConditionNumber | None]
 # Parameters of a block beyond which tables do not search for all its null directions.
-_SEARCHED = 6_000
+SEARCHED = 6_000
 # Intervals of a reduced factor that are wider than this, relative, are measured once more on `F P` itself.
 _WIDTH = 1e-6
 
@@ -59,11 +67,14 @@ def block_numbers(
         update: gets how many of the layer's blocks are done.
     """
     own = _own_block(risk, layer, dense, engine)
-    small = reduced(own) if reducible(own) else own
+    products, small = 0, own
+    if reducible(own) and own.factor is not None:
+        products = own.factor.dense_cost
+        own = _held(own, own.factor)
+        small = reduced(own)
     null = known_null(risk, layer.name, small.factor if small is not own else None)
     whole = pair(small, P.block(layer.name), null, seed, direct=own)
     update(1)
-    products = own.factor.dense_cost if small is not own and own.factor is not None else 0
     inner = risk.space.restrict(risk.space.layer_names(layer.name))
     positions = [inner.indices((layer.name, i)) for i in range(layer.units)]
     parts = None
@@ -142,7 +153,7 @@ def _doubt(k: ConditionNumber) -> tuple[int, float]:
 def known_null(risk: EmpiricalRisk, block: str | None, factor: LinearOperator | None = None) -> NullDirections | None:
     """The verified null directions; None for large blocks, whose basis is dense: their numbers stay one-sided."""
     names = risk.space.names if block is None else risk.space.layer_names(block)
-    if risk.space.restrict(names).dim > _SEARCHED:
+    if risk.space.restrict(names).dim > SEARCHED:
         return None
     try:
         return null_directions(risk, block=block, factor=factor)
@@ -158,6 +169,13 @@ def _own_block(
     whole = None if dense is None or tuple(risk.space.layer_names(layer.name)) != names else dense.whole
     # For products alone kept graphs are as fast.
     return whole if whole is not None and reducible(whole) else gauss_newton(risk, block=layer.name, **engine)
+
+
+def _held(own: SymmetricOperator, factor: LinearOperator) -> SymmetricOperator:
+    """The same block with its rows formed here, if they fit: what a reduction blurs is measured on them once more."""
+    rows, columns = factor.shape
+    fits = factor.dense_cost > 0 and 8 * 5 * rows * columns < available_memory()
+    return GramOperator(HeldFactor(factor)) if fits else own
 
 
 def _unit_of(P: NetworkPreconditioner, layer: str, unit: int) -> Preconditioner | None:

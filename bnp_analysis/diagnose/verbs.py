@@ -13,6 +13,7 @@ from torch import Tensor
 from bnp_analysis.curvature import fisher, gauss_newton, hessian
 from bnp_analysis.curvature.units import unit_blocks
 from bnp_analysis.diagnose.blocks import block_numbers, known_null, pair
+from bnp_analysis.diagnose.price import MOST_WORK, require_work, table_work
 from bnp_analysis.diagnose.tables import Comparison, LayerRow, LayerTable
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg import (
@@ -40,6 +41,7 @@ def layer_table(
     dtype: torch.dtype | None = torch.float64,
     engine: str = "auto",
     max_memory: int | None = None,
+    max_flops: float = MOST_WORK,
     seed: int = 0,
     progress: Progress = False,
 ) -> LayerTable:
@@ -51,6 +53,7 @@ def layer_table(
         layers: names of the layers wanted; default all.
         dtype: in which to measure; None for the risk's own.
         engine, max_memory: of operators, as in `hessian`.
+        max_flops: floating-point operations that the table may take; its estimate is in `settings`.
         seed: of random starts and probes.
         progress: True draws a bar, a callable gets `(done, total)`.
 
@@ -59,6 +62,7 @@ def layer_table(
 
     Raises:
         InvalidInputError: an unknown layer, or no covered layer.
+        WorkLimitError: it would take more than `max_flops`.
 
     Source: T1, T1', T2, T7.
 
@@ -78,12 +82,16 @@ def layer_table(
             known = ", ".join(layer.name for layer in found)
             raise InvalidInputError(f"no covered layer named {', '.join(unknown)}; there are: {known}")
         found = Coverage(tuple(layer for layer in found if layer.name in layers), found.uncovered)
+    work = table_work(risk, found)
+    require_work(work, max_flops)
     moments = layer_moments(risk, layers=found)
     triangles = input_triangles(risk, moments, found)
     units = unit_blocks(risk, found)
     held = {"engine": engine, "max_memory": max_memory}
     table = []
-    with reporting(progress, sum(layer.units + 2 for layer in found), "layers") as update:
+    with reporting(
+        progress, sum(layer.units + 2 for layer in found), f"layers, {sum(work.values()):.0e} flops"
+    ) as update:
         done = 0
         for layer in found:
             forms = (triangles[layer.name].raw, triangles[layer.name].centered, triangles[layer.name].normalized)
@@ -122,6 +130,7 @@ def layer_table(
             "preconditioner": getattr(P, "settings", {}),
             "dtype": str(risk.space.dtype),
             "n": risk.batches.total,
+            "flops": sum(work.values()),
         },
         seed=seed,
         matvecs=sum(row.matvecs for row in table),
@@ -138,6 +147,7 @@ def compare(
     dtype: torch.dtype | None = torch.float64,
     engine: str = "auto",
     max_memory: int | None = None,
+    max_flops: float = MOST_WORK,
     seed: int = 0,
     progress: Progress = False,
 ) -> Comparison:
@@ -151,6 +161,7 @@ def compare(
         layers: names of the layers wanted in the table; default all.
         dtype: in which to measure; None for the risk's own.
         engine, max_memory: of operators, as in `hessian`.
+        max_flops: floating-point operations that the table may take; its estimate is in `settings`.
         seed: of random starts, probes and sampled targets.
         progress: True draws a bar, a callable gets `(done, total)`.
 
@@ -159,6 +170,7 @@ def compare(
 
     Raises:
         InvalidInputError: no covered layer, or an unknown matrix.
+        WorkLimitError: the table would take more than `max_flops`.
 
     Source: T1, T2, T7, T13.
 
@@ -175,7 +187,7 @@ def compare(
     if unknown:
         raise InvalidInputError(f"unknown curvature {', '.join(unknown)}; there are: {', '.join(CURVATURES)}")
     held: dict[str, Any] = {"engine": engine, "max_memory": max_memory}
-    table = layer_table(risk, P, layers=layers, dtype=None, **held, seed=seed, progress=progress)
+    table = layer_table(risk, P, layers=layers, dtype=None, **held, max_flops=max_flops, seed=seed, progress=progress)
     network = {}
     null = known_null(risk, None) if set(curvature) - {"hessian"} else None
     for name in curvature:

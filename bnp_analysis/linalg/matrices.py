@@ -169,6 +169,42 @@ class RowScaled(LinearOperator):
         yield self.scale[kept, None] * self.rows[kept]
 
 
+class HeldFactor(LinearOperator):
+    """A factor with its rows formed once and held; it has the rounding and the rank bound of what it was formed from.
+
+    Example:
+        >>> import torch
+        >>> HeldFactor(MatrixOperator(torch.ones(2, 3))).dense_cost
+        0
+    """
+
+    def __init__(self, factor: LinearOperator) -> None:
+        super().__init__(factor.shape, factor.dtype, factor.device)
+        self._rank, self._exact = factor.rank_bound, factor.exact
+        self._matrix = torch.cat(list(factor.row_blocks()))
+
+    @property
+    def exact(self) -> bool:
+        return self._exact
+
+    @property
+    def rank_bound(self) -> int:
+        return self._rank
+
+    @property
+    def dense_cost(self) -> int:
+        return 0
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        return self._matrix @ x
+
+    def _rmatmat(self, y: Tensor) -> Tensor:
+        return self._matrix.T @ y
+
+    def to_dense(self) -> Tensor:
+        return self._matrix
+
+
 class ReducedFactor(LinearOperator):
     """`R` with `R^T R = F^T F` and few rows, in float64; made by `reduced`.
 

@@ -40,7 +40,7 @@ class Batches:
     Attributes:
         total: the weight of all batches of all processes.
         number: of batches that count, of this process; `everywhere` of all processes.
-        before: examples of the processes with lower ranks.
+        before: examples of the processes with lower ranks; `examples` of all processes.
         ordered: whether every pass, on every process, sees the same examples in the same order.
     """
 
@@ -91,6 +91,7 @@ class Batches:
         self.everywhere = int(sum(part[1] for part in parts))
         self.ordered = all(bool(part[2]) for part in parts)
         self.before = int(sum(part[3] for part in parts[: group.rank]))
+        self.examples = int(sum(part[3] for part in parts))
         if not self.total > 0:
             raise InvalidInputError(f"the batches weigh {self.total} in total; count= must be positive")
         if self._stored is not None:

@@ -8,6 +8,7 @@ fractions.
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Iterator
 from fractions import Fraction
@@ -197,7 +198,8 @@ def test_what_cannot_be_reduced_is_refused(generator, monkeypatch):
         reduced(CallableOperator(lambda v: v, 3, dtype=torch.float64))
     assert not reducible(GramOperator(MatrixOperator(F) @ P))
     assert reducible(GramOperator(MatrixOperator(F)))
-    monkeypatch.setattr(reduction, "FACTOR_LIMIT", 5)
+    monkeypatch.setattr(importlib.import_module("bnp_analysis.linalg.condition.routes"), "FACTOR_WORK", 100)
+    monkeypatch.setattr(reduction, "FACTOR_WORK", 100)
     assert not reducible(GramOperator(MatrixOperator(F)))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg.condition.routes import FACTOR_LIMIT, choose_route
+from bnp_analysis.linalg.condition.routes import FACTOR_WORK, choose_route, factor_work
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.forming import UNIT, amplified, entry_rounding
 from bnp_analysis.linalg.matrices import ReducedFactor
@@ -53,7 +53,7 @@ def reduced(A: SymmetricOperator) -> SymmetricOperator:
 
 
 def reducible(A: SymmetricOperator) -> bool:
-    """Whether `reduced(A)` fits into memory and its singular values can be had: the sizes of factor-svd (T13).
+    """Whether `reduced(A)` fits into memory and its singular values can be had: the operations of factor-svd (T13).
 
     Example:
         >>> from bnp_analysis.linalg import GramOperator, MatrixOperator
@@ -64,12 +64,21 @@ def reducible(A: SymmetricOperator) -> bool:
     if factor is None or amplified(factor):
         return False
     rows, columns = factor.shape
-    small = min(rows, columns)
-    if small > FACTOR_LIMIT:
-        return False
     held = 8 * 3 * min(rows, (_GATHERED + 1) * columns) * columns
-    work = 2.0 * rows * columns * small
-    return choose_route(A) == "factor-svd" or (held < available_memory() and work < _MOST_WORK)
+    fits = held < available_memory() and work_to_reduce((rows, columns))[1] is not None
+    return choose_route(A) == "factor-svd" or fits
+
+
+def work_to_reduce(shape: tuple[int, int]) -> tuple[float, float | None]:
+    """Operations to reduce a factor of some shape, and of the singular values afterwards; None where they are too many.
+
+    Example:
+        >>> work_to_reduce((1_000_000, 10_000))[1] is None
+        True
+    """
+    small = min(shape)
+    reduce, singular = 2.0 * shape[0] * shape[1] * small, factor_work((small, shape[1]))
+    return reduce, singular if singular <= FACTOR_WORK and reduce < _MOST_WORK else None
 
 
 def reduced_parts(factor: LinearOperator, parts: Sequence[Tensor | slice]) -> list[SymmetricOperator]:
