@@ -126,6 +126,8 @@ class Group:
         Raises:
             DistributedError: names what differs, and where.
         """
+        if self._link is None:
+            return
         found = self.share(compute, what)
         for name, first in found[0].items():
             others = [rank for rank, own in enumerate(found) if own.get(name) != first]

@@ -15,7 +15,7 @@ from bnp_analysis.distributed import ALONE, Group
 from bnp_analysis.distributed.nested import map_tensors, tensors_of
 from bnp_analysis.errors import InconsistentDataError, InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.memory import require_memory
-from bnp_analysis.network.hashing import MIX, add, hash_of
+from bnp_analysis.network.hashing import MIX, add, hash_of, pieces
 from bnp_analysis.network.randomness import random_state
 
 Count = Callable[[Any], float]
@@ -23,12 +23,16 @@ Count = Callable[[Any], float]
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch: inputs (tensor, tuple or dict), targets, its weight in the mean, its place in the pass."""
+    """One batch: inputs (tensor, tuple or dict), targets, its weight in the mean, its place in the pass.
+
+    `own`: whether its inputs are a copy already, which a model may spoil.
+    """
 
     x: Any
     y: Any
     count: float
     index: int
+    own: bool = False
 
 
 class Batches:
@@ -210,9 +214,9 @@ def with_examples(batch: Batch, index: Tensor) -> Batch:
     size = tensors_of(batch.x)[0].shape[0]
 
     def take(t: Tensor) -> Tensor:
-        return t[index.to(t.device)] if t.ndim and t.shape[0] == size else t
+        return t[index.to(t.device)] if t.ndim and t.shape[0] == size else t.clone()
 
-    return replace(batch, x=map_tensors(batch.x, take), y=map_tensors(batch.y, take))
+    return replace(batch, x=map_tensors(batch.x, take), y=map_tensors(batch.y, take), own=True)
 
 
 def slice_batch(batch: Batch, begin: int, end: int) -> Batch | None:
@@ -229,10 +233,14 @@ def slice_batch(batch: Batch, begin: int, end: int) -> Batch | None:
     return Batch(map_tensors(batch.x, part), map_tensors(batch.y, part), batch.count * share, batch.index)
 
 
+def _parts(t: Tensor) -> list[Tensor]:
+    return [part for piece in pieces([t]) for part in piece] if t.ndim else [t]
+
+
 def _require_finite_batch(batch: Batch) -> None:
     for part, value in (("inputs", batch.x), ("targets", batch.y)):
         for t in tensors_of(value):
-            if t.is_floating_point() and not bool(torch.isfinite(t).all()):
+            if t.is_floating_point() and not all(bool(torch.isfinite(part).all()) for part in _parts(t)):
                 raise NonFiniteError(
                     f"batch {batch.index} has NaN or infinite {part}: {int((~torch.isfinite(t)).sum())} of "
                     f"{t.numel()} entries. The loss, and every product, would be NaN"

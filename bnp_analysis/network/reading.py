@@ -29,25 +29,28 @@ class Inputs:
         self._copies, self._settled = self._written, True
 
     @contextmanager
-    def given(self, x: Any) -> Iterator[Any]:
-        """`x` for one forward pass.
+    def given(self, x: Any, own: bool = False) -> Iterator[Any]:
+        """`x` for one forward pass; as it is where it is a copy of its own.
 
         Raises:
             InconsistentDataError: a model that left its inputs alone so far has written into them.
         """
-        own = tensors_of(x)
-        if self._copies or any(t.is_inference() for t in own):
+        if own:
+            yield x
+            return
+        leaves = tensors_of(x)
+        if self._copies or any(t.is_inference() for t in leaves):
             with torch._C.DisableTorchFunction():
                 copies = map_tensors(x, torch.clone)
             yield copies
             if not self._settled:
                 with torch._C.DisableTorchFunction():
-                    pairs = zip(own, tensors_of(copies), strict=True)
+                    pairs = zip(leaves, tensors_of(copies), strict=True)
                     self._written = self._written or not all(torch.equal(a, b) for a, b in pairs)
             return
-        versions = [t._version for t in own]
+        versions = [t._version for t in leaves]
         yield x
-        if versions != [t._version for t in own]:
+        if versions != [t._version for t in leaves]:
             raise InconsistentDataError(
                 "the model wrote into its inputs, which it had not done when the risk was made: the data are no longer "
                 "what they were. Let forward() begin with x = x.clone(), and make the risk again"

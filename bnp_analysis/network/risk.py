@@ -230,7 +230,7 @@ class EmpiricalRisk:
         # Copies, no operations of the network: batch statistics write into buffers (trap 2).
         with torch._C.DisableTorchFunction():
             buffers = {name: b.clone() for name, b in self._model.named_buffers()}
-        with self._inputs.given(batch.x) as x, differentiable_kernels(recurrent=self._recurrent):
+        with self._inputs.given(batch.x, batch.own) as x, differentiable_kernels(recurrent=self._recurrent):
             args, kwargs = arguments(x)
             raw = functional_call(self._model, {**self._constants, **tensors, **buffers}, args, kwargs)
         return one_tensor(raw, self._output)
