@@ -123,7 +123,7 @@ def test_a_factor_is_decomposed_where_that_takes_a_minute(
     A = GramOperator(Shaped(*shape))
     for module in ("routes", "reduction"):
         where = __import__("sys").modules[f"bnp_analysis.linalg.condition.{module}"]
-        monkeypatch.setattr(where, "available_memory", lambda: 10**12)
+        monkeypatch.setattr(where, "available_memory", lambda *_: 10**12)
     assert choose_route(A) == route
     # A tall one is decomposed after a reduction, which many numbers share.
     assert reducible(A) == (route == "factor-svd" or shape == (100_000, 4_900))

@@ -138,7 +138,7 @@ class Engine(Generic[G]):
         return sums.to(space.dtype).T
 
     def _make_plan(self) -> Plan:
-        free = _free_memory(self._risk.space.device)
+        free = available_memory(self._risk.space.device)
         limit = free if self.max_memory is None else self.max_memory
         if self._risk.batches.number == 0:  # A process whose shard is empty.
             return Plan("retained", 0, 0, 0, 0, limit)
@@ -248,10 +248,6 @@ def _saved_bytes(
 def tensors_of_columns(space: ParameterSpace, x: Tensor) -> list[list[Tensor]]:
     """The columns of a block `(n, k)`, each as tensors of the space."""
     return [list(space.unflatten(column).values()) for column in x.T.contiguous().unbind()]
-
-
-def _free_memory(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 def _size(count: float) -> str:

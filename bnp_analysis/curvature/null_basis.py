@@ -36,7 +36,9 @@ class Verifier:
     def __init__(self, operator: LinearOperator, count: int) -> None:
         rows, columns = operator.shape
         self.matvecs = 8
-        if count > operator.dense_cost and 4 * rows * columns * operator.dtype.itemsize < available_memory():
+        if count > operator.dense_cost and 4 * rows * columns * operator.dtype.itemsize < available_memory(
+            operator.device
+        ):
             self.matvecs += operator.dense_cost
             operator = MatrixOperator(operator.to_dense(), exact=False)
         self._operator = operator

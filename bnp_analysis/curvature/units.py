@@ -188,7 +188,7 @@ def _own_rows(risk: EmpiricalRisk, layers: list[Layer]) -> dict[str, _Own]:
             return {}
         activations = [seen[name][0][1] for name in dense]
         width = sum(a.shape[1] * a.element_size() for a in activations)
-        kept = kept and found.root.shape[1] * examples * width < available_memory() // 4
+        kept = kept and found.root.shape[1] * examples * width < available_memory(risk.space.device) // 4
         rank += found.rank
         pulled: list[list[Tensor]] = [[] for _ in dense]
         squares = [torch.zeros_like(a) for a in activations]

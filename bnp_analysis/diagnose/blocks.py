@@ -174,7 +174,7 @@ def _own_block(
 def _held(own: SymmetricOperator, factor: LinearOperator) -> SymmetricOperator:
     """The same block with its rows formed here, if they fit: what a reduction blurs is measured on them once more."""
     rows, columns = factor.shape
-    fits = factor.dense_cost > 0 and 8 * 5 * rows * columns < available_memory()
+    fits = factor.dense_cost > 0 and 8 * 5 * rows * columns < available_memory(factor.device)
     return GramOperator(HeldFactor(factor)) if fits else own
 
 
@@ -189,7 +189,7 @@ def _unit_of(P: NetworkPreconditioner, layer: str, unit: int) -> Preconditioner 
 def _parts_fit(factor: LinearOperator, layer: Layer) -> bool:
     """Whether the units' parts of a factor too large to be reduced as a whole can be reduced at once."""
     width = factor.shape[1] // layer.units
-    return 8 * 8 * width * width * layer.units < available_memory()
+    return 8 * 8 * width * width * layer.units < available_memory(factor.device)
 
 
 def _workers(layer: Layer, rows: int) -> int:

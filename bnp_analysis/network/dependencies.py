@@ -85,7 +85,7 @@ class _Search:
         features = 1 if first.is_norm else torch.Size(first.arguments["weight_shape"][1:]).numel()
         self.width = features * ("weight" in self.roles) + ("bias" in self.roles)
         numbers = float(len(self.reach)) * self.groups * self.width
-        require_memory(int(8 * 4 * numbers), f"the input rows of {first.layer}")
+        require_memory(int(8 * 4 * numbers), f"the input rows of {first.layer}", device=self.reach.device)
         partial = int((self.reach.any(dim=0) & ~self.reach.all(dim=0)).sum())
         self.searched = 2.0 * numbers * self.width * (1 + partial) <= _MOST_WORK
         if not self.searched:

@@ -69,8 +69,10 @@ def _graphs(risk: EmpiricalRisk, counted: Sequence[Tensor | None] | None) -> lis
     for batch in risk.batches:
         graphs.append(record_graph(risk, batch, None if counted is None else counted[batch.index]))
         if len(graphs) == 1:
-            held = sum(t.numel() * t.element_size() for t in _held(graphs[0]))
-            require_memory(int(held * risk.batches.total / batch.count), "what the layers receive and return")
+            tensors = list(_held(graphs[0]))
+            held = sum(t.numel() * t.element_size() for t in tensors)
+            where = tensors[0].device if tensors else None
+            require_memory(int(held * risk.batches.total / batch.count), "what the layers receive", device=where)
     return graphs
 
 

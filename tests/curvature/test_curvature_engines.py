@@ -112,7 +112,7 @@ def test_what_is_kept_follows_from_the_memory(monkeypatch: pytest.MonkeyPatch) -
     plans = [bnp.hessian(risk, max_memory=room(whole, graphs)).engine for graphs in (1, 2, 2.7)]
     assert [(p.engine, p.kept) for p in plans] == [("recompute", 0), ("mixed", 1), ("retained", 3)]
     assert all(p.bytes <= p.limit for p in plans)
-    monkeypatch.setattr(engines, "_free_memory", lambda device: 4 * each)  # 40 % of it is not enough for one
+    monkeypatch.setattr(engines, "available_memory", lambda device: 4 * each)  # 40 % of it is not enough for one
     assert bnp.hessian(risk).engine.kept == 0
     assert bnp.hessian(risk, engine="retained").engine.kept == 3
 

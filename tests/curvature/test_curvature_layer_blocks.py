@@ -47,7 +47,7 @@ def test_rows_come_in_pieces_that_are_the_matrix(monkeypatch):
 def test_cotangents_that_do_not_fit_are_not_kept(monkeypatch):
     risk = PROBLEMS["cross_entropy"]().risk()
     kept = unit_blocks(risk, coverage(risk))
-    monkeypatch.setattr(units, "available_memory", lambda: 64)
+    monkeypatch.setattr(units, "available_memory", lambda *_: 64)
     for layer, blocks in unit_blocks(risk, coverage(risk)).items():
         assert blocks.whole is None
         assert torch.equal(blocks.scales, kept[layer].scales)

@@ -157,7 +157,7 @@ def test_products_decide_where_a_dense_factor_does_not_fit(monkeypatch: pytest.M
         risk = CASES[name].problem().risk()
         dense = bnp.null_directions(risk)
         with monkeypatch.context() as patch:
-            patch.setattr(null_basis, "available_memory", lambda: 0)
+            patch.setattr(null_basis, "available_memory", lambda *_: 0)
             products = bnp.null_directions(risk)
         assert products.sources == dense.sources
         assert products.matvecs > dense.basis.shape[1]
@@ -172,9 +172,9 @@ def test_memory_is_looked_at_before_the_basis_is_built(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(null_space, "NullBasis", never)
     # Enough for the rows of a layer, not for 26 columns of 58 numbers and what comes with them.
-    monkeypatch.setattr("bnp_analysis.linalg.memory.available_memory", lambda: 8 * 58 * 26)
-    monkeypatch.setattr("bnp_analysis.network.symmetries.require_memory", lambda *_: None)
-    monkeypatch.setattr("bnp_analysis.network.dependencies.require_memory", lambda *_: None)
+    monkeypatch.setattr("bnp_analysis.linalg.memory.available_memory", lambda *_: 8 * 58 * 26)
+    monkeypatch.setattr("bnp_analysis.network.symmetries.require_memory", lambda *_, **__: None)
+    monkeypatch.setattr("bnp_analysis.network.dependencies.require_memory", lambda *_, **__: None)
     with pytest.raises(MemoryLimitError, match="the candidate null directions"):
         bnp.null_directions(risk)
 

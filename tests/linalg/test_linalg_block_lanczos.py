@@ -121,6 +121,6 @@ def test_sizes_that_do_not_fit(block_size: int, steps: int, generator: torch.Gen
 
 def test_memory(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
     A = symmetric_with_spectrum(spectrum("log", 6, 10.0), generator).operator
-    monkeypatch.setattr(memory_module, "available_memory", lambda: 100)
+    monkeypatch.setattr(memory_module, "available_memory", lambda *_: 100)
     with pytest.raises(MemoryLimitError):
         block_lanczos(A, 3)

@@ -195,7 +195,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -
         eigenpairs(p.operator.to_dense(), 1)  # type: ignore[arg-type]
     with pytest.raises(NonFiniteError, match="product 4 "):
         eigenpairs(counting(p.operator, {4: lambda v: v / 0}), 2)
-    monkeypatch.setattr(memory_module, "available_memory", lambda: 1000)
+    monkeypatch.setattr(memory_module, "available_memory", lambda *_: 1000)
     with pytest.raises(MemoryLimitError, match="basis of"):
         eigenpairs(p.operator, 2)
 

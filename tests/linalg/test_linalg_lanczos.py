@@ -257,7 +257,7 @@ def test_memory_is_checked_before_the_first_product(
     monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
 ) -> None:
     A = counting(problem("log", 50, 10.0, generator).operator)
-    monkeypatch.setattr(memory_module, "available_memory", lambda: 50 * 8 * 11 - 1)
+    monkeypatch.setattr(memory_module, "available_memory", lambda *_: 50 * 8 * 11 - 1)
     with pytest.raises(MemoryLimitError, match="Lanczos basis of 10 vectors of length 50"):
         lanczos(A, 10)
     assert A.calls == []

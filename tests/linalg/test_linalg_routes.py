@@ -219,7 +219,7 @@ def test_the_route_follows_size_factor_and_memory(monkeypatch: pytest.MonkeyPatc
     assert choose_route(gram) == "factor-svd"
     assert choose_route(large) == "lanczos"
     for module in (memory_module, routes_module()):
-        monkeypatch.setattr(module, "available_memory", lambda: 60_000)
+        monkeypatch.setattr(module, "available_memory", lambda *_: 60_000)
     assert choose_route(gram) == "factor-svd"
     assert choose_route(DenseOperator(p.operator.to_dense())) == "dense"
     assert choose_route(Wide(60)) == "lanczos"
@@ -237,7 +237,7 @@ def test_memory_is_asked_for_before_the_probes(method: str, monkeypatch: pytest.
     """Two random vectors of a huge operator, to test its symmetry, once took all there was."""
     asked: list[Tensor] = []
     A = CallableOperator(lambda v: asked.append(v) or v, 1000)
-    monkeypatch.setattr(memory_module, "available_memory", lambda: 60_000)
+    monkeypatch.setattr(memory_module, "available_memory", lambda *_: 60_000)
     with pytest.raises(MemoryLimitError, match="32 vectors of length 1000 for 20 Lanczos steps"):
         condition_number(A, null=torch.zeros(1000, 0), method=method, steps=20)
     assert not asked

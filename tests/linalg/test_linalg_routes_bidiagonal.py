@@ -154,7 +154,7 @@ def test_a_few_examples_and_many_parameters_need_little_memory(
 ) -> None:
     """Bases of `rank + 2` vectors, not of as many as there are parameters."""
     F = MatrixOperator(torch.randn(12, 3000, generator=generator, dtype=torch.float64))
-    monkeypatch.setattr(memory_module, "available_memory", lambda: 10 * 12 * 3012 * 8)
+    monkeypatch.setattr(memory_module, "available_memory", lambda *_: 10 * 12 * 3012 * 8)
     k = condition_number(GramOperator(F), method="golub-kahan")
     sigma = torch.linalg.svdvals(F.to_dense())
     assert k.two_sided

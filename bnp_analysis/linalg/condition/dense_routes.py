@@ -32,7 +32,9 @@ def factor_svd(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNul
             f"{A!r} has no factor, so factor-svd cannot run; use method='dense' or 'lanczos', or a Gauss-Newton "
             "operator, whose factor is known"
         )
-    require_memory(8 * 4 * factor.shape[0] * factor.shape[1], f"factor-svd of a {factor.shape} factor")
+    require_memory(
+        8 * 4 * factor.shape[0] * factor.shape[1], f"factor-svd of a {factor.shape} factor", device=factor.device
+    )
     matvecs = factor.dense_cost + null.cost
     if null.dim:
         require_null(factor, null, factor_rounding_norm(factor), "F")
@@ -79,7 +81,7 @@ class _Spectrum:
 
 def _spectrum(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNull) -> _Spectrum | None:
     """The spectrum in float64; None for the zero matrix."""
-    require_memory(8 * 6 * A.dim**2, f"the dense {A.dim} x {A.dim} matrix and its eigenvalues")
+    require_memory(8 * 6 * A.dim**2, f"the dense {A.dim} x {A.dim} matrix and its eigenvalues", device=A.device)
     if null.dim:
         require_null(A, null, rounding_norm(A), "A")
     operator = A if P is None else congruence(A, P)

@@ -142,7 +142,11 @@ def conditioned(
     Memory is asked for first: the probes alone are a dozen vectors.
     """
     vectors = min(steps, A.dim) + 12
-    require_memory(vectors * A.dim * A.dtype.itemsize, f"{vectors} vectors of length {A.dim} for {steps} Lanczos steps")
+    require_memory(
+        vectors * A.dim * A.dtype.itemsize,
+        f"{vectors} vectors of length {A.dim} for {steps} Lanczos steps",
+        device=A.device,
+    )
     spent = 2 + null.cost
     require_symmetric(A, seed)
     noise = 10 * math.sqrt(A.dim) * torch.finfo(A.dtype).eps

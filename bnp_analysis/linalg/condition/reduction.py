@@ -65,7 +65,7 @@ def reducible(A: SymmetricOperator) -> bool:
         return False
     rows, columns = factor.shape
     held = 8 * 3 * min(rows, (_GATHERED + 1) * columns) * columns
-    fits = held < available_memory() and work_to_reduce((rows, columns))[1] is not None
+    fits = held < available_memory(factor.device) and work_to_reduce((rows, columns))[1] is not None
     return choose_route(A) == "factor-svd" or fits
 
 

@@ -64,7 +64,7 @@ def routes(A: SymmetricOperator, steps: int = LANCZOS_STEPS) -> list[Route]:
         >>> [route.method for route in bnp.routes(bnp.DenseOperator(torch.eye(3))) if route.applies]
         ['dense', 'inertia', 'inverse-lanczos', 'lanczos']
     """
-    n, free = A.dim, available_memory()
+    n, free = A.dim, available_memory(A.device)
     factor = A.factor
     r = 0 if factor is None else factor.shape[0]
     rank = 0 if factor is None else factor.rank_bound
@@ -74,7 +74,7 @@ def routes(A: SymmetricOperator, steps: int = LANCZOS_STEPS) -> list[Route]:
             0.0 if factor is None else factor.dense_cost,
             8 * 4 * r * n,
             factor_work((r, n)),
-            factor is not None,
+            factor is not None and factor_work((r, n)) <= 10 * FACTOR_WORK,
             "both sides, if structure or known null directions explain every zero",
         ),
         (
@@ -119,7 +119,7 @@ def choose_route(A: SymmetricOperator, *, indefinite: bool = False) -> str:
         >>> choose_route(bnp.DenseOperator(torch.eye(3)))
         'dense'
     """
-    free = available_memory()
+    free = available_memory(A.device)
     factor = None if indefinite else A.factor
     # Rows, their magnitudes and the copy that QR works on, in float64.
     if factor and factor_work(factor.shape) <= FACTOR_WORK and 8 * 4 * factor.shape[0] * factor.shape[1] < free:

@@ -158,7 +158,11 @@ class _Run:
     def make_room(self, columns: int) -> None:
         """Bases for so many columns; more than the structural rank bound are needed only where rounding adds some."""
         m, n = self.F.shape
-        require_memory(8 * (columns + 1) * (m + n), f"Golub-Kahan bases of {columns} vectors for a {m} x {n} factor")
+        require_memory(
+            8 * (columns + 1) * (m + n),
+            f"Golub-Kahan bases of {columns} vectors for a {m} x {n} factor",
+            device=self.F.device,
+        )
         V, U, B, leaks = self.V, self.U, self.B, self.leaks
         self.V = torch.cat([V, V.new_zeros(columns - len(V), n)])
         self.U = torch.cat([U, U.new_zeros(min(columns, m) - len(U), m)])

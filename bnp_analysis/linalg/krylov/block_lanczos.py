@@ -82,7 +82,9 @@ def block_lanczos(
     if not 1 <= block_size <= n - rank or steps < 1:
         raise InvalidInputError(f"block_size={block_size}, steps={steps} do not fit n={n} with {rank} null directions")
     limit = min(steps * block_size, n - rank)
-    require_memory((limit + block_size + rank) * n * A.dtype.itemsize, f"a block Lanczos basis of {limit} vectors")
+    require_memory(
+        (limit + block_size + rank) * n * A.dtype.itemsize, f"a block Lanczos basis of {limit} vectors", device=A.device
+    )
     like = torch.empty(0, dtype=A.dtype, device=A.device)
     w = project_out(normal((n, block_size), generator(seed), like), null)
     basis = torch.zeros(n, 0, dtype=A.dtype, device=A.device)

@@ -134,7 +134,7 @@ def lanczos(
     if resume is not None and len(resume.alpha) >= limit:
         return resume
     bytes_needed = (limit + 1 + rank) * A.dim * A.dtype.itemsize
-    require_memory(bytes_needed, f"a Lanczos basis of {limit} vectors of length {A.dim}")
+    require_memory(bytes_needed, f"a Lanczos basis of {limit} vectors of length {A.dim}", device=A.device)
     run = _Run(A, limit, null, _start(A, start, null, seed) if resume is None else resume.residual, resume)
     stop, schedule = "steps", Schedule()
     with reporting(progress, limit, "Lanczos") as update:

@@ -50,7 +50,7 @@ class ThickRestart:
         room = A.dim - null.shape[1]
         # The small end of a spectrum converges slowly: a wider basis restarts less often.
         self.width = min(room, max(5 * k, 40) if which == "largest" else max(5 * k + 10, 90))
-        require_memory((self.width + 6) * A.dim * A.dtype.itemsize, f"a basis of {self.width} vectors")
+        require_memory((self.width + 6) * A.dim * A.dtype.itemsize, f"a basis of {self.width} vectors", device=A.device)
         self.V = torch.zeros(self.width + 1, A.dim, dtype=A.dtype, device=A.device)
         self.H = torch.zeros(self.width, self.width, dtype=torch.float64, device=A.device)
         self.open: list[tuple[Tensor, Tensor]] = []
