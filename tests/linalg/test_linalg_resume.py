@@ -4,7 +4,9 @@ loses what it had on Ctrl-C is caught here, for every run that can be saved."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ from torch import Tensor
 
 import bnp_analysis as bnp
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg import CallableOperator, lanczos
+from bnp_analysis.linalg import CallableOperator, checkpoint, lanczos
+from bnp_analysis.linalg.krylov.bidiagonal import golub_kahan
 
 N = 120
 
@@ -93,6 +96,25 @@ RUNS: dict[str, Callable[[CallableOperator, Path], object]] = {
     "eigenpairs": lambda A, path: bnp.eigenpairs(A, k=2, checkpoint=path),
     "density": lambda A, path: bnp.spectral_density(A, probes=2, steps=10, checkpoint=path),
 }
+
+
+@pytest.mark.parametrize("run", [lanczos, golub_kahan])
+def test_slow_products_are_saved_before_there_are_fifty(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every 30 seconds by a clock that a product moves on by 11, so after every third; and at the end."""
+    now, saved = [0.0], []
+    save = checkpoint.torch.save
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(checkpoint.torch, "save", lambda *a: saved.append(now[0]) or save(*a))
+
+    def slow(v: Tensor) -> Tensor:
+        now[0] += 11.0
+        return torch.logspace(0, -3, N, dtype=torch.float64) * v
+
+    run(CallableOperator(slow, N, dtype=torch.float64), 12, checkpoint=tmp_path / "run.pt")
+    assert len(saved) >= 5
+    assert max(b - a for a, b in pairwise(saved)) <= 44.0
 
 
 @pytest.mark.parametrize("name", RUNS)

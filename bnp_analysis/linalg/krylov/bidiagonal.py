@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
-from bnp_analysis.linalg.checkpoint import load_state, save_state
+from bnp_analysis.linalg.checkpoint import Schedule, load_state, save_state
 from bnp_analysis.linalg.krylov.lanczos import Floats
 from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.linalg.progress import Progress, reporting
 from bnp_analysis.linalg.random import generator
 
-_SAVE_EVERY = 50
 _CONTAMINATION = 1e-2
 
 
@@ -74,8 +73,8 @@ def golub_kahan(
         null: orthonormal `(n, r)` kept out of `V` by reorthogonalization.
         magnitude: what the rounding of a product is relative to, where that is more than `|F|`: `|F| |P|` for `F P`.
         seed: of random vectors.
-        checkpoint: a file written every 50 columns, at the end and on Ctrl-C, and resumed from when it exists.
-            One product then checks that it belongs to this `F`.
+        checkpoint: a file written every 50 columns or 30 seconds, at the end and on Ctrl-C, and resumed from when it
+            exists. One product then checks that it belongs to this `F`.
         progress: True draws a bar, a callable gets `(done, total)`.
 
     Returns:
@@ -104,13 +103,13 @@ def golub_kahan(
         run.restore(load_state(checkpoint, key))
     else:
         run.begin()
-    stop = "steps"
+    stop, schedule = "steps", Schedule()
     with reporting(progress, limit, "Golub-Kahan") as update:
         try:
             while run.columns < limit and stop == "steps":
                 stop = "steps" if run.advance() else "exhausted"
                 update(run.columns)
-                if checkpoint is not None and run.columns % _SAVE_EVERY == 0:
+                if checkpoint is not None and schedule.due(run.columns):
                     save_state(checkpoint, key, run.state())
         except KeyboardInterrupt:
             if run.columns == 0:
@@ -158,11 +157,8 @@ class _Run:
     def make_room(self, columns: int) -> None:
         """Bases for so many columns; more than the structural rank bound are needed only where rounding adds some."""
         m, n = self.F.shape
-        require_memory(
-            8 * (columns + 1) * (m + n),
-            f"Golub-Kahan bases of {columns} vectors for a {m} x {n} factor",
-            device=self.F.device,
-        )
+        what = f"Golub-Kahan bases of {columns} vectors for a {m} x {n} factor"
+        require_memory(8 * (columns + 1) * (m + n), what, device=self.F.device)
         V, U, B, leaks = self.V, self.U, self.B, self.leaks
         self.V = torch.cat([V, V.new_zeros(columns - len(V), n)])
         self.U = torch.cat([U, U.new_zeros(min(columns, m) - len(U), m)])
