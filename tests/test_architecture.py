@@ -106,6 +106,22 @@ def test_rooms_import_only_to_their_left() -> None:
     assert violations(ROOT / PACKAGE) == []
 
 
+def test_a_risk_is_used_by_its_public_names() -> None:
+    """What is private to it may change; copies with other private parts would be risks that nobody has checked."""
+    source = (ROOT / PACKAGE / "network" / "risk.py").read_text(encoding="utf-8")
+    own = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
+    own = {name for name in own if name.startswith("_") and not name.startswith("__")} - {"_C", "_version"}
+    assert {"_loss", "_model", "_cache"} <= own
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno} reads {node.attr}"
+        for path in (ROOT / PACKAGE).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr in own and path.parent.name != "network"
+        if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "other", "cls"))
+    ]
+    assert found == []
+
+
 INNER = ("krylov", "spectra", "condition")
 
 

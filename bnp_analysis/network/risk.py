@@ -51,6 +51,7 @@ class EmpiricalRisk:
     Attributes:
         space: the `ParameterSpace` of `theta`.
         theta: `(n,)`, the point.
+        output: the argument of that name.
         coupled: whether an example's output depends on the rest of its batch.
 
     Raises:
@@ -88,7 +89,7 @@ class EmpiricalRisk:
         self.group = group
         with group.together("the construction of a risk"):
             self._model = snapshot(model, dtype, device)
-            self._output, self._inputs = output, Inputs()
+            self.output, self._inputs = output, Inputs()
             self._recurrent = any(isinstance(m, nn.RNNBase) for m in self._model.modules())
             self.space = choose_parameters(self._model, params)
             self._model.requires_grad_(False)
@@ -233,7 +234,7 @@ class EmpiricalRisk:
         with self._inputs.given(batch.x, batch.own) as x, differentiable_kernels(recurrent=self._recurrent):
             args, kwargs = arguments(x)
             raw = functional_call(self._model, {**self._constants, **tensors, **buffers}, args, kwargs)
-        return one_tensor(raw, self._output)
+        return one_tensor(raw, self.output)
 
     def batch_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """The loss of a batch from its outputs, a scalar."""

@@ -13,12 +13,17 @@ from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.linalg import Preconditioner
 from bnp_analysis.network import EmpiricalRisk
 from bnp_analysis.network.batches import Batch, slice_batch
+from bnp_analysis.network.risk import Loss
 
 Replace = Mapping[str, Callable[[nn.Module], nn.Module]]
 
 
 def rewritten(
-    risk: EmpiricalRisk, replace: Replace | None = None, *, batches: Sequence[Batch] | None = None
+    risk: EmpiricalRisk,
+    replace: Replace | None = None,
+    *,
+    batches: Sequence[Batch] | None = None,
+    loss: Loss | None = None,
 ) -> EmpiricalRisk:
     """The risk of the same network, loss and data with some modules replaced, at the same parameters.
 
@@ -29,6 +34,7 @@ def rewritten(
         risk: the empirical risk.
         replace: name of a module -> a function from a copy of it to its replacement.
         batches: other data, made of the risk's.
+        loss: another loss.
 
     Returns:
         A new `EmpiricalRisk`.
@@ -46,15 +52,20 @@ def rewritten(
         above, _, leaf = name.rpartition(".")
         parent = model.get_submodule(above)
         setattr(parent, leaf, make(getattr(parent, leaf)))
-    return _risk_of(model, risk, batches)
+    return _risk_of(model, risk, batches, output=risk.output, loss=loss)
 
 
 def _risk_of(
-    model: nn.Module, risk: EmpiricalRisk, batches: Sequence[Batch] | None, *, output: bool = True
+    model: nn.Module,
+    risk: EmpiricalRisk,
+    batches: Sequence[Batch] | None = None,
+    *,
+    output: Callable[[Any], Tensor] | None = None,
+    loss: Loss | None = None,
 ) -> EmpiricalRisk:
-    """The risk of another network with the loss and the data of this one."""
+    """The risk of another network with the data of this one and, unless given another, its loss."""
 
-    def loss(outputs: Tensor, y: Any) -> Tensor:
+    def same(outputs: Tensor, y: Any) -> Tensor:
         return risk.batch_loss(outputs, Batch(None, y, 1.0, 0))
 
     def count(pair: Any) -> float:
@@ -62,15 +73,12 @@ def _risk_of(
         return risk.batches.weigh(Batch(x, y, float(tensors_of(x)[0].shape[0]), 0))
 
     data = [(batch.x, batch.y) for batch in (risk.batches if batches is None else batches)]
-    return EmpiricalRisk(model, loss, data, output=risk._output if output else None, count=count)
+    return EmpiricalRisk(model, loss or same, data, output=output, count=count)
 
 
 def with_squared_outputs(risk: EmpiricalRisk) -> EmpiricalRisk:
     """The risk of the same network with the loss `|f|^2/2`, whose curvature in the outputs is the identity."""
-    squared = copy.copy(rewritten(risk))
-    squared._loss = lambda outputs, y: outputs.square().flatten(1).sum(dim=1).mean() / 2
-    squared._cache = {}
-    return squared
+    return rewritten(risk, loss=lambda outputs, y: outputs.square().flatten(1).sum(dim=1).mean() / 2)
 
 
 def first_examples(risk: EmpiricalRisk, count: int) -> list[Batch]:
@@ -107,7 +115,7 @@ class InCoordinates(nn.Module):
 
 def in_coordinates(risk: EmpiricalRisk, P: Preconditioner) -> EmpiricalRisk:
     """The risk as a function of `z = P^-1 theta`, differentiated through the dense product `P z`."""
-    return _risk_of(InCoordinates(risk, P.to_dense()), risk, None, output=False)
+    return _risk_of(InCoordinates(risk, P.to_dense()), risk)
 
 
 class Offset(nn.Module):
