@@ -86,7 +86,7 @@ def require_work(work: dict[str, float], limit: float) -> None:
         fits += spent <= limit
     some = f"the {fits} cheapest of its {len(work)} layers" if fits else "none of its layers"
     raise WorkLimitError(
-        f"the table takes about {total:.1e} floating-point operations, {total / _SPEED / 3600:.0f} hours at "
+        f"the table takes about {total:.1e} floating-point operations, {total / _SPEED / 3600:.2g} hours at "
         f"{_SPEED / 1e9:.0f} GFlop/s (one processor core); {limit:.1e} are allowed, within which {some} would be "
         f"measured. Most go into {', '.join(f'{name} ({work[name]:.1e})' for name in dear[:3])}. Name the layers "
         "wanted with layers=, take fewer examples, or raise max_flops"
