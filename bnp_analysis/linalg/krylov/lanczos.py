@@ -1,7 +1,6 @@
 """The Lanczos process with full reorthogonalization.
 
-What a run leaves is data: a tridiagonal matrix, its basis, the residual vector, the number of
-products and the reason it stopped. It knows nothing of condition numbers.
+What a run leaves is data: a tridiagonal matrix, its basis, residual, products, the reason it stopped.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from bnp_analysis.linalg.random import generator, normal, project_out
 from bnp_analysis.linalg.threads import one_blas_thread
 
 Floats = NDArray[np.float64]
+_SELDOM = 10  # steps between two looks at the numbers of a run, where looking means waiting for a device
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +136,7 @@ def lanczos(
     bytes_needed = (limit + 1 + rank) * A.dim * A.dtype.itemsize
     require_memory(bytes_needed, f"a Lanczos basis of {limit} vectors of length {A.dim}", device=A.device)
     run = _Run(A, limit, null, _start(A, start, null, seed) if resume is None else resume.residual, resume)
+    run.every = 1 if restart else run.every
     stop, schedule = "steps", Schedule()
     with reporting(progress, limit, "Lanczos") as update:
         try:
@@ -175,13 +176,16 @@ def _saved(A: SymmetricOperator, state: dict[str, Any]) -> Tridiagonalization:
 
 
 class _Run:
-    """The state of a run; consistent after every step, so that an interrupt loses at most the step in hand."""
+    """The state of a run; consistent after every step, so that an interrupt loses at most the step in hand.
+
+    `pending` are the numbers of the newest steps, not looked at yet; `coupling` is the last norm that was."""
 
     def __init__(
         self, A: SymmetricOperator, limit: int, null: Tensor | None, w: Tensor, resume: Tridiagonalization | None
     ) -> None:
-        self.A, self.null, self.w = A, null, w
-        self.norm = float(length(w))
+        self.A, self.limit, self.null, self.w = A, limit, null, w
+        self.coupling, self.every = float(length(w)), 1 if A.device.type == "cpu" else _SELDOM
+        self.pending: list[Tensor] = []
         # Rows are basis vectors: contiguous for the two products of a reorthogonalization.
         self.basis = torch.zeros(limit + 1, A.dim, dtype=A.dtype, device=A.device)
         self.alpha: list[float] = []
@@ -200,16 +204,21 @@ class _Run:
 
     @property
     def size(self) -> int:
-        return len(self.alpha)
+        return len(self.alpha) + len(self.pending)
+
+    @property
+    def norm(self) -> float | Tensor:
+        """Of the newest residual; one that nobody has looked at may be zero."""
+        return torch.where(self.pending[-1][1] > 0, self.pending[-1][1], 1.0) if self.pending else self.coupling
 
     @property
     def broken_down(self) -> bool:
         """Whether the residual is rounding, relative to the operator as seen so far (trap 5)."""
-        if self.size == 0:
+        if self.pending or not self.alpha:
             return False
         scale = max(abs(x) for x in (*self.alpha, *self.beta))
         noise = 10 * float(np.sqrt(self.A.dim)) * float(torch.finfo(self.A.dtype).eps) * scale
-        return self.norm <= noise
+        return self.coupling <= noise
 
     def advance(self, seed: int) -> None:
         """One product: the next basis vector, its `alpha`, the `beta` before it, and the next residual."""
@@ -218,31 +227,43 @@ class _Run:
             # A stream for each step: neither the start again, nor other vectors in a run that was resumed.
             drawn = normal((self.A.dim,), generator(seed, stream=k), self.basis)
             fresh = orthogonalized(drawn, self.basis[:k], self.null)[0]
-            coupling, vector = 0.0, fresh / length(fresh)
+            self.coupling, vector = 0.0, fresh / length(fresh)
         else:
-            coupling, vector = self.norm, self.w / self.norm
+            vector = self.w / self.norm
         self.basis[k] = vector
         product = self.A @ vector
         a = dots(vector[None], product)[0]
         # The recurrence first: what the basis takes off then is rounding, and one pass is enough.
         residual = product - a.to(product.dtype) * vector
         if k:
-            residual = residual - coupling * self.basis[k - 1]
+            residual = residual - self.norm * self.basis[k - 1]
         residual, size, _ = orthogonalized(residual, self.basis[: k + 1], self.null)
-        alpha, norm = torch.stack([a, size]).tolist()  # the one answer that a device is waited for
-        if not np.isfinite(norm):
-            raise NonFiniteError(
-                f"product {self.matvecs + 1} with {self.A!r} has NaN or infinite entries; every Ritz value after "
-                "it would be noise. Look at the parameters, the loss and the dtype"
-            )
         if k + 1 == self.room:
-            residual, norm = torch.zeros_like(residual), 0.0
-        self.beta += [coupling] if k else []
-        self.alpha.append(alpha)
-        self.w, self.norm = residual, norm
-        self.matvecs += 1
+            residual, size = torch.zeros_like(residual), torch.zeros_like(size)
+        self.pending.append(torch.stack([a, size]))
+        self.w, self.matvecs = residual, self.matvecs + 1
+        if len(self.pending) >= self.every or self.size == self.limit:
+            self.look()
+
+    def look(self) -> None:
+        """Read the numbers of the steps that are pending; those after an invariant subspace are dropped."""
+        found = torch.stack(self.pending).tolist() if self.pending else []
+        first, self.pending = self.matvecs - len(found), []
+        for i, (alpha, norm) in enumerate(found, start=1):
+            if not np.isfinite(alpha + norm):
+                raise NonFiniteError(
+                    f"product {first + i} with {self.A!r} has NaN or infinite entries; every Ritz value after "
+                    "it would be noise. Look at the parameters, the loss and the dtype"
+                )
+            self.beta += [self.coupling] if self.alpha else []
+            self.alpha.append(alpha)
+            self.coupling = norm
+            if i < len(found) and self.broken_down:
+                self.w = torch.zeros_like(self.w)
+                break
 
     def state(self) -> dict[str, Any]:
+        self.look()
         return {
             "alpha": torch.tensor(self.alpha, dtype=torch.float64),
             "beta": torch.tensor(self.beta[: self.size - 1], dtype=torch.float64),
@@ -252,6 +273,7 @@ class _Run:
         }
 
     def snapshot(self, stop: str) -> Tridiagonalization:
+        self.look()
         k = self.size
         w = torch.zeros_like(self.w) if stop == "invariant subspace" else self.w
         beta = np.array(self.beta[: k - 1])
