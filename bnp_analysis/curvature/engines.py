@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.errors import InvalidInputError, MemoryLimitError
@@ -227,22 +228,29 @@ def _saved_bytes(
 ) -> int:
     # The data of a batch, of which a small one is a view: they are held by the graph only where nothing else does.
     data = {t.untyped_storage().data_ptr(): t.numel() * t.element_size() for t in tensors_of((batch.x, batch.y))}
-    seen = set(data) if risk.batches.in_memory else set()
+    saved: dict[StorageWeakRef, int] = {}
     total = 0
 
     def pack(t: Tensor) -> Tensor:
         nonlocal total
         storage = t.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
-            total += data.get(storage.data_ptr(), storage.nbytes())
+        given = storage.data_ptr() in data
+        ref = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        if ref not in saved and not (given and risk.batches.in_memory):
+            saved[ref] = data[storage.data_ptr()] if given else storage.nbytes()
+            total += saved[ref]
         if total > limit:
             raise _Exceeded
         return t.detach()  # an output that its own node holds would keep the graph alive for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        build(risk, batch)
-    return total
+        graph = build(risk, batch)
+    for part in graph if isinstance(graph, tuple) else (graph,):
+        for t in getattr(part, "held", ()):
+            pack(t)
+    # Without what recording needed and the graph does not hold.
+    alive = [size for ref, size in saved.items() if not ref.expired()]  # type: ignore[no-untyped-call]
+    return sum(alive)
 
 
 def tensors_of_columns(space: ParameterSpace, x: Tensor) -> list[list[Tensor]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bnp_analysis.curvature.blocks import restricted
 from bnp_analysis.curvature.engines import Engine, Plan, tensors_of_columns
-from bnp_analysis.curvature.products import GradientGraph, gradient_graph
+from bnp_analysis.curvature.products import ChainGradient, GradientGraph, gradient_graph
 from bnp_analysis.distributed import over_processes
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.network.parameters import Block
@@ -48,7 +48,7 @@ class Hessian(SymmetricOperator):
     def _matmat(self, x: Tensor) -> Tensor:
         vectors = tensors_of_columns(self._space, x)
 
-        def product(graph: GradientGraph, _: int, k: int, retain: bool) -> list[Tensor]:
+        def product(graph: GradientGraph | ChainGradient, _: int, k: int, retain: bool) -> list[Tensor]:
             return graph.product(vectors[k], retain=retain)
 
         return self._engine.total(x.shape[1], product)

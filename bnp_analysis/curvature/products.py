@@ -4,18 +4,19 @@ All are reverse mode over reverse mode: torch's fused BatchNorm, LayerNorm and I
 second derivatives under `grad(jvp)` and nested `jvp`, and `jvp(grad)` fails for some losses (trap 1). The
 graph of a batch is recorded once; then a Hessian product costs one backward pass through it, and a Jacobian product
 one through the graph of `u -> J^T u`, which is linear in `u`. Its last use need not `retain` it: what was saved is
-freed on the way.
+freed on the way. Where the outputs are a chain of dense layers, both are written out instead (`chains`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from bnp_analysis.curvature.chains import Chain, read_chain
 from bnp_analysis.curvature.convolutions import Convolution, TwiceDifferentiable
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.batches import Batch
@@ -40,8 +41,25 @@ class GradientGraph:
 
 
 @dataclass(frozen=True)
+class ChainGradient:
+    """The same for a chain: its outputs are the loss's leaf."""
+
+    chain: Chain
+    loss: GradientGraph
+
+    @property
+    def held(self) -> Iterator[Tensor]:
+        """Tensors that autograd does not know of."""
+        return self.chain.held
+
+    def product(self, v: list[Tensor], *, retain: bool = True) -> list[Tensor]:
+        """The Hessian of the weighted batch loss times `v`, per tensor."""
+        return self.chain.product(v, lambda u: self.loss.product([u], retain=retain)[0])
+
+
+@dataclass(frozen=True)
 class OutputGraph:
-    """The recorded outputs `f` of a batch, and `u -> J^T u` recorded as a function of `u`."""
+    """The recorded outputs `f` of a batch, and `u -> J^T u` as a recorded function of `u`; or both as a chain."""
 
     batch: Batch
     weight: float
@@ -49,9 +67,17 @@ class OutputGraph:
     outputs: Tensor
     cotangent: Tensor
     pulled: list[Tensor]
+    chain: Chain | None = None
+
+    @property
+    def held(self) -> Iterator[Tensor]:
+        """Tensors that autograd does not know of."""
+        return iter(()) if self.chain is None else self.chain.held
 
     def jvp(self, v: list[Tensor], *, retain: bool = True) -> Tensor:
         """`J v`, in the shape of the outputs."""
+        if self.chain is not None:
+            return self.chain.jvp(v)
         pairs = [(g, w) for g, w in zip(self.pulled, v, strict=True) if g.requires_grad]
         if not pairs:
             return torch.zeros_like(self.outputs)
@@ -59,6 +85,8 @@ class OutputGraph:
 
     def vjp(self, u: Tensor, *, retain: bool = True) -> list[Tensor]:
         """`J^T u`, per tensor."""
+        if self.chain is not None:
+            return self.chain.vjp(u)
         if not self.outputs.requires_grad:
             return [torch.zeros_like(t) for t in self.leaves]
         return backward([self.outputs], self.leaves, [u], retain=retain)
@@ -120,18 +148,27 @@ def _nodes(tensors: Iterable[Tensor]) -> set[torch.autograd.graph.Node]:
 
 
 @recording()
-def gradient_graph(risk: EmpiricalRisk, batch: Batch) -> GradientGraph:
+def gradient_graph(risk: EmpiricalRisk, batch: Batch) -> GradientGraph | ChainGradient:
     """Record the gradient of `(count / total) * loss` of a batch."""
     tensors = risk.leaves()
     leaves = list(tensors.values())
     with TwiceDifferentiable():
-        loss = risk.batch_loss(risk.batch_outputs(tensors, batch), batch) * (batch.count / risk.batches.total)
-    if not loss.requires_grad:
-        return GradientGraph(leaves, [torch.zeros_like(t) for t in leaves])
-    with explained():
-        gradients = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
-    _require_differentiable(gradients, loss)
-    return GradientGraph(leaves, list(gradients))
+        outputs = risk.batch_outputs(tensors, batch)
+        nodes = read_chain(outputs, leaves)
+        inputs = leaves
+        if nodes:
+            # A leaf at the outputs that takes no memory. The sum is a copy: a loss may write into it.
+            inputs = [outputs.new_zeros(()).expand_as(outputs).requires_grad_()]
+            outputs = outputs.detach() + inputs[0]
+        loss = risk.batch_loss(outputs, batch) * (batch.count / risk.batches.total)
+    gradients = [torch.zeros_like(t) for t in inputs]
+    if loss.requires_grad:
+        with explained():
+            found = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True, materialize_grads=True)
+        gradients = list(found)
+        _require_differentiable(gradients, loss)
+    graph = GradientGraph(inputs, gradients)
+    return ChainGradient(Chain(nodes, leaves, gradients[0].detach()), graph) if nodes else graph
 
 
 @recording()
@@ -141,6 +178,10 @@ def output_graph(risk: EmpiricalRisk, batch: Batch, *, forward: bool = True) -> 
     leaves = list(tensors.values())
     with TwiceDifferentiable(linear=True) if forward else nullcontext():
         outputs = risk.batch_outputs(tensors, batch)
+    weight = batch.count / risk.batches.total
+    if forward and (nodes := read_chain(outputs, leaves)):
+        outputs = outputs.detach()
+        return OutputGraph(batch, weight, leaves, outputs, outputs.new_zeros(0), [], Chain(nodes, leaves))
     cotangent = torch.zeros_like(outputs, requires_grad=True)
     pulled = [torch.zeros_like(t) for t in leaves]
     if forward and outputs.requires_grad:
@@ -151,4 +192,4 @@ def output_graph(risk: EmpiricalRisk, batch: Batch, *, forward: bool = True) -> 
                 )
             )
         _require_differentiable(pulled, outputs)
-    return OutputGraph(batch, batch.count / risk.batches.total, leaves, outputs, cotangent, pulled)
+    return OutputGraph(batch, weight, leaves, outputs, cotangent, pulled)
