@@ -4,6 +4,8 @@ sizes of a factor were looked at are caught here."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -52,6 +54,17 @@ def test_operations_are_those_that_run() -> None:
         with FlopCounterMode(display=False, custom_mapping=counted) as counter:
             bnp.layer_table(risk, layers=[name])
         assert 0.3 * counter.get_total_flops() <= work[name] <= 8 * counter.get_total_flops()
+
+
+def test_a_table_does_not_load_the_compiler() -> None:
+    """A second of every process: torch's own counter would."""
+    code = (
+        "import sys, torch, bnp_analysis as bnp\n"
+        "x, y = torch.rand(9, 3), torch.arange(9) % 2\n"
+        "bnp.layer_table(bnp.EmpiricalRisk(torch.nn.Linear(3, 2), torch.nn.functional.cross_entropy, (x, y)))\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_the_price_grows_with_the_examples_not_with_their_weights() -> None:

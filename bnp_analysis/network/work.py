@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.network.batches import Batch, slice_batch
@@ -43,11 +45,27 @@ def _own_work(risk: EmpiricalRisk, layers: Coverage) -> tuple[float, dict[str, f
     return None
 
 
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does not annotate it
+    """Counts by torch's formulas. Its own `FlopCounterMode` would load the compiler, which takes a second."""
+
+    total = 0.0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        self.total += 0.0 if formula is None else float(formula(*args, **(kwargs or {}), out_val=out))
+        return out
+
+
 def _counted(risk: EmpiricalRisk, batch: Batch, layers: Coverage) -> tuple[float, dict[str, float]]:
     size = tensors_of(batch.x)[0].shape[0]
     _, seen = risk.record(batch, [layer.name for layer in layers])
     rows = {layer.name: sum(output_rows(layer, output) for _, output in seen[layer.name]) / size for layer in layers}
-    with FlopCounterMode(display=False) as counter:
+    with _Operations() as counter:  # type: ignore[no-untyped-call]
         tensors = risk.leaves()
         risk.pullback(risk.batch_loss(risk.batch_outputs(tensors, batch), batch), tensors)
-    return float(counter.get_total_flops()) / size, rows
+    return counter.total / size, rows
