@@ -52,8 +52,10 @@ def found(job: str, folder: Path, *, size: int = 2) -> list[Any]:
 
 
 def measure(group: Group, folder: Path) -> dict[str, Any]:
-    """Every measurement of every problem, training, errors on one of the processes, and a run to its end."""
+    """The killed run to its end, every measurement, training, errors on one of the processes, and a run undisturbed."""
+    resumed = killed(group, folder)
     return {name: shard_measurements.measured(name, group) for name in shard_measurements.PROBLEMS} | {
+        "resumed": resumed,
         "training": trained(group),
         "errors": disagree(group),
         "undisturbed": killed(group, folder / "undisturbed"),

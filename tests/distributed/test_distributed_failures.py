@@ -47,16 +47,6 @@ def test_an_error_on_one_process_is_an_error_on_both_and_they_stay_in_step(two: 
     assert first["afterwards"] == second["afterwards"]
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[tuple[int, str]], list[Any]]:
-    """A run whose second process is killed after 65 steps, and the same run started again."""
-    folder = tmp_path_factory.mktemp("killed")
-    first = start("killed", folder, KILL_AT="65")
-    for status, output in start("killed", folder):
-        assert status == 0, output
-    return first, found("killed", folder)
-
-
 def test_a_killed_process_ends_the_others(killed: Any) -> None:
     (survivor, words), (victim, _) = killed[0]
     assert victim == -9
@@ -66,9 +56,9 @@ def test_a_killed_process_ends_the_others(killed: Any) -> None:
     assert "Timed out" not in words, "a closed connection is noticed at once"
 
 
-def test_a_killed_run_resumes_on_all_processes(killed: Any, two: list[Any]) -> None:
-    resumed, calm = killed[1], two[0]["undisturbed"]
-    for one in resumed:
+def test_a_killed_run_resumes_on_all_processes(two: list[Any]) -> None:
+    calm = two[0]["undisturbed"]
+    for one in (process["resumed"] for process in two):
         assert 50 <= one["began at"] < 65, "what rank 0 had saved"
         assert one["files"] == ["state.pt"], "rank 0 alone writes"
         assert all(torch.equal(one[name], calm[name]) for name in ("alpha", "beta", "basis"))
