@@ -35,9 +35,7 @@ class Hessian(SymmetricOperator):
 
     @property
     def start(self) -> Tensor:
-        """The risk's gradient; graphs that are kept hold it."""
-        if self.engine.engine != "retained":
-            return self._risk.gradient
+        """The risk's gradient, which the graphs hold: the same bits, whichever of them are kept."""
 
         def gradients(graph: GradientGraph, *_: object) -> list[Tensor]:
             return [g.detach() for g in graph.gradients]
