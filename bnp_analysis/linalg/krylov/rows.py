@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 14
+_BLOCK = 1 << 13
 
 
 def dots(V: Tensor, w: Tensor) -> Tensor:
