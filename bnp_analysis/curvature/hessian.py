@@ -37,7 +37,7 @@ class Hessian(SymmetricOperator):
     def start(self) -> Tensor:
         """The risk's gradient, which the graphs hold: the same bits, whichever of them are kept."""
 
-        def gradients(graph: GradientGraph, *_: object) -> list[Tensor]:
+        def gradients(graph: GradientGraph | ChainGradient, *_: object) -> list[Tensor]:
             return [g.detach() for g in graph.gradients]
 
         return self.group.sum(lambda: self._engine.total(1, gradients)[:, 0], "the gradient", of=self._risk.theta)

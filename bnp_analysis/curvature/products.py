@@ -52,6 +52,11 @@ class ChainGradient:
         """Tensors that autograd does not know of."""
         return self.chain.held
 
+    @property
+    def gradients(self) -> list[Tensor]:
+        """Of the weighted batch loss, per tensor."""
+        return self.chain.vjp(self.loss.gradients[0].detach())
+
     def product(self, v: list[Tensor], *, retain: bool = True) -> list[Tensor]:
         """The Hessian of the weighted batch loss times `v`, per tensor."""
         return self.chain.product(v, lambda u: self.loss.product([u], retain=retain)[0])
