@@ -10,6 +10,7 @@ from torch import Tensor
 from bnp_analysis.network.layers import Layer, channels, rows
 from bnp_analysis.precondition.running import update_moments
 
+_PRECISE = (torch.float32, torch.float64)
 _PART = 2**19  # numbers that are centred together
 
 
@@ -48,50 +49,45 @@ def batch_moments(layer: Layer, h: Tensor, kind: str) -> BatchMoments | None:
         The moments, or None for an input without rows.
     """
     h = h.detach()
-    if h.dtype is not torch.float32 and h.dtype is not torch.float64:
+    if h.dtype not in _PRECISE:
         h = h.float()
-    module = layer.module
-    dense = isinstance(module, torch.nn.Linear)
-    if dense and h.ndim == 2:
-        table = h
-    elif dense or kind == "patch":
-        table = rows(layer, h).flatten(1) if h.numel() else h
-    elif h.numel() == 0:
+    # First what most often comes: its Python is a part of a small network's step that one sees.
+    if isinstance(layer.module, torch.nn.Linear) and h.ndim == 2:
+        return _table_moments(h)
+    if h.numel() == 0:
         return None
+    if isinstance(layer.module, torch.nn.Linear) or kind == "patch":
+        return _table_moments(rows(layer, h).flatten(1))
+    h = h if h.ndim == layer.module.weight.ndim else h.unsqueeze(0)
+    found = _image_moments(h) if h.is_contiguous() and not h.is_cuda else _table_moments(channels(layer, h))
+    return None if found is None else found._replace(rows=h.shape[0] * _positions(layer, h))
+
+
+def _table_moments(table: Tensor) -> BatchMoments | None:
+    """Per column of `(R, d)`; the kernels differ by a factor of ten and more on CPU, see `benchmarks/bnp_step.py`."""
+    count, width = table.shape
+    if not count or not width:
+        return None
+    if count == 1:
+        # A copy: whoever gave the input may reuse its memory before the step.
+        return BatchMoments(1, 1, table[0].clone(), None)
+    if table.is_cuda:
+        variance, mean = torch.var_mean(table, dim=0, correction=0)
     else:
-        h = h if h.ndim == module.weight.ndim else h.unsqueeze(0)
-        mean, variance = _image_moments(layer, h)
-        return BatchMoments(h.numel() // h.shape[1], h.shape[0] * _positions(layer, h), mean, variance)
-    count = table.shape[0]
-    if table.numel() == 0:
-        return None
-    mean, variance = _table_moments(table)
+        mean, variance = torch.batch_norm_update_stats(table, None, None, 0.0)
     return BatchMoments(count, count, mean, variance)
 
 
-def _table_moments(table: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Per column of `(R, d)`; the kernels differ by a factor of ten and more on CPU, see `benchmarks/bnp_step.py`."""
-    if table.shape[0] == 1:
-        # A copy: whoever gave the input may reuse its memory before the step.
-        return table.flatten().clone(), None
-    if table.is_cuda:
-        variance, mean = torch.var_mean(table, dim=0, correction=0)
-        return mean, variance
-    mean, variance = torch.batch_norm_update_stats(table, None, None, 0.0)
-    return mean, variance
-
-
-def _image_moments(layer: Layer, h: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Per channel of `(N, c, ...)`."""
-    if not h.is_contiguous() or h.is_cuda:
-        return _table_moments(channels(layer, h))
+def _image_moments(h: Tensor) -> BatchMoments:
+    """Per channel of `(N, c, ...)`, contiguous."""
     values = h.flatten(2)
     mean = values.mean((0, 2))
     column, squares = mean.unsqueeze(1), torch.zeros_like(mean)
     # In parts that stay in the cache: less time, and no second copy of the input in memory.
     for part in torch.split(values, max(1, _PART // max(values[0].numel(), 1))):
         squares += torch.linalg.vector_norm(part - column, dim=2).square_().sum(0)
-    return mean, squares / (h.numel() // h.shape[1])
+    count = h.numel() // h.shape[1]
+    return BatchMoments(count, count, mean, squares / count)
 
 
 def _positions(layer: Layer, h: Tensor) -> int:

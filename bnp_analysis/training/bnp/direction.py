@@ -11,7 +11,7 @@ def with_bias_(weight: Tensor, bias: Tensor, mean: Tensor, damped: Tensor, q2: f
 
     Args:
         weight: gradient `(n, ...)`, contiguous; changed.
-        bias: gradient `(n,)`, contiguous; changed.
+        bias: gradient `(n,)`; changed.
         mean: `mu`, `(m,)`, or `(groups, m)` of several.
         damped: `s2`, like the mean.
         q2: `q^2`.

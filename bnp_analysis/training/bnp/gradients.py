@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Container, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,16 +11,9 @@ from torch import Tensor
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.layers import Layer
 
-Mark = tuple[weakref.ref[Tensor], int]
-
-
-class Gradients(NamedTuple):
-    """The gradients of the layer at a place, `bias` None where it has none that is free."""
-
-    place: int
-    layer: Layer
-    weight: Tensor
-    bias: Tensor | None
+# A layer's place among all, the layer, and the gradients of its weight and of its bias, None where that is not free.
+Gradients = tuple[int, Layer, Tensor, Tensor | None]
+Marks = dict[int, tuple[weakref.ref[Tensor], int]]
 
 
 def find_gradients(layers: Sequence[Layer], seen: Container[int], rows: Sequence[int]) -> list[Gradients]:
@@ -43,10 +35,8 @@ def find_gradients(layers: Sequence[Layer], seen: Container[int], rows: Sequence
         owner, own = held["weight"], held["bias"] if layer.bias is not None else None
         if owner is None or not owner.requires_grad or not (rows[i] or i in seen):
             continue
-        weight, bias = owner.grad, None
         free = own is not None and own.requires_grad
-        if own is not None and free:
-            bias = own.grad
+        weight, bias = owner.grad, own.grad if own is not None and free else None
         if weight is None or (free and bias is None):
             if i in seen:
                 missing += [layer.weight] if weight is None else []
@@ -54,7 +44,7 @@ def find_gradients(layers: Sequence[Layer], seen: Container[int], rows: Sequence
             continue
         if weight.layout is not torch.strided or (bias is not None and bias.layout is not torch.strided):
             raise InvalidInputError(f"the gradient of layer {layer.name!r} is sparse; BNP needs dense gradients")
-        found.append(Gradients(i, layer, weight, bias))
+        found.append((i, layer, weight, bias))
     if not found:
         raise InvalidInputError("step() before any backward pass: no covered layer has a gradient")
     if missing:
@@ -65,17 +55,15 @@ def find_gradients(layers: Sequence[Layer], seen: Container[int], rows: Sequence
     return found
 
 
-def marks(gradients: Sequence[Gradients]) -> list[Mark]:
+def marks(gradients: Sequence[Gradients]) -> Marks:
     """What tells these gradients from those that a later backward pass leaves."""
-    return [(weakref.ref(g.weight), g.weight._version) for g in gradients]
+    return {place: (weakref.ref(weight), weight._version) for place, _, weight, _ in gradients}
 
 
-def unchanged(gradients: Sequence[Gradients], before: Sequence[Mark]) -> bool:
-    """Whether every gradient is one that was marked, and was not written to since."""
-    for g in gradients:
-        for ref, version in before:
-            if ref() is g.weight and version == g.weight._version:
-                break
-        else:
+def unchanged(gradients: Sequence[Gradients], before: Marks) -> bool:
+    """Whether every gradient is the one that was marked, and was not written to since."""
+    for place, _, weight, _ in gradients:
+        ref, version = before.get(place, (None, 0))
+        if ref is None or ref() is not weight or version != weight._version:
             return False
     return True

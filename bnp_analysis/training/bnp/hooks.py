@@ -41,7 +41,9 @@ class InputHook:
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hand on the input if this is a forward pass that trains."""
         # Shallow copies share the table of hooks: replicas of DataParallel.
-        if not module.training or module is not self._module or not torch.is_grad_enabled() or _recomputed():
+        if not module.training or module is not self._module or not torch.is_grad_enabled():
+            return
+        if torch._C._current_graph_task_id() != -1 and _recomputed():
             return
         owner = self._owner()
         if owner is not None:
@@ -117,13 +119,11 @@ def make_inert() -> Callable[..., None]:
 
 
 def _recomputed() -> bool:
-    """Whether this forward repeats one that was seen: activation checkpointing, inside a backward pass.
+    """Whether this forward, inside a backward pass, repeats one that was seen: activation checkpointing.
 
     The reentrant form runs its first forward without gradients, where nothing is collected; there the repetition
     is the one to see.
     """
-    if torch._C._current_graph_task_id() == -1:
-        return False
     frame = sys._getframe()
     reentrant = CheckpointFunction.backward.__code__
     above: Any = frame

@@ -19,7 +19,7 @@ from bnp_analysis.network.snapshot import unwrap
 from bnp_analysis.precondition.bnp import BNPPreconditioner
 from bnp_analysis.training.bnp.attach import attach_to
 from bnp_analysis.training.bnp.batch_moments import BatchMoments, batch_moments, pool_moments
-from bnp_analysis.training.bnp.gradients import Mark, find_gradients, marks, unchanged
+from bnp_analysis.training.bnp.gradients import Marks, find_gradients, marks, unchanged
 from bnp_analysis.training.bnp.hooks import add_hooks
 from bnp_analysis.training.bnp.layers import (
     Names,
@@ -122,7 +122,9 @@ class BNP:
         self._inputs: dict[int, list[Tensor]] = {}
         self._outputs = OutputScales(self._layers, rho, eps1) if output_scale == "estimated" else None
         self._rule = Rule(self.settings, self._layers, self._running, self._outputs)
-        self._marks: list[Mark] = []
+        self._marks: Marks = {}
+        # A few percent of a small network's step less than no_grad, or than one made anew at each step.
+        self._quiet = torch.inference_mode()
         self._attached: RemovableHandle | None = None
         self._closed = False
         self._hooks = add_hooks(self._layers, weakref.ref(self), self._outputs)
@@ -157,7 +159,6 @@ class BNP:
         """Parameter name -> why it is left alone."""
         return uncovered(self._layers, self._reasons, set(self.covered))
 
-    @torch.inference_mode()  # a few percent of a small network's step less than no_grad
     def step(self) -> None:
         """Commit the statistics of the step and replace `.grad` by `P P^T .grad`, before `optimizer.step()`.
 
@@ -183,10 +184,11 @@ class BNP:
             self._refuse_single_rows()
         pending, inputs = self._pending, self._inputs
         self._pending, self._inputs = {}, {}
-        self._running.commit(pending)
-        if self._outputs is not None:
-            self._outputs.commit()
-        self._rule.apply(found, inputs)
+        with self._quiet:
+            self._running.commit(pending)
+            if self._outputs is not None:
+                self._outputs.commit()
+            self._rule.apply(found, inputs)
         self._marks = marks(found)
 
     def attach(self, optimizer: Optimizer) -> Self:
@@ -233,7 +235,7 @@ class BNP:
         """
         self._rule.q2 = read_state(state, self._running, self._outputs)
         self._forget()
-        self._marks = []
+        self._marks = {}
 
     def close(self) -> None:
         """Remove all hooks.
@@ -285,8 +287,9 @@ class BNP:
         seen = batch_moments(layer, h, self.settings.statistics)
         if seen is None:
             return
-        before = self._pending.get(index)
-        self._pending[index] = seen if before is None else pool_moments(before, seen)
+        if index in self._pending:
+            seen = pool_moments(self._pending[index], seen)
+        self._pending[index] = seen
         if self.settings.q == "measured":
             self._inputs.setdefault(index, []).append(h.detach())
 

@@ -55,47 +55,46 @@ class Rule:
 
     def apply(self, found: Sequence[Gradients], inputs: Mapping[int, Sequence[Tensor]]) -> None:
         """Precondition the gradients; `inputs` are those of the step where `q` is measured."""
-        settings, running = self._settings, self._running
-        assert running.now is not None
-        means, damped = self._spread(running.now)
-        kind, rows = running.now.values.dtype, running.rows
-        diagonal = settings.bias_free == "diagonal"
-        for g in found:
-            i, layer, weight, bias = g
+        now, rows, outputs = self._running.now, self._running.rows, self._outputs
+        assert now is not None
+        means, damped = self._spread(now)
+        kind, auto = now.values.dtype, self._settings.q == "auto"
+        diagonal = self._settings.bias_free == "diagonal"
+        for i, layer, weight, bias in found:
             mean, s2 = means[i], damped[i]
             if bias is None and diagonal:
                 mean, s2 = self._diagonal(i)
-            if settings.q == "auto" and (bias is not None or not diagonal):
+            if auto and (bias is not None or not diagonal):
                 q2 = scale_square(layer.features, rows[i])
             else:
-                q2 = self._square(g, mean, s2, inputs.get(i, ()))
+                own = layer if bias is not None else replace(layer, bias=None)
+                q2 = self._square(i, own, mean, s2, inputs.get(i, ()))
             self.q2[i] = q2
             # In the statistics' precision where the gradient's is lower.
-            w = _ready(weight, kind)
-            b = None if bias is None else _ready(bias, kind)
+            w = weight if weight.dtype is kind and weight.is_contiguous() else weight.to(kind).contiguous()
+            b = bias if bias is None or bias.dtype is kind else bias.to(kind)
             if b is None:
                 without_bias_(w, mean, s2, q2)
             else:
                 with_bias_(w, b, mean, s2, q2)
-            if self._outputs is not None:
-                divide_units_(w, b, self._outputs.squares(i))
-            if bias is not None and b is not None and b is not bias:
-                bias.copy_(b)
+            if outputs is not None:
+                divide_units_(w, b, outputs.squares(i))
             if w is not weight:
                 weight.copy_(w)
+            if bias is not None and b is not None and b is not bias:
+                bias.copy_(b)
 
-    def _square(self, g: Gradients, mean: Tensor, s2: Tensor, inputs: Sequence[Tensor]) -> float:
+    def _square(self, i: int, layer: Layer, mean: Tensor, s2: Tensor, inputs: Sequence[Tensor]) -> float:
         """`q^2` of a layer in this step, where it is not that of T3."""
-        q, i = self._settings.q, g.place
+        q = self._settings.q
         if q == "auto":
             mean, variance = self._moments(i)
-            square = scale_square(g.layer.features, self._running.rows[i])
+            square = scale_square(layer.features, self._running.rows[i])
             return square + surviving_mean(mean, variance + mean.square())
         if q != "measured":
             return float(q) ** 2
         if not inputs:
             return self.q2[i]
-        layer = g.layer if g.bias is not None else replace(g.layer, bias=None)
         return self._measured[i](layer, inputs, mean, s2)
 
     def _diagonal(self, index: int) -> tuple[Tensor, Tensor]:
@@ -135,10 +134,3 @@ class Rule:
             return block, moments.constant
         scales = self._outputs.squares(i).to(space.device, torch.float64).sqrt()
         return UnitScaled(block, scales), moments.constant
-
-
-def _ready(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient itself where it can be changed in place in that precision, else a copy that can."""
-    if gradient.dtype is dtype and gradient.is_contiguous():
-        return gradient
-    return gradient.to(dtype).contiguous()

@@ -75,7 +75,8 @@ class RunningMoments:
         # The next step is computed beside the last one, and takes its place when it is known to be finite.
         self._next: Buffer | None = None
         self._batch: Buffer | None = None
-        self._lengths = torch.tensor(self.widths)
+        self._absent: list[BatchMoments] = []
+        self._lengths, self._every = torch.tensor(self.widths), 1
         self._bad: tuple[Tensor, Tensor] | None = None
 
     def of(self, index: int) -> tuple[Tensor, Tensor]:
@@ -94,18 +95,15 @@ class RunningMoments:
         Raises:
             NonFiniteError: NaN or infinity, now or since the flag was last read; names the layer and the step.
         """
-        count = len(self.names)
-        batch = self._gather(found)
-        rows = [found[i].rows if i in found else 0 for i in range(count)]
+        batch, rows = self._gather(found)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            samples = [found[i].samples if i in found else 0 for i in range(count)]
+            samples = [found[i].samples if i in found else 0 for i in range(len(rows))]
             values, rows = _all_reduced(batch.values, samples, rows, self.widths)
             batch = Buffer(values, self.widths)
         old, new = self._buffers(batch.values)
         self._update(old, new, batch, self._past(rows, batch.values))
         new.largest = torch.segment_reduce(new.variance, "max", lengths=self._lengths, unsafe=True)
-        every = self.check_every or (1 if batch.values.device.type == "cpu" else 100)
-        step = self.step + 1
+        every, step = self._every, self.step + 1
         # A mean that is not finite makes the variance of its layer so.
         if every == 1:
             if not math.isfinite(sum(new.largest.tolist())) and not bool(torch.isfinite(new.largest).all()):
@@ -163,30 +161,33 @@ class RunningMoments:
         rho = self._constant(rows)
         return without_start(rho, self.start[index]) if self.corrected else rho
 
-    def _gather(self, found: Mapping[int, BatchMoments]) -> Buffer:
-        """What the layers saw, side by side; zeros, which weigh nothing, for those that did not run."""
+    def _gather(self, found: Mapping[int, BatchMoments]) -> tuple[Buffer, list[int]]:
+        """What the layers saw, side by side, and rows; zeros, which weigh nothing, for those that did not run."""
         some = next(iter(found.values())).mean
         batch = self._batch
-        if batch is None or not _alike(batch.values, some):
+        if batch is None or batch.values.dtype is not some.dtype or batch.values.device != some.device:
             batch = self._batch = Buffer(some.new_zeros(2, sum(self.widths)), self.widths)
-            self._zeros = Buffer(torch.zeros_like(batch.values), self.widths)
-        zeros = self._zeros.means
+            self._absent = [BatchMoments(0, 0, zero, zero) for zero in Buffer(batch.values.clone(), self.widths).means]
+            self._next = None
+        means, variances, rows = [], [], []
         # In the order of the layers, which need not be that of their forward passes.
-        moments = [found.get(i) or BatchMoments(0, 0, zero, None) for i, zero in enumerate(zeros)]
-        means = [m.mean for m in moments]
-        variances = [m.variance if m.variance is not None else zeros[i] for i, m in enumerate(moments)]
+        for i, absent in enumerate(self._absent):
+            seen = found.get(i, absent)
+            means.append(seen.mean)
+            variances.append(absent.mean if seen.variance is None else seen.variance)
+            rows.append(seen.rows)
         torch.cat(means + variances, out=batch.flat)
-        return batch
+        return batch, rows
 
     def _buffers(self, batch: Tensor) -> tuple[Buffer, Buffer]:
         """The statistics, `(0, 1)` at first, and a place for the next ones, as the batch's are."""
         if self.now is None:
             self.now = Buffer(torch.stack([torch.zeros_like(batch[0]), torch.ones_like(batch[1])]), self.widths)
-        if not _alike(self.now.values, batch):
-            self.set(self.now.values.to(batch))
         if self._next is None:
+            self.set(self.now.values.to(batch))
             self._next = Buffer(torch.zeros_like(batch), self.widths)
             self._lengths = self._lengths.to(batch.device)
+            self._every = self.check_every or (1 if batch.device.type == "cpu" else 100)
         return self.now, self._next
 
     def _guard(self, old: Buffer, new: Buffer, step: int) -> None:
@@ -208,10 +209,6 @@ class RunningMoments:
             f"the input of layer {layers[0]!r} has NaN or infinite entries at step {step}, or some whose squares are"
             f"{others}. The statistics of that step were left out; lower the learning rate, or look at the data"
         )
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.dtype is b.dtype and a.device == b.device
 
 
 def _all_reduced(batch: Tensor, samples: list[int], rows: list[int], widths: Sequence[int]) -> tuple[Tensor, list[int]]:

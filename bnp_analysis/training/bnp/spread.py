@@ -38,7 +38,7 @@ class Spread:
             source.append(expand_channels(layer, own).flatten() if channelwise else own)
             begin += width
         self._owner, self._source = owner, torch.cat(source)
-        self._positive = eps2 > 0
+        self._positive, self._repeats = eps2 > 0, any(self._channelwise)
         self._eps1, self._eps2 = eps1, torch.full((len(sizes),), eps2, dtype=torch.float64)
         self._out: Tensor | None = None
         self._means: list[Tensor] = []
@@ -46,11 +46,11 @@ class Spread:
 
     def __call__(self, now: Buffer) -> tuple[list[Tensor], list[Tensor]]:
         """`mu` and `sigma^2 + eps1 max(sigma^2) + eps2`, 1 in place of a zero; `(m,)`, or `(groups, m)` of several."""
-        if self._out is None or self._out.dtype != now.values.dtype or self._out.device != now.values.device:
+        if self._out is None or self._out.dtype is not now.values.dtype or self._out.device != now.values.device:
             self._out = self._prepare(now.values)
         means, s2 = self._means, self._s2
         top = torch.index_select(torch.add(self._eps2, now.largest, alpha=self._eps1), 0, self._owner)
-        if any(self._channelwise):
+        if self._repeats:
             torch.index_select(now.values, 1, self._source, out=self._out)
             s2.add_(top)
         else:
