@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnp_analysis.network.layers import Layer, channels, rows
 from bnp_analysis.precondition.running import update_moments
@@ -52,11 +52,11 @@ def batch_moments(layer: Layer, h: Tensor, kind: str) -> BatchMoments | None:
     if h.dtype not in _PRECISE:
         h = h.float()
     # First what most often comes: its Python is a part of a small network's step that one sees.
-    if isinstance(layer.module, torch.nn.Linear) and h.ndim == 2:
+    if isinstance(layer.module, nn.Linear) and h.ndim == 2:
         return _table_moments(h)
     if h.numel() == 0:
         return None
-    if isinstance(layer.module, torch.nn.Linear) or kind == "patch":
+    if isinstance(layer.module, nn.Linear) or kind == "patch":
         return _table_moments(rows(layer, h).flatten(1))
     h = h if h.ndim == layer.module.weight.ndim else h.unsqueeze(0)
     found = _image_moments(h) if h.is_contiguous() and not h.is_cuda else _table_moments(channels(layer, h))
@@ -93,7 +93,7 @@ def _image_moments(h: Tensor) -> BatchMoments:
 def _positions(layer: Layer, h: Tensor) -> int:
     """Output positions of a convolution per example."""
     module = layer.module
-    assert not isinstance(module, torch.nn.Linear)
+    assert not isinstance(module, nn.Linear)
     # Twice one entry per padded side, last dimension first, whatever form the user gave.
     padding: list[int] = list(module._reversed_padding_repeated_twice)
     count = 1

@@ -30,7 +30,7 @@ class InputHook:
         self._module, self._owner, self._index = module, owner, index
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             # A compiled model breaks its graph here: what follows counts, which a graph must not.
             from bnp_analysis.training.bnp.outside_of_graphs import see
 
@@ -69,7 +69,7 @@ class OutputHook:
         self._module, self._owner, self._index = module, owner, index
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             from bnp_analysis.training.bnp.outside_of_graphs import watch
 
             watch(self, module, output)

@@ -46,28 +46,29 @@ class Spread:
 
     def __call__(self, now: Buffer) -> tuple[list[Tensor], list[Tensor]]:
         """`mu` and `sigma^2 + eps1 max(sigma^2) + eps2`, 1 in place of a zero; `(m,)`, or `(groups, m)` of several."""
-        if self._out is None or self._out.dtype is not now.values.dtype or self._out.device != now.values.device:
-            self._out = self._prepare(now.values)
-        means, s2 = self._means, self._s2
+        means, s2 = now.shaped or self._prepare(now), self._s2
         top = torch.index_select(torch.add(self._eps2, now.largest, alpha=self._eps1), 0, self._owner)
         if self._repeats:
             torch.index_select(now.values, 1, self._source, out=self._out)
             s2.add_(top)
         else:
             torch.add(now.variance, top, out=s2)
-            now.shaped = means = now.shaped or self._split(now.mean)
         if not self._positive:
             s2.masked_fill_(s2 == 0, 1.0)
         return means, self._damped
 
-    def _prepare(self, like: Tensor) -> Tensor:
-        """Where the results go, `(2, sum of m)`, whose views are made once."""
-        self._owner, self._source, self._eps2 = (t.to(like.device) for t in (self._owner, self._source, self._eps2))
-        self._eps2 = self._eps2.to(like.dtype)
-        out = torch.empty(2, sum(self._sizes), dtype=like.dtype, device=like.device)
-        self._s2 = out[1]
-        self._means, self._damped = self._split(out[0]), self._split(self._s2)
-        return out
+    def _prepare(self, now: Buffer) -> list[Tensor]:
+        """Where the results go, `(2, sum of m)`, and the views that each step needs, which are made once."""
+        like = now.values
+        if self._out is None or self._out.dtype is not like.dtype or self._out.device != like.device:
+            tables = (self._owner, self._source, self._eps2)
+            self._owner, self._source, self._eps2 = (t.to(like.device) for t in tables)
+            self._eps2 = self._eps2.to(like.dtype)
+            self._out = torch.empty(2, sum(self._sizes), dtype=like.dtype, device=like.device)
+            self._s2 = self._out[1]
+            self._means, self._damped = self._split(self._out[0]), self._split(self._s2)
+        now.shaped = self._means if self._repeats else self._split(now.mean)
+        return now.shaped
 
     def one(self, index: int, values: Tensor) -> Tensor:
         """The values of one layer's statistics, `(groups, m)`."""
