@@ -198,6 +198,7 @@ def test_non_finite_activations_name_the_layer_and_the_step(bad: float, rows: in
         pre.step()
     assert torch.equal(gradient(model).nan_to_num(), before.nan_to_num())
     assert numbers(pre) == state
+    assert not torch.is_inference_mode_enabled(), "the error left the mode that step() works in"
     stepped(model, x, y, pre)
 
 
@@ -355,3 +356,20 @@ def test_changes_of_precision_and_device_are_followed() -> None:
     stepped(model, x.float(), y, pre)
     assert pre.preconditioner().dtype == torch.float32
     assert gradient(model).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["dense", "padding"])
+def test_precision_changes_back_and_forth(kind: str) -> None:
+    """Views that are made once are made anew: otherwise old statistics would go on acting, unseen."""
+    model, x, y = network(kind)
+    pre = BNP(model, rho=0.5)
+    for dtype in (torch.float64, torch.float32, torch.float64):
+        model.to(dtype)
+        for k in range(3):
+            h = (x * (1 + k)).to(dtype)
+            twin = copy.deepcopy(model)
+            fresh = BNP(twin, rho=0.5)
+            fresh.load_state_dict(pre.state_dict())
+            after = stepped(model, h, y, pre)[1]
+            assert torch.equal(stepped(twin, h, y, fresh)[1], after)
+            assert after.dtype is dtype

@@ -70,7 +70,7 @@ def _table_moments(table: Tensor) -> BatchMoments | None:
         return None
     if count == 1:
         # A copy: whoever gave the input may reuse its memory before the step.
-        return BatchMoments(1, 1, table[0].clone(), None)
+        return BatchMoments(1, 1, table.clone().flatten(), None)
     if table.is_cuda:
         variance, mean = torch.var_mean(table, dim=0, correction=0)
     else:

@@ -123,10 +123,8 @@ class BNP:
         self._outputs = OutputScales(self._layers, rho, eps1) if output_scale == "estimated" else None
         self._rule = Rule(self.settings, self._layers, self._running, self._outputs)
         self._marks: Marks = {}
-        # A few percent of a small network's step less than no_grad, or than one made anew at each step.
-        self._quiet = torch.inference_mode()
         self._attached: RemovableHandle | None = None
-        self._closed = False
+        self._closed, self._quiet = False, torch.inference_mode()  # made once: a percent of a small network's step
         self._hooks = add_hooks(self._layers, weakref.ref(self), self._outputs)
         if any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules()):
             # Graphs that were compiled before do not know the hooks.
@@ -287,9 +285,8 @@ class BNP:
         seen = batch_moments(layer, h, self.settings.statistics)
         if seen is None:
             return
-        if index in self._pending:
-            seen = pool_moments(self._pending[index], seen)
-        self._pending[index] = seen
+        before = self._pending.get(index)
+        self._pending[index] = seen if before is None else pool_moments(before, seen)
         if self.settings.q == "measured":
             self._inputs.setdefault(index, []).append(h.detach())
 

@@ -38,8 +38,7 @@ class Spread:
             source.append(expand_channels(layer, own).flatten() if channelwise else own)
             begin += width
         self._owner, self._source = owner, torch.cat(source)
-        self._positive, self._repeats = eps2 > 0, any(self._channelwise)
-        self._eps1, self._eps2 = eps1, torch.full((len(sizes),), eps2, dtype=torch.float64)
+        self._eps1, self._floor, self._repeats = eps1, eps2, any(self._channelwise)
         self._out: Tensor | None = None
         self._means: list[Tensor] = []
         self._damped: list[Tensor] = []
@@ -53,7 +52,7 @@ class Spread:
             s2.add_(top)
         else:
             torch.add(now.variance, top, out=s2)
-        if not self._positive:
+        if not self._floor:
             s2.masked_fill_(s2 == 0, 1.0)
         return means, self._damped
 
@@ -61,9 +60,8 @@ class Spread:
         """Where the results go, `(2, sum of m)`, and the views that each step needs, which are made once."""
         like = now.values
         if self._out is None or self._out.dtype is not like.dtype or self._out.device != like.device:
-            tables = (self._owner, self._source, self._eps2)
-            self._owner, self._source, self._eps2 = (t.to(like.device) for t in tables)
-            self._eps2 = self._eps2.to(like.dtype)
+            self._owner, self._source = self._owner.to(like.device), self._source.to(like.device)
+            self._eps2 = like.new_full((len(self._sizes),), self._floor)
             self._out = torch.empty(2, sum(self._sizes), dtype=like.dtype, device=like.device)
             self._s2 = self._out[1]
             self._means, self._damped = self._split(self._out[0]), self._split(self._s2)
