@@ -154,6 +154,14 @@ def test_a_second_step_is_an_error() -> None:
     pre.step()
     assert pre.state_dict()["step"] == 2
     assert not torch.equal(before, after)
+    versions = [p.grad._version for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    backward(model, x, y)
+    for p, version in zip(model.parameters(), versions, strict=True):
+        while p.grad is not None and p.grad._version < version:
+            p.grad.mul_(1)
+    pre.step()
+    assert pre.state_dict()["step"] == 3, "new gradients that were written to as often as the old"
 
 
 def test_missing_gradients_are_said() -> None:
