@@ -98,7 +98,6 @@ class Chain:
         g: the gradient of a loss in the outputs, for its second derivatives.
     """
 
-    @explained()
     def __init__(self, nodes: Sequence[Node], leaves: Sequence[Tensor], g: Tensor | None = None) -> None:
         self._leaves, self._shape = leaves, nodes[0]._input_metadata[0].shape
         steps: list[Any] = []
@@ -207,7 +206,7 @@ def _bend(node: Node, g: Tensor | None) -> tuple[Bend, Tensor | None]:
 @contextmanager
 def _plainly(device: torch.device) -> Iterator[None]:
     """Nothing is recorded, and nothing is cast: the chain is what it was read as."""
-    with explained(), torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 
 

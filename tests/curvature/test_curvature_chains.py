@@ -76,6 +76,7 @@ def check(problem: Problem, *, chain: bool = True) -> None:
     for A, dense in made:
         for _ in range(2):  # the first leaves nothing behind
             assert relative(A @ V, dense @ V) <= 1e-12
+    assert relative(made[0][0].start, problem.gradient(problem.theta)) <= 1e-12
     assert torch.equal(V, given_)
 
 
@@ -150,6 +151,7 @@ RESHAPED = {
     "squeezed": lambda m, x: torch.tanh(m.b(torch.tanh(m.a(x))).squeeze(-1)).view(len(x), 1),
     "flattened between, and folded": lambda m, x: m.b(torch.tanh(m.a(x).flatten()).view(-1, 3)),
     "unsqueezed between": lambda m, x: m.b(torch.tanh(m.a(x).unsqueeze(1))),
+    "no shape, an unused layer": lambda m, x: torch.tanh(m.b(x)),
     "activation after the shape": lambda m, x: torch.sigmoid(m.b(m.a(x)).view(-1)).unsqueeze(1),
 }
 
@@ -168,8 +170,9 @@ NO_CHAINS: dict[str, Callable[[Calls, Tensor], Tensor]] = {
     "weight without transposition": lambda m, x: m.b(torch.tanh(x @ m.a.weight)),
     "weight that is computed": lambda m, x: m.b(torch.tanh(F.linear(x, 2 * m.a.weight, m.a.bias))),
     "bias that is computed": lambda m, x: m.b(torch.tanh(F.linear(x, m.a.weight, 2 * m.a.bias))),
-    "bias of another shape": lambda m, x: m.b(torch.tanh(torch.addmm(m.b.bias, x, m.a.weight.T))),
-    "layer that is scaled": lambda m, x: m.b(torch.tanh(torch.addmm(m.a.bias, x, m.a.weight.T, alpha=2, beta=3))),
+    "bias for all outputs": lambda m, x: m.b(torch.tanh(torch.addmm(m.b.bias, x, m.a.weight.t()))),
+    "layer times 2": lambda m, x: m.b(torch.tanh(torch.addmm(m.a.bias, x, m.a.weight.t(), alpha=2))),
+    "bias times 3": lambda m, x: m.b(torch.tanh(torch.addmm(m.a.bias, x, m.a.weight.t(), beta=3))),
     "batch of matrices": lambda m, x: m.b(torch.tanh(torch.bmm(x.unsqueeze(1), m.a.weight.expand(len(x), 3, 3))[:, 0])),
     "sorted": lambda m, x: m.b(torch.tanh(m.a(x)).sort(dim=1).values),
     "transposed": lambda m, x: m.b(torch.tanh(m.a(x).T).T),
@@ -186,6 +189,29 @@ def test_no_free_parameter_in_reach_is_no_chain() -> None:
     model = Calls(lambda m, x: m.b(x))
     model.b.requires_grad_(False)
     assert read_chain(model(numbers(5, 3).float()), list(model.a.parameters())) == []
+
+
+def test_a_bias_for_every_row_is_no_chain() -> None:
+    layer, every = nn.Linear(3, 4), nn.Parameter(torch.zeros(5, 4))
+    outputs = torch.addmm(every, torch.ones(5, 3), layer.weight.t())
+    assert read_chain(outputs, [layer.weight, every]) == []
+
+
+def test_one_bias_is_the_tangent_of_every_row() -> None:
+    """Of rows that are one number seen everywhere the place cannot be taken by what comes back."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model[0].weight.requires_grad_(False)
+    check(problem_of(model, 3))
+
+
+def test_the_callers_autocast_does_not_reach_a_kept_chain() -> None:
+    model = bnp.models.mlp([3, 4, 2], activation="tanh", dtype=torch.float32)
+    risk = bnp.EmpiricalRisk(model, F.mse_loss, (numbers(5, 3).float(), numbers(5, 2).float()))
+    v = numbers(risk.space.dim).float()
+    for A in (bnp.hessian(risk), bnp.gauss_newton(risk)):
+        expected = A @ v
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(A @ v, expected)
 
 
 def test_a_loss_may_write_into_the_outputs() -> None:
