@@ -9,7 +9,6 @@ off the recorded graph, so that nothing a model does is missed; what is no chain
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -132,7 +131,7 @@ class Chain:
 
     def _push(self, v: Sequence[Tensor], kept: list[Tensor | None] | None) -> Tensor:
         tangent: Any = None
-        with _plainly(self._leaves[0].device):
+        with torch.no_grad():
             for step in self._steps:
                 tangent, needed = step.push(tangent, v)
                 if kept is not None:
@@ -141,7 +140,7 @@ class Chain:
 
     def _pull(self, g: Tensor, kept: list[Tensor | None] | None, v: Sequence[Tensor]) -> list[Tensor]:
         found: dict[int, Tensor] = {}
-        with _plainly(self._leaves[0].device):
+        with torch.no_grad():
             for step in reversed(self._steps):
                 g = step.pull(g, kept.pop() if kept else None, v, found)
         return [found[k] if k in found else torch.zeros_like(leaf) for k, leaf in enumerate(self._leaves)]
@@ -201,13 +200,6 @@ def _bend(node: Node, g: Tensor | None) -> tuple[Bend, Tensor | None]:
     below, before = node(g), GradientEdge(*node.next_functions[0])
     (curve,) = torch.autograd.grad(below, before, below.new_ones(()).expand(shape), retain_graph=True)
     return Bend(node, shape, curve), below.detach()
-
-
-@contextmanager
-def _plainly(device: torch.device) -> Iterator[None]:
-    """Nothing is recorded, and nothing is cast: the chain is what it was read as."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield
 
 
 def _plus(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:

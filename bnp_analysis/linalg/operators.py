@@ -103,6 +103,7 @@ class LinearOperator(ABC):
 def gate(operator: LinearOperator, v: Tensor, length: int, product: Callable[[Tensor], Tensor]) -> Tensor:
     """Check a vector or block, apply the product, give back the shape that came in."""
     name = type(operator).__name__
+    require_no_autocast(operator.dtype, operator.device, "products")
     if not isinstance(v, Tensor):
         raise InvalidInputError(f"{name} multiplies torch tensors, not {type(v).__name__}; use torch.as_tensor(v)")
     if v.ndim not in (1, 2) or v.shape[0] != length:
@@ -116,6 +117,20 @@ def gate(operator: LinearOperator, v: Tensor, length: int, product: Callable[[Te
             f"convert the vector with v.to({operator.dtype}), or build the operator in the vector's dtype"
         )
     return product(v.unsqueeze(1)).squeeze(1) if v.ndim == 1 else product(v)
+
+
+def require_no_autocast(dtype: torch.dtype, device: torch.device, what: str) -> None:
+    """Refuse to compute where torch would take half precision for it; it leaves float64 alone.
+
+    Example:
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16):
+        ...     require_no_autocast(torch.float64, torch.device("cpu"), "products")
+    """
+    if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
+        raise InvalidInputError(
+            f"autocast is on, so {what} would be in {torch.get_autocast_dtype(device.type)} and lose digits, "
+            f"though they say {dtype}. Measure outside of `with torch.autocast(...)`, or in float64"
+        )
 
 
 class Transposed(LinearOperator):

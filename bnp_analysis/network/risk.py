@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from bnp_analysis.distributed import ALONE, Group
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
+from bnp_analysis.linalg.operators import require_no_autocast
 from bnp_analysis.network.batches import Batch, Batches, Count, arguments
 from bnp_analysis.network.identity import fingerprint
 from bnp_analysis.network.kernels import differentiable_kernels, explained, recording
@@ -228,6 +229,7 @@ class EmpiricalRisk:
 
     def batch_outputs(self, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """`f(x; theta)` for a batch, at named tensors."""
+        require_no_autocast(self.space.dtype, self.space.device, "the outputs of the model")
         # Copies, no operations of the network: batch statistics write into buffers (trap 2).
         with torch._C.DisableTorchFunction():
             buffers = {name: b.clone() for name, b in self._model.named_buffers()}

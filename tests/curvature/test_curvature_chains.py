@@ -204,16 +204,6 @@ def test_one_bias_is_the_tangent_of_every_row() -> None:
     check(problem_of(model, 3))
 
 
-def test_the_callers_autocast_does_not_reach_a_kept_chain() -> None:
-    model = bnp.models.mlp([3, 4, 2], activation="tanh", dtype=torch.float32)
-    risk = bnp.EmpiricalRisk(model, F.mse_loss, (numbers(5, 3).float(), numbers(5, 2).float()))
-    v = numbers(risk.space.dim).float()
-    for A in (bnp.hessian(risk), bnp.gauss_newton(risk)):
-        expected = A @ v
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(A @ v, expected)
-
-
 def test_a_loss_may_write_into_the_outputs() -> None:
     def loss(out: Tensor, y: Tensor) -> Tensor:
         return out.sub_(y).square().mul_(0.5).sum(dim=1).mean()

@@ -89,6 +89,24 @@ def test_what_is_no_engine_is_refused() -> None:
         bnp.gauss_newton(risk, max_memory=0)
 
 
+@pytest.mark.parametrize("build", [bnp.hessian, bnp.gauss_newton])
+def test_half_precision_is_not_taken_unasked(build: Callable[..., Any]) -> None:
+    """Inside autocast torch takes half precision for float32; float64 it leaves alone."""
+    x, y = numbers(5, 3), classes(5, 2)
+    model = bnp.models.mlp([3, 4, 2], activation="tanh", dtype=torch.float64)
+    exact = bnp.EmpiricalRisk(model, F.cross_entropy, (x, y))
+    rounded = exact.to(torch.float32)
+    A, B, v = build(exact), build(rounded), numbers(exact.space.dim)
+    expected = A @ v
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(A @ v, expected)
+        with pytest.raises(InvalidInputError, match="products would be in torch"):
+            B @ v.float()
+        with pytest.raises(InvalidInputError, match="outputs of the model would be in torch"):
+            _ = rounded.gradient
+    assert relative(B @ v.float(), expected) <= 1e-5
+
+
 # memory
 
 
