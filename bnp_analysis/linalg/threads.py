@@ -11,6 +11,10 @@ from functools import cache
 from typing import Any
 
 
+# Rows up to which BLAS libraries do not divide an eigenproblem, and switching them takes longer than it.
+_ALONE = 16
+
+
 @cache
 def _controller() -> Any:
     try:
@@ -20,8 +24,11 @@ def _controller() -> Any:
     return ThreadpoolController()
 
 
-def one_blas_thread() -> AbstractContextManager[Any]:
+def one_blas_thread(size: int | None = None) -> AbstractContextManager[Any]:
     """Inside it NumPy's and SciPy's BLAS use one thread; torch's threads stay as they are.
+
+    Args:
+        size: of the matrices inside; for small ones nothing is switched, since BLAS takes one thread by itself.
 
     Example:
         >>> import numpy as np
@@ -29,6 +36,8 @@ def one_blas_thread() -> AbstractContextManager[Any]:
         ...     np.linalg.eigvalsh(np.eye(2)).tolist()
         [1.0, 1.0]
     """
+    if size is not None and size <= _ALONE:
+        return nullcontext()
     controller = _controller()
     limit: AbstractContextManager[Any] = (
         nullcontext() if controller is None else controller.limit(limits=1, user_api="blas")

@@ -160,7 +160,7 @@ class ThickRestart:
         column = torch.zeros(j + 1, dtype=torch.float64, device=u.device)
         kept = []
         for r, g in self.open:  # A is symmetric: most of the column is known
-            along = dots(r[None], u)
+            along = length(r) if self.chain else dots(r[None], u)
             column[:j] += along * g[:j]
             if not self.chain:
                 kept.append((r - along.to(r.dtype) * u, g))
@@ -196,7 +196,7 @@ class ThickRestart:
 
     def _decompose(self) -> tuple[Floats, Floats, list[int]]:
         """Ritz values, vectors and the positions of the wanted ones, best first."""
-        with one_blas_thread():
+        with one_blas_thread(self.size):
             values, vectors = np.linalg.eigh(self.H[: self.size, : self.size].cpu().numpy())
         descending = list(range(self.size))[::-1]
         return values, vectors, descending[: self.upper] + descending[::-1][: self.k - self.upper]
