@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
-
 # Rows up to which BLAS libraries do not divide an eigenproblem, and switching them takes longer than it.
 _ALONE = 16
 
