@@ -36,6 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 METHODS: dict[str, dict[str, Any]] = {"vanilla": {}, "BN": {"norm": "batch"}, "BNP": {"preconditioner": "bnp"}}
 SHAPES = {"mlp": (784,), "cnn": (3, 32, 32)}
+HIDDEN = (100, 100, 100)
 MATRICES: dict[str, Callable[[Any], Any]] = {"Hessian": bnp.hessian, "Gauss-Newton": bnp.gauss_newton}
 PEERS = {"hessian-eigenthings": "hessian_eigenthings", "pyhessian": "pyhessian"}  # name -> module, of Hessian products
 
@@ -46,7 +47,7 @@ def compute(settings: Settings, report: Report) -> dict[str, Any]:
     cases = [(model, batch) for model, sizes in settings["batches"].items() for batch in sizes]
     for place, (model, batch) in enumerate(cases):
         own = [
-            Experiment(data="mnist", model=model, batch_size=batch, seed=settings["seed"], **change)
+            Experiment(data="mnist", model=model, hidden=HIDDEN, batch_size=batch, seed=settings["seed"], **change)
             for change in METHODS.values()
         ]
         found = measure_cost(own, SHAPES[model], 10, rounds=settings["rounds"], steps=settings["steps"])
@@ -88,7 +89,8 @@ def _peers(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, v: torch.Te
 def _products(name: str, n: int, settings: Settings) -> list[list[float]]:
     """Matrix by (first quartile, median, third quartile) of a product's time over a gradient's."""
     g = torch.Generator().manual_seed(settings["seed"])
-    model = bnp.models.build_for(name, SHAPES[name], 10, seed=settings["seed"])
+    widths = {"hidden": HIDDEN} if name == "mlp" else {}
+    model = bnp.models.build_for(name, SHAPES[name], 10, seed=settings["seed"], **widths)
     x, y = torch.rand(n, *SHAPES[name], generator=g), torch.randint(0, 10, (n,), generator=g)
     risk = bnp.EmpiricalRisk(model, torch.nn.functional.cross_entropy, (x, y))
     operators = [make(risk) for make in MATRICES.values()]
