@@ -35,7 +35,7 @@ def risk(quick: bool) -> bnp.EmpiricalRisk:
 
 
 def search(folder: Path, quick: bool) -> dict[str, torch.Tensor]:
-    A, k = bnp.hessian(risk(quick)), 5 if quick else 25
+    A, k = bnp.hessian(risk(quick)), 10 if quick else 25  # half of it is more than the 50 products between saves
     found = bnp.eigenpairs(A, k, tol=1e-8, max_matvecs=5000, checkpoint=folder / "run.pt", progress=telling(folder))
     return {"values": found.values, "vectors": found.vectors, "residuals": found.residuals}
 
