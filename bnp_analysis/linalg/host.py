@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.derived import Derived
-from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
+from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, describe
 
 
 class HostFactor(LinearOperator, Derived):
@@ -95,6 +96,9 @@ def on_host(A: SymmetricOperator) -> SymmetricOperator:
     Returns:
         A `SymmetricOperator` on the CPU; `A` itself if it is there already.
 
+    Raises:
+        InvalidInputError: not an operator.
+
     Source: none; a convenience.
 
     Example:
@@ -103,4 +107,6 @@ def on_host(A: SymmetricOperator) -> SymmetricOperator:
         >>> round(bnp.eigenpairs(bnp.linalg.on_host(A), k=1).values.item(), 4)
         5.0
     """
+    if not isinstance(A, SymmetricOperator):
+        raise InvalidInputError(f"on_host moves a SymmetricOperator, got {describe(A)}; wrap a matrix in DenseOperator")
     return A if A.device.type == "cpu" else HostOperator(A)

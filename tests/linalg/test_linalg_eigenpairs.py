@@ -276,7 +276,7 @@ def test_a_start_of_no_use_is_refused(tmp_path: Path, generator: torch.Generator
     p = symmetric_with_spectrum(spectrum("log", 30, 1e2, rank=27), generator)
     ones = torch.ones(30, dtype=torch.float64)
     for start, words in (
-        (torch.ones(29, dtype=torch.float64), r"start must be a tensor \(30,\), got \(29,\)"),
+        (torch.ones(29, dtype=torch.float64), r"start must be 'auto', 'random' or a tensor \(30,\), got \(29,\)"),
         (torch.ones(30), "start is in torch.float32"),
         (0 * ones, "zero, not finite or a null direction"),
         (ones / 0, "zero, not finite or a null direction"),

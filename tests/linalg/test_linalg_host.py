@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg import (
     DenseOperator,
     DensePreconditioner,
@@ -48,6 +49,8 @@ def test_vectors_travel_to_the_operator() -> None:
 def test_what_is_on_the_host_stays_as_it_is() -> None:
     A = DenseOperator(torch.eye(3))
     assert on_host(A) is A
+    with pytest.raises(InvalidInputError, match="wrap a matrix in DenseOperator"):
+        on_host(torch.eye(3))
 
 
 def test_results_and_bounds_are_those_of_the_operator(generator: torch.Generator) -> None:

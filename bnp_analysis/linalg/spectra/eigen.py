@@ -179,7 +179,7 @@ def _require_start(start: Tensor, operator: SymmetricOperator, null: Tensor) -> 
     """Refuse a start of another size, dtype or device, or with nothing in the space that is searched."""
     if not isinstance(start, Tensor) or start.shape != (operator.dim,):
         shape = tuple(start.shape) if isinstance(start, Tensor) else type(start).__name__
-        raise InvalidInputError(f"start must be a tensor ({operator.dim},), got {shape}")
+        raise InvalidInputError(f"start must be 'auto', 'random' or a tensor ({operator.dim},), got {shape}")
     if start.dtype != operator.dtype or start.device != operator.device:
         raise InvalidInputError(
             f"start is in {start.dtype} on {start.device}, the operator in {operator.dtype} on {operator.device}; "
