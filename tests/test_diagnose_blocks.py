@@ -28,7 +28,7 @@ from bnp_analysis.linalg import (
     condition_number,
 )
 from bnp_analysis.linalg.condition import reduction
-from bnp_analysis.linalg.matrices import ReducedFactor
+from bnp_analysis.linalg.matrices import ReducedFactor, RowScaled
 from bnp_analysis.network import coverage
 
 Found = ConditionNumber | None
@@ -205,3 +205,22 @@ def test_progress_counts_every_block_once(data):
     bnp.layer_table(perceptron(*data), progress=lambda done, total: seen.append((done, total)))
     assert {total for _, total in seen} == {12 + 8 + 3 + 2 * 3}
     assert [done for done, _ in seen] == list(range(1, 30))
+
+
+def test_rows_that_are_held_may_leave_zero_rows_out() -> None:
+    """A layer's rows come in parts, of which those that are zero may be missing: the matrix is the same."""
+
+    class Sparse(RowScaled):
+        @property
+        def dense_cost(self) -> int:
+            return 3
+
+    rows = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    F = Sparse(torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64), rows)
+    A = GramOperator(F)
+    held = blocks._held(A, F)
+    assert held is not A
+    assert held.factor is not None
+    assert (held.factor.dense_cost, held.factor.rank_bound, held.factor.exact) == (0, F.rank_bound, F.exact)
+    torch.testing.assert_close(held.to_dense(), A.to_dense())
+    torch.testing.assert_close(held @ rows[0], A @ rows[0])

@@ -15,13 +15,13 @@ from bnp_analysis.errors import InvalidInputError, MemoryLimitError, ZeroOperato
 from bnp_analysis.linalg import (
     ConditionNumber,
     GramOperator,
+    MatrixOperator,
     Preconditioner,
     Restriction,
     SymmetricOperator,
     condition_number,
 )
 from bnp_analysis.linalg.condition.reduction import reduced, reduced_parts, reducible
-from bnp_analysis.linalg.matrices import HeldFactor
 from bnp_analysis.linalg.memory import available_memory
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.linalg.progress import Progress
@@ -175,7 +175,11 @@ def _held(own: SymmetricOperator, factor: LinearOperator) -> SymmetricOperator:
     """The same block with its rows formed here, if they fit: what a reduction blurs is measured on them once more."""
     rows, columns = factor.shape
     fits = factor.dense_cost > 0 and 8 * 5 * rows * columns < available_memory(factor.device)
-    return GramOperator(HeldFactor(factor)) if fits else own
+    if not fits:
+        return own
+    # Zero rows may be missing: nothing of the matrix is lost.
+    formed = torch.cat(list(factor.row_blocks()))
+    return GramOperator(MatrixOperator(formed, exact=factor.exact, rank_bound=factor.rank_bound))
 
 
 def _unit_of(P: NetworkPreconditioner, layer: str, unit: int) -> Preconditioner | None:

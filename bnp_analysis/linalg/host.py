@@ -9,23 +9,13 @@ from bnp_analysis.linalg.derived import Derived
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, describe
 
 
-class HostFactor(LinearOperator, Derived):
-    """A rectangular operator with its vectors on the host."""
+class _OnHost(LinearOperator, Derived):
+    """What both kinds share: vectors come and go, the operator stays."""
 
-    def __init__(self, operator: LinearOperator) -> None:
-        super().__init__(operator.shape, operator.dtype, "cpu")
-        self._operator = operator
-
-    @property
-    def inner(self) -> LinearOperator:
-        return self._operator
+    _operator: LinearOperator
 
     def of(self, matrix: Tensor) -> Tensor:
         return matrix.cpu()
-
-    @property
-    def rank_bound(self) -> int:
-        return self._operator.rank_bound
 
     @property
     def dense_cost(self) -> int:
@@ -45,19 +35,34 @@ class HostFactor(LinearOperator, Derived):
         return self.of(self._operator.to_dense())
 
 
-class HostOperator(SymmetricOperator, Derived):
+class HostFactor(_OnHost):
+    """A rectangular operator with its vectors on the host."""
+
+    def __init__(self, operator: LinearOperator) -> None:
+        super().__init__(operator.shape, operator.dtype, "cpu")
+        self._operator = operator
+
+    @property
+    def inner(self) -> LinearOperator:
+        return self._operator
+
+    @property
+    def rank_bound(self) -> int:
+        return self._operator.rank_bound
+
+
+class HostOperator(_OnHost, SymmetricOperator):
     """A symmetric operator with its vectors on the host; made by `on_host`."""
 
+    _operator: SymmetricOperator
+
     def __init__(self, operator: SymmetricOperator) -> None:
-        super().__init__(operator.dim, operator.dtype, "cpu")
+        SymmetricOperator.__init__(self, operator.dim, operator.dtype, "cpu")
         self._operator = operator
 
     @property
     def inner(self) -> SymmetricOperator:
         return self._operator
-
-    def of(self, matrix: Tensor) -> Tensor:
-        return matrix.cpu()
 
     @property
     def factor(self) -> LinearOperator | None:
@@ -68,20 +73,6 @@ class HostOperator(SymmetricOperator, Derived):
     def start(self) -> Tensor | None:
         inner = self._operator.start
         return None if inner is None else inner.cpu()
-
-    @property
-    def dense_cost(self) -> int:
-        return self._operator.dense_cost
-
-    @property
-    def exact(self) -> bool:
-        return self._operator.exact
-
-    def _matmat(self, x: Tensor) -> Tensor:
-        return self._operator._matmat(x.to(self._operator.device)).cpu()
-
-    def to_dense(self) -> Tensor:
-        return self.of(self._operator.to_dense())
 
 
 def on_host(A: SymmetricOperator) -> SymmetricOperator:

@@ -18,6 +18,7 @@ class MatrixOperator(LinearOperator):
     Args:
         matrix: `(m, n)`.
         exact: whether its entries are given; False if they were computed in its dtype, which widens the bounds.
+        rank_bound: of the operator that it was formed from, where that knows more than the places of zeros.
 
     Example:
         >>> import torch
@@ -26,12 +27,12 @@ class MatrixOperator(LinearOperator):
         tensor([ 9., 12.])
     """
 
-    def __init__(self, matrix: Tensor, *, exact: bool = True) -> None:
+    def __init__(self, matrix: Tensor, *, exact: bool = True, rank_bound: int | None = None) -> None:
         if not isinstance(matrix, Tensor) or matrix.ndim != 2:
             raise InvalidInputError(f"expected a matrix (m, n), got {describe(matrix)}")
         super().__init__((matrix.shape[0], matrix.shape[1]), matrix.dtype, matrix.device)
         self._matrix = matrix.detach()
-        self._exact = exact
+        self._exact, self._rank = exact, rank_bound
 
     @property
     def exact(self) -> bool:
@@ -39,6 +40,8 @@ class MatrixOperator(LinearOperator):
 
     @property
     def rank_bound(self) -> int:
+        if self._rank is not None:
+            return self._rank
         nonzero = self._matrix != 0
         if self._exact:
             return structural_rank(nonzero)
@@ -167,42 +170,6 @@ class RowScaled(LinearOperator):
     def row_blocks(self) -> Iterator[Tensor]:
         kept = self.scale != 0
         yield self.scale[kept, None] * self.rows[kept]
-
-
-class HeldFactor(LinearOperator):
-    """A factor with its rows formed once and held; it has the rounding and the rank bound of what it was formed from.
-
-    Example:
-        >>> import torch
-        >>> HeldFactor(MatrixOperator(torch.ones(2, 3))).dense_cost
-        0
-    """
-
-    def __init__(self, factor: LinearOperator) -> None:
-        super().__init__(factor.shape, factor.dtype, factor.device)
-        self._rank, self._exact = factor.rank_bound, factor.exact
-        self._matrix = torch.cat(list(factor.row_blocks()))
-
-    @property
-    def exact(self) -> bool:
-        return self._exact
-
-    @property
-    def rank_bound(self) -> int:
-        return self._rank
-
-    @property
-    def dense_cost(self) -> int:
-        return 0
-
-    def _matmat(self, x: Tensor) -> Tensor:
-        return self._matrix @ x
-
-    def _rmatmat(self, y: Tensor) -> Tensor:
-        return self._matrix.T @ y
-
-    def to_dense(self) -> Tensor:
-        return self._matrix
 
 
 class ReducedFactor(LinearOperator):
