@@ -5,22 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 13
+# Numbers summed in single precision before the sums are added in double.
+_BLOCK = 1 << 7
 
 
 def dots(V: Tensor, w: Tensor) -> Tensor:
-    """`V w` for rows `(k, n)`, `(k,)` in float64.
+    """`V w` for rows `(k, n)`, `(k,)` in float64, as accurate for long vectors as for short ones.
 
-    A single-precision sum over a million numbers on a CPU has lost three digits: partial sums are added in double.
+    In single precision on a CPU, 128 products at a time are summed and the sums added in double precision: row `i` is
+    within `128 u sum_j |V_ij w_j|`, `u` the unit roundoff, in whatever order the processor sums a block. One sum over
+    all `n` numbers would be within `n u` of that sum only.
+
+    Source: Higham 2002, section 4.2.
 
     Example:
-        >>> dots(torch.ones(1, 20000), torch.full((20000,), 0.1)).item() - 20000 * torch.tensor(0.1).item() < 1e-3
+        >>> error = dots(torch.ones(1, 20000), torch.full((20000,), 0.1)).item() - 20000 * torch.tensor(0.1).item()
+        >>> abs(error) <= 128 * 2**-24 * 2000
         True
     """
-    if V.dtype == torch.float64 or V.device.type != "cpu" or V.shape[1] <= _BLOCK:
+    n = V.shape[1]
+    if V.dtype == torch.float64 or V.device.type != "cpu" or n <= _BLOCK:
         return (V @ w).double()
-    parts = zip(torch.split(V, _BLOCK, dim=1), torch.split(w, _BLOCK), strict=True)
-    total: Tensor = torch.stack([rows @ part for rows, part in parts]).sum(dim=0, dtype=torch.float64)
+    whole = n - n % _BLOCK
+    parts = torch.bmm(V[:, :whole].unflatten(1, (-1, _BLOCK)).transpose(0, 1), w[:whole].reshape(-1, _BLOCK, 1))
+    total: Tensor = parts[..., 0].sum(dim=0, dtype=torch.float64) + (V[:, whole:] @ w[whole:]).double()
     return total
 
 
