@@ -23,6 +23,10 @@ class Derived(ABC):
     def inner(self) -> LinearOperator:
         """The other operator."""
 
+    @property
+    def eps(self) -> float:
+        return self.inner.eps
+
     @abstractmethod
     def of(self, matrix: Tensor) -> Tensor:
         """The same made of a matrix: `to_dense()` where that is `inner.to_dense()`."""
@@ -49,6 +53,10 @@ class GramOperator(SymmetricOperator):
         return self._factor
 
     @property
+    def eps(self) -> float:
+        return self._factor.eps
+
+    @property
     def record(self) -> Mapping[str, Any]:
         return self._factor.record
 
@@ -56,7 +64,7 @@ class GramOperator(SymmetricOperator):
         return self._factor._rmatmat(self._factor._matmat(x))
 
 
-class Shifted(SymmetricOperator, Derived):
+class Shifted(Derived, SymmetricOperator):
     """`A + delta I`.
 
     Example:
@@ -99,7 +107,7 @@ class Shifted(SymmetricOperator, Derived):
         return self.of(self._operator.to_dense())
 
 
-class WithMultipleOfIdentity(LinearOperator, Derived):
+class WithMultipleOfIdentity(Derived, LinearOperator):
     """`[F; c I]`, the factor of `F^T F + c^2 I`."""
 
     def __init__(self, factor: LinearOperator, c: float) -> None:
@@ -127,7 +135,7 @@ class WithMultipleOfIdentity(LinearOperator, Derived):
         return self.of(self._factor.to_dense())
 
 
-class Restriction(SymmetricOperator, Derived):
+class Restriction(Derived, SymmetricOperator):
     """The principal submatrix `A[indices, indices]`, for instance one unit inside its layer."""
 
     def __init__(self, operator: SymmetricOperator, indices: Tensor) -> None:
@@ -159,7 +167,7 @@ class Restriction(SymmetricOperator, Derived):
         return self._operator._matmat(full)[self._indices]
 
 
-class ColumnSubset(LinearOperator, Derived):
+class ColumnSubset(Derived, LinearOperator):
     """The columns `F[:, indices]` of an operator."""
 
     def __init__(self, operator: LinearOperator, indices: Tensor) -> None:

@@ -81,7 +81,7 @@ def entry_rounding(operator: LinearOperator) -> float:
     if operator.exact:
         return 0.0
     passes = 2 if isinstance(operator, SymmetricOperator) else 1
-    return passes * max(operator.shape[1], _LEAST_LENGTH) * torch.finfo(operator.dtype).eps / 2
+    return passes * max(operator.shape[1], _LEAST_LENGTH) * operator.eps / 2
 
 
 def amplified(operator: object) -> bool:

@@ -9,7 +9,7 @@ from bnp_analysis.linalg.derived import Derived
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, describe
 
 
-class _OnHost(LinearOperator, Derived):
+class _OnHost(Derived, LinearOperator):
     """What both kinds share: vectors come and go, the operator stays."""
 
     _operator: LinearOperator

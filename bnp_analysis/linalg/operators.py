@@ -64,6 +64,15 @@ class LinearOperator(ABC):
         return False
 
     @property
+    def eps(self) -> float:
+        """The spacing `eps` of the numbers at 1 in which products are really computed: the dtype's, or a coarser one.
+
+        Every tolerance and every radius is made of it. An operator whose products pass through lower precision (a
+        cast inside a model) has a larger one than its dtype.
+        """
+        return float(torch.finfo(self.dtype).eps)
+
+    @property
     def record(self) -> Mapping[str, Any]:
         """How products were computed, for results; empty where there is nothing to choose."""
         return {}
@@ -152,6 +161,10 @@ class Transposed(LinearOperator):
     def dense_cost(self) -> int:
         return self._operator.dense_cost
 
+    @property
+    def eps(self) -> float:
+        return self._operator.eps
+
     def _matmat(self, x: Tensor) -> Tensor:
         return self._operator._rmatmat(x)
 
@@ -183,6 +196,10 @@ class Product(LinearOperator):
     @property
     def dense_cost(self) -> int:
         return self.left.dense_cost
+
+    @property
+    def eps(self) -> float:
+        return max(self.left.eps, self.right.eps)
 
     def _matmat(self, x: Tensor) -> Tensor:
         return self.left._matmat(self.right._matmat(x))

@@ -214,6 +214,10 @@ class Congruence(SymmetricOperator):
     def dense_cost(self) -> int:
         return self.operator.dense_cost
 
+    @property
+    def eps(self) -> float:
+        return max(self.operator.eps, self.preconditioner.eps)
+
     def _matmat(self, x: Tensor) -> Tensor:
         P = self.preconditioner
         return P._rmatmat(self.operator._matmat(P._matmat(x)))

@@ -50,7 +50,7 @@ def factor_svd(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNul
     # Declared directions are zero by evidence: what is left of them measures the rounding from below.
     if A.dim - null.dim < sigma.size:
         radius = max(radius, float(sigma[A.dim - null.dim]))
-    noise = size * (UNIT if factor.exact else torch.finfo(A.dtype).eps)
+    noise = size * (UNIT if factor.exact else A.eps)
     return factor_extremes(
         A, null, sigma, radius=radius, noise=noise, structural=structural, scale=scale, matvecs=matvecs
     )
@@ -92,7 +92,7 @@ def _spectrum(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNull
         return None
     matrix = found.matrix / scale
     asymmetry = float((matrix - matrix.T).norm()) / 2
-    unit = torch.finfo(A.dtype).eps
+    unit = A.eps
     bound = norm_bound(found.sizes()) / scale
     if asymmetry > 1e3 * A.dim * unit * bound:
         raise InvalidInputError(

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.condition.extremes import factor_extremes, zero_matrix
@@ -61,7 +60,7 @@ def golub_kahan_ends(
         progress=progress,
     )
     sigma = run.singular_values()
-    unit = float(torch.finfo(A.dtype).eps)
+    unit = A.eps
     top = float(sigma[0]) if sigma.size else 0.0
     radius = 10 * unit * math.sqrt(max(operator.shape)) * (top + max(top, size)) + run.dropped
     if run.stop != "exhausted":

@@ -97,7 +97,7 @@ def inverse_lanczos(
     if top_run.stop == "interrupted":
         raise KeyboardInterrupt
     values, _ = top_run.ritz()
-    unit = float(torch.finfo(A.dtype).eps)
+    unit = A.eps
     if values[0] < -noise * float(np.abs(values).max()):
         raise NotConvexError(f"the operator is indefinite: Ritz value {values[0]:.4g}; use magnitude_condition_number")
     top = float(values[-1])

@@ -149,7 +149,7 @@ def conditioned(
     )
     spent = 2 + null.cost
     require_symmetric(A, seed)
-    noise = 10 * math.sqrt(A.dim) * torch.finfo(A.dtype).eps
+    noise = 10 * math.sqrt(A.dim) * A.eps
     if null.dim:
         # Declared directions are zero by evidence: what is left of them measures the rounding from below.
         noise = max(noise, require_null(A, null, rounding_norm(A, seed), "A"))

@@ -143,7 +143,7 @@ class _Run:
         self.F, self.g, self.limit, self.magnitude = F, generator(seed), limit, magnitude
         self.null = None if null is None else null.double()
         # Once a new vector would hold more of the null space than this, random vectors are mixed in.
-        self.leak_limit = float(torch.finfo(F.dtype).eps) ** 0.4
+        self.leak_limit = F.eps**0.4
         # Rows are basis vectors: contiguous for the products of a reorthogonalization.
         self.V = torch.zeros(0, F.shape[1], dtype=torch.float64, device=F.device)
         self.U = torch.zeros(0, F.shape[0], dtype=torch.float64, device=F.device)
@@ -192,7 +192,7 @@ class _Run:
 
     @property
     def noise(self) -> float:
-        unit = float(torch.finfo(self.F.dtype).eps)
+        unit = self.F.eps
         return 10 * unit * math.sqrt(max(self.F.shape)) * self.mark.scale
 
     def advance(self) -> bool:

@@ -90,7 +90,7 @@ def block_lanczos(
     basis = torch.zeros(n, 0, dtype=A.dtype, device=A.device)
     T: Floats = np.zeros((0, 0))
     matvecs, scale, stop = 0, 0.0, "steps"
-    eps = torch.finfo(A.dtype).eps
+    eps = A.eps
     with reporting(progress, limit, "block Lanczos") as update:
         try:
             for _ in range(steps):

@@ -167,7 +167,7 @@ def _saved(A: SymmetricOperator, state: dict[str, Any]) -> Tridiagonalization:
     alpha, basis, w = state["alpha"].numpy(), state["basis"].to(A.device), state["w"].to(A.device)
     q = basis[-1]
     scale = float(np.abs(alpha).max()) + float(w.double().norm())
-    noise = 100 * float(np.sqrt(A.dim)) * float(torch.finfo(A.dtype).eps) * scale
+    noise = 100 * float(np.sqrt(A.dim)) * A.eps * scale
     if abs(float((A @ q).double() @ q.double()) - alpha[-1]) > noise:
         raise InvalidInputError(
             "the saved run belongs to another operator of the same size; delete the file, or give another checkpoint="
@@ -217,7 +217,7 @@ class _Run:
         if self.pending or not self.alpha:
             return False
         scale = max(abs(x) for x in (*self.alpha, *self.beta))
-        noise = 10 * float(np.sqrt(self.A.dim)) * float(torch.finfo(self.A.dtype).eps) * scale
+        noise = 10 * float(np.sqrt(self.A.dim)) * self.A.eps * scale
         return self.coupling <= noise
 
     def advance(self, seed: int) -> None:
@@ -292,7 +292,7 @@ def _start(A: SymmetricOperator, start: Tensor | None, null: Tensor | None, seed
     # Scaled first: 1e-200 v is as good a start as v.
     projected = project_out((vector / size).unsqueeze(1), null).squeeze(1) if np.isfinite(size) and size > 0 else vector
     norm = float(projected.double().norm())
-    if not np.isfinite(norm) or norm <= 10 * A.dim * torch.finfo(A.dtype).eps:
+    if not np.isfinite(norm) or norm <= 10 * A.dim * A.eps:
         raise InvalidInputError(
             "the start vector is zero, not finite, or lies in the declared null space; "
             "leave start=None for a random one"

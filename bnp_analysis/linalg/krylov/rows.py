@@ -23,11 +23,12 @@ def dots(V: Tensor, w: Tensor) -> Tensor:
         >>> abs(error) <= 128 * 2**-24 * 2000
         True
     """
-    n = V.shape[1]
+    k, n = V.shape
     if V.dtype == torch.float64 or V.device.type != "cpu" or n <= _BLOCK:
         return (V @ w).double()
     whole = n - n % _BLOCK
-    parts = torch.bmm(V[:, :whole].unflatten(1, (-1, _BLOCK)).transpose(0, 1), w[:whole].reshape(-1, _BLOCK, 1))
+    blocks = V[:, :whole].reshape(k, whole // _BLOCK, _BLOCK)
+    parts = torch.bmm(blocks.transpose(0, 1), w[:whole].reshape(-1, _BLOCK, 1))
     total: Tensor = parts[..., 0].sum(dim=0, dtype=torch.float64) + (V[:, whole:] @ w[whole:]).double()
     return total
 

@@ -174,7 +174,7 @@ class ThickRestart:
         if not math.isfinite(norm):
             raise NonFiniteError(f"product {self.matvecs} with {self.A!r} has NaN or infinite entries")
         self.scale, self.drift = max(self.scale, size), max(self.drift, gap)
-        self.noise = 10 * math.sqrt(min(self.A.dim, 1000)) * float(torch.finfo(self.A.dtype).eps) * self.scale
+        self.noise = 10 * math.sqrt(min(self.A.dim, 1000)) * self.A.eps * self.scale
         self.H[: j + 1, j] = self.H[j, : j + 1] = column
         self.open = [(r, g) for r, g in kept if float(r.norm()) > self.noise]
         self.size = j + 1

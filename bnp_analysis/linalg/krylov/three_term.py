@@ -51,7 +51,7 @@ def three_term(
     v = project_out(start.unsqueeze(1), null).squeeze(1)
     v, previous = v / length(v), torch.zeros_like(v)
     every = every or (1 if A.device.type == "cpu" else 10)
-    eps = float(torch.finfo(A.dtype).eps)
+    eps = A.eps
     for k in range(steps):
         w = A @ v
         alpha[k] = dots(v[None], w)[0]

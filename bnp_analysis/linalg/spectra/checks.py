@@ -92,7 +92,7 @@ def require_symmetric(A: SymmetricOperator, seed: int) -> None:
     u, v, Au, Av = (x.double() for x in (pair[:, 0], pair[:, 1], image[:, 0], image[:, 1]))
     gap, size = abs(float(u @ Av) - float(v @ Au)), float(u.norm() * Av.norm() + v.norm() * Au.norm())
     # Random vectors meet rounding errors at random: the gap does not grow with n.
-    if gap > 1e3 * torch.finfo(A.dtype).eps * size:
+    if gap > 1e3 * A.eps * size:
         raise InvalidInputError(
             f"{A!r} is not symmetric: u.Av and v.Au differ by {gap / size:.2g} relative, for random u, v. Lanczos "
             "would report eigenvalues of no matrix at all; check the function that computes the products"

@@ -87,7 +87,7 @@ def read_null(null: Tensor | HasBasis | None, A: SymmetricOperator) -> DeclaredN
 
 def null_tolerance(A: LinearOperator) -> float:
     """How large `|A n| / |A|` may be for a null vector `n`, by rounding alone."""
-    return 100 * math.sqrt(max(A.shape)) * torch.finfo(A.dtype).eps
+    return 100 * math.sqrt(max(A.shape)) * A.eps
 
 
 def require_null(A: LinearOperator, null: DeclaredNull, scale: float, what: str = "A") -> float:

@@ -225,7 +225,7 @@ def _require_same(operator: SymmetricOperator, start: Tensor, basis: Tensor, mea
     v = v / v.norm()
     image = operator @ v
     quotient, size = float(v.double() @ image.double()), float(image.double().norm())
-    if abs(quotient - mean) > 1e3 * math.sqrt(operator.dim) * torch.finfo(operator.dtype).eps * size:
+    if abs(quotient - mean) > 1e3 * math.sqrt(operator.dim) * operator.eps * size:
         raise InvalidInputError(
             "the saved density belongs to another operator of the same size; delete the file, or give another "
             "checkpoint="

@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import SymmetricOperator
@@ -85,7 +84,7 @@ def rank_estimate(
         A, preconditioner=preconditioner, probes=probes, steps=steps, seed=seed, progress=progress
     )
     sizes = np.abs(density.nodes)
-    least = threshold or A.dim * float(torch.finfo(A.dtype).eps) * float(sizes.max())
+    least = threshold or A.dim * A.eps * float(sizes.max())
     counted = A.dim * np.where(sizes > least, density.weights, 0.0).sum(axis=1)
     near = A.dim * np.where((sizes > least / 100) & (sizes < 100 * least), density.weights, 0.0).sum(axis=1)
     return RankEstimate(
