@@ -18,6 +18,17 @@ from bnp_analysis.theory.statements import coordinates
 SMALL = ["--samples", "60", "--hidden", "6", "--epochs", "1", "--quiet"]
 
 
+def test_help_loads_neither_torch_nor_matplotlib():
+    program = (
+        "import sys; from bnp_analysis.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: print(sorted({'torch', 'matplotlib', 'scipy', 'sklearn'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "[]"
+    assert all(name in run.stdout for name in ("condition", "spectrum", "train", "check", "figures", "bench"))
+
+
 def test_condition_prints_table_bounds_and_writes_files(tmp_path, capsys):
     out, picture = tmp_path / "c.json", tmp_path / "c.png"
     assert main(["condition", *SMALL, "--json", str(out), "--figure", str(picture)]) == 0

@@ -1,30 +1,52 @@
-"""The command line: parse, call, print."""
+"""The command line: parse, call, print. A command's module is loaded when the command is given."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
-from bnp_analysis.cli.checkout import IN_CHECKOUT, run_in_checkout
-from bnp_analysis.cli.condition import add_condition_command
-from bnp_analysis.cli.problem import checked_problem, problem_options
-from bnp_analysis.cli.processes import require_one_process
-from bnp_analysis.cli.spectrum import add_spectrum_command
+from bnp_analysis.cli.checkout import run_in_checkout
 from bnp_analysis.errors import BNPAnalysisError
-from bnp_analysis.theory.command import add_check_command
-from bnp_analysis.training.command import add_train_command
+
+#: Every command: its module in this folder, and what it does. A module has `configure(parser)`, which adds the options
+#: and the default `run`; those of `checkout` run programs that only a checkout has.
+COMMANDS = {
+    "condition": (
+        "condition",
+        "condition numbers of each layer and of the network, without and with a preconditioner",
+    ),
+    "spectrum": ("spectrum", "largest eigenvalues and spectral density, without and with a preconditioner"),
+    "train": (
+        "train",
+        "train a network, with any normalization, preconditioner and optimizer; stop and resume bit for bit",
+    ),
+    "check": ("check", "try every statement of the convergence theory on a network"),
+    "figures": ("checkout", "make the figures of the theory (in a checkout, found upward from here, or --root FOLDER)"),
+    "bench": (
+        "checkout",
+        "run benchmarks by name, or products, krylov and truth --quick; --list names them "
+        "(in a checkout, found upward from here, or --root FOLDER)",
+    ),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 done, 1 a check fails, 2 bad input, 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
+    command = words[0] if words else ""
     try:
-        if words and words[0] in IN_CHECKOUT:
-            require_one_process(words[0])
-            return run_in_checkout(words[0], words[1:])
-        arguments = _parser().parse_args(words)
-        require_one_process(words[0], arguments)
+        if command not in COMMANDS:
+            _overview().parse_args(words)
+        # Commands need torch, an overview of them does not.
+        from bnp_analysis.cli.processes import require_one_process
+
+        if COMMANDS[command][0] == "checkout":
+            require_one_process(command)
+            return run_in_checkout(command, words[1:])
+        arguments = parser_of(command).parse_args(words[1:])
+        require_one_process(command, arguments)
         return int(arguments.run(arguments))
     except (BNPAnalysisError, ImportError, FileNotFoundError) as error:
         print(f"bnp-analysis: error: {error}", file=sys.stderr)
@@ -34,17 +56,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """The parser of the words behind a command that is not one of a checkout's.
+
+    Example:
+        >>> parser_of("train").parse_args(["--batch-size", "1"]).batch_size
+        1
+    """
+    module, words = COMMANDS[command]
+    parser = argparse.ArgumentParser(
+        prog=f"bnp-analysis {command}",
+        description=words,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    importlib.import_module(f"bnp_analysis.cli.{module}").configure(parser)
+    return parser
+
+
+def _overview() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bnp-analysis",
         description="Condition numbers of neural-network losses, with evidence, with and without BNP.",
         epilog="Exit status: 0 done, 1 a check fails, 2 bad input, 130 interrupted.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    add_condition_command(commands)
-    add_spectrum_command(commands)
-    add_train_command(commands)
-    add_check_command(commands, problem_options, checked_problem)
-    for name, (_, words) in IN_CHECKOUT.items():
-        commands.add_parser(name, help=f"{words} (in a checkout, found upward from here, or --root FOLDER)")
+    for name, (_, words) in COMMANDS.items():
+        commands.add_parser(name, help=words)
     return parser

@@ -12,11 +12,8 @@ from pathlib import Path
 
 from bnp_analysis.errors import InvalidInputError
 
-#: Commands that run files of a checkout: name -> (its folder, what it does).
-IN_CHECKOUT = {
-    "figures": ("paper_figures", "make the figures of the theory"),
-    "bench": ("benchmarks", "run benchmarks by name, or products, krylov and truth --quick; --list names them"),
-}
+#: Commands that run files of a checkout, and the folder of each.
+FOLDERS = {"figures": "paper_figures", "bench": "benchmarks"}
 #: What `bench` runs without names, and the flags that it adds: `truth` is short for `truth_suite`.
 BY_DEFAULT = {"products": [], "krylov": [], "truth": ["--quick"]}
 ALIASES = {"truth": "truth_suite"}
@@ -29,7 +26,7 @@ def run_in_checkout(command: str, words: list[str]) -> int:
         place = words.index("--root")
         here = Path(*words[place + 1 : place + 2])
         del words[place : place + 2]
-    folder = IN_CHECKOUT[command][0]
+    folder = FOLDERS[command]
     root = next((path for path in (here, *here.absolute().parents) if (path / folder / "README.md").exists()), None)
     if root is None:
         raise InvalidInputError(

@@ -11,23 +11,18 @@ from bnp_analysis.cli.processes import in_processes, process_options
 from bnp_analysis.diagnose import CURVATURES, MOST_WORK, Comparison, compare
 
 
-def add_condition_command(commands: Any) -> None:
-    """Add the command to the object that `ArgumentParser.add_subparsers` returned."""
-    condition = commands.add_parser(
-        "condition",
-        help="how well conditioned each layer and the network are, without and with a preconditioner",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    problem_options(condition)
-    process_options(condition)
-    engine_options(condition)
-    figure_option(condition)
-    condition.add_argument("--layers", nargs="+", metavar="NAME", help="only these layers in the table")
-    condition.add_argument(
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    problem_options(parser)
+    process_options(parser)
+    engine_options(parser)
+    figure_option(parser)
+    parser.add_argument("--layers", nargs="+", metavar="NAME", help="only these layers in the table")
+    parser.add_argument(
         "--curvature", nargs="+", choices=CURVATURES, default=["gauss-newton", "hessian"], help="of the whole network"
     )
-    condition.add_argument("--max-flops", type=float, default=MOST_WORK, metavar="N", help="that the table may take")
-    condition.set_defaults(run=_condition)
+    parser.add_argument("--max-flops", type=float, default=MOST_WORK, metavar="N", help="that the table may take")
+    parser.set_defaults(run=_condition)
 
 
 @in_processes

@@ -26,17 +26,24 @@ PRECONDITIONERS: dict[str, Callable[[EmpiricalRisk], Any]] = {
 }
 
 
-def problem_options(parser: argparse.ArgumentParser) -> None:
+def network_options(parser: argparse.ArgumentParser, *, samples: int | None, hidden: list[int]) -> None:
+    """The options that describe data and network, with their defaults; `samples` None takes all."""
     add = parser.add_argument
     add("--data", choices=data.names(), default="digits", help="data set; digits is embedded")
     add("--data-dir", metavar="DIR", help="where its files are; default: the variable BNP_ANALYSIS_DATA")
     add("--download", action="store_true", help="fetch missing files (needs the extra 'download')")
-    add("--samples", type=int, default=1000, metavar="N", help="training examples used, for training and measuring")
+    add("--samples", type=int, default=samples, metavar="N", help="training examples used; all if not given")
     add("--standardize", action="store_true", help="standardize the inputs instead of raw pixels in [0, 1]")
     add("--model", choices=list(models.MODELS), default="mlp", help="network")
-    add("--hidden", type=int, nargs="+", default=[16, 12], metavar="WIDTH", help="hidden widths of the mlp")
+    add("--hidden", type=int, nargs="+", default=hidden, metavar="WIDTH", help="hidden widths of the mlp")
     add("--activation", choices=list(models.ACTIVATIONS), default="relu", help="activation")
     add("--norm", choices=list(models.NORMS), default="none", help="normalization layers")
+
+
+def problem_options(parser: argparse.ArgumentParser) -> None:
+    """The options that describe what is measured: data, network, point, preconditioner, precision."""
+    network_options(parser, samples=1000, hidden=[16, 12])
+    add = parser.add_argument
     add("--checkpoint", metavar="FILE", help="state dict to measure at; implies --epochs 0 unless given")
     add("--epochs", type=int, help="epochs of plain SGD before measuring (default: 3, or 0 with a checkpoint)")
     add("--lr", type=float, default=0.05, help="learning rate of that training")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from bnp_analysis.cli.problem import PRECONDITIONERS, engine_of, engine_options, figure_option, problem_options, risk_of
 from bnp_analysis.cli.processes import in_processes, process_options
@@ -12,25 +11,20 @@ from bnp_analysis.diagnose import CURVATURES, curvature_matrix
 from bnp_analysis.linalg import eigenpairs, spectral_density
 
 
-def add_spectrum_command(commands: Any) -> None:
-    """Add the command to the object that `ArgumentParser.add_subparsers` returned."""
-    spectrum = commands.add_parser(
-        "spectrum",
-        help="largest eigenvalues and spectral density, without and with a preconditioner",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    problem_options(spectrum)
-    process_options(spectrum)
-    engine_options(spectrum)
-    figure_option(spectrum)
-    spectrum.add_argument("--curvature", choices=CURVATURES, default="hessian", help="the matrix")
-    spectrum.add_argument("--top", type=int, default=5, metavar="K", help="eigenvalues to print")
-    spectrum.add_argument("--probes", type=int, default=8, help="random vectors of the density")
-    spectrum.add_argument("--steps", type=int, default=64, help="Lanczos steps of each")
-    spectrum.add_argument(
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    problem_options(parser)
+    process_options(parser)
+    engine_options(parser)
+    figure_option(parser)
+    parser.add_argument("--curvature", choices=CURVATURES, default="hessian", help="the matrix")
+    parser.add_argument("--top", type=int, default=5, metavar="K", help="eigenvalues to print")
+    parser.add_argument("--probes", type=int, default=8, help="random vectors of the density")
+    parser.add_argument("--steps", type=int, default=64, help="Lanczos steps of each")
+    parser.add_argument(
         "--no-reorthogonalization", action="store_true", help="keep three vectors of a density's run, not all of them"
     )
-    spectrum.set_defaults(run=_spectrum)
+    parser.set_defaults(run=_spectrum)
 
 
 @in_processes

@@ -13,8 +13,9 @@ import time
 import pytest
 import torch
 
+from bnp_analysis.cli import parser_of
+from bnp_analysis.cli.train import experiment_of
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.training.command import add_train_command, experiment_of
 from bnp_analysis.training.experiment import Experiment
 from bnp_analysis.training.run import Run
 
@@ -22,9 +23,7 @@ SMALL = ["--samples", "60", "--hidden", "6", "--epochs", "2", "--batch-size", "1
 
 
 def parse(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_train_command(parser.add_subparsers())
-    return parser.parse_args(["train", *words])
+    return parser_of("train").parse_args(words)
 
 
 def main(*words: str) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from bnp_analysis import data, models
+from bnp_analysis import models
+from bnp_analysis.cli.problem import network_options
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.training.experiment import OPTIMIZERS, PRECONDITIONERS, SCHEDULES, Experiment, load, run_experiment
 from bnp_analysis.training.probes import ConditionProbe
@@ -15,40 +15,18 @@ from bnp_analysis.training.run import Run
 EXIT = {"finished": 0, "diverged": 1, "SIGINT": 130, "SIGTERM": 143}
 
 
-def add_train_command(commands: Any) -> None:
-    """Add the command to the object that `ArgumentParser.add_subparsers` returned.
-
-    Example:
-        >>> parser = argparse.ArgumentParser()
-        >>> add_train_command(parser.add_subparsers())
-        >>> parser.parse_args(["train", "--batch-size", "1"]).batch_size
-        1
-    """
-    parser = commands.add_parser(
-        "train",
-        help="train a network, with any normalization, preconditioner and optimizer; stop and resume bit for bit",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="Exit status: 0 finished, 1 diverged, 2 bad input, 130 and 143 stopped by SIGINT and SIGTERM (saved).",
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.epilog = (
+        "Exit status: 0 finished, 1 diverged, 2 bad input, 130 and 143 stopped by SIGINT and SIGTERM (saved)."
     )
-    _problem_options(parser)
-    _run_options(parser)
-    parser.set_defaults(run=run_train)
-
-
-def _problem_options(parser: argparse.ArgumentParser) -> None:
+    network_options(parser, samples=None, hidden=[100, 100, 100])
     add = parser.add_argument
-    add("--data", choices=data.names(), default="digits", help="data set; digits is embedded")
-    add("--data-dir", metavar="DIR", help="where its files are; default: the variable BNP_ANALYSIS_DATA")
-    add("--download", action="store_true", help="fetch missing files (needs the extra 'download')")
-    add("--samples", type=int, metavar="N", help="training examples used; default: all")
-    add("--standardize", action="store_true", help="standardize the inputs instead of raw pixels in [0, 1]")
-    add("--model", choices=list(models.MODELS), default="mlp", help="network")
-    add("--hidden", type=int, nargs="+", default=[100, 100, 100], metavar="WIDTH", help="hidden widths of the mlp")
-    add("--activation", choices=list(models.ACTIVATIONS), default="relu", help="activation")
-    add("--norm", choices=list(models.NORMS), default="none", help="normalization layers")
-    add("--norm-at", choices=list(models.NORM_PLACES), default="preactivation", help="their place")
+    add("--norm-at", choices=list(models.NORM_PLACES), default="preactivation", help="place of the normalization")
     add("--preconditioner", choices=PRECONDITIONERS, default="none", help="of the gradients, beside any normalization")
     add("--bnp", nargs="+", default=[], metavar="OPTION=VALUE", help="options of bnp, such as rho=0.9 q=measured")
+    _run_options(parser)
+    parser.set_defaults(run=run_train)
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:

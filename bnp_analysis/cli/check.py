@@ -7,11 +7,9 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
+from bnp_analysis.cli.problem import checked_problem, problem_options
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg import Preconditioner
-from bnp_analysis.network import EmpiricalRisk
 from bnp_analysis.theory.check import Check, CheckTable
 from bnp_analysis.theory.statements.rates import rates_of
 from bnp_analysis.theory.suite import SOURCES, check_theory
@@ -20,30 +18,18 @@ from bnp_analysis.theory.suite import SOURCES, check_theory
 SMALL = {"samples": 300, "hidden": [12, 8]}
 
 
-def add_check_command(
-    commands: Any,
-    problem_options: Callable[[argparse.ArgumentParser], None],
-    make: Callable[[argparse.Namespace], tuple[EmpiricalRisk, Preconditioner | None]],
-) -> None:
-    """Add the command to the object that `ArgumentParser.add_subparsers` returned.
-
-    Args:
-        commands: that object.
-        problem_options: adds the options that describe data, network and preconditioner.
-        make: the risk and the preconditioner (None for BNP's) that the options describe.
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command.
 
     Example:
         >>> parser = argparse.ArgumentParser()
-        >>> add_check_command(parser.add_subparsers(), lambda parser: None, lambda arguments: (None, None))
-        >>> parser.parse_args(["check", "--only", "T7", "T11"]).only
+        >>> configure(parser)
+        >>> parser.parse_args(["--only", "T7", "T11"]).only
         ['T7', 'T11']
     """
-    parser = commands.add_parser(
-        "check",
-        help="try every statement of the convergence theory on a network",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="Exit status: 0 every applicable check holds, 1 a check fails, 2 bad input or nothing applies, "
-        "130 interrupted (the checks made are kept).",
+    parser.epilog = (
+        "Exit status: 0 every applicable check holds, 1 a check fails, 2 bad input or nothing applies, "
+        "130 interrupted (the checks made are kept)."
     )
     problem_options(parser)
     parser.add_argument("--only", nargs="+", metavar="T", help=f"only these statements: {', '.join(SOURCES)}")
@@ -52,18 +38,15 @@ def add_check_command(
         "--rates", type=float, metavar="SECONDS", help="observe rates on this network as well, so long for each"
     )
     parser.add_argument("--verbose", action="store_true", help="print hypotheses and details of every check")
-    parser.set_defaults(run=lambda arguments: run_check(arguments, make), **SMALL)
+    parser.set_defaults(run=_check, **SMALL)
 
 
-def run_check(
-    arguments: argparse.Namespace,
-    make: Callable[[argparse.Namespace], tuple[EmpiricalRisk, Preconditioner | None]],
-) -> int:
+def _check(arguments: argparse.Namespace) -> int:
     """Run the command; the exit status is the verdict."""
     unknown = [source for source in arguments.only or () if source not in SOURCES]
     if unknown:
         raise InvalidInputError(f"no statement {', '.join(unknown)}; there are: {', '.join(SOURCES)}")
-    risk, preconditioner = make(arguments)
+    risk, preconditioner = checked_problem(arguments)
 
     def line(check: Check) -> None:
         print(check, flush=True)
