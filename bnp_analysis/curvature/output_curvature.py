@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.network.batches import Batch
-from bnp_analysis.network.kernels import recording
+from bnp_analysis.network.kernels import derivative, recording
 from bnp_analysis.network.risk import EmpiricalRisk
 
 # Beyond this many numbers the per-example matrices are not formed.
@@ -44,15 +44,15 @@ def loss_gradient(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> tuple[T
     loss = risk.batch_loss(z, batch)
     if not loss.requires_grad:
         return z, torch.zeros_like(z)
-    (g,) = torch.autograd.grad(loss, z, create_graph=True, allow_unused=True, materialize_grads=True)
-    return z, g
+    what = f"the gradient of the loss of batch {batch.index} in the outputs"
+    return z, derivative(loss, z, create_graph=True, what=what)[0]
 
 
 def hessian_product(z: Tensor, g: Tensor, v: Tensor) -> Tensor:
     """The Hessian of the batch loss in the outputs times `v`, from `loss_gradient`."""
     if not g.requires_grad:
         return torch.zeros_like(z)
-    return torch.autograd.grad(g, z, v, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
+    return derivative(g, z, v, retain_graph=True, what="the curvature of the loss in the outputs")[0]
 
 
 def output_root(risk: EmpiricalRisk, batch: Batch, outputs: Tensor, *, positions: bool = False) -> OutputRoot | None:

@@ -194,14 +194,8 @@ def _own_rows(risk: EmpiricalRisk, layers: list[Layer]) -> dict[str, _Own]:
         squares = [torch.zeros_like(a) for a in activations]
         weight = batch.count / risk.batches.total
         for r in range(found.root.shape[1]):
-            grads = torch.autograd.grad(
-                outputs,
-                activations,
-                weight**0.5 * found.root[:, r].reshape(outputs.shape),
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            cotangent = weight**0.5 * found.root[:, r].reshape(outputs.shape)
+            grads = derivative(outputs, activations, cotangent, retain_graph=True, what=_ROWS)
             squares = [total + g.detach().square() for total, g in zip(squares, grads, strict=True)]
             for one, g in zip(pulled, grads, strict=True):
                 one.extend([g.detach()] if kept else [])

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from bnp_analysis.distributed.nested import map_tensors, tensors_of
 from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.calls import ACTIVATIONS, NORMS, arguments_by_name, read_call
-from bnp_analysis.network.kernels import recording
+from bnp_analysis.network.kernels import derivative, recording
 from bnp_analysis.network.risk import EmpiricalRisk
 
 # Where parameters may enter, beside layers.
@@ -237,7 +237,8 @@ def record_graph(risk: EmpiricalRisk, batch: Batch, counted: Tensor | None = Non
         # One random combination of all outputs: what it does not depend on, none of them does.
         weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(out)
         weights = weights if counted is None else weights * counted
-        grads = list(torch.autograd.grad(out, wanted, weights, allow_unused=True))
+        what = f"what the outputs of batch {batch.index} depend on"
+        grads = [*derivative(out, wanted, weights, materialize_grads=False, what=what)]
     reached = dict(zip(recorder.edges, grads, strict=False))
     moved = zip(leaves, grads[len(recorder.edges) :], strict=True)
     nodes = [
@@ -260,7 +261,8 @@ def sensitivities(risk: EmpiricalRisk, batch: Batch, covectors: Sequence[Tensor]
     if not out.requires_grad:
         return
     for covector in covectors:
-        grads = torch.autograd.grad(out, [*recorder.edges.values()], covector, allow_unused=True, retain_graph=True)
+        wanted, what = [*recorder.edges.values()], f"what the outputs of batch {batch.index} depend on"
+        grads = derivative(out, wanted, covector, retain_graph=True, materialize_grads=False, what=what)
         yield {k: g.detach().cpu() for k, g in zip(recorder.edges, grads, strict=True) if g is not None}
 
 

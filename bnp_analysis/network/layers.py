@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.network.watching import transformed
 
 Dense = nn.Linear
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -163,18 +164,21 @@ def _own_forward_uses(risk: EmpiricalRisk) -> tuple[dict[str, int], dict[str, st
     other: dict[str, str] = {}
     weights: dict[str, Tensor] = {}
     calls = _Calls()
+    stored = risk.theta.untyped_storage().data_ptr()
 
     def visit(name: str, module: nn.Module, args: Any, output: Any) -> None:
         runs[name] = runs.get(name, 0) + 1
         if isinstance(module, COVERED):
             weights[name] = module.weight
-            if _overridden(module) and not any(h is args[0] and w is module.weight for h, w in calls.products):
+            if transformed(module.weight) or module.weight.untyped_storage().data_ptr() != stored:
+                other[name] = "its forward runs with other weights than its own (torch.func inside forward())"
+            elif _overridden(module) and not any(h is args[0] and w is module.weight for h, w in calls.products):
                 other[name] = f"{type(module).__name__} computes something else with its weight or its input"
         if not name:
             calls.products.clear()
 
     with calls:
-        risk.capture(visit)
+        risk.capture(visit, numbers=False)
     for name, w in weights.items():
         if calls.uses_of(w) > runs[name]:
             other.setdefault(name, "its weight is also used outside of its own product")
@@ -225,7 +229,7 @@ def rows(layer: Layer, h: Tensor) -> Tensor:
     if isinstance(module, nn.Linear):
         return h.reshape(-1, 1, layer.features)
     spatial = len(module.kernel_size)
-    h = h.unsqueeze(0) if h.ndim == spatial + 1 else h
+    h = _images(h, spatial)
     h = _padded(module, h)
     for d, (size, stride, dilation) in enumerate(
         zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
@@ -244,8 +248,13 @@ def channels(layer: Layer, h: Tensor) -> Tensor:
     if isinstance(layer.module, nn.Linear):
         return h.reshape(-1, layer.features)
     spatial = len(layer.module.kernel_size)
-    h = h.unsqueeze(0) if h.ndim == spatial + 1 else h
+    h = _images(h, spatial)
     return h.movedim(1, -1).reshape(-1, h.shape[1])
+
+
+def _images(h: Tensor, spatial: int) -> Tensor:
+    """`(N, c, ...)` from one image, or from the batches of a vmap."""
+    return h.reshape(-1, *h.shape[-1 - spatial :])
 
 
 def expand_channels(layer: Layer, per_channel: Tensor) -> Tensor:

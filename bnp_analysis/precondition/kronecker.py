@@ -228,14 +228,8 @@ def _own_output_moments(risk: EmpiricalRisk, layers: Coverage, shapes: Mapping[s
         # Examples go back together; rows that the network couples, one by one.
         together = not risk.coupled and outputs.shape[0] == tensors_of(batch.x)[0].shape[0]
         for cotangent in _cotangents(found.root, together):
-            pulled = torch.autograd.grad(
-                outputs,
-                leaves,
-                cotangent.view_as(outputs),
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            cotangent = cotangent.view_as(outputs)
+            pulled = derivative(outputs, leaves, cotangent, retain_graph=True, what="the output factor of K-FAC")
             for name, u in zip(owners, pulled, strict=True):
                 g = _rows_of_outputs(layers[name], u).double()
                 gram = g.transpose(1, 2) @ g * weight

@@ -13,6 +13,7 @@ from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.network.batches import Batch
+from bnp_analysis.network.kernels import derivative
 from bnp_analysis.network.layers import Coverage, Layer
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.precondition.blocks import SplitsByUnit
@@ -52,14 +53,8 @@ def _own_squares(risk: EmpiricalRisk, layers: Coverage) -> list[Tensor]:
         if not (activations and outputs.requires_grad):
             continue
         for cotangent in _cotangents(risk, batch, outputs):
-            gradients = torch.autograd.grad(
-                outputs,
-                [a for _, a in activations],
-                cotangent,
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            leaves = [a for _, a in activations]
+            gradients = derivative(outputs, leaves, cotangent, retain_graph=True, what="output_scale")
             for (layer, _), g in zip(activations, gradients, strict=True):
                 squares[layer.name] += weight * by_unit(layer, g).double().square().sum(dim=0)
     return list(squares.values())
@@ -87,8 +82,8 @@ def _cotangents(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> Iterator[
 def by_unit(layer: Layer, g: Tensor) -> Tensor:
     """A gradient at the layer's output with one column per unit."""
     if not isinstance(layer.module, torch.nn.Linear):
-        # Channels come after the examples, or first where an image comes alone.
-        g = g.movedim(int(g.ndim == layer.module.weight.ndim), -1)
+        # Channels come before the places of an image.
+        g = g.movedim(1 - layer.module.weight.ndim, -1)
     return g.reshape(-1, layer.units)
 
 
