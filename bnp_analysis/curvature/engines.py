@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from bnp_analysis.curvature.products import saved_tensors
 from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.errors import InvalidInputError, MemoryLimitError
 from bnp_analysis.linalg.memory import available_memory
@@ -243,8 +244,16 @@ def _saved_bytes(
             raise _Exceeded
         return t.detach()  # an output that its own node holds would keep the graph alive for ever
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            graph = build(risk, batch)
+    except InvalidInputError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+        # The transforms of torch.func refuse to be watched while they record.
         graph = build(risk, batch)
+        for t in saved_tensors(graph):
+            pack(t)
     for part in graph if isinstance(graph, tuple) else (graph,):
         for t in getattr(part, "held", ()):
             pack(t)

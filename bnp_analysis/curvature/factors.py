@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.curvature.engines import Engine, Plan, tensors_of_columns
-from bnp_analysis.curvature.products import OutputGraph, output_graph
+from bnp_analysis.curvature.products import TOGETHER, OutputGraph, output_graph
 from bnp_analysis.distributed.nested import tensors_of
+from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.kernels import recording
@@ -20,8 +21,6 @@ from bnp_analysis.network.risk import EmpiricalRisk
 
 # Rows of a Jacobian are pulled back for a few examples at a time: the cost of one row is that of its slice.
 _SLICE = 8
-# At most this many numbers of cotangents are pulled back together.
-_TOGETHER = 2**22
 
 
 @dataclass(frozen=True)
@@ -135,33 +134,45 @@ class JacobianFactor(LinearOperator):
     def _own_blocks(self) -> Iterator[Tensor]:
         for batch, root in zip(self._risk.batches, self._roots, strict=True):
             weight = (batch.count / self._risk.batches.total) ** 0.5
-            for part, rows in _slices(batch, root, self._risk.coupled):
-                yield jacobian_rows(self._risk, part, rows) * weight
+            for rows in rows_of_batch(self._risk, batch, root):
+                yield rows * weight
 
 
-def _slices(batch: Batch, root: Root, coupled: bool) -> list[tuple[Batch, Tensor]]:
-    """The batch and its root cut into small ones where examples are independent, else whole."""
+def rows_of_batch(risk: EmpiricalRisk, batch: Batch, root: Root) -> Iterator[Tensor]:
+    """The rows `R_j[i] . J_j` of a batch, `(N r, n)`, a few examples at a time where they are independent."""
+    for part, rows in _slices(batch, root, risk.coupled):
+        try:
+            yield _jacobian_rows(risk, part, root.rows[rows])
+        except InvalidInputError:
+            if part is batch:
+                raise
+            # Made for one size of batch.
+            yield _jacobian_rows(risk, batch, root.rows, rows)
+
+
+def _slices(batch: Batch, root: Root, coupled: bool) -> list[tuple[Batch, slice]]:
+    """The batch cut into small ones where examples are independent, else whole; and which rows of the root are theirs."""
     each = root.per_example(batch)
     if coupled or each is None or slice_batch(batch, 0, 1) is None:
-        return [(batch, root.rows)]
+        return [(batch, slice(0, root.rows.shape[0]))]
     cuts = range(0, root.leading, _SLICE)
     return [
-        (part, root.rows[first * each : (first + _SLICE) * each])
+        (part, slice(first * each, min((first + _SLICE) * each, root.rows.shape[0])))
         for first in cuts
         if (part := slice_batch(batch, first, first + _SLICE)) is not None
     ]
 
 
-def jacobian_rows(risk: EmpiricalRisk, batch: Batch, root: Tensor) -> Tensor:
-    """The rows `R_j[i] . J_j` of a batch, `(N r, n)`, by batched backward passes."""
+def _jacobian_rows(risk: EmpiricalRisk, batch: Batch, root: Tensor, only: slice = slice(None)) -> Tensor:
+    """The rows of a batch, or only those of some `j`, by batched backward passes."""
     graph = output_graph(risk, batch, forward=False)
     count, width, _ = root.shape
-    flat = root.reshape(count * width, -1)
-    owner = torch.arange(count, device=root.device).repeat_interleave(width)
-    dense = root.new_empty(count * width, risk.space.dim)
-    step = max(1, _TOGETHER // max(graph.outputs.numel(), 1))
-    for begin in range(0, count * width, step):
-        end = min(begin + step, count * width)
+    flat = root[only].reshape(-1, root.shape[2])
+    owner = torch.arange(count, device=root.device)[only].repeat_interleave(width)
+    dense = root.new_empty(len(flat), risk.space.dim)
+    step = max(1, TOGETHER // max(graph.outputs.numel(), 1))
+    for begin in range(0, len(flat), step):
+        end = min(begin + step, len(flat))
         cotangents = root.new_zeros(end - begin, count, root.shape[2])
         cotangents[torch.arange(end - begin, device=root.device), owner[begin:end]] = flat[begin:end]
         parts = graph.vjp_rows(cotangents.reshape(end - begin, *graph.outputs.shape))

@@ -283,7 +283,9 @@ class EmpiricalRisk:
                 self.batch_outputs(tensors, batch)
 
     @recording()
-    def record(self, batch: Batch, names: Iterable[str]) -> tuple[Tensor, dict[str, list[tuple[Tensor, Tensor]]]]:
+    def record(
+        self, batch: Batch, names: Iterable[str], leaves: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, list[tuple[Tensor, Tensor]]]]:
         """Run one batch with gradients: its outputs, and each named module's `(input, output)` per occurrence."""
         seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
 
@@ -293,7 +295,7 @@ class EmpiricalRisk:
             return output.clone()
 
         with watched(self._model, note, seen):
-            return self.batch_outputs(self.leaves(), batch), seen
+            return self.batch_outputs(self.leaves() if leaves is None else leaves, batch), seen
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The modules of the snapshot under their names; look, do not touch."""
