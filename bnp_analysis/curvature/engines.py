@@ -91,6 +91,10 @@ class Engine(Generic[G]):
         self._kept: list[G] = []
         self._plan: Plan | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Graphs belong to this process: a copy records its own.
+        return vars(self) | {"_kept": []}
+
     @property
     def plan(self) -> Plan:
         """The plan, made before the first product.

@@ -45,7 +45,8 @@ class EmpiricalRisk:
             requires a gradient. The others are constants.
         at: the point `theta`: a flat vector `(n,)` over `space`, or a state dict. Default: the model's.
         output: picks the output tensor, for instance `lambda o: o.logits`.
-        count: the weight of a batch `(x, y)` in the mean; default its number of examples.
+        count: `count(x, y)`, or `count(pair)` of one argument: the weight of a batch in the mean; default its number of
+            examples.
         dtype: of parameters and floating-point data; default the model's.
         device: default the model's.
         group: the processes that share the data (`bnp.distributed`); `data` is then this one's shard, perhaps an empty

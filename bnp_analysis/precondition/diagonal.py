@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from bnp_analysis.curvature.factors import Root, rows_of_batch
 from bnp_analysis.curvature.output_curvature import output_root
-from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator
-from bnp_analysis.network.batches import slice_batch
 from bnp_analysis.network.parameters import Block, ParameterSpace
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.precondition.adaptive import optimizer_divisors
@@ -173,7 +171,7 @@ def _own_diagonal(risk: EmpiricalRisk) -> Tensor:
                 "no factor whose rows give its diagonal. Give scales of your own as a tensor (n,)"
             )
         weight = batch.count / risk.batches.total
-        for rows in rows_of_batch(risk, batch, Root(found.root, outputs.shape[0])):
+        for rows in rows_of_batch(risk, batch, Root(found.root, outputs.shape[0], found.axis)):
             total += weight * rows.square().sum(dim=0)
     return total
 
