@@ -24,6 +24,7 @@ from bnp_analysis.linalg.memory import available_memory
 from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.network.watching import transformed
 
 G = TypeVar("G")
 ENGINES = ("auto", "retained", "recompute")
@@ -238,6 +239,8 @@ def _saved_bytes(
 
     def pack(t: Tensor) -> Tensor:
         nonlocal total
+        if transformed(t) or t._is_zerotensor():  # Nothing of their own: the tensor inside is counted; zeros by rule.
+            return t.detach()
         storage = t.untyped_storage()
         given = storage.data_ptr() in data
         ref = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
