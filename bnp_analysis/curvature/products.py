@@ -111,7 +111,9 @@ class OutputGraph:
             cotangents = image.new_zeros(len(rows), count)
             cotangents[rows - begin, rows] = 1.0
             parts = self.vjp_rows(cotangents.view(-1, *self.outputs.shape))
-            image[rows] = sum((p.flatten(1) @ t.reshape(-1) for p, t in zip(parts, v, strict=True)), image.new_zeros(()))
+            image[rows] = sum(
+                (p.flatten(1) @ t.reshape(-1) for p, t in zip(parts, v, strict=True)), image.new_zeros(())
+            )
         return image.view(self.outputs.shape)
 
     def vjp(self, u: Tensor, *, retain: bool = True) -> list[Tensor]:

@@ -7,7 +7,7 @@ layer's input rows and one number per example, not the Jacobian of the network. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,7 +25,7 @@ from bnp_analysis.linalg.spectra.null import SomeNullDirections
 from bnp_analysis.network.candidates import Part
 from bnp_analysis.network.dependencies import null_vectors
 from bnp_analysis.network.kernels import derivative
-from bnp_analysis.network.layers import Coverage, Layer
+from bnp_analysis.network.layers import Coverage, Layer, products_only
 from bnp_analysis.network.risk import EmpiricalRisk
 
 # Numbers in the rows of a layer's factor that are formed together.
@@ -186,7 +186,8 @@ def _own_rows(risk: EmpiricalRisk, layers: list[Layer]) -> dict[str, _Own]:
         found = output_root(risk, batch, outputs.detach())
         examples = tensors_of(batch.x)[0].shape[0]
         dense = {name: layer for name, layer in dense.items() if _simple(seen[name], examples)}
-        dense = _products_only(outputs, leaves, dense, seen)
+        alone = products_only(dense.values(), leaves, outputs, seen)
+        dense = {name: layer for name, layer in dense.items() if name in alone}
         if found is None or not dense or found.root.shape[0] != examples:
             return {}
         activations = [seen[name][0][1] for name in dense]
@@ -220,28 +221,6 @@ def _own_rows(risk: EmpiricalRisk, layers: list[Layer]) -> dict[str, _Own]:
 def _simple(seen: list[tuple[Tensor, Tensor]], examples: int) -> bool:
     """One occurrence, one row per example, and an output that the loss can reach."""
     return len(seen) == 1 and seen[0][1].ndim == 2 and seen[0][1].shape[0] == examples and seen[0][1].requires_grad
-
-
-def _products_only(
-    outputs: Tensor, leaves: Mapping[str, Tensor], dense: dict[str, Layer], seen: Mapping[str, list[tuple[Tensor, Tensor]]]
-) -> dict[str, Layer]:
-    """The layers whose weight acts on the outputs through its product alone, by one random cotangent.
-
-    Derivatives inside `forward` use the weight once more, where no product is seen.
-    """
-    if not dense:
-        return {}
-    u = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(outputs)
-    weights = [leaves[layer.weight] for layer in dense.values()]
-    activations = [seen[name][0][1] for name in dense]
-    found = derivative(outputs, [*weights, *activations], u, retain_graph=True, what="the rows of units")
-    kept = {}
-    for (name, layer), whole, g in zip(dense.items(), found, found[len(dense) :], strict=False):
-        h = seen[name][0][0]
-        bound = torch.finfo(h.dtype).eps ** 0.5 * (g.abs().T @ h.abs())
-        if bool(((whole - g.T @ h).abs() <= bound).all()):
-            kept[name] = layer
-    return kept
 
 
 def _null_rows(rows: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from bnp_analysis.distributed import ALONE, Group
 from bnp_analysis.distributed.nested import map_tensors, tensors_of
 from bnp_analysis.errors import InconsistentDataError, InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.memory import require_memory
-from bnp_analysis.network.kernels import explained
 from bnp_analysis.network.hashing import MIX, add, hash_of, pieces
+from bnp_analysis.network.kernels import explained
 from bnp_analysis.network.randomness import random_state
 
 Count = Callable[..., float]

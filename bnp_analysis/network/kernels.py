@@ -75,7 +75,9 @@ def explained(what: str, model: nn.Module | None = None) -> Iterator[None]:
             raise no_derivative(said, second="backward" in said or "once_differentiable" in text, what=what) from error
         remedy = next((words for key, words in _REMEDIES.items() if key in text), _REMEDY)
         where = _module(error, model)
-        raise InvalidInputError(f"{what} cannot be computed: {type(error).__name__}{where}: {said}. {remedy}") from error
+        raise InvalidInputError(
+            f"{what} cannot be computed: {type(error).__name__}{where}: {said}. {remedy}"
+        ) from error
 
 
 def _module(error: BaseException, model: nn.Module | None) -> str:

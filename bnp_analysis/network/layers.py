@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bnp_analysis.distributed.nested import tensors_of
+from bnp_analysis.network.kernels import derivative
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.watching import transformed
 
@@ -250,6 +251,48 @@ def channels(layer: Layer, h: Tensor) -> Tensor:
     spatial = len(layer.module.kernel_size)
     h = _images(h, spatial)
     return h.movedim(1, -1).reshape(-1, h.shape[1])
+
+
+def by_unit(layer: Layer, g: Tensor) -> Tensor:
+    """A tensor in the shape of the layer's output as `(R, units)`."""
+    if not isinstance(layer.module, nn.Linear):
+        # Channels come before the places of an image.
+        g = g.movedim(1 - layer.module.weight.ndim, -1)
+    return g.reshape(-1, layer.units)
+
+
+def products_only(
+    layers: Iterable[Layer],
+    leaves: Mapping[str, Tensor],
+    outputs: Tensor,
+    seen: Mapping[str, list[tuple[Tensor, Tensor]]],
+) -> set[str]:
+    """The layers whose weight acts on the outputs through its recorded products alone, found by a random cotangent.
+
+    Derivatives inside `forward` use it once more: the rows that a layer sees are then not all of its work.
+
+    Args:
+        layers: covered ones.
+        leaves, outputs, seen: given to, and returned by, `risk.record`.
+    """
+    layers = [layer for layer in layers if all(a.requires_grad for _, a in seen[layer.name])]
+    if not layers:
+        return set()
+    u = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(outputs)
+    wanted = [leaves[layer.weight] for layer in layers] + [a for layer in layers for _, a in seen[layer.name]]
+    found = iter(derivative(outputs, wanted, u, retain_graph=True, what="the derivatives by a layer's outputs"))
+    wholes = [next(found) for _ in layers]
+    alone = set()
+    for layer, whole in zip(layers, wholes, strict=True):
+        total, bound = torch.zeros_like(whole), torch.zeros_like(whole)
+        for h, _ in seen[layer.name]:
+            r, g = rows(layer, h), by_unit(layer, next(found))
+            g = g.reshape(len(g), layer.groups, -1)
+            total += torch.einsum("rgu,rgm->gum", g, r).reshape(whole.shape)
+            bound += torch.einsum("rgu,rgm->gum", g.abs(), r.abs()).reshape(whole.shape)
+        if bool(((whole - total).abs() <= torch.finfo(whole.dtype).eps ** 0.5 * bound).all()):
+            alone.add(layer.name)
+    return alone
 
 
 def _images(h: Tensor, spatial: int) -> Tensor:

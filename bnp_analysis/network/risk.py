@@ -16,8 +16,8 @@ from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.operators import require_no_autocast
 from bnp_analysis.network.batches import Batch, Batches, Count, arguments
 from bnp_analysis.network.identity import fingerprint
-from bnp_analysis.network.losses import SmoothLosses
 from bnp_analysis.network.kernels import derivative, differentiable_kernels, explained, recording
+from bnp_analysis.network.losses import SmoothLosses
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.purity import require_mean_loss, require_pure
 from bnp_analysis.network.reading import Inputs, one_tensor
@@ -252,7 +252,11 @@ class EmpiricalRisk:
 
     def batch_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """The loss of a batch from its outputs, a scalar."""
-        with explained(f"the loss of batch {batch.index}, of outputs {tuple(outputs.shape)},"), recording(), SmoothLosses():
+        with (
+            explained(f"the loss of batch {batch.index}, of outputs {tuple(outputs.shape)},"),
+            recording(),
+            SmoothLosses(),
+        ):
             value = self._loss(outputs, batch.y)
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -7,19 +7,18 @@ from collections.abc import Mapping
 from typing import Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnp_analysis.curvature.output_curvature import root_cotangents
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.network.kernels import derivative
-from bnp_analysis.network.layers import Coverage, Layer
+from bnp_analysis.network.layers import Coverage, by_unit
 from bnp_analysis.network.parameters import Block, ParameterSpace
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.precondition.blocks import BlockDiagonal, Entry, covered_layers, layer_positions
 from bnp_analysis.precondition.second_moments import second_moments
-
 
 _NEEDS = "the loss is not convex in the outputs, or not separate over examples: K-FAC has no output factor"
 
@@ -226,13 +225,8 @@ def _own_output_moments(risk: EmpiricalRisk, layers: Coverage, shapes: Mapping[s
         for cotangent in root_cotangents(risk, batch, outputs, _NEEDS):
             pulled = derivative(outputs, leaves, cotangent, retain_graph=True, what="the output factor of K-FAC")
             for name, u in zip(owners, pulled, strict=True):
-                g = _rows_of_outputs(layers[name], u).double()
+                layer = layers[name]
+                g = by_unit(layer, u).double().view(-1, layer.groups, layer.units // layer.groups).transpose(0, 1)
                 gram = g.transpose(1, 2) @ g * weight
                 sums[name] += gram
     return torch.cat([gram.reshape(-1) for gram in sums.values()])
-
-
-def _rows_of_outputs(layer: Layer, u: Tensor) -> Tensor:
-    """`(groups, rows, n/groups)` from a tensor in the shape of the layer's output."""
-    channel = -1 if isinstance(layer.module, nn.Linear) else -1 - len(layer.module.kernel_size)
-    return u.movedim(channel, -1).reshape(-1, layer.groups, layer.units // layer.groups).transpose(0, 1)

@@ -11,7 +11,7 @@ from bnp_analysis.curvature.output_curvature import root_cotangents
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.network.kernels import derivative
-from bnp_analysis.network.layers import Coverage, Layer
+from bnp_analysis.network.layers import Coverage, by_unit
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.precondition.blocks import SplitsByUnit
 from bnp_analysis.precondition.bnp_block import BNPBlock
@@ -60,14 +60,6 @@ def _own_squares(risk: EmpiricalRisk, layers: Coverage) -> list[Tensor]:
             for (layer, _), g in zip(activations, gradients, strict=True):
                 squares[layer.name] += weight * by_unit(layer, g).double().square().sum(dim=0)
     return list(squares.values())
-
-
-def by_unit(layer: Layer, g: Tensor) -> Tensor:
-    """A gradient at the layer's output with one column per unit."""
-    if not isinstance(layer.module, torch.nn.Linear):
-        # Channels come before the places of an image.
-        g = g.movedim(1 - layer.module.weight.ndim, -1)
-    return g.reshape(-1, layer.units)
 
 
 def unit_scaled(block: BNPBlock, scales: Tensor) -> UnitScaled:
