@@ -37,7 +37,7 @@ class TwiceDifferentiable(TorchFunctionMode):
 
     def __exit__(self, *error: Any) -> None:
         self.constant = self._linear
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self,

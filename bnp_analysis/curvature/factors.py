@@ -156,7 +156,7 @@ def rows_of_batch(risk: EmpiricalRisk, batch: Batch, root: Root) -> Iterator[Ten
 
 
 def _slices(batch: Batch, root: Root, coupled: bool) -> list[tuple[Batch, slice]]:
-    """The batch cut into small ones where examples are independent, else whole; and which rows of the root are theirs."""
+    """The batch cut into small ones where examples are independent, else whole; and their rows of the root."""
     each = root.per_example(batch)
     if coupled or each is None or slice_batch(batch, 0, 1) is None:
         return [(batch, slice(0, root.rows.shape[0]))]

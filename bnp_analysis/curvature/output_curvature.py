@@ -79,8 +79,8 @@ def hessian_product(z: Tensor, g: Tensor, v: Tensor) -> Tensor:
 def output_root(risk: EmpiricalRisk, batch: Batch, outputs: Tensor, *, positions: bool = False) -> OutputRoot | None:
     """The square root of the output Hessian of a batch; None if examples are coupled, or it is not convex.
 
-    With `positions`, rows of outputs `(N, ..., K)` or `(N, K, ...)` are positions (tokens, pixels) where the loss treats
-    them alone: smaller blocks, and the softmax form for each.
+    With `positions`, rows of outputs `(N, ..., K)` or `(N, K, ...)` are positions (tokens, pixels) where the loss
+    treats them alone: smaller blocks, and the softmax form for each.
 
     Softmax cross-entropy has the closed form `diag(sqrt p)(I - e p^T)`, whose zero singular value is exact in
     structure; the eigenvalue square root would turn it into a spurious tiny one (T13). It is recognized by its

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -190,9 +191,9 @@ class Batches:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             what = f"{type(pair).__name__} of {len(pair)}" if isinstance(pair, tuple | list) else type(pair).__name__
             raise InvalidInputError(
-                f"batch {index} is a {what}, not a pair (x, y), which are the model's inputs and what the loss is given: "
-                "loss(model(x), y). Several inputs make x a tuple or a dict, several targets or weights make y one; bring "
-                "a loader's batches into this form by collate_fn=, or by a list of pairs"
+                f"batch {index} is a {what}, not a pair (x, y), which are the model's inputs and what the loss is "
+                "given: loss(model(x), y). Several inputs make x a tuple or a dict, several targets or weights make y "
+                "one; bring a loader's batches into this form by collate_fn=, or by a list of pairs"
             )
         x, y = (map_tensors(part, lambda t: self._cast(t, copy)) for part in pair)
         leaves = tensors_of(x)
@@ -201,7 +202,7 @@ class Batches:
                 f"batch {index} has no input tensor with a batch dimension but {type(pair[0]).__name__}; arrays become "
                 "tensors by torch.as_tensor"
             )
-        count = leaves[0].shape[0] if self._count is None else self._counted(*pair, index)
+        count = leaves[0].shape[0] if self._count is None else self._counted(pair[0], pair[1], index)
         if not np.isfinite(count) or count < 0:
             raise InvalidInputError(f"count= gave {count} for batch {index}; weights are finite and not negative")
         if leaves[0].shape[0] == 0:
@@ -258,18 +259,17 @@ def _takes_two(count: Callable[..., float]) -> bool:
     Raises:
         InvalidInputError: no function of one or of two arguments.
     """
-    try:
-        parameters = inspect.signature(count).parameters.values()
-    except (TypeError, ValueError):  # Not written in Python, or no function.
-        parameters = ()
+    parameters: list[inspect.Parameter] = []
+    with suppress(TypeError, ValueError):  # Not written in Python, or no function.
+        parameters = list(inspect.signature(count).parameters.values())
     places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     needed = sum(p.default is p.empty for p in places)
     named = any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters)
     most = len(places) if all(p.kind is not p.VAR_POSITIONAL for p in parameters) and parameters else 2
     if not callable(count) or named or needed > 2 or most < 1:
         raise InvalidInputError(
-            f"count= is a function of a batch, count=lambda x, y: ..., or of the pair, not {count!r}: it says what a batch "
-            "weighs in the mean"
+            f"count= is a function of a batch, count=lambda x, y: ..., or of the pair, not {count!r}: it says what a "
+            "batch weighs in the mean"
         )
     return needed != 1 and most >= 2
 

@@ -114,5 +114,6 @@ def no_derivative(said: str, *, second: bool, what: str) -> InvalidInputError:
     """The error for an operation without a derivative."""
     order = "second derivative" if second else "derivative"
     return InvalidInputError(
-        f"{what} cannot be computed: an operation of the model or the loss has no {order} in torch: {said}. {_OTHERWISE}"
+        f"{what} cannot be computed: an operation of the model or the loss has no {order} in torch: {said}. "
+        f"{_OTHERWISE}"
     )

@@ -6,7 +6,8 @@ normalized, which is the derivative of another function.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def ctc_loss(
         torch.as_tensor(t, device=log_probs.device).reshape(-1).long() for t in (input_lengths, target_lengths)
     )
     if targets.ndim == 1:
-        targets = pad_sequence(list(targets[: int(sizes.sum())].split(sizes.tolist())), batch_first=True)
+        targets = pad_sequence(list(_cut(targets, sizes.tolist())), batch_first=True)
     targets = targets.to(log_probs.device).long()
     # Labels with a blank before, between and behind them.
     inside = torch.arange(targets.shape[1], device=targets.device) < sizes.unsqueeze(1)
@@ -95,7 +96,7 @@ def multi_margin_loss(
         >>> float(multi_margin_loss(torch.tensor([[1.0, 0.5]]), torch.tensor([0])))
         0.25
     """
-    x, y = torch.atleast_2d(input), torch.atleast_1d(target)
+    x, y = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     own = F.one_hot(y, x.shape[1]).bool()
     gaps = (margin - x.gather(1, y.unsqueeze(1)) + x).clamp_min(0).pow(p)
     loss = torch.where(own, 0.0, gaps if weight is None else gaps * weight[y].unsqueeze(1)).sum(dim=1) / x.shape[1]
@@ -115,7 +116,7 @@ def multilabel_margin_loss(
         >>> float(multilabel_margin_loss(torch.tensor([[1.0, 0.5]]), torch.tensor([[0, -1]])))
         0.25
     """
-    x, y = torch.atleast_2d(input), torch.atleast_2d(target)
+    x, y = (t.reshape(-1, t.shape[-1]) for t in (input, target))
     valid = (y >= 0).cumprod(dim=1).bool()
     own = torch.zeros_like(x).scatter_add(1, y.clamp_min(0), valid.to(x)).bool()
     labels = x.gather(1, y.clamp_min(0))
@@ -124,10 +125,16 @@ def multilabel_margin_loss(
     return _reduced(loss if input.ndim > 1 else loss.squeeze(0), _named(size_average, reduce, reduction))
 
 
+def _cut(t: Tensor, sizes: Sequence[int]) -> Iterator[Tensor]:
+    ends = list(accumulate(sizes))
+    return (t[end - size : end] for end, size in zip(ends, sizes, strict=True))
+
+
 def _named(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
     if size_average is None and reduce is None:
         return reduction
-    return F._Reduction.legacy_get_string(size_average, reduce, emit_warning=False)
+    # As torch reads its older arguments.
+    return "none" if reduce is False else "sum" if size_average is False else "mean"
 
 
 def _reduced(loss: Tensor, reduction: str | int) -> Tensor:

@@ -273,8 +273,8 @@ class EmpiricalRisk:
     def capture(self, visit: Visit, names: Iterable[str] | None = None, *, numbers: bool = True) -> None:
         """Run this process's batches without gradients, showing `visit(name, module, inputs, output)` every module.
 
-        Inputs and outputs are shown as numbers without history, or else as the very tensors that the modules see: inside
-        `torch.func` these belong to its transforms.
+        Inputs and outputs are shown as numbers without history, or else as the very tensors that the modules see:
+        inside `torch.func` these belong to its transforms.
         """
         tensors = self.space.unflatten(self.theta)
 

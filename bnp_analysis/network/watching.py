@@ -49,8 +49,8 @@ def differentiable_part(t: Tensor) -> Tensor:
         t = _functorch.get_unwrapped(t)
     if t is not found:
         raise InvalidInputError(
-            "a layer gives vmap its examples along another axis than the first, so they cannot be told apart in what is "
-            "recorded. Let vmap inside forward() have in_dims=0, or give the layer whole batches"
+            "a layer gives vmap its examples along another axis than the first, so they cannot be told apart in what "
+            "is recorded. Let vmap inside forward() have in_dims=0, or give the layer whole batches"
         )
     return t
 

@@ -17,8 +17,8 @@ from bnp_analysis.precondition.blocks import SplitsByUnit
 from bnp_analysis.precondition.bnp_block import BNPBlock
 
 _NEEDS = (
-    "output_scale needs the curvature of the loss in the outputs, which must be convex there, a mean over examples, and "
-    "small enough to be formed; leave output_scale off"
+    "output_scale needs the curvature of the loss in the outputs, which must be convex there, a mean over examples, "
+    "and small enough to be formed; leave output_scale off"
 )
 
 

@@ -32,8 +32,8 @@ class _Hook:
     @property
     def __name__(self) -> str:
         raise _NoScriptError(
-            "torch.jit.script would compile the hooks of BNP into the model, which collect statistics for training. Call "
-            "close() first"
+            "torch.jit.script would compile the hooks of BNP into the model, which collect statistics for training. "
+            "Call close() first"
         )
 
 

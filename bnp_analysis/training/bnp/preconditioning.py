@@ -171,9 +171,8 @@ class BNP:
             raise InvalidInputError("step() after close(): the hooks are gone")
         if not self._pending and not self.covered:
             raise InvalidInputError(
-                f"step() has nothing to precondition: the weights of all covered layers, "
-                f"{', '.join(layer.name or 'the model itself' for layer in self._layers[:3])} first, are frozen or were "
-                "never seen. What trains is left alone: see uncovered. Unfreeze a layer, or train without BNP"
+                "step() has nothing to precondition: the weights of all covered layers, "
+                f"{self._layers[0].name or 'the model itself'} first, are frozen or were never seen. What trains is left alone: see uncovered. Unfreeze a layer, or train without BNP"
             )
         if not self._pending:
             raise InvalidInputError(
