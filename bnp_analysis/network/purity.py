@@ -63,8 +63,8 @@ def _couples_here(risk: EmpiricalRisk) -> tuple[bool, list[str]]:
         if differ and not random and (kept := _kept_between_calls(risk, tensors, batch)):
             raise StochasticModelError(
                 f"the model keeps something between its calls ({', '.join(kept)}): the same inputs under the same "
-                "random numbers gave two outputs, so every evaluation would be of another function. Let forward() begin from "
-                "a fixed state, or take the state as an input and return it"
+                "random numbers gave two outputs, so every evaluation would be of another function. Let forward() "
+                "begin from a fixed state, or take the state as an input and return it"
             )
         if random or differ:
             raise StochasticModelError(

@@ -172,7 +172,8 @@ class BNP:
         if not self._pending and not self.covered:
             raise InvalidInputError(
                 "step() has nothing to precondition: the weights of all covered layers, "
-                f"{self._layers[0].name or 'the model itself'} first, are frozen or were never seen. What trains is left alone: see uncovered. Unfreeze a layer, or train without BNP"
+                f"{self._layers[0].name or 'the model itself'} first, are frozen or were "
+                "never seen. What trains is left alone: see uncovered. Unfreeze a layer, or train without BNP"
             )
         if not self._pending:
             raise InvalidInputError(
