@@ -9,7 +9,7 @@ freed on the way. Where the outputs are a chain of dense layers, both are writte
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.curvature.chains import Chain, read_chain
-from bnp_analysis.curvature.convolutions import Convolution, TwiceDifferentiable
+from bnp_analysis.curvature.convolutions import TwiceDifferentiable
 from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.batches import Batch
-from bnp_analysis.network.kernels import derivative, no_derivative, recording
+from bnp_analysis.network.kernels import derivative, nodes_of, recording
 from bnp_analysis.network.risk import EmpiricalRisk
 
 # At most this many numbers of cotangents are pulled back together.
@@ -152,38 +152,11 @@ def backward(
     return [t.new_zeros(*lead, *t.shape) if g is None else g for g, t in zip(found, inputs, strict=True)]
 
 
-def _require_differentiable(gradients: Iterable[Tensor], outputs: Tensor) -> None:
-    """Refuse gradients that end in a node which only raises: torch leaves it out, and zeros would come back.
-
-    `once_differentiable` puts such nodes behind what custom operations give back, torch where a formula is missing.
-    """
-    if any(node.name() == "torch::autograd::Error" for node in _nodes(gradients)):
-        custom = {
-            node.name()
-            for node in _nodes([outputs])
-            if isinstance(node, torch.autograd.function.BackwardCFunction)
-            and getattr(node, "_forward_cls", None) is not Convolution
-        }
-        said = f"one of {', '.join(sorted(custom))} is marked once_differentiable"
-        raise no_derivative(said, second=True, what="a product")
-
-
-def _nodes(tensors: Iterable[Tensor]) -> set[torch.autograd.graph.Node]:
-    found: set[torch.autograd.graph.Node] = set()
-    waiting = [t.grad_fn for t in tensors]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            waiting += [following for following, _ in node.next_functions]
-    return found
-
-
 def saved_tensors(graph: object) -> Iterator[Tensor]:
     """What the nodes hold behind the tensors of a recorded graph, as far as they show it."""
     parts = graph if isinstance(graph, tuple) else (graph,)
     roots = tensors_of([part if isinstance(part, Tensor) else list(vars(part).values()) for part in parts])
-    for node in _nodes(roots):
+    for node in nodes_of(roots):
         for name in dir(node):
             if name.startswith("_saved_") and isinstance(value := getattr(node, name), Tensor):
                 yield value
@@ -206,7 +179,6 @@ def gradient_graph(risk: EmpiricalRisk, batch: Batch) -> GradientGraph | ChainGr
     gradients = [torch.zeros_like(t) for t in inputs]
     if loss.requires_grad:
         gradients = derivative(loss, inputs, create_graph=True, what=f"the gradient of batch {batch.index}")
-        _require_differentiable(gradients, loss)
     graph = GradientGraph(inputs, gradients)
     return ChainGradient(Chain(nodes, leaves, gradients[0].detach()), graph) if nodes else graph
 
@@ -232,8 +204,6 @@ def output_graph(risk: EmpiricalRisk, batch: Batch, *, forward: bool = True) -> 
 def _pulled(outputs: Tensor, leaves: list[Tensor], cotangent: Tensor) -> list[Tensor] | None:
     """`J^T u`, recorded; None where an operation on the way cannot be differentiated a second time."""
     try:
-        found = derivative(outputs, leaves, cotangent, create_graph=True, what="a product")
-        _require_differentiable(found, outputs)
+        return derivative(outputs, leaves, cotangent, create_graph=True, what="a product")
     except InvalidInputError:
         return None
-    return found

@@ -259,13 +259,14 @@ def _takes_two(count: Callable[..., float]) -> bool:
     Raises:
         InvalidInputError: no function of one or of two arguments.
     """
-    parameters: list[inspect.Parameter] = []
-    with suppress(TypeError, ValueError):  # Not written in Python, or no function.
+    # What is not written in Python may have no signature.
+    parameters = [inspect.Parameter("both", inspect.Parameter.VAR_POSITIONAL)]
+    with suppress(TypeError, ValueError):
         parameters = list(inspect.signature(count).parameters.values())
     places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     needed = sum(p.default is p.empty for p in places)
     named = any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters)
-    most = len(places) if all(p.kind is not p.VAR_POSITIONAL for p in parameters) and parameters else 2
+    most = len(places) if all(p.kind is not p.VAR_POSITIONAL for p in parameters) else 2
     if not callable(count) or named or needed > 2 or most < 1:
         raise InvalidInputError(
             f"count= is a function of a batch, count=lambda x, y: ..., or of the pair, not {count!r}: it says what a "

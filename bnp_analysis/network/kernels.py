@@ -6,15 +6,16 @@ Everything of a user runs inside `explained`: forward, loss, `count=`, and the d
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bnp_analysis.errors import BNPAnalysisError, InvalidInputError
+from bnp_analysis.errors import BNPAnalysisError, InvalidInputError, NoDerivativeError
 
 _OTHERWISE = (
     "Replace it by operations of torch that have one (math attention, unfused recurrent cells, a lookup and a sum for "
@@ -107,13 +108,38 @@ def derivative(
     """
     how = {"allow_unused": True, "materialize_grads": True} | how
     with explained(what):
-        return list(torch.autograd.grad(outputs, inputs, cotangents, **how))
+        found = list(torch.autograd.grad(outputs, inputs, cotangents, **how))
+    if how.get("create_graph"):
+        # What they give back is a constant to torch, or ends in a node that it leaves out: zeros would come back.
+        once = {node.name() for node in nodes_of(outputs) if _once(node)}
+        if once or any(node.name() == "torch::autograd::Error" for node in nodes_of(found)):
+            said = f"one of {', '.join(sorted(once)) or 'its custom operations'} is marked once_differentiable"
+            raise no_derivative(said, second=True, what=what)
+    return found
 
 
-def no_derivative(said: str, *, second: bool, what: str) -> InvalidInputError:
+def nodes_of(tensors: Tensor | Iterable[Tensor]) -> set[torch.autograd.graph.Node]:
+    """The recorded operations behind some tensors."""
+    found: set[torch.autograd.graph.Node] = set()
+    waiting = [t.grad_fn for t in ([tensors] if isinstance(tensors, Tensor) else tensors)]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return found
+
+
+def _once(node: torch.autograd.graph.Node) -> bool:
+    """Whether a custom operation is marked `once_differentiable`, whose wrappers share their code."""
+    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+    return getattr(backward, "__code__", None) is once_differentiable(lambda: None).__code__
+
+
+def no_derivative(said: str, *, second: bool, what: str) -> NoDerivativeError:
     """The error for an operation without a derivative."""
     order = "second derivative" if second else "derivative"
-    return InvalidInputError(
+    return NoDerivativeError(
         f"{what} cannot be computed: an operation of the model or the loss has no {order} in torch: {said}. "
         f"{_OTHERWISE}"
     )

@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.autograd.forward_ad as forward_ad
 from curvature_reference import Problem, numbers, relative, spread
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacfwd, jvp, stack_module_state, vmap
 from torch.func import hessian as second
 from torch.nn import functional as F
@@ -172,7 +172,7 @@ def test_preconditioners_tables_and_null_directions_work(name: str) -> None:
 
 
 def test_rows_are_those_that_the_layer_multiplies() -> None:
-    """One example at a time under vmap: the moments are those of the data, and of what the first layer makes of them."""
+    """One example at a time under vmap: the moments are those of the data and the first layer."""
     x, seen = numbers(9, 2), []
     for how in (laplacian, lambda net, x: net(x)):
         risk = Problem(spread(Inside(how)), F.mse_loss, [(x, numbers(9, 1))]).risk()
