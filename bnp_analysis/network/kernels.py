@@ -27,6 +27,7 @@ _REMEDIES = {
     "Guard failed": "An exported program takes inputs of the sizes it was exported with; export it with dynamic sizes "
     "(torch.export.Dim for the examples), or give the module it was exported from",
 }
+_WRAPPER = once_differentiable(lambda *_: None).__code__
 _REMEDY = "Run model and loss on this batch by themselves, in the dtype of the measurement, to see it happen"
 
 
@@ -133,7 +134,7 @@ def nodes_of(tensors: Tensor | Iterable[Tensor]) -> set[torch.autograd.graph.Nod
 def _once(node: torch.autograd.graph.Node) -> bool:
     """Whether a custom operation is marked `once_differentiable`, whose wrappers share their code."""
     backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
-    return getattr(backward, "__code__", None) is once_differentiable(lambda: None).__code__
+    return getattr(backward, "__code__", None) is _WRAPPER
 
 
 def no_derivative(said: str, *, second: bool, what: str) -> NoDerivativeError:
