@@ -15,6 +15,10 @@ class InvalidInputError(BNPAnalysisError, ValueError):
     """An argument has the wrong shape, type, dtype or value."""
 
 
+class NoDerivativeError(InvalidInputError):
+    """An operation of the model or the loss has no derivative of the order that a computation needs."""
+
+
 class NonFiniteError(BNPAnalysisError, ValueError):
     """NaN or infinity in data, parameters, a loss, or a product."""
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from bnp_analysis.network.kernels import explained
+from bnp_analysis.network.kernels import derivative, explained
 
 Node = Any  # of autograd: what it saves has no types
 
@@ -146,7 +146,7 @@ class Chain:
         return [found[k] if k in found else torch.zeros_like(leaf) for k, leaf in enumerate(self._leaves)]
 
 
-@explained()
+@explained("the products of a chain of layers")
 def read_chain(outputs: Tensor, leaves: Sequence[Tensor]) -> list[Node]:
     """The recorded nodes from the outputs down to the first, if they are one chain; else none."""
     nodes: list[Node] = []
@@ -198,7 +198,8 @@ def _bend(node: Node, g: Tensor | None) -> tuple[Bend, Tensor | None]:
     if node.name() in _STRAIGHT:
         return Bend(node, shape, None), node(g).detach()
     below, before = node(g), GradientEdge(*node.next_functions[0])
-    (curve,) = torch.autograd.grad(below, before, below.new_ones(()).expand(shape), retain_graph=True)
+    cotangent = below.new_ones(()).expand(shape)
+    (curve,) = derivative(below, before, cotangent, retain_graph=True, what="the curvature of an activation")
     return Bend(node, shape, curve), below.detach()
 
 

@@ -12,7 +12,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
+
+from bnp_analysis.network.watching import transformed
 
 # stride, padding, dilation, transposed, output padding, groups
 Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
@@ -23,12 +26,18 @@ class TwiceDifferentiable(TorchFunctionMode):
     """Convolutions called inside are computed by `Convolution`, with the same values.
 
     Args:
-        linear: the gradient will be differentiated in its cotangent alone, as Jacobian products do.
+        linear: the gradient, taken outside, will be differentiated in its cotangent alone, as Jacobian products do.
+            A gradient taken inside, by the model itself, keeps all its derivatives.
     """
 
     def __init__(self, *, linear: bool = False) -> None:
         super().__init__()
         self._linear = linear
+        self.constant = False
+
+    def __exit__(self, *error: Any) -> None:
+        self.constant = self._linear
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self,
@@ -39,7 +48,7 @@ class TwiceDifferentiable(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _PLACES and (taken := _arguments(_PLACES[func], *args, **kwargs)) is not None:
-            return Convolution.apply(*taken, self._linear)  # type: ignore[no-untyped-call]
+            return Convolution.apply(*taken, self)  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
@@ -53,8 +62,12 @@ def _arguments(
     dilation: Any = 1,
     groups: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor | None, Geometry] | None:
-    """The arguments in one form; None for what is left to torch: padding by name, no batch, tensors of other kinds."""
-    plain = all(type(t) in (Tensor, nn.Parameter) for t in (input, weight))
+    """The arguments in one form; None for what is left to torch.
+
+    Padding by name, no batch, tensors of other kinds, derivatives by `torch.func` or forwards.
+    """
+    plain = all(type(t) in (Tensor, nn.Parameter) and not transformed(t) for t in (input, weight))
+    plain = plain and forward_ad._current_level < 0
     if isinstance(padding, str) or not plain or input.ndim != places + 2:
         return None
     stride, padding, dilation = ([a] * places if isinstance(a, int) else list(a) for a in (stride, padding, dilation))
@@ -75,18 +88,18 @@ class Convolution(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, w: Tensor, b: Tensor | None, geometry: Geometry, linear: bool) -> Tensor:
+    def forward(x: Tensor, w: Tensor, b: Tensor | None, geometry: Geometry, within: TwiceDifferentiable) -> Tensor:
         return torch.convolution(x, w, b, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, w, _, ctx.geometry, ctx.linear = inputs
+        x, w, _, ctx.geometry, ctx.within = inputs
         ctx.save_for_backward(x, w)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
         x, w = ctx.saved_tensors
-        if ctx.linear:
+        if ctx.within.constant:
             x, w = x.detach(), w.detach()
         found = Pullback.apply(cotangents[0], x, w, ctx.geometry, ctx.needs_input_grad[:3])  # type: ignore[no-untyped-call]
         return *found, None, None

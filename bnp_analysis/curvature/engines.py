@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from bnp_analysis.curvature.products import saved_tensors
 from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.errors import InvalidInputError, MemoryLimitError
 from bnp_analysis.linalg.memory import available_memory
 from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.network.watching import transformed
 
 G = TypeVar("G")
 ENGINES = ("auto", "retained", "recompute")
@@ -89,6 +91,10 @@ class Engine(Generic[G]):
         self._risk, self._build = risk, build
         self._kept: list[G] = []
         self._plan: Plan | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Graphs belong to this process: a copy records its own.
+        return vars(self) | {"_kept": []}
 
     @property
     def plan(self) -> Plan:
@@ -233,6 +239,8 @@ def _saved_bytes(
 
     def pack(t: Tensor) -> Tensor:
         nonlocal total
+        if transformed(t) or t._is_zerotensor():  # Nothing of their own: the tensor inside is counted; zeros by rule.
+            return t.detach()
         storage = t.untyped_storage()
         given = storage.data_ptr() in data
         ref = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
@@ -243,8 +251,16 @@ def _saved_bytes(
             raise _Exceeded
         return t.detach()  # an output that its own node holds would keep the graph alive for ever
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            graph = build(risk, batch)
+    except InvalidInputError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+        # The transforms of torch.func refuse to be watched while they record.
         graph = build(risk, batch)
+        for t in saved_tensors(graph):
+            pack(t)
     for part in graph if isinstance(graph, tuple) else (graph,):
         for t in getattr(part, "held", ()):
             pack(t)

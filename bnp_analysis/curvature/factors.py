@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.curvature.engines import Engine, Plan, tensors_of_columns
-from bnp_analysis.curvature.products import OutputGraph, output_graph
+from bnp_analysis.curvature.output_curvature import from_rows, to_rows
+from bnp_analysis.curvature.products import TOGETHER, OutputGraph, output_graph
 from bnp_analysis.distributed.nested import tensors_of
+from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.kernels import recording
@@ -20,16 +22,18 @@ from bnp_analysis.network.risk import EmpiricalRisk
 
 # Rows of a Jacobian are pulled back for a few examples at a time: the cost of one row is that of its slice.
 _SLICE = 8
-# At most this many numbers of cotangents are pulled back together.
-_TOGETHER = 2**22
 
 
 @dataclass(frozen=True)
 class Root:
-    """The output-side rows of a batch, `(rows, r, K)` for `rows * K` outputs, whose first dimension is `leading`."""
+    """The output-side rows of a batch, `(rows, r, K)` for `rows * K` outputs, whose first dimension is `leading`.
+
+    The `K` outputs of a row lie along their `axis`, the last where they are all of an example.
+    """
 
     rows: Tensor
     leading: int
+    axis: int = -1
 
     def per_example(self, batch: Batch) -> int | None:
         """Rows of one example, where the outputs list examples in the order of the batch; else None."""
@@ -102,7 +106,7 @@ class JacobianFactor(LinearOperator):
         def project(graph: OutputGraph, b: int, retain: bool) -> None:
             for k, v in enumerate(vectors):
                 image = graph.jvp(v, retain=retain or k + 1 < len(vectors))
-                product[ends[b] - self._rows[b] : ends[b], k] = _project(self._roots[b].rows, image) * graph.weight**0.5
+                product[ends[b] - self._rows[b] : ends[b], k] = _project(self._roots[b], image) * graph.weight**0.5
 
         self._engine.each(project)
         return product
@@ -113,7 +117,7 @@ class JacobianFactor(LinearOperator):
 
         def pull(graph: OutputGraph, b: int, k: int, retain: bool) -> list[Tensor]:
             part = y[ends[b] - self._rows[b] : ends[b], k]
-            u = _cotangent(self._roots[b].rows, part * graph.weight**0.5, graph)
+            u = _cotangent(self._roots[b], part * graph.weight**0.5, graph)
             return graph.vjp(u, retain=retain)
 
         return self._engine.total(y.shape[1], pull)
@@ -135,53 +139,69 @@ class JacobianFactor(LinearOperator):
     def _own_blocks(self) -> Iterator[Tensor]:
         for batch, root in zip(self._risk.batches, self._roots, strict=True):
             weight = (batch.count / self._risk.batches.total) ** 0.5
-            for part, rows in _slices(batch, root, self._risk.coupled):
-                yield jacobian_rows(self._risk, part, rows) * weight
+            for rows in rows_of_batch(self._risk, batch, root):
+                yield rows * weight
 
 
-def _slices(batch: Batch, root: Root, coupled: bool) -> list[tuple[Batch, Tensor]]:
-    """The batch and its root cut into small ones where examples are independent, else whole."""
+def rows_of_batch(risk: EmpiricalRisk, batch: Batch, root: Root) -> Iterator[Tensor]:
+    """The rows `R_j[i] . J_j` of a batch, `(N r, n)`, a few examples at a time where they are independent."""
+    for part, rows in _slices(batch, root, risk.coupled):
+        try:
+            yield _jacobian_rows(risk, part, replace(root, rows=root.rows[rows]))
+        except InvalidInputError:
+            if part is batch:
+                raise
+            # Made for one size of batch.
+            yield _jacobian_rows(risk, batch, root, rows)
+
+
+def _slices(batch: Batch, root: Root, coupled: bool) -> list[tuple[Batch, slice]]:
+    """The batch cut into small ones where examples are independent, else whole; and their rows of the root."""
     each = root.per_example(batch)
     if coupled or each is None or slice_batch(batch, 0, 1) is None:
-        return [(batch, root.rows)]
+        return [(batch, slice(0, root.rows.shape[0]))]
     cuts = range(0, root.leading, _SLICE)
     return [
-        (part, root.rows[first * each : (first + _SLICE) * each])
+        (part, slice(first * each, min((first + _SLICE) * each, root.rows.shape[0])))
         for first in cuts
         if (part := slice_batch(batch, first, first + _SLICE)) is not None
     ]
 
 
-def jacobian_rows(risk: EmpiricalRisk, batch: Batch, root: Tensor) -> Tensor:
-    """The rows `R_j[i] . J_j` of a batch, `(N r, n)`, by batched backward passes."""
+def _jacobian_rows(risk: EmpiricalRisk, batch: Batch, root: Root, only: slice = slice(None)) -> Tensor:
+    """The rows of a batch, or only those of some `j`, by batched backward passes."""
     graph = output_graph(risk, batch, forward=False)
-    count, width, _ = root.shape
-    flat = root.reshape(count * width, -1)
-    owner = torch.arange(count, device=root.device).repeat_interleave(width)
-    dense = root.new_empty(count * width, risk.space.dim)
-    step = max(1, _TOGETHER // max(graph.outputs.numel(), 1))
-    for begin in range(0, count * width, step):
-        end = min(begin + step, count * width)
-        cotangents = root.new_zeros(end - begin, count, root.shape[2])
-        cotangents[torch.arange(end - begin, device=root.device), owner[begin:end]] = flat[begin:end]
-        parts = graph.vjp_rows(cotangents.reshape(end - begin, *graph.outputs.shape))
+    R = root.rows
+    count, width, _ = R.shape
+    flat = R[only].reshape(-1, R.shape[2])
+    owner = torch.arange(count, device=R.device)[only].repeat_interleave(width)
+    dense = R.new_empty(len(flat), risk.space.dim)
+    step = max(1, TOGETHER // max(graph.outputs.numel(), 1))
+    for begin in range(0, len(flat), step):
+        end = min(begin + step, len(flat))
+        cotangents = R.new_zeros(end - begin, count, R.shape[2])
+        cotangents[torch.arange(end - begin, device=R.device), owner[begin:end]] = flat[begin:end]
+        stack = torch.Size((end - begin, *graph.outputs.shape))
+        parts = graph.vjp_rows(from_rows(cotangents, stack, root.axis + (root.axis >= 0)))
         dense[begin:end] = torch.cat([part.reshape(end - begin, -1) for part in parts], dim=1)
     return dense
 
 
-def _project(root: Tensor, outputs: Tensor) -> Tensor:
+def _project(root: Root, outputs: Tensor) -> Tensor:
     """`R_j . out_j`, flattened over examples and rows."""
-    return torch.einsum("nrk,nk->nr", root, outputs.reshape(root.shape[0], -1)).reshape(-1)
+    rows = to_rows(outputs, root.rows.shape[2], root.axis)
+    return torch.einsum("nrk,nk->nr", root.rows, rows).reshape(-1)
 
 
-def _cotangent(root: Tensor, y: Tensor, graph: OutputGraph) -> Tensor:
+def _cotangent(root: Root, y: Tensor, graph: OutputGraph) -> Tensor:
     """`R_j^T y_j` in the shape of the outputs."""
-    return torch.einsum("nrk,nr->nk", root, y.reshape(root.shape[:2])).reshape(graph.outputs.shape)
+    rows = torch.einsum("nrk,nr->nk", root.rows, y.reshape(root.rows.shape[:2]))
+    return from_rows(rows, graph.outputs.shape, root.axis)
 
 
 @recording()
 def batch_roots(
-    risk: EmpiricalRisk, make: Callable[[EmpiricalRisk, Batch, Tensor], tuple[Tensor, int] | None]
+    risk: EmpiricalRisk, make: Callable[[EmpiricalRisk, Batch, Tensor], tuple[Root, int] | None]
 ) -> tuple[list[Root], int] | None:
     """`make(risk, batch, outputs)` for this process's batches, their ranks added up; None where any batch has none.
 
@@ -199,7 +219,7 @@ def batch_roots(
 
 
 def _own_roots(
-    risk: EmpiricalRisk, make: Callable[[EmpiricalRisk, Batch, Tensor], tuple[Tensor, int] | None]
+    risk: EmpiricalRisk, make: Callable[[EmpiricalRisk, Batch, Tensor], tuple[Root, int] | None]
 ) -> tuple[list[Root], int] | None:
     roots, rank = [], 0
     tensors = risk.space.unflatten(risk.theta)
@@ -209,6 +229,6 @@ def _own_roots(
         made = make(risk, batch, outputs)
         if made is None:
             return None
-        roots.append(Root(made[0], outputs.shape[0]))
+        roots.append(made[0])
         rank += made[1]
     return roots, rank

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bnp_analysis.curvature.blocks import restricted
 from bnp_analysis.curvature.engines import Plan
-from bnp_analysis.curvature.factors import JacobianFactor, batch_roots
+from bnp_analysis.curvature.factors import JacobianFactor, Root, batch_roots
 from bnp_analysis.curvature.output_curvature import loss_gradient, output_root
 from bnp_analysis.distributed import over_processes
 from bnp_analysis.distributed.nested import tensors_of
@@ -22,7 +22,7 @@ from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.purity import is_mean
 from bnp_analysis.network.risk import EmpiricalRisk
 
-Make = Callable[[EmpiricalRisk, Batch, Tensor], tuple[Tensor, int] | None]
+Make = Callable[[EmpiricalRisk, Batch, Tensor], tuple[Root, int] | None]
 KINDS = ("mc", "empirical")
 
 
@@ -112,7 +112,7 @@ def fisher(
     return restricted(risk, block, lambda r: Fisher(r, _sampler(samples, seed), engine, max_memory))
 
 
-def _empirical(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> tuple[Tensor, int] | None:
+def _empirical(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> tuple[Root, int] | None:
     """Row `j` is `sqrt(w_j) dl_j/df_j`, with `dL/df_j = w_j dl_j/df_j`: an example's own gradient, its share `w_j`."""
     if is_mean(risk, batch) is False:
         raise InvalidInputError("the loss is not a mean over the batch, so an example has no gradient of its own")
@@ -120,7 +120,7 @@ def _empirical(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> tuple[Tens
     count = outputs.shape[0]
     shares = _shares(risk, batch, outputs).clamp_min(torch.finfo(g.dtype).tiny)
     root = g.detach().reshape(count, 1, -1) / shares.to(g).sqrt().view(-1, 1, 1)
-    return root, count
+    return Root(root, count), count
 
 
 def _shares(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def _sampler(samples: int, seed: int) -> Make:
     generator(seed)  # refuses what is no seed
     seen = 0
 
-    def draw(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> tuple[Tensor, int] | None:
+    def draw(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> tuple[Root, int] | None:
         nonlocal seen
         begin, size = risk.batches.before + seen, tensors_of(batch.x)[0].shape[0]
         seen += size
@@ -165,6 +165,6 @@ def _sampler(samples: int, seed: int) -> Make:
                 "no distribution is known for this loss: it is neither softmax cross-entropy nor of a diagonal output "
                 "Hessian. Use kind='empirical', or gauss_newton, which needs none"
             )
-        return root, count * min(samples, width)
+        return Root(root, outputs.shape[0], found.axis), count * min(samples, width)
 
     return draw

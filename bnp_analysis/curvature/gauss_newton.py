@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bnp_analysis.curvature.blocks import restricted
 from bnp_analysis.curvature.engines import Engine, Plan, tensors_of_columns
-from bnp_analysis.curvature.factors import JacobianFactor, batch_roots
+from bnp_analysis.curvature.factors import JacobianFactor, Root, batch_roots
 from bnp_analysis.curvature.output_curvature import hessian_product, loss_gradient, output_root
 from bnp_analysis.curvature.products import OutputGraph, output_graph
 from bnp_analysis.distributed import over_processes
@@ -48,9 +48,9 @@ class GaussNewton(SymmetricOperator):
     def factor(self) -> LinearOperator | None:
         """`F = S^(1/2) J`, where the loss is convex and separate over examples in the outputs."""
 
-        def make(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> tuple[Tensor, int] | None:
+        def make(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> tuple[Root, int] | None:
             found = output_root(risk, batch, outputs, positions=True)
-            return None if found is None else (found.root, found.rank)
+            return None if found is None else (Root(found.root, outputs.shape[0], found.axis), found.rank)
 
         made = batch_roots(self._risk, make)
         return None if made is None else JacobianFactor(self._risk, *made, self._engine.name, self._engine.max_memory)

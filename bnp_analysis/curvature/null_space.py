@@ -197,7 +197,7 @@ def _counted(risk: EmpiricalRisk) -> list[Tensor | None] | None:
             found.append(None)
         else:
             certain = (root.probabilities.max(dim=1).values == 1).logical_or(root.scale != 0)
-            found.append(certain.unsqueeze(1).expand(root.probabilities.shape).reshape(outputs.shape))
+            found.append(root.in_outputs(certain.unsqueeze(1).expand(root.probabilities.shape), outputs.shape))
     # A loss without any curvature looks at nothing; its network is read as for another loss.
     return found if any(counted is None or bool(counted.any()) for counted in found) else None
 

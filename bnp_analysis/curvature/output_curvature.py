@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from bnp_analysis.distributed.nested import tensors_of
+from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.batches import Batch
-from bnp_analysis.network.kernels import recording
+from bnp_analysis.network.kernels import derivative, recording
 from bnp_analysis.network.risk import EmpiricalRisk
 
 # Beyond this many numbers the per-example matrices are not formed.
@@ -20,7 +23,7 @@ class OutputRoot:
     """A square root of the output Hessian: `S_j = root_j^T root_j` for each row of outputs that the loss treats alone.
 
     A row is an example's; with `positions` one position's, where the loss is a sum over them. Rows keep the order of
-    the outputs.
+    the outputs, with `axis`, along which they run, moved to the end.
 
     Attributes:
         root: `(rows, r, K)` for `K` outputs per row.
@@ -28,6 +31,7 @@ class OutputRoot:
         kind: `"softmax"`, `"diagonal"` or `"general"`.
         probabilities: `(rows, K)`, softmax only: the model's distribution.
         scale: `(rows,)`, softmax only: the weight of each row.
+        axis: of the outputs, along which a row runs: the last, or that of the classes in `(N, C, ...)`.
     """
 
     root: Tensor
@@ -35,6 +39,23 @@ class OutputRoot:
     kind: str
     probabilities: Tensor | None = None
     scale: Tensor | None = None
+    axis: int = -1
+
+    def in_outputs(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """`(rows, K)` in the shape of the outputs."""
+        return from_rows(rows, shape, self.axis)
+
+
+def to_rows(outputs: Tensor, width: int, axis: int) -> Tensor:
+    """Outputs as `(rows, width)`, a row along `axis`."""
+    return outputs.movedim(axis, -1).reshape(-1, width)
+
+
+def from_rows(rows: Tensor, shape: torch.Size, axis: int) -> Tensor:
+    """The inverse of `to_rows`."""
+    sizes = list(shape)
+    sizes.append(sizes.pop(axis))
+    return rows.reshape(sizes).movedim(-1, axis)
 
 
 @recording()
@@ -44,22 +65,22 @@ def loss_gradient(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> tuple[T
     loss = risk.batch_loss(z, batch)
     if not loss.requires_grad:
         return z, torch.zeros_like(z)
-    (g,) = torch.autograd.grad(loss, z, create_graph=True, allow_unused=True, materialize_grads=True)
-    return z, g
+    what = f"the gradient of the loss of batch {batch.index} in the outputs"
+    return z, derivative(loss, z, create_graph=True, what=what)[0]
 
 
 def hessian_product(z: Tensor, g: Tensor, v: Tensor) -> Tensor:
     """The Hessian of the batch loss in the outputs times `v`, from `loss_gradient`."""
     if not g.requires_grad:
         return torch.zeros_like(z)
-    return torch.autograd.grad(g, z, v, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
+    return derivative(g, z, v, retain_graph=True, what="the curvature of the loss in the outputs")[0]
 
 
 def output_root(risk: EmpiricalRisk, batch: Batch, outputs: Tensor, *, positions: bool = False) -> OutputRoot | None:
     """The square root of the output Hessian of a batch; None if examples are coupled, or it is not convex.
 
-    With `positions`, rows of outputs `(N, ..., K)` are positions (tokens, pixels) where the loss treats them alone:
-    smaller blocks, and the softmax form for each.
+    With `positions`, rows of outputs `(N, ..., K)` or `(N, K, ...)` are positions (tokens, pixels) where the loss
+    treats them alone: smaller blocks, and the softmax form for each.
 
     Softmax cross-entropy has the closed form `diag(sqrt p)(I - e p^T)`, whose zero singular value is exact in
     structure; the eigenvalue square root would turn it into a spurious tiny one (T13). It is recognized by its
@@ -68,40 +89,61 @@ def output_root(risk: EmpiricalRisk, batch: Batch, outputs: Tensor, *, positions
     if outputs.ndim == 0 or outputs.numel() == 0:
         return None
     z, g = loss_gradient(risk, batch, outputs)
-    widths = [outputs[0].numel()]
+    layouts = [(outputs[0].numel(), -1)]
     if positions and outputs.ndim > 2:
-        widths.insert(0, outputs.shape[-1])
-    for width in widths:
-        S = _row_hessians(z, g, width)
+        layouts = [(outputs.shape[-1], -1), (outputs.shape[1], 1), *layouts]
+    for width, axis in layouts:
+        S = _row_hessians(z, g, width, axis)
         if S is not None:
-            return _row_roots(outputs.detach().reshape(-1, width), S)
+            found = _row_roots(to_rows(outputs.detach(), width, axis), S)
+            return None if found is None else replace(found, axis=axis)
     return None
 
 
-def _row_hessians(z: Tensor, g: Tensor, width: int) -> Tensor | None:
+def root_cotangents(risk: EmpiricalRisk, batch: Batch, outputs: Tensor, needed: str) -> Iterator[Tensor]:
+    """Rows of the root of the output Hessian, those together that share no activation: of different examples.
+
+    Raises:
+        InvalidInputError: there is no root; `needed` says for what there should be one.
+    """
+    found = output_root(risk, batch, outputs.detach(), positions=True)
+    if found is None:
+        raise InvalidInputError(needed)
+    examples = tensors_of(batch.x)[0].shape[0]
+    apart = not risk.coupled and outputs.shape[0] == examples
+    width = found.root.shape[1]
+    root = found.root.reshape(examples if apart else 1, -1, width, found.root.shape[2])
+    for position in range(root.shape[1]):
+        for r in range(width):
+            cotangent = torch.zeros_like(root[:, :, 0])
+            cotangent[:, position] = root[:, position, r]
+            yield found.in_outputs(cotangent, outputs.shape)
+
+
+def _row_hessians(z: Tensor, g: Tensor, width: int, axis: int) -> Tensor | None:
     """The Hessian in each row of `width` outputs, `(rows, width, width)`; None if rows are coupled."""
     count = z.numel() // width
-    if count * width * width > _LIMIT:
+    if count * width * width > _LIMIT or _coupled(z, g, count, axis):
         return None
     columns = []
     for c in range(width):
         onehot = z.new_zeros(count, width)
         onehot[:, c] = 1.0
-        columns.append(hessian_product(z, g, onehot.view_as(z)).reshape(count, width))
-    S = torch.stack(columns, dim=2)
-    return None if _coupled(z, g, count) else S
+        columns.append(to_rows(hessian_product(z, g, from_rows(onehot, z.shape, axis)), width, axis))
+    return torch.stack(columns, dim=2)
 
 
-def _coupled(z: Tensor, g: Tensor, count: int) -> bool:
+def _coupled(z: Tensor, g: Tensor, count: int, axis: int) -> bool:
     """Whether some row of outputs bends the loss in another one: between separate rows products are exactly zero.
 
     Rows are split by each binary digit of their index, so any two are on different sides of one of the splits.
     """
     probe = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
-    index = torch.arange(count, device=z.device)
+    index, width = torch.arange(count, device=z.device), z.numel() // count
     for bit in range((count - 1).bit_length()):
         side = ((index >> bit) & 1).bool().view(count, 1)
-        image = hessian_product(z, g, (probe.reshape(count, -1) * side).view_as(z)).reshape(count, -1).abs()
+        half = from_rows(to_rows(probe, width, axis) * side, z.shape, axis)
+        image = to_rows(hessian_product(z, g, half), width, axis).abs()
         if float((image * ~side).max()) > torch.finfo(z.dtype).eps * float(image.max()):
             return True
     return False

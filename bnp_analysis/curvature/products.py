@@ -9,7 +9,7 @@ freed on the way. Where the outputs are a chain of dense layers, both are writte
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -17,11 +17,15 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.curvature.chains import Chain, read_chain
-from bnp_analysis.curvature.convolutions import Convolution, TwiceDifferentiable
+from bnp_analysis.curvature.convolutions import TwiceDifferentiable
+from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.batches import Batch
-from bnp_analysis.network.kernels import explained, not_twice, recording
+from bnp_analysis.network.kernels import derivative, nodes_of, recording
 from bnp_analysis.network.risk import EmpiricalRisk
+
+# At most this many numbers of cotangents are pulled back together.
+TOGETHER = 2**22
 
 
 @dataclass(frozen=True)
@@ -62,16 +66,19 @@ class ChainGradient:
         return self.chain.product(v, lambda u: self.loss.product([u], retain=retain)[0])
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class OutputGraph:
-    """The recorded outputs `f` of a batch, and `u -> J^T u` as a recorded function of `u`; or both as a chain."""
+    """The recorded outputs `f` of a batch, and `u -> J^T u` as a recorded function of `u`; or both as a chain.
+
+    Where an operation has a first derivative only, nothing is `pulled`: `J v` is formed from the rows of `J`.
+    """
 
     batch: Batch
     weight: float
     leaves: list[Tensor]
     outputs: Tensor
     cotangent: Tensor
-    pulled: list[Tensor]
+    pulled: list[Tensor] | None
     chain: Chain | None = None
 
     @property
@@ -83,10 +90,31 @@ class OutputGraph:
         """`J v`, in the shape of the outputs."""
         if self.chain is not None:
             return self.chain.jvp(v)
+        if self.pulled is None:
+            return self._by_rows(v)
         pairs = [(g, w) for g, w in zip(self.pulled, v, strict=True) if g.requires_grad]
         if not pairs:
             return torch.zeros_like(self.outputs)
-        return backward([g for g, _ in pairs], [self.cotangent], [w for _, w in pairs], retain=retain)[0]
+        try:
+            return backward([g for g, _ in pairs], [self.cotangent], [w for _, w in pairs], retain=retain)[0]
+        except InvalidInputError:
+            # Torch finds out what has no formula when it gets there.
+            self.pulled = None
+            return self._by_rows(v)
+
+    def _by_rows(self, v: list[Tensor]) -> Tensor:
+        count = self.outputs.numel()
+        image = self.outputs.new_empty(count)
+        step = max(1, TOGETHER // max(count, sum(t.numel() for t in v)))
+        for begin in range(0, count, step):
+            rows = torch.arange(begin, min(begin + step, count), device=image.device)
+            cotangents = image.new_zeros(len(rows), count)
+            cotangents[rows - begin, rows] = 1.0
+            parts = self.vjp_rows(cotangents.view(-1, *self.outputs.shape))
+            image[rows] = sum(
+                (p.flatten(1) @ t.reshape(-1) for p, t in zip(parts, v, strict=True)), image.new_zeros(())
+            )
+        return image.view(self.outputs.shape)
 
     def vjp(self, u: Tensor, *, retain: bool = True) -> list[Tensor]:
         """`J^T u`, per tensor."""
@@ -117,39 +145,21 @@ def backward(
     retain: bool = True,
 ) -> list[Tensor]:
     """`torch.autograd.grad` on a recorded graph; zero where an input is unused."""
-    with explained():
-        found = torch.autograd.grad(
-            outputs, inputs, cotangents, retain_graph=retain, allow_unused=True, is_grads_batched=batched
-        )
+    how = {"retain_graph": retain, "is_grads_batched": batched, "materialize_grads": False}
+    found = derivative(outputs, inputs, cotangents, what="a product", **how)
     # Not materialize_grads: its zeros for unused inputs forget the batch of cotangents.
     lead = cotangents[0].shape[:1] if batched else ()
     return [t.new_zeros(*lead, *t.shape) if g is None else g for g, t in zip(found, inputs, strict=True)]
 
 
-def _require_differentiable(gradients: Iterable[Tensor], outputs: Tensor) -> None:
-    """Refuse gradients that end in a node which only raises: torch leaves it out, and zeros would come back.
-
-    `once_differentiable` puts such nodes behind what custom operations give back.
-    """
-    if any(node.name() == "torch::autograd::Error" for node in _nodes(gradients)):
-        custom = {
-            node.name()
-            for node in _nodes([outputs])
-            if isinstance(node, torch.autograd.function.BackwardCFunction)
-            and getattr(node, "_forward_cls", None) is not Convolution
-        }
-        raise not_twice(f"one of {', '.join(sorted(custom))} is marked once_differentiable.")
-
-
-def _nodes(tensors: Iterable[Tensor]) -> set[torch.autograd.graph.Node]:
-    found: set[torch.autograd.graph.Node] = set()
-    waiting = [t.grad_fn for t in tensors]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            waiting += [following for following, _ in node.next_functions]
-    return found
+def saved_tensors(graph: object) -> Iterator[Tensor]:
+    """What the nodes hold behind the tensors of a recorded graph, as far as they show it."""
+    parts = graph if isinstance(graph, tuple) else (graph,)
+    roots = tensors_of([part if isinstance(part, Tensor) else list(vars(part).values()) for part in parts])
+    for node in nodes_of(roots):
+        for name in dir(node):
+            if name.startswith("_saved_") and isinstance(value := getattr(node, name), Tensor):
+                yield value
 
 
 @recording()
@@ -168,10 +178,7 @@ def gradient_graph(risk: EmpiricalRisk, batch: Batch) -> GradientGraph | ChainGr
         loss = risk.batch_loss(outputs, batch) * (batch.count / risk.batches.total)
     gradients = [torch.zeros_like(t) for t in inputs]
     if loss.requires_grad:
-        with explained():
-            found = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True, materialize_grads=True)
-        gradients = list(found)
-        _require_differentiable(gradients, loss)
+        gradients = derivative(loss, inputs, create_graph=True, what=f"the gradient of batch {batch.index}")
     graph = GradientGraph(inputs, gradients)
     return ChainGradient(Chain(nodes, leaves, gradients[0].detach()), graph) if nodes else graph
 
@@ -188,13 +195,15 @@ def output_graph(risk: EmpiricalRisk, batch: Batch, *, forward: bool = True) -> 
         outputs = outputs.detach()
         return OutputGraph(batch, weight, leaves, outputs, outputs.new_zeros(0), [], Chain(nodes, leaves))
     cotangent = torch.zeros_like(outputs, requires_grad=True)
-    pulled = [torch.zeros_like(t) for t in leaves]
+    pulled: list[Tensor] | None = [torch.zeros_like(t) for t in leaves]
     if forward and outputs.requires_grad:
-        with explained():
-            pulled = list(
-                torch.autograd.grad(
-                    outputs, leaves, cotangent, create_graph=True, allow_unused=True, materialize_grads=True
-                )
-            )
-        _require_differentiable(pulled, outputs)
+        pulled = _pulled(outputs, leaves, cotangent)
     return OutputGraph(batch, weight, leaves, outputs, cotangent, pulled)
+
+
+def _pulled(outputs: Tensor, leaves: list[Tensor], cotangent: Tensor) -> list[Tensor] | None:
+    """`J^T u`, recorded; None where an operation on the way cannot be differentiated a second time."""
+    try:
+        return derivative(outputs, leaves, cotangent, create_graph=True, what="a product")
+    except InvalidInputError:
+        return None

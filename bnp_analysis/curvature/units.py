@@ -24,7 +24,8 @@ from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.linalg.spectra.null import SomeNullDirections
 from bnp_analysis.network.candidates import Part
 from bnp_analysis.network.dependencies import null_vectors
-from bnp_analysis.network.layers import Coverage, Layer
+from bnp_analysis.network.kernels import derivative
+from bnp_analysis.network.layers import Coverage, Layer, products_only
 from bnp_analysis.network.risk import EmpiricalRisk
 
 # Numbers in the rows of a layer's factor that are formed together.
@@ -180,10 +181,13 @@ def _own_rows(risk: EmpiricalRisk, layers: list[Layer]) -> dict[str, _Own]:
     cotangents: dict[str, list[Tensor]] = {name: [] for name in dense}
     kept, rank = risk.group.size == 1, 0
     for batch in risk.batches:
-        outputs, seen = risk.record(batch, dense)
+        leaves = risk.leaves()
+        outputs, seen = risk.record(batch, dense, leaves)
         found = output_root(risk, batch, outputs.detach())
         examples = tensors_of(batch.x)[0].shape[0]
         dense = {name: layer for name, layer in dense.items() if _simple(seen[name], examples)}
+        alone = products_only(dense.values(), leaves, outputs, seen)
+        dense = {name: layer for name, layer in dense.items() if name in alone}
         if found is None or not dense or found.root.shape[0] != examples:
             return {}
         activations = [seen[name][0][1] for name in dense]
@@ -194,14 +198,8 @@ def _own_rows(risk: EmpiricalRisk, layers: list[Layer]) -> dict[str, _Own]:
         squares = [torch.zeros_like(a) for a in activations]
         weight = batch.count / risk.batches.total
         for r in range(found.root.shape[1]):
-            grads = torch.autograd.grad(
-                outputs,
-                activations,
-                weight**0.5 * found.root[:, r].reshape(outputs.shape),
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            cotangent = weight**0.5 * found.root[:, r].reshape(outputs.shape)
+            grads = derivative(outputs, activations, cotangent, retain_graph=True, what="the rows of units")
             squares = [total + g.detach().square() for total, g in zip(squares, grads, strict=True)]
             for one, g in zip(pulled, grads, strict=True):
                 one.extend([g.detach()] if kept else [])

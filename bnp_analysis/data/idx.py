@@ -20,7 +20,7 @@ def parse_idx(content: bytes, source: str = "IDX data") -> npt.NDArray[np.generi
         source: what to call it in an error.
 
     Returns:
-        A read-only array of the stored shape and type.
+        A read-only array of the stored shape and type, in the byte order of this machine.
 
     Raises:
         InvalidInputError: if the magic number, the sizes or the length do not agree.
@@ -45,4 +45,6 @@ def parse_idx(content: bytes, source: str = "IDX data") -> npt.NDArray[np.generi
             f"{source} has {len(content)} bytes, but its IDX header announces shape {shape} of {dtype.name}, "
             f"which is {expected} bytes"
         )
-    return np.frombuffer(content, dtype, offset=header).reshape(shape)
+    array = np.frombuffer(content, dtype, offset=header).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
+    array.flags.writeable = False
+    return array

@@ -25,7 +25,8 @@ class LayerRow(Result):
         unit_blocks, unit_blocks_with_P: `kappa*` of every unit's block without and with `P`; None for a dead unit, and
             where `P` couples the units of a layer.
         block, block_with_P: `kappa*` of the layer's block without and with `P`; None for a layer without curvature.
-        is_hessian: whether the Gauss-Newton blocks equal the Hessian's here (T1'), tested by one product.
+        is_hessian: whether the Gauss-Newton blocks equal the Hessian's here (T1'), tested by one product;
+            None where an operation has no second derivative.
     """
 
     layer: str
@@ -42,7 +43,7 @@ class LayerRow(Result):
     unit_blocks_with_P: tuple[ConditionNumber | None, ...]
     block: ConditionNumber | None
     block_with_P: ConditionNumber | None
-    is_hessian: bool
+    is_hessian: bool | None
 
     @property
     def dead(self) -> int:
@@ -92,7 +93,7 @@ class LayerTable(Result):
                 "dead": row.dead,
                 "layer k*": cell(row.block),
                 "layer k* with P": cell(row.block_with_P),
-                "Hessian": "yes" if row.is_hessian else "no",
+                "Hessian": {True: "yes", False: "no", None: "unknown"}[row.is_hessian],
             }
             for row in self.layers
         ]

@@ -15,7 +15,7 @@ from bnp_analysis.curvature.units import unit_blocks
 from bnp_analysis.diagnose.blocks import block_numbers, known_null, pair
 from bnp_analysis.diagnose.price import MOST_WORK, require_work, table_work
 from bnp_analysis.diagnose.tables import Comparison, LayerRow, LayerTable
-from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.errors import InvalidInputError, NoDerivativeError
 from bnp_analysis.linalg import (
     ConditionNumber,
     MatrixOperator,
@@ -248,13 +248,19 @@ def _singular(triangle: Tensor) -> ConditionNumber:
     return singular_condition_number(MatrixOperator(triangle, exact=False), null_vectors(triangle))
 
 
-def _equals_hessian(risk: EmpiricalRisk, layer: Layer, engine: Mapping[str, Any], seed: int) -> bool:
-    """Whether one random product of the layer's Hessian block equals that of its Gauss-Newton block (T1')."""
+def _equals_hessian(risk: EmpiricalRisk, layer: Layer, engine: Mapping[str, Any], seed: int) -> bool | None:
+    """Whether one random product of the layer's Hessian block equals that of its Gauss-Newton block (T1').
+
+    None where an operation has no second derivative.
+    """
     H, A = (build(risk, block=layer.name, **engine) for build in (hessian, gauss_newton))
     v = normal((A.dim,), generator(seed), risk.theta)
     image = A @ v
     tolerance = 1e3 * torch.finfo(risk.space.dtype).eps * float(A.dim) ** 0.5
-    return bool((H @ v - image).norm() <= tolerance * image.norm())
+    try:
+        return bool((H @ v - image).norm() <= tolerance * image.norm())
+    except NoDerivativeError:
+        return None
 
 
 def _products(found: Sequence[ConditionNumber | None]) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,9 +18,10 @@ from bnp_analysis.distributed.nested import map_tensors, tensors_of
 from bnp_analysis.errors import InconsistentDataError, InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.network.hashing import MIX, add, hash_of, pieces
+from bnp_analysis.network.kernels import explained
 from bnp_analysis.network.randomness import random_state
 
-Count = Callable[[Any], float]
+Count = Callable[..., float]
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Batches:
         self, data: Any, count: Count | None, dtype: torch.dtype, device: torch.device, group: Group = ALONE
     ) -> None:
         self._count, self._dtype, self._device, self._group = count, dtype, device, group
+        self._splits = count is not None and _takes_two(count)
         self._stored: list[Batch] | None = None
         self._whole: Batches | None = None
         self._fingerprint: tuple[int, int] | None = None
@@ -115,8 +119,15 @@ class Batches:
         if self._stored is not None:
             yield from self._stored
             return
-        for i, pair in enumerate(self._source):
+        passing, i = iter(self._source), 0
+        while True:
+            with explained(f"batch {i} of the data"):
+                try:
+                    pair = next(passing)
+                except StopIteration:
+                    return
             yield self._prepare(pair, i, copy=False)
+            i += 1
 
     def to(self, dtype: torch.dtype, device: torch.device) -> Batches:
         """The same data in another dtype, on another device."""
@@ -178,7 +189,12 @@ class Batches:
 
     def _prepare(self, pair: Any, index: int, *, copy: bool) -> Batch:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise InvalidInputError(f"batch {index} is {type(pair).__name__}, not a pair (x, y)")
+            what = f"{type(pair).__name__} of {len(pair)}" if isinstance(pair, tuple | list) else type(pair).__name__
+            raise InvalidInputError(
+                f"batch {index} is a {what}, not a pair (x, y), which are the model's inputs and what the loss is "
+                "given: loss(model(x), y). Several inputs make x a tuple or a dict, several targets or weights make y "
+                "one; bring a loader's batches into this form by collate_fn=, or by a list of pairs"
+            )
         x, y = (map_tensors(part, lambda t: self._cast(t, copy)) for part in pair)
         leaves = tensors_of(x)
         if not leaves or leaves[0].ndim == 0:
@@ -186,7 +202,7 @@ class Batches:
                 f"batch {index} has no input tensor with a batch dimension but {type(pair[0]).__name__}; arrays become "
                 "tensors by torch.as_tensor"
             )
-        count = float(leaves[0].shape[0] if self._count is None else self._count(pair))
+        count = leaves[0].shape[0] if self._count is None else self._counted(pair[0], pair[1], index)
         if not np.isfinite(count) or count < 0:
             raise InvalidInputError(f"count= gave {count} for batch {index}; weights are finite and not negative")
         if leaves[0].shape[0] == 0:
@@ -195,7 +211,11 @@ class Batches:
 
     def weigh(self, part: Batch) -> float:
         """The weight that a part of a batch would have as a batch of its own."""
-        return part.count if self._count is None else float(self._count((part.x, part.y)))
+        return part.count if self._count is None else self._counted(part.x, part.y, part.index)
+
+    def _counted(self, x: Any, y: Any, index: int) -> float:
+        with explained(f"count= for batch {index}"):
+            return float(self._count(x, y) if self._splits else self._count((x, y)))  # type: ignore[misc]
 
     def _cast(self, t: Tensor, copy: bool) -> Tensor:
         dtype = self._dtype if t.is_floating_point() else t.dtype
@@ -231,6 +251,28 @@ def slice_batch(batch: Batch, begin: int, end: int) -> Batch | None:
 
     share = (min(end, size) - begin) / size
     return Batch(map_tensors(batch.x, part), map_tensors(batch.y, part), batch.count * share, batch.index)
+
+
+def _takes_two(count: Callable[..., float]) -> bool:
+    """Whether a weight is asked as `count(x, y)`, which it is unless it takes a single argument, the pair.
+
+    Raises:
+        InvalidInputError: no function of one or of two arguments.
+    """
+    # What is not written in Python may have no signature.
+    parameters = [inspect.Parameter("both", inspect.Parameter.VAR_POSITIONAL)]
+    with suppress(TypeError, ValueError):
+        parameters = list(inspect.signature(count).parameters.values())
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = sum(p.default is p.empty for p in places)
+    named = any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters)
+    most = len(places) if all(p.kind is not p.VAR_POSITIONAL for p in parameters) else 2
+    if not callable(count) or named or needed > 2 or most < 1:
+        raise InvalidInputError(
+            f"count= is a function of a batch, count=lambda x, y: ..., or of the pair, not {count!r}: it says what a "
+            "batch weighs in the mean"
+        )
+    return needed != 1 and most >= 2
 
 
 def _parts(t: Tensor) -> list[Tensor]:

@@ -20,8 +20,9 @@ from torch.overrides import TorchFunctionMode
 from bnp_analysis.distributed.nested import map_tensors, tensors_of
 from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.calls import ACTIVATIONS, NORMS, arguments_by_name, read_call
-from bnp_analysis.network.kernels import recording
+from bnp_analysis.network.kernels import derivative, recording
 from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.network.watching import transformed
 
 # Where parameters may enter, beside layers.
 _WRITERS = {"matmul", "embedding", "add"}
@@ -122,12 +123,14 @@ class Graph:
         nodes: the calls.
         result: the one that made the network's output, and `output` which of its tensors that is.
         moved: free parameter -> which of its entries that output depends on, to first order.
+        transformed: whether operations inside transforms of `torch.func` are missing among the nodes.
     """
 
     nodes: list[Node] = field(default_factory=list)
     result: int = -1
     output: Slot | None = None
     moved: dict[str, Tensor] = field(default_factory=dict)
+    transformed: bool = False
 
     def consumers(self, index: int) -> list[Node]:
         """Nodes that read the output of a node."""
@@ -151,6 +154,7 @@ class _Recorder(TorchFunctionMode):
         self.nodes: list[Node] = []
         # Where the gradient of an output arrives, before anything is written into that output.
         self.edges: dict[int, Any] = {}
+        self.transformed = False
         self._parameters, self._calls = parameters, calls
         self._made: dict[int, Slot] = {}
         # Kept alive: a freed tensor's identity would be given to another.
@@ -162,6 +166,9 @@ class _Recorder(TorchFunctionMode):
             with self:
                 return _opened(func)(*args, **kwargs)
         given = tensors_of((list(args), kwargs))
+        if any(transformed(t) for t in given):
+            self.transformed = True
+            return func(*args, **kwargs)
         kind, roles, arguments = read_call(func, args, kwargs, self._parameters)
         keep = kind in ("linear", "conv") or kind in NORMS
         first = next((t for t in given if id(t) not in self._parameters), None)
@@ -237,7 +244,8 @@ def record_graph(risk: EmpiricalRisk, batch: Batch, counted: Tensor | None = Non
         # One random combination of all outputs: what it does not depend on, none of them does.
         weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(out)
         weights = weights if counted is None else weights * counted
-        grads = list(torch.autograd.grad(out, wanted, weights, allow_unused=True))
+        what = f"what the outputs of batch {batch.index} depend on"
+        grads = [*derivative(out, wanted, weights, materialize_grads=False, what=what)]
     reached = dict(zip(recorder.edges, grads, strict=False))
     moved = zip(leaves, grads[len(recorder.edges) :], strict=True)
     nodes = [
@@ -247,7 +255,7 @@ def record_graph(risk: EmpiricalRisk, batch: Batch, counted: Tensor | None = Non
         for node in recorder.nodes
     ]
     output, found = recorder.made(out), {name: _nonzero(grad, leaves[name].shape) for name, grad in moved}
-    return Graph(nodes, -1 if output is None else output.node, output, found)
+    return Graph(nodes, -1 if output is None else output.node, output, found, recorder.transformed)
 
 
 @recording()
@@ -260,7 +268,8 @@ def sensitivities(risk: EmpiricalRisk, batch: Batch, covectors: Sequence[Tensor]
     if not out.requires_grad:
         return
     for covector in covectors:
-        grads = torch.autograd.grad(out, [*recorder.edges.values()], covector, allow_unused=True, retain_graph=True)
+        wanted, what = [*recorder.edges.values()], f"what the outputs of batch {batch.index} depend on"
+        grads = derivative(out, wanted, covector, retain_graph=True, materialize_grads=False, what=what)
         yield {k: g.detach().cpu() for k, g in zip(recorder.edges, grads, strict=True) if g is not None}
 
 

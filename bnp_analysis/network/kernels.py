@@ -1,15 +1,34 @@
-"""The state of torch around a forward pass: recorded, uncompiled, with kernels that have second derivatives."""
+"""The state of torch around a user's model and loss, and what becomes of the errors that leave them.
+
+Everything of a user runs inside `explained`: forward, loss, `count=`, and the derivatives of all of them.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.errors import BNPAnalysisError, InvalidInputError, NoDerivativeError
+
+_OTHERWISE = (
+    "Replace it by operations of torch that have one (math attention, unfused recurrent cells, a lookup and a sum for "
+    "EmbeddingBag), or freeze the parameters below it. gauss_newton and fisher need first derivatives of the model only"
+)
+_REMEDIES = {
+    "torch.utils.checkpoint": "The model recomputes activations (torch.utils.checkpoint) from its own parameters, not "
+    "from the point that is differentiated; turn activation checkpointing off for a measurement",
+    "Guard failed": "An exported program takes inputs of the sizes it was exported with; export it with dynamic sizes "
+    "(torch.export.Dim for the examples), or give the module it was exported from",
+}
+_WRAPPER = once_differentiable(lambda *_: None).__code__
+_REMEDY = "Run model and loss on this batch by themselves, in the dtype of the measurement, to see it happen"
 
 
 @contextmanager
@@ -37,29 +56,91 @@ def differentiable_kernels(*, recurrent: bool) -> Iterator[None]:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """What torch says of operations that cannot be differentiated (again), with the ways out.
+def explained(what: str, model: nn.Module | None = None) -> Iterator[None]:
+    """The one gate of foreign errors: they leave as the project's, from the original.
+
+    Args:
+        what: would have been computed, with the batch: "the outputs of batch 3".
+        model: whose module it was that failed, if one ran, is named.
 
     Raises:
-        InvalidInputError: an operation without a second derivative, named; activation checkpointing.
+        InvalidInputError: what would have been computed, the module, torch's word for the operation, the ways out.
     """
     try:
         yield
-    except RuntimeError as error:
-        text = str(error)
-        if "torch.utils.checkpoint" in text:
-            raise InvalidInputError(
-                "the model recomputes activations (torch.utils.checkpoint) from its own parameters, not from the point "
-                "that is differentiated; turn activation checkpointing off for a measurement"
-            ) from error
-        if "not implemented" in text or "does not require grad" in text or "once_differentiable" in text:
-            raise not_twice(text.splitlines()[0]) from error
+    except (BNPAnalysisError, MemoryError, torch.OutOfMemoryError):
         raise
+    except Exception as error:
+        text = str(error).strip()
+        said = next(iter(text.splitlines()), "no message").rstrip(".")
+        if "derivative for" in text or "once_differentiable" in text:
+            raise no_derivative(said, second="backward" in said or "once_differentiable" in text, what=what) from error
+        remedy = next((words for key, words in _REMEDIES.items() if key in text), _REMEDY)
+        where = _module(error, model)
+        raise InvalidInputError(
+            f"{what} cannot be computed: {type(error).__name__}{where}: {said}. {remedy}"
+        ) from error
 
 
-def not_twice(what: str) -> InvalidInputError:
-    """The error for an operation without a second derivative."""
-    return InvalidInputError(
-        f"an operation of the model has no second derivative in torch: {what} Replace it (math attention, unfused "
-        "recurrent cells), or freeze the parameters below it"
+def _module(error: BaseException, model: nn.Module | None) -> str:
+    """The innermost module of the model whose call raised an error."""
+    names = {} if model is None else {id(module): name for name, module in model.named_modules()}
+    found, step = "", error.__traceback__
+    while step is not None:
+        module = step.tb_frame.f_locals.get("self")
+        if id(module) in names:
+            found = f" in {names[id(module)] or 'the model itself'} ({type(module).__name__})"
+        step = step.tb_next
+    return found
+
+
+def derivative(
+    outputs: Tensor | Sequence[Tensor], inputs: Tensor | Sequence[Any], cotangents: Any = None, *, what: str, **how: Any
+) -> list[Tensor]:
+    """`torch.autograd.grad` through a user's operations, zero where an input is unused.
+
+    Args:
+        outputs, inputs, cotangents: as there; the cotangents of scalars may be left out.
+        what: would have been computed.
+        how: the other arguments of `torch.autograd.grad`.
+
+    Raises:
+        InvalidInputError: an operation without this derivative, named.
+    """
+    how = {"allow_unused": True, "materialize_grads": True} | how
+    with explained(what):
+        found = list(torch.autograd.grad(outputs, inputs, cotangents, **how))
+    if how.get("create_graph"):
+        # What they give back is a constant to torch, or ends in a node that it leaves out: zeros would come back.
+        once = {node.name() for node in nodes_of(outputs) if _once(node)}
+        if once or any(node.name() == "torch::autograd::Error" for node in nodes_of(found)):
+            said = f"one of {', '.join(sorted(once)) or 'its custom operations'} is marked once_differentiable"
+            raise no_derivative(said, second=True, what=what)
+    return found
+
+
+def nodes_of(tensors: Tensor | Iterable[Tensor]) -> set[torch.autograd.graph.Node]:
+    """The recorded operations behind some tensors."""
+    found: set[torch.autograd.graph.Node] = set()
+    waiting = [t.grad_fn for t in ([tensors] if isinstance(tensors, Tensor) else tensors)]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return found
+
+
+def _once(node: torch.autograd.graph.Node) -> bool:
+    """Whether a custom operation is marked `once_differentiable`, whose wrappers share their code."""
+    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+    return getattr(backward, "__code__", None) is _WRAPPER
+
+
+def no_derivative(said: str, *, second: bool, what: str) -> NoDerivativeError:
+    """The error for an operation without a derivative."""
+    order = "second derivative" if second else "derivative"
+    return NoDerivativeError(
+        f"{what} cannot be computed: an operation of the model or the loss has no {order} in torch: {said}. "
+        f"{_OTHERWISE}"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bnp_analysis.distributed.nested import tensors_of
+from bnp_analysis.network.kernels import derivative
 from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.network.watching import transformed
 
 Dense = nn.Linear
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -163,18 +165,21 @@ def _own_forward_uses(risk: EmpiricalRisk) -> tuple[dict[str, int], dict[str, st
     other: dict[str, str] = {}
     weights: dict[str, Tensor] = {}
     calls = _Calls()
+    stored = risk.theta.untyped_storage().data_ptr()
 
     def visit(name: str, module: nn.Module, args: Any, output: Any) -> None:
         runs[name] = runs.get(name, 0) + 1
         if isinstance(module, COVERED):
             weights[name] = module.weight
-            if _overridden(module) and not any(h is args[0] and w is module.weight for h, w in calls.products):
+            if transformed(module.weight) or module.weight.untyped_storage().data_ptr() != stored:
+                other[name] = "its forward runs with other weights than its own (torch.func inside forward())"
+            elif _overridden(module) and not any(h is args[0] and w is module.weight for h, w in calls.products):
                 other[name] = f"{type(module).__name__} computes something else with its weight or its input"
         if not name:
             calls.products.clear()
 
     with calls:
-        risk.capture(visit)
+        risk.capture(visit, numbers=False)
     for name, w in weights.items():
         if calls.uses_of(w) > runs[name]:
             other.setdefault(name, "its weight is also used outside of its own product")
@@ -225,7 +230,7 @@ def rows(layer: Layer, h: Tensor) -> Tensor:
     if isinstance(module, nn.Linear):
         return h.reshape(-1, 1, layer.features)
     spatial = len(module.kernel_size)
-    h = h.unsqueeze(0) if h.ndim == spatial + 1 else h
+    h = _images(h, spatial)
     h = _padded(module, h)
     for d, (size, stride, dilation) in enumerate(
         zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
@@ -244,8 +249,55 @@ def channels(layer: Layer, h: Tensor) -> Tensor:
     if isinstance(layer.module, nn.Linear):
         return h.reshape(-1, layer.features)
     spatial = len(layer.module.kernel_size)
-    h = h.unsqueeze(0) if h.ndim == spatial + 1 else h
+    h = _images(h, spatial)
     return h.movedim(1, -1).reshape(-1, h.shape[1])
+
+
+def by_unit(layer: Layer, g: Tensor) -> Tensor:
+    """A tensor in the shape of the layer's output as `(R, units)`."""
+    if not isinstance(layer.module, nn.Linear):
+        # Channels come before the places of an image.
+        g = g.movedim(1 - layer.module.weight.ndim, -1)
+    return g.reshape(-1, layer.units)
+
+
+def products_only(
+    layers: Iterable[Layer],
+    leaves: Mapping[str, Tensor],
+    outputs: Tensor,
+    seen: Mapping[str, list[tuple[Tensor, Tensor]]],
+) -> set[str]:
+    """The layers whose weight acts on the outputs through its recorded products alone, found by a random cotangent.
+
+    Derivatives inside `forward` use it once more: the rows that a layer sees are then not all of its work.
+
+    Args:
+        layers: covered ones.
+        leaves, outputs, seen: given to, and returned by, `risk.record`.
+    """
+    layers = [layer for layer in layers if all(a.requires_grad for _, a in seen[layer.name])]
+    if not layers:
+        return set()
+    u = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(outputs)
+    wanted = [leaves[layer.weight] for layer in layers] + [a for layer in layers for _, a in seen[layer.name]]
+    found = iter(derivative(outputs, wanted, u, retain_graph=True, what="the derivatives by a layer's outputs"))
+    wholes = [next(found) for _ in layers]
+    alone = set()
+    for layer, whole in zip(layers, wholes, strict=True):
+        total, bound = torch.zeros_like(whole), torch.zeros_like(whole)
+        for h, _ in seen[layer.name]:
+            r, g = rows(layer, h), by_unit(layer, next(found))
+            g = g.reshape(len(g), layer.groups, -1)
+            total += torch.einsum("rgu,rgm->gum", g, r).reshape(whole.shape)
+            bound += torch.einsum("rgu,rgm->gum", g.abs(), r.abs()).reshape(whole.shape)
+        if bool(((whole - total).abs() <= torch.finfo(whole.dtype).eps ** 0.5 * bound).all()):
+            alone.add(layer.name)
+    return alone
+
+
+def _images(h: Tensor, spatial: int) -> Tensor:
+    """`(N, c, ...)` from one image, or from the batches of a vmap."""
+    return h.reshape(-1, *h.shape[-1 - spatial :])
 
 
 def expand_channels(layer: Layer, per_channel: Tensor) -> Tensor:

@@ -59,7 +59,14 @@ def _couples_here(risk: EmpiricalRisk) -> tuple[bool, list[str]]:
         if not bool(torch.isfinite(_outputs(risk, tensors, batch, 0)).all()):
             tensors = risk.space.unflatten(risk.theta)
         outputs = [_outputs(risk, tensors, batch, seed) for seed in (0, 1, 2)]
-        if random or any(_differs(outputs[0], other) for other in outputs[1:]):
+        differ = any(_differs(outputs[0], other) for other in outputs[1:])
+        if differ and not random and (kept := _kept_between_calls(risk, tensors, batch)):
+            raise StochasticModelError(
+                f"the model keeps something between its calls ({', '.join(kept)}): the same inputs under the same "
+                "random numbers gave two outputs, so every evaluation would be of another function. Let forward() "
+                "begin from a fixed state, or take the state as an input and return it"
+            )
+        if random or differ:
             raise StochasticModelError(
                 f"the model is random in training mode ({_named(random)}): every evaluation would use "
                 "another mask, and products would belong to different functions. Call model.eval(), set p=0, or "
@@ -90,6 +97,19 @@ def _that_run(risk: EmpiricalRisk, names: list[str]) -> list[str]:
 def _outputs(risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch, seed: int) -> Tensor:
     with torch.no_grad(), random_state(seed=seed, device=risk.space.device):
         return risk.batch_outputs(tensors, batch)
+
+
+def _kept_between_calls(risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch) -> list[str]:
+    """What the model's modules keep from one call to the next, where that changes the outputs: attributes, by name."""
+    first = _outputs(risk, tensors, batch, 0)
+
+    def held() -> dict[str, int]:
+        return {f"{name}.{key}".lstrip("."): id(value) for name, m in risk.modules() for key, value in vars(m).items()}
+
+    before = held()
+    if not _differs(first, _outputs(risk, tensors, batch, 0)):
+        return []
+    return [name for name, what in held().items() if before.get(name) != what] or ["outside of its attributes"]
 
 
 def _require_determined_loss(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> None:

@@ -11,18 +11,20 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bnp_analysis.distributed import ALONE, Group
+from bnp_analysis.distributed.nested import map_tensors
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.operators import require_no_autocast
 from bnp_analysis.network.batches import Batch, Batches, Count, arguments
 from bnp_analysis.network.identity import fingerprint
-from bnp_analysis.network.kernels import differentiable_kernels, explained, recording
+from bnp_analysis.network.kernels import derivative, differentiable_kernels, explained, recording
+from bnp_analysis.network.losses import SmoothLosses
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.purity import require_mean_loss, require_pure
 from bnp_analysis.network.reading import Inputs, one_tensor
 from bnp_analysis.network.selection import choose_parameters
 from bnp_analysis.network.snapshot import snapshot, snapshot_loss
 from bnp_analysis.network.state import point, with_tensors
-from bnp_analysis.network.watching import Visit, watched
+from bnp_analysis.network.watching import Visit, differentiable_part, untransformed, watched
 
 Loss = Callable[[Tensor, Any], Tensor]
 
@@ -43,7 +45,8 @@ class EmpiricalRisk:
             requires a gradient. The others are constants.
         at: the point `theta`: a flat vector `(n,)` over `space`, or a state dict. Default: the model's.
         output: picks the output tensor, for instance `lambda o: o.logits`.
-        count: the weight of a batch `(x, y)` in the mean; default its number of examples.
+        count: `count(x, y)`, or `count(pair)` of one argument: the weight of a batch in the mean; default its number of
+            examples.
         dtype: of parameters and floating-point data; default the model's.
         device: default the model's.
         group: the processes that share the data (`bnp.distributed`); `data` is then this one's shard, perhaps an empty
@@ -233,46 +236,72 @@ class EmpiricalRisk:
         # Copies, no operations of the network: batch statistics write into buffers (trap 2).
         with torch._C.DisableTorchFunction():
             buffers = {name: b.clone() for name, b in self._model.named_buffers()}
-        with self._inputs.given(batch.x, batch.own) as x, differentiable_kernels(recurrent=self._recurrent):
+        what = f"the outputs of the model for batch {batch.index}"
+        with (
+            explained(what, self._model),
+            self._inputs.given(batch.x, batch.own) as x,
+            differentiable_kernels(recurrent=self._recurrent),
+            # Derivatives inside forward() are recorded whatever is wanted of its outputs.
+            recording(),
+        ):
             args, kwargs = arguments(x)
-            raw = functional_call(self._model, {**self._constants, **tensors, **buffers}, args, kwargs)
-        return one_tensor(raw, self.output)
+            out = one_tensor(
+                functional_call(self._model, {**self._constants, **tensors, **buffers}, args, kwargs), self.output
+            )
+        return out if torch.is_grad_enabled() else out.detach()
 
     def batch_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """The loss of a batch from its outputs, a scalar."""
-        value = self._loss(outputs, batch.y)
+        with (
+            explained(f"the loss of batch {batch.index}, of outputs {tuple(outputs.shape)},"),
+            recording(),
+            SmoothLosses(),
+        ):
+            value = self._loss(outputs, batch.y)
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InvalidInputError(f"loss(output, y) gave {got}, not a scalar: the mean over the batch is needed")
-        return value.reshape(())
+        return value.reshape(()) if torch.is_grad_enabled() else value.detach().reshape(())
 
     def pullback(self, scalar: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """The flat gradient of a scalar in named leaf tensors; zero for unused ones."""
         if not scalar.requires_grad:
             return torch.zeros(self.space.dim, dtype=self.space.dtype, device=self.space.device)
-        with explained():
-            grads = torch.autograd.grad(scalar, [*tensors.values()], allow_unused=True, materialize_grads=True)
+        grads = derivative(scalar, [*tensors.values()], what="the gradient")
         return self.space.flatten(g.detach() for g in grads)
 
-    def capture(self, visit: Visit, names: Iterable[str] | None = None) -> None:
-        """Run this process's batches without gradients, showing `visit(name, module, inputs, output)` every module."""
+    def capture(self, visit: Visit, names: Iterable[str] | None = None, *, numbers: bool = True) -> None:
+        """Run this process's batches without gradients, showing `visit(name, module, inputs, output)` every module.
+
+        Inputs and outputs are shown as numbers without history, or else as the very tensors that the modules see:
+        inside `torch.func` these belong to its transforms.
+        """
         tensors = self.space.unflatten(self.theta)
-        with watched(self._model, visit, names), torch.no_grad():
+
+        def plain(t: Tensor) -> Tensor:
+            return untransformed(t).detach()
+
+        def look(name: str, module: nn.Module, args: Any, output: Any) -> None:
+            visit(name, module, map_tensors(args, plain), map_tensors(output, plain))
+
+        with watched(self._model, look if numbers else visit, names), torch.no_grad():
             for batch in self.batches:
                 self.batch_outputs(tensors, batch)
 
     @recording()
-    def record(self, batch: Batch, names: Iterable[str]) -> tuple[Tensor, dict[str, list[tuple[Tensor, Tensor]]]]:
+    def record(
+        self, batch: Batch, names: Iterable[str], leaves: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, list[tuple[Tensor, Tensor]]]]:
         """Run one batch with gradients: its outputs, and each named module's `(input, output)` per occurrence."""
         seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
 
         def note(name: str, module: nn.Module, args: Any, output: Tensor) -> Tensor:
             # Copies: what follows may write into the layer's input, an activation in place into its output.
-            seen[name].append((args[0].detach().clone(), output))
+            seen[name].append((untransformed(args[0]).detach().clone(), differentiable_part(output)))
             return output.clone()
 
         with watched(self._model, note, seen):
-            return self.batch_outputs(self.leaves(), batch), seen
+            return self.batch_outputs(self.leaves() if leaves is None else leaves, batch), seen
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The modules of the snapshot under their names; look, do not touch."""

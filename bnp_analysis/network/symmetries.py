@@ -52,9 +52,11 @@ def candidate_directions(
     if not all(graph.same_operations(other) for other in graphs):
         return [], ["the operations depend on the batch"]
     chart = Chart(risk, graph)
+    found = [without_effect(chart, graphs), *dependent_inputs(chart, graphs, skipped)]
+    if graph.transformed:
+        return [c for c in found if c.count], [*skipped, "passes through transforms of torch.func"]
     trace = Trace(chart, _with_calls(risk, graph), graphs)
     ledger = trace.ledger
-    found = [without_effect(chart, graphs), *dependent_inputs(chart, graphs, skipped)]
     found += unread(risk, chart, graph, ledger.uses, counted)
     found += scale_candidates(ledger, trace.theta)
     mixer = Mixer(ledger, trace.theta)

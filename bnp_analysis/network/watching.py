@@ -1,4 +1,4 @@
-"""Modules seen at work."""
+"""Modules seen at work, and what they see inside the transforms of `torch.func`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch._C import _functorch
+
+from bnp_analysis.errors import InvalidInputError
 
 Visit = Callable[[str, nn.Module, Any, Any], Tensor | None]
 
@@ -28,3 +31,45 @@ def watched(model: nn.Module, visit: Visit, names: Iterable[str] | None) -> Iter
     finally:
         for handle in handles:
             handle.remove()
+
+
+def transformed(t: Tensor) -> bool:
+    """Whether a tensor belongs to a transform of `torch.func` that runs at the moment."""
+    return _functorch.is_functorch_wrapped_tensor(t)
+
+
+def differentiable_part(t: Tensor) -> Tensor:
+    """The tensor inside transforms of `torch.func`, as it lies in the recorded graph outside of them.
+
+    Raises:
+        InvalidInputError: a batch of `vmap` that does not come first.
+    """
+    found = untransformed(t)
+    while transformed(t):
+        t = _functorch.get_unwrapped(t)
+    if t is not found:
+        raise InvalidInputError(
+            "a layer gives vmap its examples along another axis than the first, so they cannot be told apart in what "
+            "is recorded. Let vmap inside forward() have in_dims=0, or give the layer whole batches"
+        )
+    return t
+
+
+def untransformed(t: Tensor) -> Tensor:
+    """The numbers of a tensor inside transforms of `torch.func`, recorded where they are: batches of `vmap` come first.
+
+    Example:
+        >>> import torch
+        >>> seen = []
+        >>> def f(row):
+        ...     seen.append(untransformed(row))
+        ...     return row.sum()
+        >>> _ = torch.func.vmap(torch.func.grad(f))(torch.ones(3, 2))
+        >>> seen[0].shape
+        torch.Size([3, 2])
+    """
+    while transformed(t):
+        batch = _functorch.maybe_get_bdim(t) if _functorch.is_batchedtensor(t) else 0
+        t = _functorch.get_unwrapped(t)
+        t = t if batch == 0 else t.movedim(batch, 0)
+    return t

@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnp_analysis.curvature.factors import jacobian_rows
+from bnp_analysis.curvature.factors import Root, rows_of_batch
 from bnp_analysis.curvature.output_curvature import output_root
-from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator
-from bnp_analysis.network.batches import slice_batch
 from bnp_analysis.network.parameters import Block, ParameterSpace
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.precondition.adaptive import optimizer_divisors
@@ -172,16 +170,9 @@ def _own_diagonal(risk: EmpiricalRisk) -> Tensor:
                 "the loss is not convex in the outputs, or not separate over examples, so the Gauss-Newton matrix has "
                 "no factor whose rows give its diagonal. Give scales of your own as a tensor (n,)"
             )
-        size = tensors_of(batch.x)[0].shape[0]
-        whole = risk.coupled or outputs.shape[0] != size or slice_batch(batch, 0, 1) is None
-        step = size if whole else _SLICE
-        each = found.root.shape[0] // size
         weight = batch.count / risk.batches.total
-        for begin in range(0, size, step):
-            part = batch if whole else slice_batch(batch, begin, begin + step)
-            if part is not None:
-                rows = found.root if whole else found.root[begin * each : (begin + step) * each]
-                total += weight * jacobian_rows(risk, part, rows).square().sum(dim=0)
+        for rows in rows_of_batch(risk, batch, Root(found.root, outputs.shape[0], found.axis)):
+            total += weight * rows.square().sum(dim=0)
     return total
 
 

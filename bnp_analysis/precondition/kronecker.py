@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bnp_analysis.curvature.output_curvature import output_root
-from bnp_analysis.distributed.nested import tensors_of
+from bnp_analysis.curvature.output_curvature import root_cotangents
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
-from bnp_analysis.network.layers import Coverage, Layer
+from bnp_analysis.network.kernels import derivative
+from bnp_analysis.network.layers import Coverage, by_unit
 from bnp_analysis.network.parameters import Block, ParameterSpace
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.precondition.blocks import BlockDiagonal, Entry, covered_layers, layer_positions
 from bnp_analysis.precondition.second_moments import second_moments
+
+_NEEDS = "the loss is not convex in the outputs, or not separate over examples: K-FAC has no output factor"
 
 
 class KroneckerBlock(Preconditioner):
@@ -217,45 +219,14 @@ def _own_output_moments(risk: EmpiricalRisk, layers: Coverage, shapes: Mapping[s
     sums = {name: torch.zeros(shape, dtype=torch.float64, device=risk.space.device) for name, shape in shapes.items()}
     for batch in risk.batches:
         outputs, seen = risk.record(batch, [layer.name for layer in layers])
-        found = output_root(risk, batch, outputs.detach())
-        if found is None:
-            raise InvalidInputError(
-                "the loss is not convex in the outputs, or not separate over examples: K-FAC has no output factor"
-            )
         weight = batch.count / risk.batches.total
         owners = [name for name, parts in seen.items() for _ in parts]
         leaves = [activation for parts in seen.values() for _, activation in parts]
-        # Examples go back together; rows that the network couples, one by one.
-        together = not risk.coupled and outputs.shape[0] == tensors_of(batch.x)[0].shape[0]
-        for cotangent in _cotangents(found.root, together):
-            pulled = torch.autograd.grad(
-                outputs,
-                leaves,
-                cotangent.view_as(outputs),
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+        for cotangent in root_cotangents(risk, batch, outputs, _NEEDS):
+            pulled = derivative(outputs, leaves, cotangent, retain_graph=True, what="the output factor of K-FAC")
             for name, u in zip(owners, pulled, strict=True):
-                g = _rows_of_outputs(layers[name], u).double()
+                layer = layers[name]
+                g = by_unit(layer, u).double().view(-1, layer.groups, layer.units // layer.groups).transpose(0, 1)
                 gram = g.transpose(1, 2) @ g * weight
                 sums[name] += gram
     return torch.cat([gram.reshape(-1) for gram in sums.values()])
-
-
-def _cotangents(root: Tensor, together: bool) -> Iterator[Tensor]:
-    """Row `i` of every example's root, at once or one example at a time."""
-    for i in range(root.shape[1]):
-        if together:
-            yield root[:, i]
-            continue
-        for j in range(root.shape[0]):
-            single = torch.zeros_like(root[:, i])
-            single[j] = root[j, i]
-            yield single
-
-
-def _rows_of_outputs(layer: Layer, u: Tensor) -> Tensor:
-    """`(groups, rows, n/groups)` from a tensor in the shape of the layer's output."""
-    channel = -1 if isinstance(layer.module, nn.Linear) else -1 - len(layer.module.kernel_size)
-    return u.movedim(channel, -1).reshape(-1, layer.groups, layer.units // layer.groups).transpose(0, 1)

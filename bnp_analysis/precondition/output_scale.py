@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from bnp_analysis.curvature.output_curvature import output_root
-from bnp_analysis.distributed.nested import tensors_of
+from bnp_analysis.curvature.output_curvature import root_cotangents
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator
-from bnp_analysis.network.batches import Batch
-from bnp_analysis.network.layers import Coverage, Layer
+from bnp_analysis.network.kernels import derivative
+from bnp_analysis.network.layers import Coverage, by_unit
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.precondition.blocks import SplitsByUnit
 from bnp_analysis.precondition.bnp_block import BNPBlock
+
+_NEEDS = (
+    "output_scale needs the curvature of the loss in the outputs, which must be convex there, a mean over examples, "
+    "and small enough to be formed; leave output_scale off"
+)
 
 
 def output_scales(risk: EmpiricalRisk, layers: Coverage) -> dict[str, Tensor]:
@@ -51,45 +54,12 @@ def _own_squares(risk: EmpiricalRisk, layers: Coverage) -> list[Tensor]:
         weight = batch.count / risk.batches.total
         if not (activations and outputs.requires_grad):
             continue
-        for cotangent in _cotangents(risk, batch, outputs):
-            gradients = torch.autograd.grad(
-                outputs,
-                [a for _, a in activations],
-                cotangent,
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+        for cotangent in root_cotangents(risk, batch, outputs, _NEEDS):
+            leaves = [a for _, a in activations]
+            gradients = derivative(outputs, leaves, cotangent, retain_graph=True, what="output_scale")
             for (layer, _), g in zip(activations, gradients, strict=True):
                 squares[layer.name] += weight * by_unit(layer, g).double().square().sum(dim=0)
     return list(squares.values())
-
-
-def _cotangents(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> Iterator[Tensor]:
-    """Rows of the root of the output Hessian, those together that share no activation: of different examples."""
-    found = output_root(risk, batch, outputs.detach(), positions=True)
-    if found is None:
-        raise InvalidInputError(
-            "output_scale needs the curvature of the loss in the outputs, which must be convex there, a mean over "
-            "examples, and small enough to be formed; leave output_scale off"
-        )
-    examples = tensors_of(batch.x)[0].shape[0]
-    apart = not risk.coupled and outputs.shape[0] == examples
-    width = found.root.shape[1]
-    root = found.root.reshape(examples if apart else 1, -1, width, found.root.shape[2])
-    for position in range(root.shape[1]):
-        for r in range(width):
-            cotangent = torch.zeros_like(root[:, :, 0])
-            cotangent[:, position] = root[:, position, r]
-            yield cotangent.reshape(outputs.shape)
-
-
-def by_unit(layer: Layer, g: Tensor) -> Tensor:
-    """A gradient at the layer's output with one column per unit."""
-    if not isinstance(layer.module, torch.nn.Linear):
-        # Channels come after the examples, or first where an image comes alone.
-        g = g.movedim(int(g.ndim == layer.module.weight.ndim), -1)
-    return g.reshape(-1, layer.units)
 
 
 def unit_scaled(block: BNPBlock, scales: Tensor) -> UnitScaled:

@@ -77,7 +77,7 @@ def test_rank_bounds_follow_from_structure(name: str, bound: int) -> None:
 @pytest.mark.parametrize("together", [1, 2**22])
 @pytest.mark.parametrize("name", ["mlp, BatchNorm, train", "cnn, BatchNorm, train", "tokens, flattened", "mse"])
 def test_rows_pulled_back_in_any_portions(name: str, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(factors, "_TOGETHER", together)
+    monkeypatch.setattr(factors, "TOGETHER", together)
     monkeypatch.setattr(factors, "_SLICE", 2)
     problem = PROBLEMS[name]()
     rows = bnp.gauss_newton(problem.risk()).factor.to_dense()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from bnp_analysis.data.idx import parse_idx
 from bnp_analysis.errors import InvalidInputError
@@ -35,6 +36,15 @@ def test_sizes_use_all_four_bytes() -> None:
 def test_every_type_of_the_format(code: int, stored: str, expected: list[float]) -> None:
     content = bytes([0, 0, code, 1, 0, 0, 0, 2]) + np.array(expected, dtype=stored).tobytes()
     assert parse_idx(content).tolist() == expected
+
+
+@pytest.mark.parametrize(("code", "kind"), [(0x08, "u1"), (0x0B, "i2"), (0x0C, "i4"), (0x0D, "f4"), (0x0E, "f8")])
+def test_arrays_are_what_torch_takes(code: int, kind: str) -> None:
+    """In the byte order of the machine, and still read-only."""
+    array = parse_idx(bytes([0, 0, code, 1, 0, 0, 0, 2]) + np.array([3, 260 % 256]).astype(f">{kind}").tobytes())
+    assert array.dtype.isnative
+    assert not array.flags.writeable
+    assert torch.tensor(array).tolist() == [3, 4]
 
 
 @pytest.mark.parametrize(

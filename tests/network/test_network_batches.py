@@ -279,8 +279,8 @@ def test_workers_change_nothing() -> None:
         (lambda: {"x": table()}, r"not dict"),
         (lambda: "data", r"not str"),
         (lambda: 3, r"not int"),
-        (lambda: [table()[0]], r"batch 0 is Tensor, not a pair"),
-        (lambda: [table(), (*table(), table()[1])], r"batch 1 is tuple, not a pair"),
+        (lambda: [table()[0]], r"batch 0 is a Tensor, not a pair"),
+        (lambda: [table(), (*table(), table()[1])], r"batch 1 is a tuple of 3, not a pair"),
         (lambda: [(3.0, 4.0)], r"batch 0 has no input tensor.*but float"),
         (
             lambda: (np.ones((3, 4)), np.ones(3)),

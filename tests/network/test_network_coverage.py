@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import bnp_analysis as bnp
+from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network import Coverage, coverage
 
 
@@ -279,7 +280,7 @@ def test_looking_leaves_no_hook_behind() -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("stop")
 
-    with pytest.raises(RuntimeError, match="stop"):
+    with pytest.raises(InvalidInputError, match="stop"):
         risk.capture(fail)
     assert all(not module._forward_hooks for _, module in risk.modules())
 

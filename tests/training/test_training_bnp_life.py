@@ -125,6 +125,21 @@ def test_close_removes_every_hook() -> None:
             act()
 
 
+def test_a_step_of_frozen_layers_says_so() -> None:
+    """No advice about forward passes: adapters beside a frozen layer leave nothing to precondition."""
+    model = nn.Sequential(nn.Linear(3, 4).requires_grad_(False), nn.LayerNorm(4))
+    pre = BNP(model)
+    model(torch.ones(5, 3)).sum().backward()
+    with pytest.raises(InvalidInputError, match=r"nothing to precondition.*0 first, are frozen"):
+        pre.step()
+
+
+def test_a_script_of_a_hooked_model_is_explained() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    with BNP(model), pytest.raises(InvalidInputError, match=r"compile the hooks of BNP.*close\(\) first"):
+        torch.jit.script(model)
+
+
 def test_a_forgotten_object_does_nothing() -> None:
     model, x, y = network()
     BNP(model)

@@ -157,8 +157,8 @@ def product(trace: Trace, node: Node, given: dict[str, Any]) -> list[Value] | No
         constant = np.unique(out.labels[torch.broadcast_to(a.labels == FIXED, out.labels.shape)].numpy())
         trace.ledger.event(constant, apart=True)
         return [out]
-    assert isinstance(a, Signal)
-    assert isinstance(b, Signal)
+    if not (isinstance(a, Signal) and isinstance(b, Signal)):
+        return None  # A parameter over an activation.
     return [_product(trace, a.labels, b.labels, 1.0 if node.kind == "mul" else -1.0)]
 
 

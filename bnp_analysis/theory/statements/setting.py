@@ -16,6 +16,7 @@ from bnp_analysis.errors import BNPAnalysisError
 from bnp_analysis.linalg import Preconditioner, SymmetricOperator
 from bnp_analysis.linalg.random import generator
 from bnp_analysis.network import Coverage, EmpiricalRisk, Layer, coverage, layer_rows
+from bnp_analysis.network.layers import products_only
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.precondition import BNPPreconditioner, bnp_preconditioner
 from bnp_analysis.theory.check import Check
@@ -114,12 +115,21 @@ class Problem:
         self.risk.capture(note, counts)
         return {name: count // self.risk.batches.number for name, count in counts.items()}
 
+    @cached_property
+    def alone(self) -> set[str]:
+        """The covered layers whose weight acts through its product alone, not inside derivatives in `forward`."""
+        leaves, batch = self.risk.leaves(), next(iter(self.risk.batches))
+        outputs, seen = self.risk.record(batch, [layer.name for layer in self.layers], leaves)
+        return products_only(self.layers, leaves, outputs, seen)
+
     def require_once(self, layer: Layer) -> None:
-        """Refuse a layer that runs several times in one forward pass.
+        """Refuse a layer that runs several times in one forward pass, or that derivatives inside it use again.
 
         Raises:
             NotApplicable: with the number.
         """
+        if layer.name not in self.alone:
+            raise NotApplicable("forward() differentiates through the layer: its weight acts beside its own product")
         if self.uses[layer.name] != 1:
             raise NotApplicable(f"the layer runs {self.uses[layer.name]} times in one forward pass")
 

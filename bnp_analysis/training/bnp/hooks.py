@@ -12,10 +12,32 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
+from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.layers import Layer
 
 
-class InputHook:
+class _NoScriptError(InvalidInputError, AttributeError):
+    """Asked for by name, as TorchScript asks for what it compiles; for others no attribute."""
+
+
+class _Hook:
+    """What no copy of a model has, and no script."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return inert
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return make_inert, ()
+
+    @property
+    def __name__(self) -> str:
+        raise _NoScriptError(
+            "torch.jit.script would compile the hooks of BNP into the model, which collect statistics for training. "
+            "Call close() first"
+        )
+
+
+class InputHook(_Hook):
     """A forward pre-hook that hands on a layer's inputs in training, once for each use.
 
     A copy of the model, or a pickle, gets a hook that does nothing: measurements work on copies.
@@ -49,14 +71,8 @@ class InputHook:
         if owner is not None:
             owner.receive(self._index, args[0] if args else kwargs["input"])
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return inert
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
-        return make_inert, ()
-
-
-class OutputHook:
+class OutputHook(_Hook):
     """A forward hook that has the gradient at a layer's output handed on when it passes.
 
     Args:
@@ -90,12 +106,6 @@ class OutputHook:
                     scales.receive(index, gradient)
 
             output.register_hook(passed)  # type: ignore[no-untyped-call] # torch does not annotate it
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return inert
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
-        return make_inert, ()
 
 
 def add_hooks(layers: Sequence[Layer], owner: weakref.ref[Any], outputs: Any) -> list[RemovableHandle]:

@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bnp_analysis.network.layers import Layer
-from bnp_analysis.precondition.output_scale import by_unit
+from bnp_analysis.network.layers import Layer, by_unit
 from bnp_analysis.precondition.running import without_start
 
 

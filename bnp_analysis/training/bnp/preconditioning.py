@@ -169,6 +169,12 @@ class BNP:
         """
         if self._closed:
             raise InvalidInputError("step() after close(): the hooks are gone")
+        if not self._pending and not self.covered:
+            raise InvalidInputError(
+                "step() has nothing to precondition: the weights of all covered layers, "
+                f"{self._layers[0].name or 'the model itself'} first, are frozen or were "
+                "never seen. What trains is left alone: see uncovered. Unfreeze a layer, or train without BNP"
+            )
         if not self._pending:
             raise InvalidInputError(
                 "step() without a forward pass in training mode since the last step(): P P^T would be applied twice, "

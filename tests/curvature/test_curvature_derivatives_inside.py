@@ -1,0 +1,205 @@
+"""Networks that differentiate inside `forward`: physics losses, forces, ensembles, inner steps.
+
+Only these tests would notice: a forward pass without gradients where the model wants them, operations of `torch.func`
+that escape from their transforms, a convolution whose inner derivative is taken for a constant, unit blocks of weights
+that act beside their own product, theorems called false where their hypothesis fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from curvature_reference import Problem, numbers, relative, spread
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jacfwd, jvp, stack_module_state, vmap
+from torch.func import hessian as second
+from torch.nn import functional as F
+
+import bnp_analysis as bnp
+from bnp_analysis.curvature.units import unit_blocks
+from bnp_analysis.network import coverage
+
+
+class Inside(nn.Module):
+    """`how` makes the output from a network and its input."""
+
+    def __init__(self, how: Callable[[nn.Module, Tensor], Tensor], net: nn.Module | None = None) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)) if net is None else net
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.how(self.net, x)
+
+
+def residual(net: nn.Module, x: Tensor) -> Tensor:
+    x.requires_grad_()
+    return torch.autograd.grad(net(x).sum(), x, create_graph=True)[0]
+
+
+def guarded(net: nn.Module, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        u = net(x)
+        return torch.cat([u, torch.autograd.grad(u.sum(), x, create_graph=True)[0]], dim=1)
+
+
+def laplacian(net: nn.Module, x: Tensor) -> Tensor:
+    return vmap(lambda z: torch.trace(second(lambda q: net(q).squeeze())(z)))(x).unsqueeze(1)
+
+
+def transport(net: nn.Module, x: Tensor) -> Tensor:
+    return jvp(net, (x,), (torch.ones_like(x),))[1]
+
+
+def jacobians(net: nn.Module, x: Tensor) -> Tensor:
+    return vmap(jacfwd(net))(x).flatten(1)
+
+
+def dual(net: nn.Module, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(net(forward_ad.make_dual(x, torch.ones_like(x)))).tangent  # type: ignore[no-any-return]
+
+
+def force(net: nn.Module, x: Tensor) -> Tensor:
+    x = x.unsqueeze(1).requires_grad_()
+    return -torch.autograd.grad(net(x).square().sum(), x, create_graph=True)[0].squeeze(1)
+
+
+def forces(net: nn.Module, x: Tensor) -> Tensor:
+    return vmap(grad(lambda z: net(z[None, None]).square().sum()))(x)
+
+
+def inner_step(net: nn.Module, x: Tensor) -> Tensor:
+    p = dict(net.named_parameters())
+    g = grad(lambda q: functional_call(net, q, (x,)).square().mean())(p)
+    return functional_call(net, {name: t - 0.1 * g[name] for name, t in p.items()}, (x,))
+
+
+class Ensemble(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        members = [nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)) for _ in range(3)]
+        stacked, _ = stack_module_state(members)
+        self.names, self.base = list(stacked), [members[0]]
+        self.stacked = nn.ParameterList(nn.Parameter(t.detach()) for t in stacked.values())
+        self.head = nn.Linear(2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def member(*tensors: Tensor) -> Tensor:
+            return functional_call(self.base[0], dict(zip(self.names, tensors, strict=True)), (x,))
+
+        return self.head(vmap(member)(*self.stacked).mean(dim=0))
+
+
+def convolutions() -> nn.Module:
+    return nn.Sequential(nn.Conv1d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv1d(2, 1, 3), nn.Tanh(), nn.Flatten())
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "autograd.grad": lambda: Inside(residual),
+    "enable_grad": lambda: Inside(guarded),
+    "laplacian": lambda: Inside(laplacian),
+    "jvp": lambda: Inside(transport),
+    "jacfwd": lambda: Inside(jacobians),
+    "dual numbers": lambda: Inside(dual),
+    "forces": lambda: Inside(force, convolutions()),
+    "forces, torch.func": lambda: Inside(forces, convolutions()),
+    "inner step": lambda: Inside(inner_step),
+    "ensemble": Ensemble,
+}
+
+
+def problem_of(name: str) -> Problem:
+    model = spread(MODELS[name]())
+    x = numbers(9, 5 if name.startswith("forces") else 2)
+    y = numbers(*model(x.clone().requires_grad_()).shape, seed=1)
+    return Problem(model, F.mse_loss, [(x, y)])
+
+
+def truth(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient, Hessian and Gauss-Newton matrix by double backward of torch."""
+    (x, y), model = problem.batches[0], problem.model
+    p = dict(model.named_parameters())
+    out = functional_call(model, p, (x.clone(),))
+
+    def flat(scalar: Tensor) -> Tensor:
+        found = torch.autograd.grad(
+            scalar, list(p.values()), create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return torch.cat([t.reshape(-1) for t in found])
+
+    g = flat(F.mse_loss(out, y))
+    H = torch.stack([flat(part).detach() if part.requires_grad else torch.zeros_like(g) for part in g])
+    J = torch.stack([flat(part).detach() for part in out.reshape(-1)])
+    return g.detach(), H, 2 * J.T @ J / y.numel()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_all_products_are_those_of_torch_alone(name: str) -> None:
+    problem = problem_of(name)
+    gradient, H, G = truth(problem)
+    with torch.no_grad():
+        risk = problem.risk()
+    eye = torch.eye(risk.space.dim, dtype=torch.float64)
+    assert relative(risk.gradient, gradient) <= 1e-12
+    for engine in ("retained", "recompute"):
+        assert relative(bnp.hessian(risk, engine=engine) @ eye, H) <= 1e-11
+    A = bnp.gauss_newton(risk)
+    F_ = A.factor.to_dense()
+    assert max(relative(A @ eye, G), relative(F_.T @ F_, G)) <= 1e-11
+    assert relative(bnp.fisher(risk, "empirical") @ eye, bnp.fisher(risk, "empirical").to_dense()) <= 1e-11
+    assert not risk.outputs.requires_grad
+    assert not any(batch.x.requires_grad for batch in risk.batches)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "inner step"])
+def test_preconditioners_tables_and_null_directions_work(name: str) -> None:
+    """The null directions of the Gauss-Newton matrix are null, and a layer's number is that of its dense block."""
+    problem = problem_of(name)
+    risk, (_, _, G) = problem.risk(), truth(problem)
+    null = bnp.null_directions(risk)
+    assert float((G @ null.basis).norm()) <= 1e-12 * float(G.norm())
+    assert null.not_analysed
+    for P in (bnp.bnp_preconditioner(risk), bnp.kfac_preconditioner(risk, damping=1e-2)):
+        other = bnp.condition_number(bnp.gauss_newton(risk), preconditioner=P)
+        assert other.lower >= 1
+    for row in bnp.layer_table(risk).records():
+        assert row
+
+
+def test_rows_are_those_that_the_layer_multiplies() -> None:
+    """One example at a time under vmap: the moments are those of the data and the first layer."""
+    x, seen = numbers(9, 2), []
+    for how in (laplacian, lambda net, x: net(x)):
+        risk = Problem(spread(Inside(how)), F.mse_loss, [(x, numbers(9, 1))]).risk()
+        seen.append(bnp.network.layer_moments(risk))
+    for name in ("net.0", "net.2"):
+        assert relative(seen[0][name].mean, seen[1][name].mean) <= 1e-12
+        assert relative(seen[0][name].variance, seen[1][name].variance) <= 1e-12
+        assert seen[0][name].rows == seen[1][name].rows == 9
+    assert relative(seen[0]["net.0"].mean.reshape(-1), x.mean(dim=0)) <= 1e-12
+
+
+@pytest.mark.parametrize("name", ["autograd.grad", "enable_grad", "jvp"])
+def test_units_of_weights_that_act_twice_have_no_rows(name: str) -> None:
+    """`s_j h_j h_j^T` is not their block: the derivative inside uses the weight once more."""
+    risk = problem_of(name).risk()
+    assert not unit_blocks(risk, coverage(risk))
+    plain = Problem(spread(Inside(lambda net, x: net(x))), F.mse_loss, [(numbers(9, 2), numbers(9, 1))]).risk()
+    assert set(unit_blocks(plain, coverage(plain))) == {"net.0", "net.2"}
+
+
+@pytest.mark.parametrize("name", ["enable_grad", "forces"])
+def test_no_theorem_is_called_false(name: str) -> None:
+    found = bnp.check_theory(problem_of(name).risk())
+    assert not found.failed
+    assert "differentiates through the layer" in str(found.records())
+
+
+def test_weights_of_an_inner_step_are_not_the_layers_own() -> None:
+    with pytest.raises(bnp.errors.InvalidInputError, match=r"net.0.weight: its forward runs with other weights"):
+        bnp.bnp_preconditioner(problem_of("inner step").risk())
