@@ -29,6 +29,11 @@ class Preconditioner(LinearOperator):
         """The number `n` of parameters."""
         return self.shape[0]
 
+    @property
+    def rank_bound(self) -> int:
+        """`n`: `P` is invertible, and so `rank(F P) = rank F`."""
+        return self.dim
+
     @abstractmethod
     def _solve(self, x: Tensor) -> Tensor:
         """`P^-1 x` for a checked block."""
@@ -213,6 +218,15 @@ class Congruence(SymmetricOperator):
     @property
     def dense_cost(self) -> int:
         return self.operator.dense_cost
+
+    @property
+    def rank_bound(self) -> int:
+        return self.operator.rank_bound
+
+    @property
+    def zeros_are_structural(self) -> bool:
+        """Never: entries of a product are sums, which may cancel or underflow to 0."""
+        return False
 
     @property
     def eps(self) -> float:
