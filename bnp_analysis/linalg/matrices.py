@@ -300,12 +300,10 @@ class CallableOperator(SymmetricOperator):
         unit = 2.0 ** -(digits - 1 + round(math.log2(self.dim) / 2))
         pair = (whole.double() * unit).to(dtype=self.dtype, device=self.device)
         images = self._matmat(torch.cat([pair, pair.sum(dim=1, keepdim=True)], dim=1)).double()
-        size = float(images.abs().max())
-        if not 0 < size < math.inf:
-            return own
-        images = images / size
-        defect = float((images[:, 2] - images[:, 0] - images[:, 1]).norm()) / float(images.norm(dim=0).sum())
-        return own if defect <= 32 * own else 4 * defect
+        images = images / images.abs().max()
+        defect = float((images[:, 2] - images[:, 0] - images[:, 1]).norm() / images.norm(dim=0).sum())
+        # Of the zero matrix, or of numbers that are refused elsewhere, it is NaN.
+        return 4 * defect if defect > 32 * own else own
 
     def _matmat(self, x: Tensor) -> Tensor:
         product = torch.empty_like(x)

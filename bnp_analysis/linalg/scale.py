@@ -112,13 +112,11 @@ class Scaled(Derived, LinearOperator):
     def _times(self, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if self._exponent is None:
             image = self._at(product, x, 0)
-            size = binary_exponent(image) - binary_exponent(x)
-            if abs(size) <= _COMFORTABLE[self._operator.dtype]:
-                self._exponent = 0
+            near = abs(binary_exponent(image)) <= _COMFORTABLE[self._operator.dtype]
+            self._exponent = 0 if near or not x.numel() else self._found()
+            # What is 0 or infinite for another reason is left as it is.
+            if self._exponent == 0:
                 return image
-            if math.isnan(size):  # of no numbers, of a zero vector, or to be refused by who reads it
-                return image
-            self._exponent = self._found()
         return self._at(product, x, self._exponent)
 
     def _at(self, product: Callable[[Tensor], Tensor], x: Tensor, exponent: int) -> Tensor:
@@ -245,7 +243,7 @@ def scaled(A: Any) -> Any:
         return Product(scaled(A.left), scaled(A.right))
     if isinstance(A, Restriction):
         return Restriction(scaled(A.inner), A.indices)
-    if isinstance(A, Shifted) and not isinstance(A, ScaledShift) and isinstance(A.inner, GramOperator | Congruence):
+    if isinstance(A, Shifted) and not isinstance(A, ScaledShift):
         A = ScaledShift(scaled(A.inner), A.delta)
     return ScaledSymmetric(A) if isinstance(A, SymmetricOperator) else Scaled(A)
 

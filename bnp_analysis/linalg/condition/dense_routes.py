@@ -125,9 +125,10 @@ def dense_symmetric(
         return zero_matrix(null, A.dense_cost + null.cost)
     values, radius, scale = found.values, found.radius, found.scale
     if not indefinite and values[0] < -radius:
+        units = f", both in units of 2^{-found.exponent}" if found.exponent else ""
         raise NotConvexError(
-            f"the operator is indefinite: its smallest eigenvalue is {values[0]:.4g} of its largest entry, rounding explains "
-            f"{radius:.2g}. kappa* compares the nonzero eigenvalues of a semidefinite matrix; use "
+            f"the operator is indefinite: its smallest eigenvalue is {values[0] * scale:.4g}, rounding explains "
+            f"{radius * scale:.2g}{units}. kappa* compares the nonzero eigenvalues of a semidefinite matrix; use "
             "magnitude_condition_number(A) for max|lambda|/min|lambda|, or the Gauss-Newton matrix"
         )
     sizes = np.sort(np.abs(values))

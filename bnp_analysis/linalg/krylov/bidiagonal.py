@@ -114,8 +114,8 @@ def golub_kahan(
     if limit < 1 or F.shape[0] < 1:
         raise InvalidInputError(f"nothing to bidiagonalize: F is {F.shape}, steps={steps}, null directions={rank}")
     given, F = F, scaled(F)
-    require_resolution(F, max(F.shape))
     run = _Run(F, limit, null, seed, magnitude, given)
+    require_resolution(F, max(F.shape))
     key = f"golub-kahan of {F.shape[0]}x{F.shape[1]} in {F.dtype}, {rank} null directions, seed {seed}"
     if checkpoint is not None and Path(checkpoint).exists():
         run.restore(load_state(checkpoint, key))

@@ -81,7 +81,6 @@ def block_lanczos(
         [1.0, 5.0, 5.0]
     """
     given, A = A, scaled(A)
-    require_resolution(A, A.dim)
     null = null if null is None else null.to(A.dtype)
     n, rank = A.dim, 0 if null is None else null.shape[1]
     if not 1 <= block_size <= n - rank or steps < 1:
@@ -90,6 +89,7 @@ def block_lanczos(
     require_memory(
         (limit + block_size + rank) * n * A.dtype.itemsize, f"a block Lanczos basis of {limit} vectors", device=A.device
     )
+    require_resolution(A, n)
     like = torch.empty(0, dtype=A.dtype, device=A.device)
     w = project_out(normal((n, block_size), generator(seed), like), null)
     basis = torch.zeros(n, 0, dtype=A.dtype, device=A.device)

@@ -143,7 +143,6 @@ def lanczos(
     rank = 0 if null is None else null.shape[1]
     limit = min(int(steps), A.dim - rank)
     given, A = A, scaled(A)
-    require_resolution(A, A.dim)
     start, null = (x if x is None or x.dtype != given.dtype else x.to(A.dtype) for x in (start, null))
     if resume is not None:
         if comfortable(torch.from_numpy(resume.alpha))[1]:
@@ -159,6 +158,7 @@ def lanczos(
         return resume.times_power(exponent(given) - exponent(A))
     bytes_needed = (limit + 1 + rank) * A.dim * A.dtype.itemsize
     require_memory(bytes_needed, f"a Lanczos basis of {limit} vectors of length {A.dim}", device=A.device)
+    require_resolution(A, A.dim)
     run = _Run(A, limit, null, _start(A, start, null, seed) if resume is None else resume.residual, resume)
     run.every = 1 if restart else run.every
 

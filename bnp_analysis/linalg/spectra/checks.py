@@ -118,8 +118,10 @@ def require_symmetric(A: SymmetricOperator, seed: int) -> None:
 def _innermost(A: SymmetricOperator) -> SymmetricOperator:
     if isinstance(A, Congruence):
         return _innermost(A.operator)
-    if isinstance(A, Derived) and isinstance(A.inner, SymmetricOperator) and not isinstance(A, Scaled):
-        return _innermost(A.inner)
+    if isinstance(A, Derived) and isinstance(A.inner, SymmetricOperator):
+        # What scales an operator that is made of no other is where its products are in range.
+        whole = isinstance(A, Scaled) and not isinstance(A.inner, Derived | Congruence)
+        return A if whole else _innermost(A.inner)
     return A
 
 

@@ -32,8 +32,8 @@ class Eigenpairs(Result):
     Attributes:
         values: `(k,)` float64, in the order asked for: largest first, or smallest first.
         vectors: `(n, k)`, orthonormal, in the coordinates of the operator measured (`z` with a preconditioner).
-        residuals: `(k,)` float64, `|A y - theta y|` and the rounding of a product, `sqrt(n) eps |A|`: some eigenvalue lies
-            within it of each value (T13).
+        residuals: `(k,)` float64, `|A y - theta y|`: some eigenvalue lies within it of each value (T13). Where products are
+            less precise than vectors, their rounding `sqrt(n) eps |A|` is added.
         converged: how many pairs meet the tolerance.
         stop: `"converged"` (and, unless `multiplicity="trust"`, a look from another start found no further copies of
             repeated eigenvalues), `"steps"`, `"interrupted"`, or `"rounding"` where products are too noisy for the
@@ -142,11 +142,12 @@ def eigenpairs(
         spent += k
     residuals = residuals.cpu()
     done = residuals <= (tol * values.abs()).clamp(min=search.noise)
-    # Residuals of computed products are known to their rounding.
-    residuals = residuals + search.noise / 10
+    if operator.eps > torch.finfo(operator.dtype).eps:
+        residuals = residuals + search.noise / 10
     power = -exponent(operator)
     in_floats(float(values.abs().max()), power, "the largest of the eigenvalues asked for")
-    values, residuals = times_power(values, power), times_power(residuals, power).clamp(min=math.ulp(0.0))
+    if power:  # an error may be too small for a float, but is not zero
+        values, residuals = times_power(values, power), times_power(residuals, power).clamp(min=math.ulp(0.0))
     settings = {
         "k": k,
         "which": which,
