@@ -157,6 +157,10 @@ class DensePreconditioner(Preconditioner):
         if not isinstance(matrix, Tensor) or matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise InvalidInputError(f"a preconditioner is a square matrix (n, n), got {describe(matrix)}")
         super().__init__(matrix.shape[0], matrix.dtype, matrix.device)
+        if matrix.dtype.itemsize < 4:
+            raise InvalidInputError(
+                f"a preconditioner in {matrix.dtype} cannot be inverted; give P, and the operator, in float32 or float64"
+            )
         self._matrix = matrix.detach().clone()
         if not bool(torch.isfinite(self._matrix).all()):
             raise InvalidInputError("the preconditioner has NaN or infinite entries")

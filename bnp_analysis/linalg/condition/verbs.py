@@ -294,6 +294,8 @@ def _measure(
         )
     value = ends.lambda_max / ends.lambda_min if ends.lambda_min > 0 else math.inf
     note = ends.note + (next_route(A) if route == "lanczos" and not math.isfinite(ends.upper) else "")
+    if ends.rank is None:  # nothing is counted: every declared direction is believed
+        ends = dataclasses.replace(ends, on_your_word=ends.null_sources.get("declared", 0))
     bounds = {"note": note, "failure_probability": ends.failure_probability if math.isfinite(ends.upper) else 0.0}
     return ConditionNumber(
         **(vars(ends) | bounds),

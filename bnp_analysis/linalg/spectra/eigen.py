@@ -33,7 +33,7 @@ class Eigenpairs(Result):
         values: `(k,)` float64, in the order asked for: largest first, or smallest first.
         vectors: `(n, k)`, orthonormal, in the coordinates of the operator measured (`z` with a preconditioner).
         residuals: `(k,)` float64, `|A y - theta y|`: some eigenvalue lies within it of each value (T13). Where products are
-            less precise than vectors, their rounding `sqrt(n) eps |A|` is added.
+            less precise than vectors, their rounding `sqrt(n) eps |A|` is added, else `4 eps |A|`.
         converged: how many pairs meet the tolerance.
         stop: `"converged"` (and, unless `multiplicity="trust"`, a look from another start found no further copies of
             repeated eigenvalues), `"steps"`, `"interrupted"`, or `"rounding"` where products are too noisy for the
@@ -144,6 +144,8 @@ def eigenpairs(
     done = residuals <= (tol * values.abs()).clamp(min=search.noise)
     if operator.eps > torch.finfo(operator.dtype).eps:
         residuals = residuals + search.noise / 10
+    elif A.dim > 1:  # of a whole space the residual is 0, the values are still rounded
+        residuals = residuals + 4 * operator.eps * search.scale
     power = -exponent(operator)
     in_floats(float(values.abs().max()), power, "the largest of the eigenvalues asked for")
     if power:  # an error may be too small for a float, but is not zero
