@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+import mpmath
 import numpy as np
 import torch
 from torch import Tensor
@@ -246,7 +247,9 @@ def trap_seven(steps: int, known: int) -> Callable[[], Case]:
     return make
 
 
-def far_from_one(kind: str, power: int, *, dtype: torch.dtype = torch.float64, stored: str = "factor") -> Callable[[], Case]:
+def far_from_one(
+    kind: str, power: int, *, dtype: torch.dtype = torch.float64, stored: str = "factor"
+) -> Callable[[], Case]:
     """`2^power` times an exact problem: the condition number is the same, squares of the numbers are none."""
 
     def make() -> Case:
@@ -289,22 +292,14 @@ def cancelling(K: float) -> Callable[[], Case]:
     def make() -> Case:
         F = torch.tensor([[K, 1.0, -K], [K, 0.0, -K], [K, -K, 0.0]], dtype=torch.float64)
         P = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [1.0, 0.0, 1.0]], dtype=torch.float64)
-        low, high = _ratio_of_gram(F, P)
-        truth = Truth(low, high, "exact fractions", 3)
+        with mpmath.workdps(150):
+            product = mpmath.matrix(F.tolist()) * mpmath.matrix(P.tolist())
+            sigma = mpmath.svd_r(product, compute_uv=False)
+            kappa = float((max(sigma) / min(sigma)) ** 2)
+        truth = Truth(kappa, kappa, "150 digits", 3)
         return Case(GramOperator(MatrixOperator(F)), truth, (*BOTH, "dense", "lanczos"), P=DensePreconditioner(P))
 
     return make
-
-
-def _ratio_of_gram(F: Tensor, P: Tensor) -> tuple[float, float]:
-    """Bounds of `kappa(P^T F^T F P)` for three columns: `t^3/27 d <= kappa <= t^3/d` with trace and determinant exact."""
-    f, p = ([[Fraction(x) for x in row] for row in M.tolist()] for M in (F, P))
-    M = [[sum((f[i][k] * p[k][j] for k in range(3)), Fraction(0)) for j in range(3)] for i in range(3)]
-    t = sum((x * x for row in M for x in row), Fraction(0))
-    a, b, c = M
-    d = a[0] * (b[1] * c[2] - b[2] * c[1]) - a[1] * (b[0] * c[2] - b[2] * c[0]) + a[2] * (b[0] * c[1] - b[1] * c[0])
-    # lambda_1 >= t/3 and lambda_2 lambda_3 = d^2 / lambda_1 with lambda_2 >= lambda_3.
-    return float((t / 3) ** 3 / (d * d)) ** 0.5, float(t**3 / (d * d))
 
 
 def hidden_cast(kappa_exponent: int, dtype: torch.dtype) -> Callable[[], Case]:

@@ -202,15 +202,18 @@ class ReducedFactor(LinearOperator):
         rounding: that error: `R = Q^T (F + E)` with orthonormal columns `Q` and `|E e_j| <= rounding |F e_j|`.
         rank: a structural bound of the rank of `F`.
         dtype: in which `F` works.
+        given: whether the entries of `F` are given.
     """
 
-    def __init__(self, matrix: Tensor, columns: Tensor, rounding: float, rank: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, matrix: Tensor, columns: Tensor, rounding: float, rank: int, dtype: torch.dtype, given: bool = False
+    ) -> None:
         super().__init__((matrix.shape[0], matrix.shape[1]), dtype, matrix.device)
-        self.matrix, self.columns, self.rounding, self._rank = matrix, columns, rounding, rank
+        self.matrix, self.columns, self.rounding, self._rank, self.given = matrix, columns, rounding, rank, given
 
     @property
     def rank_bound(self) -> int:
-        return min(*self.shape, self._rank)
+        return min(self.shape[1], self._rank)  # rows that rounding made zero may be missing
 
     @property
     def zeros_are_structural(self) -> bool:

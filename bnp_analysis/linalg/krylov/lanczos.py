@@ -65,7 +65,9 @@ class Tridiagonalization:
         """
         if power == 0:
             return self
-        in_floats(float(max(np.abs(self.alpha).max(), np.abs(self.beta).max(initial=0.0))), power, "the tridiagonal matrix")
+        in_floats(
+            float(max(np.abs(self.alpha).max(), np.abs(self.beta).max(initial=0.0))), power, "the tridiagonal matrix"
+        )
         # The residual may leave the range of single precision.
         residual = times_power(self.residual.double(), power)
         return replace(self, alpha=np.ldexp(self.alpha, power), beta=np.ldexp(self.beta, power), residual=residual)

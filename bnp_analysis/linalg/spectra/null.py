@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NullSpaceError
+from bnp_analysis.linalg.forming import formed
+from bnp_analysis.linalg.matrices import ReducedFactor
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.linalg.random import orthonormal
-from bnp_analysis.linalg.scale import precise
+from bnp_analysis.linalg.scale import Scaled, exponent, precise
 
 NORM_STEPS = 8
 # Stored matrices whose singular values may decide whether declared directions are null.
@@ -131,9 +133,9 @@ def require_null(A: LinearOperator, null: DeclaredNull, scale: float, what: str 
     if null.dim == 0 or scale == 0:
         return 0.0
     if isinstance(A, SymmetricOperator) and A.factor is not None and _stored(A.factor):
-        return _require_null_of(A.factor.to_dense().double(), null, math.sqrt(scale), "F")
+        return _require_null_of(A.factor, null, math.sqrt(scale), "F")
     if _stored(A):
-        return _require_null_of(A.to_dense().double(), null, scale, what)
+        return _require_null_of(A, null, scale, what)
     tolerance = null_tolerance(A)
     if tolerance >= 0.1:
         raise NullSpaceError(
@@ -146,15 +148,19 @@ def require_null(A: LinearOperator, null: DeclaredNull, scale: float, what: str 
 
 
 def _stored(A: LinearOperator) -> bool:
-    return A.exact and A.dense_cost == 0
+    inner = A.inner if isinstance(A, Scaled) else A
+    return inner.given if isinstance(inner, ReducedFactor) else A.exact and A.dense_cost == 0
 
 
-def _require_null_of(matrix: Tensor, null: DeclaredNull, scale: float, what: str) -> float:
+def _require_null_of(A: LinearOperator, null: DeclaredNull, scale: float, what: str) -> float:
     """The same of a stored matrix. Directions that their own rounding spoils are right if so many singular values vanish."""
     assert null.wide is not None
+    found = formed(A.inner if isinstance(A, Scaled) else A)
+    matrix, scale = found.matrix, scale * 2.0 ** (found.exponent - exponent(A))
     unit = max(matrix.shape) * torch.finfo(torch.float64).eps
     images = (matrix @ null.wide).norm(dim=0) / scale
     spoilt = null.given_eps * (matrix.abs() @ null.wide.abs()).norm(dim=0) / scale
+    spoilt += found.rounding * (found.sizes() @ null.wide.abs()).norm(dim=0) / scale
     nearly = null_tolerance_of(matrix.shape, null.given_eps)
     if bool((images > unit + spoilt).any()) and bool((images <= nearly).all()) and min(matrix.shape) <= _DECIDED:
         sigma = torch.linalg.svdvals(matrix)
