@@ -303,7 +303,7 @@ def cancelling(K: float) -> Callable[[], Case]:
 
 
 def hidden_cast(kappa_exponent: int, dtype: torch.dtype) -> Callable[[], Case]:
-    """A float64 function that computes in lower precision: an interval must be as wide as its products are imprecise."""
+    """A float64 function that computes in lower precision: intervals must be as wide as its products are imprecise."""
 
     def make() -> Case:
         values = [s * s for s in sigmas("log", 16, kappa_exponent)]
@@ -317,7 +317,7 @@ def hidden_cast(kappa_exponent: int, dtype: torch.dtype) -> Callable[[], Case]:
 
 
 def declared_small(small: float, *, factor: bool, dtype: torch.dtype = torch.float64) -> Callable[[], Case]:
-    """`diag(1, 1/2, small)` with the third direction declared null, which it is not: a number would be `2` or `4`."""
+    """`diag(1, 1/2, small)` with the third direction declared null, which it is not."""
 
     def make() -> Case:
         D = torch.diag(torch.tensor([1.0, 0.5, small], dtype=dtype))

@@ -244,8 +244,8 @@ class CallableOperator(SymmetricOperator):
         n: the dimension.
         dtype, device: of vectors.
         factor: an operator `F`, `(r, n)`, with `F^T F = A`, if one is known.
-        eps: the precision of the function's products; found out by three of them if None: a function may compute in lower
-            precision inside than its vectors have.
+        eps: the precision of the function's products; found out by three of them if None: a function may compute in
+            lower precision inside than its vectors have.
 
     Example:
         >>> import torch

@@ -56,7 +56,7 @@ class LinearOperator(ABC):
 
     @property
     def zeros_are_structural(self) -> bool:
-        """Whether an exact 0 in `to_dense()` is one for every value of the data: then zero rows and columns bound the rank.
+        """Whether an exact 0 in `to_dense()` is one whatever the numbers are: zero rows and columns then bound a rank.
 
         True of given entries and of what a graph leaves out (a missing edge, a ReLU mask). An operator whose zeros may
         be rounding (a cancellation, an underflow) says False.

@@ -159,7 +159,7 @@ class DensePreconditioner(Preconditioner):
         super().__init__(matrix.shape[0], matrix.dtype, matrix.device)
         if matrix.dtype.itemsize < 4:
             raise InvalidInputError(
-                f"a preconditioner in {matrix.dtype} cannot be inverted; give P, and the operator, in float32 or float64"
+                f"a preconditioner in {matrix.dtype} cannot be inverted; give P and the operator in float32 or float64"
             )
         self._matrix = matrix.detach().clone()
         if not bool(torch.isfinite(self._matrix).all()):

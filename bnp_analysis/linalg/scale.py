@@ -274,9 +274,9 @@ def require_resolution(A: LinearOperator, vectors: int) -> None:
     """
     if 10 * math.sqrt(vectors) * A.eps >= 1:
         raise InvalidInputError(
-            f"products of {A!r} are known to {A.eps:.1g} only; over {max(A.shape)} dimensions rounding would explain any "
-            "residual, and eigenvalues would be invented. Build the operator in float32 or float64 (dtype=), or remove "
-            "the cast inside the function"
+            f"products of {A!r} are known to {A.eps:.1g} only; over {max(A.shape)} dimensions rounding would explain "
+            "any residual, and eigenvalues would be invented. Build the operator in float32 or float64 (dtype=), or "
+            "remove the cast inside the function"
         )
 
 

@@ -70,19 +70,21 @@ def holds(k: ConditionNumber, truth: float, rel: float = 1e-9) -> bool:
 def test_a_multiple_has_the_same_condition_number(power: int, method: str) -> None:
     for A in operators(stored(TWO, power)):
         k = condition_number(A, null=none_null(2), method=method)
-        assert k.two_sided and holds(k, 3.0), (A, k)
+        assert k.two_sided, (A, k)
+        assert holds(k, 3.0), (A, k)
         assert k.lambda_max * 2.0 ** (k.exponent // 2) * 2.0 ** (k.exponent - k.exponent // 2) == pytest.approx(
             float(3 * Fraction(2) ** power), rel=1e-9
         )
 
 
-@pytest.mark.parametrize("method", ("factor-svd", "golub-kahan", *METHODS))
+@pytest.mark.parametrize("method", ["factor-svd", "golub-kahan", *METHODS])
 @pytest.mark.parametrize("power", SCALES)
 def test_a_multiple_of_a_factor(power: int, method: str) -> None:
     """`F = 2^power [[2, 1], [1, 2]]`: the eigenvalues `9, 1` times `4^power` are no floats, their ratio is one."""
     F = MatrixOperator(stored(TWO, power))
     k = condition_number(GramOperator(F), null=none_null(2), method=method)
-    assert k.two_sided and holds(k, 9.0), k
+    assert k.two_sided, k
+    assert holds(k, 9.0), k
     exact = 9 * Fraction(4) ** power / Fraction(2) ** k.exponent
     assert k.lambda_max == pytest.approx(float(exact), rel=1e-9), "eigenvalues are in units of 2^exponent"
     if method == "factor-svd":
@@ -286,7 +288,7 @@ def test_half_precision_keeps_its_vectors_in_single(dtype: torch.dtype) -> None:
 def test_searches_that_rounding_decides_are_refused() -> None:
     A = DenseOperator(torch.eye(400).to(torch.bfloat16))
     for measure in (lambda: eigenpairs(A, 1), lambda: lanczos(A, 3), lambda: spectral_density(A, probes=2, steps=3)):
-        with pytest.raises(InvalidInputError, match="known to 0.008 only"):
+        with pytest.raises(InvalidInputError, match=r"known to 0\.008 only"):
             measure()
     with pytest.raises(InvalidInputError, match="float32 or float64"):
         DensePreconditioner(torch.eye(3).half())

@@ -69,7 +69,7 @@ def factor_extremes(
 
 
 def unexplained_zeros(rank: int, structural: int, null: DeclaredNull, A: SymmetricOperator) -> tuple[int, int]:
-    """Of the eigenvalues that do not stand out: how many nothing explains, and how many only the caller's declaration."""
+    """Of the eigenvalues that do not stand out: how many nothing explains, how many the caller's declaration alone."""
     explained = min(structural, A.dim - null.dim)
     on_word = max(structural - max(explained, rank), 0) if null.on_word else 0
     return max(explained - rank, 0), on_word

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from bnp_analysis.linalg.spectra.checks import products_known_to
 from bnp_analysis.results import Result
@@ -50,9 +51,10 @@ class Extremes:
         if min(digits) < -1021 or max(digits) > 1023:
             return replace(self, exponent=power)
         names = ("lambda_max", "lambda_min", "noise_floor", "residual_max", "residual_min")
-        units = {name: getattr(self, name) for name in names}
+        sizes = {name: getattr(self, name) for name in names}
         # An error may be too small for a float, but is not zero.
-        return replace(self, **{name: max(math.ldexp(x, power), _SMALLEST) if x else x for name, x in units.items()})
+        found: dict[str, Any] = {n: max(math.ldexp(x, power), _SMALLEST) if x else x for n, x in sizes.items()}
+        return replace(self, **found)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -72,18 +74,18 @@ class ConditionNumber(Result, Extremes):
         rank: eigenvalues counted as nonzero, None when the route cannot count them.
         null_dim: dimension of the declared null space.
         null_sources: its directions counted by cause.
-        on_your_word: eigenvalues that are zero because a tensor of null directions says so: no arithmetic of the operator's
-            precision can tell them from small ones, and structure or a known cause does not explain them.
+        on_your_word: eigenvalues that are zero because a tensor of null directions says so: no arithmetic of the
+            operator's precision can tell them from small ones, and no structure or known cause explains them.
         unresolved: eigenvalues below the noise floor that nothing explains as zero; None when not counted.
         negative: negative eigenvalues (indefinite matrices only).
-        zero: eigenvalues within the noise floor, explained or not; None when not counted. `unresolved` of them are not
-            explained, `on_your_word` by declaration alone, the others by structure or a cause in `null_sources`.
+        zero: eigenvalues within the noise floor, explained or not; None when not counted. `unresolved` of them are
+            not explained, `on_your_word` by declaration alone, the others by structure or a cause in `null_sources`.
         gap_ratio: the smallest nonzero eigenvalue over the largest that counts as zero.
         noise_floor: eigenvalues below it are rounding.
         failure_probability: of the bounds, over random starts.
         quantity: what the numbers are: `"kappa*"`, `"max|lambda|/min|lambda|"` or `"sigma_max/sigma_min+"`.
-        exponent: 0, unless eigenvalues leave the floats: `lambda_max`, `lambda_min`, `noise_floor` and the residuals are
-            then in units of `2^exponent`.
+        exponent: 0, unless eigenvalues leave the floats: `lambda_max`, `lambda_min`, `noise_floor` and the residuals
+            are then in units of `2^exponent`.
         dim, dtype, stop, note: size, precision, why the run ended, what to do next.
     """
 
@@ -95,7 +97,7 @@ class ConditionNumber(Result, Extremes):
     quantity: str = "kappa*"
 
     def __post_init__(self) -> None:
-        """The bounds are proven, the value is an estimate: where it fell outside by rounding, it is the nearer bound."""
+        """The bounds are proven, the value is an estimate: where rounding put it outside, it is the nearer bound."""
         if self.lower > self.upper:
             raise AssertionError(f"bounds {self.lower} .. {self.upper} exclude each other: an error of the package")
         low = self.value if math.isnan(self.lower) else self.lower

@@ -138,7 +138,8 @@ class _Gathered:
 
     def result(self, given: float, factor: LinearOperator) -> ReducedFactor:
         """What was added: its rows as they are where they are few."""
-        assert self._norms is not None and self._nonzero is not None
+        assert self._norms is not None
+        assert self._nonzero is not None
         if self._count > len(self._norms):
             self._factorize()
         rounding = given + UNIT * self._factorized

@@ -18,7 +18,7 @@ from bnp_analysis.linalg.krylov.lanczos import lanczos
 from bnp_analysis.linalg.operators import LinearOperator, Product, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Congruence, Preconditioner, check_fits, congruence
 from bnp_analysis.linalg.random import generator, normal
-from bnp_analysis.linalg.scale import Scaled, scaled
+from bnp_analysis.linalg.scale import Scaled, ScaledSymmetric, scaled
 from bnp_analysis.linalg.spectra.null import NORM_STEPS, DeclaredNull, HasBasis, read_null, require_null
 from bnp_analysis.results import Result
 
@@ -34,7 +34,7 @@ def norm_estimate(A: SymmetricOperator, seed: int = 0) -> float:
 
 def rounding_norm(A: SymmetricOperator, seed: int = 0) -> float:
     """What the rounding of a product with `A` is relative to: `|A|`, for `P^T A P` it is `|P|^2 |A|` (T13)."""
-    if isinstance(A, Scaled) and amplified(A):
+    if isinstance(A, ScaledSymmetric) and amplified(A):
         return rounding_norm(A.inner, seed) * 2.0**A.exponent
     if isinstance(A, Congruence):
         size = factor_rounding_norm(A.preconditioner, seed)

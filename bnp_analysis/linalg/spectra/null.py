@@ -153,7 +153,7 @@ def _stored(A: LinearOperator) -> bool:
 
 
 def _require_null_of(A: LinearOperator, null: DeclaredNull, scale: float, what: str) -> float:
-    """The same of a stored matrix. Directions that their own rounding spoils are right if so many singular values vanish."""
+    """The same of a stored matrix; where directions are spoilt by rounding, its singular values decide."""
     assert null.wide is not None
     found = formed(A.inner if isinstance(A, Scaled) else A)
     matrix, scale = found.matrix, scale * 2.0 ** (found.exponent - exponent(A))
@@ -176,6 +176,6 @@ def _refuse_worst(images: Tensor, tolerance: Tensor, what: str) -> None:
     if not float(images[worst]) <= float(tolerance[worst]):
         raise NullSpaceError(
             f"declared null direction {worst} is not null: |{what} n| / |{what}| = {float(images[worst]):.3g}, "
-            f"rounding explains {float(tolerance[worst]):.1g}. Deflating it would hide a nonzero eigenvalue and make the "
-            "condition number too small; drop the direction, or give it in the operator's own coordinates"
+            f"rounding explains {float(tolerance[worst]):.1g}. Deflating it would hide a nonzero eigenvalue and make "
+            "the condition number too small; drop the direction, or give it in the operator's own coordinates"
         )
