@@ -8,8 +8,14 @@ import torch
 from truth_problems import (
     ALL,
     Problem,
+    badly_given,
+    cancelling,
     conditioned,
     constructed,
+    declared_small,
+    far_apart,
+    far_from_one,
+    hidden_cast,
     random_problem,
     stored_matrix,
     trap_seven,
@@ -33,6 +39,7 @@ def problems() -> Iterator[Problem]:
             yield Problem("constructed", name, constructed(kind, 64, e), quick=e in (0, 20))
     yield from shapes_and_scales()
     yield from other_ways()
+    yield from extremes()
 
 
 def shapes_and_scales() -> Iterator[Problem]:
@@ -98,3 +105,33 @@ def other_ways() -> Iterator[Problem]:
         routes = ("factor-svd", "golub-kahan", "dense", "inertia", "lanczos", "inverse-lanczos")
         make = random_problem("log", 1e8, (30, 40), delta=delta, routes=routes)
         yield Problem("regularized", f"log, 30 x 40, kappa 1e8, delta {delta:g}", make, quick=delta == 1e-1)
+
+
+def extremes() -> Iterator[Problem]:
+    """Scales of all floats, products that cancel, hidden casts, declared directions that are wrong or badly given."""
+    f32 = torch.float32
+    for kind in ("log", "repeated"):
+        for power in (-990, -500, -330, 330, 500, 1000):
+            for stored in ("factor", "matrix", "function"):
+                make = far_from_one(kind, power, stored=stored)
+                yield Problem("scales", f"{kind}, {stored}, times 2^{power}", make, quick=kind == "log")
+        for power in (-110, -70, 60, 120):
+            make = far_from_one(kind, power, dtype=f32)
+            yield Problem("scales, float32", f"{kind}, factor, times 2^{power}", make, quick=kind == "log")
+    for values, scale in (((1e200, 1e-150), 1.0), ((1.0, 0.5, 1e-60), 1e-140), ((1.0, 0.5, 1e-3), 1e140)):
+        for factor in (False, True):
+            name = f"diag{values}, P {scale:.0e}, {'factor' if factor else 'matrix'}"
+            yield Problem("entries far apart", name, far_apart(values, scale, factor=factor), quick=True)
+    for K in (1e8, 1e12, 1e16):
+        yield Problem("cancelling products", f"F P of rank 3, K {K:.0e}", cancelling(K), quick=True)
+    for e in (2, 6, 10):
+        for dtype in (f32, torch.float16, torch.bfloat16):
+            name = f"kappa {4.0**e:.1g}, {str(dtype).removeprefix('torch.')} inside float64"
+            yield Problem("hidden casts", name, hidden_cast(e, dtype), quick=e == 6)
+    for small, dtype in ((1e-14, torch.float64), (1e-10, torch.float64), (2e-5, f32), (1e-6, f32)):
+        for factor in (False, True):
+            name = f"diag(1, 1/2, {small:.0e}) with e3 declared, {str(dtype)[-7:]}, {'factor' if factor else 'matrix'}"
+            yield Problem("declared directions", name, declared_small(small, factor=factor, dtype=dtype), quick=True)
+    for offset, length in ((0.0, 1.0), (1e3, 1.0), (1e6, 1.0), (1e9, 1.0), (1e6, 1e300), (1e6, 1e-290)):
+        name = f"1 and {offset:.0e} + (0, 1), times {length:.0e}"
+        yield Problem("declared directions", name, badly_given(offset, length), quick=True)

@@ -8,12 +8,20 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+import mpmath
 import numpy as np
 import torch
 from torch import Tensor
 from truth_arithmetic import Long, error, exact_product, long, singular_values
 
-from bnp_analysis.linalg import DenseOperator, GramOperator, MatrixOperator, Preconditioner, SymmetricOperator
+from bnp_analysis.linalg import (
+    CallableOperator,
+    DenseOperator,
+    GramOperator,
+    MatrixOperator,
+    Preconditioner,
+    SymmetricOperator,
+)
 from bnp_analysis.linalg.preconditioner import DensePreconditioner
 from bnp_analysis.linalg.spectra.null import HasBasis, SomeNullDirections
 from bnp_analysis.precondition import DiagonalPreconditioner
@@ -235,5 +243,105 @@ def trap_seven(steps: int, known: int) -> Callable[[], Case]:
         null = Q[:, 350:]
         said = None if known == 0 else (null if known == 50 else SomeNullDirections(null[:, :known], {"found": known}))
         return Case(GramOperator(MatrixOperator(F)), truth, ("lanczos", "golub-kahan"), null=said, steps=steps)
+
+    return make
+
+
+def far_from_one(
+    kind: str, power: int, *, dtype: torch.dtype = torch.float64, stored: str = "factor"
+) -> Callable[[], Case]:
+    """`2^power` times an exact problem: the condition number is the same, squares of the numbers are none."""
+
+    def make() -> Case:
+        values = sigmas(kind, 16, 9)
+        F, _ = exact_factor(values, 16, 16, torch.Generator().manual_seed(5))
+        kappa = float((values[0] / values[-1]) ** 2)
+        truth = Truth(kappa, kappa, "construction", 16)
+        unit = torch.tensor(power - power // 2), torch.tensor(power // 2)
+        if stored == "factor":
+            F = torch.ldexp(torch.ldexp(F, unit[0]), unit[1]).to(dtype)
+            return Case(GramOperator(MatrixOperator(F)), truth, ALL)
+        A = torch.ldexp(torch.ldexp(F.T @ F, unit[0]), unit[1]).to(dtype)
+        operator: SymmetricOperator = DenseOperator(A)
+        if stored == "function":
+            operator = CallableOperator(lambda v: A @ v, 16, dtype=dtype)
+        return Case(operator, truth, ("dense", "inertia", "lanczos"))
+
+    return make
+
+
+def far_apart(values: tuple[float, ...], scale: float = 1.0, *, factor: bool = False) -> Callable[[], Case]:
+    """`diag(values)` with `P = scale I`: what is lost beside the largest entry is neither zero nor counted."""
+
+    def make() -> Case:
+        D = torch.diag(torch.tensor(values, dtype=torch.float64))
+        exact = [Fraction(v) ** (2 if factor else 1) for v in values]
+        ratio = max(exact) / min(exact)
+        kappa = float(ratio) if ratio < 10**300 else math.inf
+        A: SymmetricOperator = GramOperator(MatrixOperator(D)) if factor else DenseOperator(D)
+        P = None if scale == 1.0 else DensePreconditioner(scale * torch.eye(len(values), dtype=torch.float64))
+        routes = (*BOTH, "dense", "lanczos") if factor else ("dense", "inertia", "lanczos")
+        return Case(A, Truth(kappa, kappa, "exact fractions", len(values)), routes, P=P)
+
+    return make
+
+
+def cancelling(K: float) -> Callable[[], Case]:
+    """`F P` cancels in float64 to a matrix of rank 2; `F` has rank 3, and `P` is invertible."""
+
+    def make() -> Case:
+        F = torch.tensor([[K, 1.0, -K], [K, 0.0, -K], [K, -K, 0.0]], dtype=torch.float64)
+        P = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [1.0, 0.0, 1.0]], dtype=torch.float64)
+        with mpmath.workdps(150):
+            product = mpmath.matrix(F.tolist()) * mpmath.matrix(P.tolist())
+            sigma = mpmath.svd_r(product, compute_uv=False)
+            kappa = float((max(sigma) / min(sigma)) ** 2)
+        truth = Truth(kappa, kappa, "150 digits", 3)
+        return Case(GramOperator(MatrixOperator(F)), truth, (*BOTH, "dense", "lanczos"), P=DensePreconditioner(P))
+
+    return make
+
+
+def hidden_cast(kappa_exponent: int, dtype: torch.dtype) -> Callable[[], Case]:
+    """A float64 function that computes in lower precision: intervals must be as wide as its products are imprecise."""
+
+    def make() -> Case:
+        values = [s * s for s in sigmas("log", 16, kappa_exponent)]
+        Q = signs(16, torch.Generator().manual_seed(9))
+        A = (Q * torch.tensor([float(v) for v in values], dtype=torch.float64)) @ Q.T
+        kappa = float(values[0] / values[-1])
+        operator = CallableOperator(lambda v: A @ v.to(dtype).double(), 16, dtype=torch.float64)
+        return Case(operator, Truth(kappa, kappa, "construction", 16), ("dense", "inertia", "lanczos"))
+
+    return make
+
+
+def declared_small(small: float, *, factor: bool, dtype: torch.dtype = torch.float64) -> Callable[[], Case]:
+    """`diag(1, 1/2, small)` with the third direction declared null, which it is not."""
+
+    def make() -> Case:
+        D = torch.diag(torch.tensor([1.0, 0.5, small], dtype=dtype))
+        null = torch.tensor([[0.0], [0.0], [1.0]], dtype=dtype)
+        kappa = float(1 / Fraction(float(D[2, 2])) ** (2 if factor else 1))
+        A: SymmetricOperator = GramOperator(MatrixOperator(D)) if factor else DenseOperator(D)
+        routes = (*BOTH, "dense", "lanczos") if factor else ("dense", "inertia", "lanczos")
+        return Case(A, Truth(kappa, kappa, "construction", 3), routes, null=null)
+
+    return make
+
+
+def badly_given(offset: float, length: float) -> Callable[[], Case]:
+    """A true null space of two dimensions by nearly parallel columns `1` and `offset + b`, times `length`."""
+
+    def make() -> Case:
+        one, b = torch.ones(16, dtype=torch.float64), (torch.arange(16) % 2).double()
+        # Differences of neighbours of equal parity: exact, and zero on both.
+        D = torch.zeros(14, 16, dtype=torch.float64)
+        D[torch.arange(14), torch.arange(14)], D[torch.arange(14), torch.arange(14) + 2] = 1.0, -1.0
+        # D D^T is two paths of seven: eigenvalues 2 - 2 cos(pi j / 8).
+        kappa = (1 + math.cos(math.pi / 8)) / (1 - math.cos(math.pi / 8))
+        truth = Truth(kappa * (1 - 1e-14), kappa * (1 + 1e-14), "closed form", 14)
+        null = torch.stack([one, offset + b], dim=1) * length
+        return Case(GramOperator(MatrixOperator(D)), truth, (*BOTH, "dense", "lanczos"), null=null)
 
     return make

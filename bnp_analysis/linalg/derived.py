@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +17,10 @@ from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, des
 class Derived(ABC):
     """What is made of the entries of one other operator: its rounding is what that operator rounds (T13)."""
 
-    added: float = 0.0
+    @property
+    def added(self) -> float:
+        """The size of what is added to the entries of `inner`."""
+        return 0.0
 
     @property
     @abstractmethod
@@ -27,9 +31,13 @@ class Derived(ABC):
     def eps(self) -> float:
         return self.inner.eps
 
+    @property
+    def zeros_are_structural(self) -> bool:
+        return self.inner.zeros_are_structural
+
     @abstractmethod
-    def of(self, matrix: Tensor) -> Tensor:
-        """The same made of a matrix: `to_dense()` where that is `inner.to_dense()`."""
+    def of(self, matrix: Tensor, exponent: int = 0) -> Tensor:
+        """The same made of a matrix: `2^exponent to_dense()` where that is `2^exponent inner.to_dense()`."""
 
 
 class GramOperator(SymmetricOperator):
@@ -57,6 +65,14 @@ class GramOperator(SymmetricOperator):
         return self._factor.eps
 
     @property
+    def rank_bound(self) -> int:
+        return self._factor.rank_bound
+
+    @property
+    def zeros_are_structural(self) -> bool:
+        return self._factor.zeros_are_structural
+
+    @property
     def record(self) -> Mapping[str, Any]:
         return self._factor.record
 
@@ -77,15 +93,18 @@ class Shifted(Derived, SymmetricOperator):
 
     def __init__(self, operator: SymmetricOperator, delta: float) -> None:
         super().__init__(operator.dim, operator.dtype, operator.device)
-        self._operator, self._delta = operator, float(delta)
-        self.added = abs(self._delta)
+        self._operator, self.delta = operator, float(delta)
+
+    @property
+    def added(self) -> float:
+        return abs(self.delta)
 
     @property
     def inner(self) -> SymmetricOperator:
         return self._operator
 
-    def of(self, matrix: Tensor) -> Tensor:
-        return matrix + self._delta * torch.eye(self.dim, dtype=matrix.dtype, device=self.device)
+    def of(self, matrix: Tensor, exponent: int = 0) -> Tensor:
+        return matrix + math.ldexp(self.delta, exponent) * torch.eye(self.dim, dtype=matrix.dtype, device=self.device)
 
     @property
     def start(self) -> Tensor | None:
@@ -94,14 +113,14 @@ class Shifted(Derived, SymmetricOperator):
     @property
     def factor(self) -> LinearOperator | None:
         inner = self._operator.factor
-        return None if inner is None or self._delta < 0 else WithMultipleOfIdentity(inner, self._delta**0.5)
+        return None if inner is None or self.delta < 0 else WithMultipleOfIdentity(inner, self.delta**0.5)
 
     @property
     def dense_cost(self) -> int:
         return self._operator.dense_cost
 
     def _matmat(self, x: Tensor) -> Tensor:
-        return self._operator._matmat(x) + self._delta * x
+        return self._operator._matmat(x) + self.delta * x
 
     def to_dense(self) -> Tensor:
         return self.of(self._operator.to_dense())
@@ -112,14 +131,19 @@ class WithMultipleOfIdentity(Derived, LinearOperator):
 
     def __init__(self, factor: LinearOperator, c: float) -> None:
         super().__init__((factor.shape[0] + factor.shape[1], factor.shape[1]), factor.dtype, factor.device)
-        self._factor, self._c, self.added = factor, c, c
+        self._factor, self._c = factor, c
+
+    @property
+    def added(self) -> float:
+        return self._c
 
     @property
     def inner(self) -> LinearOperator:
         return self._factor
 
-    def of(self, matrix: Tensor) -> Tensor:
-        return torch.cat([matrix, self._c * torch.eye(self.shape[1], dtype=matrix.dtype, device=self.device)])
+    def of(self, matrix: Tensor, exponent: int = 0) -> Tensor:
+        c = math.ldexp(self._c, exponent)
+        return torch.cat([matrix, c * torch.eye(self.shape[1], dtype=matrix.dtype, device=self.device)])
 
     @property
     def dense_cost(self) -> int:
@@ -142,29 +166,29 @@ class Restriction(Derived, SymmetricOperator):
         check_positions(indices, operator.dim)
         super().__init__(indices.numel(), operator.dtype, operator.device)
         self._operator = operator
-        self._indices = indices.to(operator.device)
+        self.indices = indices.to(operator.device)
 
     @property
     def inner(self) -> SymmetricOperator:
         return self._operator
 
-    def of(self, matrix: Tensor) -> Tensor:
-        return matrix[self._indices][:, self._indices]
+    def of(self, matrix: Tensor, exponent: int = 0) -> Tensor:
+        return matrix[self.indices][:, self.indices]
 
     @property
     def start(self) -> Tensor | None:
         inner = self._operator.start
-        return None if inner is None else inner[self._indices]
+        return None if inner is None else inner[self.indices]
 
     @property
     def factor(self) -> LinearOperator | None:
         inner = self._operator.factor
-        return None if inner is None else ColumnSubset(inner, self._indices)
+        return None if inner is None else ColumnSubset(inner, self.indices)
 
     def _matmat(self, x: Tensor) -> Tensor:
         full = x.new_zeros(self._operator.dim, x.shape[1])
-        full[self._indices] = x
-        return self._operator._matmat(full)[self._indices]
+        full[self.indices] = x
+        return self._operator._matmat(full)[self.indices]
 
 
 class ColumnSubset(Derived, LinearOperator):
@@ -180,7 +204,7 @@ class ColumnSubset(Derived, LinearOperator):
     def inner(self) -> LinearOperator:
         return self._operator
 
-    def of(self, matrix: Tensor) -> Tensor:
+    def of(self, matrix: Tensor, exponent: int = 0) -> Tensor:
         return matrix[:, self._indices]
 
     @property

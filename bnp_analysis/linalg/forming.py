@@ -12,11 +12,17 @@ from bnp_analysis.linalg.derived import Derived, GramOperator
 from bnp_analysis.linalg.matrices import ReducedFactor, RowScaled
 from bnp_analysis.linalg.operators import LinearOperator, Product, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Congruence, Preconditioner
+from bnp_analysis.linalg.scale import comfortable, exponent, scaled_preconditioner, times_power
+from bnp_analysis.linalg.structure import rank_from_zeros
 
 UNIT = torch.finfo(torch.float64).eps
+# A product of numbers may be off by this by underflow.
+LEAST = torch.finfo(torch.float64).tiny
 _PERRON_STEPS = 8
 # A computed entry comes at the end of sums as long as a row, in a small block of longer ones before it.
 _LEAST_LENGTH = 64
+# Numbers up to this power of two are added.
+_MOST_EXPONENT = 500
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,16 +30,21 @@ class Formed:
     """A matrix in float64 with `|matrix - exact| <= rounding * magnitude`, entry by entry.
 
     Attributes:
-        matrix: the dense operator.
+        matrix: the dense operator, times `2^exponent`.
         magnitude: `|F| |P1| |P2| ...` of a product, without which no interval survives `|P| = 1e5` (trap 11); else
             None, which stands for `|matrix|`. Of a `ReducedFactor` one row, bounds of columns: then
             `|(matrix - exact) e_j| <= rounding * magnitude_j`.
         rounding: 0 where the entries are given.
+        rank: a bound of the rank from structure. `P` is invertible, so that it is that of `F`: where a computed product
+            is zero says nothing.
+        exponent: 0 unless the entries are far from 1.
     """
 
     matrix: Tensor
     magnitude: Tensor | None
     rounding: float
+    rank: int
+    exponent: int = 0
 
     def sizes(self) -> Tensor:
         """The magnitude, never None."""
@@ -49,28 +60,47 @@ def formed(operator: LinearOperator) -> Formed:
         0.0
     """
     if isinstance(operator, ReducedFactor):
-        return Formed(operator.matrix, operator.columns[None, :], operator.rounding)
+        matrix, e = comfortable(operator.matrix)
+        columns = times_power(operator.columns, e)
+        return Formed(matrix, columns[None, :], operator.rounding, operator.rank_bound, e)
     if isinstance(operator, Product) and isinstance(operator.right, Preconditioner):
-        inner, P = formed(operator.left), _precise(operator.right)
-        rounding = inner.rounding + P.roundings * UNIT / 2
-        if isinstance(operator.left, RowScaled):
-            scale, rows = operator.left.scale.double()[:, None], operator.left.rows.double()
-            return Formed(scale * _right(rows, P), scale.abs() * P.row_magnitude(rows), rounding + UNIT)
-        return Formed(_right(inner.matrix, P), _right(inner.sizes(), P.absolute()), rounding)
+        return formed_times(operator.left, formed(operator.left), operator.right)
     if isinstance(operator, Congruence):
-        inner, P = formed(operator.operator), _precise(operator.preconditioner)
+        inner, P = formed(operator.operator), scaled_preconditioner(_precise(operator.preconditioner))
         absolute = P.absolute()
         matrix, magnitude = _right(_right(inner.matrix, P).T, P).T, _right(_right(inner.sizes(), absolute).T, absolute)
-        return Formed(matrix, magnitude.T, inner.rounding + P.roundings * UNIT)
+        rounding, e = inner.rounding + P.roundings * UNIT, inner.exponent + 2 * exponent(P)
+        return Formed(matrix, magnitude.T, rounding, inner.rank, e)
     if isinstance(operator, Derived) and amplified(operator):
         inner = formed(operator.inner)
-        return Formed(operator.of(inner.matrix), operator.of(inner.sizes()), inner.rounding + UNIT)
+        e = inner.exponent
+        if operator.added:
+            # What is added may be far larger: it stays in the floats, what it hides may vanish.
+            e = min(e, _MOST_EXPONENT - math.frexp(operator.added)[1])
+        matrix, sizes = (times_power(x, e - inner.exponent) for x in (inner.matrix, inner.sizes()))
+        rank = min(operator.shape) if operator.added else min(inner.rank, *operator.shape)
+        return Formed(operator.of(matrix, e), operator.of(sizes, e), inner.rounding + UNIT, rank, e)
     if isinstance(operator, GramOperator) and (amplified(operator) or operator.factor.dense_cost == 0):
         inner = formed(operator.factor)
         sizes, length = inner.sizes(), inner.matrix.shape[0]
         rounding = 2 * inner.rounding + length * UNIT / 2
-        return Formed(inner.matrix.T @ inner.matrix, sizes.T @ sizes, rounding)
-    return Formed(operator.to_dense().double(), None, entry_rounding(operator))
+        return Formed(inner.matrix.T @ inner.matrix, sizes.T @ sizes, rounding, inner.rank, 2 * inner.exponent)
+    dense = operator.to_dense()
+    nonzero = dense != 0
+    rank = rank_from_zeros(operator, int(nonzero.any(dim=1).sum()), int(nonzero.any(dim=0).sum()))
+    matrix, e = comfortable(dense.double())
+    return Formed(matrix, None, entry_rounding(operator), rank, e)
+
+
+def formed_times(left: LinearOperator, inner: Formed, P: Preconditioner) -> Formed:
+    """`formed(left @ P)` for `inner = formed(left)`."""
+    P = scaled_preconditioner(_precise(P))
+    rounding, e = inner.rounding + P.roundings * UNIT / 2, inner.exponent + exponent(P)
+    if isinstance(left, RowScaled):
+        (rows, first), (scale, second) = comfortable(left.rows.double()), comfortable(left.scale.double()[:, None])
+        matrix, magnitude = scale * _right(rows, P), scale.abs() * P.row_magnitude(rows)
+        return Formed(matrix, magnitude, rounding + UNIT, inner.rank, first + second + exponent(P))
+    return Formed(_right(inner.matrix, P), _right(inner.sizes(), P.absolute()), rounding, inner.rank, e)
 
 
 def entry_rounding(operator: LinearOperator) -> float:

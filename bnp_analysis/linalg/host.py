@@ -14,7 +14,7 @@ class _OnHost(Derived, LinearOperator):
 
     _operator: LinearOperator
 
-    def of(self, matrix: Tensor) -> Tensor:
+    def of(self, matrix: Tensor, exponent: int = 0) -> Tensor:
         return matrix.cpu()
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, describe
+from bnp_analysis.linalg.random import generator
 from bnp_analysis.linalg.structure import structural_rank
 
 
@@ -19,6 +21,7 @@ class MatrixOperator(LinearOperator):
         matrix: `(m, n)`.
         exact: whether its entries are given; False if they were computed in its dtype, which widens the bounds.
         rank_bound: of the operator that it was formed from, where that knows more than the places of zeros.
+        zeros_are_structural: of that operator; by default of entries that are given.
 
     Example:
         >>> import torch
@@ -27,12 +30,20 @@ class MatrixOperator(LinearOperator):
         tensor([ 9., 12.])
     """
 
-    def __init__(self, matrix: Tensor, *, exact: bool = True, rank_bound: int | None = None) -> None:
+    def __init__(
+        self,
+        matrix: Tensor,
+        *,
+        exact: bool = True,
+        rank_bound: int | None = None,
+        zeros_are_structural: bool | None = None,
+    ) -> None:
         if not isinstance(matrix, Tensor) or matrix.ndim != 2:
             raise InvalidInputError(f"expected a matrix (m, n), got {describe(matrix)}")
         super().__init__((matrix.shape[0], matrix.shape[1]), matrix.dtype, matrix.device)
         self._matrix = matrix.detach()
         self._exact, self._rank = exact, rank_bound
+        self._structural = exact if zeros_are_structural is None else zeros_are_structural
 
     @property
     def exact(self) -> bool:
@@ -42,11 +53,11 @@ class MatrixOperator(LinearOperator):
     def rank_bound(self) -> int:
         if self._rank is not None:
             return self._rank
-        nonzero = self._matrix != 0
-        if self._exact:
-            return structural_rank(nonzero)
-        # Of computed entries only whole rows and columns count as zero by structure.
-        return min(int(nonzero.any(dim=1).sum()), int(nonzero.any(dim=0).sum()))
+        return structural_rank(self._matrix != 0) if self._structural else min(self.shape)
+
+    @property
+    def zeros_are_structural(self) -> bool:
+        return self._structural
 
     @property
     def dense_cost(self) -> int:
@@ -100,8 +111,13 @@ class DenseOperator(SymmetricOperator):
     def _check_factor(self, factor: Tensor) -> None:
         """`F^T F v = A v` for one vector, relative to `|F|^2`."""
         v = torch.linspace(-1, 2, self.dim, dtype=self.dtype, device=self.device)
-        gap = float((factor.T @ (factor @ v) - self._matrix @ v).norm())
-        size = (float(factor.norm()) ** 2 + float(self._matrix.norm())) * float(v.norm())
+        unit = float(factor.abs().max()) if factor.numel() else 0.0
+        if unit > 0:
+            factor, matrix = factor / unit, self._matrix / unit / unit
+        else:
+            matrix = self._matrix
+        gap = float((factor.T @ (factor @ v) - matrix @ v).norm())
+        size = (float(factor.norm()) ** 2 + float(matrix.norm())) * float(v.norm())
         if not gap <= 100 * max(factor.shape) * torch.finfo(self.dtype).eps * size:
             raise InvalidInputError(
                 f"the factor is not one of this matrix: F^T F v and A v differ by {gap / size:.2g} relative"
@@ -135,6 +151,7 @@ class RowScaled(LinearOperator):
     Args:
         scale: `s`, `(r,)`.
         rows: `H`, `(r, n)`.
+        zeros_are_structural: False where zeros may be rounding.
 
     Example:
         >>> import torch
@@ -142,13 +159,17 @@ class RowScaled(LinearOperator):
         [6.0, 0.0]
     """
 
-    def __init__(self, scale: Tensor, rows: Tensor) -> None:
+    def __init__(self, scale: Tensor, rows: Tensor, *, zeros_are_structural: bool = True) -> None:
         super().__init__((rows.shape[0], rows.shape[1]), rows.dtype, rows.device)
-        self.scale, self.rows = scale, rows
+        self.scale, self.rows, self._structural = scale, rows, zeros_are_structural
 
     @property
     def rank_bound(self) -> int:
-        return structural_rank(self.rows[self.scale != 0] != 0)
+        return structural_rank(self.rows[self.scale != 0] != 0) if self._structural else min(self.shape)
+
+    @property
+    def zeros_are_structural(self) -> bool:
+        return self._structural
 
     @property
     def dense_cost(self) -> int:
@@ -156,7 +177,7 @@ class RowScaled(LinearOperator):
 
     def conditioned(self, P: LinearOperator) -> RowScaled:
         """`diag(s) (H P)`."""
-        return RowScaled(self.scale, P._rmatmat(self.rows.T).T)
+        return RowScaled(self.scale, P._rmatmat(self.rows.T).T, zeros_are_structural=False)
 
     def _matmat(self, x: Tensor) -> Tensor:
         return self.scale[:, None] * (self.rows @ x)
@@ -181,15 +202,23 @@ class ReducedFactor(LinearOperator):
         rounding: that error: `R = Q^T (F + E)` with orthonormal columns `Q` and `|E e_j| <= rounding |F e_j|`.
         rank: a structural bound of the rank of `F`.
         dtype: in which `F` works.
+        given: whether the entries of `F` are given.
     """
 
-    def __init__(self, matrix: Tensor, columns: Tensor, rounding: float, rank: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, matrix: Tensor, columns: Tensor, rounding: float, rank: int, dtype: torch.dtype, given: bool = False
+    ) -> None:
         super().__init__((matrix.shape[0], matrix.shape[1]), dtype, matrix.device)
-        self.matrix, self.columns, self.rounding, self._rank = matrix, columns, rounding, rank
+        self.matrix, self.columns, self.rounding, self._rank, self.given = matrix, columns, rounding, rank, given
 
     @property
     def rank_bound(self) -> int:
-        return min(*self.shape, self._rank)
+        return min(self.shape[1], self._rank)  # rows that rounding made zero may be missing
+
+    @property
+    def zeros_are_structural(self) -> bool:
+        """Never: a factorization may round to 0; zero rows and columns of `F` are in its rank."""
+        return False
 
     @property
     def dense_cost(self) -> int:
@@ -210,6 +239,14 @@ class CallableOperator(SymmetricOperator):
 
     The function gets a copy of the vector and its answer is copied, so it may reuse one buffer.
 
+    Args:
+        fn: the function.
+        n: the dimension.
+        dtype, device: of vectors.
+        factor: an operator `F`, `(r, n)`, with `F^T F = A`, if one is known.
+        eps: the precision of the function's products; found out by three of them if None: a function may compute in
+            lower precision inside than its vectors have.
+
     Example:
         >>> import torch
         >>> A = CallableOperator(lambda v: 3 * v, 2, dtype=torch.float64)
@@ -225,16 +262,51 @@ class CallableOperator(SymmetricOperator):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         factor: LinearOperator | None = None,
+        eps: float | None = None,
     ) -> None:
         super().__init__(n, dtype, device)
+        if eps is not None and not eps > 0:
+            raise InvalidInputError(f"eps is the spacing of numbers at 1, positive, got {eps}")
         if factor is not None and (factor.shape[1] != n or factor.dtype != dtype):
             raise InvalidInputError(f"the factor must be an operator (r, {n}) in {dtype}, got {factor!r}")
         self._fn = fn
         self._factor = factor
+        self._eps = eps
 
     @property
     def factor(self) -> LinearOperator | None:
         return self._factor
+
+    @property
+    def zeros_are_structural(self) -> bool:
+        """Never: a function computes its zeros."""
+        return False
+
+    @property
+    def eps(self) -> float:
+        """What the dtype says, or where products are less additive than that, four times the defect."""
+        own = float(torch.finfo(self.dtype).eps)
+        if self._eps is None:
+            self._eps = max(own, self._found_eps(own))
+        return self._eps
+
+    def _found_eps(self, own: float) -> float:
+        """`|A(v + w) - A v - A w|` for random `v`, `w` whose sum is exact and whose digits fill the dtype.
+
+        Rounding in the dtype leaves a few units of it, which are not looked at closely.
+        """
+        digits = 2 - math.frexp(own)[1]  # with the sign a number of the dtype has so many
+        if digits < 12 or self.dim == 0:
+            return own
+        g = generator(0)
+        whole = torch.randint(-(2 ** (digits - 2)), 2 ** (digits - 2), (self.dim, 2), generator=g, dtype=torch.int64)
+        unit = 2.0 ** -(digits - 1 + round(math.log2(self.dim) / 2))
+        pair = (whole.double() * unit).to(dtype=self.dtype, device=self.device)
+        images = self._matmat(torch.cat([pair, pair.sum(dim=1, keepdim=True)], dim=1)).double()
+        images = images / images.abs().max()
+        defect = float((images[:, 2] - images[:, 0] - images[:, 1]).norm() / images.norm(dim=0).sum())
+        # Of the zero matrix, or of numbers that are refused elsewhere, it is NaN.
+        return 4 * defect if defect > 32 * own else own
 
     def _matmat(self, x: Tensor) -> Tensor:
         product = torch.empty_like(x)
@@ -253,9 +325,11 @@ def check_symmetric(matrix: Tensor, what: str) -> None:
     if matrix.numel() == 0:
         return
     scale = float(matrix.abs().max())
-    asymmetry = float((matrix - matrix.T).abs().max())
-    if asymmetry > 100 * matrix.shape[0] * torch.finfo(matrix.dtype).eps * scale:
+    if scale == 0.0:
+        return
+    asymmetry = float((matrix / scale - matrix.T / scale).abs().max())
+    if asymmetry > 100 * matrix.shape[0] * torch.finfo(matrix.dtype).eps:
         raise InvalidInputError(
-            f"{what} is not symmetric: max|A - A^T| = {asymmetry:.3g} against max|A| = {scale:.3g}; "
+            f"{what} is not symmetric: max|A - A^T| / max|A| = {asymmetry:.3g}, max|A| = {scale:.3g}; "
             "its eigenvalues would be those of another matrix. Pass (A + A.T) / 2 if that is what you mean"
         )

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,6 +53,15 @@ class LinearOperator(ABC):
     def rank_bound(self) -> int:
         """An upper bound of the rank that follows from structure alone, here `min(m, n)`."""
         return min(self.shape)
+
+    @property
+    def zeros_are_structural(self) -> bool:
+        """Whether an exact 0 in `to_dense()` is one whatever the numbers are: zero rows and columns then bound a rank.
+
+        True of given entries and of what a graph leaves out (a missing edge, a ReLU mask). An operator whose zeros may
+        be rounding (a cancellation, an underflow) says False.
+        """
+        return True
 
     @property
     def dense_cost(self) -> int:
@@ -158,6 +168,10 @@ class Transposed(LinearOperator):
         return self._operator.rank_bound
 
     @property
+    def zeros_are_structural(self) -> bool:
+        return self._operator.zeros_are_structural
+
+    @property
     def dense_cost(self) -> int:
         return self._operator.dense_cost
 
@@ -192,6 +206,11 @@ class Product(LinearOperator):
     @property
     def rank_bound(self) -> int:
         return min(self.left.rank_bound, self.right.rank_bound)
+
+    @property
+    def zeros_are_structural(self) -> bool:
+        """Never: entries of a product are sums, which may cancel or underflow to 0."""
+        return False
 
     @property
     def dense_cost(self) -> int:
@@ -246,14 +265,23 @@ class SymmetricOperator(LinearOperator):
         return self._matmat(y)
 
     def to_scipy(self) -> Any:
-        """A `scipy.sparse.linalg.LinearOperator` with the same products, in NumPy arrays on the host."""
+        """A `scipy.sparse.linalg.LinearOperator` with the same products, in NumPy arrays on the host.
+
+        Arrays may be of any real or complex dtype and memory layout; what comes out is in the operator's precision.
+        """
         from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
 
-        def matmat(x: Any) -> Any:
-            block = torch.as_tensor(x, dtype=self.dtype, device=self.device)
-            return (self @ block).cpu().numpy()
+        # NumPy has no bfloat16.
+        host = torch.float32 if self.dtype == torch.bfloat16 else self.dtype
+        numpy_dtype = torch.empty(0, dtype=host).numpy().dtype
 
-        numpy_dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        def real(x: Any) -> Any:
+            block = torch.from_numpy(np.array(x, dtype=numpy_dtype, order="C")).to(self.dtype).to(self.device)
+            return (self @ block).to(device="cpu", dtype=host).numpy()
+
+        def matmat(x: Any) -> Any:
+            return real(x.real) + 1j * real(x.imag) if np.iscomplexobj(x) else real(x)
+
         return ScipyLinearOperator(
             self.shape, matvec=matmat, rmatvec=matmat, matmat=matmat, rmatmat=matmat, dtype=numpy_dtype
         )

@@ -29,6 +29,11 @@ class Preconditioner(LinearOperator):
         """The number `n` of parameters."""
         return self.shape[0]
 
+    @property
+    def rank_bound(self) -> int:
+        """`n`: `P` is invertible, and so `rank(F P) = rank F`."""
+        return self.dim
+
     @abstractmethod
     def _solve(self, x: Tensor) -> Tensor:
         """`P^-1 x` for a checked block."""
@@ -152,6 +157,10 @@ class DensePreconditioner(Preconditioner):
         if not isinstance(matrix, Tensor) or matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise InvalidInputError(f"a preconditioner is a square matrix (n, n), got {describe(matrix)}")
         super().__init__(matrix.shape[0], matrix.dtype, matrix.device)
+        if matrix.dtype.itemsize < 4:
+            raise InvalidInputError(
+                f"a preconditioner in {matrix.dtype} cannot be inverted; give P and the operator in float32 or float64"
+            )
         self._matrix = matrix.detach().clone()
         if not bool(torch.isfinite(self._matrix).all()):
             raise InvalidInputError("the preconditioner has NaN or infinite entries")
@@ -213,6 +222,15 @@ class Congruence(SymmetricOperator):
     @property
     def dense_cost(self) -> int:
         return self.operator.dense_cost
+
+    @property
+    def rank_bound(self) -> int:
+        return self.operator.rank_bound
+
+    @property
+    def zeros_are_structural(self) -> bool:
+        """Never: entries of a product are sums, which may cancel or underflow to 0."""
+        return False
 
     @property
     def eps(self) -> float:

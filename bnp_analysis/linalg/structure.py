@@ -5,6 +5,24 @@ from __future__ import annotations
 from scipy.sparse import csgraph, csr_matrix
 from torch import Tensor
 
+from bnp_analysis.linalg.operators import LinearOperator
+
+
+def rank_from_zeros(operator: LinearOperator, rows: int, columns: int) -> int:
+    """The structural rank of an operator: its own bound, and where its zeros are structural how many lines hold others.
+
+    Args:
+        operator: `F`.
+        rows, columns: how many rows and columns of `F` are not all zero.
+
+    Example:
+        >>> import torch
+        >>> from bnp_analysis.linalg import MatrixOperator
+        >>> rank_from_zeros(MatrixOperator(torch.ones(2, 2)), 2, 1)
+        1
+    """
+    return min(operator.rank_bound, rows, columns) if operator.zeros_are_structural else operator.rank_bound
+
 
 def structural_rank(nonzero: Tensor) -> int:
     """The largest rank of a matrix with this pattern: the size of a maximum matching of its rows and columns.

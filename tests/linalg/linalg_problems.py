@@ -63,7 +63,7 @@ class Counting(CallableOperator):
     """An operator that counts its products in `.calls`; `after[i]` replaces the answer of product `i`."""
 
     def __init__(self, A: SymmetricOperator, after: dict[int, Callable[[Tensor], Tensor]]) -> None:
-        super().__init__(self._product, A.dim, dtype=A.dtype)
+        super().__init__(self._product, A.dim, dtype=A.dtype, eps=A.eps)
         self.calls: list[int] = []
         self._inside, self._after = A, after
 

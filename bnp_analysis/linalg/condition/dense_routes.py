@@ -11,15 +11,15 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NotConvexError
 from bnp_analysis.linalg.condition.certificates import singular_value_radius
-from bnp_analysis.linalg.condition.extremes import factor_extremes, unexplained, zero_matrix
+from bnp_analysis.linalg.condition.extremes import factor_extremes, unexplained, unexplained_zeros, zero_matrix
 from bnp_analysis.linalg.condition.inertia import confirm_ends
 from bnp_analysis.linalg.condition.number import Extremes
-from bnp_analysis.linalg.forming import UNIT, formed, norm_bound
+from bnp_analysis.linalg.forming import LEAST, UNIT, formed, formed_times, norm_bound
 from bnp_analysis.linalg.krylov.lanczos import Floats
-from bnp_analysis.linalg.matrices import MatrixOperator
 from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner, congruence
+from bnp_analysis.linalg.scale import scaled
 from bnp_analysis.linalg.spectra.checks import factor_rounding_norm, require_finite, rounding_norm
 from bnp_analysis.linalg.spectra.null import DeclaredNull, require_null
 
@@ -37,23 +37,27 @@ def factor_svd(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNul
     )
     matvecs = factor.dense_cost + null.cost
     if null.dim:
-        require_null(factor, null, factor_rounding_norm(factor), "F")
-    rows = formed(factor if P is None else factor @ P)
+        checked = scaled(factor)
+        require_null(checked, null, factor_rounding_norm(checked), "F")
+    rows = formed(factor)
+    if P is not None:
+        rows = formed_times(factor, rows, P)
     require_finite(rows.matrix, "the factor")
-    structural = min(factor.rank_bound, MatrixOperator(rows.matrix, exact=False).rank_bound, A.dim - null.dim)
     scale = float(rows.matrix.abs().max()) if rows.matrix.numel() else 0.0
     if scale == 0.0:
         return zero_matrix(null, matvecs)
     sigma = torch.linalg.svdvals(_square_root_of_gram(rows.matrix / scale)).cpu().numpy()
     size = norm_bound(rows.sizes()) / scale
-    radius = singular_value_radius(float(sigma[0]), factor.shape, rows.rounding * size)
+    forming = rows.rounding * size + max(factor.shape) * LEAST / scale
+    radius = singular_value_radius(float(sigma[0]), factor.shape, forming)
     # Declared directions are zero by evidence: what is left of them measures the rounding from below.
     if A.dim - null.dim < sigma.size:
         radius = max(radius, float(sigma[A.dim - null.dim]))
     noise = size * (UNIT if factor.exact else A.eps)
-    return factor_extremes(
-        A, null, sigma, radius=radius, noise=noise, structural=structural, scale=scale, matvecs=matvecs
+    found = factor_extremes(
+        A, null, sigma, radius=radius, noise=noise, structural=rows.rank, scale=scale, matvecs=matvecs
     )
+    return found.times_power(-2 * rows.exponent)
 
 
 def _square_root_of_gram(rows: Tensor) -> Tensor:
@@ -77,13 +81,16 @@ class _Spectrum:
     radius: float
     rounding: float
     matvecs: int
+    rank: int
+    exponent: int
 
 
 def _spectrum(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNull) -> _Spectrum | None:
     """The spectrum in float64; None for the zero matrix."""
     require_memory(8 * 6 * A.dim**2, f"the dense {A.dim} x {A.dim} matrix and its eigenvalues", device=A.device)
     if null.dim:
-        require_null(A, null, rounding_norm(A), "A")
+        checked = scaled(A)
+        require_null(checked, null, rounding_norm(checked), "A")
     operator = A if P is None else congruence(A, P)
     found = formed(operator)
     require_finite(found.matrix, "the matrix")
@@ -101,11 +108,12 @@ def _spectrum(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNull
         )
     matrix = (matrix + matrix.T) / 2
     values = np.sort(torch.linalg.eigvalsh(matrix).cpu().numpy())
-    rounding = asymmetry + found.rounding * bound
+    rounding = asymmetry + found.rounding * bound + A.dim * LEAST / scale
     radius = A.dim * UNIT * float(np.abs(values).max()) + rounding
     # Declared directions are zero by evidence: what is left of them measures the rounding from below.
     radius = max(radius, float(np.sort(np.abs(values))[null.dim - 1])) if null.dim else radius
-    return _Spectrum(matrix, scale, values, radius, rounding, operator.dense_cost + null.cost)
+    spent = operator.dense_cost + null.cost
+    return _Spectrum(matrix, scale, values, radius, rounding, spent, found.rank, found.exponent)
 
 
 def dense_symmetric(
@@ -117,9 +125,10 @@ def dense_symmetric(
         return zero_matrix(null, A.dense_cost + null.cost)
     values, radius, scale = found.values, found.radius, found.scale
     if not indefinite and values[0] < -radius:
+        units = f", both in units of 2^{-found.exponent}" if found.exponent else ""
         raise NotConvexError(
             f"the operator is indefinite: its smallest eigenvalue is {values[0] * scale:.4g}, rounding explains "
-            f"{radius * scale:.2g}. kappa* compares the nonzero eigenvalues of a semidefinite matrix; use "
+            f"{radius * scale:.2g}{units}. kappa* compares the nonzero eigenvalues of a semidefinite matrix; use "
             "magnitude_condition_number(A) for max|lambda|/min|lambda|, or the Gauss-Newton matrix"
         )
     sizes = np.sort(np.abs(values))
@@ -127,8 +136,7 @@ def dense_symmetric(
     rank = int(nonzero.size)
     if rank == 0:
         return zero_matrix(null, found.matvecs)
-    structural = min(MatrixOperator(found.matrix, exact=False).rank_bound, A.dim - null.dim)
-    unresolved = max(structural - rank, 0)
+    unresolved, on_your_word = unexplained_zeros(rank, found.rank, null, A)
     top, bottom = float(nonzero[-1]), float(nonzero[0])
     zeros = sizes[: A.dim - rank]
     note = unexplained(unresolved, null, A)
@@ -137,7 +145,7 @@ def dense_symmetric(
         ends = _confirmed(found, bottom, top, A.dim - rank)
         note = note or ("" if ends else "the inertia counts do not confirm the computed ends")
     low, high, top_low, top_high = ends or (0.0, bottom + radius, max(top - radius, 0.0), math.inf)
-    return Extremes(
+    ends_found = Extremes(
         lambda_max=top * scale,
         lambda_min=bottom * scale,
         lower=max(top_low, 0.0) / high,
@@ -145,6 +153,7 @@ def dense_symmetric(
         rank=rank,
         null_dim=null.dim,
         null_sources=null.sources,
+        on_your_word=on_your_word,
         unresolved=unresolved,
         negative=int((values < -radius).sum()),
         zero=A.dim - rank,
@@ -155,6 +164,7 @@ def dense_symmetric(
         matvecs=found.matvecs,
         note=note,
     )
+    return ends_found.times_power(-found.exponent)
 
 
 def _confirmed(found: _Spectrum, bottom: float, top: float, zeros: int) -> tuple[float, float, float, float] | None:

@@ -35,14 +35,15 @@ def factor_extremes(
         sigma: singular values divided by `scale`, descending; those that are missing are zero.
         radius: within which they are known.
         noise: the size of one rounding in them.
-        structural: how many structure allows to be nonzero.
+        structural: how many structure allows to be nonzero, declared directions not counted.
         scale: of `sigma`, `radius` and `noise`.
         matvecs, stop: of the route.
     """
     rank = int((sigma > radius).sum())
     if rank == 0:
         return zero_matrix(null, matvecs)
-    unresolved = max(structural - rank, 0)
+    unresolved, on_your_word = unexplained_zeros(rank, structural, null, A)
+    structural = min(structural, A.dim - null.dim)
     apparent = (apparent_rank(sigma, structural, noise) if unresolved else None) or rank
     top, certain, bottom = (float(sigma[i]) for i in (0, rank - 1, apparent - 1))
     zero = float(sigma[apparent]) if apparent < sigma.size else 0.0
@@ -54,9 +55,10 @@ def factor_extremes(
         rank=rank,
         null_dim=null.dim,
         null_sources=null.sources,
+        on_your_word=on_your_word,
         unresolved=unresolved,
         zero=A.dim - rank,
-        gap_ratio=(bottom / zero) ** 2 if zero > 0 else math.inf,
+        gap_ratio=min(bottom / zero, 1e150) ** 2 if zero > 0 else math.inf,
         noise_floor=(radius * scale) ** 2,
         residual_max=scale**2 * radius * (2 * top + radius),
         residual_min=scale**2 * radius * (2 * bottom + radius),
@@ -64,6 +66,13 @@ def factor_extremes(
         stop=stop,
         note=unexplained(unresolved, null, A),
     )
+
+
+def unexplained_zeros(rank: int, structural: int, null: DeclaredNull, A: SymmetricOperator) -> tuple[int, int]:
+    """Of the eigenvalues that do not stand out: how many nothing explains, how many the caller's declaration alone."""
+    explained = min(structural, A.dim - null.dim)
+    on_word = max(structural - max(explained, rank), 0) if null.on_word else 0
+    return max(explained - rank, 0), on_word
 
 
 def incomplete(null: DeclaredNull) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.condition.extremes import factor_extremes, zero_matrix
 from bnp_analysis.linalg.condition.number import Extremes
 from bnp_analysis.linalg.forming import amplified
@@ -35,11 +34,7 @@ def golub_kahan_ends(
     the columns of `V` that rounding has not carried into an undeclared null space.
     """
     factor = A.factor
-    if factor is None:
-        raise InvalidInputError(
-            f"{A!r} has no factor, so golub-kahan cannot run; use method='dense' or 'lanczos', or a Gauss-Newton "
-            "operator, whose factor is known"
-        )
+    assert factor is not None
     operator: LinearOperator = factor
     basis, size, spent = null.basis, 0.0, 0
     if null.dim or P is not None or amplified(factor):
@@ -49,7 +44,7 @@ def golub_kahan_ends(
     if P is not None:
         operator, basis = factor @ P, P.transport(null.basis)
         size *= factor_rounding_norm(P, seed)
-    structural = min(factor.rank_bound, A.dim - null.dim)
+    structural = factor.rank_bound
     run = golub_kahan(
         operator,
         A.dim - null.dim if steps is None else steps,
@@ -64,7 +59,7 @@ def golub_kahan_ends(
     top = float(sigma[0]) if sigma.size else 0.0
     radius = 10 * unit * math.sqrt(max(operator.shape)) * (top + max(top, size)) + run.dropped
     if run.stop != "exhausted":
-        return _partial(null, run, radius, structural, run.products + spent)
+        return _partial(null, run, radius, min(structural, A.dim - null.dim), run.products + spent)
     return factor_extremes(
         A,
         null,

@@ -103,7 +103,7 @@ def inverse_lanczos(
     top = float(values[-1])
     floor = noise * top
     solve = _Solver(B, basis, max(1e-12, 100 * unit), _INNER, floor)
-    inverse = CallableOperator(solve, A.dim, dtype=A.dtype, device=A.device)
+    inverse = CallableOperator(solve, A.dim, dtype=A.dtype, device=A.device, eps=unit)
     run = lanczos(
         inverse,
         min(_OUTER, dim),

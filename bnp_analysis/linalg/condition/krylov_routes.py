@@ -26,6 +26,7 @@ from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner, congruence
 from bnp_analysis.linalg.progress import Progress
 from bnp_analysis.linalg.random import generator, normal
+from bnp_analysis.linalg.scale import Scaled
 from bnp_analysis.linalg.spectra.checks import norm_estimate, require_symmetric, rounding_norm
 from bnp_analysis.linalg.spectra.null import NORM_STEPS, DeclaredNull, require_null
 
@@ -155,7 +156,7 @@ def conditioned(
         noise = max(noise, require_null(A, null, rounding_norm(A, seed), "A"))
     operator = A if P is None else congruence(A, P)
     basis = null.basis if P is None else P.transport(null.basis)
-    if not (amplified(operator) or isinstance(operator, Shifted)):
+    if not (amplified(operator) or isinstance(operator.inner if isinstance(operator, Scaled) else operator, Shifted)):
         return operator, basis, noise, spent
     # Rounding in P^T A P is relative to |P|^2 |A|, which may exceed |P^T A P| (T13).
     actual = norm_estimate(operator, seed)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from bnp_analysis.linalg.spectra.checks import products_known_to
 from bnp_analysis.results import Result
 
 MAGNITUDE = "max|lambda|/min|lambda|"
 SINGULAR = "sigma_max/sigma_min+"
+_SMALLEST = math.ulp(0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,7 @@ class Extremes:
     rank: int | None = None
     null_dim: int = 0
     null_sources: Mapping[str, int] = field(default_factory=dict)
+    on_your_word: int = 0
     unresolved: int | None = None
     negative: int = 0
     zero: int | None = None
@@ -37,6 +41,20 @@ class Extremes:
     matvecs: int = 0
     stop: str = "done"
     note: str = ""
+    exponent: int = 0
+
+    def times_power(self, power: int) -> Extremes:
+        """The ends of `2^power A`, as floats where they are some; else `exponent` says in which units they are."""
+        digits = [math.frexp(x)[1] + power for x in (self.lambda_max, self.lambda_min) if x]
+        if power == 0 or not digits:
+            return self
+        if min(digits) < -1021 or max(digits) > 1023:
+            return replace(self, exponent=power)
+        names = ("lambda_max", "lambda_min", "noise_floor", "residual_max", "residual_min")
+        sizes = {name: getattr(self, name) for name in names}
+        # An error may be too small for a float, but is not zero.
+        found: dict[str, Any] = {n: max(math.ldexp(x, power), _SMALLEST) if x else x for n, x in sizes.items()}
+        return replace(self, **found)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -56,13 +74,18 @@ class ConditionNumber(Result, Extremes):
         rank: eigenvalues counted as nonzero, None when the route cannot count them.
         null_dim: dimension of the declared null space.
         null_sources: its directions counted by cause.
+        on_your_word: eigenvalues that are zero because a tensor of null directions says so: no arithmetic of the
+            operator's precision can tell them from small ones, and no structure or known cause explains them.
         unresolved: eigenvalues below the noise floor that nothing explains as zero; None when not counted.
         negative: negative eigenvalues (indefinite matrices only).
-        zero: eigenvalues within the noise floor, explained or not; None when not counted.
+        zero: eigenvalues within the noise floor, explained or not; None when not counted. `unresolved` of them are
+            not explained, `on_your_word` by declaration alone, the others by structure or a cause in `null_sources`.
         gap_ratio: the smallest nonzero eigenvalue over the largest that counts as zero.
         noise_floor: eigenvalues below it are rounding.
         failure_probability: of the bounds, over random starts.
         quantity: what the numbers are: `"kappa*"`, `"max|lambda|/min|lambda|"` or `"sigma_max/sigma_min+"`.
+        exponent: 0, unless eigenvalues leave the floats: `lambda_max`, `lambda_min`, `noise_floor` and the residuals
+            are then in units of `2^exponent`.
         dim, dtype, stop, note: size, precision, why the run ended, what to do next.
     """
 
@@ -73,16 +96,25 @@ class ConditionNumber(Result, Extremes):
     dtype: str
     quantity: str = "kappa*"
 
+    def __post_init__(self) -> None:
+        """The bounds are proven, the value is an estimate: where rounding put it outside, it is the nearer bound."""
+        if self.lower > self.upper:
+            raise AssertionError(f"bounds {self.lower} .. {self.upper} exclude each other: an error of the package")
+        low = self.value if math.isnan(self.lower) else self.lower
+        object.__setattr__(self, "value", min(max(self.value, low), self.upper))
+
     def summary(self) -> str:
         """One honest line."""
         name = self.quantity
-        how = f"{self.method} {self.dtype}"
+        how = f"{self.method} {self.dtype}{products_known_to(self)}"
         if self.rank is not None:
             how += f", rank {self.rank} of {self.dim}"
         if self.quantity == MAGNITUDE:
             how += f", {self.negative} negative" + ("" if self.zero is None else f", {self.zero} zero")
         if self.rank is not None and self.rank < self.dim and math.isfinite(self.gap_ratio):
             how += f", gap {self.gap_ratio:.2g}"
+        if self.on_your_word:
+            how += f", {self.on_your_word} zero on your word"
         if self.two_sided:
             chance = f", fails with probability <= {self.failure_probability:g}" if self.failure_probability else ""
             return f"{name} = {self.value:.4g} ({self.lower:.4g} .. {self.upper:.4g}), {how}{chance}"

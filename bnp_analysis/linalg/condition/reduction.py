@@ -14,6 +14,8 @@ from bnp_analysis.linalg.forming import UNIT, amplified, entry_rounding
 from bnp_analysis.linalg.matrices import ReducedFactor
 from bnp_analysis.linalg.memory import available_memory
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
+from bnp_analysis.linalg.scale import comfortable, times_power
+from bnp_analysis.linalg.structure import rank_from_zeros
 
 # As many rows as columns, times this, are gathered before a QR factorization.
 _GATHERED = 4
@@ -106,13 +108,19 @@ class _Gathered:
         self._part = part
         self._rows: list[Tensor] = []
         self._norms: Tensor | None = None
+        self._nonzero: Tensor | None = None
+        self._all = 0
         self._count = self._factorized = 0
 
     def add(self, rows: Tensor) -> None:
         mine = rows[:, self._part]
         mine = mine[(mine != 0).any(dim=1)]
-        norms = torch.linalg.vector_norm(mine, dim=0)
+        size, e = comfortable(mine)
+        norms = times_power(torch.linalg.vector_norm(size, dim=0), -e)
         self._norms = norms if self._norms is None else torch.hypot(self._norms, norms)
+        nonzero = (mine != 0).any(dim=0)
+        self._nonzero = nonzero if self._nonzero is None else self._nonzero | nonzero
+        self._all += len(mine)
         self._rows.append(mine)
         self._count += len(mine)
         if self._count > _GATHERED * mine.shape[1]:
@@ -131,7 +139,10 @@ class _Gathered:
     def result(self, given: float, factor: LinearOperator) -> ReducedFactor:
         """What was added: its rows as they are where they are few."""
         assert self._norms is not None
+        assert self._nonzero is not None
         if self._count > len(self._norms):
             self._factorize()
         rounding = given + UNIT * self._factorized
-        return ReducedFactor(torch.cat(self._rows), self._norms, rounding, factor.rank_bound, factor.dtype)
+        # Of F, not of the triangle: what QR rounds to zero need not be zero.
+        rank = rank_from_zeros(factor, self._all, int(self._nonzero.sum()))
+        return ReducedFactor(torch.cat(self._rows), self._norms, rounding, rank, factor.dtype, factor.exact)

@@ -23,6 +23,7 @@ from bnp_analysis.linalg.derived import GramOperator, Shifted
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner, check_fits, congruence
 from bnp_analysis.linalg.progress import Progress
+from bnp_analysis.linalg.scale import exponent, scaled
 from bnp_analysis.linalg.spectra.checks import provenance, require_operator
 from bnp_analysis.linalg.spectra.null import HasBasis, read_null
 
@@ -49,16 +50,20 @@ def singular_condition_number(F: LinearOperator, null: Tensor | None = None) -> 
         1.5
     """
     found = condition_number(GramOperator(F), null=null, method="factor-svd")
+    roots = {name: math.sqrt(getattr(found, name)) for name in ("lambda_max", "lambda_min", "gap_ratio", "noise_floor")}
+    # Eigenvalues beyond the floats are in units of an even power of two, and their roots are floats.
+    singular = Extremes(**{f.name: roots.get(f.name, getattr(found, f.name)) for f in dataclasses.fields(Extremes)})
+    singular = dataclasses.replace(
+        singular,
+        exponent=0,
+        residual_max=found.residual_max / singular.lambda_max,
+        residual_min=found.residual_min / singular.lambda_min,
+    ).times_power(found.exponent // 2)
     return dataclasses.replace(
         found,
+        **(vars(singular) | {"lower": math.sqrt(found.lower), "upper": math.sqrt(found.upper)}),
         quantity=SINGULAR,
         value=math.sqrt(found.value),
-        lower=math.sqrt(found.lower),
-        upper=math.sqrt(found.upper),
-        lambda_max=math.sqrt(found.lambda_max),
-        lambda_min=math.sqrt(found.lambda_min),
-        gap_ratio=math.sqrt(found.gap_ratio),
-        noise_floor=math.sqrt(found.noise_floor),
     )
 
 
@@ -114,18 +119,26 @@ def condition_number(
     krylov = LANCZOS_STEPS if steps is None else steps
 
     def solve(route: str) -> Extremes:
-        declared, P = read_null(null, A), preconditioner
+        declared = read_null(null, A)
         if route == "factor-svd":
-            return dense_routes.factor_svd(A, P, declared)
-        if route == "golub-kahan":
-            return golub_kahan_ends(A, P, declared, steps=steps, seed=seed, checkpoint=checkpoint, progress=progress)
+            return dense_routes.factor_svd(A, preconditioner, declared)
         if route in ("dense", "inertia"):
-            return dense_routes.dense_symmetric(A, P, declared, indefinite=False, inertia=route == "inertia")
-        if route == "inverse-lanczos":
-            return inverse_lanczos(
-                A, P, declared, steps=krylov, failure_probability=failure_probability, seed=seed, progress=progress
+            return dense_routes.dense_symmetric(
+                A, preconditioner, declared, indefinite=False, inertia=route == "inertia"
             )
-        return krylov_routes.lanczos_ends(A, P, declared, krylov, failure_probability, seed, checkpoint, progress)
+        P = None if preconditioner is None else scaled(preconditioner)
+        if route == "golub-kahan":
+            B = GramOperator(scaled(_factor(A, route)))
+            ends = golub_kahan_ends(B, P, declared, steps=steps, seed=seed, checkpoint=checkpoint, progress=progress)
+        elif route == "inverse-lanczos":
+            B = scaled(A)
+            ends = inverse_lanczos(
+                B, P, declared, steps=krylov, failure_probability=failure_probability, seed=seed, progress=progress
+            )
+        else:
+            B = scaled(A)
+            ends = krylov_routes.lanczos_ends(B, P, declared, krylov, failure_probability, seed, checkpoint, progress)
+        return _in_units_of(ends, B, P)
 
     return _measure(A, preconditioner, method, settings, seed, solve, indefinite=False)
 
@@ -175,13 +188,14 @@ def regularized_condition_number(
         seed=seed,
         progress=progress,
     )
-    if found.method == "lanczos" and found.lambda_min < delta - found.noise_floor:
+    unit = math.ldexp(delta, -found.exponent)
+    if found.method == "lanczos" and found.lambda_min < unit - found.noise_floor:
         found = dataclasses.replace(found, note=f"A is indefinite, delta bounds nothing; {found.note}".rstrip("; "))
     elif not found.two_sided and found.method == "lanczos" and found.stop != "interrupted":
         # Both sides of the top end; the bottom end is at least delta because A is semidefinite.
         taken = LANCZOS_STEPS if steps is None else steps
         high, _ = kuczynski_wozniakowski(found.lambda_max, 0.0, taken, B.dim, failure_probability)
-        upper = (high + found.noise_floor) / delta
+        upper = (high + found.noise_floor) / unit
         sure = math.isfinite(upper)
         found = dataclasses.replace(
             found, upper=upper, two_sided=sure, note="" if sure else found.note, failure_probability=failure_probability
@@ -232,9 +246,24 @@ def magnitude_condition_number(
             return dense_routes.dense_symmetric(
                 A, preconditioner, declared, indefinite=True, inertia=route == "inertia"
             )
-        return krylov_routes.lanczos_magnitudes(A, preconditioner, declared, steps, seed, progress)
+        B, P = scaled(A), None if preconditioner is None else scaled(preconditioner)
+        return _in_units_of(krylov_routes.lanczos_magnitudes(B, P, declared, steps, seed, progress), B, P)
 
     return _measure(A, preconditioner, method, settings, seed, solve, indefinite=True)
+
+
+def _factor(A: SymmetricOperator, route: str) -> LinearOperator:
+    if A.factor is None:
+        raise InvalidInputError(
+            f"{A!r} has no factor, so {route} cannot run; use method='dense' or 'lanczos', or a Gauss-Newton operator, "
+            "whose factor is known"
+        )
+    return A.factor
+
+
+def _in_units_of(ends: Extremes, A: SymmetricOperator, P: Preconditioner | None) -> Extremes:
+    """What was found of `scaled(A)` and `scaled(P)`, in the units of `P^T A P`."""
+    return ends.times_power(-exponent(A) - (0 if P is None else 2 * exponent(P)))
 
 
 def _measure(
@@ -258,12 +287,15 @@ def _measure(
     began = time.perf_counter()
     ends = solve(route)
     if ends.lambda_max == 0.0:
+        known = "" if A.eps <= torch.finfo(A.dtype).eps else f", its products being known to {A.eps:.1g} only"
         raise ZeroOperatorError(
-            "the operator is zero to rounding, and a condition number compares nonzero eigenvalues; "
+            f"the operator is zero to rounding{known}, and a condition number compares nonzero eigenvalues; "
             "look for saturated or dead units, or a loss that does not depend on these parameters"
         )
     value = ends.lambda_max / ends.lambda_min if ends.lambda_min > 0 else math.inf
     note = ends.note + (next_route(A) if route == "lanczos" and not math.isfinite(ends.upper) else "")
+    if ends.rank is None:  # nothing is counted: every declared direction is believed
+        ends = dataclasses.replace(ends, on_your_word=ends.null_sources.get("declared", 0))
     bounds = {"note": note, "failure_probability": ends.failure_probability if math.isfinite(ends.upper) else 0.0}
     return ConditionNumber(
         **(vars(ends) | bounds),

@@ -18,6 +18,7 @@ from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.linalg.progress import Progress, reporting
 from bnp_analysis.linalg.random import generator
+from bnp_analysis.linalg.scale import comfortable, exponent, in_floats, require_resolution, scaled
 
 _CONTAMINATION = 1e-2
 
@@ -48,7 +49,22 @@ class Bidiagonalization:
 
     def singular_values(self) -> Floats:
         """Singular values of `B`, descending; those of `F` when the run exhausted the space."""
-        return np.asarray(np.linalg.svd(self.matrix, compute_uv=False), dtype=np.float64)
+        _, e = comfortable(torch.from_numpy(self.matrix))
+        return np.ldexp(np.linalg.svd(np.ldexp(self.matrix, e), compute_uv=False), -e)
+
+    def times_power(self, power: int) -> Bidiagonalization:
+        """The same of `2^power F`.
+
+        Raises:
+            InvalidInputError: its numbers are no floats.
+        """
+        if power == 0:
+            return self
+        in_floats(float(np.abs(self.matrix).max(initial=0.0)), power, "the bidiagonal matrix")
+        matrix = np.ldexp(self.matrix, power)
+        return replace(
+            self, matrix=matrix, dropped=math.ldexp(self.dropped, power), noise=math.ldexp(self.noise, power)
+        )
 
 
 def golub_kahan(
@@ -97,7 +113,9 @@ def golub_kahan(
     limit = min(int(steps), F.shape[1] - rank)
     if limit < 1 or F.shape[0] < 1:
         raise InvalidInputError(f"nothing to bidiagonalize: F is {F.shape}, steps={steps}, null directions={rank}")
-    run = _Run(F, limit, null, seed, magnitude)
+    given, F = F, scaled(F)
+    run = _Run(F, limit, null, seed, magnitude, given)
+    require_resolution(F, max(F.shape))
     key = f"golub-kahan of {F.shape[0]}x{F.shape[1]} in {F.dtype}, {rank} null directions, seed {seed}"
     if checkpoint is not None and Path(checkpoint).exists():
         run.restore(load_state(checkpoint, key))
@@ -119,7 +137,7 @@ def golub_kahan(
         stop = "exhausted"  # as many directions as there are
     if checkpoint is not None:
         save_state(checkpoint, key, run.state())
-    return run.result(stop)
+    return run.result(stop).times_power(exponent(given) - exponent(F))
 
 
 @dataclass(frozen=True)
@@ -139,8 +157,10 @@ class _Mark:
 class _Run:
     """The state of a bidiagonalization; basis vectors beyond its mark are scratch."""
 
-    def __init__(self, F: LinearOperator, limit: int, null: Tensor | None, seed: int, magnitude: float) -> None:
-        self.F, self.g, self.limit, self.magnitude = F, generator(seed), limit, magnitude
+    def __init__(
+        self, F: LinearOperator, limit: int, null: Tensor | None, seed: int, magnitude: float, given: LinearOperator
+    ) -> None:
+        self.F, self.g, self.limit, self.magnitude, self.given = F, generator(seed), limit, magnitude, given
         self.null = None if null is None else null.double()
         # Once a new vector would hold more of the null space than this, random vectors are mixed in.
         self.leak_limit = F.eps**0.4
@@ -168,7 +188,8 @@ class _Run:
     def begin(self) -> None:
         """`F^T g`: in the row space, where no null vector is."""
         w, halves = self._pull(self._outside(0), 0, 0)
-        scale = max(self.magnitude, float(w.norm()))
+        # The first product has said in which units F is.
+        scale = max(math.ldexp(self.magnitude, exponent(self.F) - exponent(self.given)), float(w.norm()))
         self.mark = replace(self.mark, w=w, halves=halves, scale=scale, random=self.g.get_state())
 
     def _outside(self, rows: int) -> Tensor | None:

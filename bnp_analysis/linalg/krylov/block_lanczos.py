@@ -14,6 +14,7 @@ from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.progress import Progress, reporting
 from bnp_analysis.linalg.random import generator, normal, project_out
+from bnp_analysis.linalg.scale import comfortable, exponent, in_floats, require_resolution, scaled, times_power
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,12 +37,13 @@ class BlockTridiagonalization:
 
     def ritz(self) -> tuple[Floats, Floats]:
         """Ritz values in ascending order and their residual norms."""
-        values, vectors = np.linalg.eigh(self.matrix)
-        residual = self.residual.double().cpu().numpy()
+        _, e = comfortable(torch.from_numpy(self.matrix))
+        values, vectors = np.linalg.eigh(np.ldexp(self.matrix, e))
+        residual = np.ldexp(self.residual.double().cpu().numpy(), e)
         width = residual.shape[1]
         if width == 0:
-            return values, np.zeros_like(values)
-        return values, np.linalg.norm(residual @ vectors[-width:], axis=0)
+            return np.ldexp(values, -e), np.zeros_like(values)
+        return np.ldexp(values, -e), np.ldexp(np.linalg.norm(residual @ vectors[-width:], axis=0), -e)
 
 
 def block_lanczos(
@@ -78,6 +80,8 @@ def block_lanczos(
         >>> [round(float(v), 6) for v in block_lanczos(A, 2, block_size=2).ritz()[0]]
         [1.0, 5.0, 5.0]
     """
+    given, A = A, scaled(A)
+    null = null if null is None else null.to(A.dtype)
     n, rank = A.dim, 0 if null is None else null.shape[1]
     if not 1 <= block_size <= n - rank or steps < 1:
         raise InvalidInputError(f"block_size={block_size}, steps={steps} do not fit n={n} with {rank} null directions")
@@ -85,6 +89,7 @@ def block_lanczos(
     require_memory(
         (limit + block_size + rank) * n * A.dtype.itemsize, f"a block Lanczos basis of {limit} vectors", device=A.device
     )
+    require_resolution(A, n)
     like = torch.empty(0, dtype=A.dtype, device=A.device)
     w = project_out(normal((n, block_size), generator(seed), like), null)
     basis = torch.zeros(n, 0, dtype=A.dtype, device=A.device)
@@ -116,6 +121,10 @@ def block_lanczos(
             stop = "interrupted"
     if stop == "invariant subspace" or basis.shape[1] == n - rank:
         w = w[:, :0]
+    power = exponent(given) - exponent(A)
+    if power:
+        in_floats(float(np.abs(T).max()), power, "the block tridiagonal matrix")
+        T, w = np.ldexp(T, power), times_power(w.double(), power)
     return BlockTridiagonalization(T, basis, w, matvecs, stop)
 
 

@@ -5,8 +5,9 @@ What a run leaves is data: a tridiagonal matrix, its basis, residual, products, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.progress import Progress, reporting
 from bnp_analysis.linalg.random import generator, normal, project_out
+from bnp_analysis.linalg.scale import comfortable, exponent, in_floats, require_resolution, scaled, times_power
 from bnp_analysis.linalg.threads import one_blas_thread
 
 Floats = NDArray[np.float64]
@@ -52,7 +54,23 @@ class Tridiagonalization:
     @property
     def residual_norm(self) -> float:
         """`|r|`, the coupling to the space that was not searched."""
-        return float(self.residual.double().norm())
+        residual, e = comfortable(self.residual.double())
+        return math.ldexp(float(residual.norm()), -e)
+
+    def times_power(self, power: int) -> Tridiagonalization:
+        """The same of `2^power A`.
+
+        Raises:
+            InvalidInputError: its numbers are no floats.
+        """
+        if power == 0:
+            return self
+        in_floats(
+            float(max(np.abs(self.alpha).max(), np.abs(self.beta).max(initial=0.0))), power, "the tridiagonal matrix"
+        )
+        # The residual may leave the range of single precision.
+        residual = times_power(self.residual.double(), power)
+        return replace(self, alpha=np.ldexp(self.alpha, power), beta=np.ldexp(self.beta, power), residual=residual)
 
     def ritz(self) -> tuple[Floats, Floats]:
         """Ritz values in ascending order and their residual norms `|r| |e_k^T s_i|`.
@@ -72,9 +90,10 @@ def tridiagonal_eigh(alpha: Floats, beta: Floats) -> tuple[Floats, Floats]:
     """Eigenvalues and vectors of the tridiagonal problem, always in float64 (trap 11)."""
     if alpha.size == 1:
         return alpha.copy(), np.ones((1, 1))
+    _, e = comfortable(torch.from_numpy(np.concatenate([alpha, beta])))
     with one_blas_thread():
-        values, vectors = eigh_tridiagonal(alpha, beta)
-    return np.asarray(values, dtype=np.float64), np.asarray(vectors, dtype=np.float64)
+        values, vectors = eigh_tridiagonal(np.ldexp(alpha, e), np.ldexp(beta, e))
+    return np.ldexp(np.asarray(values, dtype=np.float64), -e), np.asarray(vectors, dtype=np.float64)
 
 
 def lanczos(
@@ -125,6 +144,12 @@ def lanczos(
     """
     rank = 0 if null is None else null.shape[1]
     limit = min(int(steps), A.dim - rank)
+    given, A = A, scaled(A)
+    start, null = (x if x is None or x.dtype != given.dtype else x.to(A.dtype) for x in (start, null))
+    if resume is not None:
+        if comfortable(torch.from_numpy(resume.alpha))[1]:
+            A @ resume.basis[:, :1]  # says the scale
+        resume = resume.times_power(exponent(A) - exponent(given))
     if limit < 1:
         raise InvalidInputError(f"Lanczos needs at least one step: steps={steps}, n={A.dim}, null directions={rank}")
     how = "random start" if start is None else "given start"
@@ -132,11 +157,16 @@ def lanczos(
     if checkpoint is not None and Path(checkpoint).exists():
         resume = _saved(A, load_state(checkpoint, key))
     if resume is not None and len(resume.alpha) >= limit:
-        return resume
+        return resume.times_power(exponent(given) - exponent(A))
     bytes_needed = (limit + 1 + rank) * A.dim * A.dtype.itemsize
     require_memory(bytes_needed, f"a Lanczos basis of {limit} vectors of length {A.dim}", device=A.device)
+    require_resolution(A, A.dim)
     run = _Run(A, limit, null, _start(A, start, null, seed) if resume is None else resume.residual, resume)
     run.every = 1 if restart else run.every
+
+    def in_units(found: Tridiagonalization) -> Tridiagonalization:
+        return found.times_power(exponent(given) - exponent(A))
+
     stop, schedule = "steps", Schedule()
     with reporting(progress, limit, "Lanczos") as update:
         try:
@@ -148,7 +178,7 @@ def lanczos(
                 update(run.size)
                 if checkpoint is not None and schedule.due(run.size):
                     save_state(checkpoint, key, run.state())
-                if until is not None and run.size % 5 == 0 and until(run.snapshot("converged")):
+                if until is not None and run.size % 5 == 0 and until(in_units(run.snapshot("converged"))):
                     stop = "converged"
                     break
             else:
@@ -159,7 +189,7 @@ def lanczos(
             stop = "interrupted"
     if checkpoint is not None:
         save_state(checkpoint, key, run.state())
-    return run.snapshot(stop)
+    return in_units(run.snapshot(stop))
 
 
 def _saved(A: SymmetricOperator, state: dict[str, Any]) -> Tridiagonalization:
@@ -198,6 +228,7 @@ class _Run:
                     f"the run to resume has vectors of length {resume.basis.shape[0]} in {resume.basis.dtype}, "
                     f"not those of {A!r}"
                 )
+            self.w = w.to(A.dtype)
             self.alpha, self.beta = list(resume.alpha), list(resume.beta)
             self.basis[: self.size] = resume.basis.T
             self.matvecs = resume.matvecs
@@ -292,7 +323,7 @@ def _start(A: SymmetricOperator, start: Tensor | None, null: Tensor | None, seed
     # Scaled first: 1e-200 v is as good a start as v.
     projected = project_out((vector / size).unsqueeze(1), null).squeeze(1) if np.isfinite(size) and size > 0 else vector
     norm = float(projected.double().norm())
-    if not np.isfinite(norm) or norm <= 10 * A.dim * A.eps:
+    if not np.isfinite(norm) or norm <= 10 * A.dim * torch.finfo(A.dtype).eps:
         raise InvalidInputError(
             "the start vector is zero, not finite, or lies in the declared null space; "
             "leave start=None for a random one"

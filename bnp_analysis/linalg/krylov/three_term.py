@@ -13,6 +13,7 @@ from bnp_analysis.linalg.krylov.lanczos import Floats
 from bnp_analysis.linalg.krylov.rows import dots, length
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.random import project_out
+from bnp_analysis.linalg.scale import exponent, in_floats, require_resolution, scaled
 
 
 def three_term(
@@ -46,6 +47,9 @@ def three_term(
         >>> alpha.round(6).tolist(), beta.round(6).tolist(), products
         ([2.0, 2.0], [1.0], 2)
     """
+    given, A = A, scaled(A)
+    require_resolution(A, A.dim)
+    start, null = start.to(A.dtype), null.to(A.dtype)
     coefficients = torch.zeros(2, steps, dtype=torch.float64, device=A.device)
     alpha, beta = coefficients
     v = project_out(start.unsqueeze(1), null).squeeze(1)
@@ -66,11 +70,16 @@ def three_term(
             small = (found[1] <= 10 * math.sqrt(A.dim) * eps * scale).nonzero()[0]
             if small.size:  # an invariant subspace; what was computed after it is of no use
                 last = int(small[0]) + 1
-                return found[0, :last].copy(), found[1, : last - 1].copy(), k + 1
+                return *_in_units(found[:, :last], exponent(given) - exponent(A)), k + 1
             if not np.isfinite(scale[-1]):
                 raise NonFiniteError(
                     f"one of the first {k + 1} products with {A!r} has NaN or infinite entries; look at the "
                     "parameters, the loss and the dtype"
                 )
         previous, v = v, w / beta[k]
-    return found[0].copy(), found[1, :-1].copy(), steps
+    return *_in_units(found, exponent(given) - exponent(A)), steps
+
+
+def _in_units(found: Floats, power: int) -> tuple[Floats, Floats]:
+    in_floats(float(np.abs(found).max()), power, "the tridiagonal matrix")
+    return np.ldexp(found[0], power), np.ldexp(found[1, :-1], power)

@@ -16,9 +16,11 @@ from bnp_analysis.linalg.derived import Derived, GramOperator
 from bnp_analysis.linalg.forming import amplified
 from bnp_analysis.linalg.krylov.lanczos import lanczos
 from bnp_analysis.linalg.operators import LinearOperator, Product, SymmetricOperator
-from bnp_analysis.linalg.preconditioner import Congruence, Preconditioner, congruence
+from bnp_analysis.linalg.preconditioner import Congruence, Preconditioner, check_fits, congruence
 from bnp_analysis.linalg.random import generator, normal
+from bnp_analysis.linalg.scale import Scaled, ScaledSymmetric, scaled
 from bnp_analysis.linalg.spectra.null import NORM_STEPS, DeclaredNull, HasBasis, read_null, require_null
+from bnp_analysis.results import Result
 
 
 def norm_estimate(A: SymmetricOperator, seed: int = 0) -> float:
@@ -32,10 +34,14 @@ def norm_estimate(A: SymmetricOperator, seed: int = 0) -> float:
 
 def rounding_norm(A: SymmetricOperator, seed: int = 0) -> float:
     """What the rounding of a product with `A` is relative to: `|A|`, for `P^T A P` it is `|P|^2 |A|` (T13)."""
+    if isinstance(A, ScaledSymmetric) and amplified(A):
+        return rounding_norm(A.inner, seed) * 2.0**A.exponent
     if isinstance(A, Congruence):
-        return rounding_norm(A.operator, seed) * factor_rounding_norm(A.preconditioner, seed) ** 2
+        size = factor_rounding_norm(A.preconditioner, seed)
+        return rounding_norm(A.operator, seed) * size * size
     if isinstance(A, GramOperator) and amplified(A):
-        return factor_rounding_norm(A.factor, seed) ** 2
+        size = factor_rounding_norm(A.factor, seed)
+        return size * size
     if isinstance(A, Derived) and isinstance(A.inner, SymmetricOperator) and amplified(A):
         return rounding_norm(A.inner, seed) + A.added
     return norm_estimate(A, seed)
@@ -43,6 +49,8 @@ def rounding_norm(A: SymmetricOperator, seed: int = 0) -> float:
 
 def factor_rounding_norm(F: LinearOperator, seed: int = 0) -> float:
     """The same for a factor: `|F|`, for `F P` it is `|F| |P|`."""
+    if isinstance(F, Scaled) and amplified(F):
+        return factor_rounding_norm(F.inner, seed) * 2.0**F.exponent
     if isinstance(F, Product):
         return factor_rounding_norm(F.left, seed) * factor_rounding_norm(F.right, seed)
     if isinstance(F, Derived) and amplified(F):
@@ -61,11 +69,14 @@ def measured(
     """The operator that is measured, `A` or `P^T A P`, and its declared null directions, checked against it."""
     require_operator(A)
     declared = read_null(null, A)
+    if P is not None:
+        check_fits(A, P)
     if declared.dim:
-        require_null(A, declared, rounding_norm(A, seed), "A")
+        checked = scaled(A)
+        require_null(checked, declared, rounding_norm(checked, seed), "A")
     if P is None:
         return A, declared
-    return congruence(A, P), replace(declared, basis=P.transport(declared.basis))
+    return congruence(A, P), replace(declared, basis=scaled(P).transport(declared.basis))
 
 
 def provenance(
@@ -76,8 +87,13 @@ def provenance(
         "settings": settings | {"preconditioned": P is not None},
         "seed": seed,
         "seconds": time.perf_counter() - began,
-        "engine": dict(_innermost(A).record),
+        "engine": dict(_innermost(A).record) | ({"eps": A.eps} if A.eps > torch.finfo(A.dtype).eps else {}),
     }
+
+
+def products_known_to(result: Result) -> str:
+    """The precision of the products in words, where it is lower than that of the dtype."""
+    return f" (products to {result.engine['eps']:.1g})" if "eps" in result.engine else ""
 
 
 def require_symmetric(A: SymmetricOperator, seed: int) -> None:
@@ -103,7 +119,9 @@ def _innermost(A: SymmetricOperator) -> SymmetricOperator:
     if isinstance(A, Congruence):
         return _innermost(A.operator)
     if isinstance(A, Derived) and isinstance(A.inner, SymmetricOperator):
-        return _innermost(A.inner)
+        # What scales an operator that is made of no other is where its products are in range.
+        whole = isinstance(A, Scaled) and not isinstance(A.inner, Derived | Congruence)
+        return A if whole else _innermost(A.inner)
     return A
 
 

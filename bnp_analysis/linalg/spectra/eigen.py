@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
@@ -16,7 +17,8 @@ from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.progress import Progress
 from bnp_analysis.linalg.random import project_out
-from bnp_analysis.linalg.spectra.checks import measured, provenance
+from bnp_analysis.linalg.scale import comfortable, exponent, in_floats, require_resolution, scaled, times_power
+from bnp_analysis.linalg.spectra.checks import measured, products_known_to, provenance
 from bnp_analysis.linalg.spectra.null import HasBasis
 from bnp_analysis.results import Result
 
@@ -30,7 +32,8 @@ class Eigenpairs(Result):
     Attributes:
         values: `(k,)` float64, in the order asked for: largest first, or smallest first.
         vectors: `(n, k)`, orthonormal, in the coordinates of the operator measured (`z` with a preconditioner).
-        residuals: `(k,)` float64, `|A y - theta y|`: some eigenvalue lies within it of each value (T13).
+        residuals: `(k,)` float64, `|A y - theta y|`: some eigenvalue lies within it of each value (T13). Where products
+            are less precise than vectors, their rounding `sqrt(n) eps |A|` is added, else `4 eps |A|`.
         converged: how many pairs meet the tolerance.
         stop: `"converged"` (and, unless `multiplicity="trust"`, a look from another start found no further copies of
             repeated eigenvalues), `"steps"`, `"interrupted"`, or `"rounding"` where products are too noisy for the
@@ -50,7 +53,7 @@ class Eigenpairs(Result):
             f"{v:.4g} +- {r:.1g}" for v, r in zip(self.values.tolist(), self.residuals.tolist(), strict=True)
         )
         done = f"{self.converged} of {len(self.values)} converged"
-        return f"{self.which} eigenvalues {shown}; {done}, {self.matvecs} products"
+        return f"{self.which} eigenvalues {shown}; {done}, {self.matvecs} products{products_known_to(self)}"
 
     def records(self) -> list[dict[str, object]]:
         """One row per eigenvalue."""
@@ -115,13 +118,15 @@ def eigenpairs(
     if which not in WHICH:
         raise InvalidInputError(f"which must be one of {', '.join(WHICH)}, got {which!r}")
     operator, declared = measured(A, preconditioner, null, seed)
+    operator = scaled(operator)
     if multiplicity not in ("verify", "trust"):
         raise InvalidInputError(f"multiplicity must be 'verify' or 'trust', got {multiplicity!r}")
     room = A.dim - declared.dim
     if not 1 <= k <= room:
         raise InvalidInputError(f"k={k} eigenpairs asked of an operator with {room} dimensions outside the null space")
     began = time.perf_counter()
-    begin, origin = _start(start, operator, which, declared.basis)
+    require_resolution(operator, min(A.dim, 1000))
+    begin, origin = _start(start, A.dtype, operator, which, declared.basis)
     search = ThickRestart(operator, declared.basis, k, which, tol, seed, multiplicity == "verify", begin)
     key = f"the {k} {which} eigenpairs of dimension {A.dim} in {A.dtype}, {declared.dim} null directions, seed {seed}"
     key += "" if begin is None else f", started from {origin}"
@@ -137,6 +142,14 @@ def eigenpairs(
         spent += k
     residuals = residuals.cpu()
     done = residuals <= (tol * values.abs()).clamp(min=search.noise)
+    if operator.eps > torch.finfo(operator.dtype).eps:
+        residuals = residuals + search.noise / 10
+    elif A.dim > 1:  # of a whole space the residual is 0, the values are still rounded
+        residuals = residuals + 4 * operator.eps * search.scale
+    power = -exponent(operator)
+    in_floats(float(values.abs().max()), power, "the largest of the eigenvalues asked for")
+    if power:  # an error may be too small for a float, but is not zero
+        values, residuals = times_power(values, power), times_power(residuals, power).clamp(min=math.ulp(0.0))
     settings = {
         "k": k,
         "which": which,
@@ -157,7 +170,9 @@ def eigenpairs(
     )
 
 
-def _start(start: Tensor | str, operator: SymmetricOperator, which: str, null: Tensor) -> tuple[Tensor | None, str]:
+def _start(
+    start: Tensor | str, dtype: torch.dtype, operator: SymmetricOperator, which: str, null: Tensor
+) -> tuple[Tensor | None, str]:
     """The vector a search begins with beside a random one, and in words where it comes from."""
     if isinstance(start, str):
         if start not in ("auto", "random"):
@@ -166,8 +181,10 @@ def _start(start: Tensor | str, operator: SymmetricOperator, which: str, null: T
         # At a minimum the gradient is zero.
         usable = proposed is not None and _has_part_outside(proposed, null)
         return (proposed, "what the operator proposes, and random") if usable else (None, "random")
+    if isinstance(start, Tensor) and start.dtype == dtype:
+        start = start.to(operator.dtype)
     _require_start(start, operator, null)
-    return start, "given, and random"
+    return comfortable(start)[0], "given, and random"
 
 
 def _has_part_outside(start: Tensor, null: Tensor) -> bool:

@@ -14,14 +14,15 @@ from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.progress import Progress, reporting
 from bnp_analysis.linalg.random import generator, rademacher
-from bnp_analysis.linalg.spectra.checks import measured, provenance
+from bnp_analysis.linalg.scale import exponent, in_floats, scaled
+from bnp_analysis.linalg.spectra.checks import measured, products_known_to, provenance
 from bnp_analysis.linalg.spectra.quadrature import standard_error
 from bnp_analysis.results import Result
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Trace(Result):
-    """A stochastic trace with its standard error."""
+    """A stochastic trace with its standard error, and what its products round."""
 
     value: float
     error: float
@@ -29,7 +30,8 @@ class Trace(Result):
 
     def summary(self) -> str:
         """The trace and its error."""
-        return f"trace = {self.value:.6g} +- {self.error:.2g} (standard error), {self.matvecs} products"
+        cost = f"{self.matvecs} products{products_known_to(self)}"
+        return f"trace = {self.value:.6g} +- {self.error:.2g} (standard error), {cost}"
 
 
 def trace(
@@ -50,7 +52,7 @@ def trace(
         progress: True draws a bar, a callable gets `(done, total)`.
 
     Returns:
-        A `Trace` with the standard error over probes.
+        A `Trace` with the standard error over probes and the rounding `sqrt(n) eps |A v|` of products.
 
     Raises:
         InvalidInputError: fewer than two probes; NonFiniteError: a product with NaN or infinity.
@@ -65,15 +67,18 @@ def trace(
     if probes < 2:
         raise InvalidInputError(f"an error bar needs at least two probes, got {probes}")
     began = time.perf_counter()
-    operator, _ = measured(A, preconditioner, None, seed)
+    operator = scaled(measured(A, preconditioner, None, seed)[0])
     g = generator(seed)
-    like = torch.empty(0, dtype=A.dtype, device=A.device)
+    like = torch.empty(0, dtype=operator.dtype, device=A.device)
     samples: list[float] = []
+    largest = 0.0
     with reporting(progress, probes, "trace") as update:
         try:
             for i in range(probes):
                 v = rademacher((A.dim,), g, like)
-                samples.append(float(v.double() @ (operator @ v).double()))
+                image = (operator @ v).double()
+                samples.append(float(v.double() @ image))
+                largest = max(largest, float(image.norm()))
                 if not math.isfinite(samples[-1]):
                     raise NonFiniteError(f"product {i + 1} with {operator!r} has NaN or infinite entries")
                 update(i + 1)
@@ -82,9 +87,11 @@ def trace(
             if len(samples) < 2:
                 raise
     values = np.array(samples)
+    # Each of n terms v_i (A v)_i is known to a rounding; probes do not average it away.
+    rounding = operator.eps * math.sqrt(A.dim) * largest
     return Trace(
-        value=float(values.mean()),
-        error=standard_error(values),
+        value=in_floats(float(values.mean()), -exponent(operator), "the trace"),
+        error=in_floats(math.hypot(standard_error(values), rounding), -exponent(operator), "the error of the trace"),
         dim=A.dim,
         matvecs=len(samples),
         **provenance(A, preconditioner, {"probes": probes}, seed, began),

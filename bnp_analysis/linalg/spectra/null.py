@@ -11,10 +11,15 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NullSpaceError
+from bnp_analysis.linalg.forming import formed
+from bnp_analysis.linalg.matrices import ReducedFactor
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.linalg.random import orthonormal
+from bnp_analysis.linalg.scale import Scaled, exponent, precise
 
 NORM_STEPS = 8
+# Stored matrices whose singular values may decide whether declared directions are null.
+_DECIDED = 3_000
 
 
 @runtime_checkable
@@ -45,6 +50,11 @@ class DeclaredNull:
     sources: Mapping[str, int] = field(default_factory=dict)
     # Whether the caller says that these are all: a tensor does, found directions do not.
     complete: bool = False
+    # The same basis in float64, `(n, r)`, for checks, and the precision of what was given.
+    wide: Tensor | None = None
+    given_eps: float = 0.0
+    # Whether the directions rest on the caller's word alone, no cause being named.
+    on_word: bool = False
 
     @property
     def dim(self) -> int:
@@ -65,7 +75,7 @@ def read_null(null: Tensor | HasBasis | None, A: SymmetricOperator) -> DeclaredN
         InvalidInputError: wrong shape, dtype or device; NullSpaceError: dependent columns.
     """
     if null is None:
-        return DeclaredNull(torch.zeros(A.dim, 0, dtype=A.dtype, device=A.device), declared=False)
+        return DeclaredNull(torch.zeros(A.dim, 0, dtype=precise(A.dtype), device=A.device), declared=False)
     if isinstance(null, Tensor):
         basis, sources = null, {"declared": null.shape[-1] if null.ndim == 2 else 1}
     elif isinstance(null, HasBasis):
@@ -82,16 +92,32 @@ def read_null(null: Tensor | HasBasis | None, A: SymmetricOperator) -> DeclaredN
         )
     # Unless a factor has fewer rows than there would be nonzero eigenvalues.
     complete = isinstance(null, Tensor) and (A.factor is None or A.factor.rank_bound >= A.dim - basis.shape[1])
-    return DeclaredNull(orthonormal(basis), declared=True, sources=sources, complete=complete)
+    wide = orthonormal(basis.double())
+    return DeclaredNull(
+        wide.to(precise(A.dtype)),
+        declared=True,
+        sources=sources,
+        complete=complete,
+        wide=wide,
+        given_eps=float(torch.finfo(basis.dtype).eps),
+        on_word=isinstance(null, Tensor),
+    )
 
 
 def null_tolerance(A: LinearOperator) -> float:
     """How large `|A n| / |A|` may be for a null vector `n`, by rounding alone."""
-    return 100 * math.sqrt(max(A.shape)) * A.eps
+    return null_tolerance_of(A.shape, A.eps)
+
+
+def null_tolerance_of(shape: tuple[int, ...], eps: float) -> float:
+    return 100 * math.sqrt(max(shape)) * eps
 
 
 def require_null(A: LinearOperator, null: DeclaredNull, scale: float, what: str = "A") -> float:
     """Refuse declared directions that the operator does not annihilate to rounding.
+
+    What is computed is checked by a product, to its rounding. What is stored is checked in float64, whatever its dtype:
+    to `n u |A|`, and what rounding entries and directions to their dtype explains, `eps | |A| |n| |`.
 
     Args:
         A: the operator or its factor.
@@ -102,17 +128,54 @@ def require_null(A: LinearOperator, null: DeclaredNull, scale: float, what: str 
         The largest `|A n| / scale`, which is rounding, so that nothing below it can be told from zero.
 
     Raises:
-        NullSpaceError: names the worst column and how far from null it is.
+        NullSpaceError: names the worst column and how far from null it is, or that products cannot tell.
     """
     if null.dim == 0 or scale == 0:
         return 0.0
-    images = (A @ null.basis).double().norm(dim=0) / scale
+    if isinstance(A, SymmetricOperator) and A.factor is not None and _stored(A.factor):
+        return _require_null_of(A.factor, null, math.sqrt(scale), "F")
+    if _stored(A):
+        return _require_null_of(A, null, scale, what)
     tolerance = null_tolerance(A)
-    worst = int(images.argmax())
-    if not float(images[worst]) <= tolerance:
+    if tolerance >= 0.1:
+        raise NullSpaceError(
+            f"products of {A!r} are known to {A.eps:.1g} only, so that none could tell a null direction from another; "
+            "the declared ones would be believed unseen. Measure in float32 or float64, or leave null= out"
+        )
+    images = (A @ null.basis).double().norm(dim=0) / scale
+    _refuse_worst(images, torch.full_like(images, tolerance), what)
+    return float(images.max())
+
+
+def _stored(A: LinearOperator) -> bool:
+    inner = A.inner if isinstance(A, Scaled) else A
+    return inner.given if isinstance(inner, ReducedFactor) else A.exact and A.dense_cost == 0
+
+
+def _require_null_of(A: LinearOperator, null: DeclaredNull, scale: float, what: str) -> float:
+    """The same of a stored matrix; where directions are spoilt by rounding, its singular values decide."""
+    assert null.wide is not None
+    found = formed(A.inner if isinstance(A, Scaled) else A)
+    matrix, scale = found.matrix, scale * 2.0 ** (found.exponent - exponent(A))
+    unit = max(matrix.shape) * torch.finfo(torch.float64).eps
+    images = (matrix @ null.wide).norm(dim=0) / scale
+    spoilt = null.given_eps * (matrix.abs() @ null.wide.abs()).norm(dim=0) / scale
+    spoilt += found.rounding * (found.sizes() @ null.wide.abs()).norm(dim=0) / scale
+    nearly = null_tolerance_of(matrix.shape, null.given_eps)
+    if bool((images > unit + spoilt).any()) and bool((images <= nearly).all()) and min(matrix.shape) <= _DECIDED:
+        sigma = torch.linalg.svdvals(matrix)
+        left = matrix.shape[1] - null.dim
+        if left >= len(sigma) or float(sigma[left]) <= unit * float(sigma[0]):
+            return float(images.max())
+    _refuse_worst(images, unit + spoilt, what)
+    return float(images.max())
+
+
+def _refuse_worst(images: Tensor, tolerance: Tensor, what: str) -> None:
+    worst = int((images / tolerance).argmax())
+    if not float(images[worst]) <= float(tolerance[worst]):
         raise NullSpaceError(
             f"declared null direction {worst} is not null: |{what} n| / |{what}| = {float(images[worst]):.3g}, "
-            f"rounding explains {tolerance:.1g}. Deflating it would hide a nonzero eigenvalue and make the "
-            "condition number too small; drop the direction, or give it in the operator's own coordinates"
+            f"rounding explains {float(tolerance[worst]):.1g}. Deflating it would hide a nonzero eigenvalue and make "
+            "the condition number too small; drop the direction, or give it in the operator's own coordinates"
         )
-    return float(images[worst])

@@ -234,7 +234,11 @@ def _require_same(operator: SymmetricOperator, start: Tensor, basis: Tensor, mea
 
 def standard_error(samples: Floats) -> float:
     """Of the mean; NaN for a single probe, which has no spread."""
-    return float(samples.std(ddof=1) / math.sqrt(samples.size)) if samples.size > 1 else math.nan
+    if samples.size < 2:
+        return math.nan
+    # Squares of the samples may leave the floats.
+    power = math.frexp(float(np.abs(samples).max()))[1]
+    return math.ldexp(float(np.ldexp(samples, -power).std(ddof=1)) / math.sqrt(samples.size), power)
 
 
 __all__ = ["SpectralDensity", "spectral_density", "standard_error"]

@@ -11,7 +11,7 @@ from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.progress import Progress
-from bnp_analysis.linalg.spectra.checks import provenance
+from bnp_analysis.linalg.spectra.checks import products_known_to, provenance
 from bnp_analysis.linalg.spectra.quadrature import spectral_density
 from bnp_analysis.results import Result
 
@@ -38,6 +38,7 @@ class RankEstimate(Result):
         return (
             f"about {self.value:.1f} +- {self.error:.1g} of {self.dim} eigenvalues above {self.threshold:.2g}, "
             f"{self.unresolved:.1f} of them within a factor 100 of it; {self.matvecs} products"
+            f"{products_known_to(self)}"
         )
 
 
