@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from types import FunctionType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
@@ -22,11 +20,10 @@ from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.calls import ACTIVATIONS, NORMS, arguments_by_name, read_call
 from bnp_analysis.network.kernels import recording
 from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.network.smooth import COMPOSITE, opened
 
 # Where parameters may enter, beside layers.
 _WRITERS = {"matmul", "embedding", "add"}
-# Read through to the calls inside.
-_COMPOSITE = {F.multi_head_attention_forward}
 
 
 @dataclass(frozen=True)
@@ -158,9 +155,9 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _COMPOSITE:
+        if func in COMPOSITE:
             with self:
-                return _opened(func)(*args, **kwargs)
+                return opened(func)(*args, **kwargs)
         given = tensors_of((list(args), kwargs))
         kind, roles, arguments = read_call(func, args, kwargs, self._parameters)
         keep = kind in ("linear", "conv") or kind in NORMS
@@ -196,14 +193,6 @@ class _Recorder(TorchFunctionMode):
 
     def made(self, t: Tensor) -> Slot | None:
         return self._made.get(id(t))
-
-
-def _opened(func: Any) -> Any:
-    """A function of torch that is written in Python, so that the calls inside it are seen in its place."""
-    space = {**func.__globals__, "has_torch_function": lambda *_: False}
-    copy = FunctionType(func.__code__, space, func.__name__, func.__defaults__, func.__closure__)
-    copy.__kwdefaults__ = func.__kwdefaults__
-    return copy
 
 
 @recording()

@@ -10,6 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.network.smooth import Accurate
 
 
 @contextmanager
@@ -21,8 +22,12 @@ def recording() -> Iterator[None]:
 
 @contextmanager
 def differentiable_kernels(*, recurrent: bool) -> Iterator[None]:
-    """Only kernels that have a second derivative: math attention, native recurrent layers (trap 12), no compilation."""
+    """Only kernels that have a second derivative: math attention, native recurrent layers (trap 12), no compilation.
+
+    Smooth functions get derivatives that keep their digits where they saturate.
+    """
     with ExitStack() as stack:
+        stack.enter_context(Accurate())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if recurrent:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))

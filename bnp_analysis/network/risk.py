@@ -20,6 +20,7 @@ from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.purity import require_mean_loss, require_pure
 from bnp_analysis.network.reading import Inputs, one_tensor
 from bnp_analysis.network.selection import choose_parameters
+from bnp_analysis.network.smooth import Accurate
 from bnp_analysis.network.snapshot import snapshot, snapshot_loss
 from bnp_analysis.network.state import point, with_tensors
 from bnp_analysis.network.watching import Visit, watched
@@ -240,7 +241,8 @@ class EmpiricalRisk:
 
     def batch_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """The loss of a batch from its outputs, a scalar."""
-        value = self._loss(outputs, batch.y)
+        with Accurate():
+            value = self._loss(outputs, batch.y)
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InvalidInputError(f"loss(output, y) gave {got}, not a scalar: the mean over the batch is needed")
