@@ -489,8 +489,8 @@ def _cross_entropy(
     if y.is_floating_point():
         targets, total = y * (1 - smoothing) + smoothing / z.shape[axis], z.numel() / z.shape[axis]
     else:
-        kept = (y != given.get("ignore_index", -100)).unsqueeze(axis)
-        hard = torch.zeros_like(z).scatter(axis, torch.where(kept, y.unsqueeze(axis), 0), 1.0) * kept
+        kept = (y != given.get("ignore_index", -100)).unsqueeze(axis).to(z)
+        hard = torch.zeros_like(z).scatter(axis, torch.where(kept > 0, y.unsqueeze(axis), 0), 1.0) * kept
         targets, total = hard * (1 - smoothing) + kept * smoothing / z.shape[axis], (hard * weights).sum()
     loss = -(logs * targets * weights).sum(axis)
     formula = loss.sum() / total if reduction == "mean" else _reduced(loss, reduction)
