@@ -17,6 +17,7 @@ from bnp_analysis.network.batches import Batch, Batches, Count, arguments
 from bnp_analysis.network.identity import fingerprint
 from bnp_analysis.network.kernels import differentiable_kernels, explained, recording
 from bnp_analysis.network.parameters import ParameterSpace
+from bnp_analysis.network.precision import Precision, find_precision
 from bnp_analysis.network.purity import require_mean_loss, require_pure
 from bnp_analysis.network.reading import Inputs, one_tensor
 from bnp_analysis.network.selection import choose_parameters
@@ -54,6 +55,9 @@ class EmpiricalRisk:
         theta: `(n,)`, the point.
         output: the argument of that name.
         coupled: whether an example's output depends on the rest of its batch.
+        precision: the coarsest dtype that the loss and its derivatives pass through, and which operation of which
+            module lowered it: `float64`, or `float32 (softmax in block.2)`.
+        eps: its spacing at 1, of which every tolerance and radius is made.
 
     Raises:
         InvalidInputError: a filter that matches nothing, parameters that are not floating point, a loss that is
@@ -104,6 +108,7 @@ class EmpiricalRisk:
             self._cache: dict[str, Tensor] = {}
             self._require_finite_parameters()
             self.group.require_same(lambda: fingerprint(self._model, self._loss, self.theta), "the risk")
+            self.precision = find_precision(self)
             self.coupled = require_pure(self)
             _ = self.value
             self._inputs.settle()
@@ -194,7 +199,13 @@ class EmpiricalRisk:
         }
         other.batches = self.batches.to(dtype, where)
         other._cache = {}
+        other.precision = find_precision(other)
         return other
+
+    @property
+    def eps(self) -> float:
+        """The spacing at 1 of the precision in which the risk and its derivatives are computed."""
+        return self.precision.eps
 
     def gathered(self) -> EmpiricalRisk:
         """The same risk with the data of all processes in each of them, for what cannot be split.
@@ -236,7 +247,9 @@ class EmpiricalRisk:
         with self._inputs.given(batch.x, batch.own) as x, differentiable_kernels(recurrent=self._recurrent):
             args, kwargs = arguments(x)
             raw = functional_call(self._model, {**self._constants, **tensors, **buffers}, args, kwargs)
-        return one_tensor(raw, self.output)
+        out = one_tensor(raw, self.output)
+        # Outputs in a coarser dtype than the parameters': exact in theirs, so that all that follows has one dtype.
+        return out.to(torch.promote_types(out.dtype, self.space.dtype))
 
     def batch_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """The loss of a batch from its outputs, a scalar."""
