@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bnp_analysis.distributed import ALONE, Group
+from bnp_analysis.distributed.nested import counterpart
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.operators import require_no_autocast
 from bnp_analysis.network.batches import Batch, Batches, Count, arguments
@@ -21,7 +22,7 @@ from bnp_analysis.network.precision import Precision, find_precision
 from bnp_analysis.network.purity import require_mean_loss, require_pure
 from bnp_analysis.network.reading import Inputs, one_tensor
 from bnp_analysis.network.selection import choose_parameters
-from bnp_analysis.network.snapshot import snapshot, snapshot_loss
+from bnp_analysis.network.snapshot import brought, snapshot, snapshot_loss
 from bnp_analysis.network.state import point, with_tensors
 from bnp_analysis.network.watching import Visit, watched
 
@@ -190,13 +191,11 @@ class EmpiricalRisk:
         if dtype == self.space.dtype and where == self.space.device:
             return self
         other = copy.copy(self)
-        other._model = copy.deepcopy(self._model).to(dtype=dtype, device=where)
+        other._model = brought(copy.deepcopy(self._model), dtype, where)
         other._loss = snapshot_loss(self._loss, dtype, where)
         other.space = ParameterSpace(self.space.shapes, dtype, where, self.space.aliases)
         other.theta = self.theta.to(dtype=dtype, device=where)
-        other._constants = {
-            n: t.to(device=where, dtype=dtype if t.is_floating_point() else t.dtype) for n, t in self._constants.items()
-        }
+        other._constants = {n: t.to(device=where, dtype=counterpart(t, dtype)) for n, t in self._constants.items()}
         other.batches = self.batches.to(dtype, where)
         other._cache = {}
         other.precision = find_precision(other)
@@ -249,7 +248,8 @@ class EmpiricalRisk:
             raw = functional_call(self._model, {**self._constants, **tensors, **buffers}, args, kwargs)
         out = one_tensor(raw, self.output)
         # Outputs in a coarser dtype than the parameters': exact in theirs, so that all that follows has one dtype.
-        return out.to(torch.promote_types(out.dtype, self.space.dtype))
+        wide = torch.promote_types(out.dtype, self.space.dtype)
+        return out if out.dtype == wide else out.to(wide)
 
     def batch_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """The loss of a batch from its outputs, a scalar."""
