@@ -56,7 +56,7 @@ class JacobianFactor(LinearOperator):
         self._risk, self._roots, self.group = risk, roots, risk.group
         own = sum(self._rows), rank, self._own_dense_cost()
         counts, ranks, costs = zip(*self.group.share(lambda: own, "the rows of a factor"), strict=True)
-        super().__init__((sum(counts), risk.space.dim), risk.space.dtype, risk.space.device)
+        super().__init__((sum(counts), risk.space.dim), risk.space.dtype, risk.space.device, risk.eps)
         self._begin = int(sum(counts[: self.group.rank]))
         self._rank, self._dense_cost = int(sum(ranks)), int(max(costs))
         self._engine = Engine(risk, output_graph, engine, max_memory)

@@ -30,7 +30,7 @@ class Fisher(SymmetricOperator):
     """`F^T F` with rows that are scaled gradients; made by `fisher`."""
 
     def __init__(self, risk: EmpiricalRisk, make: Make, engine: str = "auto", max_memory: int | None = None) -> None:
-        super().__init__(risk.space.dim, risk.space.dtype, risk.space.device)
+        super().__init__(risk.space.dim, risk.space.dtype, risk.space.device, risk.eps)
         made = batch_roots(risk, make)
         if made is None:
             raise InvalidInputError(

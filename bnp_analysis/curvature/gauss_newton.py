@@ -24,7 +24,7 @@ class GaussNewton(SymmetricOperator):
     """`J^T S J` of a risk; made by `gauss_newton`."""
 
     def __init__(self, risk: EmpiricalRisk, engine: str = "auto", max_memory: int | None = None) -> None:
-        super().__init__(risk.space.dim, risk.space.dtype, risk.space.device)
+        super().__init__(risk.space.dim, risk.space.dtype, risk.space.device, risk.eps)
         self._risk, self.group = risk, risk.group
         self._engine = Engine(risk, _with_loss, engine, max_memory)
 

@@ -20,7 +20,7 @@ class Hessian(SymmetricOperator):
     """`Hess L(theta)` of a risk; made by `hessian`."""
 
     def __init__(self, risk: EmpiricalRisk, engine: str = "auto", max_memory: int | None = None) -> None:
-        super().__init__(risk.space.dim, risk.space.dtype, risk.space.device)
+        super().__init__(risk.space.dim, risk.space.dtype, risk.space.device, risk.eps)
         self._risk, self._space, self.group = risk, risk.space, risk.group
         self._engine = Engine(risk, gradient_graph, engine, max_memory)
 

@@ -72,13 +72,13 @@ def output_root(risk: EmpiricalRisk, batch: Batch, outputs: Tensor, *, positions
     if positions and outputs.ndim > 2:
         widths.insert(0, outputs.shape[-1])
     for width in widths:
-        S = _row_hessians(z, g, width)
+        S = _row_hessians(z, g, width, risk.eps)
         if S is not None:
-            return _row_roots(outputs.detach().reshape(-1, width), S)
+            return _row_roots(outputs.detach().reshape(-1, width), S, risk.eps)
     return None
 
 
-def _row_hessians(z: Tensor, g: Tensor, width: int) -> Tensor | None:
+def _row_hessians(z: Tensor, g: Tensor, width: int, eps: float) -> Tensor | None:
     """The Hessian in each row of `width` outputs, `(rows, width, width)`; None if rows are coupled."""
     count = z.numel() // width
     if count * width * width > _LIMIT:
@@ -89,10 +89,10 @@ def _row_hessians(z: Tensor, g: Tensor, width: int) -> Tensor | None:
         onehot[:, c] = 1.0
         columns.append(hessian_product(z, g, onehot.view_as(z)).reshape(count, width))
     S = torch.stack(columns, dim=2)
-    return None if _coupled(z, g, count) else S
+    return None if _coupled(z, g, count, eps) else S
 
 
-def _coupled(z: Tensor, g: Tensor, count: int) -> bool:
+def _coupled(z: Tensor, g: Tensor, count: int, eps: float) -> bool:
     """Whether some row of outputs bends the loss in another one: between separate rows products are exactly zero.
 
     Rows are split by each binary digit of their index, so any two are on different sides of one of the splits.
@@ -102,13 +102,13 @@ def _coupled(z: Tensor, g: Tensor, count: int) -> bool:
     for bit in range((count - 1).bit_length()):
         side = ((index >> bit) & 1).bool().view(count, 1)
         image = hessian_product(z, g, (probe.reshape(count, -1) * side).view_as(z)).reshape(count, -1).abs()
-        if float((image * ~side).max()) > torch.finfo(z.dtype).eps * float(image.max()):
+        if float((image * ~side).max()) > eps * float(image.max()):
             return True
     return False
 
 
-def _row_roots(outputs: Tensor, S: Tensor) -> OutputRoot | None:
-    softmax = _softmax_root(outputs, S)
+def _row_roots(outputs: Tensor, S: Tensor, eps: float) -> OutputRoot | None:
+    softmax = _softmax_root(outputs, S, eps)
     if softmax is not None:
         return softmax
     width = S.shape[1]
@@ -118,7 +118,7 @@ def _row_roots(outputs: Tensor, S: Tensor) -> OutputRoot | None:
             return None
         return OutputRoot(torch.diag_embed(diagonal.sqrt()), int((diagonal > 0).sum()), "diagonal")
     values, vectors = torch.linalg.eigh((S + S.transpose(1, 2)).double() / 2)
-    floor = width * torch.finfo(S.dtype).eps * 10 * values.abs().amax(dim=1, keepdim=True)
+    floor = width * eps * 10 * values.abs().amax(dim=1, keepdim=True)
     if bool((values < -floor).any()):
         return None
     kept = values > floor
@@ -126,7 +126,7 @@ def _row_roots(outputs: Tensor, S: Tensor) -> OutputRoot | None:
     return OutputRoot(root.to(S.dtype), int(kept.sum()), "general")
 
 
-def _softmax_root(outputs: Tensor, S: Tensor) -> OutputRoot | None:
+def _softmax_root(outputs: Tensor, S: Tensor, eps: float) -> OutputRoot | None:
     """The closed form, where `S_j = w_j (diag p - p p^T)` with the softmax `p` of each row of outputs."""
     if outputs.shape[1] < 2:
         return None
@@ -140,10 +140,10 @@ def _softmax_root(outputs: Tensor, S: Tensor) -> OutputRoot | None:
     if bool((curvature < 0).any()):
         return None
     # Entry by entry, relative to the diagonal; only the likeliest class's own entry is a difference of two near ones.
-    unit = torch.finfo(S.dtype)
+    tiny = torch.finfo(S.dtype).tiny
     scale = torch.where(likeliest > 0, curvature.amax(dim=1, keepdim=True), curvature).sqrt()
-    bound = 1e3 * unit.eps * scale.unsqueeze(2) * scale.unsqueeze(1) + unit.tiny / unit.eps
-    bound = bound + 32 * unit.eps * weights.view(-1, 1, 1) * torch.diag_embed(likeliest)
+    bound = 1e3 * eps * scale.unsqueeze(2) * scale.unsqueeze(1) + tiny / eps
+    bound = bound + 32 * eps * weights.view(-1, 1, 1) * torch.diag_embed(likeliest)
     if bool(((S - weights.view(-1, 1, 1) * closed).abs() > bound).any()):
         return None
     eye = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)

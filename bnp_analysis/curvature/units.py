@@ -39,6 +39,7 @@ class DenseLayerFactor(LinearOperator):
         inputs: `H^`, `(R, m)`, with the bias column last if there is one.
         bias: whether there is one.
         rank: a structural bound of the rank.
+        eps: of what both were computed in.
 
     Example:
         >>> F = DenseLayerFactor(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[3.0, 1.0]]), bias=True, rank=1)
@@ -46,9 +47,11 @@ class DenseLayerFactor(LinearOperator):
         [[3.0, 6.0, 1.0, 2.0]]
     """
 
-    def __init__(self, cotangents: Tensor, inputs: Tensor, *, bias: bool, rank: int) -> None:
+    def __init__(
+        self, cotangents: Tensor, inputs: Tensor, *, bias: bool, rank: int, eps: float | None = None
+    ) -> None:
         examples, each, units = cotangents.shape
-        super().__init__((examples * each, units * inputs.shape[1]), inputs.dtype, inputs.device)
+        super().__init__((examples * each, units * inputs.shape[1]), inputs.dtype, inputs.device, eps)
         self._cotangents, self._inputs = cotangents, inputs
         self._rank = rank
         self._cut = units * (inputs.shape[1] - int(bias))
@@ -98,17 +101,20 @@ class UnitBlocks:
         rows: `(R, m + 1)`, the inputs with the bias column last; without it when the layer has no free bias.
         scales: `(R, n)`, `s_ji = sqrt(d^2 L / d a_ji^2)` of the Gauss-Newton matrix.
         whole: the layer's own block; None where its factor would not fit into memory.
+        eps: of what all were computed in.
     """
 
-    def __init__(self, rows: Tensor, scales: Tensor, whole: GramOperator | None = None) -> None:
-        self.rows, self.scales, self.whole = rows, scales, whole
+    def __init__(
+        self, rows: Tensor, scales: Tensor, whole: GramOperator | None = None, eps: float | None = None
+    ) -> None:
+        self.rows, self.scales, self.whole, self.eps = rows, scales, whole, eps
         self._common: Tensor | None = None
 
     def __len__(self) -> int:
         return self.scales.shape[1]
 
     def __getitem__(self, i: int) -> GramOperator:
-        return GramOperator(RowScaled(self.scales[:, i], self.rows))
+        return GramOperator(RowScaled(self.scales[:, i], self.rows, self.eps))
 
     def dependences(self, i: int, factor: LinearOperator) -> SomeNullDirections:
         """Directions `v` with `H^ v = 0` on the rows that count for unit `i`, verified with a factor of its block."""
@@ -152,7 +158,8 @@ def unit_blocks(risk: EmpiricalRisk, layers: Coverage) -> dict[str, UnitBlocks]:
             mine, what = own[layer.name], f"the rows of {layer.name}"
             inputs, scales = (risk.group.gather(partial(getattr, mine, part), what) for part in ("inputs", "scales"))
             rows = _with_bias(layer, inputs)
-            found[layer.name] = UnitBlocks(rows, scales, mine.layer_block(rows, bias=layer.bias is not None))
+            whole = mine.layer_block(rows, bias=layer.bias is not None, eps=risk.eps)
+            found[layer.name] = UnitBlocks(rows, scales, whole, risk.eps)
     return found
 
 
@@ -165,10 +172,10 @@ class _Own:
     cotangents: Tensor | None
     rank: int
 
-    def layer_block(self, rows: Tensor, *, bias: bool) -> GramOperator | None:
+    def layer_block(self, rows: Tensor, *, bias: bool, eps: float) -> GramOperator | None:
         if self.cotangents is None:
             return None
-        return GramOperator(DenseLayerFactor(self.cotangents, rows, bias=bias, rank=self.rank))
+        return GramOperator(DenseLayerFactor(self.cotangents, rows, bias=bias, rank=self.rank, eps=eps))
 
 
 def _own_rows(risk: EmpiricalRisk, layers: list[Layer]) -> dict[str, _Own]:

@@ -19,6 +19,7 @@ class MatrixOperator(LinearOperator):
         matrix: `(m, n)`.
         exact: whether its entries are given; False if they were computed in its dtype, which widens the bounds.
         rank_bound: of the operator that it was formed from, where that knows more than the places of zeros.
+        eps: of the operator that it was formed from, where that is coarser than the dtype's.
 
     Example:
         >>> import torch
@@ -27,10 +28,12 @@ class MatrixOperator(LinearOperator):
         tensor([ 9., 12.])
     """
 
-    def __init__(self, matrix: Tensor, *, exact: bool = True, rank_bound: int | None = None) -> None:
+    def __init__(
+        self, matrix: Tensor, *, exact: bool = True, rank_bound: int | None = None, eps: float | None = None
+    ) -> None:
         if not isinstance(matrix, Tensor) or matrix.ndim != 2:
             raise InvalidInputError(f"expected a matrix (m, n), got {describe(matrix)}")
-        super().__init__((matrix.shape[0], matrix.shape[1]), matrix.dtype, matrix.device)
+        super().__init__((matrix.shape[0], matrix.shape[1]), matrix.dtype, matrix.device, eps)
         self._matrix = matrix.detach()
         self._exact, self._rank = exact, rank_bound
 
@@ -135,6 +138,7 @@ class RowScaled(LinearOperator):
     Args:
         scale: `s`, `(r,)`.
         rows: `H`, `(r, n)`.
+        eps: of what both were computed in, where that is coarser than the dtype's.
 
     Example:
         >>> import torch
@@ -142,8 +146,8 @@ class RowScaled(LinearOperator):
         [6.0, 0.0]
     """
 
-    def __init__(self, scale: Tensor, rows: Tensor) -> None:
-        super().__init__((rows.shape[0], rows.shape[1]), rows.dtype, rows.device)
+    def __init__(self, scale: Tensor, rows: Tensor, eps: float | None = None) -> None:
+        super().__init__((rows.shape[0], rows.shape[1]), rows.dtype, rows.device, eps)
         self.scale, self.rows = scale, rows
 
     @property
@@ -156,7 +160,7 @@ class RowScaled(LinearOperator):
 
     def conditioned(self, P: LinearOperator) -> RowScaled:
         """`diag(s) (H P)`."""
-        return RowScaled(self.scale, P._rmatmat(self.rows.T).T)
+        return RowScaled(self.scale, P._rmatmat(self.rows.T).T, self.eps)
 
     def _matmat(self, x: Tensor) -> Tensor:
         return self.scale[:, None] * (self.rows @ x)
@@ -179,13 +183,12 @@ class ReducedFactor(LinearOperator):
         matrix: `R`, `(k, n)`.
         columns: `|F e_j|`, `(n,)`, to which the error of column `j` of `R` is relative.
         rounding: that error: `R = Q^T (F + E)` with orthonormal columns `Q` and `|E e_j| <= rounding |F e_j|`.
-        rank: a structural bound of the rank of `F`.
-        dtype: in which `F` works.
+        factor: `F`, whose dtype, precision and bound of the rank are kept.
     """
 
-    def __init__(self, matrix: Tensor, columns: Tensor, rounding: float, rank: int, dtype: torch.dtype) -> None:
-        super().__init__((matrix.shape[0], matrix.shape[1]), dtype, matrix.device)
-        self.matrix, self.columns, self.rounding, self._rank = matrix, columns, rounding, rank
+    def __init__(self, matrix: Tensor, columns: Tensor, rounding: float, factor: LinearOperator) -> None:
+        super().__init__((matrix.shape[0], matrix.shape[1]), factor.dtype, matrix.device, factor.eps)
+        self.matrix, self.columns, self.rounding, self._rank = matrix, columns, rounding, factor.rank_bound
 
     @property
     def rank_bound(self) -> int:

@@ -11,17 +11,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bnp_analysis.distributed import ALONE, Group
+from bnp_analysis.distributed.nested import counterpart
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.operators import require_no_autocast
 from bnp_analysis.network.batches import Batch, Batches, Count, arguments
 from bnp_analysis.network.identity import fingerprint
 from bnp_analysis.network.kernels import differentiable_kernels, explained, recording
 from bnp_analysis.network.parameters import ParameterSpace
+from bnp_analysis.network.precision import Precision, find_precision
 from bnp_analysis.network.purity import require_mean_loss, require_pure
 from bnp_analysis.network.reading import Inputs, one_tensor
 from bnp_analysis.network.selection import choose_parameters
 from bnp_analysis.network.smooth import Accurate
-from bnp_analysis.network.snapshot import snapshot, snapshot_loss
+from bnp_analysis.network.snapshot import brought, snapshot, snapshot_loss
 from bnp_analysis.network.state import point, with_tensors
 from bnp_analysis.network.watching import Visit, watched
 
@@ -55,6 +57,9 @@ class EmpiricalRisk:
         theta: `(n,)`, the point.
         output: the argument of that name.
         coupled: whether an example's output depends on the rest of its batch.
+        precision: the coarsest dtype that the loss and its derivatives pass through, and which operation of which
+            module lowered it: `float64`, or `float32 (softmax in block.2)`.
+        eps: its spacing at 1, of which every tolerance and radius is made.
 
     Raises:
         InvalidInputError: a filter that matches nothing, parameters that are not floating point, a loss that is
@@ -105,6 +110,7 @@ class EmpiricalRisk:
             self._cache: dict[str, Tensor] = {}
             self._require_finite_parameters()
             self.group.require_same(lambda: fingerprint(self._model, self._loss, self.theta), "the risk")
+            self.precision = find_precision(self)
             self.coupled = require_pure(self)
             _ = self.value
             self._inputs.settle()
@@ -186,16 +192,20 @@ class EmpiricalRisk:
         if dtype == self.space.dtype and where == self.space.device:
             return self
         other = copy.copy(self)
-        other._model = copy.deepcopy(self._model).to(dtype=dtype, device=where)
+        other._model = brought(copy.deepcopy(self._model), dtype, where)
         other._loss = snapshot_loss(self._loss, dtype, where)
         other.space = ParameterSpace(self.space.shapes, dtype, where, self.space.aliases)
         other.theta = self.theta.to(dtype=dtype, device=where)
-        other._constants = {
-            n: t.to(device=where, dtype=dtype if t.is_floating_point() else t.dtype) for n, t in self._constants.items()
-        }
+        other._constants = {n: t.to(device=where, dtype=counterpart(t, dtype)) for n, t in self._constants.items()}
         other.batches = self.batches.to(dtype, where)
         other._cache = {}
+        other.precision = find_precision(other)
         return other
+
+    @property
+    def eps(self) -> float:
+        """The spacing at 1 of the precision in which the risk and its derivatives are computed."""
+        return self.precision.eps
 
     def gathered(self) -> EmpiricalRisk:
         """The same risk with the data of all processes in each of them, for what cannot be split.
@@ -237,7 +247,10 @@ class EmpiricalRisk:
         with self._inputs.given(batch.x, batch.own) as x, differentiable_kernels(recurrent=self._recurrent):
             args, kwargs = arguments(x)
             raw = functional_call(self._model, {**self._constants, **tensors, **buffers}, args, kwargs)
-        return one_tensor(raw, self.output)
+        out = one_tensor(raw, self.output)
+        # Outputs in a coarser dtype than the parameters': exact in theirs, so that all that follows has one dtype.
+        wide = torch.promote_types(out.dtype, self.space.dtype)
+        return out if out.dtype == wide else out.to(wide)
 
     def batch_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """The loss of a batch from its outputs, a scalar."""

@@ -63,7 +63,8 @@ class ConditionNumber(Result, Extremes):
         noise_floor: eigenvalues below it are rounding.
         failure_probability: of the bounds, over random starts.
         quantity: what the numbers are: `"kappa*"`, `"max|lambda|/min|lambda|"` or `"sigma_max/sigma_min+"`.
-        dim, dtype, stop, note: size, precision, why the run ended, what to do next.
+        dim, dtype, stop, note: size, precision of the products (`float64`, `float64 (float32 inside)`), why the run
+            ended, what to do next.
     """
 
     value: float

@@ -134,4 +134,4 @@ class _Gathered:
         if self._count > len(self._norms):
             self._factorize()
         rounding = given + UNIT * self._factorized
-        return ReducedFactor(torch.cat(self._rows), self._norms, rounding, factor.rank_bound, factor.dtype)
+        return ReducedFactor(torch.cat(self._rows), self._norms, rounding, factor)
