@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +18,7 @@ from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.network.saturation import product_eps
 
 
 class GaussNewton(SymmetricOperator):
@@ -48,12 +49,12 @@ class GaussNewton(SymmetricOperator):
     def factor(self) -> LinearOperator | None:
         """`F = S^(1/2) J`, where the loss is convex and separate over examples in the outputs."""
 
-        def make(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> tuple[Tensor, int] | None:
-            found = output_root(risk, batch, outputs, positions=True)
-            return None if found is None else (found.root, found.rank)
+        made = batch_roots(self._risk, partial(output_root, positions=True))
+        return None if made is None else JacobianFactor(self._risk, made, self._engine.name, self._engine.max_memory)
 
-        made = batch_roots(self._risk, make)
-        return None if made is None else JacobianFactor(self._risk, *made, self._engine.name, self._engine.max_memory)
+    @property
+    def eps(self) -> float:
+        return product_eps(self._risk) if self.factor is None else self.factor.eps
 
     @over_processes
     def _matmat(self, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from bnp_analysis.distributed import over_processes
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.network.saturation import product_eps
 
 
 class Hessian(SymmetricOperator):
@@ -32,6 +33,10 @@ class Hessian(SymmetricOperator):
     @property
     def record(self) -> Mapping[str, Any]:
         return self._engine.record
+
+    @property
+    def eps(self) -> float:
+        return product_eps(self._risk)
 
     @property
     def start(self) -> Tensor:

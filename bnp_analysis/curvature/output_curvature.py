@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bnp_analysis.distributed.nested import map_tensors, tensors_of
+from bnp_analysis.errors import InvalidInputError
 
 from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.kernels import recording
 from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.network.smooth import SIGMOID, generic, watching
 
 # Beyond this many numbers the per-example matrices are not formed.
 _LIMIT = 200_000_000
+# An entry's error is taken for so many roundings at least.
+ROUNDINGS = 32
+# How often rounding is tried, and how many times more than seen it may be.
+_TRIALS, _SAFETY = 2, 4
 
 
 @dataclass(frozen=True)
@@ -25,9 +36,11 @@ class OutputRoot:
     Attributes:
         root: `(rows, r, K)` for `K` outputs per row.
         rank: the structural rank of all rows together.
-        kind: `"softmax"`, `"diagonal"` or `"general"`.
+        kind: `"softmax"`, `"diagonal"`, `"general"`, or `"gradients"` of a Fisher matrix.
         probabilities: `(rows, K)`, softmax only: the model's distribution.
         scale: `(rows,)`, softmax only: the weight of each row.
+        rounding: how far entries of `root` may be off, relative to their sizes; 0 for a few units.
+        vanished: whether some zeros of `root` are none by structure.
     """
 
     root: Tensor
@@ -35,6 +48,8 @@ class OutputRoot:
     kind: str
     probabilities: Tensor | None = None
     scale: Tensor | None = None
+    rounding: float = 0.0
+    vanished: bool = False
 
 
 @recording()
@@ -67,15 +82,84 @@ def output_root(risk: EmpiricalRisk, batch: Batch, outputs: Tensor, *, positions
     """
     if outputs.ndim == 0 or outputs.numel() == 0:
         return None
-    z, g = loss_gradient(risk, batch, outputs)
     widths = [outputs[0].numel()]
     if positions and outputs.ndim > 2:
         widths.insert(0, outputs.shape[-1])
     for width in widths:
-        S = _row_hessians(z, g, width, risk.eps)
+        bends = _Bends(risk, batch, outputs, width)
+        S = bends.at(outputs)
         if S is not None:
-            return _row_roots(outputs.detach().reshape(-1, width), S, risk.eps)
+            return _softmax_root(bends, S) or (_diagonal_root if _is_diagonal(S) else _general_root)(bends, S)
     return None
+
+
+@dataclass(frozen=True)
+class _Bends:
+    """The Hessian of a batch's loss in each row of `width` outputs, at any outputs."""
+
+    risk: EmpiricalRisk
+    batch: Batch
+    outputs: Tensor
+    width: int
+
+    @property
+    def rows(self) -> Tensor:
+        return self.outputs.detach().reshape(-1, self.width)
+
+    def at(self, outputs: Tensor) -> Tensor | None:
+        """`(rows, width, width)`; None if rows are coupled."""
+        z, g = loss_gradient(self.risk, self.batch, outputs)
+        return _row_hessians(z, g, self.width, self.risk.eps)
+
+    def elsewhere(self, rows: Tensor) -> Tensor | None:
+        """The same at other rows of outputs, where the loss is defined there."""
+        try:
+            S = self.at(rows.to(self.outputs).reshape(self.outputs.shape))
+        except (RuntimeError, ValueError, InvalidInputError):
+            return None
+        return S if S is not None and bool(torch.isfinite(S).all()) else None
+
+    def ordinary(self, size: float) -> Tensor:
+        """Rows of outputs in no relation to each other, between half of a size and three halves of it."""
+        return size * generic(self.rows)
+
+    def roundings(self, S: Tensor) -> Tensor:
+        """How far rounding may have moved each entry of `S`: every operation is repeated with a unit more or less."""
+        moved = torch.zeros_like(S)
+        for seed in range(_TRIALS):
+            with _Perturbed(seed):
+                other = self.at(self.outputs)
+            if other is None:
+                return torch.full_like(S, math.inf)
+            moved = torch.maximum(moved, (other - S).abs())
+        return _SAFETY * moved
+
+    def structural(self) -> Tensor | None:
+        """`S` with derivatives of ordinary size in the place of those that saturation makes tiny."""
+        with watching(structural=True):
+            return self.at(self.outputs)
+
+
+class _Perturbed(TorchDispatchMode):
+    """Every number that an operation computes is moved by one unit roundoff, up or down at random (CESTAC).
+
+    Source: Vignes 1993.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {id(t) for t in tensors_of((list(args), kwargs or {}))}
+        if any(r.alias_info is not None for r in func._schema.returns) or not given:
+            return out
+        return map_tensors(out, lambda t: t if id(t) in given or not t.is_floating_point() else self._moved(t))
+
+    def _moved(self, t: Tensor) -> Tensor:
+        signs = torch.randint(0, 2, t.shape, generator=self._generator, dtype=torch.int8).to(t.device) * 2 - 1
+        return t + t * signs * (torch.finfo(t.dtype).eps)
 
 
 def _row_hessians(z: Tensor, g: Tensor, width: int, eps: float) -> Tensor | None:
@@ -107,27 +191,79 @@ def _coupled(z: Tensor, g: Tensor, count: int, eps: float) -> bool:
     return False
 
 
-def _row_roots(outputs: Tensor, S: Tensor, eps: float) -> OutputRoot | None:
-    softmax = _softmax_root(outputs, S, eps)
-    if softmax is not None:
-        return softmax
-    width = S.shape[1]
-    diagonal = torch.diagonal(S, dim1=1, dim2=2)
-    if torch.equal(torch.diag_embed(diagonal), S):
-        if bool((diagonal < 0).any()):
+def _is_diagonal(S: Tensor) -> bool:
+    return torch.equal(torch.diag_embed(torch.diagonal(S, dim1=1, dim2=2)), S)
+
+
+def _diagonal_root(bends: _Bends, S: Tensor) -> OutputRoot | None:
+    d = torch.diagonal(S, dim1=1, dim2=2)
+    if bool((d < 0).any()):
+        return None
+    doubt = torch.diagonal(bends.roundings(S), dim1=1, dim2=2)
+    rounding = _relative(doubt, d)
+    if rounding > ROUNDINGS * bends.risk.eps and (weights := _logistic_weights(bends, d, doubt)) is not None:
+        # sigmoid(z) sigmoid(-z) has all its digits where a loss has lost those of p (1 - p).
+        d, rounding = weights * SIGMOID.slope(bends.rows), 0.0
+        counted = weights > 0
+    else:
+        ordinary = bends.structural() if bool((d == 0).any()) else None
+        counted = d > 0 if ordinary is None else (d > 0) | (torch.diagonal(ordinary, dim1=1, dim2=2) != 0)
+    vanished = bool((counted & (d < torch.finfo(d.dtype).tiny)).any())
+    return OutputRoot(
+        torch.diag_embed(d.sqrt()), int(counted.sum()), "diagonal", rounding=rounding / 2, vanished=vanished
+    )
+
+
+def _relative(doubt: Tensor, size: Tensor) -> float:
+    """The largest relative doubt; where all digits are lost, 1."""
+    ratio = torch.where(doubt > 0, doubt / torch.where(size > 0, size, doubt), 0.0)
+    return min(1.0, float(ratio.max())) if ratio.numel() else 0.0
+
+
+def _logistic_weights(bends: _Bends, d: Tensor, doubt: Tensor) -> Tensor | None:
+    """The weights `w` of a binary cross-entropy, `S_j = w_j diag(sigmoid(z) sigmoid(-z))`, found at ordinary outputs."""
+    found = []
+    for size in (0.5, 0.2):
+        z = bends.ordinary(size)
+        S = bends.elsewhere(z)
+        if S is None or not _is_diagonal(S):
             return None
-        return OutputRoot(torch.diag_embed(diagonal.sqrt()), int((diagonal > 0).sum()), "diagonal")
-    values, vectors = torch.linalg.eigh((S + S.transpose(1, 2)).double() / 2)
-    floor = width * eps * 10 * values.abs().amax(dim=1, keepdim=True)
+        found.append(torch.diagonal(S, dim1=1, dim2=2) / SIGMOID.slope(z))
+    w, other = found
+    near = (w - other).abs() <= 1e3 * bends.risk.eps * w.abs()
+    same = (d - w * SIGMOID.slope(bends.rows)).abs() <= doubt + 1e3 * bends.risk.eps * d
+    return w if bool((near & same & (w >= 0)).all()) else None
+
+
+def _general_root(bends: _Bends, S: Tensor) -> OutputRoot | None:
+    """By eigenvalues; what they leave out at ordinary outputs too is out by structure."""
+    values, vectors, floor = _eigen(S, bends.risk.eps)
+    floor = torch.maximum(floor, bends.roundings(S).double().sum(dim=2).amax(dim=1, keepdim=True))
     if bool((values < -floor).any()):
         return None
     kept = values > floor
     root = torch.where(kept, values, 0.0).sqrt().unsqueeze(2) * vectors.transpose(1, 2)
-    return OutputRoot(root.to(S.dtype), int(kept.sum()), "general")
+    ordinary = bends.elsewhere(bends.ordinary(0.5))
+    rank = kept.sum(dim=1)
+    if ordinary is None:
+        rank = (S != 0).any(dim=2).sum(dim=1)
+    else:
+        others, _, least = _eigen(ordinary, bends.risk.eps)
+        rank = torch.maximum(rank, (others > least).sum(dim=1))
+    vanished = bool((rank > kept.sum(dim=1)).any())
+    rounding = _relative(torch.where(kept, floor, 0.0), values) / 2
+    return OutputRoot(root.to(S.dtype), int(rank.sum()), "general", rounding=rounding, vanished=vanished)
 
 
-def _softmax_root(outputs: Tensor, S: Tensor, eps: float) -> OutputRoot | None:
+def _eigen(S: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues, eigenvectors, and what rounding explains."""
+    values, vectors = torch.linalg.eigh((S + S.transpose(1, 2)).double() / 2)
+    return values, vectors, S.shape[1] * eps * 10 * values.abs().amax(dim=1, keepdim=True)
+
+
+def _softmax_root(bends: _Bends, S: Tensor) -> OutputRoot | None:
     """The closed form, where `S_j = w_j (diag p - p p^T)` with the softmax `p` of each row of outputs."""
+    outputs, eps = bends.rows, bends.risk.eps
     if outputs.shape[1] < 2:
         return None
     p = torch.softmax(outputs, dim=1)
@@ -139,6 +275,13 @@ def _softmax_root(outputs: Tensor, S: Tensor, eps: float) -> OutputRoot | None:
     weights = torch.where(expected > 0, curvature.sum(dim=1) / expected, 0.0)
     if bool((curvature < 0).any()):
         return None
+    if bool((lost := expected < torch.finfo(S.dtype).tiny ** 0.5).any()):
+        ordinary = bends.elsewhere(bends.ordinary(0.5))
+        if ordinary is None:
+            return None
+        q = torch.softmax(bends.ordinary(0.5), dim=1)
+        usual = torch.diagonal(ordinary, dim1=1, dim2=2).sum(dim=1) / (q * (1 - q)).sum(dim=1)
+        weights = torch.where(lost, usual, weights)
     # Entry by entry, relative to the diagonal; only the likeliest class's own entry is a difference of two near ones.
     tiny = torch.finfo(S.dtype).tiny
     scale = torch.where(likeliest > 0, curvature.amax(dim=1, keepdim=True), curvature).sqrt()
@@ -151,4 +294,5 @@ def _softmax_root(outputs: Tensor, S: Tensor, eps: float) -> OutputRoot | None:
     others = p.unsqueeze(1) * (1 - eye)
     root = (weights.unsqueeze(1) * p).sqrt().unsqueeze(2) * (torch.diag_embed(others.sum(dim=2)) - others)
     rank = int((weights > 0).sum()) * (p.shape[1] - 1)
-    return OutputRoot(root, rank, "softmax", p, weights)
+    vanished = bool(((p < torch.finfo(p.dtype).tiny) & (weights > 0).unsqueeze(1)).any())
+    return OutputRoot(root, rank, "softmax", p, weights, vanished=vanished)

@@ -20,7 +20,7 @@ from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.calls import ACTIVATIONS, NORMS, arguments_by_name, read_call
 from bnp_analysis.network.kernels import recording
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.network.smooth import COMPOSITE, opened
+from bnp_analysis.network.smooth import COMPOSITE, opened, watching
 
 # Where parameters may enter, beside layers.
 _WRITERS = {"matmul", "embedding", "add"}
@@ -218,7 +218,8 @@ def record_graph(risk: EmpiricalRisk, batch: Batch, counted: Tensor | None = Non
     leaves = risk.leaves()
     tensors = risk.named_tensors() | leaves
     recorder = _Recorder({id(t): name for name, t in tensors.items()}, calls=calls)
-    with recorder:
+    # Derivatives of ordinary size: one that saturation has made tiny is no missing edge.
+    with recorder, watching(structural=True):
         out = risk.batch_outputs(tensors, batch)
     wanted = [*recorder.edges.values(), *leaves.values()]
     grads: list[Tensor | None] = [None] * len(wanted)

@@ -440,8 +440,9 @@ def _softmaxed(log: bool, func: Any, x: Tensor, dim: int | None = None, *rest: A
             p = torch.softmax(x.detach(), dim)
             kept = _unsaturated(x.detach(), dim) > 0
             watch.vanished = watch.vanished or bool(((p < torch.finfo(p.dtype).tiny) & kept).any())
+            # The roots of probabilities are what counts: half of the relative error.
             spread = (x.detach().amax(dim, keepdim=True) - x.detach()).masked_fill(~kept, 0.0)
-            watch.amplification = max(watch.amplification, float(spread.max()))
+            watch.amplification = max(watch.amplification, float(spread.max()) / 2)
     made = LogSoftmax if log else Softmax
     return cast(Tensor, made.apply(x, dim, watch is not None and watch.structural))  # type: ignore[no-untyped-call]
 
@@ -574,7 +575,7 @@ class Accurate(TorchFunctionMode):
         if func in COMPOSITE:
             with self:
                 return opened(func)(*args, **kwargs)
-        if func in _REPLACED and torch.is_grad_enabled() and _plain(args) and kwargs.get("out") is None:
+        if func in _REPLACED and (torch.is_grad_enabled() or _WATCH.get()) and _plain(args) and kwargs.get("out") is None:
             if _is_torch_function_mode_enabled():
                 return handle_torch_function(_REPLACED[func], (args[0],), *args, **kwargs)
             return _REPLACED[func](*args, **kwargs)
