@@ -18,7 +18,7 @@ from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.network.saturation import product_eps
+from bnp_analysis.network.saturation import has_vanished, product_eps
 
 
 class GaussNewton(SymmetricOperator):
@@ -55,6 +55,10 @@ class GaussNewton(SymmetricOperator):
     @property
     def eps(self) -> float:
         return product_eps(self._risk) if self.factor is None else self.factor.eps
+
+    @property
+    def zeros_are_structural(self) -> bool:
+        return not has_vanished(self._risk) if self.factor is None else self.factor.zeros_are_structural
 
     @over_processes
     def _matmat(self, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from bnp_analysis.distributed import over_processes
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.network.saturation import product_eps
+from bnp_analysis.network.saturation import has_vanished, product_eps
 
 
 class Hessian(SymmetricOperator):
@@ -37,6 +37,10 @@ class Hessian(SymmetricOperator):
     @property
     def eps(self) -> float:
         return product_eps(self._risk)
+
+    @property
+    def zeros_are_structural(self) -> bool:
+        return not has_vanished(self._risk)
 
     @property
     def start(self) -> Tensor:

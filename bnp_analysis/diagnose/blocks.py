@@ -179,7 +179,15 @@ def _held(own: SymmetricOperator, factor: LinearOperator) -> SymmetricOperator:
         return own
     # Zero rows may be missing: nothing of the matrix is lost.
     formed = torch.cat(list(factor.row_blocks()))
-    return GramOperator(MatrixOperator(formed, exact=factor.exact, rank_bound=factor.rank_bound, eps=factor.eps))
+    return GramOperator(
+        MatrixOperator(
+            formed,
+            exact=factor.exact,
+            rank_bound=factor.rank_bound,
+            zeros_are_structural=factor.zeros_are_structural,
+            eps=factor.eps,
+        )
+    )
 
 
 def _unit_of(P: NetworkPreconditioner, layer: str, unit: int) -> Preconditioner | None:

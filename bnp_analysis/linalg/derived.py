@@ -27,6 +27,10 @@ class Derived(ABC):
     def eps(self) -> float:
         return self.inner.eps
 
+    @property
+    def zeros_are_structural(self) -> bool:
+        return self.inner.zeros_are_structural
+
     @abstractmethod
     def of(self, matrix: Tensor) -> Tensor:
         """The same made of a matrix: `to_dense()` where that is `inner.to_dense()`."""
@@ -55,6 +59,10 @@ class GramOperator(SymmetricOperator):
     @property
     def eps(self) -> float:
         return self._factor.eps
+
+    @property
+    def zeros_are_structural(self) -> bool:
+        return self._factor.zeros_are_structural
 
     @property
     def record(self) -> Mapping[str, Any]:

@@ -19,6 +19,7 @@ class MatrixOperator(LinearOperator):
         matrix: `(m, n)`.
         exact: whether its entries are given; False if they were computed in its dtype, which widens the bounds.
         rank_bound: of the operator that it was formed from, where that knows more than the places of zeros.
+        zeros_are_structural: of that operator.
         eps: of the operator that it was formed from, where that is coarser than the dtype's.
 
     Example:
@@ -29,13 +30,20 @@ class MatrixOperator(LinearOperator):
     """
 
     def __init__(
-        self, matrix: Tensor, *, exact: bool = True, rank_bound: int | None = None, eps: float | None = None
+        self,
+        matrix: Tensor,
+        *,
+        exact: bool = True,
+        rank_bound: int | None = None,
+        zeros_are_structural: bool = True,
+        eps: float | None = None,
     ) -> None:
         if not isinstance(matrix, Tensor) or matrix.ndim != 2:
             raise InvalidInputError(f"expected a matrix (m, n), got {describe(matrix)}")
         super().__init__((matrix.shape[0], matrix.shape[1]), matrix.dtype, matrix.device, eps)
         self._matrix = matrix.detach()
         self._exact, self._rank = exact, rank_bound
+        self._structural = zeros_are_structural
 
     @property
     def exact(self) -> bool:
@@ -45,11 +53,17 @@ class MatrixOperator(LinearOperator):
     def rank_bound(self) -> int:
         if self._rank is not None:
             return self._rank
+        if not self._structural:
+            return min(self.shape)
         nonzero = self._matrix != 0
         if self._exact:
             return structural_rank(nonzero)
         # Of computed entries only whole rows and columns count as zero by structure.
         return min(int(nonzero.any(dim=1).sum()), int(nonzero.any(dim=0).sum()))
+
+    @property
+    def zeros_are_structural(self) -> bool:
+        return self._structural
 
     @property
     def dense_cost(self) -> int:
@@ -139,6 +153,7 @@ class RowScaled(LinearOperator):
         scale: `s`, `(r,)`.
         rows: `H`, `(r, n)`.
         eps: of what both were computed in, where that is coarser than the dtype's.
+        zeros_are_structural: False where zeros may be rounding.
 
     Example:
         >>> import torch
@@ -146,13 +161,19 @@ class RowScaled(LinearOperator):
         [6.0, 0.0]
     """
 
-    def __init__(self, scale: Tensor, rows: Tensor, eps: float | None = None) -> None:
+    def __init__(
+        self, scale: Tensor, rows: Tensor, eps: float | None = None, *, zeros_are_structural: bool = True
+    ) -> None:
         super().__init__((rows.shape[0], rows.shape[1]), rows.dtype, rows.device, eps)
-        self.scale, self.rows = scale, rows
+        self.scale, self.rows, self._structural = scale, rows, zeros_are_structural
 
     @property
     def rank_bound(self) -> int:
-        return structural_rank(self.rows[self.scale != 0] != 0)
+        return structural_rank(self.rows[self.scale != 0] != 0) if self._structural else min(self.shape)
+
+    @property
+    def zeros_are_structural(self) -> bool:
+        return self._structural
 
     @property
     def dense_cost(self) -> int:
@@ -160,7 +181,8 @@ class RowScaled(LinearOperator):
 
     def conditioned(self, P: LinearOperator) -> RowScaled:
         """`diag(s) (H P)`."""
-        return RowScaled(self.scale, P._rmatmat(self.rows.T).T, self.eps)
+        rows = P._rmatmat(self.rows.T).T
+        return RowScaled(self.scale, rows, self.eps, zeros_are_structural=self._structural)
 
     def _matmat(self, x: Tensor) -> Tensor:
         return self.scale[:, None] * (self.rows @ x)
@@ -189,10 +211,15 @@ class ReducedFactor(LinearOperator):
     def __init__(self, matrix: Tensor, columns: Tensor, rounding: float, factor: LinearOperator) -> None:
         super().__init__((matrix.shape[0], matrix.shape[1]), factor.dtype, matrix.device, factor.eps)
         self.matrix, self.columns, self.rounding, self._rank = matrix, columns, rounding, factor.rank_bound
+        self._structural = factor.zeros_are_structural
 
     @property
     def rank_bound(self) -> int:
         return min(*self.shape, self._rank)
+
+    @property
+    def zeros_are_structural(self) -> bool:
+        return self._structural
 
     @property
     def dense_cost(self) -> int:

@@ -60,6 +60,15 @@ class LinearOperator(ABC):
         return min(self.shape)
 
     @property
+    def zeros_are_structural(self) -> bool:
+        """Whether an exact 0 in `to_dense()` is one for every value of the data: then zero rows and columns bound the rank.
+
+        True of given entries and of what a graph leaves out (a missing edge, a ReLU mask). An operator whose zeros may
+        be rounding (a cancellation, an underflow) says False.
+        """
+        return True
+
+    @property
     def dense_cost(self) -> int:
         """Products that `to_dense` spends."""
         return min(self.shape)
@@ -202,6 +211,10 @@ class Transposed(LinearOperator):
         return self._operator.rank_bound
 
     @property
+    def zeros_are_structural(self) -> bool:
+        return self._operator.zeros_are_structural
+
+    @property
     def dense_cost(self) -> int:
         return self._operator.dense_cost
 
@@ -236,6 +249,10 @@ class Product(LinearOperator):
     @property
     def rank_bound(self) -> int:
         return min(self.left.rank_bound, self.right.rank_bound)
+
+    @property
+    def zeros_are_structural(self) -> bool:
+        return self.left.zeros_are_structural and self.right.zeros_are_structural
 
     @property
     def dense_cost(self) -> int:

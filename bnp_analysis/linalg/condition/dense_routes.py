@@ -40,7 +40,8 @@ def factor_svd(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNul
         require_null(factor, null, factor_rounding_norm(factor), "F")
     rows = formed(factor if P is None else factor @ P)
     require_finite(rows.matrix, "the factor")
-    structural = min(factor.rank_bound, MatrixOperator(rows.matrix, exact=False).rank_bound, A.dim - null.dim)
+    computed = MatrixOperator(rows.matrix, exact=False, zeros_are_structural=factor.zeros_are_structural)
+    structural = min(factor.rank_bound, computed.rank_bound, A.dim - null.dim)
     scale = float(rows.matrix.abs().max()) if rows.matrix.numel() else 0.0
     if scale == 0.0:
         return zero_matrix(null, matvecs)
@@ -127,7 +128,8 @@ def dense_symmetric(
     rank = int(nonzero.size)
     if rank == 0:
         return zero_matrix(null, found.matvecs)
-    structural = min(MatrixOperator(found.matrix, exact=False).rank_bound, A.dim - null.dim)
+    computed = MatrixOperator(found.matrix, exact=False, zeros_are_structural=A.zeros_are_structural)
+    structural = min(computed.rank_bound, A.dim - null.dim)
     unresolved = max(structural - rank, 0)
     top, bottom = float(nonzero[-1]), float(nonzero[0])
     zeros = sizes[: A.dim - rank]
