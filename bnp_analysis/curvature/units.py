@@ -47,9 +47,7 @@ class DenseLayerFactor(LinearOperator):
         [[3.0, 6.0, 1.0, 2.0]]
     """
 
-    def __init__(
-        self, cotangents: Tensor, inputs: Tensor, *, bias: bool, rank: int, eps: float | None = None
-    ) -> None:
+    def __init__(self, cotangents: Tensor, inputs: Tensor, *, bias: bool, rank: int, eps: float | None = None) -> None:
         examples, each, units = cotangents.shape
         super().__init__((examples * each, units * inputs.shape[1]), inputs.dtype, inputs.device, eps)
         self._cotangents, self._inputs = cotangents, inputs
