@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.errors import InvalidInputError, MemoryLimitError
+from bnp_analysis.linalg.full_float32 import full_float32
 from bnp_analysis.linalg.memory import available_memory
 from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.parameters import ParameterSpace
@@ -109,6 +110,7 @@ class Engine(Generic[G]):
             asked["precision"] = str(self._risk.precision)
         return asked if self._plan is None else asked | asdict(self._plan)
 
+    @full_float32
     def each(self, use: Callable[[G, int, bool], None]) -> None:
         """`use(graph, b, kept)` for every batch `b`; a graph that is not kept lives no longer than its use."""
         plan = self.plan

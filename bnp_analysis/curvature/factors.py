@@ -14,6 +14,7 @@ from bnp_analysis.curvature.engines import Engine, Plan, tensors_of_columns
 from bnp_analysis.curvature.output_curvature import ROUNDINGS, OutputRoot
 from bnp_analysis.curvature.products import OutputGraph, output_graph
 from bnp_analysis.distributed.nested import tensors_of
+from bnp_analysis.linalg.full_float32 import full_float32
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.kernels import recording
@@ -173,6 +174,7 @@ def _slices(batch: Batch, root: Root, coupled: bool) -> list[tuple[Batch, Tensor
     ]
 
 
+@full_float32
 def jacobian_rows(risk: EmpiricalRisk, batch: Batch, root: Tensor) -> Tensor:
     """The rows `R_j[i] . J_j` of a batch, `(N r, n)`, by batched backward passes."""
     graph = output_graph(risk, batch, forward=False)

@@ -24,6 +24,7 @@ from bnp_analysis.linalg import (
     magnitude_condition_number,
     singular_condition_number,
 )
+from bnp_analysis.linalg.full_float32 import full_float32
 from bnp_analysis.linalg.operators import require_digits
 from bnp_analysis.linalg.progress import Progress, Update, reporting
 from bnp_analysis.linalg.random import generator, normal
@@ -34,6 +35,7 @@ from bnp_analysis.network.moments import layer_moments
 from bnp_analysis.precondition import NetworkPreconditioner, bnp_preconditioner
 
 
+@full_float32
 def layer_table(
     risk: EmpiricalRisk,
     P: NetworkPreconditioner | None = None,
@@ -140,6 +142,7 @@ def layer_table(
     )
 
 
+@full_float32
 def compare(
     risk: EmpiricalRisk,
     P: NetworkPreconditioner | None = None,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg.full_float32 import full_float32
 
 _IDENTITY_CHUNK = 64
 # Coarser products than this have no digits left for a spectrum: float16 and TF32 have 2^-10, bfloat16 2^-7.
@@ -140,7 +141,8 @@ def gate(operator: LinearOperator, v: Tensor, length: int, product: Callable[[Te
             f"{name} works in {operator.dtype} on {operator.device}, the vector is {v.dtype} on {v.device}; "
             f"convert the vector with v.to({operator.dtype}), or build the operator in the vector's dtype"
         )
-    return product(v.unsqueeze(1)).squeeze(1) if v.ndim == 1 else product(v)
+    with full_float32:
+        return product(v.unsqueeze(1)).squeeze(1) if v.ndim == 1 else product(v)
 
 
 def require_no_autocast(dtype: torch.dtype, device: torch.device, what: str) -> None:
@@ -169,8 +171,8 @@ def computed_in(operator: LinearOperator) -> str:
     if operator.eps <= torch.finfo(operator.dtype).eps:
         return own
     known = (torch.float32, torch.float16, torch.bfloat16)
-    inside = next((str(d).removeprefix("torch.") for d in known if operator.eps <= torch.finfo(d).eps), None)
-    return f"{own} ({inside or f'eps {operator.eps:.1g}'} inside)"
+    inside = next((str(d).removeprefix("torch.") for d in known if operator.eps == torch.finfo(d).eps), None)
+    return f"{own} ({inside} inside)" if inside else f"{own} (eps {operator.eps:.1g})"
 
 
 def require_digits(eps: float, computed: str, what: str) -> None:

@@ -10,13 +10,17 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bnp_analysis.errors import InvalidInputError
+<<<<<<< HEAD
 from bnp_analysis.network.smooth import Accurate
+=======
+from bnp_analysis.linalg.full_float32 import full_float32
+>>>>>>> h-precision
 
 
 @contextmanager
 def recording() -> Iterator[None]:
     """Derivatives are recorded even where the caller has turned that off, with `no_grad` or `inference_mode`."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with full_float32, torch.inference_mode(False), torch.enable_grad():
         yield
 
 

@@ -66,7 +66,7 @@ def find_precision(risk: EmpiricalRisk) -> Precision:
     Returns:
         The coarsest over all processes.
     """
-    found = risk.group.share(lambda: _own_precision(risk), "the precision of the products")
+    found: list[Precision] = risk.group.share(lambda: _own_precision(risk), "the precision of the products")
     return max(found, key=lambda precision: precision.eps)
 
 
@@ -150,6 +150,7 @@ class _Record(TorchDispatchMode):
         # Weak references keep the address of a storage from being given away, and none of its memory.
         self._dependent = {ref for t in leaves if (ref := _storage(t)) is not None}
         self._seen = self._dependent | {ref for t in given if (ref := _storage(t)) is not None}
+        self._constants: set[StorageWeakRef] = set()
         self._causes: dict[torch.dtype, tuple[bool, str]] = {}
 
     def coarsest(self) -> Precision:
@@ -189,7 +190,10 @@ class _Record(TorchDispatchMode):
     def _look(self, t: Tensor) -> None:
         """A tensor that no kernel has made came from outside; if a derivative goes through it, it is a value."""
         ref = _storage(t)
-        if ref is None or ref in self._seen or (t.ndim == 0 if self.backward else t.is_leaf):
+        if ref is None or ref in self._seen or (self.backward and (t.ndim == 0 or ref in self._constants)):
+            return
+        if not self.backward and (t._base if t._base is not None else t).is_leaf:
+            self._constants.add(ref)
             return
         self._seen.add(ref)
         self._dependent.add(ref)

@@ -13,12 +13,13 @@ from torch.func import functional_call
 from bnp_analysis.distributed import ALONE, Group
 from bnp_analysis.distributed.nested import counterpart
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
+from bnp_analysis.linalg.full_float32 import full_float32
 from bnp_analysis.linalg.operators import require_no_autocast
 from bnp_analysis.network.batches import Batch, Batches, Count, arguments
 from bnp_analysis.network.identity import fingerprint
 from bnp_analysis.network.kernels import differentiable_kernels, explained, recording
 from bnp_analysis.network.parameters import ParameterSpace
-from bnp_analysis.network.precision import Precision, find_precision
+from bnp_analysis.network.precision import find_precision
 from bnp_analysis.network.purity import require_mean_loss, require_pure
 from bnp_analysis.network.reading import Inputs, one_tensor
 from bnp_analysis.network.selection import choose_parameters
@@ -238,6 +239,7 @@ class EmpiricalRisk:
         """Every parameter of the model at `theta`, free or constant, under its name."""
         return {**self._constants, **self.space.unflatten(self.theta)}
 
+    @full_float32
     def batch_outputs(self, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """`f(x; theta)` for a batch, at named tensors."""
         require_no_autocast(self.space.dtype, self.space.device, "the outputs of the model")

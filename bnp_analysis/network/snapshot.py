@@ -80,7 +80,9 @@ def brought(module: nn.Module, dtype: torch.dtype | None, device: torch.device |
     def move(t: Tensor) -> Tensor:
         return t.to(device=device, dtype=None if dtype is None else counterpart(t, dtype))
 
-    return module if dtype is None and device is None else module._apply(move)
+    if dtype is not None or device is not None:
+        module._apply(move)  # type: ignore[no-untyped-call]
+    return module
 
 
 def require_one_device(places: Mapping[str, torch.device], *, moved: bool) -> None:

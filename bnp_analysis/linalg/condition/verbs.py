@@ -20,6 +20,7 @@ from bnp_analysis.linalg.condition.inverse_route import inverse_lanczos
 from bnp_analysis.linalg.condition.number import MAGNITUDE, SINGULAR, ConditionNumber, Extremes
 from bnp_analysis.linalg.condition.routes import LANCZOS_STEPS, METHODS, choose_route, next_route
 from bnp_analysis.linalg.derived import GramOperator, Shifted
+from bnp_analysis.linalg.full_float32 import full_float32
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, computed_in
 from bnp_analysis.linalg.preconditioner import Preconditioner, check_fits, congruence
 from bnp_analysis.linalg.progress import Progress
@@ -237,6 +238,7 @@ def magnitude_condition_number(
     return _measure(A, preconditioner, method, settings, seed, solve, indefinite=True)
 
 
+@full_float32
 def _measure(
     A: SymmetricOperator,
     preconditioner: Preconditioner | None,
