@@ -11,14 +11,14 @@ from torch import Tensor
 from bnp_analysis.curvature.blocks import restricted
 from bnp_analysis.curvature.engines import Engine, Plan, tensors_of_columns
 from bnp_analysis.curvature.factors import JacobianFactor, batch_roots
-from bnp_analysis.curvature.output_curvature import hessian_product, loss_gradient, output_root
+from bnp_analysis.curvature.output_curvature import hessian_product, loss_gradient, output_root, products_of_loss
 from bnp_analysis.curvature.products import OutputGraph, output_graph
 from bnp_analysis.distributed import over_processes
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.network.saturation import has_vanished, product_eps
+from bnp_analysis.network.saturation import has_vanished
 
 
 class GaussNewton(SymmetricOperator):
@@ -54,11 +54,11 @@ class GaussNewton(SymmetricOperator):
 
     @property
     def eps(self) -> float:
-        return product_eps(self._risk) if self.factor is None else self.factor.eps
+        return products_of_loss(self._risk)[0]
 
     @property
     def zeros_are_structural(self) -> bool:
-        return not has_vanished(self._risk) if self.factor is None else self.factor.zeros_are_structural
+        return not (products_of_loss(self._risk)[1] or has_vanished(self._risk))
 
     @over_processes
     def _matmat(self, x: Tensor) -> Tensor:

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from bnp_analysis.curvature.blocks import restricted
 from bnp_analysis.curvature.engines import Engine, Plan, tensors_of_columns
+from bnp_analysis.curvature.output_curvature import products_of_loss
 from bnp_analysis.curvature.products import ChainGradient, GradientGraph, gradient_graph
 from bnp_analysis.distributed import over_processes
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.network.saturation import has_vanished, product_eps
+from bnp_analysis.network.saturation import has_vanished
 
 
 class Hessian(SymmetricOperator):
@@ -36,11 +37,11 @@ class Hessian(SymmetricOperator):
 
     @property
     def eps(self) -> float:
-        return product_eps(self._risk)
+        return products_of_loss(self._risk)[0]
 
     @property
     def zeros_are_structural(self) -> bool:
-        return not has_vanished(self._risk)
+        return not (products_of_loss(self._risk)[1] or has_vanished(self._risk))
 
     @property
     def start(self) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.kernels import recording
 from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.network.saturation import product_eps
 from bnp_analysis.network.smooth import SIGMOID, generic, watching
 
 # Beyond this many numbers the per-example matrices are not formed.
@@ -68,6 +70,34 @@ def hessian_product(z: Tensor, g: Tensor, v: Tensor) -> Tensor:
     if not g.requires_grad:
         return torch.zeros_like(z)
     return torch.autograd.grad(g, z, v, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
+
+
+def products_of_loss(risk: EmpiricalRisk) -> tuple[float, bool]:
+    """The spacing at 1 of second derivatives of the risk, and whether some of the loss's own have vanished.
+
+    The loss's curvature is tried by one product for each batch, with every operation's rounding moved.
+    """
+    if "curvature" not in risk._cache:
+        found = risk.group.share(lambda: _loss_doubt(risk), "the rounding of the loss's curvature")
+        risk._cache["curvature"] = torch.tensor([max(r for r, _ in found), any(v for _, v in found)]).double()
+    rounding, vanished = risk._cache["curvature"].tolist()
+    return max(product_eps(risk), rounding / ROUNDINGS), bool(vanished)
+
+
+@recording()
+def _loss_doubt(risk: EmpiricalRisk) -> tuple[float, bool]:
+    rounding, vanished = 0.0, False
+    tensors = risk.space.unflatten(risk.theta)
+    for batch in risk.batches:
+        with torch.no_grad():
+            outputs = risk.batch_outputs(tensors, batch)
+        if outputs.ndim and outputs.numel():
+            bends = _Bends(risk, batch, outputs, 1)
+            image = bends.product()
+            ordinary = bends.structural(bends.product) if bool((image == 0).any()) else image
+            rounding = max(rounding, _relative(bends.roundings(image, bends.product), image.abs()))
+            vanished = vanished or bool(((image == 0) & (ordinary != 0)).any())
+    return rounding, vanished
 
 
 def output_root(risk: EmpiricalRisk, batch: Batch, outputs: Tensor, *, positions: bool = False) -> OutputRoot | None:
@@ -123,21 +153,30 @@ class _Bends:
         """Rows of outputs in no relation to each other, between half of a size and three halves of it."""
         return size * generic(self.rows)
 
-    def roundings(self, S: Tensor) -> Tensor:
+    def here(self) -> Tensor | None:
+        """`S` at the outputs."""
+        return self.at(self.outputs)
+
+    def product(self) -> Tensor:
+        """`S` times positive numbers, `(rows, width)`."""
+        z, g = loss_gradient(self.risk, self.batch, self.outputs)
+        return hessian_product(z, g, generic(z.detach())).reshape(-1, self.width)
+
+    def roundings(self, S: Tensor, make: Callable[[], Tensor | None]) -> Tensor:
         """How far rounding may have moved each entry of `S`: every operation is repeated with a unit more or less."""
         moved = torch.zeros_like(S)
         for seed in range(_TRIALS):
             with _Perturbed(seed):
-                other = self.at(self.outputs)
+                other = make()
             if other is None:
                 return torch.full_like(S, math.inf)
             moved = torch.maximum(moved, (other - S).abs())
         return _SAFETY * moved
 
-    def structural(self) -> Tensor | None:
-        """`S` with derivatives of ordinary size in the place of those that saturation makes tiny."""
+    def structural(self, make: Callable[[], Tensor | None]) -> Tensor | None:
+        """The same with derivatives of ordinary size in the place of those that saturation makes tiny."""
         with watching(structural=True):
-            return self.at(self.outputs)
+            return make()
 
 
 class _Perturbed(TorchDispatchMode):
@@ -199,14 +238,15 @@ def _diagonal_root(bends: _Bends, S: Tensor) -> OutputRoot | None:
     d = torch.diagonal(S, dim1=1, dim2=2)
     if bool((d < 0).any()):
         return None
-    doubt = torch.diagonal(bends.roundings(S), dim1=1, dim2=2)
+    doubt = torch.diagonal(bends.roundings(S, bends.here), dim1=1, dim2=2)
     rounding = _relative(doubt, d)
-    if rounding > ROUNDINGS * bends.risk.eps and (weights := _logistic_weights(bends, d, doubt)) is not None:
+    lost = rounding > ROUNDINGS * bends.risk.eps or bool((d < torch.finfo(d.dtype).tiny).any())
+    if lost and (weights := _logistic_weights(bends, d, doubt)) is not None:
         # sigmoid(z) sigmoid(-z) has all its digits where a loss has lost those of p (1 - p).
         d, rounding = weights * SIGMOID.slope(bends.rows), 0.0
         counted = weights > 0
     else:
-        ordinary = bends.structural() if bool((d == 0).any()) else None
+        ordinary = bends.structural(bends.here) if bool((d == 0).any()) else None
         counted = d > 0 if ordinary is None else (d > 0) | (torch.diagonal(ordinary, dim1=1, dim2=2) != 0)
     vanished = bool((counted & (d < torch.finfo(d.dtype).tiny)).any())
     return OutputRoot(
@@ -238,7 +278,7 @@ def _logistic_weights(bends: _Bends, d: Tensor, doubt: Tensor) -> Tensor | None:
 def _general_root(bends: _Bends, S: Tensor) -> OutputRoot | None:
     """By eigenvalues; what they leave out at ordinary outputs too is out by structure."""
     values, vectors, floor = _eigen(S, bends.risk.eps)
-    floor = torch.maximum(floor, bends.roundings(S).double().sum(dim=2).amax(dim=1, keepdim=True))
+    floor = torch.maximum(floor, bends.roundings(S, bends.here).double().sum(dim=2).amax(dim=1, keepdim=True))
     if bool((values < -floor).any()):
         return None
     kept = values > floor

@@ -50,7 +50,6 @@ class DenseLayerFactor(LinearOperator):
         [[3.0, 6.0, 1.0, 2.0]]
     """
 
-<<<<<<< HEAD
     def __init__(
         self,
         cotangents: Tensor,
@@ -61,9 +60,6 @@ class DenseLayerFactor(LinearOperator):
         eps: float | None = None,
         zeros_are_structural: bool = True,
     ) -> None:
-=======
-    def __init__(self, cotangents: Tensor, inputs: Tensor, *, bias: bool, rank: int, eps: float | None = None) -> None:
->>>>>>> h-precision
         examples, each, units = cotangents.shape
         super().__init__((examples * each, units * inputs.shape[1]), inputs.dtype, inputs.device, eps)
         self._cotangents, self._inputs = cotangents, inputs

@@ -10,11 +10,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bnp_analysis.errors import InvalidInputError
-<<<<<<< HEAD
-from bnp_analysis.network.smooth import Accurate
-=======
 from bnp_analysis.linalg.full_float32 import full_float32
->>>>>>> h-precision
+from bnp_analysis.network.smooth import Accurate
 
 
 @contextmanager

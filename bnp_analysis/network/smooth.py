@@ -155,6 +155,10 @@ def _gelu_slope(x: Tensor) -> Tensor:
     return torch.where(x < 0, tail, 1 - tail)
 
 
+def _erf_slope(x: Tensor) -> Tensor:
+    return 2 / math.sqrt(math.pi) * torch.exp(-x * x)
+
+
 def _inner(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What the tanh of the approximate GELU is taken of, and its derivatives."""
     return _ROOT * x * (1 + 0.044715 * x * x), _ROOT * (1 + 0.134145 * x * x), _ROOT * 0.26829 * x
@@ -195,6 +199,8 @@ SILU = Rule(
 MISH = Rule(F.mish, _mish_slope, _mish_curvature)
 GELU = Rule(F.gelu, _gelu_slope, lambda x: _density(x) * (2 - x * x))
 GELU_TANH = Rule(partial(F.gelu, approximate="tanh"), _gelu_tanh_slope, _gelu_tanh_curvature)
+EXP = Rule(torch.exp, torch.exp, torch.exp)
+ERF = Rule(torch.erf, _erf_slope, lambda x: -2 * x * _erf_slope(x))
 SOFTSIGN = Rule(F.softsign, lambda x: (1 + x.abs()) ** -2, lambda x: -2 * x.sign() * (1 + x.abs()) ** -3)
 TANHSHRINK = Rule(F.tanhshrink, lambda x: _tanh(x) ** 2, lambda x: 8 * _tanh(x) * _bell(2 * x))
 
@@ -258,11 +264,13 @@ for _name, _make in {
     "tanhshrink": _constant(TANHSHRINK),
     "elu": _elu,
     "celu": _celu,
+    "exp": _constant(EXP),
+    "erf": _constant(ERF),
     "selu": _selu,
 }.items():
     _RULES |= dict.fromkeys(_all(_name), _make)
 # Accurate in torch, where they do not write over their argument.
-_ACCURATE = {f for name in ("elu", "celu", "selu") for f in _all(name, inplace=False)}
+_ACCURATE = {f for name in ("elu", "celu", "selu", "exp", "erf") for f in _all(name, inplace=False)}
 
 
 def generic(x: Tensor) -> Tensor:
@@ -368,6 +376,33 @@ def _unsaturated(x: Tensor, dim: int) -> Tensor:
     return torch.softmax(torch.zeros_like(x).masked_fill(masked, -math.inf), dim)
 
 
+class LogSumExp(torch.autograd.Function):
+    """The logarithm of the sum of exponentials along an axis; its derivative is the softmax."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, dim: int, structural: bool) -> Tensor:
+        return torch.logsumexp(x, dim, keepdim=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.dim, ctx.structural = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return cotangents[0] * Softmax.apply(x, ctx.dim, ctx.structural), None, None  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        p = Softmax.apply(x, ctx.dim, ctx.structural)  # type: ignore[no-untyped-call]
+        return (tangents[0] * p).sum(ctx.dim, keepdim=True)
+
+
 class Valued(torch.autograd.Function):
     """The value of one computation with the derivatives of another."""
 
@@ -427,7 +462,8 @@ def _note(watch: Watch, x: Tensor, rule: Rule) -> None:
         watch.vanished = watch.vanished or bool(((rule.value(z).abs() < tiny) & (z != 0)).any())
 
 
-def _softmaxed(log: bool, func: Any, x: Tensor, dim: int | None = None, *rest: Any, **kwargs: Any) -> Tensor:
+def _softmaxed(made: Any, func: Any, x: Tensor, dim: int | None = None, *rest: Any, **kwargs: Any) -> Tensor:
+    """A softmax, or one of its logarithms, along an axis."""
     watch = _WATCH.get()
     dtype = next((d for d in (*rest, kwargs.get("dtype")) if isinstance(d, torch.dtype)), None)
     if dim is None or x.ndim == 0:
@@ -443,8 +479,20 @@ def _softmaxed(log: bool, func: Any, x: Tensor, dim: int | None = None, *rest: A
             # The roots of probabilities are what counts: half of the relative error.
             spread = (x.detach().amax(dim, keepdim=True) - x.detach()).masked_fill(~kept, 0.0)
             watch.amplification = max(watch.amplification, float(spread.max()) / 2)
-    made = LogSoftmax if log else Softmax
     return cast(Tensor, made.apply(x, dim, watch is not None and watch.structural))  # type: ignore[no-untyped-call]
+
+
+def _log_sum_exp(func: Any, x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
+    if not isinstance(dim, int) or x.ndim == 0 or not bool(torch.isfinite(x).all()):
+        return cast(Tensor, func(x, dim, keepdim))
+    out = _softmaxed(LogSumExp, func, x, dim)
+    return out if keepdim else out.squeeze(dim)
+
+
+def _log_add_exp(func: Any, a: Tensor, b: Tensor) -> Tensor:
+    if not bool(torch.isfinite(a).all() & torch.isfinite(b).all()):
+        return cast(Tensor, func(a, b))
+    return _valued(func, (a, b), {}, a + _softplus_of(b - a))
 
 
 def _softplus_of(x: Tensor) -> Tensor:
@@ -481,7 +529,7 @@ def _cross_entropy(
     if old or given.keys() - {"reduction", "ignore_index", "label_smoothing"} or z.ndim == 0:
         return cast(Tensor, func(z, y, weight, *old, **kwargs))
     axis, smoothing, reduction = int(z.ndim > 1), given.get("label_smoothing", 0.0), given.get("reduction", "mean")
-    logs = _softmaxed(True, F.log_softmax, z, axis)
+    logs = _softmaxed(LogSoftmax, F.log_softmax, z, axis)
     if not y.is_floating_point() and smoothing == 0:
         chosen = {k: v for k, v in given.items() if k != "label_smoothing"}
         return F.nll_loss(logs, y, weight, **chosen)
@@ -530,7 +578,7 @@ def _attention(
         mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
-    p = _softmaxed(False, torch.softmax, logits, -1)
+    p = _softmaxed(Softmax, torch.softmax, logits, -1)
     if mask is not None:
         # A row with nothing to attend to gives zeros.
         p = torch.where((logits == -math.inf).all(-1, keepdim=True), 0.0, p)
@@ -549,8 +597,10 @@ def _named(func: Any, call: Callable[..., Any]) -> Callable[..., Any]:
 
 _REPLACED: dict[Any, Callable[..., Any]] = {
     **{func: _named(func, _entrywise) for func in _RULES},
-    **{f: _named(f, partial(_softmaxed, False)) for f in _all("softmax", inplace=False)},
-    **{f: _named(f, partial(_softmaxed, True)) for f in _all("log_softmax", inplace=False)},
+    **{f: _named(f, partial(_softmaxed, Softmax)) for f in _all("softmax", inplace=False)},
+    **{f: _named(f, partial(_softmaxed, LogSoftmax)) for f in _all("log_softmax", inplace=False)},
+    **{f: _named(f, _log_sum_exp) for f in _all("logsumexp", inplace=False)},
+    **{f: _named(f, _log_add_exp) for f in _all("logaddexp", inplace=False)},
     F.binary_cross_entropy_with_logits: _named(F.binary_cross_entropy_with_logits, _binary_cross_entropy),
     F.soft_margin_loss: _named(F.soft_margin_loss, _soft_margin),
     F.cross_entropy: _named(F.cross_entropy, _cross_entropy),
