@@ -18,7 +18,7 @@ from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.network.saturation import has_vanished
+from bnp_analysis.network.saturation import has_vanished, product_eps
 
 
 class GaussNewton(SymmetricOperator):
@@ -54,14 +54,22 @@ class GaussNewton(SymmetricOperator):
 
     @property
     def eps(self) -> float:
-        return products_of_loss(self._risk)[0]
+        return self.factor.eps if self._by_factor and self.factor else products_of_loss(self._risk)[0]
 
     @property
     def zeros_are_structural(self) -> bool:
         return not (products_of_loss(self._risk)[1] or has_vanished(self._risk))
 
+    @cached_property
+    def _by_factor(self) -> bool:
+        """Whether products go through the factor: its root has a closed form where the loss's own derivatives cancel."""
+        eps = products_of_loss(self._risk)[0]
+        return eps > product_eps(self._risk) and self.factor is not None and self.factor.eps < eps
+
     @over_processes
     def _matmat(self, x: Tensor) -> Tensor:
+        if self._by_factor and isinstance(self.factor, JacobianFactor):
+            return self.factor.own_columns_times(self.factor.own_rows_times(x))
         vectors = tensors_of_columns(self._risk.space, x)
 
         def product(recorded: _Recorded, _: int, k: int, retain: bool) -> list[Tensor]:
