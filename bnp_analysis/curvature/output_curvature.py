@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnp_analysis.distributed.nested import map_tensors, tensors_of
 from bnp_analysis.errors import InvalidInputError
-
 from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.kernels import recording
 from bnp_analysis.network.risk import EmpiricalRisk

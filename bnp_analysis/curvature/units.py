@@ -136,7 +136,9 @@ class UnitBlocks:
         return self.scales.shape[1]
 
     def __getitem__(self, i: int) -> GramOperator:
-        return GramOperator(RowScaled(self.scales[:, i], self.rows, self.eps, zeros_are_structural=self.zeros_are_structural))
+        return GramOperator(
+            RowScaled(self.scales[:, i], self.rows, self.eps, zeros_are_structural=self.zeros_are_structural)
+        )
 
     def dependences(self, i: int, factor: LinearOperator) -> SomeNullDirections:
         """Directions `v` with `H^ v = 0` on the rows that count for unit `i`, verified with a factor of its block."""

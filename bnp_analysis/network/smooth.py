@@ -522,9 +522,7 @@ def _soft_margin(func: Any, z: Tensor, y: Tensor, *old: Any, **kwargs: Any) -> T
     return _valued(func, (z, y), kwargs, _reduced(_softplus_of(-y * z), kwargs.get("reduction", "mean")))
 
 
-def _cross_entropy(
-    func: Any, z: Tensor, y: Tensor, weight: Tensor | None = None, *old: Any, **kwargs: Any
-) -> Tensor:
+def _cross_entropy(func: Any, z: Tensor, y: Tensor, weight: Tensor | None = None, *old: Any, **kwargs: Any) -> Tensor:
     given = {k: v for k, v in kwargs.items() if v is not None}
     if old or given.keys() - {"reduction", "ignore_index", "label_smoothing"} or z.ndim == 0:
         return cast(Tensor, func(z, y, weight, *old, **kwargs))
@@ -625,7 +623,12 @@ class Accurate(TorchFunctionMode):
         if func in COMPOSITE:
             with self:
                 return opened(func)(*args, **kwargs)
-        if func in _REPLACED and (torch.is_grad_enabled() or _WATCH.get()) and _plain(args) and kwargs.get("out") is None:
+        if (
+            func in _REPLACED
+            and (torch.is_grad_enabled() or _WATCH.get())
+            and _plain(args)
+            and kwargs.get("out") is None
+        ):
             if _is_torch_function_mode_enabled():
                 return handle_torch_function(_REPLACED[func], (args[0],), *args, **kwargs)
             return _REPLACED[func](*args, **kwargs)

@@ -43,7 +43,7 @@ LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Any], Any]
     "by probabilities": (by_probabilities, bell),
     "by log1p": (by_log1p, bell),
     "log cosh": (lambda z, y: torch.log(torch.cosh(z)).mean() + 0 * y.sum(), lambda z: bell(2 * z)),
-    "Poisson": (lambda z, y: F.poisson_nll_loss(z, y), mp.exp),
+    "Poisson": (F.poisson_nll_loss, mp.exp),
     "softplus": (lambda z, y: F.softplus(z).mean() + 0 * y.sum(), bell),
 }
 UNITS: dict[str, tuple[nn.Module, Callable[[Any], Any]]] = {
@@ -76,7 +76,9 @@ def logits(values: Sequence[float], loss: Callable[[Tensor, Tensor], Tensor], dt
     model = nn.Linear(len(values), 1, bias=False, dtype=dtype)
     with torch.no_grad():
         model.weight.copy_(torch.tensor([values], dtype=dtype))
-    return bnp.EmpiricalRisk(model, loss, (torch.eye(len(values), dtype=dtype), torch.zeros(len(values), 1, dtype=dtype)))
+    return bnp.EmpiricalRisk(
+        model, loss, (torch.eye(len(values), dtype=dtype), torch.zeros(len(values), 1, dtype=dtype))
+    )
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)

@@ -86,7 +86,7 @@ def test_third_derivatives_and_transformations(name: str) -> None:
     with Accurate():
         assert torch.autograd.gradgradcheck(f, x)
         tangents = torch.func.jvp(f, (x.detach(),), (torch.ones_like(x),))[1]
-        stacked = torch.func.vmap(torch.func.grad(lambda v: f(v)))(x.detach())
+        stacked = torch.func.vmap(torch.func.grad(f))(x.detach())
         y = f(x)
     (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     (batched,) = torch.autograd.grad(y, x, torch.eye(7, dtype=torch.float64), is_grads_batched=True, retain_graph=True)
@@ -111,14 +111,18 @@ def test_a_softmax_that_is_nearly_certain(log: bool) -> None:
 
     with mp.workdps(120):
         for k in range(3):
+
             def moved(t: Any, s: Any, k: int = k) -> Any:
-                z = [mp.mpf(a) + t * mp.mpf(b) + (s if i == k else 0) for i, (a, b) in enumerate(zip(x[0].tolist(), v[0].tolist(), strict=True))]
+                z = [
+                    mp.mpf(a) + t * mp.mpf(b) + (s if i == k else 0)
+                    for i, (a, b) in enumerate(zip(x[0].tolist(), v[0].tolist(), strict=True))
+                ]
                 total = mp.fsum(mp.exp(a) for a in z)
                 parts = [a - mp.log(total) if log else mp.exp(a) / total for a in z]
                 return mp.fsum(mp.mpf(c) * p for c, p in zip(g[0].tolist(), parts, strict=True))
 
             one = mp.diff(lambda s: moved(0, s), 0, h=mp.mpf(10) ** -40)
-            two = mp.diff(lambda t, s: moved(t, s), (0, 0), (1, 1), h=mp.mpf(10) ** -40)
+            two = mp.diff(moved, (0, 0), (1, 1), h=mp.mpf(10) ** -40)
             assert abs(first[0, k].item() - one) <= 1e-13 * abs(one)
             assert abs(second[0, k].item() - two) <= 1e-13 * abs(two)
 
@@ -169,6 +173,7 @@ def test_cross_entropy_is_torchs(smoothing: float, reduction: str) -> None:
     y[0, 0] = -100
     w = torch.rand(4, generator=g, dtype=torch.float64)
     for target in (y, torch.rand(5, 4, 3, generator=g, dtype=torch.float64)):
+
         def loss(target: Tensor = target) -> Tensor:
             return F.cross_entropy(z, target, w, reduction=reduction, label_smoothing=smoothing)
 
@@ -176,7 +181,9 @@ def test_cross_entropy_is_torchs(smoothing: float, reduction: str) -> None:
             ours = loss()
         theirs = loss()
         assert torch.equal(ours, theirs)
-        torch.testing.assert_close(*(torch.autograd.grad(a.sum(), z)[0] for a in (ours, theirs)), rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(a.sum(), z)[0] for a in (ours, theirs)), rtol=1e-12, atol=1e-15
+        )
 
 
 @pytest.mark.parametrize("masked", [False, True])
