@@ -62,7 +62,7 @@ class GaussNewton(SymmetricOperator):
 
     @cached_property
     def _by_factor(self) -> bool:
-        """Whether products go through the factor: its root has a closed form where the loss's own derivatives cancel."""
+        """Whether products go through the factor, whose root is in closed form where the loss's derivatives cancel."""
         eps = products_of_loss(self._risk)[0]
         return eps > product_eps(self._risk) and self.factor is not None and self.factor.eps < eps
 

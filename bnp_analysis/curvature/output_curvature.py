@@ -165,9 +165,9 @@ class _Bends:
         """How far rounding may have moved each entry of `S`: every operation is repeated with a unit more or less."""
         moved = torch.zeros_like(S)
         for seed in range(_TRIALS):
-            with _Perturbed(seed):
+            with _Perturbed(seed) as perturbed:
                 other = make()
-            if other is None:
+            if other is None or perturbed.overflowed:
                 return torch.full_like(S, math.inf)
             moved = torch.maximum(moved, (other - S).abs())
         return _SAFETY * moved
@@ -187,10 +187,17 @@ class _Perturbed(TorchDispatchMode):
     def __init__(self, seed: int) -> None:
         super().__init__()
         self._generator = torch.Generator().manual_seed(seed)
+        # Whether finite numbers gave an infinite one: its reciprocal is a zero that means nothing.
+        self.overflowed = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {id(t) for t in tensors_of((list(args), kwargs or {}))}
+        inputs = tensors_of((list(args), kwargs or {}))
+        given = {id(t) for t in inputs}
+        if any(bool(t.isinf().any()) for t in tensors_of([out]) if t.is_floating_point()):
+            numbers = [a for a in args if isinstance(a, float)]
+            finite = all(map(math.isfinite, numbers)) and not any(bool(t.isinf().any()) for t in inputs)
+            self.overflowed = self.overflowed or finite
         if any(r.alias_info is not None for r in func._schema.returns) or not given:
             return out
         return map_tensors(out, lambda t: t if id(t) in given or not t.is_floating_point() else self._moved(t))
@@ -260,7 +267,7 @@ def _relative(doubt: Tensor, size: Tensor) -> float:
 
 
 def _logistic_weights(bends: _Bends, d: Tensor, doubt: Tensor) -> Tensor | None:
-    """The weights `w` of a binary cross-entropy, `S_j = w_j diag(sigmoid(z) sigmoid(-z))`, found at ordinary outputs."""
+    """The weights `w` of `S_j = w_j diag(sigmoid(z) sigmoid(-z))`, found at ordinary outputs; None for other losses."""
     found = []
     for size in (0.5, 0.2):
         z = bends.ordinary(size)

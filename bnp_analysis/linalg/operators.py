@@ -62,7 +62,7 @@ class LinearOperator(ABC):
 
     @property
     def zeros_are_structural(self) -> bool:
-        """Whether an exact 0 in `to_dense()` is one for every value of the data: then zero rows and columns bound the rank.
+        """Whether exact zeros in `to_dense()` are no rounding: then zero rows and columns bound the rank.
 
         True of given entries and of what a graph leaves out (a missing edge, a ReLU mask). An operator whose zeros may
         be rounding (a cancellation, an underflow) says False.

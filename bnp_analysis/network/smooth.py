@@ -3,7 +3,7 @@
 torch takes the derivative of `tanh` as `1 - y^2` and that of a sigmoid as `y (1 - y)`: where `y` is nearly 1 that is a
 difference of two near numbers, and at `tanh(20)` it is an exact 0. Inside `Accurate` such functions have torch's
 values, and first and second derivatives with a small relative error for all arguments: `sech^2 x`,
-`sigmoid(x) sigmoid(-x)`, the normal density. What torch computes accurately (ELU, the exponential, `atan`) is left to it.
+`sigmoid(x) sigmoid(-x)`, the normal density. What torch computes accurately (ELU, exponentials, `atan`) is left to it.
 
 A derivative that underflows to zero is still no structure. `Watch(structural=True)` runs the same functions with
 derivatives replaced by numbers of ordinary size: what is then zero is zero by a mask or a missing edge.
@@ -284,7 +284,7 @@ def _structural(rule: Rule) -> Rule:
 
 
 class Softmax(torch.autograd.Function):
-    """The softmax along an axis: cotangents are taken relative to that of the largest entry, so that nothing cancels."""
+    """The softmax along an axis; cotangents are taken relative to that of the largest entry, so nothing cancels."""
 
     generate_vmap_rule = True
 
