@@ -178,14 +178,14 @@ class _Bends:
             return make()
 
 
-class _Perturbed(TorchDispatchMode):
+class _Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Every number that an operation computes is moved by one unit roundoff, up or down at random (CESTAC).
 
     Source: Vignes 1993.
     """
 
     def __init__(self, seed: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._generator = torch.Generator().manual_seed(seed)
         # Whether finite numbers gave an infinite one: its reciprocal is a zero that means nothing.
         self.overflowed = False
@@ -200,11 +200,21 @@ class _Perturbed(TorchDispatchMode):
             self.overflowed = self.overflowed or finite
         if any(r.alias_info is not None for r in func._schema.returns) or not given:
             return out
-        return map_tensors(out, lambda t: t if id(t) in given or not t.is_floating_point() else self._moved(t))
+        product = func.overloadpacket in (torch.ops.aten.mul, torch.ops.aten.div)
+        factors = [t for t in inputs if t.ndim] if product else []
 
-    def _moved(self, t: Tensor) -> Tensor:
-        signs = torch.randint(0, 2, t.shape, generator=self._generator, dtype=torch.int8).to(t.device) * 2 - 1
-        return t + t * signs * (torch.finfo(t.dtype).eps)
+        def moved(t: Tensor) -> Tensor:
+            if id(t) in given or not t.is_floating_point():
+                return t
+            signs = torch.randint(0, 2, t.shape, generator=self._generator, dtype=torch.int8).to(t.device) * 2 - 1
+            number = torch.finfo(t.dtype)
+            # What underflows has an error as large as the least number, which a large factor may bring back.
+            lost = t.abs() < number.tiny
+            for factor in factors:
+                lost = lost & (factor != 0)
+            return t + signs * (t * number.eps + number.tiny * lost * bool(factors))
+
+        return map_tensors(out, moved)
 
 
 def _row_hessians(z: Tensor, g: Tensor, width: int, eps: float) -> Tensor | None:
@@ -262,7 +272,8 @@ def _diagonal_root(bends: _Bends, S: Tensor) -> OutputRoot | None:
 
 def _relative(doubt: Tensor, size: Tensor) -> float:
     """The largest relative doubt; where all digits are lost, 1."""
-    ratio = torch.where(doubt > 0, doubt / torch.where(size > 0, size, doubt), 0.0)
+    number = torch.finfo(doubt.dtype)
+    ratio = torch.where(doubt > number.tiny / number.eps, doubt / torch.where(size > 0, size, doubt), 0.0)
     return min(1.0, float(ratio.max())) if ratio.numel() else 0.0
 
 

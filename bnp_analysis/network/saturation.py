@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -77,6 +79,5 @@ def _gradients(risk: EmpiricalRisk, batch: Batch, watch: Watch) -> list[Tensor |
     outputs = risk.batch_outputs(leaves, batch)
     if not outputs.requires_grad:
         return []
-    return list(
-        torch.autograd.grad(outputs, [*watch.edges, *leaves.values()], generic(outputs.detach()), allow_unused=True)
-    )
+    wanted: Any = [*watch.edges, *leaves.values()]
+    return list(torch.autograd.grad(outputs, wanted, generic(outputs.detach()), allow_unused=True))

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.overrides import TorchFunctionMode, _is_torch_function_mode_enabled, handle_torch_function
+from torch.overrides import TorchFunctionMode, handle_torch_function
 
 _ROOT = math.sqrt(2 / math.pi)
 # A logit so far below the largest of its row is masked, not improbable.
@@ -213,7 +213,10 @@ def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Rule:
 
 def _exponential(scale: float, alpha: float, width: float, value: Function) -> Rule:
     """`scale x` above zero, `scale alpha (exp(x / width) - 1)` below."""
-    below = lambda x: scale * alpha / width * torch.exp(x.clamp(max=0) / width)  # noqa: E731
+
+    def below(x: Tensor) -> Tensor:
+        return scale * alpha / width * torch.exp(x.clamp(max=0) / width)
+
     return Rule(
         value,
         lambda x: torch.where(x > 0, scale, below(x)),
@@ -629,7 +632,7 @@ class Accurate(TorchFunctionMode):
             and _plain(args)
             and kwargs.get("out") is None
         ):
-            if _is_torch_function_mode_enabled():
+            if torch._C._len_torch_function_stack():
                 return handle_torch_function(_REPLACED[func], (args[0],), *args, **kwargs)
             return _REPLACED[func](*args, **kwargs)
         return func(*args, **kwargs)
