@@ -17,16 +17,14 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from bnp_analysis.network.kernels import derivative, explained
+from bnp_analysis.network.smooth import Smooth
 
 Node = Any  # of autograd: what it saves has no types
 
 _DENSE = {"AddmmBackward0", "MmBackward0"}
 # Operations that act entry by entry, piecewise linear or not, and those that only give the entries another shape.
 _STRAIGHT = {f"{name}Backward0" for name in ("Relu", "LeakyRelu", "Threshold", "Hardtanh", "Softshrink", "Hardshrink")}
-_CURVED = {
-    f"{name}Backward0"
-    for name in ("Tanh", "Sigmoid", "LogSigmoid", "Softplus", "Silu", "Gelu", "Mish", "Elu", "Celu", "Hardswish")
-}
+_CURVED = {f"{name}Backward0" for name in ("Elu", "Celu", "Hardswish")}
 _RESHAPING = {f"{name}Backward{k}" for name, k in (("View", 0), ("UnsafeView", 0), ("Squeeze", 1), ("Unsqueeze", 0))}
 
 
@@ -73,19 +71,23 @@ class Dense:
 class Bend:
     """`y = phi(x)`, entry by entry."""
 
-    node: Node  # multiplies with phi'(x)
+    slope: Tensor | Node  # phi'(x), or what multiplies with it
     shape: Sequence[int]
     curve: Tensor | None  # the derivative of phi'(x) g in x, g the cotangent of y
 
     def push(self, tangent: Tensor, v: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """As of `Dense`."""
         tangent = tangent.reshape(self.shape)
-        return self.node(tangent), None if self.curve is None else self.curve * tangent
+        return self._times(tangent), None if self.curve is None else self.curve * tangent
 
     def pull(self, g: Tensor, bent: Tensor | None, v: Sequence[Tensor], found: dict[int, Tensor]) -> Tensor:
         """As of `Dense`."""
-        below: Tensor = self.node(g.reshape(self.shape))
+        below = self._times(g.reshape(self.shape))
         return below if bent is None else below.add_(bent)
+
+    def _times(self, tangent: Tensor) -> Tensor:
+        product: Tensor = self.slope * tangent if isinstance(self.slope, Tensor) else self.slope(tangent)
+        return product
 
 
 class Chain:
@@ -153,7 +155,7 @@ def read_chain(outputs: Tensor, leaves: Sequence[Tensor]) -> list[Node]:
     node: Node = outputs.grad_fn
     while node is not None:
         nodes.append(node)
-        if node.name() in _STRAIGHT | _CURVED | _RESHAPING:
+        if node.name() in _STRAIGHT | _CURVED | _RESHAPING or _is_smooth(node):
             node = node.next_functions[0][0]
         elif node.name() in _DENSE and _dense(node, leaves) is not None:
             node = node.next_functions[-2][0]
@@ -192,6 +194,8 @@ def _place(node: Node, leaves: Sequence[Tensor]) -> int | None:
 def _bend(node: Node, g: Tensor | None) -> tuple[Bend, Tensor | None]:
     """With the cotangent of `x`, if `g` is that of `y`."""
     shape = node._input_metadata[0].shape
+    if _is_smooth(node):
+        return _smooth_bend(node, shape, g)
     if g is None:
         return Bend(node, shape, None), None
     g = g.reshape(shape)
@@ -201,6 +205,20 @@ def _bend(node: Node, g: Tensor | None) -> tuple[Bend, Tensor | None]:
     cotangent = below.new_ones(()).expand(shape)
     (curve,) = derivative(below, before, cotangent, retain_graph=True, what="the curvature of an activation")
     return Bend(node, shape, curve), below.detach()
+
+
+def _is_smooth(node: Node) -> bool:
+    return getattr(node, "_forward_cls", None) is Smooth
+
+
+def _smooth_bend(node: Node, shape: Sequence[int], g: Tensor | None) -> tuple[Bend, Tensor | None]:
+    with torch.no_grad():
+        x = node.saved_tensors[0].detach()
+        slope = node.rule.slope(x)
+        if g is None:
+            return Bend(slope, shape, None), None
+        g = g.reshape(shape)
+        return Bend(slope, shape, node.rule.curvature(x) * g), slope * g
 
 
 def _plus(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:

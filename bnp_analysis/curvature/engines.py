@@ -20,6 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from bnp_analysis.curvature.products import saved_tensors
 from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.errors import InvalidInputError, MemoryLimitError
+from bnp_analysis.linalg.full_float32 import full_float32
 from bnp_analysis.linalg.memory import available_memory
 from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.parameters import ParameterSpace
@@ -109,10 +110,13 @@ class Engine(Generic[G]):
 
     @property
     def record(self) -> dict[str, Any]:
-        """What results keep: what was asked for and, once there was a product, the plan."""
-        asked = {"asked": self.name, "max_memory": self.max_memory}
+        """What results keep: what was asked for, what lowers the precision and, once there was a product, the plan."""
+        asked: dict[str, Any] = {"asked": self.name, "max_memory": self.max_memory}
+        if self._risk.precision.cause:
+            asked["precision"] = str(self._risk.precision)
         return asked if self._plan is None else asked | asdict(self._plan)
 
+    @full_float32
     def each(self, use: Callable[[G, int, bool], None]) -> None:
         """`use(graph, b, kept)` for every batch `b`; a graph that is not kept lives no longer than its use."""
         plan = self.plan

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.curvature.engines import Engine, Plan, tensors_of_columns
-from bnp_analysis.curvature.output_curvature import from_rows, to_rows
+from bnp_analysis.curvature.output_curvature import ROUNDINGS, OutputRoot, from_rows, to_rows
 from bnp_analysis.curvature.products import TOGETHER, OutputGraph, output_graph
 from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg.full_float32 import full_float32
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.kernels import recording
 from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.network.saturation import has_vanished, product_eps
 
 # Rows of a Jacobian are pulled back for a few examples at a time: the cost of one row is that of its slice.
 _SLICE = 8
@@ -29,11 +31,19 @@ class Root:
     """The output-side rows of a batch, `(rows, r, K)` for `rows * K` outputs, whose first dimension is `leading`.
 
     The `K` outputs of a row lie along their `axis`, the last where they are all of an example.
+
+    Attributes:
+        rank: a structural bound of their rank.
+        rounding: how far entries may be off, relative to their sizes.
+        vanished: whether some zeros among them are none by structure.
     """
 
     rows: Tensor
     leading: int
     axis: int = -1
+    rank: int = 0
+    rounding: float = 0.0
+    vanished: bool = False
 
     def per_example(self, batch: Batch) -> int | None:
         """Rows of one example, where the outputs list examples in the order of the batch; else None."""
@@ -49,20 +59,21 @@ class JacobianFactor(LinearOperator):
     Args:
         risk: the empirical risk.
         roots: for each batch of this process the output-side rows `R`, batch weight not included.
-        rank: a structural bound of the rank of these rows.
         engine, max_memory: as in `hessian`.
     """
 
     def __init__(
-        self, risk: EmpiricalRisk, roots: list[Root], rank: int, engine: str = "auto", max_memory: int | None = None
+        self, risk: EmpiricalRisk, roots: list[Root], engine: str = "auto", max_memory: int | None = None
     ) -> None:
         self._rows = [root.rows.shape[0] * root.rows.shape[1] for root in roots]
         self._risk, self._roots, self.group = risk, roots, risk.group
-        own = sum(self._rows), rank, self._own_dense_cost()
-        counts, ranks, costs = zip(*self.group.share(lambda: own, "the rows of a factor"), strict=True)
-        super().__init__((sum(counts), risk.space.dim), risk.space.dtype, risk.space.device)
+        doubt, lost = max((r.rounding for r in roots), default=0.0), any(r.vanished for r in roots)
+        own = sum(self._rows), sum(r.rank for r in roots), self._own_dense_cost(), doubt, lost
+        counts, ranks, costs, doubts, gone = zip(*self.group.share(lambda: own, "the rows of a factor"), strict=True)
+        super().__init__((sum(counts), risk.space.dim), risk.space.dtype, risk.space.device, risk.eps)
         self._begin = int(sum(counts[: self.group.rank]))
         self._rank, self._dense_cost = int(sum(ranks)), int(max(costs))
+        self._root_rounding, self._root_vanished = float(max(doubts)), any(gone)
         self._engine = Engine(risk, output_graph, engine, max_memory)
 
     @property
@@ -77,6 +88,15 @@ class JacobianFactor(LinearOperator):
     @property
     def rank_bound(self) -> int:
         return min(*self.shape, self._rank)
+
+    @property
+    def eps(self) -> float:
+        return max(product_eps(self._risk), self._root_rounding / ROUNDINGS)
+
+    @property
+    def zeros_are_structural(self) -> bool:
+        """Whether none comes from a derivative that saturation has made too small."""
+        return not (self._root_vanished or has_vanished(self._risk))
 
     @property
     def dense_cost(self) -> int:
@@ -168,6 +188,7 @@ def _slices(batch: Batch, root: Root, coupled: bool) -> list[tuple[Batch, slice]
     ]
 
 
+@full_float32
 def _jacobian_rows(risk: EmpiricalRisk, batch: Batch, root: Root, only: slice = slice(None)) -> Tensor:
     """The rows of a batch, or only those of some `j`, by batched backward passes."""
     graph = output_graph(risk, batch, forward=False)
@@ -201,15 +222,15 @@ def _cotangent(root: Root, y: Tensor, graph: OutputGraph) -> Tensor:
 
 @recording()
 def batch_roots(
-    risk: EmpiricalRisk, make: Callable[[EmpiricalRisk, Batch, Tensor], tuple[Root, int] | None]
-) -> tuple[list[Root], int] | None:
-    """`make(risk, batch, outputs)` for this process's batches, their ranks added up; None where any batch has none.
+    risk: EmpiricalRisk, make: Callable[[EmpiricalRisk, Batch, Tensor], OutputRoot | None]
+) -> list[Root] | None:
+    """`make(risk, batch, outputs)` for this process's batches; None where any batch has none.
 
     A loader whose order may change has no fixed rows, so no factor.
     """
     if not risk.batches.ordered:
         return None
-    made: list[tuple[list[Root], int] | None] = []
+    made: list[list[Root] | None] = []
 
     def attempt() -> bool:
         made.append(_own_roots(risk, make))
@@ -219,9 +240,9 @@ def batch_roots(
 
 
 def _own_roots(
-    risk: EmpiricalRisk, make: Callable[[EmpiricalRisk, Batch, Tensor], tuple[Root, int] | None]
-) -> tuple[list[Root], int] | None:
-    roots, rank = [], 0
+    risk: EmpiricalRisk, make: Callable[[EmpiricalRisk, Batch, Tensor], OutputRoot | None]
+) -> list[Root] | None:
+    roots = []
     tensors = risk.space.unflatten(risk.theta)
     for batch in risk.batches:
         with torch.no_grad():
@@ -229,6 +250,5 @@ def _own_roots(
         made = make(risk, batch, outputs)
         if made is None:
             return None
-        roots.append(made[0])
-        rank += made[1]
-    return roots, rank
+        roots.append(Root(made.root, outputs.shape[0], made.axis, made.rank, made.rounding, made.vanished))
+    return roots

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from bnp_analysis.curvature.blocks import restricted
 from bnp_analysis.curvature.engines import Plan
-from bnp_analysis.curvature.factors import JacobianFactor, Root, batch_roots
-from bnp_analysis.curvature.output_curvature import loss_gradient, output_root
+from bnp_analysis.curvature.factors import JacobianFactor, batch_roots
+from bnp_analysis.curvature.output_curvature import OutputRoot, loss_gradient, output_root
 from bnp_analysis.distributed import over_processes
 from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.errors import InvalidInputError
@@ -21,8 +22,9 @@ from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.purity import is_mean
 from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.network.smooth import watching
 
-Make = Callable[[EmpiricalRisk, Batch, Tensor], tuple[Root, int] | None]
+Make = Callable[[EmpiricalRisk, Batch, Tensor], OutputRoot | None]
 KINDS = ("mc", "empirical")
 
 
@@ -30,7 +32,7 @@ class Fisher(SymmetricOperator):
     """`F^T F` with rows that are scaled gradients; made by `fisher`."""
 
     def __init__(self, risk: EmpiricalRisk, make: Make, engine: str = "auto", max_memory: int | None = None) -> None:
-        super().__init__(risk.space.dim, risk.space.dtype, risk.space.device)
+        super().__init__(risk.space.dim, risk.space.dtype, risk.space.device, risk.eps)
         made = batch_roots(risk, make)
         if made is None:
             raise InvalidInputError(
@@ -38,7 +40,7 @@ class Fisher(SymmetricOperator):
                 "that keep their order: give list(loader) or a loader without shuffle"
             )
         self._risk, self.group = risk, risk.group
-        self._factor = JacobianFactor(risk, *made, engine, max_memory)
+        self._factor = JacobianFactor(risk, made, engine, max_memory)
 
     @property
     def engine(self) -> Plan:
@@ -48,6 +50,10 @@ class Fisher(SymmetricOperator):
     @property
     def record(self) -> Mapping[str, Any]:
         return self._factor.record
+
+    @property
+    def eps(self) -> float:
+        return self._factor.eps
 
     @property
     def start(self) -> Tensor:
@@ -112,7 +118,7 @@ def fisher(
     return restricted(risk, block, lambda r: Fisher(r, _sampler(samples, seed), engine, max_memory))
 
 
-def _empirical(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> tuple[Root, int] | None:
+def _empirical(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> OutputRoot | None:
     """Row `j` is `sqrt(w_j) dl_j/df_j`, with `dL/df_j = w_j dl_j/df_j`: an example's own gradient, its share `w_j`."""
     if is_mean(risk, batch) is False:
         raise InvalidInputError("the loss is not a mean over the batch, so an example has no gradient of its own")
@@ -120,7 +126,10 @@ def _empirical(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> tuple[Root
     count = outputs.shape[0]
     shares = _shares(risk, batch, outputs).clamp_min(torch.finfo(g.dtype).tiny)
     root = g.detach().reshape(count, 1, -1) / shares.to(g).sqrt().view(-1, 1, 1)
-    return Root(root, count), count
+    with watching(structural=True):
+        ordinary = loss_gradient(risk, batch, outputs)[1].reshape(count, -1)
+    vanished = bool(((ordinary != 0) & (g.detach().reshape(count, -1) == 0)).any())
+    return OutputRoot(root, count, "gradients", vanished=vanished)
 
 
 def _shares(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> Tensor:
@@ -137,7 +146,7 @@ def _sampler(samples: int, seed: int) -> Make:
     generator(seed)  # refuses what is no seed
     seen = 0
 
-    def draw(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> tuple[Root, int] | None:
+    def draw(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> OutputRoot | None:
         nonlocal seen
         begin, size = risk.batches.before + seen, tensors_of(batch.x)[0].shape[0]
         seen += size
@@ -155,7 +164,9 @@ def _sampler(samples: int, seed: int) -> Make:
             u = uniform_at(seed, example, place + torch.arange(samples)) * below[:, -1:]
             classes = torch.searchsorted(below, u).to(p.device)
             onehot = torch.nn.functional.one_hot(classes, width).to(p.dtype)
-            root = (p.unsqueeze(1) - onehot) * (found.scale / samples).sqrt().view(-1, 1, 1)
+            # p - 1 of the class that was drawn is minus the sum of the others.
+            others = p.unsqueeze(1) * (1 - onehot)
+            root = (others - onehot * others.sum(dim=2, keepdim=True)) * (found.scale / samples).sqrt().view(-1, 1, 1)
         elif found.kind == "diagonal":
             u = uniform_at(seed, example, place + torch.arange(samples * width))
             noise = torch.special.ndtri(u).view(count, samples, width).to(outputs)
@@ -165,6 +176,6 @@ def _sampler(samples: int, seed: int) -> Make:
                 "no distribution is known for this loss: it is neither softmax cross-entropy nor of a diagonal output "
                 "Hessian. Use kind='empirical', or gauss_newton, which needs none"
             )
-        return Root(root, outputs.shape[0], found.axis), count * min(samples, width)
+        return replace(found, root=root, rank=count * min(samples, width))
 
     return draw

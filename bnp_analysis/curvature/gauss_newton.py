@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor
 
 from bnp_analysis.curvature.blocks import restricted
 from bnp_analysis.curvature.engines import Engine, Plan, tensors_of_columns
-from bnp_analysis.curvature.factors import JacobianFactor, Root, batch_roots
-from bnp_analysis.curvature.output_curvature import hessian_product, loss_gradient, output_root
+from bnp_analysis.curvature.factors import JacobianFactor, batch_roots
+from bnp_analysis.curvature.output_curvature import hessian_product, loss_gradient, output_root, products_of_loss
 from bnp_analysis.curvature.products import OutputGraph, output_graph
 from bnp_analysis.distributed import over_processes
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.network.saturation import has_vanished, product_eps
 
 
 class GaussNewton(SymmetricOperator):
     """`J^T S J` of a risk; made by `gauss_newton`."""
 
     def __init__(self, risk: EmpiricalRisk, engine: str = "auto", max_memory: int | None = None) -> None:
-        super().__init__(risk.space.dim, risk.space.dtype, risk.space.device)
+        super().__init__(risk.space.dim, risk.space.dtype, risk.space.device, risk.eps)
         self._risk, self.group = risk, risk.group
         self._engine = Engine(risk, _with_loss, engine, max_memory)
 
@@ -48,15 +49,27 @@ class GaussNewton(SymmetricOperator):
     def factor(self) -> LinearOperator | None:
         """`F = S^(1/2) J`, where the loss is convex and separate over examples in the outputs."""
 
-        def make(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> tuple[Root, int] | None:
-            found = output_root(risk, batch, outputs, positions=True)
-            return None if found is None else (Root(found.root, outputs.shape[0], found.axis), found.rank)
+        made = batch_roots(self._risk, partial(output_root, positions=True))
+        return None if made is None else JacobianFactor(self._risk, made, self._engine.name, self._engine.max_memory)
 
-        made = batch_roots(self._risk, make)
-        return None if made is None else JacobianFactor(self._risk, *made, self._engine.name, self._engine.max_memory)
+    @property
+    def eps(self) -> float:
+        return self.factor.eps if self._by_factor and self.factor else products_of_loss(self._risk)[0]
+
+    @property
+    def zeros_are_structural(self) -> bool:
+        return not (products_of_loss(self._risk)[1] or has_vanished(self._risk))
+
+    @cached_property
+    def _by_factor(self) -> bool:
+        """Whether products go through the factor, whose root is in closed form where the loss's derivatives cancel."""
+        eps = products_of_loss(self._risk)[0]
+        return eps > product_eps(self._risk) and self.factor is not None and self.factor.eps < eps
 
     @over_processes
     def _matmat(self, x: Tensor) -> Tensor:
+        if self._by_factor and isinstance(self.factor, JacobianFactor):
+            return self.factor.own_columns_times(self.factor.own_rows_times(x))
         vectors = tensors_of_columns(self._risk.space, x)
 
         def product(recorded: _Recorded, _: int, k: int, retain: bool) -> list[Tensor]:

@@ -9,18 +9,20 @@ from torch import Tensor
 
 from bnp_analysis.curvature.blocks import restricted
 from bnp_analysis.curvature.engines import Engine, Plan, tensors_of_columns
+from bnp_analysis.curvature.output_curvature import products_of_loss
 from bnp_analysis.curvature.products import ChainGradient, GradientGraph, gradient_graph
 from bnp_analysis.distributed import over_processes
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.network.saturation import has_vanished
 
 
 class Hessian(SymmetricOperator):
     """`Hess L(theta)` of a risk; made by `hessian`."""
 
     def __init__(self, risk: EmpiricalRisk, engine: str = "auto", max_memory: int | None = None) -> None:
-        super().__init__(risk.space.dim, risk.space.dtype, risk.space.device)
+        super().__init__(risk.space.dim, risk.space.dtype, risk.space.device, risk.eps)
         self._risk, self._space, self.group = risk, risk.space, risk.group
         self._engine = Engine(risk, gradient_graph, engine, max_memory)
 
@@ -32,6 +34,14 @@ class Hessian(SymmetricOperator):
     @property
     def record(self) -> Mapping[str, Any]:
         return self._engine.record
+
+    @property
+    def eps(self) -> float:
+        return products_of_loss(self._risk)[0]
+
+    @property
+    def zeros_are_structural(self) -> bool:
+        return not (products_of_loss(self._risk)[1] or has_vanished(self._risk))
 
     @property
     def start(self) -> Tensor:

@@ -40,7 +40,7 @@ class Verifier:
             operator.device
         ):
             self.matvecs += operator.dense_cost
-            operator = MatrixOperator(operator.to_dense(), exact=False)
+            operator = MatrixOperator(operator.to_dense(), exact=False, eps=operator.eps)
         self._operator = operator
         self._scale = math.sqrt(norm_estimate(GramOperator(operator)))
         self.tolerance = null_tolerance(operator)

@@ -16,7 +16,7 @@ from bnp_analysis.curvature.orbits import Orbit
 from bnp_analysis.curvature.output_curvature import output_root
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.memory import require_memory
-from bnp_analysis.linalg.operators import LinearOperator
+from bnp_analysis.linalg.operators import LinearOperator, require_digits
 from bnp_analysis.network.candidates import Candidate, Part
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
@@ -131,6 +131,7 @@ def null_directions(
         {'softmax shift': 3}
     """
     began = time.perf_counter()
+    require_digits(risk.eps, str(risk.precision), "null directions")
     if block is not None:
         layer = block if isinstance(block, str) else block[0]
         inner = risk.restrict(risk.space.layer_names(layer))

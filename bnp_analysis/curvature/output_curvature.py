@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnp_analysis.distributed.nested import tensors_of
+from bnp_analysis.distributed.nested import map_tensors, tensors_of
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.kernels import derivative, recording
 from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.network.saturation import product_eps
+from bnp_analysis.network.smooth import SIGMOID, generic, watching
 
 # Beyond this many numbers the per-example matrices are not formed.
 _LIMIT = 200_000_000
+# An entry's error is taken for so many roundings at least.
+ROUNDINGS = 32
+# How often rounding is tried, and how many times more than seen it may be.
+_TRIALS, _SAFETY = 2, 4
 
 
 @dataclass(frozen=True)
@@ -23,15 +32,17 @@ class OutputRoot:
     """A square root of the output Hessian: `S_j = root_j^T root_j` for each row of outputs that the loss treats alone.
 
     A row is an example's; with `positions` one position's, where the loss is a sum over them. Rows keep the order of
-    the outputs, with `axis`, along which they run, moved to the end.
+    the outputs.
 
     Attributes:
         root: `(rows, r, K)` for `K` outputs per row.
         rank: the structural rank of all rows together.
-        kind: `"softmax"`, `"diagonal"` or `"general"`.
+        kind: `"softmax"`, `"diagonal"`, `"general"`, or `"gradients"` of a Fisher matrix.
         probabilities: `(rows, K)`, softmax only: the model's distribution.
         scale: `(rows,)`, softmax only: the weight of each row.
         axis: of the outputs, along which a row runs: the last, or that of the classes in `(N, C, ...)`.
+        rounding: how far entries of `root` may be off, relative to their sizes; 0 for a few units.
+        vanished: whether some zeros of `root` are none by structure.
     """
 
     root: Tensor
@@ -40,6 +51,8 @@ class OutputRoot:
     probabilities: Tensor | None = None
     scale: Tensor | None = None
     axis: int = -1
+    rounding: float = 0.0
+    vanished: bool = False
 
     def in_outputs(self, rows: Tensor, shape: torch.Size) -> Tensor:
         """`(rows, K)` in the shape of the outputs."""
@@ -76,6 +89,34 @@ def hessian_product(z: Tensor, g: Tensor, v: Tensor) -> Tensor:
     return derivative(g, z, v, retain_graph=True, what="the curvature of the loss in the outputs")[0]
 
 
+def products_of_loss(risk: EmpiricalRisk) -> tuple[float, bool]:
+    """The spacing at 1 of second derivatives of the risk, and whether some of the loss's own have vanished.
+
+    The loss's curvature is tried by one product for each batch, with every operation's rounding moved.
+    """
+    if "curvature" not in risk._cache:
+        found = risk.group.share(lambda: _loss_doubt(risk), "the rounding of the loss's curvature")
+        risk._cache["curvature"] = torch.tensor([max(r for r, _ in found), any(v for _, v in found)]).double()
+    rounding, vanished = risk._cache["curvature"].tolist()
+    return max(product_eps(risk), rounding / ROUNDINGS), bool(vanished)
+
+
+@recording()
+def _loss_doubt(risk: EmpiricalRisk) -> tuple[float, bool]:
+    rounding, vanished = 0.0, False
+    tensors = risk.space.unflatten(risk.theta)
+    for batch in risk.batches:
+        with torch.no_grad():
+            outputs = risk.batch_outputs(tensors, batch)
+        if outputs.ndim and outputs.numel():
+            bends = _Bends(risk, batch, outputs, 1)
+            image = bends.product()
+            ordinary = bends.structural(bends.product) if bool((image == 0).any()) else image
+            rounding = max(rounding, _relative(bends.roundings(image, bends.product), image.abs()))
+            vanished = vanished or bool(((image == 0) & (ordinary != 0)).any())
+    return rounding, vanished
+
+
 def output_root(risk: EmpiricalRisk, batch: Batch, outputs: Tensor, *, positions: bool = False) -> OutputRoot | None:
     """The square root of the output Hessian of a batch; None if examples are coupled, or it is not convex.
 
@@ -88,14 +129,14 @@ def output_root(risk: EmpiricalRisk, batch: Batch, outputs: Tensor, *, positions
     """
     if outputs.ndim == 0 or outputs.numel() == 0:
         return None
-    z, g = loss_gradient(risk, batch, outputs)
     layouts = [(outputs[0].numel(), -1)]
     if positions and outputs.ndim > 2:
         layouts = [(outputs.shape[-1], -1), (outputs.shape[1], 1), *layouts]
     for width, axis in layouts:
-        S = _row_hessians(z, g, width, axis)
+        bends = _Bends(risk, batch, outputs, width, axis)
+        S = bends.here()
         if S is not None:
-            found = _row_roots(to_rows(outputs.detach(), width, axis), S)
+            found = _softmax_root(bends, S) or (_diagonal_root if _is_diagonal(S) else _general_root)(bends, S)
             return None if found is None else replace(found, axis=axis)
     return None
 
@@ -120,10 +161,106 @@ def root_cotangents(risk: EmpiricalRisk, batch: Batch, outputs: Tensor, needed: 
             yield found.in_outputs(cotangent, outputs.shape)
 
 
-def _row_hessians(z: Tensor, g: Tensor, width: int, axis: int) -> Tensor | None:
+@dataclass(frozen=True)
+class _Bends:
+    """The Hessian of a batch's loss in each row of `width` outputs along `axis`, at any outputs."""
+
+    risk: EmpiricalRisk
+    batch: Batch
+    outputs: Tensor
+    width: int
+    axis: int = -1
+
+    @property
+    def rows(self) -> Tensor:
+        return to_rows(self.outputs.detach(), self.width, self.axis)
+
+    def at(self, outputs: Tensor) -> Tensor | None:
+        """`(rows, width, width)`; None if rows are coupled."""
+        z, g = loss_gradient(self.risk, self.batch, outputs)
+        return _row_hessians(z, g, self.width, self.axis, self.risk.eps)
+
+    def elsewhere(self, rows: Tensor) -> Tensor | None:
+        """The same at other rows of outputs, where the loss is defined there."""
+        try:
+            S = self.at(from_rows(rows.to(self.outputs), self.outputs.shape, self.axis))
+        except (RuntimeError, ValueError, InvalidInputError):
+            return None
+        return S if S is not None and bool(torch.isfinite(S).all()) else None
+
+    def ordinary(self, size: float) -> Tensor:
+        """Rows of outputs in no relation to each other, between half of a size and three halves of it."""
+        return size * generic(self.rows)
+
+    def here(self) -> Tensor | None:
+        """`S` at the outputs."""
+        return self.at(self.outputs)
+
+    def product(self) -> Tensor:
+        """`S` times positive numbers, `(rows, width)`."""
+        z, g = loss_gradient(self.risk, self.batch, self.outputs)
+        return to_rows(hessian_product(z, g, generic(z.detach())), self.width, self.axis)
+
+    def roundings(self, S: Tensor, make: Callable[[], Tensor | None]) -> Tensor:
+        """How far rounding may have moved each entry of `S`: every operation is repeated with a unit more or less."""
+        moved = torch.zeros_like(S)
+        for seed in range(_TRIALS):
+            with _Perturbed(seed) as perturbed:
+                other = make()
+            if other is None or perturbed.overflowed:
+                return torch.full_like(S, math.inf)
+            moved = torch.maximum(moved, (other - S).abs())
+        return _SAFETY * moved
+
+    def structural(self, make: Callable[[], Tensor | None]) -> Tensor | None:
+        """The same with derivatives of ordinary size in the place of those that saturation makes tiny."""
+        with watching(structural=True):
+            return make()
+
+
+class _Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Every number that an operation computes is moved by one unit roundoff, up or down at random (CESTAC).
+
+    Source: Vignes 1993.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._generator = torch.Generator().manual_seed(seed)
+        # Whether finite numbers gave an infinite one: its reciprocal is a zero that means nothing.
+        self.overflowed = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        inputs = tensors_of((list(args), kwargs or {}))
+        given = {id(t) for t in inputs}
+        if any(bool(t.isinf().any()) for t in tensors_of([out]) if t.is_floating_point()):
+            numbers = [a for a in args if isinstance(a, float)]
+            finite = all(map(math.isfinite, numbers)) and not any(bool(t.isinf().any()) for t in inputs)
+            self.overflowed = self.overflowed or finite
+        if any(r.alias_info is not None for r in func._schema.returns) or not given:
+            return out
+        product = func.overloadpacket in (torch.ops.aten.mul, torch.ops.aten.div)
+        factors = [t for t in inputs if t.ndim] if product else []
+
+        def moved(t: Tensor) -> Tensor:
+            if id(t) in given or not t.is_floating_point():
+                return t
+            signs = torch.randint(0, 2, t.shape, generator=self._generator, dtype=torch.int8).to(t.device) * 2 - 1
+            number = torch.finfo(t.dtype)
+            # What underflows has an error as large as the least number, which a large factor may bring back.
+            lost = t.abs() < number.tiny
+            for factor in factors:
+                lost = lost & (factor != 0)
+            return t + signs * (t * number.eps + number.tiny * lost * bool(factors))
+
+        return map_tensors(out, moved)
+
+
+def _row_hessians(z: Tensor, g: Tensor, width: int, axis: int, eps: float) -> Tensor | None:
     """The Hessian in each row of `width` outputs, `(rows, width, width)`; None if rows are coupled."""
     count = z.numel() // width
-    if count * width * width > _LIMIT or _coupled(z, g, count, axis):
+    if count * width * width > _LIMIT or _coupled(z, g, count, axis, eps):
         return None
     columns = []
     for c in range(width):
@@ -133,7 +270,7 @@ def _row_hessians(z: Tensor, g: Tensor, width: int, axis: int) -> Tensor | None:
     return torch.stack(columns, dim=2)
 
 
-def _coupled(z: Tensor, g: Tensor, count: int, axis: int) -> bool:
+def _coupled(z: Tensor, g: Tensor, count: int, axis: int, eps: float) -> bool:
     """Whether some row of outputs bends the loss in another one: between separate rows products are exactly zero.
 
     Rows are split by each binary digit of their index, so any two are on different sides of one of the splits.
@@ -144,32 +281,86 @@ def _coupled(z: Tensor, g: Tensor, count: int, axis: int) -> bool:
         side = ((index >> bit) & 1).bool().view(count, 1)
         half = from_rows(to_rows(probe, width, axis) * side, z.shape, axis)
         image = to_rows(hessian_product(z, g, half), width, axis).abs()
-        if float((image * ~side).max()) > torch.finfo(z.dtype).eps * float(image.max()):
+        if float((image * ~side).max()) > eps * float(image.max()):
             return True
     return False
 
 
-def _row_roots(outputs: Tensor, S: Tensor) -> OutputRoot | None:
-    softmax = _softmax_root(outputs, S)
-    if softmax is not None:
-        return softmax
-    width = S.shape[1]
-    diagonal = torch.diagonal(S, dim1=1, dim2=2)
-    if torch.equal(torch.diag_embed(diagonal), S):
-        if bool((diagonal < 0).any()):
+def _is_diagonal(S: Tensor) -> bool:
+    return torch.equal(torch.diag_embed(torch.diagonal(S, dim1=1, dim2=2)), S)
+
+
+def _diagonal_root(bends: _Bends, S: Tensor) -> OutputRoot | None:
+    d = torch.diagonal(S, dim1=1, dim2=2)
+    if bool((d < 0).any()):
+        return None
+    doubt = torch.diagonal(bends.roundings(S, bends.here), dim1=1, dim2=2)
+    rounding = _relative(doubt, d)
+    lost = rounding > ROUNDINGS * bends.risk.eps or bool((d < torch.finfo(d.dtype).tiny).any())
+    if lost and (weights := _logistic_weights(bends, d, doubt)) is not None:
+        # sigmoid(z) sigmoid(-z) has all its digits where a loss has lost those of p (1 - p).
+        d, rounding = weights * SIGMOID.slope(bends.rows), 0.0
+        counted = weights > 0
+    else:
+        ordinary = bends.structural(bends.here) if bool((d == 0).any()) else None
+        counted = d > 0 if ordinary is None else (d > 0) | (torch.diagonal(ordinary, dim1=1, dim2=2) != 0)
+    vanished = bool((counted & (d < torch.finfo(d.dtype).tiny)).any())
+    return OutputRoot(
+        torch.diag_embed(d.sqrt()), int(counted.sum()), "diagonal", rounding=rounding / 2, vanished=vanished
+    )
+
+
+def _relative(doubt: Tensor, size: Tensor) -> float:
+    """The largest relative doubt; where all digits are lost, 1."""
+    number = torch.finfo(doubt.dtype)
+    ratio = torch.where(doubt > number.tiny / number.eps, doubt / torch.where(size > 0, size, doubt), 0.0)
+    return min(1.0, float(ratio.max())) if ratio.numel() else 0.0
+
+
+def _logistic_weights(bends: _Bends, d: Tensor, doubt: Tensor) -> Tensor | None:
+    """The weights `w` of `S_j = w_j diag(sigmoid(z) sigmoid(-z))`, found at ordinary outputs; None for other losses."""
+    found = []
+    for size in (0.5, 0.2):
+        z = bends.ordinary(size)
+        S = bends.elsewhere(z)
+        if S is None or not _is_diagonal(S):
             return None
-        return OutputRoot(torch.diag_embed(diagonal.sqrt()), int((diagonal > 0).sum()), "diagonal")
-    values, vectors = torch.linalg.eigh((S + S.transpose(1, 2)).double() / 2)
-    floor = width * torch.finfo(S.dtype).eps * 10 * values.abs().amax(dim=1, keepdim=True)
+        found.append(torch.diagonal(S, dim1=1, dim2=2) / SIGMOID.slope(z))
+    w, other = found
+    near = (w - other).abs() <= 1e3 * bends.risk.eps * w.abs()
+    same = (d - w * SIGMOID.slope(bends.rows)).abs() <= doubt + 1e3 * bends.risk.eps * d
+    return w if bool((near & same & (w >= 0)).all()) else None
+
+
+def _general_root(bends: _Bends, S: Tensor) -> OutputRoot | None:
+    """By eigenvalues; what they leave out at ordinary outputs too is out by structure."""
+    values, vectors, floor = _eigen(S, bends.risk.eps)
+    floor = torch.maximum(floor, bends.roundings(S, bends.here).double().sum(dim=2).amax(dim=1, keepdim=True))
     if bool((values < -floor).any()):
         return None
     kept = values > floor
     root = torch.where(kept, values, 0.0).sqrt().unsqueeze(2) * vectors.transpose(1, 2)
-    return OutputRoot(root.to(S.dtype), int(kept.sum()), "general")
+    ordinary = bends.elsewhere(bends.ordinary(0.5))
+    rank = kept.sum(dim=1)
+    if ordinary is None:
+        rank = (S != 0).any(dim=2).sum(dim=1)
+    else:
+        others, _, least = _eigen(ordinary, bends.risk.eps)
+        rank = torch.maximum(rank, (others > least).sum(dim=1))
+    vanished = bool((rank > kept.sum(dim=1)).any())
+    rounding = _relative(torch.where(kept, floor, 0.0), values) / 2
+    return OutputRoot(root.to(S.dtype), int(rank.sum()), "general", rounding=rounding, vanished=vanished)
 
 
-def _softmax_root(outputs: Tensor, S: Tensor) -> OutputRoot | None:
+def _eigen(S: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues, eigenvectors, and what rounding explains."""
+    values, vectors = torch.linalg.eigh((S + S.transpose(1, 2)).double() / 2)
+    return values, vectors, S.shape[1] * eps * 10 * values.abs().amax(dim=1, keepdim=True)
+
+
+def _softmax_root(bends: _Bends, S: Tensor) -> OutputRoot | None:
     """The closed form, where `S_j = w_j (diag p - p p^T)` with the softmax `p` of each row of outputs."""
+    outputs, eps = bends.rows, bends.risk.eps
     if outputs.shape[1] < 2:
         return None
     p = torch.softmax(outputs, dim=1)
@@ -181,11 +372,18 @@ def _softmax_root(outputs: Tensor, S: Tensor) -> OutputRoot | None:
     weights = torch.where(expected > 0, curvature.sum(dim=1) / expected, 0.0)
     if bool((curvature < 0).any()):
         return None
+    if bool((lost := expected < torch.finfo(S.dtype).tiny ** 0.5).any()):
+        ordinary = bends.elsewhere(bends.ordinary(0.5))
+        if ordinary is None:
+            return None
+        q = torch.softmax(bends.ordinary(0.5), dim=1)
+        usual = torch.diagonal(ordinary, dim1=1, dim2=2).sum(dim=1) / (q * (1 - q)).sum(dim=1)
+        weights = torch.where(lost, usual, weights)
     # Entry by entry, relative to the diagonal; only the likeliest class's own entry is a difference of two near ones.
-    unit = torch.finfo(S.dtype)
+    tiny = torch.finfo(S.dtype).tiny
     scale = torch.where(likeliest > 0, curvature.amax(dim=1, keepdim=True), curvature).sqrt()
-    bound = 1e3 * unit.eps * scale.unsqueeze(2) * scale.unsqueeze(1) + unit.tiny / unit.eps
-    bound = bound + 32 * unit.eps * weights.view(-1, 1, 1) * torch.diag_embed(likeliest)
+    bound = 1e3 * eps * scale.unsqueeze(2) * scale.unsqueeze(1) + tiny / eps
+    bound = bound + 32 * eps * weights.view(-1, 1, 1) * torch.diag_embed(likeliest)
     if bool(((S - weights.view(-1, 1, 1) * closed).abs() > bound).any()):
         return None
     eye = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)
@@ -193,4 +391,5 @@ def _softmax_root(outputs: Tensor, S: Tensor) -> OutputRoot | None:
     others = p.unsqueeze(1) * (1 - eye)
     root = (weights.unsqueeze(1) * p).sqrt().unsqueeze(2) * (torch.diag_embed(others.sum(dim=2)) - others)
     rank = int((weights > 0).sum()) * (p.shape[1] - 1)
-    return OutputRoot(root, rank, "softmax", p, weights)
+    vanished = bool(((p < torch.finfo(p.dtype).tiny) & (weights > 0).unsqueeze(1)).any())
+    return OutputRoot(root, rank, "softmax", p, weights, vanished=vanished)

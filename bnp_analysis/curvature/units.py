@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bnp_analysis.curvature.null_basis import Verifier
-from bnp_analysis.curvature.output_curvature import output_root
+from bnp_analysis.curvature.output_curvature import ROUNDINGS, output_root
 from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.matrices import RowScaled
@@ -27,6 +28,7 @@ from bnp_analysis.network.dependencies import null_vectors
 from bnp_analysis.network.kernels import derivative
 from bnp_analysis.network.layers import Coverage, Layer, products_only
 from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.network.saturation import has_vanished, product_eps
 
 # Numbers in the rows of a layer's factor that are formed together.
 _TOGETHER = 2**23
@@ -40,6 +42,8 @@ class DenseLayerFactor(LinearOperator):
         inputs: `H^`, `(R, m)`, with the bias column last if there is one.
         bias: whether there is one.
         rank: a structural bound of the rank.
+        eps: of what both were computed in.
+        zeros_are_structural: False where saturation may have made some of them.
 
     Example:
         >>> F = DenseLayerFactor(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[3.0, 1.0]]), bias=True, rank=1)
@@ -47,16 +51,29 @@ class DenseLayerFactor(LinearOperator):
         [[3.0, 6.0, 1.0, 2.0]]
     """
 
-    def __init__(self, cotangents: Tensor, inputs: Tensor, *, bias: bool, rank: int) -> None:
+    def __init__(
+        self,
+        cotangents: Tensor,
+        inputs: Tensor,
+        *,
+        bias: bool,
+        rank: int,
+        eps: float | None = None,
+        zeros_are_structural: bool = True,
+    ) -> None:
         examples, each, units = cotangents.shape
-        super().__init__((examples * each, units * inputs.shape[1]), inputs.dtype, inputs.device)
+        super().__init__((examples * each, units * inputs.shape[1]), inputs.dtype, inputs.device, eps)
         self._cotangents, self._inputs = cotangents, inputs
-        self._rank = rank
+        self._rank, self._structural = rank, zeros_are_structural
         self._cut = units * (inputs.shape[1] - int(bias))
 
     @property
     def rank_bound(self) -> int:
         return min(*self.shape, self._rank)
+
+    @property
+    def zeros_are_structural(self) -> bool:
+        return self._structural
 
     @property
     def dense_cost(self) -> int:
@@ -99,21 +116,34 @@ class UnitBlocks:
         rows: `(R, m + 1)`, the inputs with the bias column last; without it when the layer has no free bias.
         scales: `(R, n)`, `s_ji = sqrt(d^2 L / d a_ji^2)` of the Gauss-Newton matrix.
         whole: the layer's own block; None where its factor would not fit into memory.
+        eps: of what all were computed in.
+        zeros_are_structural: False where scales or inputs of 0 may be what saturation has made too small.
     """
 
-    def __init__(self, rows: Tensor, scales: Tensor, whole: GramOperator | None = None) -> None:
-        self.rows, self.scales, self.whole = rows, scales, whole
+    def __init__(
+        self,
+        rows: Tensor,
+        scales: Tensor,
+        whole: GramOperator | None = None,
+        eps: float | None = None,
+        *,
+        zeros_are_structural: bool = True,
+    ) -> None:
+        self.rows, self.scales, self.whole, self.eps = rows, scales, whole, eps
+        self.zeros_are_structural = zeros_are_structural
         self._common: Tensor | None = None
 
     def __len__(self) -> int:
         return self.scales.shape[1]
 
     def __getitem__(self, i: int) -> GramOperator:
-        return GramOperator(RowScaled(self.scales[:, i], self.rows))
+        return GramOperator(
+            RowScaled(self.scales[:, i], self.rows, self.eps, zeros_are_structural=self.zeros_are_structural)
+        )
 
     def dependences(self, i: int, factor: LinearOperator) -> SomeNullDirections:
         """Directions `v` with `H^ v = 0` on the rows that count for unit `i`, verified with a factor of its block."""
-        active = self.scales[:, i] != 0
+        active = (self.scales[:, i] != 0) | (not self.zeros_are_structural)
         if not bool(active.all()):
             vectors = _null_rows(self.rows[active])
         else:
@@ -147,13 +177,20 @@ def unit_blocks(risk: EmpiricalRisk, layers: Coverage) -> dict[str, UnitBlocks]:
         return [*own]
 
     kept = set.intersection(*map(set, risk.group.share(attempt, "the layers that have unit blocks")))
+    if not kept:
+        return {}
+    doubts = risk.group.share(lambda: next((o.rounding, o.vanished) for o in own.values()), "doubts of the rows")
+    eps = max(product_eps(risk), *(rounding / ROUNDINGS for rounding, _ in doubts))
+    structural = not (any(vanished for _, vanished in doubts) or has_vanished(risk))
     found = {}
     for layer in dense:
         if layer.name in kept:
             mine, what = own[layer.name], f"the rows of {layer.name}"
             inputs, scales = (risk.group.gather(partial(getattr, mine, part), what) for part in ("inputs", "scales"))
             rows = _with_bias(layer, inputs)
-            found[layer.name] = UnitBlocks(rows, scales, mine.layer_block(rows, bias=layer.bias is not None))
+            facts = {"eps": eps, "zeros_are_structural": structural}
+            whole = mine.layer_block(rows, bias=layer.bias is not None, **facts)
+            found[layer.name] = UnitBlocks(rows, scales, whole, **facts)
     return found
 
 
@@ -165,11 +202,13 @@ class _Own:
     scales: Tensor
     cotangents: Tensor | None
     rank: int
+    rounding: float
+    vanished: bool
 
-    def layer_block(self, rows: Tensor, *, bias: bool) -> GramOperator | None:
+    def layer_block(self, rows: Tensor, *, bias: bool, **facts: Any) -> GramOperator | None:
         if self.cotangents is None:
             return None
-        return GramOperator(DenseLayerFactor(self.cotangents, rows, bias=bias, rank=self.rank))
+        return GramOperator(DenseLayerFactor(self.cotangents, rows, bias=bias, rank=self.rank, **facts))
 
 
 def _own_rows(risk: EmpiricalRisk, layers: list[Layer]) -> dict[str, _Own]:
@@ -179,7 +218,7 @@ def _own_rows(risk: EmpiricalRisk, layers: list[Layer]) -> dict[str, _Own]:
     inputs = {name: [none(0, layer.features)] for name, layer in dense.items()}
     scales = {name: [none(0, layer.units)] for name, layer in dense.items()}
     cotangents: dict[str, list[Tensor]] = {name: [] for name in dense}
-    kept, rank = risk.group.size == 1, 0
+    kept, rank, rounding, vanished = risk.group.size == 1, 0, 0.0, False
     for batch in risk.batches:
         leaves = risk.leaves()
         outputs, seen = risk.record(batch, dense, leaves)
@@ -194,18 +233,19 @@ def _own_rows(risk: EmpiricalRisk, layers: list[Layer]) -> dict[str, _Own]:
         width = sum(a.shape[1] * a.element_size() for a in activations)
         kept = kept and found.root.shape[1] * examples * width < available_memory(risk.space.device) // 4
         rank += found.rank
+        rounding, vanished = max(rounding, found.rounding), vanished or found.vanished
         pulled: list[list[Tensor]] = [[] for _ in dense]
-        squares = [torch.zeros_like(a) for a in activations]
+        norms = [torch.zeros_like(a) for a in activations]
         weight = batch.count / risk.batches.total
         for r in range(found.root.shape[1]):
             cotangent = weight**0.5 * found.root[:, r].reshape(outputs.shape)
             grads = derivative(outputs, activations, cotangent, retain_graph=True, what="the rows of units")
-            squares = [total + g.detach().square() for total, g in zip(squares, grads, strict=True)]
+            norms = [torch.hypot(total, g.detach()) for total, g in zip(norms, grads, strict=True)]
             for one, g in zip(pulled, grads, strict=True):
                 one.extend([g.detach()] if kept else [])
-        for name, one, total in zip(dense, pulled, squares, strict=True):
+        for name, one, total in zip(dense, pulled, norms, strict=True):
             inputs[name].append(seen[name][0][0])
-            scales[name].append(total.sqrt())
+            scales[name].append(total.detach())
             cotangents[name] += [torch.stack(one, dim=1)] if kept else []
     return {
         name: _Own(
@@ -213,6 +253,8 @@ def _own_rows(risk: EmpiricalRisk, layers: list[Layer]) -> dict[str, _Own]:
             torch.cat(scales[name]),
             torch.cat(cotangents[name]) if kept and cotangents[name] else None,
             rank,
+            rounding,
+            vanished,
         )
         for name in dense
     }

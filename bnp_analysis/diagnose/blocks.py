@@ -185,6 +185,7 @@ def _held(own: SymmetricOperator, factor: LinearOperator) -> SymmetricOperator:
             exact=factor.exact,
             rank_bound=factor.rank_bound,
             zeros_are_structural=factor.zeros_are_structural,
+            eps=factor.eps,
         )
     )
 

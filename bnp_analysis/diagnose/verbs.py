@@ -24,6 +24,8 @@ from bnp_analysis.linalg import (
     magnitude_condition_number,
     singular_condition_number,
 )
+from bnp_analysis.linalg.full_float32 import full_float32
+from bnp_analysis.linalg.operators import require_digits
 from bnp_analysis.linalg.progress import Progress, Update, reporting
 from bnp_analysis.linalg.random import generator, normal
 from bnp_analysis.network import Coverage, EmpiricalRisk, Layer, coverage
@@ -33,6 +35,7 @@ from bnp_analysis.network.moments import layer_moments
 from bnp_analysis.precondition import NetworkPreconditioner, bnp_preconditioner
 
 
+@full_float32
 def layer_table(
     risk: EmpiricalRisk,
     P: NetworkPreconditioner | None = None,
@@ -95,7 +98,7 @@ def layer_table(
         done = 0
         for layer in found:
             forms = (triangles[layer.name].raw, triangles[layer.name].centered, triangles[layer.name].normalized)
-            worst = [max((_singular(t) for t in form), key=lambda k: k.value) for form in forms]
+            worst = [max((_singular(t, risk.eps) for t in form), key=lambda k: k.value) for form in forms]
             advance = partial(_advance, update, done)
             blocks = block_numbers(risk, layer, P, units.get(layer.name), held, seed, advance)
             done += layer.units + 2
@@ -129,6 +132,7 @@ def layer_table(
         settings={
             "preconditioner": getattr(P, "settings", {}),
             "dtype": str(risk.space.dtype),
+            "precision": str(risk.precision),
             "n": risk.batches.total,
             "flops": sum(work.values()),
         },
@@ -138,6 +142,7 @@ def layer_table(
     )
 
 
+@full_float32
 def compare(
     risk: EmpiricalRisk,
     P: NetworkPreconditioner | None = None,
@@ -237,6 +242,7 @@ def _measured(
     if dtype is not None:
         risk = risk.to(dtype, "cpu")
         P = None if P is None else P.to(dtype, "cpu")
+    require_digits(risk.eps, str(risk.precision), "the numbers of a table")
     return risk, bnp_preconditioner(risk) if P is None else P
 
 
@@ -244,8 +250,8 @@ def _advance(update: Update, before: int, count: int) -> None:
     update(before + count)
 
 
-def _singular(triangle: Tensor) -> ConditionNumber:
-    return singular_condition_number(MatrixOperator(triangle, exact=False), null_vectors(triangle))
+def _singular(triangle: Tensor, eps: float) -> ConditionNumber:
+    return singular_condition_number(MatrixOperator(triangle, exact=False, eps=eps), null_vectors(triangle))
 
 
 def _equals_hessian(risk: EmpiricalRisk, layer: Layer, engine: Mapping[str, Any], seed: int) -> bool | None:
@@ -256,7 +262,7 @@ def _equals_hessian(risk: EmpiricalRisk, layer: Layer, engine: Mapping[str, Any]
     H, A = (build(risk, block=layer.name, **engine) for build in (hessian, gauss_newton))
     v = normal((A.dim,), generator(seed), risk.theta)
     image = A @ v
-    tolerance = 1e3 * torch.finfo(risk.space.dtype).eps * float(A.dim) ** 0.5
+    tolerance = 1e3 * A.eps * float(A.dim) ** 0.5
     try:
         return bool((H @ v - image).norm() <= tolerance * image.norm())
     except NoDerivativeError:

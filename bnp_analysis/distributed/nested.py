@@ -5,7 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+
+
+def counterpart(t: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a tensor where real numbers have `dtype`: complex ones have two of them, whole ones stay.
+
+    Example:
+        >>> counterpart(torch.zeros(1, dtype=torch.complex64), torch.float64)
+        torch.complex128
+    """
+    if t.is_complex():
+        # Not complex32, for which torch has few operations.
+        return torch.complex128 if dtype == torch.float64 else torch.complex64
+    return dtype if t.is_floating_point() else t.dtype
 
 
 def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:

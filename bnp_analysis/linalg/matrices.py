@@ -22,6 +22,7 @@ class MatrixOperator(LinearOperator):
         exact: whether its entries are given; False if they were computed in its dtype, which widens the bounds.
         rank_bound: of the operator that it was formed from, where that knows more than the places of zeros.
         zeros_are_structural: of that operator; by default of entries that are given.
+        eps: of the operator that it was formed from, where that is coarser than the dtype's.
 
     Example:
         >>> import torch
@@ -37,10 +38,11 @@ class MatrixOperator(LinearOperator):
         exact: bool = True,
         rank_bound: int | None = None,
         zeros_are_structural: bool | None = None,
+        eps: float | None = None,
     ) -> None:
         if not isinstance(matrix, Tensor) or matrix.ndim != 2:
             raise InvalidInputError(f"expected a matrix (m, n), got {describe(matrix)}")
-        super().__init__((matrix.shape[0], matrix.shape[1]), matrix.dtype, matrix.device)
+        super().__init__((matrix.shape[0], matrix.shape[1]), matrix.dtype, matrix.device, eps)
         self._matrix = matrix.detach()
         self._exact, self._rank = exact, rank_bound
         self._structural = exact if zeros_are_structural is None else zeros_are_structural
@@ -151,6 +153,7 @@ class RowScaled(LinearOperator):
     Args:
         scale: `s`, `(r,)`.
         rows: `H`, `(r, n)`.
+        eps: of what both were computed in, where that is coarser than the dtype's.
         zeros_are_structural: False where zeros may be rounding.
 
     Example:
@@ -159,8 +162,10 @@ class RowScaled(LinearOperator):
         [6.0, 0.0]
     """
 
-    def __init__(self, scale: Tensor, rows: Tensor, *, zeros_are_structural: bool = True) -> None:
-        super().__init__((rows.shape[0], rows.shape[1]), rows.dtype, rows.device)
+    def __init__(
+        self, scale: Tensor, rows: Tensor, eps: float | None = None, *, zeros_are_structural: bool = True
+    ) -> None:
+        super().__init__((rows.shape[0], rows.shape[1]), rows.dtype, rows.device, eps)
         self.scale, self.rows, self._structural = scale, rows, zeros_are_structural
 
     @property
@@ -177,7 +182,7 @@ class RowScaled(LinearOperator):
 
     def conditioned(self, P: LinearOperator) -> RowScaled:
         """`diag(s) (H P)`."""
-        return RowScaled(self.scale, P._rmatmat(self.rows.T).T, zeros_are_structural=False)
+        return RowScaled(self.scale, P._rmatmat(self.rows.T).T, self.eps, zeros_are_structural=False)
 
     def _matmat(self, x: Tensor) -> Tensor:
         return self.scale[:, None] * (self.rows @ x)
@@ -201,15 +206,12 @@ class ReducedFactor(LinearOperator):
         columns: `|F e_j|`, `(n,)`, to which the error of column `j` of `R` is relative.
         rounding: that error: `R = Q^T (F + E)` with orthonormal columns `Q` and `|E e_j| <= rounding |F e_j|`.
         rank: a structural bound of the rank of `F`.
-        dtype: in which `F` works.
-        given: whether the entries of `F` are given.
+        factor: `F`, whose dtype and precision are kept.
     """
 
-    def __init__(
-        self, matrix: Tensor, columns: Tensor, rounding: float, rank: int, dtype: torch.dtype, given: bool = False
-    ) -> None:
-        super().__init__((matrix.shape[0], matrix.shape[1]), dtype, matrix.device)
-        self.matrix, self.columns, self.rounding, self._rank, self.given = matrix, columns, rounding, rank, given
+    def __init__(self, matrix: Tensor, columns: Tensor, rounding: float, rank: int, factor: LinearOperator) -> None:
+        super().__init__((matrix.shape[0], matrix.shape[1]), factor.dtype, matrix.device, factor.eps)
+        self.matrix, self.columns, self.rounding, self._rank, self.given = matrix, columns, rounding, rank, factor.exact
 
     @property
     def rank_bound(self) -> int:
@@ -271,7 +273,7 @@ class CallableOperator(SymmetricOperator):
             raise InvalidInputError(f"the factor must be an operator (r, {n}) in {dtype}, got {factor!r}")
         self._fn = fn
         self._factor = factor
-        self._eps = eps
+        self._known_eps = eps
 
     @property
     def factor(self) -> LinearOperator | None:
@@ -286,9 +288,9 @@ class CallableOperator(SymmetricOperator):
     def eps(self) -> float:
         """What the dtype says, or where products are less additive than that, four times the defect."""
         own = float(torch.finfo(self.dtype).eps)
-        if self._eps is None:
-            self._eps = max(own, self._found_eps(own))
-        return self._eps
+        if self._known_eps is None:
+            self._known_eps = max(own, self._found_eps(own))
+        return self._known_eps
 
     def _found_eps(self, own: float) -> float:
         """`|A(v + w) - A v - A w|` for random `v`, `w` whose sum is exact and whose digits fill the dtype.

@@ -6,6 +6,7 @@ A class here is either abstract or final.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self, overload
@@ -15,8 +16,11 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg.full_float32 import full_float32
 
 _IDENTITY_CHUNK = 64
+# Coarser products than this have no digits left for a spectrum: float16 and TF32 have 2^-10, bfloat16 2^-7.
+_COARSEST = 1e-4
 
 
 class LinearOperator(ABC):
@@ -26,7 +30,9 @@ class LinearOperator(ABC):
     refused: a silent cast would change the precision that the results claim.
     """
 
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(
+        self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str, eps: float | None = None
+    ) -> None:
         rows, columns = int(shape[0]), int(shape[1])
         if rows < 0 or columns < 0:
             raise InvalidInputError(f"an operator cannot have shape {(rows, columns)}")
@@ -35,6 +41,7 @@ class LinearOperator(ABC):
         self.shape = (rows, columns)
         self.dtype = dtype
         self.device = torch.device(device)
+        self._eps = float(torch.finfo(dtype).eps if eps is None else eps)
 
     @abstractmethod
     def _matmat(self, x: Tensor) -> Tensor:
@@ -80,7 +87,7 @@ class LinearOperator(ABC):
         Every tolerance and every radius is made of it. An operator whose products pass through lower precision (a
         cast inside a model) has a larger one than its dtype.
         """
-        return float(torch.finfo(self.dtype).eps)
+        return self._eps
 
     @property
     def record(self) -> Mapping[str, Any]:
@@ -135,7 +142,8 @@ def gate(operator: LinearOperator, v: Tensor, length: int, product: Callable[[Te
             f"{name} works in {operator.dtype} on {operator.device}, the vector is {v.dtype} on {v.device}; "
             f"convert the vector with v.to({operator.dtype}), or build the operator in the vector's dtype"
         )
-    return product(v.unsqueeze(1)).squeeze(1) if v.ndim == 1 else product(v)
+    with full_float32:
+        return product(v.unsqueeze(1)).squeeze(1) if v.ndim == 1 else product(v)
 
 
 def require_no_autocast(dtype: torch.dtype, device: torch.device, what: str) -> None:
@@ -149,6 +157,44 @@ def require_no_autocast(dtype: torch.dtype, device: torch.device, what: str) -> 
         raise InvalidInputError(
             f"autocast is on, so {what} would be in {torch.get_autocast_dtype(device.type)} and lose digits, "
             f"though they say {dtype}. Measure outside of `with torch.autocast(...)`, or in float64"
+        )
+
+
+def computed_in(operator: LinearOperator) -> str:
+    """In which precision products are computed: the dtype, and in brackets a coarser one that they pass through.
+
+    Example:
+        >>> from bnp_analysis.linalg import MatrixOperator
+        >>> computed_in(MatrixOperator(torch.eye(2, dtype=torch.float64), eps=2.0**-23))
+        'float64 (float32 inside)'
+    """
+    own = str(operator.dtype).removeprefix("torch.")
+    if operator.eps <= torch.finfo(operator.dtype).eps:
+        return own
+    known = (torch.float32, torch.float16, torch.bfloat16)
+    inside = next((str(d).removeprefix("torch.") for d in known if operator.eps == torch.finfo(d).eps), None)
+    return f"{own} ({inside} inside)" if inside else f"{own} (eps {operator.eps:.1g})"
+
+
+def require_digits(eps: float, computed: str, what: str) -> None:
+    """Refuse a statement about a spectrum from products with fewer than four digits, as of bfloat16 and float16.
+
+    Args:
+        eps: the spacing of their numbers at 1.
+        computed: the precision in words.
+        what: would have been stated.
+
+    Raises:
+        InvalidInputError: with the ways out.
+
+    Example:
+        >>> require_digits(2.0**-23, "float32", "eigenvalues")
+    """
+    if eps > _COARSEST:
+        raise InvalidInputError(
+            f"products are computed in {computed}, which keeps {-math.log10(eps):.0f} digits, so {what} would be those "
+            "of its rounding. Measure in float64: EmpiricalRisk(..., dtype=torch.float64), risk.to(torch.float64) or "
+            "an operator in that dtype; what the model or the loss itself casts must be taken out there"
         )
 
 
@@ -239,8 +285,8 @@ class SymmetricOperator(LinearOperator):
     `u sqrt(kappa)` in place of `u kappa` (T13).
     """
 
-    def __init__(self, dim: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        super().__init__((dim, dim), dtype, device)
+    def __init__(self, dim: int, dtype: torch.dtype, device: torch.device | str, eps: float | None = None) -> None:
+        super().__init__((dim, dim), dtype, device, eps)
 
     @property
     def dim(self) -> int:

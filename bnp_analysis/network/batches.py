@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.distributed import ALONE, Group
-from bnp_analysis.distributed.nested import map_tensors, tensors_of
+from bnp_analysis.distributed.nested import counterpart, map_tensors, tensors_of
 from bnp_analysis.errors import InconsistentDataError, InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.network.hashing import MIX, add, hash_of, pieces
@@ -218,8 +218,7 @@ class Batches:
             return float(self._count(x, y) if self._splits else self._count((x, y)))  # type: ignore[misc]
 
     def _cast(self, t: Tensor, copy: bool) -> Tensor:
-        dtype = self._dtype if t.is_floating_point() else t.dtype
-        return t.detach().to(device=self._device, dtype=dtype, copy=copy)
+        return t.detach().to(device=self._device, dtype=counterpart(t, self._dtype), copy=copy)
 
 
 def arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -282,7 +281,7 @@ def _parts(t: Tensor) -> list[Tensor]:
 def _require_finite_batch(batch: Batch) -> None:
     for part, value in (("inputs", batch.x), ("targets", batch.y)):
         for t in tensors_of(value):
-            if t.is_floating_point() and not all(bool(torch.isfinite(part).all()) for part in _parts(t)):
+            if not all(bool(torch.isfinite(part).all()) for part in _parts(t)):
                 raise NonFiniteError(
                     f"batch {batch.index} has NaN or infinite {part}: {int((~torch.isfinite(t)).sum())} of "
                     f"{t.numel()} entries. The loss, and every product, would be NaN"

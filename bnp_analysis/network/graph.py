@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from types import FunctionType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
@@ -22,12 +20,11 @@ from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.calls import ACTIVATIONS, NORMS, arguments_by_name, read_call
 from bnp_analysis.network.kernels import derivative, recording
 from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.network.smooth import COMPOSITE, opened, watching
 from bnp_analysis.network.watching import transformed
 
 # Where parameters may enter, beside layers.
 _WRITERS = {"matmul", "embedding", "add"}
-# Read through to the calls inside.
-_COMPOSITE = {F.multi_head_attention_forward}
 
 
 @dataclass(frozen=True)
@@ -162,9 +159,9 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _COMPOSITE:
+        if func in COMPOSITE:
             with self:
-                return _opened(func)(*args, **kwargs)
+                return opened(func)(*args, **kwargs)
         given = tensors_of((list(args), kwargs))
         if any(transformed(t) for t in given):
             self.transformed = True
@@ -205,14 +202,6 @@ class _Recorder(TorchFunctionMode):
         return self._made.get(id(t))
 
 
-def _opened(func: Any) -> Any:
-    """A function of torch that is written in Python, so that the calls inside it are seen in its place."""
-    space = {**func.__globals__, "has_torch_function": lambda *_: False}
-    copy = FunctionType(func.__code__, space, func.__name__, func.__defaults__, func.__closure__)
-    copy.__kwdefaults__ = func.__kwdefaults__
-    return copy
-
-
 @recording()
 def record_graph(risk: EmpiricalRisk, batch: Batch, counted: Tensor | None = None, *, calls: bool = False) -> Graph:
     """Run one batch and record its operations.
@@ -236,7 +225,8 @@ def record_graph(risk: EmpiricalRisk, batch: Batch, counted: Tensor | None = Non
     leaves = risk.leaves()
     tensors = risk.named_tensors() | leaves
     recorder = _Recorder({id(t): name for name, t in tensors.items()}, calls=calls)
-    with recorder:
+    # Derivatives of ordinary size: one that saturation has made tiny is no missing edge.
+    with recorder, watching(structural=True):
         out = risk.batch_outputs(tensors, batch)
     wanted = [*recorder.edges.values(), *leaves.values()]
     grads: list[Tensor | None] = [None] * len(wanted)

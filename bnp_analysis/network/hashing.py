@@ -19,6 +19,7 @@ def pieces(leaves: list[Tensor]) -> Iterator[list[Tensor]]:
         >>> [[t.shape[0] for t in piece] for piece in pieces([torch.ones(3, 2**19), torch.ones(3), torch.ones(1)])]
         [[2, 2, 1], [1, 1, 1]]
     """
+    leaves = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in leaves]
     size = leaves[0].shape[0]
     each = [t.ndim > 0 and t.shape[0] == size for t in leaves]
     step = max(1, _TOGETHER // max(1, *(t[0].numel() for t, cut in zip(leaves, each, strict=True) if cut)))
@@ -28,6 +29,7 @@ def pieces(leaves: list[Tensor]) -> Iterator[list[Tensor]]:
 
 def hash_of(leaves: list[Tensor]) -> tuple[int, int]:
     """A number per example that depends on all tensors of its batch, summed modulo 2^64 over the examples; how many."""
+    leaves = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in leaves]
     size = leaves[0].shape[0]
     each = [t.ndim > 0 and t.shape[0] == size for t in leaves]
     weights = []

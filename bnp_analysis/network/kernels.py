@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bnp_analysis.errors import BNPAnalysisError, InvalidInputError, NoDerivativeError
+from bnp_analysis.linalg.full_float32 import full_float32
+from bnp_analysis.network.smooth import Accurate
 
 _OTHERWISE = (
     "Replace it by operations of torch that have one (math attention, unfused recurrent cells, a lookup and a sum for "
@@ -34,14 +36,18 @@ _REMEDY = "Run model and loss on this batch by themselves, in the dtype of the m
 @contextmanager
 def recording() -> Iterator[None]:
     """Derivatives are recorded even where the caller has turned that off, with `no_grad` or `inference_mode`."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with full_float32, torch.inference_mode(False), torch.enable_grad():
         yield
 
 
 @contextmanager
 def differentiable_kernels(*, recurrent: bool) -> Iterator[None]:
-    """Only kernels that have a second derivative: math attention, native recurrent layers (trap 12), no compilation."""
+    """Only kernels that have a second derivative: math attention, native recurrent layers (trap 12), no compilation.
+
+    Smooth functions get derivatives that keep their digits where they saturate.
+    """
     with ExitStack() as stack:
+        stack.enter_context(Accurate())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if recurrent:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.errors import InvalidInputError, StochasticModelError
 from bnp_analysis.network.batches import Batch, slice_batch, with_examples
+from bnp_analysis.network.precision import generic_point
 from bnp_analysis.network.randomness import random_state
 
 if TYPE_CHECKING:
@@ -54,12 +55,12 @@ def _couples_here(risk: EmpiricalRisk) -> tuple[bool, list[str]]:
     random = _that_run(risk, random_layers(risk))
     normalizing = _that_run(risk, coupled_layers(risk))
     coupled = bool(normalizing)
-    tensors = _generic_point(risk)
+    tensors = risk.space.unflatten(generic_point(risk))
     for batch in risk.batches:
         if not bool(torch.isfinite(_outputs(risk, tensors, batch, 0)).all()):
             tensors = risk.space.unflatten(risk.theta)
         outputs = [_outputs(risk, tensors, batch, seed) for seed in (0, 1, 2)]
-        differ = any(_differs(outputs[0], other) for other in outputs[1:])
+        differ = any(_differs(risk, outputs[0], other) for other in outputs[1:])
         if differ and not random and (kept := _kept_between_calls(risk, tensors, batch)):
             raise StochasticModelError(
                 f"the model keeps something between its calls ({', '.join(kept)}): the same inputs under the same "
@@ -77,12 +78,6 @@ def _couples_here(risk: EmpiricalRisk) -> tuple[bool, list[str]]:
         if coupled or tensors_of(batch.x)[0].shape[0] > 1:
             break
     return coupled, normalizing
-
-
-def _generic_point(risk: EmpiricalRisk) -> Mapping[str, Tensor]:
-    g = torch.Generator().manual_seed(0)
-    noise = torch.randn(risk.space.dim, generator=g, dtype=torch.float64).to(risk.theta)
-    return risk.space.unflatten(risk.theta + 0.01 * (1 + risk.theta.abs()) * noise)
 
 
 def _that_run(risk: EmpiricalRisk, names: list[str]) -> list[str]:
@@ -107,7 +102,7 @@ def _kept_between_calls(risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batc
         return {f"{name}.{key}".lstrip("."): id(value) for name, m in risk.modules() for key, value in vars(m).items()}
 
     before = held()
-    if not _differs(first, _outputs(risk, tensors, batch, 0)):
+    if not _differs(risk, first, _outputs(risk, tensors, batch, 0)):
         return []
     return [name for name, what in held().items() if before.get(name) != what] or ["outside of its attributes"]
 
@@ -117,19 +112,19 @@ def _require_determined_loss(risk: EmpiricalRisk, batch: Batch, outputs: Tensor)
     for seed in (0, 1):
         with torch.no_grad(), random_state(seed=seed, device=risk.space.device):
             values.append(risk.batch_loss(outputs.clone(), batch))
-    if _differs(*values):
+    if _differs(risk, *values):
         raise StochasticModelError(
             "the loss is random: the same outputs and targets gave two values, so every product would belong to "
             "another function. Fix what it samples"
         )
 
 
-def _differs(a: Tensor, b: Tensor) -> bool:
+def _differs(risk: EmpiricalRisk, a: Tensor, b: Tensor) -> bool:
     """Different beyond what another summation order explains."""
     if a.shape != b.shape:
         return True
     scale = float(b.abs().max()) if b.numel() else 0.0
-    return bool(((a - b).abs() > scale * torch.finfo(b.dtype).eps ** 0.5).any())
+    return bool(((a - b).abs() > scale * risk.eps**0.5).any())
 
 
 def _couples(risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch, whole: Tensor) -> bool:
@@ -146,7 +141,7 @@ def _couples(risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch, w
     if mixed.shape != whole.shape:
         return True
     scale = float(whole.abs().max())
-    stays = (mixed - whole).abs() <= scale * torch.finfo(whole.dtype).eps ** 0.5
+    stays = (mixed - whole).abs() <= scale * risk.eps**0.5
     whole_rows = stays.reshape(whole.shape[0], -1).all(dim=1)
     return bool(torch.isfinite(whole).all()) and int(whole_rows.sum()) * size < kept * whole.shape[0]
 
@@ -214,6 +209,6 @@ def is_mean(risk: EmpiricalRisk, batch: Batch) -> bool | None:
         mean = sum(weight * value for weight, value in parts) / (sum(weights) or 1.0)
         scale = max([abs(float(whole)), *(abs(value) for _, value in parts)])
         # count= may have been summed in float32, whatever the loss is.
-        if abs(mean - float(whole)) <= max(1e-5, torch.finfo(whole.dtype).eps ** 0.6) * scale:
+        if abs(mean - float(whole)) <= max(1e-5, risk.eps**0.6) * scale:
             return True
     return False

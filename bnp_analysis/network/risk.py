@@ -11,18 +11,21 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bnp_analysis.distributed import ALONE, Group
-from bnp_analysis.distributed.nested import map_tensors
+from bnp_analysis.distributed.nested import counterpart, map_tensors
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
+from bnp_analysis.linalg.full_float32 import full_float32
 from bnp_analysis.linalg.operators import require_no_autocast
 from bnp_analysis.network.batches import Batch, Batches, Count, arguments
 from bnp_analysis.network.identity import fingerprint
 from bnp_analysis.network.kernels import derivative, differentiable_kernels, explained, recording
 from bnp_analysis.network.losses import SmoothLosses
 from bnp_analysis.network.parameters import ParameterSpace
+from bnp_analysis.network.precision import find_precision
 from bnp_analysis.network.purity import require_mean_loss, require_pure
 from bnp_analysis.network.reading import Inputs, one_tensor
 from bnp_analysis.network.selection import choose_parameters
-from bnp_analysis.network.snapshot import snapshot, snapshot_loss
+from bnp_analysis.network.smooth import Accurate
+from bnp_analysis.network.snapshot import brought, snapshot, snapshot_loss
 from bnp_analysis.network.state import point, with_tensors
 from bnp_analysis.network.watching import Visit, differentiable_part, untransformed, watched
 
@@ -57,6 +60,9 @@ class EmpiricalRisk:
         theta: `(n,)`, the point.
         output: the argument of that name.
         coupled: whether an example's output depends on the rest of its batch.
+        precision: the coarsest dtype that the loss and its derivatives pass through, and which operation of which
+            module lowered it: `float64`, or `float32 (softmax in block.2)`.
+        eps: its spacing at 1, of which every tolerance and radius is made.
 
     Raises:
         InvalidInputError: a filter that matches nothing, parameters that are not floating point, a loss that is
@@ -107,6 +113,7 @@ class EmpiricalRisk:
             self._cache: dict[str, Tensor] = {}
             self._require_finite_parameters()
             self.group.require_same(lambda: fingerprint(self._model, self._loss, self.theta), "the risk")
+            self.precision = find_precision(self)
             self.coupled = require_pure(self)
             _ = self.value
             self._inputs.settle()
@@ -188,16 +195,20 @@ class EmpiricalRisk:
         if dtype == self.space.dtype and where == self.space.device:
             return self
         other = copy.copy(self)
-        other._model = copy.deepcopy(self._model).to(dtype=dtype, device=where)
+        other._model = brought(copy.deepcopy(self._model), dtype, where)
         other._loss = snapshot_loss(self._loss, dtype, where)
         other.space = ParameterSpace(self.space.shapes, dtype, where, self.space.aliases)
         other.theta = self.theta.to(dtype=dtype, device=where)
-        other._constants = {
-            n: t.to(device=where, dtype=dtype if t.is_floating_point() else t.dtype) for n, t in self._constants.items()
-        }
+        other._constants = {n: t.to(device=where, dtype=counterpart(t, dtype)) for n, t in self._constants.items()}
         other.batches = self.batches.to(dtype, where)
         other._cache = {}
+        other.precision = find_precision(other)
         return other
+
+    @property
+    def eps(self) -> float:
+        """The spacing at 1 of the precision in which the risk and its derivatives are computed."""
+        return self.precision.eps
 
     def gathered(self) -> EmpiricalRisk:
         """The same risk with the data of all processes in each of them, for what cannot be split.
@@ -230,6 +241,7 @@ class EmpiricalRisk:
         """Every parameter of the model at `theta`, free or constant, under its name."""
         return {**self._constants, **self.space.unflatten(self.theta)}
 
+    @full_float32
     def batch_outputs(self, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """`f(x; theta)` for a batch, at named tensors."""
         require_no_autocast(self.space.dtype, self.space.device, "the outputs of the model")
@@ -248,6 +260,8 @@ class EmpiricalRisk:
             out = one_tensor(
                 functional_call(self._model, {**self._constants, **tensors, **buffers}, args, kwargs), self.output
             )
+            # Outputs in a coarser dtype than the parameters': exact in theirs, so that all that follows has one dtype.
+            out = out.to(torch.promote_types(out.dtype, self.space.dtype))
         return out if torch.is_grad_enabled() else out.detach()
 
     def batch_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -255,6 +269,7 @@ class EmpiricalRisk:
         with (
             explained(f"the loss of batch {batch.index}, of outputs {tuple(outputs.shape)},"),
             recording(),
+            Accurate(),
             SmoothLosses(),
         ):
             value = self._loss(outputs, batch.y)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from bnp_analysis.distributed.nested import map_tensors
+from bnp_analysis.distributed.nested import counterpart, map_tensors
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.names import clean_name
 
-__all__ = ["clean_name", "snapshot", "snapshot_loss", "unwrap"]
+__all__ = ["brought", "clean_name", "snapshot", "snapshot_loss", "unwrap"]
 
 
 def snapshot(model: nn.Module, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Module:
@@ -64,9 +64,25 @@ def snapshot(model: nn.Module, dtype: torch.dtype | None, device: torch.device |
             module.sparse = False
     tensors = dict(duplicate.named_parameters()) | dict(duplicate.named_buffers())
     require_one_device({name: t.device for name, t in tensors.items()}, moved=device is not None)
-    if device is not None:
-        duplicate.to(device=device)
-    return duplicate if dtype is None else duplicate.to(dtype=dtype)
+    return brought(duplicate, dtype, None if device is None else torch.device(device))
+
+
+def brought(module: nn.Module, dtype: torch.dtype | None, device: torch.device | None) -> nn.Module:
+    """A module in another dtype and on another device, in place; complex tensors stay complex, which `.to` forgets.
+
+    Example:
+        >>> layer = nn.Linear(1, 1)
+        >>> layer.register_buffer("phase", torch.zeros(1, dtype=torch.complex64))
+        >>> brought(layer, torch.float64, None).phase.dtype
+        torch.complex128
+    """
+
+    def move(t: Tensor) -> Tensor:
+        return t.to(device=device, dtype=None if dtype is None else counterpart(t, dtype))
+
+    if dtype is not None or device is not None:
+        module._apply(move)  # type: ignore[no-untyped-call]
+    return module
 
 
 def require_one_device(places: Mapping[str, torch.device], *, moved: bool) -> None:
@@ -106,7 +122,7 @@ def snapshot_loss(loss: Callable[..., Any], dtype: torch.dtype, device: torch.de
     """
 
     def own(t: Tensor) -> Tensor:
-        return t.detach().to(device=device, dtype=dtype if t.is_floating_point() else t.dtype, copy=True)
+        return t.detach().to(device=device, dtype=counterpart(t, dtype), copy=True)
 
     if isinstance(loss, nn.Module):
         return snapshot(loss, dtype, device).requires_grad_(False)

@@ -85,7 +85,10 @@ def unexplained(unresolved: int, null: DeclaredNull, A: SymmetricOperator) -> st
         return ""
     why = "" if null.declared else f" ({UNDECLARED})"
     exact = A.exact if A.factor is None else A.factor.exact
-    more = "; an operator built in float64 has a lower floor" if A.dtype != torch.float64 and not exact else ""
+    coarse = not exact and A.eps > torch.finfo(torch.float64).eps
+    more = "; an operator computed in float64 has a lower floor" if coarse and A.dtype != torch.float64 else ""
+    if not A.zeros_are_structural:
+        more = f"; saturated derivatives are too small for {A.dtype}{more}"
     return f"{unresolved} eigenvalues below the noise floor are not explained as zero{why}{more}"
 
 

@@ -86,7 +86,8 @@ class ConditionNumber(Result, Extremes):
         quantity: what the numbers are: `"kappa*"`, `"max|lambda|/min|lambda|"` or `"sigma_max/sigma_min+"`.
         exponent: 0, unless eigenvalues leave the floats: `lambda_max`, `lambda_min`, `noise_floor` and the residuals
             are then in units of `2^exponent`.
-        dim, dtype, stop, note: size, precision, why the run ended, what to do next.
+        dim, dtype, stop, note: size, precision of the products (`float64`, `float64 (float32 inside)`), why the run
+            ended, what to do next.
     """
 
     value: float

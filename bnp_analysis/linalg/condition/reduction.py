@@ -145,4 +145,4 @@ class _Gathered:
         rounding = given + UNIT * self._factorized
         # Of F, not of the triangle: what QR rounds to zero need not be zero.
         rank = rank_from_zeros(factor, self._all, int(self._nonzero.sum()))
-        return ReducedFactor(torch.cat(self._rows), self._norms, rounding, rank, factor.dtype, factor.exact)
+        return ReducedFactor(torch.cat(self._rows), self._norms, rounding, rank, factor)

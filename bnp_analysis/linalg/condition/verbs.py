@@ -20,7 +20,8 @@ from bnp_analysis.linalg.condition.inverse_route import inverse_lanczos
 from bnp_analysis.linalg.condition.number import MAGNITUDE, SINGULAR, ConditionNumber, Extremes
 from bnp_analysis.linalg.condition.routes import LANCZOS_STEPS, METHODS, choose_route, next_route
 from bnp_analysis.linalg.derived import GramOperator, Shifted
-from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
+from bnp_analysis.linalg.full_float32 import full_float32
+from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, computed_in
 from bnp_analysis.linalg.preconditioner import Preconditioner, check_fits, congruence
 from bnp_analysis.linalg.progress import Progress
 from bnp_analysis.linalg.scale import exponent, scaled
@@ -266,6 +267,7 @@ def _in_units_of(ends: Extremes, A: SymmetricOperator, P: Preconditioner | None)
     return ends.times_power(-exponent(A) - (0 if P is None else 2 * exponent(P)))
 
 
+@full_float32
 def _measure(
     A: SymmetricOperator,
     preconditioner: Preconditioner | None,
@@ -303,7 +305,7 @@ def _measure(
         two_sided=math.isfinite(ends.upper) and math.isfinite(ends.lower),
         method=route,
         dim=A.dim,
-        dtype=str(A.dtype).removeprefix("torch."),
+        dtype=computed_in(A),
         quantity=MAGNITUDE if indefinite else "kappa*",
         **provenance(A, preconditioner, {"method": method} | settings, seed, began),
     )

@@ -15,7 +15,7 @@ from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.derived import Derived, GramOperator
 from bnp_analysis.linalg.forming import amplified
 from bnp_analysis.linalg.krylov.lanczos import lanczos
-from bnp_analysis.linalg.operators import LinearOperator, Product, SymmetricOperator
+from bnp_analysis.linalg.operators import LinearOperator, Product, SymmetricOperator, computed_in, require_digits
 from bnp_analysis.linalg.preconditioner import Congruence, Preconditioner, check_fits, congruence
 from bnp_analysis.linalg.random import generator, normal
 from bnp_analysis.linalg.scale import Scaled, ScaledSymmetric, scaled
@@ -59,8 +59,10 @@ def factor_rounding_norm(F: LinearOperator, seed: int = 0) -> float:
 
 
 def require_operator(A: object) -> None:
+    """Refuse what is no symmetric operator, and products too coarse for its spectrum."""
     if not isinstance(A, SymmetricOperator):
         raise InvalidInputError(f"expected a SymmetricOperator, got {type(A).__name__}; wrap a matrix in DenseOperator")
+    require_digits(A.eps, A.record.get("precision", computed_in(A)), "its eigenvalues and their ratios")
 
 
 def measured(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.checkpoint import load_state, save_state
+from bnp_analysis.linalg.full_float32 import full_float32
 from bnp_analysis.linalg.krylov.thick_restart import ThickRestart
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
@@ -61,6 +62,7 @@ class Eigenpairs(Result):
         return [{"index": i, "eigenvalue": v, "residual": r} for i, (v, r) in enumerate(pairs)]
 
 
+@full_float32
 def eigenpairs(
     A: SymmetricOperator,
     k: int = 10,

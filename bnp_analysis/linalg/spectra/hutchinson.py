@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
+from bnp_analysis.linalg.full_float32 import full_float32
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.progress import Progress, reporting
@@ -34,6 +35,7 @@ class Trace(Result):
         return f"trace = {self.value:.6g} +- {self.error:.2g} (standard error), {cost}"
 
 
+@full_float32
 def trace(
     A: SymmetricOperator,
     *,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.checkpoint import load_state, save_state
+from bnp_analysis.linalg.full_float32 import full_float32
 from bnp_analysis.linalg.krylov.lanczos import Floats, lanczos, tridiagonal_eigh
 from bnp_analysis.linalg.krylov.three_term import three_term
 from bnp_analysis.linalg.operators import SymmetricOperator
@@ -67,6 +68,7 @@ class SpectralDensity(Result):
         return [{"eigenvalue": x, "density": y, "error": e} for x, y, e in columns]
 
 
+@full_float32
 def spectral_density(
     A: SymmetricOperator,
     *,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg.full_float32 import full_float32
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.progress import Progress
@@ -42,6 +43,7 @@ class RankEstimate(Result):
         )
 
 
+@full_float32
 def rank_estimate(
     A: SymmetricOperator,
     *,

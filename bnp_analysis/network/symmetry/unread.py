@@ -57,7 +57,7 @@ def unread(
         for rows, name in ((plain, ""), (seen, "softmax shift")):
             if name and not axes:
                 continue
-            d = _steady(rows.get(writer.node.index))
+            d = _steady(rows.get(writer.node.index), 100 * precise.eps / torch.finfo(torch.float64).eps)
             if d is not None:
                 parts = [Part(entries, d) for entries in writer.entries]
                 cause = name or _name(graph, d)
@@ -126,14 +126,14 @@ def _covectors(
         yield v if counted is None else v * counted.to(like)
 
 
-def _steady(rows: Tensor | None) -> Tensor | None:
+def _steady(rows: Tensor | None, slack: float) -> Tensor | None:
     """`(channels, q)`: directions that all rows are orthogonal to, and that half of them tell as well."""
     if rows is None or len(rows) < 2:
         return None
     live = (rows != 0).any(dim=0)
     rows = rows[:, live]
-    half = null_vectors(rows[: len(rows) // 2], slack=100)
-    whole = null_vectors(rows, slack=100)
+    half = null_vectors(rows[: len(rows) // 2], slack=slack)
+    whole = null_vectors(rows, slack=slack)
     if whole.shape[1] == 0 or whole.shape[1] != half.shape[1]:
         return None
     d = torch.zeros(len(live), whole.shape[1], dtype=torch.float64)
@@ -174,4 +174,4 @@ def shift_invariant(risk: EmpiricalRisk, axis: int) -> bool:
         shift = torch.linspace(-1.0, 2.0, torch.Size(shape).numel(), dtype=torch.float64).view(shape).to(outputs)
         plain, moved = risk.batch_loss(outputs, batch), risk.batch_loss(outputs + shift, batch)
         size = 1 + plain.abs() + outputs.abs().max()
-    return bool((plain - moved).abs() <= 100 * torch.finfo(outputs.dtype).eps * size)
+    return bool((plain - moved).abs() <= 100 * risk.eps * size)

@@ -242,9 +242,10 @@ class Statement:
 
     def run(self, problem: Problem) -> Iterator[Check]:
         """The checks as they are made; what cannot be tried is *not applicable*, with the reason."""
-        dtype = problem.risk.space.dtype
-        if dtype != torch.float64:
-            yield self.not_applicable(f"{dtype}: rounding would hide what is checked; measure in float64")
+        if problem.risk.eps > torch.finfo(torch.float64).eps:
+            yield self.not_applicable(
+                f"{problem.risk.precision}: rounding would hide what is checked; measure in float64 throughout"
+            )
             return
         try:
             found = 0

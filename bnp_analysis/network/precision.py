@@ -1,0 +1,229 @@
+"""In which precision a risk and its products are really computed, whatever the dtype of its parameters says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bnp_analysis.distributed.nested import tensors_of
+from bnp_analysis.network.batches import Batch, slice_batch
+from bnp_analysis.network.kernels import recording
+from bnp_analysis.network.randomness import random_state
+
+if TYPE_CHECKING:
+    from bnp_analysis.network.risk import EmpiricalRisk
+
+# Examples that are run: operations, and their dtypes, do not depend on how many there are.
+_FEW = 8
+# Dtypes that values may have passed through unseen, coarsest first.
+_COARSE = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The coarsest dtype that anything which depends on the parameters passes through.
+
+    Attributes:
+        dtype: that dtype.
+        cause: the operation and the module that lowered it; empty where it is the risk's own.
+
+    Example:
+        >>> print(Precision(torch.float32, "softmax in block.2"), Precision(torch.float64).eps == 2.0**-52)
+        float32 (softmax in block.2) True
+    """
+
+    dtype: torch.dtype
+    cause: str = ""
+
+    @property
+    def eps(self) -> float:
+        """The spacing of its numbers at 1."""
+        return float(torch.finfo(self.dtype).eps)
+
+    def __str__(self) -> str:
+        return str(self.dtype).removeprefix("torch.") + (f" ({self.cause})" if self.cause else "")
+
+
+def find_precision(risk: EmpiricalRisk) -> Precision:
+    """The precision of a risk and its products, from one recorded gradient on a few examples.
+
+    Every operation is seen below autograd and autocast, with the dtypes that its kernel gets. What depends on a
+    parameter, free or constant, and comes out in a coarser dtype than the risk's has lost digits, unless it was cast
+    and all its values survived (masks, signs, whole numbers). Data and constants may be in any dtype: they are what
+    they are. A value that comes back from outside of torch (NumPy, an extension) shows by its digits what it was
+    rounded to.
+
+    Args:
+        risk: the empirical risk.
+
+    Returns:
+        The coarsest over all processes.
+    """
+    found: list[Precision] = risk.group.share(lambda: _own_precision(risk), "the precision of the products")
+    return max(found, key=lambda precision: precision.eps)
+
+
+def generic_point(risk: EmpiricalRisk) -> Tensor:
+    """A point near `theta` without its coincidences, such as a zero output layer that hides all below it."""
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randn(risk.space.dim, generator=g, dtype=torch.float64).to(risk.theta)
+    return risk.theta + 0.01 * (1 + risk.theta.abs()) * noise
+
+
+def _own_precision(risk: EmpiricalRisk) -> Precision:
+    batch = next((b for b in risk.batches), None)
+    if batch is None:
+        return Precision(risk.space.dtype)
+    few = slice_batch(batch, 0, _FEW) if tensors_of(batch.x)[0].shape[0] > _FEW else None
+    for one in (batch,) if few is None else (few, batch):
+        # What fails here fails in the first pass that is not recorded, with words; a model may want whole batches.
+        with suppress(Exception), random_state(device=risk.space.device):
+            return _recorded(risk, one)
+    return Precision(risk.space.dtype)
+
+
+@recording()
+def _recorded(risk: EmpiricalRisk, batch: Batch) -> Precision:
+    free = risk.space.unflatten(generic_point(risk))
+    tensors = {
+        name: t.detach().clone().requires_grad_() if t.is_floating_point() or t.is_complex() else t
+        for name, t in (risk.named_tensors() | free).items()
+    }
+    leaves = [t for t in tensors.values() if t.requires_grad]
+    constants = [t for _, module in risk.modules() for t in module._buffers.values() if t is not None]
+    record = _Record(risk.space.dtype, leaves, [*constants, *tensors_of((batch.x, batch.y))])
+    with record, _named(risk, record.modules):
+        outputs = risk.batch_outputs(tensors, batch)
+        record.modules[:] = ["the loss"]
+        loss = risk.batch_loss(outputs, batch)
+        record.modules[:] = ["the backward pass"]
+        record.backward = True
+        if loss.requires_grad:
+            torch.autograd.grad(loss, leaves, allow_unused=True)
+    return record.coarsest()
+
+
+@contextmanager
+def _named(risk: EmpiricalRisk, running: list[str]) -> Iterator[None]:
+    """Meanwhile `running` ends with the name of the module that runs."""
+    handles = []
+    for name, module in risk.modules():
+
+        def enter(module: Any, args: Any, name: str = name) -> None:
+            running.append(name or "the model")
+
+        def leave(module: Any, args: Any, output: Any) -> None:
+            running.pop()
+
+        handles += [
+            module.register_forward_pre_hook(enter),
+            module.register_forward_hook(leave, always_call=True),
+        ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Record(TorchDispatchMode):
+    """Follows what depends on the parameters, by storage, through every kernel that runs.
+
+    Args:
+        own: the risk's dtype.
+        leaves: the parameters.
+        given: data and buffers.
+    """
+
+    def __init__(self, own: torch.dtype, leaves: list[Tensor], given: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.modules: list[str] = []
+        self.backward = False
+        self._own = own
+        # Weak references keep the address of a storage from being given away, and none of its memory.
+        self._dependent = {ref for t in leaves if (ref := _storage(t)) is not None}
+        self._seen = self._dependent | {ref for t in given if (ref := _storage(t)) is not None}
+        self._constants: set[StorageWeakRef] = set()
+        self._causes: dict[torch.dtype, tuple[bool, str]] = {}
+
+    def coarsest(self) -> Precision:
+        """What was found."""
+        if not self._causes:
+            return Precision(self._own)
+        dtype = max(self._causes, key=lambda d: torch.finfo(d).eps)
+        return Precision(dtype, self._causes[dtype][1])
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = [t for t in tensors_of((args, kwargs or {})) if _has_digits(t)]
+        for t in inputs:
+            self._look(t)
+        dependent = any(_storage(t) in self._dependent for t in inputs)
+        name = func.overloadpacket.__name__
+        out = func(*args, **(kwargs or {}))
+        dependent = dependent and not (name.endswith("_like") or name.startswith("new_"))
+        foreign = {ref for t in inputs if (ref := _storage(t)) not in self._seen}
+        for t in tensors_of(out):
+            ref = _storage(t)
+            if ref is None or not _has_digits(t):
+                continue
+            if ref not in foreign:
+                self._seen.add(ref)
+            if not dependent:
+                continue
+            if self._coarse(t.dtype):
+                source = inputs[-1]
+                cast = name in ("_to_copy", "copy_")
+                if cast and source.dtype != t.dtype and bool((t.to(source.dtype) == source).all()):
+                    continue
+                if not func.is_view:
+                    self._note(t.dtype, name, cast=cast)
+            self._dependent.add(ref)
+        return out
+
+    def _look(self, t: Tensor) -> None:
+        """A tensor that no kernel has made came from outside; if a derivative goes through it, it is a value."""
+        ref = _storage(t)
+        if ref is None or ref in self._seen or (self.backward and (t.ndim == 0 or ref in self._constants)):
+            return
+        if not self.backward and (t._base if t._base is not None else t).is_leaf:
+            self._constants.add(ref)
+            return
+        self._seen.add(ref)
+        self._dependent.add(ref)
+        values = t.detach()
+        for dtype in (t.dtype,) if self._coarse(t.dtype) else filter(self._coarse, _COARSE):
+            # Whole numbers are masks, signs and counts.
+            if t.dtype == dtype or bool(
+                (values.to(dtype).to(t.dtype) == values).all() and (values != values.round()).any()
+            ):
+                self._note(dtype, "a value computed outside of torch", cast=False)
+                return
+
+    def _coarse(self, dtype: torch.dtype) -> bool:
+        return torch.finfo(dtype).eps > torch.finfo(self._own).eps
+
+    def _note(self, dtype: torch.dtype, name: str, *, cast: bool) -> None:
+        """The first operation in a dtype is its cause; a cast only until one follows that computes with it."""
+        dtype = dtype.to_real()
+        before = self._causes.get(dtype)
+        if before is None or (before[0] and not cast):
+            what = "a cast" if cast else name.strip("_")
+            self._causes[dtype] = (cast, f"{what} in {self.modules[-1] if self.modules else 'the model'}")
+
+
+def _has_digits(t: Tensor) -> bool:
+    return t.is_floating_point() or t.is_complex()
+
+
+def _storage(t: Tensor) -> StorageWeakRef | None:
+    """The memory of a tensor, None where it has none of its own (sparse tensors)."""
+    with suppress(NotImplementedError, RuntimeError):
+        return StorageWeakRef(t.untyped_storage())  # type: ignore[no-untyped-call]
+    return None

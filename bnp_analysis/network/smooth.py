@@ -1,0 +1,652 @@
+"""Smooth functions whose derivatives keep their digits where they saturate.
+
+torch takes the derivative of `tanh` as `1 - y^2` and that of a sigmoid as `y (1 - y)`: where `y` is nearly 1 that is a
+difference of two near numbers, and at `tanh(20)` it is an exact 0. Inside `Accurate` such functions have torch's
+values, and first and second derivatives with a small relative error for all arguments: `sech^2 x`,
+`sigmoid(x) sigmoid(-x)`, the normal density. What torch computes accurately (ELU, exponentials, `atan`) is left to it.
+
+A derivative that underflows to zero is still no structure. `Watch(structural=True)` runs the same functions with
+derivatives replaced by numbers of ordinary size: what is then zero is zero by a mask or a missing edge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from types import FunctionType
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode, handle_torch_function
+
+_ROOT = math.sqrt(2 / math.pi)
+# A logit so far below the largest of its row is masked, not improbable.
+_MASKED = 1e4
+
+Function = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A function with its first two derivatives, entry by entry."""
+
+    value: Function
+    slope: Function
+    curvature: Function
+
+
+@dataclass(eq=False)
+class Watch:
+    """What smooth functions did while a model ran.
+
+    Attributes:
+        structural: whether derivatives are to be replaced by numbers of ordinary size.
+        edges: where the gradients of their arguments arrive.
+        vanished: whether some value is an exact zero, or too small to have all digits, that is none by structure.
+        amplification: the largest `|x f''(x) / f'(x)|`: relative errors of arguments grow by it in derivatives.
+    """
+
+    structural: bool = False
+    edges: list[GradientEdge] = field(default_factory=list)
+    vanished: bool = False
+    amplification: float = 0.0
+
+
+_WATCH: ContextVar[Watch | None] = ContextVar("watch", default=None)
+
+
+@contextmanager
+def watching(*, structural: bool = False) -> Iterator[Watch]:
+    """Watch what smooth functions do in models and losses that run inside."""
+    watch = Watch(structural)
+    token = _WATCH.set(watch)
+    try:
+        yield watch
+    finally:
+        _WATCH.reset(token)
+
+
+class Smooth(torch.autograd.Function):
+    """`y = f(x)`, entry by entry."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, rule: Rule) -> Tensor:
+        return rule.value(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.rule = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return cotangents[0] * Slope.apply(x, ctx.rule), None  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return tangents[0] * Slope.apply(x, ctx.rule)  # type: ignore[no-untyped-call]
+
+
+class Slope(torch.autograd.Function):
+    """`f'(x)`, entry by entry."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, rule: Rule) -> Tensor:
+        return rule.slope(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.rule = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return cotangents[0] * ctx.rule.curvature(x), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return tangents[0] * ctx.rule.curvature(x)
+
+
+def smooth(x: Tensor, rule: Rule) -> Tensor:
+    """`f(x)` with the derivatives of its rule."""
+    return cast(Tensor, Smooth.apply(x, rule))  # type: ignore[no-untyped-call]
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    return smooth(x, SIGMOID) if x.requires_grad else torch.sigmoid(x)
+
+
+def _tanh(x: Tensor) -> Tensor:
+    return smooth(x, TANH) if x.requires_grad else torch.tanh(x)
+
+
+def _bell(x: Tensor) -> Tensor:
+    """`sigmoid(x) sigmoid(-x)`."""
+    return _sigmoid(x) * _sigmoid(-x)
+
+
+def _density(x: Tensor) -> Tensor:
+    """The normal density; its exponent in two parts, of which the larger is exact."""
+    coarse = (x.detach().clamp(-64, 64) * 16).round() / 16
+    return torch.exp(-coarse * coarse / 2) * torch.exp(-(x - coarse) * (x + coarse) / 2) / math.sqrt(2 * math.pi)
+
+
+def _gelu_slope(x: Tensor) -> Tensor:
+    size = x.abs()
+    tail = _density(size) * (torch.special.erfcx(size / math.sqrt(2)) / _ROOT - size)
+    return torch.where(x < 0, tail, 1 - tail)
+
+
+def _erf_slope(x: Tensor) -> Tensor:
+    return 2 / math.sqrt(math.pi) * torch.exp(-x * x)
+
+
+def _inner(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the tanh of the approximate GELU is taken of, and its derivatives."""
+    return _ROOT * x * (1 + 0.044715 * x * x), _ROOT * (1 + 0.134145 * x * x), _ROOT * 0.26829 * x
+
+
+def _gelu_tanh_slope(x: Tensor) -> Tensor:
+    u, first, _ = _inner(x)
+    return _sigmoid(2 * u) * (1 + 2 * x * first * _sigmoid(-2 * u))
+
+
+def _gelu_tanh_curvature(x: Tensor) -> Tensor:
+    u, first, second = _inner(x)
+    return _bell(2 * u) * (4 * first + 2 * x * second - 4 * x * first * first * _tanh(u))
+
+
+def _mish(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`t = tanh(softplus(x))` and `t'`."""
+    m = _sigmoid(-x)
+    return _sigmoid(x) * (1 + m) / (1 + m * m), (2 * m / (1 + m * m)) ** 2 * _sigmoid(x)
+
+
+def _mish_slope(x: Tensor) -> Tensor:
+    t, d = _mish(x)
+    return t + x * d
+
+
+def _mish_curvature(x: Tensor) -> Tensor:
+    t, d = _mish(x)
+    return d * (2 + x * (_sigmoid(-x) - 2 * t * _sigmoid(x)))
+
+
+SIGMOID = Rule(torch.sigmoid, _bell, lambda x: -_bell(x) * _tanh(x / 2))
+TANH = Rule(torch.tanh, lambda x: 4 * _bell(2 * x), lambda x: -8 * _bell(2 * x) * _tanh(x))
+LOGSIGMOID = Rule(F.logsigmoid, lambda x: _sigmoid(-x), lambda x: -_bell(x))
+SILU = Rule(
+    F.silu, lambda x: _sigmoid(x) * (1 + x * _sigmoid(-x)), lambda x: _bell(x) * (2 - x * _tanh(x / 2))
+)  # fmt: skip
+MISH = Rule(F.mish, _mish_slope, _mish_curvature)
+GELU = Rule(F.gelu, _gelu_slope, lambda x: _density(x) * (2 - x * x))
+GELU_TANH = Rule(partial(F.gelu, approximate="tanh"), _gelu_tanh_slope, _gelu_tanh_curvature)
+EXP = Rule(torch.exp, torch.exp, torch.exp)
+ERF = Rule(torch.erf, _erf_slope, lambda x: -2 * x * _erf_slope(x))
+SOFTSIGN = Rule(F.softsign, lambda x: (1 + x.abs()) ** -2, lambda x: -2 * x.sign() * (1 + x.abs()) ** -3)
+TANHSHRINK = Rule(F.tanhshrink, lambda x: _tanh(x) ** 2, lambda x: 8 * _tanh(x) * _bell(2 * x))
+
+
+def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Rule:
+    # torch goes over to x where the difference is rounding; the second derivative has not gone yet.
+    value = partial(F.softplus, beta=beta, threshold=threshold)
+    return Rule(value, lambda x: _sigmoid(beta * x), lambda x: beta * _bell(beta * x))
+
+
+def _exponential(scale: float, alpha: float, width: float, value: Function) -> Rule:
+    """`scale x` above zero, `scale alpha (exp(x / width) - 1)` below."""
+
+    def below(x: Tensor) -> Tensor:
+        return scale * alpha / width * torch.exp(x.clamp(max=0) / width)
+
+    return Rule(
+        value,
+        lambda x: torch.where(x > 0, scale, below(x)),
+        lambda x: torch.where(x > 0, 0.0, below(x) / width),
+    )
+
+
+def _elu(alpha: float = 1.0) -> Rule:
+    return _exponential(1.0, alpha, 1.0, partial(F.elu, alpha=alpha))
+
+
+def _celu(alpha: float = 1.0) -> Rule:
+    return _exponential(1.0, alpha, alpha, partial(F.celu, alpha=alpha))
+
+
+def _selu() -> Rule:
+    return _exponential(1.0507009873554805, 1.6732632423543772, 1.0, F.selu)
+
+
+def _gelu(approximate: str = "none") -> Rule:
+    return GELU_TANH if approximate == "tanh" else GELU
+
+
+def _constant(rule: Rule) -> Callable[[], Rule]:
+    return lambda: rule
+
+
+def _all(name: str, *, inplace: bool = True) -> list[Any]:
+    """A function under all its names."""
+    names = [name, *([f"{name}_"] if inplace else [])]
+    places: list[Any] = [torch, Tensor, F, torch.special]
+    return [getattr(place, n) for place in places for n in names if hasattr(place, n)]
+
+
+# Function of torch -> the rule for its further arguments.
+_RULES: dict[Any, Callable[..., Rule]] = {}
+for _name, _make in {
+    "tanh": _constant(TANH),
+    "sigmoid": _constant(SIGMOID),
+    "expit": _constant(SIGMOID),
+    "logsigmoid": _constant(LOGSIGMOID),
+    "log_sigmoid": _constant(LOGSIGMOID),
+    "silu": _constant(SILU),
+    "mish": _constant(MISH),
+    "gelu": _gelu,
+    "softplus": _softplus,
+    "softsign": _constant(SOFTSIGN),
+    "tanhshrink": _constant(TANHSHRINK),
+    "elu": _elu,
+    "celu": _celu,
+    "exp": _constant(EXP),
+    "erf": _constant(ERF),
+    "selu": _selu,
+}.items():
+    _RULES |= dict.fromkeys(_all(_name), _make)
+# Accurate in torch, where they do not write over their argument.
+_ACCURATE = {f for name in ("elu", "celu", "selu", "exp", "erf") for f in _all(name, inplace=False)}
+
+
+def generic(x: Tensor) -> Tensor:
+    """Positive numbers of ordinary size in no relation to each other."""
+    index = torch.arange(x.numel(), device=x.device, dtype=torch.float64)
+    return (1 + 0.5 * torch.sin(12.9898 * index)).to(x.dtype).reshape(x.shape)
+
+
+def _structural(rule: Rule) -> Rule:
+    return Rule(rule.value, generic, lambda x: generic(x) + 0.25)
+
+
+class Softmax(torch.autograd.Function):
+    """The softmax along an axis; cotangents are taken relative to that of the largest entry, so nothing cancels."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, dim: int, structural: bool) -> Tensor:
+        return torch.softmax(x, dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.dim, structural = inputs
+        p = _unsaturated(x, ctx.dim) if structural else output
+        ctx.save_for_backward(p)
+        ctx.save_for_forward(p)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        (p,) = ctx.saved_tensors
+        return p * _centred(cotangents[0], p, ctx.dim), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        (p,) = ctx.saved_tensors
+        return p * _centred(tangents[0], p, ctx.dim)
+
+
+class LogSoftmax(torch.autograd.Function):
+    """The logarithm of the softmax along an axis."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, dim: int, structural: bool) -> Tensor:
+        return torch.log_softmax(x, dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.dim, ctx.structural = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return LogSoftmaxPullback.apply(cotangents[0], x, ctx.dim, ctx.structural), None, None  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        p = Softmax.apply(x, ctx.dim, ctx.structural)  # type: ignore[no-untyped-call]
+        return _centred(tangents[0], p, ctx.dim)
+
+
+class LogSoftmaxPullback(torch.autograd.Function):
+    """`g - p sum g`, the first derivative of `LogSoftmax`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(g: Tensor, x: Tensor, dim: int, structural: bool) -> Tensor:
+        p = _unsaturated(x, dim) if structural else torch.softmax(x, dim)
+        top = torch.zeros_like(p).scatter(dim, p.argmax(dim, keepdim=True), 1.0)
+        # 1 - p of the largest is the sum of the others.
+        own = g * (p * (1 - top)).sum(dim, keepdim=True) - p * (g * (1 - top)).sum(dim, keepdim=True)
+        return torch.where(top > 0, own, g - p * g.sum(dim, keepdim=True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        g, x, ctx.dim, ctx.structural = inputs
+        ctx.save_for_backward(g, x)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        g, x = ctx.saved_tensors
+        p = Softmax.apply(x, ctx.dim, ctx.structural)  # type: ignore[no-untyped-call]
+        centred = _centred(cotangents[0], p, ctx.dim)
+        along_x = -g.sum(ctx.dim, keepdim=True) * p * centred if ctx.needs_input_grad[1] else None
+        return centred, along_x, None, None
+
+
+def _centred(g: Tensor, p: Tensor, dim: int) -> Tensor:
+    """`g - sum p g`, from differences to the entry where `p` is largest."""
+    h = g - g.gather(dim, p.argmax(dim, keepdim=True))
+    return h - (p * h).sum(dim, keepdim=True)
+
+
+def _unsaturated(x: Tensor, dim: int) -> Tensor:
+    """The softmax with all logits that are not masked equal."""
+    masked = x < x.amax(dim, keepdim=True) - _MASKED
+    return torch.softmax(torch.zeros_like(x).masked_fill(masked, -math.inf), dim)
+
+
+class LogSumExp(torch.autograd.Function):
+    """The logarithm of the sum of exponentials along an axis; its derivative is the softmax."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, dim: int, structural: bool) -> Tensor:
+        return torch.logsumexp(x, dim, keepdim=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.dim, ctx.structural = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return cotangents[0] * Softmax.apply(x, ctx.dim, ctx.structural), None, None  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        p = Softmax.apply(x, ctx.dim, ctx.structural)  # type: ignore[no-untyped-call]
+        return (tangents[0] * p).sum(ctx.dim, keepdim=True)
+
+
+class Valued(torch.autograd.Function):
+    """The value of one computation with the derivatives of another."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, formula: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        return None, cotangents[0]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return tangents[1].clone()
+
+
+def _valued(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], formula: Tensor) -> Tensor:
+    with torch.no_grad():
+        value = func(*args, **kwargs)
+    return cast(Tensor, Valued.apply(value.detach(), formula))  # type: ignore[no-untyped-call]
+
+
+def _entrywise(func: Any, x: Tensor, *rest: Any, inplace: bool = False, **kwargs: Any) -> Tensor:
+    watch = _WATCH.get()
+    if rest and isinstance(rest[-1], bool):
+        *rest, inplace = rest  # type: ignore[assignment]
+    inplace = inplace or func.__name__.endswith("_")
+    if func in _ACCURATE and watch is None and not inplace:
+        return cast(Tensor, func(x, *rest, **kwargs))
+    rule = _RULES[func](*rest, **kwargs)
+    if watch is not None:
+        _note(watch, x, rule)
+        rule = _structural(rule) if watch.structural else rule
+    return x.copy_(smooth(x.clone(), rule)) if inplace else smooth(x, rule)
+
+
+def _note(watch: Watch, x: Tensor, rule: Rule) -> None:
+    """Remember what derivatives of one call amplify, where they arrive, and whether its value has vanished."""
+    if x.requires_grad:
+        watch.edges.append(get_gradient_edge(x))
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        # Inside a transformation numbers cannot be looked at.
+        watch.vanished = True
+        return
+    with torch.no_grad():
+        z, tiny = x.detach(), torch.finfo(x.dtype).tiny
+        slope = rule.slope(z)
+        change = (z * rule.curvature(z) / slope).abs()
+        steep = change[(slope.abs() >= tiny) & (slope.abs() < 0.1)]
+        watch.amplification = max(watch.amplification, float(steep.max()) if steep.numel() else 0.0)
+        watch.vanished = watch.vanished or bool(((rule.value(z).abs() < tiny) & (z != 0)).any())
+
+
+def _softmaxed(made: Any, func: Any, x: Tensor, dim: int | None = None, *rest: Any, **kwargs: Any) -> Tensor:
+    """A softmax, or one of its logarithms, along an axis."""
+    watch = _WATCH.get()
+    dtype = next((d for d in (*rest, kwargs.get("dtype")) if isinstance(d, torch.dtype)), None)
+    if dim is None or x.ndim == 0:
+        return cast(Tensor, func(x, dim, *rest, **kwargs))
+    x = x if dtype is None else x.to(dtype)
+    if watch is not None:
+        with torch.no_grad():
+            if x.requires_grad:
+                watch.edges.append(get_gradient_edge(x))
+            p = torch.softmax(x.detach(), dim)
+            kept = _unsaturated(x.detach(), dim) > 0
+            watch.vanished = watch.vanished or bool(((p < torch.finfo(p.dtype).tiny) & kept).any())
+            # The roots of probabilities are what counts: half of the relative error.
+            spread = (x.detach().amax(dim, keepdim=True) - x.detach()).masked_fill(~kept, 0.0)
+            watch.amplification = max(watch.amplification, float(spread.max()) / 2)
+    return cast(Tensor, made.apply(x, dim, watch is not None and watch.structural))
+
+
+def _log_sum_exp(func: Any, x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
+    if not isinstance(dim, int) or x.ndim == 0 or not bool(torch.isfinite(x).all()):
+        return cast(Tensor, func(x, dim, keepdim))
+    out = _softmaxed(LogSumExp, func, x, dim)
+    return out if keepdim else out.squeeze(dim)
+
+
+def _log_add_exp(func: Any, a: Tensor, b: Tensor) -> Tensor:
+    if not bool(torch.isfinite(a).all() & torch.isfinite(b).all()):
+        return cast(Tensor, func(a, b))
+    return _valued(func, (a, b), {}, a + _softplus_of(b - a))
+
+
+def _softplus_of(x: Tensor) -> Tensor:
+    return _entrywise(F.softplus, x)
+
+
+def _reduced(loss: Tensor, reduction: str) -> Tensor:
+    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
+
+
+def _binary_cross_entropy(
+    func: Any, z: Tensor, y: Tensor, weight: Tensor | None = None, *old: Any, **kwargs: Any
+) -> Tensor:
+    given = {k: v for k, v in kwargs.items() if v is not None}
+    args = (z, y, weight)
+    if old or given.keys() - {"reduction", "pos_weight"} or y.requires_grad:
+        return cast(Tensor, func(*args, *old, **kwargs))
+    ups = y if given.get("pos_weight") is None else y * given["pos_weight"]
+    loss = (1 - y) * _softplus_of(z) + ups * _softplus_of(-z)
+    loss = loss if weight is None else loss * weight
+    return _valued(func, args, kwargs, _reduced(loss, given.get("reduction", "mean")))
+
+
+def _soft_margin(func: Any, z: Tensor, y: Tensor, *old: Any, **kwargs: Any) -> Tensor:
+    if old or {k for k, v in kwargs.items() if v is not None} - {"reduction"}:
+        return cast(Tensor, func(z, y, *old, **kwargs))
+    return _valued(func, (z, y), kwargs, _reduced(_softplus_of(-y * z), kwargs.get("reduction", "mean")))
+
+
+def _cross_entropy(func: Any, z: Tensor, y: Tensor, weight: Tensor | None = None, *old: Any, **kwargs: Any) -> Tensor:
+    given = {k: v for k, v in kwargs.items() if v is not None}
+    if old or given.keys() - {"reduction", "ignore_index", "label_smoothing"} or z.ndim == 0:
+        return cast(Tensor, func(z, y, weight, *old, **kwargs))
+    axis, smoothing, reduction = int(z.ndim > 1), given.get("label_smoothing", 0.0), given.get("reduction", "mean")
+    logs = _softmaxed(LogSoftmax, F.log_softmax, z, axis)
+    if not y.is_floating_point() and smoothing == 0:
+        chosen = {k: v for k, v in given.items() if k != "label_smoothing"}
+        return F.nll_loss(logs, y, weight, **chosen)
+    shape = [-1 if d == axis else 1 for d in range(z.ndim)]
+    weights = torch.ones_like(z) if weight is None else weight.view(shape).expand_as(z)
+    if y.is_floating_point():
+        targets, total = y * (1 - smoothing) + smoothing / z.shape[axis], z.numel() / z.shape[axis]
+    else:
+        kept = (y != given.get("ignore_index", -100)).unsqueeze(axis).to(z)
+        hard = torch.zeros_like(z).scatter(axis, torch.where(kept > 0, y.unsqueeze(axis), 0), 1.0) * kept
+        targets, total = hard * (1 - smoothing) + kept * smoothing / z.shape[axis], (hard * weights).sum()
+    loss = -(logs * targets * weights).sum(axis)
+    formula = loss.sum() / total if reduction == "mean" else _reduced(loss, reduction)
+    return _valued(func, (z, y, weight), kwargs, formula)
+
+
+def _glu(func: Any, x: Tensor, dim: int = -1) -> Tensor:
+    kept, gate = x.chunk(2, dim)
+    return _valued(func, (x, dim), {}, kept * _entrywise(torch.sigmoid, gate))
+
+
+def _attention(
+    func: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    kwargs = {"scale": scale, "enable_gqa": enable_gqa}
+    args = (q, k, v, attn_mask, dropout_p, is_causal)
+    if dropout_p:
+        return cast(Tensor, func(*args, **kwargs))
+    root = (scale if scale is not None else 1 / math.sqrt(q.shape[-1])) ** 0.5 if (scale or 1) > 0 else None
+    if root is None or q.is_nested:
+        return cast(Tensor, func(*args, **kwargs))
+    if enable_gqa:
+        k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+    logits = (q * root) @ (k * root).transpose(-2, -1)
+    mask = attn_mask
+    if is_causal:
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
+    p = _softmaxed(Softmax, torch.softmax, logits, -1)
+    if mask is not None:
+        # A row with nothing to attend to gives zeros.
+        p = torch.where((logits == -math.inf).all(-1, keepdim=True), 0.0, p)
+    return _valued(func, args, kwargs, p @ v)
+
+
+def _named(func: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+    """The replacement under the function's name, by which the recorder of a graph knows it."""
+
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return call(func, *args, **kwargs)
+
+    replacement.__name__ = func.__name__
+    return replacement
+
+
+_REPLACED: dict[Any, Callable[..., Any]] = {
+    **{func: _named(func, _entrywise) for func in _RULES},
+    **{f: _named(f, partial(_softmaxed, Softmax)) for f in _all("softmax", inplace=False)},
+    **{f: _named(f, partial(_softmaxed, LogSoftmax)) for f in _all("log_softmax", inplace=False)},
+    **{f: _named(f, _log_sum_exp) for f in _all("logsumexp", inplace=False)},
+    **{f: _named(f, _log_add_exp) for f in _all("logaddexp", inplace=False)},
+    F.binary_cross_entropy_with_logits: _named(F.binary_cross_entropy_with_logits, _binary_cross_entropy),
+    F.soft_margin_loss: _named(F.soft_margin_loss, _soft_margin),
+    F.cross_entropy: _named(F.cross_entropy, _cross_entropy),
+    F.glu: _named(F.glu, _glu),
+    F.scaled_dot_product_attention: _named(F.scaled_dot_product_attention, _attention),
+}
+# Read through to the calls inside.
+COMPOSITE = {F.multi_head_attention_forward, F.multilabel_soft_margin_loss}
+
+
+class Accurate(TorchFunctionMode):
+    """Smooth functions called inside have torch's values, and derivatives that keep their digits."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in COMPOSITE:
+            with self:
+                return opened(func)(*args, **kwargs)
+        if (
+            func in _REPLACED
+            and (torch.is_grad_enabled() or _WATCH.get())
+            and _plain(args)
+            and kwargs.get("out") is None
+        ):
+            if torch._C._len_torch_function_stack():
+                return handle_torch_function(_REPLACED[func], (args[0],), *args, **kwargs)
+            return _REPLACED[func](*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _plain(args: tuple[Any, ...]) -> bool:
+    """Whether the first argument is a real tensor of no other class."""
+    return bool(args) and type(args[0]) in (Tensor, torch.nn.Parameter) and args[0].is_floating_point()
+
+
+def opened(func: Any) -> Any:
+    """A function of torch that is written in Python, so that the calls inside it are seen in its place."""
+    space = {**func.__globals__, "has_torch_function": lambda *_: False}
+    space["has_torch_function_variadic"] = space["has_torch_function_unary"] = space["has_torch_function"]
+    copy = FunctionType(func.__code__, space, func.__name__, func.__defaults__, func.__closure__)
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy

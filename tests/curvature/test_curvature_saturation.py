@@ -1,0 +1,194 @@
+"""Condition numbers of saturated networks against mpmath: what is claimed contains the truth.
+
+Only these tests catch a derivative that rounding made zero and that is then counted as structure, a loss whose
+curvature cancels and passes for accurate, a saturated unit that is called dead, and a closed form that is not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mpmath as mp
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bnp_analysis as bnp
+
+mp.mp.dps = 60
+
+
+def sigmoid(x: Any) -> Any:
+    return 1 / (1 + mp.exp(-x))
+
+
+def bell(x: Any) -> Any:
+    return sigmoid(x) * sigmoid(-x)
+
+
+def by_probabilities(z: Tensor, y: Tensor) -> Tensor:
+    return -(y * torch.log(torch.sigmoid(z)) + (1 - y) * torch.log(torch.sigmoid(-z))).mean()
+
+
+def by_log1p(z: Tensor, y: Tensor) -> Tensor:
+    return (z.clamp(min=0) - z * y + torch.log1p(torch.exp(-z.abs()))).mean()
+
+
+# Loss of logits -> a multiple of its curvature there.
+LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Any], Any]]] = {
+    "binary cross-entropy": (F.binary_cross_entropy_with_logits, bell),
+    "soft margin": (lambda z, y: F.soft_margin_loss(z, 2 * y - 1), bell),
+    "by probabilities": (by_probabilities, bell),
+    "by log1p": (by_log1p, bell),
+    "log cosh": (lambda z, y: torch.log(torch.cosh(z)).mean() + 0 * y.sum(), lambda z: bell(2 * z)),
+    "Poisson": (F.poisson_nll_loss, mp.exp),
+    "softplus": (lambda z, y: F.softplus(z).mean() + 0 * y.sum(), bell),
+}
+UNITS: dict[str, tuple[nn.Module, Callable[[Any], Any]]] = {
+    "tanh": (nn.Tanh(), mp.tanh),
+    "sigmoid": (nn.Sigmoid(), sigmoid),
+    "gelu": (nn.GELU(), lambda x: x * mp.ncdf(x)),
+    "silu": (nn.SiLU(), lambda x: x * sigmoid(x)),
+    "softplus": (nn.Softplus(), lambda x: mp.log1p(mp.exp(x))),
+    "logsigmoid": (nn.LogSigmoid(), lambda x: -mp.log1p(mp.exp(-x))),
+    "mish": (nn.Mish(), lambda x: x * mp.tanh(mp.log1p(mp.exp(x)))),
+    "elu": (nn.ELU(), lambda x: x if x > 0 else mp.expm1(x)),
+    "softsign": (nn.Softsign(), lambda x: x / (1 + abs(x))),
+}
+PRECISIONS = [torch.float64, torch.float32]
+
+
+def contains(found: bnp.ConditionNumber, truth: Any) -> bool:
+    return bool(found.lower <= truth <= found.upper)
+
+
+def measured(A: Any) -> bnp.ConditionNumber | None:
+    """None where it is refused in words."""
+    try:
+        return bnp.condition_number(A)
+    except (bnp.errors.ZeroOperatorError, bnp.errors.InvalidInputError, bnp.errors.NonFiniteError):
+        return None
+
+
+def logits(values: Sequence[float], loss: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> bnp.EmpiricalRisk:
+    model = nn.Linear(len(values), 1, bias=False, dtype=dtype)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([values], dtype=dtype))
+    return bnp.EmpiricalRisk(
+        model, loss, (torch.eye(len(values), dtype=dtype), torch.zeros(len(values), 1, dtype=dtype))
+    )
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(name: str, dtype: torch.dtype) -> None:
+    loss, curvature = LOSSES[name]
+    for size in (5.0, 14.0, 28.0, 37.0, 60.0):
+        for values in ([0.5, size], [0.5, -size], [size, size + 0.5], [-size, -size - 0.5]):
+            try:
+                risk = logits(values, loss, dtype)
+            except bnp.errors.NonFiniteError:
+                continue
+            S = [curvature(mp.mpf(z)) for z in values]
+            for A in (bnp.gauss_newton(risk), bnp.hessian(risk)):
+                found = measured(A)
+                assert found is None or contains(found, max(S) / min(S)), (values, found)
+
+
+@pytest.mark.parametrize("loss", [F.binary_cross_entropy_with_logits, by_probabilities])
+@pytest.mark.parametrize("size", [14.0, 20.0, 28.0, 36.0, -37.0])
+def test_the_closed_form_is_two_sided(size: float, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    found = bnp.condition_number(bnp.gauss_newton(logits([0.5, size], loss, torch.float64)))
+    assert found.two_sided
+    assert contains(found, bell(mp.mpf(0.5)) / bell(mp.mpf(size)))
+    assert found.upper < (1 + 1e-4) * found.lower
+
+
+def unit(activation: nn.Module, values: Sequence[float], dtype: torch.dtype) -> bnp.EmpiricalRisk:
+    net = nn.Sequential(nn.Linear(2, 1, dtype=dtype), activation, nn.Linear(1, 1, dtype=dtype))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([values], dtype=dtype))
+        net[0].bias.zero_()
+        net[2].weight.fill_(1.0)
+    return bnp.EmpiricalRisk(net, F.mse_loss, (torch.eye(2, dtype=dtype), torch.zeros(2, 1, dtype=dtype)))
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("name", UNITS)
+def test_units(name: str, dtype: torch.dtype) -> None:
+    activation, exact = UNITS[name]
+    for size in (4.0, 8.0, 20.0, 60.0, 400.0):
+        for values in ([0.5, size], [0.5, -size], [size, size + 0.25], [-size, -size - 0.25]):
+            with mp.workdps(800):
+                a, b = (mp.diff(exact, mp.mpf(z), h=mp.mpf(10) ** -200) for z in values)
+                # Rows (a, 0, a) and (0, b, b): the Gram matrix is [[2 a^2, a b], [a b, 2 b^2]].
+                trace, determinant = 2 * (a * a + b * b), 3 * a * a * b * b
+                top = (trace + mp.sqrt(trace * trace - 4 * determinant)) / 2
+                truth = top * top / determinant
+            risk = unit(activation, values, dtype)
+            try:
+                found = measured(bnp.gauss_newton(risk, block="0"))
+            except OverflowError:
+                continue
+            assert found is None or contains(found, truth), (values, found)
+            null = bnp.null_directions(risk, block="0")
+            assert "dead units" not in null.sources, values
+            assert "inactive rows" not in null.sources, values
+
+
+@pytest.mark.parametrize("name", ["tanh", "sigmoid", "gelu"])
+def test_units_that_are_all_saturated_are_two_sided(name: str) -> None:
+    """Nothing is small beside them, so that all their digits count."""
+    activation, exact = UNITS[name]
+    size = -12.0 if name == "gelu" else 17.0
+    with mp.workdps(300):
+        a, b = (mp.diff(exact, mp.mpf(z), h=mp.mpf(10) ** -80) for z in (size, size + 0.25))
+        trace, determinant = 2 * (a * a + b * b), 3 * a * a * b * b
+        top = (trace + mp.sqrt(trace * trace - 4 * determinant)) / 2
+    found = bnp.condition_number(bnp.gauss_newton(unit(activation, [size, size + 0.25], torch.float64), block="0"))
+    assert found.two_sided
+    assert contains(found, top * top / determinant)
+
+
+def test_masks_are_structure_still() -> None:
+    x = torch.tensor([[1.0, 2.0], [2.0, -1.0], [0.5, 1.0]], dtype=torch.float64)
+    net = nn.Sequential(nn.Linear(2, 2, dtype=torch.float64), nn.ReLU(), nn.Linear(2, 1, dtype=torch.float64))
+    with torch.no_grad():
+        net[0].bias.copy_(torch.tensor([-100.0, 3.0]))
+        net[2].weight.fill_(1.0)
+    risk = bnp.EmpiricalRisk(net, F.mse_loss, (x, torch.zeros(3, 1, dtype=torch.float64)))
+    null = bnp.null_directions(risk, block="0")
+    assert null.sources["dead units"] == 3
+    found = bnp.condition_number(bnp.gauss_newton(risk, block="0"), null=null)
+    assert found.two_sided
+
+
+def test_tables_fisher_and_magnitudes() -> None:
+    """Three saturated units and one that is not; the truth of unit 0 from its slopes."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 2, generator=g, dtype=torch.float64)
+    net = nn.Sequential(nn.Linear(2, 4, dtype=torch.float64), nn.Tanh(), nn.Linear(4, 1, dtype=torch.float64))
+    with torch.no_grad():
+        net[0].weight.mul_(0.1)
+        net[0].bias.copy_(torch.tensor([17.0, -30.0, 200.0, 0.1]))
+    risk = bnp.EmpiricalRisk(net, F.binary_cross_entropy_with_logits, (x, torch.zeros(6, 1, dtype=torch.float64)))
+    W, b, V, c = risk.space.unflatten(risk.theta).values()
+    with mp.workdps(80):
+        rows = []
+        for h in x.tolist():
+            a = [mp.mpf(b[i].item()) + mp.fsum(mp.mpf(W[i, k].item()) * h[k] for k in range(2)) for i in range(4)]
+            z = mp.mpf(c.item()) + mp.fsum(mp.mpf(V[0, i].item()) * mp.tanh(a[i]) for i in range(4))
+            s = mp.sqrt(bell(z)) / mp.cosh(a[0]) ** 2
+            rows.append([s * h[0], s * h[1], s])
+        sigma = mp.svd_r(mp.matrix(rows), compute_uv=False)
+        truth = (sigma[0] / sigma[2]) ** 2
+    found = bnp.condition_number(bnp.gauss_newton(risk, block=("0", 0)))
+    assert contains(found, truth)
+    assert found.two_sided
+    for A in (bnp.hessian(risk), bnp.gauss_newton(risk), bnp.fisher(risk), bnp.fisher(risk, "empirical")):
+        result = bnp.magnitude_condition_number(A)
+        assert result.lower >= 1 - 1e-6
+        assert not result.two_sided  # unit 2 has slopes of 1e-170
+    assert bnp.layer_table(risk) is not None

@@ -1,0 +1,215 @@
+"""Derivatives of smooth functions where they saturate, against mpmath.
+
+Only these tests catch a derivative that is a difference of two near numbers: `1 - y^2`, `y (1 - y)`, `1 + erf`, the
+backward pass of a softmax whose largest probability is nearly 1, and a replacement that changes values, breaks third
+derivatives, or cannot run on stacks of cotangents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mpmath as mp
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bnp_analysis.network.smooth import Accurate, watching
+
+mp.mp.dps = 60
+
+
+def sigmoid(x: Any) -> Any:
+    return 1 / (1 + mp.exp(-x))
+
+
+def gelu_tanh(x: Any) -> Any:
+    return x * sigmoid(2 * mp.sqrt(2 / mp.pi) * (x + mp.mpf("0.044715") * x**3))
+
+
+FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Any], Any], float]] = {
+    "tanh": (torch.tanh, mp.tanh, 100),
+    "tanh, method": (Tensor.tanh, mp.tanh, 100),
+    "tanh, in place": (lambda x: x.clone().tanh_(), mp.tanh, 100),
+    "sigmoid": (nn.Sigmoid(), sigmoid, 100),
+    "expit": (torch.special.expit, sigmoid, 100),
+    "gelu": (nn.GELU(), lambda x: x * mp.ncdf(x), 12),
+    "gelu, tanh": (nn.GELU("tanh"), gelu_tanh, 9),
+    "silu": (nn.SiLU(), lambda x: x * sigmoid(x), 80),
+    "silu, in place": (lambda x: F.silu(x.clone(), inplace=True), lambda x: x * sigmoid(x), 80),
+    "softplus": (nn.Softplus(), lambda x: mp.log1p(mp.exp(x)), 80),
+    "softplus, beta": (nn.Softplus(3.0, 15.0), lambda x: mp.log1p(mp.exp(3 * x)) / 3, 25),
+    "logsigmoid": (nn.LogSigmoid(), lambda x: -mp.log1p(mp.exp(-x)), 80),
+    "mish": (nn.Mish(), lambda x: x * mp.tanh(mp.log1p(mp.exp(x))), 40),
+    "softsign": (nn.Softsign(), lambda x: x / (1 + abs(x)), 1e6),
+    "tanhshrink": (nn.Tanhshrink(), lambda x: x - mp.tanh(x), 80),
+    "elu, in place": (nn.ELU(inplace=True), lambda x: x if x > 0 else mp.expm1(x), 80),
+}
+
+
+def derivatives(f: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x = x.clone().requires_grad_()
+    with Accurate():
+        y = f(x * 1)
+    (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (h,) = torch.autograd.grad(g.sum(), x)
+    return y.detach(), g.detach(), h
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_derivatives_keep_their_digits(name: str, dtype: torch.dtype) -> None:
+    f, exact, most = FUNCTIONS[name]
+    most = min(most, 1e6 if most > 1e3 else most if dtype == torch.float64 else most / 4)
+    sizes = torch.logspace(-3, 0, 7, dtype=torch.float64) * most
+    x = torch.cat([-sizes.flip(0), sizes]).to(dtype)
+    y, g, h = derivatives(f, x)
+    assert torch.equal(y, f(x.clone()))
+    eps = torch.finfo(dtype).eps
+    with mp.workdps(300):
+        for k, value in enumerate(x.tolist()):
+            z = mp.mpf(value)
+            first, second = (mp.diff(exact, z, n, h=mp.mpf(10) ** -80) for n in (1, 2))
+            # What the argument has rounded is amplified, by |z| or z^2; that of a tanh of a cubic by z^3.
+            allowed = eps * (8 + 3 * abs(value) ** (3 if "gelu, tanh" in name else 1))
+            assert abs(g[k].item() - first) <= allowed * abs(first), (value, g[k].item(), first)
+            # Near an inflection terms of the size of the first derivative cancel.
+            assert abs(h[k].item() - second) <= allowed * max(abs(second), 0.1 * abs(first)), (value, h[k], second)
+
+
+@pytest.mark.parametrize("name", ["tanh", "gelu", "silu", "mish", "softplus", "sigmoid"])
+def test_third_derivatives_and_transformations(name: str) -> None:
+    f = FUNCTIONS[name][0]
+    x = torch.linspace(-3, 3, 7, dtype=torch.float64, requires_grad=True)
+    with Accurate():
+        assert torch.autograd.gradgradcheck(f, x)
+        tangents = torch.func.jvp(f, (x.detach(),), (torch.ones_like(x),))[1]
+        stacked = torch.func.vmap(torch.func.grad(f))(x.detach())
+        y = f(x)
+    (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (batched,) = torch.autograd.grad(y, x, torch.eye(7, dtype=torch.float64), is_grads_batched=True, retain_graph=True)
+    for other in (tangents, stacked, batched.diagonal()):
+        torch.testing.assert_close(other, g.detach(), rtol=1e-14, atol=0)
+    (h,) = torch.autograd.grad(g.sum(), x, create_graph=True)
+    (third,) = torch.autograd.grad(h.sum(), x)
+    exact = [float(mp.diff(FUNCTIONS[name][1], mp.mpf(v), 3)) for v in x.tolist()]
+    torch.testing.assert_close(third, torch.tensor(exact, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_a_softmax_that_is_nearly_certain(log: bool) -> None:
+    """`p (g - sum p g)` and its derivative, at `p = 1 - 4e-18`: `g - sum p g` is an exact 0 in torch."""
+    x = torch.tensor([[40.0, 0.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    g = torch.tensor([[3.0, -1.0, 2.0]], dtype=torch.float64)
+    v = torch.tensor([[0.5, 2.0, -1.0]], dtype=torch.float64)
+    with Accurate():
+        y = (torch.log_softmax if log else torch.softmax)(x, 1)
+    (first,) = torch.autograd.grad(y, x, g, create_graph=True)
+    (second,) = torch.autograd.grad(first, x, v)
+
+    with mp.workdps(120):
+        for k in range(3):
+
+            def moved(t: Any, s: Any, k: int = k) -> Any:
+                z = [
+                    mp.mpf(a) + t * mp.mpf(b) + (s if i == k else 0)
+                    for i, (a, b) in enumerate(zip(x[0].tolist(), v[0].tolist(), strict=True))
+                ]
+                total = mp.fsum(mp.exp(a) for a in z)
+                parts = [a - mp.log(total) if log else mp.exp(a) / total for a in z]
+                return mp.fsum(mp.mpf(c) * p for c, p in zip(g[0].tolist(), parts, strict=True))
+
+            one = mp.diff(lambda s: moved(0, s), 0, h=mp.mpf(10) ** -40)
+            two = mp.diff(moved, (0, 0), (1, 1), h=mp.mpf(10) ** -40)
+            assert abs(first[0, k].item() - one) <= 1e-13 * abs(one)
+            assert abs(second[0, k].item() - two) <= 1e-13 * abs(two)
+
+
+def weighted(z: Tensor, y: Tensor) -> Tensor:
+    w = torch.tensor([0.5, 2.0, 1.0], dtype=z.dtype)
+    return F.binary_cross_entropy_with_logits(z, y, w, pos_weight=torch.tensor(3.0, dtype=z.dtype), reduction="sum")
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "binary cross-entropy": F.binary_cross_entropy_with_logits,
+    "weighted": weighted,
+    "soft margin": lambda z, y: F.soft_margin_loss(z, 2 * y - 1),
+    "multi-label": lambda z, y: F.multilabel_soft_margin_loss(z[None], y[None]),
+    "by hand": lambda z, y: (F.softplus(z) - y * z).mean(),
+    "logaddexp": lambda z, y: (torch.logaddexp(z, torch.zeros_like(z)) - y * z).mean(),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_of_logits(name: str) -> None:
+    z = torch.tensor([36.0, -36.0, 5.0], dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([0.0, 1.0, 0.25], dtype=torch.float64)
+    with Accurate():
+        loss = LOSSES[name](z, y)
+    assert torch.equal(loss.detach(), LOSSES[name](z.detach(), y)) or name == "multi-label"
+    (g,) = torch.autograd.grad(loss, z, create_graph=True)
+    (h,) = torch.autograd.grad(g.sum(), z)
+    scale = [1.0, 6.0, 1 + 0.25 * 2] if name == "weighted" else [1 / 3] * 3
+    weights = [0.5, 2.0, 1.0] if name == "weighted" else [1.0] * 3
+    for k, t in enumerate(z.tolist()):
+        if name == "weighted":
+            factor = weights[k] * (1 + 2 * y[k].item())
+        else:
+            factor = scale[k]
+        exact = factor * sigmoid(mp.mpf(t)) * sigmoid(-mp.mpf(t))
+        if name == "soft margin" and k == 2:
+            continue  # its target must be 1 or -1
+        assert abs(h[k].item() - exact) <= 1e-14 * exact
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_cross_entropy_is_torchs(smoothing: float, reduction: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(5, 4, 3, generator=g, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(0, 4, (5, 3), generator=g)
+    y[0, 0] = -100
+    w = torch.rand(4, generator=g, dtype=torch.float64)
+    for target in (y, torch.rand(5, 4, 3, generator=g, dtype=torch.float64)):
+
+        def loss(target: Tensor = target) -> Tensor:
+            return F.cross_entropy(z, target, w, reduction=reduction, label_smoothing=smoothing)
+
+        with Accurate():
+            ours = loss()
+        theirs = loss()
+        assert torch.equal(ours, theirs)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(a.sum(), z)[0] for a in (ours, theirs)), rtol=1e-12, atol=1e-15
+        )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_and_gates_are_torchs(masked: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 4, 6, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    mask = torch.rand(4, 4, generator=g) > 0.4 if masked else None
+    if mask is not None:
+        mask[:, 0] = True
+    for f in (lambda: F.scaled_dot_product_attention(q, k, v, mask), lambda: F.glu(q) + 0 * k[..., :3] * v[..., :3]):
+        with Accurate():
+            ours = f()
+        theirs = f()
+        assert torch.equal(ours, theirs)
+        for a, b in zip(*(torch.autograd.grad(y.sin().sum(), (q, k, v)) for y in (ours, theirs)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
+def test_structure_is_what_masks_and_edges_leave() -> None:
+    x = torch.tensor([-900.0, 900.0, 0.5], dtype=torch.float64, requires_grad=True)
+    with watching() as seen, Accurate():
+        (real,) = torch.autograd.grad(torch.tanh(x).sum(), x)
+    with watching(structural=True), Accurate():
+        (ordinary,) = torch.autograd.grad(torch.tanh(x).sum(), x)
+        (cut,) = torch.autograd.grad(torch.relu(x).sum(), x)
+    assert real[:2].tolist() == [0.0, 0.0]
+    assert bool((ordinary > 0.4).all())
+    assert cut.tolist() == [0.0, 1.0, 1.0]
+    assert len(seen.edges) == 1
