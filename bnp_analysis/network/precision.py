@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Examples that are run: operations, and their dtypes, do not depend on how many there are.
 _FEW = 8
+_OUTSIDE = "a value computed outside of torch"
 # Dtypes that values may have passed through unseen, coarsest first.
 _COARSE = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -58,7 +59,7 @@ def find_precision(risk: EmpiricalRisk) -> Precision:
     parameter, free or constant, and comes out in a coarser dtype than the risk's has lost digits, unless it was cast
     and all its values survived (masks, signs, whole numbers). Data and constants may be in any dtype: they are what
     they are. A value that comes back from outside of torch (NumPy, an extension) shows by its digits what it was
-    rounded to.
+    rounded to, or else by the steps in which the outputs move.
 
     Args:
         risk: the empirical risk.
@@ -107,7 +108,24 @@ def _recorded(risk: EmpiricalRisk, batch: Batch) -> Precision:
         record.backward = True
         if loss.requires_grad:
             torch.autograd.grad(loss, leaves, allow_unused=True)
+    if record.unknown and not record.causes and risk.space.dtype == torch.float64 and _is_grained(risk, batch):
+        return Precision(torch.float32, record.unknown)
     return record.coarsest()
+
+
+def _is_grained(risk: EmpiricalRisk, batch: Batch) -> bool:
+    """Whether outputs move in steps of single precision: third differences along a line, which are none of a function.
+
+    Over steps `t = 2^-22` a smooth function has third differences of size `t^3`, and float64 adds `1e-16`; a value
+    rounded to float32 in between adds `1e-7` of itself.
+    """
+    origin = generic_point(risk)
+    g = torch.Generator().manual_seed(1)
+    step = 2.0**-22 * (1 + origin.abs()) * torch.randn(risk.space.dim, generator=g, dtype=torch.float64).to(origin)
+    with torch.no_grad():
+        f = [risk.batch_outputs(risk.space.unflatten(origin + k * step), batch) for k in (-3, -1, 1, 3)]
+    third = f[3] - 3 * f[2] + 3 * f[1] - f[0]
+    return bool(third.abs().amax() > 1e-10 * f[1].abs().amax())
 
 
 @contextmanager
@@ -151,14 +169,16 @@ class _Record(TorchDispatchMode):
         self._dependent = {ref for t in leaves if (ref := _storage(t)) is not None}
         self._seen = self._dependent | {ref for t in given if (ref := _storage(t)) is not None}
         self._constants: set[StorageWeakRef] = set()
-        self._causes: dict[torch.dtype, tuple[bool, str]] = {}
+        # Where a value came from outside of torch whose digits do not tell what it was rounded to.
+        self.unknown = ""
+        self.causes: dict[torch.dtype, tuple[bool, str]] = {}
 
     def coarsest(self) -> Precision:
         """What was found."""
-        if not self._causes:
+        if not self.causes:
             return Precision(self._own)
-        dtype = max(self._causes, key=lambda d: torch.finfo(d).eps)
-        return Precision(dtype, self._causes[dtype][1])
+        dtype = max(self.causes, key=lambda d: torch.finfo(d).eps)
+        return Precision(dtype, self.causes[dtype][1])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = [t for t in tensors_of((args, kwargs or {})) if _has_digits(t)]
@@ -203,8 +223,9 @@ class _Record(TorchDispatchMode):
             if t.dtype == dtype or bool(
                 (values.to(dtype).to(t.dtype) == values).all() and (values != values.round()).any()
             ):
-                self._note(dtype, "a value computed outside of torch", cast=False)
+                self._note(dtype, _OUTSIDE, cast=False)
                 return
+        self.unknown = self.unknown or f"{_OUTSIDE} in {self._where()}"
 
     def _coarse(self, dtype: torch.dtype) -> bool:
         return torch.finfo(dtype).eps > torch.finfo(self._own).eps
@@ -212,10 +233,13 @@ class _Record(TorchDispatchMode):
     def _note(self, dtype: torch.dtype, name: str, *, cast: bool) -> None:
         """The first operation in a dtype is its cause; a cast only until one follows that computes with it."""
         dtype = dtype.to_real()
-        before = self._causes.get(dtype)
+        before = self.causes.get(dtype)
         if before is None or (before[0] and not cast):
             what = "a cast" if cast else name.strip("_")
-            self._causes[dtype] = (cast, f"{what} in {self.modules[-1] if self.modules else 'the model'}")
+            self.causes[dtype] = (cast, f"{what} in {self._where()}")
+
+    def _where(self) -> str:
+        return self.modules[-1] if self.modules else "the model"
 
 
 def _has_digits(t: Tensor) -> bool:
@@ -224,6 +248,6 @@ def _has_digits(t: Tensor) -> bool:
 
 def _storage(t: Tensor) -> StorageWeakRef | None:
     """The memory of a tensor, None where it has none of its own (sparse tensors)."""
-    with suppress(NotImplementedError, RuntimeError):
+    with suppress(RuntimeError):
         return StorageWeakRef(t.untyped_storage())  # type: ignore[no-untyped-call]
     return None
