@@ -161,8 +161,8 @@ def computed_in(operator: LinearOperator) -> str:
     own = str(operator.dtype).removeprefix("torch.")
     if operator.eps <= torch.finfo(operator.dtype).eps:
         return own
-    known = (torch.float32, torch.float16, torch.bfloat16)
-    inside = next((str(d).removeprefix("torch.") for d in known if operator.eps <= torch.finfo(d).eps), None)
+    known = (torch.bfloat16, torch.float16, torch.float32)
+    inside = next((str(d).removeprefix("torch.") for d in known if operator.eps >= torch.finfo(d).eps), None)
     return f"{own} ({inside or f'eps {operator.eps:.1g}'} inside)"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,10 @@ from bnp_analysis.network.randomness import random_state
 if TYPE_CHECKING:
     from bnp_analysis.network.risk import EmpiricalRisk
 
+# Roundings that radii allow for anyway.
+_USUAL = 4
+# More noise than float64 explains, in a layer relative to its derivatives.
+_STEPS = 1e-10
 # Examples that are run: operations, and their dtypes, do not depend on how many there are.
 _FEW = 8
 _OUTSIDE = "a value computed outside of torch"
@@ -34,6 +38,7 @@ class Precision:
     Attributes:
         dtype: that dtype.
         cause: the operation and the module that lowered it; empty where it is the risk's own.
+        noise: what was measured of a coarser dtype's rounding, relative: more where what it rounded cancels.
 
     Example:
         >>> print(Precision(torch.float32, "softmax in block.2"), Precision(torch.float64).eps == 2.0**-52)
@@ -42,14 +47,16 @@ class Precision:
 
     dtype: torch.dtype
     cause: str = ""
+    noise: float = 0.0
 
     @property
     def eps(self) -> float:
-        """The spacing of its numbers at 1."""
-        return float(torch.finfo(self.dtype).eps)
+        """The spacing of its numbers at 1, or the noise."""
+        return max(float(torch.finfo(self.dtype).eps), self.noise)
 
     def __str__(self) -> str:
-        return str(self.dtype).removeprefix("torch.") + (f" ({self.cause})" if self.cause else "")
+        cause = self.cause + (f", noise {self.noise:.0e}" if self.noise else "")
+        return str(self.dtype).removeprefix("torch.") + (f" ({cause})" if cause else "")
 
 
 def find_precision(risk: EmpiricalRisk) -> Precision:
@@ -108,24 +115,46 @@ def _recorded(risk: EmpiricalRisk, batch: Batch) -> Precision:
         record.backward = True
         if loss.requires_grad:
             torch.autograd.grad(loss, leaves, allow_unused=True)
-    if record.unknown and not record.causes and risk.space.dtype == torch.float64 and _is_grained(risk, batch):
-        return Precision(torch.float32, record.unknown)
-    return record.coarsest()
+    found = record.coarsest()
+    if risk.space.dtype != torch.float64 or found.eps > torch.finfo(torch.float32).eps:
+        return found
+    if found.cause or record.unknown:
+        noise = _noise(risk, batch)
+        if not found.cause and noise > _STEPS:
+            found = Precision(torch.float32, record.unknown)
+        if found.cause and noise > _USUAL * found.eps:
+            return replace(found, noise=noise)
+    return found
 
 
-def _is_grained(risk: EmpiricalRisk, batch: Batch) -> bool:
-    """Whether outputs move in steps of single precision: third differences along a line, which are none of a function.
+def _noise(risk: EmpiricalRisk, batch: Batch) -> float:
+    """The noise of `J^T u`, relative, in the worst layer: from third differences along a line, as a function has none.
 
-    Over steps `t = 2^-22` a smooth function has third differences of size `t^3`, and float64 adds `1e-16`; a value
-    rounded to float32 in between adds `1e-7` of itself.
+    Over steps `t = 2^-16` they are of size `t^3` for a smooth function and `1e-16` for float64; a value rounded to
+    float32 in between moves in steps of `1e-7` of itself, which what cancels afterwards makes larger.
+
+    Source: More and Wild 2011, estimating computational noise.
     """
     origin = generic_point(risk)
     g = torch.Generator().manual_seed(1)
-    step = 2.0**-22 * (1 + origin.abs()) * torch.randn(risk.space.dim, generator=g, dtype=torch.float64).to(origin)
-    with torch.no_grad():
-        f = [risk.batch_outputs(risk.space.unflatten(origin + k * step), batch) for k in (-3, -1, 1, 3)]
-    third = f[3] - 3 * f[2] + 3 * f[1] - f[0]
-    return bool(third.abs().amax() > 1e-10 * f[1].abs().amax())
+    step = 2.0**-16 * (1 + origin.abs()) * torch.randn(risk.space.dim, generator=g, dtype=torch.float64).to(origin)
+    rows = []
+    for k in (-3, -1, 1, 3):
+        tensors = {n: t.clone().requires_grad_() for n, t in risk.space.unflatten(origin + k * step).items()}
+        outputs = risk.batch_outputs(tensors, batch)
+        cotangent = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        rows.append(risk.pullback((outputs * cotangent.to(outputs)).sum(), tensors))
+    third = (rows[3] - 3 * rows[2] + 3 * rows[1] - rows[0]) / 20**0.5
+    layers: dict[str, list[float]] = {}
+    for (name, noise), size in zip(
+        risk.space.unflatten(third.square()).items(), risk.space.unflatten(rows[1].square()).values(), strict=True
+    ):
+        layer = layers.setdefault(name.rpartition(".")[0], [0.0, 0.0])
+        layer[0] += float(noise.sum())
+        layer[1] += float(size.sum())
+    # In a layer without effect all is noise.
+    floor = 1e-8 * max(size for _, size in layers.values())
+    return float(max((noise / size for noise, size in layers.values() if size > floor), default=0.0)) ** 0.5
 
 
 @contextmanager

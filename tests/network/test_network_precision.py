@@ -257,7 +257,8 @@ ORDINARY: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         IMAGES,
     ),
     "its own statistics": (
-        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()), IMAGES
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        IMAGES,
     ),
     "group normalization": (
         lambda: nn.Sequential(
