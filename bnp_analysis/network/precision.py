@@ -154,7 +154,8 @@ def _noise(risk: EmpiricalRisk, batch: Batch) -> float:
         layer[1] += float(size.sum())
     # In a layer without effect all is noise.
     floor = 1e-8 * max(size for _, size in layers.values())
-    return float(max((noise / size for noise, size in layers.values() if size > floor), default=0.0)) ** 0.5
+    worst = max((noise / size for noise, size in layers.values() if size > floor), default=0.0)
+    return math.sqrt(worst)
 
 
 @contextmanager

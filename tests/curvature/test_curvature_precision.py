@@ -76,7 +76,8 @@ def test_intervals_contain_the_truth(kind: Callable[[Tensor, torch.dtype], Tenso
             assert truth.dtype == "float64"
             assert found.dtype == "float64 (float32 inside)"
             if truth.two_sided:
-                assert found.lower <= truth.upper and truth.lower <= found.upper
+                assert found.lower <= truth.upper
+                assert truth.lower <= found.upper
                 assert not found.lower > found.value
             assert "float64 (float32 inside)" in str(found)
 
@@ -86,7 +87,8 @@ def test_a_float32_softmax_still_gives_a_two_sided_number() -> None:
     found = bnp.condition_number(bnp.gauss_newton(rough, block="0"), null=bnp.null_directions(rough, block="0"))
     truth = problem(softmax, DOUBLE, 2)
     exact = bnp.condition_number(bnp.gauss_newton(truth, block="0"), null=bnp.null_directions(truth, block="0"))
-    assert found.two_sided and exact.two_sided
+    assert found.two_sided
+    assert exact.two_sided
     assert found.lower <= exact.value <= found.upper
     assert found.upper - found.lower > 1e3 * (exact.upper - exact.lower)
     assert found.engine["precision"] == str(rough.precision)
@@ -117,10 +119,12 @@ def test_tables_say_so_and_contain_the_truth() -> None:
         pairs = [(found.block, known.block), *zip(found.unit_blocks, known.unit_blocks, strict=True)]
         pairs += [(found.block_with_P, known.block_with_P)]
         for k, t in pairs:
-            assert k is not None and t is not None
+            assert k is not None
+            assert t is not None
             assert k.dtype == "float64 (float32 inside)"
             if t.two_sided:
-                assert k.lower <= t.upper and t.lower <= k.upper
+                assert k.lower <= t.upper
+                assert t.lower <= k.upper
 
 
 def test_outputs_in_a_coarser_dtype_have_a_curvature() -> None:
@@ -132,7 +136,8 @@ def test_outputs_in_a_coarser_dtype_have_a_curvature() -> None:
     rough = bnp.EmpiricalRisk(head, F.cross_entropy, (x, y), dtype=DOUBLE)
     exact = bnp.EmpiricalRisk(layer, F.cross_entropy, (x, y), dtype=DOUBLE)
     numbers = [bnp.condition_number(bnp.gauss_newton(r), null=bnp.null_directions(r)) for r in (rough, exact)]
-    assert numbers[0].two_sided and numbers[0].rank == numbers[1].rank == 10
+    assert numbers[0].two_sided
+    assert numbers[0].rank == numbers[1].rank == 10
     assert numbers[0].lower <= numbers[1].value <= numbers[0].upper
 
 

@@ -1,5 +1,5 @@
-"""Catches: a cast inside a model, a loss, autocast, a custom backward or NumPy that goes unnoticed, so that float64 is said
-of float32; an ordinary model that is called coarser than it is; a complex buffer that loses its imaginary part."""
+"""Catches: a cast inside a model, a loss, autocast, a custom backward or NumPy that goes unnoticed, so that float64 is
+said of float32; an ordinary model called coarser than it is; a complex buffer that loses its imaginary part."""
 
 from __future__ import annotations
 
