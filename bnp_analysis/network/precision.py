@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -90,11 +91,15 @@ def _own_precision(risk: EmpiricalRisk) -> Precision:
     if batch is None:
         return Precision(risk.space.dtype)
     few = slice_batch(batch, 0, _FEW) if tensors_of(batch.x)[0].shape[0] > _FEW else None
+    failed = ""
     for one in (batch,) if few is None else (few, batch):
-        # What fails here fails in the first pass that is not recorded, with words; a model may want whole batches.
-        with suppress(Exception), random_state(device=risk.space.device):
-            return _recorded(risk, one)
-    return Precision(risk.space.dtype)
+        try:
+            with random_state(device=risk.space.device):
+                return _recorded(risk, one)
+        except Exception as error:
+            # A model may want whole batches; what fails there too fails in the next pass, with words, or cannot be seen.
+            failed = f"not recorded: {type(error).__name__}"
+    return Precision(risk.space.dtype, failed)
 
 
 @recording()
