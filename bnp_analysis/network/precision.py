@@ -97,7 +97,7 @@ def _own_precision(risk: EmpiricalRisk) -> Precision:
             with random_state(device=risk.space.device):
                 return _recorded(risk, one)
         except Exception as error:
-            # A model may want whole batches; what fails there too fails in the next pass, with words, or cannot be seen.
+            # A model may want whole batches; what fails there too fails in the next pass, or cannot be recorded.
             failed = f"not recorded: {type(error).__name__}"
     return Precision(risk.space.dtype, failed)
 
