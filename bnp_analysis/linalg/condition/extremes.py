@@ -86,9 +86,9 @@ def unexplained(unresolved: int, null: DeclaredNull, A: SymmetricOperator) -> st
     why = "" if null.declared else f" ({UNDECLARED})"
     exact = A.exact if A.factor is None else A.factor.exact
     coarse = not exact and A.eps > torch.finfo(torch.float64).eps
-    more = "; an operator computed in float64 has a lower floor" if coarse and A.dtype != torch.float64 else ""
+    more = "; an operator built in float64 has a lower floor" if coarse and A.dtype != torch.float64 else ""
     if not A.zeros_are_structural:
-        more = f"; saturated derivatives are too small for {A.dtype}{more}"
+        more = f"; zeros among its entries may be rounding, as where derivatives saturate{more}"
     return f"{unresolved} eigenvalues below the noise floor are not explained as zero{why}{more}"
 
 
