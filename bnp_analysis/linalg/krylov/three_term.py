@@ -31,7 +31,8 @@ def three_term(
         every: steps between two looks at the numbers; default 1 on the CPU, 10 where looking means waiting.
 
     Returns:
-        Diagonal `(k,)`, off-diagonal `(k - 1,)` and the products spent; `k < steps` for an invariant subspace.
+        Diagonal `(k,)`; off-diagonal and, last, the norm of the residual, `(k,)`; the products spent. `k < steps` for an
+        invariant subspace, whose residual is rounding and given as zero.
 
     Raises:
         NonFiniteError: a product with NaN or infinity.
@@ -44,7 +45,7 @@ def three_term(
         >>> A = DenseOperator(torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64)))
         >>> alpha, beta, products = three_term(A, 2, torch.ones(2).double(), torch.zeros(2, 0).double())
         >>> alpha.round(6).tolist(), beta.round(6).tolist(), products
-        ([2.0, 2.0], [1.0], 2)
+        ([2.0, 2.0], [1.0, 0.0], 2)
     """
     coefficients = torch.zeros(2, steps, dtype=torch.float64, device=A.device)
     alpha, beta = coefficients
@@ -66,11 +67,11 @@ def three_term(
             small = (found[1] <= 10 * math.sqrt(A.dim) * eps * scale).nonzero()[0]
             if small.size:  # an invariant subspace; what was computed after it is of no use
                 last = int(small[0]) + 1
-                return found[0, :last].copy(), found[1, : last - 1].copy(), k + 1
+                return found[0, :last].copy(), np.append(found[1, : last - 1], 0.0), k + 1
             if not np.isfinite(scale[-1]):
                 raise NonFiniteError(
                     f"one of the first {k + 1} products with {A!r} has NaN or infinite entries; look at the "
                     "parameters, the loss and the dtype"
                 )
         previous, v = v, w / beta[k]
-    return found[0].copy(), found[1, :-1].copy(), steps
+    return found[0].copy(), found[1].copy(), steps
