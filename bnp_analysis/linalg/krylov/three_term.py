@@ -31,8 +31,8 @@ def three_term(
         every: steps between two looks at the numbers; default 1 on the CPU, 10 where looking means waiting.
 
     Returns:
-        Diagonal `(k,)`; off-diagonal and, last, the norm of the residual, `(k,)`; the products spent. `k < steps` for an
-        invariant subspace, whose residual is rounding and given as zero.
+        Diagonal `(k,)`; off-diagonal and, last, the norm of the residual, `(k,)`; the products spent. `k < steps` for
+        an invariant subspace, whose residual is rounding and given as zero.
 
     Raises:
         NonFiniteError: a product with NaN or infinity.

@@ -62,8 +62,8 @@ def christoffel(x: Floats, nodes: Floats, weights: Floats, residuals: Floats) ->
     """The Christoffel function of a Lanczos run, `1 / sum_{j <= k} p_j(x)^2` with its orthonormal polynomials.
 
     The measure of the start vector below `x` and the sum of the weights of the Gauss nodes below `x` differ by no more:
-    both lie between the weights below `x` of the rule of `k + 1` nodes, one of them at `x`, and these with the weight at
-    `x`, which is this function (Chebyshev, Markov, Stieltjes). It is computed from the rule's matrix in the basis of
+    both lie between the weights below `x` of the rule of `k + 1` nodes, one of them at `x`, and these with the weight
+    at `x`, which is this function (Chebyshev, Markov, Stieltjes). It is computed from the rule's matrix in the basis of
     Ritz vectors, `diag(nodes)` with a border of residuals.
 
     Args:
@@ -90,43 +90,61 @@ def christoffel(x: Floats, nodes: Floats, weights: Floats, residuals: Floats) ->
     return found
 
 
-def shares(lower: Floats, upper: Floats, probes: int, dim: int, confidence: float) -> tuple[Floats, Floats]:
-    """Which shares of `dim` eigenvalues a mean over random vectors within `[lower, upper]` is compatible with.
+def chance(share: Floats | float, observed: Floats, probes: int, dim: int) -> Floats:
+    """The probability that a mean over random vectors is at most `observed`, where the share of eigenvalues is `share`.
 
     For Gaussian vectors the share of their length in an eigenspace of dimension `s` has the distribution
     `Beta(s / 2, (n - s) / 2)`, known without a variance estimated from the sample. The mean of `p` of them is in the
-    convex order below `Beta(p s / 2, p (n - s) / 2)`, that of the mean weighted by the vectors' lengths, whose tails
-    are taken.
+    convex order below `Beta(p s / 2, p (n - s) / 2)`, which is that of the mean weighted by the vectors' lengths, and is
+    taken.
+
+    Args:
+        share: between 0 and 1.
+        observed: `(m,)` means, between 0 and 1.
+        probes, dim: `p` and `n`.
+
+    Returns:
+        `(m,)`.
+
+    Example:
+        >>> chance(0.5, np.array([0.4, 0.5, 0.6]), 8, 400).round(4).tolist()
+        [0.0, 0.5, 1.0]
+    """
+    size = probes * dim / 2
+    a, b = np.broadcast_arrays(size * np.asarray(share), size * (1 - np.asarray(share)))
+    found = betainc(np.maximum(a, 1e-300), np.maximum(b, 1e-300), np.clip(observed + _ROUNDING, 0.0, 1.0))
+    return np.asarray(np.where(a <= 0, 1.0, np.where(b <= 0, observed >= 1 - _ROUNDING, found)))
+
+
+def shares(lower: Floats, upper: Floats, probes: int, dim: int, confidence: float) -> tuple[Floats, Floats]:
+    """Which shares of `dim` eigenvalues a mean over random vectors within `[lower, upper]` is compatible with.
 
     Args:
         lower, upper: `(m,)` bounds of the mean, between 0 and 1.
-        probes, dim: `p` and `n`.
+        probes, dim: number and length of the vectors.
         confidence: two-sided.
 
     Returns:
-        Bounds `(m,)` of `s / n`.
+        Bounds `(m,)`.
 
     Source: Clopper and Pearson 1934, for this distribution.
 
     Example:
         >>> low, high = shares(np.array([0.5]), np.array([0.5]), 8, 400, 0.95)
         >>> (low.round(3).item(), high.round(3).item())
-        (0.475, 0.525)
+        (0.476, 0.524)
     """
     tail = (1 - confidence) / 2
-    most = _most(np.minimum(upper + _ROUNDING, 1.0), probes * dim / 2, tail)
-    least = 1 - _most(np.minimum(1 - lower + _ROUNDING, 1.0), probes * dim / 2, tail)
-    return least, most
 
+    def most(observed: Floats) -> Floats:
+        low, high = np.zeros_like(observed), np.ones_like(observed)
+        for _ in range(40):
+            middle = (low + high) / 2
+            likely = chance(middle, observed, probes, dim) >= tail
+            low, high = np.where(likely, middle, low), np.where(likely, high, middle)
+        return high
 
-def _most(observed: Floats, size: float, tail: float) -> Floats:
-    """The largest share whose mean falls to `observed` or below with probability `tail`, by bisection."""
-    low, high = np.zeros_like(observed), np.ones_like(observed)
-    for _ in range(50):
-        middle = (low + high) / 2
-        likely = betainc(size * middle, size * (1 - middle), observed) >= tail
-        low, high = np.where(likely, middle, low), np.where(likely, high, middle)
-    return np.where(observed >= 1, 1.0, high)
+    return 1 - most(1 - lower), most(upper)
 
 
 def whole(least: Floats, most: Floats, dim: int) -> tuple[Floats, Floats]:
@@ -136,4 +154,4 @@ def whole(least: Floats, most: Floats, dim: int) -> tuple[Floats, Floats]:
     return np.where(some, low, least), np.where(some, high, most)
 
 
-__all__ = ["Estimate", "christoffel", "shares", "whole"]
+__all__ = ["Estimate", "chance", "christoffel", "shares", "whole"]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
@@ -20,7 +22,7 @@ from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.progress import Progress, reporting
 from bnp_analysis.linalg.random import generator, normal, orthonormal, project_out
-from bnp_analysis.linalg.spectra.brackets import Estimate, christoffel, shares, whole
+from bnp_analysis.linalg.spectra.brackets import Estimate, chance, christoffel, shares, whole
 from bnp_analysis.linalg.spectra.checks import measured, provenance, rounding_norm
 from bnp_analysis.linalg.spectra.null import NORM_STEPS, HasBasis
 from bnp_analysis.results import Result
@@ -61,10 +63,10 @@ class SpectralDensity(Result):
         found = np.sort(self.nodes[self.weights > 0])  # the rest is padding
         places = (found[:-1] + found[1:])[:: max(1, found.size // 200)] / 2
         _, below, above = self._below(places)
+        open_ = float((above - below).max(initial=0.0)) / 2
         return (
             f"spectral density on [{found[0]:.4g}, {found[-1]:.4g}], mean {mean:.4g}, {len(self.nodes)} probes x "
-            f"{self.nodes.shape[1]} steps, masses below any bound to +- {float((above - below).max(initial=0)) / 2:.2g} "
-            f"beside sampling, {self.matvecs} products"
+            f"{self.nodes.shape[1]} steps (masses below a bound: quadrature +- {open_:.2g}), {self.matvecs} products"
         )
 
     def mass(self, low: float, high: float, confidence: float = 0.95) -> Estimate:
@@ -114,29 +116,35 @@ class SpectralDensity(Result):
         between = (places[:-1] + places[1:]) / 2
         places = np.sort(np.concatenate([found.min() - span, places, between, found.max() + span]))
         value, below, above = self._below(places)
-        least, most = whole(*self._shares(below, above, confidence), self._room)
-        wanted = share - 1e-9 / self._room
+        wanted = math.ceil(share * self._room - 1e-9)  # this eigenvalue in their order
+        likely = partial(chance, probes=len(self.nodes), dim=self._room)
+        tail = (1 - confidence) / 2
 
-        def ends(lower: Floats, upper: Floats) -> tuple[float, float]:
-            too_low, enough = places[upper < wanted], places[lower >= wanted]
-            return float(too_low.max(initial=-np.inf)), float(enough.min(initial=np.inf))
+        def ends(too_few: NDArray[np.bool_], enough: NDArray[np.bool_]) -> tuple[float, float]:
+            return float(places[too_few].max(initial=-np.inf)), float(places[enough].min(initial=np.inf))
 
-        (inner, outer), (lower, upper) = ends(below, above), ends(least, most)
-        middle = min(max(float(places[value >= min(wanted, value[-1])].min()), lower), upper)
-        return Estimate(
-            middle, lower, upper, (outer - inner) / 2, max(0.0, (upper - lower - outer + inner) / 2), confidence
+        inner, outer = ends(above < wanted / self._room, below > (wanted - 1) / self._room)
+        lower, upper = ends(
+            likely(wanted / self._room, above) < tail, likely(1 - (wanted - 1) / self._room, 1 - below) < tail
         )
+        middle = min(max(float(places[value >= min(share, value[-1])].min()), lower), upper)
+        half, open_ = (upper - lower) / 2, (outer - inner) / 2
+        return Estimate(middle, lower, upper, min(half, open_), max(0.0, half - open_), confidence)
 
     def band(self, confidence: float = 0.95) -> tuple[Floats, Floats]:
-        """Bounds `(m,)` of the density, pointwise: the widened eigenvalues at a point of the grid are counted as by `mass`.
+        """Bounds `(m,)` of the density, pointwise: widened eigenvalues are counted as by `mass`.
 
         Where the lower one is zero, the density says nothing about whether there are eigenvalues.
         """
         _require_confidence(confidence)
         peak = 1 / (self.width * math.sqrt(2 * math.pi))
-        ends = [np.clip((self.density + sign * self.quadrature) / peak, 0.0, 1.0) for sign in (-1, 1)]
-        lower, upper = self._shares(ends[0], ends[1], confidence)
-        return peak * lower, peak * upper
+        upper = self._shares(*[np.clip((self.density + self.quadrature) / peak, 0.0, 1.0)] * 2, confidence)[1]
+        # An eigenvalue far off counts little, and scatters as little: its height here is the unit (Satterthwaite 1946).
+        heights = _gaussians(self.grid, self._axis(), self.width) * self.weights[..., None]
+        squares = (_gaussians(self.grid, self._axis(), self.width) * heights).sum(axis=(0, 1))
+        own = np.maximum(squares / np.maximum(heights.sum(axis=(0, 1)), 1e-300), 1e-300)
+        least = np.clip((self.density - self.quadrature) / own, 0.0, 1.0)
+        return own * self._shares(least, least, confidence)[0], peak * upper
 
     def records(self) -> list[dict[str, float]]:
         """One row per grid point."""
@@ -147,6 +155,9 @@ class SpectralDensity(Result):
     def _room(self) -> int:
         """The dimension in which the probes were drawn."""
         return int(self.dim - self.null_dim - self.settings["deflated"])
+
+    def _axis(self) -> Floats:
+        return _logarithms(self.nodes) if self.settings["scale"] == "log" else self.nodes
 
     def _below(self, places: Floats) -> tuple[Floats, Floats, Floats]:
         """The share of eigenvalues up to each place as the quadrature has it, and what it can be for these probes."""
@@ -235,8 +246,8 @@ def spectral_density(
     if amplified(operator):
         amplification, matvecs = rounding_norm(operator, seed), matvecs + 2 * NORM_STEPS
     key = (
-        f"density, with residuals, of dimension {A.dim} in {A.dtype}, {probes} probes x {steps}, {basis.shape[1]} left out, seed {seed}"
-        + ("" if reorthogonalize else ", not reorthogonalized")
+        f"density with residuals of dimension {A.dim} in {A.dtype}, {probes} probes x {steps}, {basis.shape[1]} left "
+        f"out, seed {seed}" + ("" if reorthogonalize else ", not reorthogonalized")
     )
     if checkpoint is not None and Path(checkpoint).exists():
         state = load_state(checkpoint, key)
@@ -281,8 +292,7 @@ def spectral_density(
     spread = high - low if high - low > 1e-8 * size else size or 1.0
     sigma = width or 0.01 * spread
     grid = np.linspace(low - 5 * sigma, high + 5 * sigma, points)
-    kernels = np.exp(-0.5 * ((grid[None, None] - axis[..., None]) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
-    each = (kernels * weights[..., None]).sum(axis=1)
+    each = (_gaussians(grid, axis, sigma) * weights[..., None]).sum(axis=1)
     return SpectralDensity(
         grid=grid,
         density=each.mean(axis=0),
@@ -324,23 +334,31 @@ def _bracket(
     return value, np.clip(lower, 0.0, 1.0), np.clip(upper, 0.0, 1.0)
 
 
-def _open(axis: Floats, nodes: Floats, weights: Floats, residuals: Floats, rounding: float, scale: str) -> Floats:
-    """What the distribution of the eigenvalues, on the axis of a density, may be off by at its points."""
-    found = []
+def _open(grid: Floats, nodes: Floats, weights: Floats, residuals: Floats, rounding: float, scale: str) -> Floats:
+    """What the distribution of the eigenvalues, on the axis of a density, may be off by between its points."""
+    found = np.zeros(grid.size - 1)
     for own in zip(nodes, weights, residuals, strict=True):
-        gaps = []
-        for places in (10.0**axis, -(10.0**axis)) if scale == "log" else (axis,):
+        gaps = np.zeros_like(grid)
+        for places in (10.0**grid, -(10.0**grid)) if scale == "log" else (grid,):
             value, lower, upper = _bracket(places, *own, rounding)
-            gaps.append(np.maximum(value - lower, upper - value))
-        found.append(np.minimum(np.sum(gaps, axis=0), 1.0))
-    return np.asarray(np.mean(found, axis=0))
+            gaps += np.maximum(value - lower, upper - value)
+        # A node's peak is as wide as its residual, and may lie between two points.
+        axis, near = own[0], 4 * (own[2] + rounding)
+        if scale == "log":
+            axis, near = _logarithms(axis), near / np.maximum(np.abs(axis), near)
+        peaks = own[1] * np.minimum(near / (grid[1] - grid[0]), 1.0)
+        found += np.maximum(gaps[1:], gaps[:-1]) + np.histogram(axis, grid, weights=peaks)[0]
+    return np.asarray(np.minimum(found / len(nodes), 1.0))
 
 
 def _smoothed(grid: Floats, sigma: float, gaps: Floats) -> Floats:
     """`int |g'(x - t)| gap(t) dt` with the Gaussian `g`: what a widened density may be off by."""
-    kernel = np.exp(-0.5 * ((grid[:, None] - grid) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
-    cells = np.maximum(gaps[1:], gaps[:-1])
-    return np.asarray(np.abs(np.diff(kernel, axis=1)) @ cells)
+    return np.asarray(np.abs(np.diff(_gaussians(grid, grid, sigma), axis=0)).T @ gaps)
+
+
+def _gaussians(grid: Floats, centres: Floats, sigma: float) -> Floats:
+    """Normal densities around each centre, `(..., m)`."""
+    return np.exp(-0.5 * ((grid - centres[..., None]) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
 
 
 def _require_confidence(confidence: float) -> None:
