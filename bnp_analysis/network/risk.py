@@ -15,7 +15,7 @@ from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.operators import require_no_autocast
 from bnp_analysis.network.batches import Batch, Batches, Count, arguments
 from bnp_analysis.network.identity import fingerprint
-from bnp_analysis.network.kernels import differentiable_kernels, explained, recording
+from bnp_analysis.network.kernels import LOCK, explained, recording, with_differentiable_kernels
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.purity import require_mean_loss, require_pure
 from bnp_analysis.network.reading import Inputs, one_tensor
@@ -233,9 +233,12 @@ class EmpiricalRisk:
         # Copies, no operations of the network: batch statistics write into buffers (trap 2).
         with torch._C.DisableTorchFunction():
             buffers = {name: b.clone() for name, b in self._model.named_buffers()}
-        with self._inputs.given(batch.x, batch.own) as x, differentiable_kernels(recurrent=self._recurrent):
+        with self._inputs.given(batch.x, batch.own) as x:
             args, kwargs = arguments(x)
-            raw = functional_call(self._model, {**self._constants, **tensors, **buffers}, args, kwargs)
+            everything = {**self._constants, **tensors, **buffers}
+            raw = with_differentiable_kernels(
+                lambda: functional_call(self._model, everything, args, kwargs), recurrent=self._recurrent
+            )
         return one_tensor(raw, self.output)
 
     def batch_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -257,7 +260,7 @@ class EmpiricalRisk:
     def capture(self, visit: Visit, names: Iterable[str] | None = None) -> None:
         """Run this process's batches without gradients, showing `visit(name, module, inputs, output)` every module."""
         tensors = self.space.unflatten(self.theta)
-        with watched(self._model, visit, names), torch.no_grad():
+        with LOCK, watched(self._model, visit, names), torch.no_grad():
             for batch in self.batches:
                 self.batch_outputs(tensors, batch)
 
@@ -271,7 +274,7 @@ class EmpiricalRisk:
             seen[name].append((args[0].detach().clone(), output))
             return output.clone()
 
-        with watched(self._model, note, seen):
+        with LOCK, watched(self._model, note, seen):
             return self.batch_outputs(self.leaves(), batch), seen
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:

@@ -95,8 +95,8 @@ def chance(share: Floats | float, observed: Floats, probes: int, dim: int) -> Fl
 
     For Gaussian vectors the share of their length in an eigenspace of dimension `s` has the distribution
     `Beta(s / 2, (n - s) / 2)`, known without a variance estimated from the sample. The mean of `p` of them is in the
-    convex order below `Beta(p s / 2, p (n - s) / 2)`, which is that of the mean weighted by the vectors' lengths, and is
-    taken.
+    convex order below `Beta(p s / 2, p (n - s) / 2)`, the distribution of the mean weighted by the vectors' lengths,
+    which is taken.
 
     Args:
         share: between 0 and 1.

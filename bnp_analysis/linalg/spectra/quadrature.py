@@ -286,12 +286,7 @@ def spectral_density(
         "deflated": basis.shape[1] - declared.dim,
     }
     axis = _logarithms(nodes) if scale == "log" else nodes
-    low, high = float(axis[weights > 0].min()), float(axis[weights > 0].max())
-    size = max(abs(low), abs(high))
-    # Of a multiple of the identity the range is rounding: its size stands in.
-    spread = high - low if high - low > 1e-8 * size else size or 1.0
-    sigma = width or 0.01 * spread
-    grid = np.linspace(low - 5 * sigma, high + 5 * sigma, points)
+    grid, sigma = _grid(axis[weights > 0], width, points)
     each = (_gaussians(grid, axis, sigma) * weights[..., None]).sum(axis=1)
     return SpectralDensity(
         grid=grid,
@@ -308,6 +303,15 @@ def spectral_density(
         matvecs=matvecs,
         **provenance(A, preconditioner, settings, seed, began),
     )
+
+
+def _grid(found: Floats, width: float | None, points: int) -> tuple[Floats, float]:
+    """The axis of a density over the nodes found, and the width of a Gaussian."""
+    low, high = float(found.min()), float(found.max())
+    size = max(abs(low), abs(high))
+    # Of a multiple of the identity the range is rounding: its size stands in.
+    sigma = width or 0.01 * (high - low if high - low > 1e-8 * size else size or 1.0)
+    return np.linspace(low - 5 * sigma, high + 5 * sigma, points), sigma
 
 
 def _run(
