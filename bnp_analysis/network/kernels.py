@@ -63,16 +63,11 @@ def with_differentiable_kernels(run: Callable[[], Found], *, recurrent: bool) ->
                 torch.compiler.set_stance("force_eager")
             return run()
         finally:
-            undone(restore)
-
-
-def undone(restore: Callable[[], None]) -> None:
-    """`restore()`, once more where an interrupt comes in between, which is raised afterwards."""
-    try:
-        restore()
-    except KeyboardInterrupt:
-        restore()
-        raise
+            try:
+                restore()
+            except KeyboardInterrupt:
+                restore()
+                raise
 
 
 @contextmanager

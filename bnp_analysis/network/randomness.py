@@ -5,14 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from bnp_analysis.network.kernels import LOCK, undone
+from bnp_analysis.network.kernels import LOCK
 
 Item = TypeVar("Item")
 States = tuple[Any, ...]
@@ -56,7 +55,11 @@ def random_state(
                         torch.cuda.manual_seed(seed)
             yield
         finally:
-            undone(partial(_set, before, own, cuda))
+            try:
+                _set(before, own, cuda)
+            except KeyboardInterrupt:
+                _set(before, own, cuda)
+                raise
 
 
 def apart(items: Iterable[Item], *, seed: int | None, generators: Iterable[torch.Generator]) -> Iterator[Item]:

@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bnp_analysis.network.kernels import undone
-
 Visit = Callable[[str, nn.Module, Any, Any], Tensor | None]
 
 
@@ -33,4 +31,8 @@ def watched(model: nn.Module, visit: Visit, names: Iterable[str] | None) -> Iter
                 handles.append(module.register_forward_hook(hook, with_kwargs=True))
         yield
     finally:
-        undone(remove)
+        try:
+            remove()
+        except KeyboardInterrupt:
+            remove()
+            raise
