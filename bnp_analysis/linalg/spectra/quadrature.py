@@ -138,7 +138,8 @@ class SpectralDensity(Result):
         """
         _require_confidence(confidence)
         peak = 1 / (self.width * math.sqrt(2 * math.pi))
-        upper = self._shares(*[np.clip((self.density + self.quadrature) / peak, 0.0, 1.0)] * 2, confidence)[1]
+        most = np.clip((self.density + self.quadrature) / peak, 0.0, 1.0)
+        upper = self._shares(most, most, confidence)[1]
         # An eigenvalue far off counts little, and scatters as little: its height here is the unit (Satterthwaite 1946).
         heights = _gaussians(self.grid, self._axis(), self.width) * self.weights[..., None]
         squares = (_gaussians(self.grid, self._axis(), self.width) * heights).sum(axis=(0, 1))
