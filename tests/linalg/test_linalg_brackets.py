@@ -1,8 +1,8 @@
 """What a density says of masses, quantiles and heights contains the truth as often as it says.
 
 Bugs that only these tests catch: an error bar that forgets the quadrature, or counts it for another node; a bracket
-that is not certain for the vectors drawn; one that never shrinks; ghosts counted as eigenvalues; small samples taken for
-large ones. Truths are prescribed eigenvalues and dense decompositions.
+that is not certain for the vectors drawn; one that never shrinks; ghosts counted as eigenvalues; small samples taken
+for large ones. Truths are prescribed eigenvalues and dense decompositions.
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ def certain(density: SpectralDensity, dense: torch.Tensor, seed: int) -> None:
     weights = (vectors.T @ start) ** 2 / (start @ start)
     places = np.linspace(values[0] - 0.1, values[-1] + 0.1, 101)
     places = np.concatenate([places, values + 1e-5, (values[1:] + values[:-1]) / 2, density.nodes[0]])
-    # Rounding decides what is below an eigenvalue itself.
-    places = places[np.abs(places[:, None] - values).min(axis=1) > 2 * density.rounding]
+    # Rounding turns eigenvectors whose values are closer by its size over their distance, here 1e-6.
+    places = places[np.abs(places[:, None] - values).min(axis=1) > 1e-9 * np.abs(values).max()]
     truth = np.array([weights[values <= x].sum() for x in places])
     _, lower, upper = _bracket(places, density.nodes[0], density.weights[0], density.residuals[0], density.rounding)
-    slack = 1e-6  # rounding turns the eigenvectors of a cluster
+    slack = 1e-6
     assert (lower <= truth + slack).all(), seed
     assert (upper >= truth - slack).all(), seed
 

@@ -40,7 +40,8 @@ class SpectralDensity(Result):
         nodes, weights: `(probes, steps)` quadrature nodes and weights; a run that ended early is padded with
             zero weights.
         residuals: `(probes, steps)` residual norms of the Ritz vectors: an eigenvalue is as near to each node.
-        rounding: eigenvalues are known to within this distance.
+        rounding: eigenvalues are known to within this distance; between vectors whose values are `d` apart a part
+            `rounding / d` of a probe may be exchanged, which changes no count.
         width: standard deviation of the Gaussian, in units of eigenvalues.
         dim, null_dim: size of the operator, and of what was left out.
     """
@@ -124,8 +125,9 @@ class SpectralDensity(Result):
             return float(places[too_few].max(initial=-np.inf)), float(places[enough].min(initial=np.inf))
 
         inner, outer = ends(above < wanted / self._room, below > (wanted - 1) / self._room)
-        lower, upper = ends(
-            likely(wanted / self._room, above) < tail, likely(1 - (wanted - 1) / self._room, 1 - below) < tail
+        # Where neither number of eigenvalues is likely, the ends change places.
+        lower, upper = sorted(
+            ends(likely(wanted / self._room, above) < tail, likely(1 - (wanted - 1) / self._room, 1 - below) < tail)
         )
         middle = min(max(float(places[value >= min(share, value[-1])].min()), lower), upper)
         half, open_ = (upper - lower) / 2, (outer - inner) / 2
