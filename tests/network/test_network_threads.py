@@ -20,6 +20,8 @@ import torch
 from torch import nn
 
 import bnp_analysis as bnp
+from bnp_analysis.linalg.threads import one_blas_thread
+from bnp_analysis.linalg.workers import each
 from bnp_analysis.network import kernels, randomness, watching
 
 
@@ -178,3 +180,33 @@ def test_an_interrupt_in_the_model_leaves_the_process_as_it_was() -> None:
     with pytest.raises(KeyboardInterrupt):
         _ = risk.gradient
     assert state() == before
+
+
+def test_numbers_of_threads_come_back_when_two_shared_them_out() -> None:
+    before, inside, leave = torch.get_num_threads(), Barrier(2), Barrier(2)
+    seen = []
+
+    def first(_: int) -> None:
+        inside.wait()
+        leave.wait()
+
+    def second(_: int) -> None:
+        seen.append(torch.get_num_threads())
+
+    def early() -> None:
+        each(first, [0], 2, lambda done: None)
+
+    def late() -> None:
+        with one_blas_thread():
+            inside.wait()
+            each(second, [0, 1], 2, lambda done: leave.wait() if done == 1 else None)
+
+    torch.set_num_threads(4)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            for future in [pool.submit(early), pool.submit(late)]:
+                future.result(timeout=60)
+        assert torch.get_num_threads() == 4
+        assert seen == [2, 2]
+    finally:
+        torch.set_num_threads(before)
