@@ -80,7 +80,10 @@ def plot_blocks(result: Comparison | LayerTable, ax: Axes | None = None) -> Axes
 def plot_spectral_density(
     density: SpectralDensity, ax: Axes | None = None, *, label: str | None = None, color: str = BLUE
 ) -> Axes:
-    """The density with a band of two standard errors, on a logarithmic vertical axis.
+    """The density with the band that contains the truth at 95 % of the points, on a logarithmic vertical axis.
+
+    The band counts quadrature and sampling; it reaches down to the axis where the density cannot tell eigenvalues from
+    none. On an axis of logarithms the part below rounding, where it says nothing, is grey.
 
     Args:
         density: from `spectral_density`.
@@ -94,11 +97,12 @@ def plot_spectral_density(
     ax = _axes(ax)
     top = float(density.density.max())
     ax.semilogy(density.grid, np.maximum(density.density, 1e-9 * top), color=color, label=label)
-    if len(density.nodes) > 1:
-        low, high = density.density - 2 * density.error, density.density + 2 * density.error
-        ax.fill_between(density.grid, np.maximum(low, 1e-9 * top), np.maximum(high, 1e-9 * top), color=color, alpha=0.2)
+    low, high = (np.maximum(end, 1e-9 * top) for end in density.band())
+    ax.fill_between(density.grid, low, high, color=color, alpha=0.2, linewidth=0)
     ax.set_ylim(bottom=1e-7 * top)
     logarithmic = density.settings.get("scale") == "log"
+    if logarithmic and density.rounding > 10 ** density.grid[0]:
+        ax.axvspan(density.grid[0], math.log10(density.rounding), color=GREY, alpha=0.15, linewidth=0)
     ax.set_xlabel(r"$\log_{10}|\lambda|$" if logarithmic else r"eigenvalue $\lambda$")
     ax.set_ylabel("density")
     if label is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ["MPLBACKEND"] = "Agg"
 
@@ -18,6 +19,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("bnp")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so a shell starts its background jobs
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # sums add up in the same order on every machine, and workers do not compete
 

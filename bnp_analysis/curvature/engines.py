@@ -23,6 +23,7 @@ from bnp_analysis.errors import InvalidInputError, MemoryLimitError
 from bnp_analysis.linalg.full_float32 import full_float32
 from bnp_analysis.linalg.memory import available_memory
 from bnp_analysis.network.batches import Batch, slice_batch
+from bnp_analysis.network.kernels import LOCK
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.watching import transformed
@@ -119,18 +120,19 @@ class Engine(Generic[G]):
     @full_float32
     def each(self, use: Callable[[G, int, bool], None]) -> None:
         """`use(graph, b, kept)` for every batch `b`; a graph that is not kept lives no longer than its use."""
-        plan = self.plan
-        if len(self._kept) == plan.batches:
-            for b, graph in enumerate(self._kept):
-                use(graph, b, True)
-            return
-        for b, batch in enumerate(self._risk.batches):
-            if b == len(self._kept) < plan.kept:
-                self._kept.append(self._build(self._risk, batch))
-            if b < len(self._kept):
-                use(self._kept[b], b, True)
-            else:
-                use(self._build(self._risk, batch), b, False)
+        with LOCK:  # one thread differentiates a graph, and decides which are kept
+            plan = self.plan
+            if len(self._kept) == plan.batches:
+                for b, graph in enumerate(self._kept):
+                    use(graph, b, True)
+                return
+            for b, batch in enumerate(self._risk.batches):
+                if b == len(self._kept) < plan.kept:
+                    self._kept.append(self._build(self._risk, batch))
+                if b < len(self._kept):
+                    use(self._kept[b], b, True)
+                else:
+                    use(self._build(self._risk, batch), b, False)
 
     def total(self, columns: int, use: Callable[[G, int, int, bool], list[Tensor]]) -> Tensor:
         """`(n, columns)`, the sum over the batches `b` of `use(graph, b, column, retain)`, flattened.

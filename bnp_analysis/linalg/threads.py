@@ -6,9 +6,46 @@ torch's, ten times longer than they compute.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
+
+
+class Switch:
+    """A setting of the process that several threads may want at once: the first one turns it, the last one back.
+
+    Example:
+        >>> switch, seen = Switch(), []
+        >>> with switch.turned(lambda: seen.append("on") or (lambda: seen.append("off"))):
+        ...     with switch.turned(lambda: seen.append("again")):
+        ...         pass
+        >>> seen
+        ['on', 'off']
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._users = threading.Lock(), 0
+        self._back: Callable[[], object] = bool
+
+    @contextmanager
+    def turned(self, turn: Callable[[], Callable[[], object]]) -> Iterator[None]:
+        """Meanwhile the setting is what the first user's `turn()` made it, which returns how to turn it back."""
+        with self._lock:
+            if self._users == 0:
+                self._back = turn()
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    self._back()
+
+
+_BLAS = Switch()
 
 # Rows up to which BLAS libraries do not divide an eigenproblem, and switching them takes longer than it.
 _ALONE = 16
@@ -38,7 +75,6 @@ def one_blas_thread(size: int | None = None) -> AbstractContextManager[Any]:
     if size is not None and size <= _ALONE:
         return nullcontext()
     controller = _controller()
-    limit: AbstractContextManager[Any] = (
-        nullcontext() if controller is None else controller.limit(limits=1, user_api="blas")
-    )
-    return limit
+    if controller is None:
+        return nullcontext()
+    return _BLAS.turned(lambda: controller.limit(limits=1, user_api="blas").restore_original_limits)

@@ -8,8 +8,12 @@ from typing import TypeVar
 
 import torch
 
+from bnp_analysis.linalg.threads import Switch
+
 Item = TypeVar("Item")
 Found = TypeVar("Found")
+
+_TORCH = Switch()
 
 
 def each(
@@ -39,15 +43,19 @@ def each(
             found.append(work(item))
             finished(len(found))
         return found
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // workers))
-    pool = ThreadPoolExecutor(workers)
-    try:
-        futures = [pool.submit(work, item) for item in items]
-        for count, future in enumerate(as_completed(futures), 1):
-            future.result()
-            finished(count)
-        return [future.result() for future in futures]
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
+
+    def share() -> Callable[[], None]:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, threads // workers))
+        return lambda: torch.set_num_threads(threads)
+
+    with _TORCH.turned(share):
+        pool = ThreadPoolExecutor(workers)
+        try:
+            futures = [pool.submit(work, item) for item in items]
+            for count, future in enumerate(as_completed(futures), 1):
+                future.result()
+                finished(count)
+            return [future.result() for future in futures]
+        finally:
+            pool.shutdown(cancel_futures=True)

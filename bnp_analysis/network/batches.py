@@ -19,7 +19,7 @@ from bnp_analysis.errors import InconsistentDataError, InvalidInputError, NonFin
 from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.network.hashing import MIX, add, hash_of, pieces
 from bnp_analysis.network.kernels import explained
-from bnp_analysis.network.randomness import random_state
+from bnp_analysis.network.randomness import apart, random_state
 
 Count = Callable[..., float]
 
@@ -174,11 +174,10 @@ class Batches:
 
     def _pass(self, *, perturb: bool) -> Iterator[Batch]:
         seen = (0, 0)
-        with random_state(seed=MIX if perturb else None, generators=_generators(self._source)):
-            for batch in self._read():
-                if batch.count > 0:
-                    seen = add(seen, hash_of(tensors_of((batch.x, batch.y))))
-                    yield batch
+        for batch in apart(self._read(), seed=MIX if perturb else None, generators=_generators(self._source)):
+            if batch.count > 0:
+                seen = add(seen, hash_of(tensors_of((batch.x, batch.y))))
+                yield batch
         if self._fingerprint is None:
             self._fingerprint = seen
         if seen != self._fingerprint:

@@ -6,14 +6,14 @@ Everything of a user runs inside `explained`: forward, loss, `count=`, and the d
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bnp_analysis.errors import BNPAnalysisError, InvalidInputError, NoDerivativeError
 from bnp_analysis.linalg.full_float32 import full_float32
@@ -32,6 +32,24 @@ _REMEDIES = {
 _WRAPPER = once_differentiable(lambda *_: None).__code__
 _REMEDY = "Run model and loss on this batch by themselves, in the dtype of the measurement, to see it happen"
 
+Found = TypeVar("Found")
+_Switch = tuple[Callable[[], bool], Callable[[bool], None]]
+
+# Kernels, the global random state and the hooks of a shared model belong to the process: threads take turns with them.
+# Never held while other processes are waited for.
+LOCK = threading.RLock()
+
+_KERNELS = ("math", "flash", "mem_efficient", "cudnn", "overrideable")
+_ATTENTION: list[_Switch] = [
+    (getattr(torch._C, f"_get_{name}_sdp_enabled"), getattr(torch._C, f"_set_sdp_use_{name}"))
+    for name in _KERNELS
+    if hasattr(torch._C, f"_get_{name}_sdp_enabled")  # older versions know fewer
+]
+_RECURRENT: list[_Switch] = [
+    (torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled),
+    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
+]
+
 
 @contextmanager
 def recording() -> Iterator[None]:
@@ -40,25 +58,39 @@ def recording() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def differentiable_kernels(*, recurrent: bool) -> Iterator[None]:
-    """Only kernels that have a second derivative: math attention, native recurrent layers (trap 12), no compilation.
+def with_differentiable_kernels(run: Callable[[], Found], *, recurrent: bool) -> Found:
+    """`run()` by kernels that have a second derivative: math attention, native recurrent layers (trap 12), uncompiled.
 
     Smooth functions get derivatives that keep their digits where they saturate.
+
+    Which kernels torch takes belongs to the process: other threads wait, and an interrupt cannot leave it changed.
     """
-    with ExitStack() as stack:
-        stack.enter_context(Accurate())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if recurrent:
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            # Only the switch: naming the other flags would make torch warn about hardware that is not there.
-            stack.enter_context(
-                torch.backends.mkldnn.flags(enabled=False, deterministic=None, allow_tf32=None, fp32_precision=None)
-            )
-        # Functions compiled inside forward() run eagerly (trap 13). Who compiled one has loaded the compiler.
-        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield
+    switches = [*_ATTENTION, *(_RECURRENT if recurrent else [])]
+    # Functions compiled inside forward() run eagerly (trap 13). Who compiled one has loaded the compiler.
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame") if hasattr(torch.compiler, "set_stance") else None
+    with LOCK:
+        before = [is_on() for is_on, _ in switches]
+        stance = None if dynamo is None else dynamo._stance
+
+        def restore() -> None:
+            for (_, switch), on in zip(switches, before, strict=True):
+                switch(on)
+            if dynamo is not None:
+                dynamo._set_stance(stance)
+
+        try:
+            for i, (_, switch) in enumerate(switches):
+                switch(i == 0)
+            if dynamo is not None:
+                torch.compiler.set_stance("force_eager")
+            with Accurate():
+                return run()
+        finally:
+            try:
+                restore()
+            except KeyboardInterrupt:
+                restore()
+                raise
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from bnp_analysis.linalg.full_float32 import full_float32
 from bnp_analysis.linalg.operators import require_no_autocast
 from bnp_analysis.network.batches import Batch, Batches, Count, arguments
 from bnp_analysis.network.identity import fingerprint
-from bnp_analysis.network.kernels import derivative, differentiable_kernels, explained, recording
+from bnp_analysis.network.kernels import LOCK, derivative, explained, recording, with_differentiable_kernels
 from bnp_analysis.network.losses import SmoothLosses
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.precision import find_precision
@@ -249,17 +249,14 @@ class EmpiricalRisk:
         with torch._C.DisableTorchFunction():
             buffers = {name: b.clone() for name, b in self._model.named_buffers()}
         what = f"the outputs of the model for batch {batch.index}"
-        with (
-            explained(what, self._model),
-            self._inputs.given(batch.x, batch.own) as x,
-            differentiable_kernels(recurrent=self._recurrent),
-            # Derivatives inside forward() are recorded whatever is wanted of its outputs.
-            recording(),
-        ):
+        # Derivatives inside forward() are recorded whatever is wanted of its outputs.
+        with explained(what, self._model), self._inputs.given(batch.x, batch.own) as x, recording():
             args, kwargs = arguments(x)
-            out = one_tensor(
-                functional_call(self._model, {**self._constants, **tensors, **buffers}, args, kwargs), self.output
+            everything = {**self._constants, **tensors, **buffers}
+            raw = with_differentiable_kernels(
+                lambda: functional_call(self._model, everything, args, kwargs), recurrent=self._recurrent
             )
+            out = one_tensor(raw, self.output)
             # Outputs in a coarser dtype than the parameters': exact in theirs, so that all that follows has one dtype.
             out = out.to(torch.promote_types(out.dtype, self.space.dtype))
         return out if torch.is_grad_enabled() else out.detach()
@@ -299,7 +296,7 @@ class EmpiricalRisk:
         def look(name: str, module: nn.Module, args: Any, output: Any) -> None:
             visit(name, module, map_tensors(args, plain), map_tensors(output, plain))
 
-        with watched(self._model, look if numbers else visit, names), torch.no_grad():
+        with LOCK, watched(self._model, look if numbers else visit, names), torch.no_grad():
             for batch in self.batches:
                 self.batch_outputs(tensors, batch)
 
@@ -315,7 +312,7 @@ class EmpiricalRisk:
             seen[name].append((untransformed(args[0]).detach().clone(), differentiable_part(output)))
             return output.clone()
 
-        with watched(self._model, note, seen):
+        with LOCK, watched(self._model, note, seen):
             return self.batch_outputs(self.leaves() if leaves is None else leaves, batch), seen
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:

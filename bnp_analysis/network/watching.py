@@ -18,19 +18,27 @@ Visit = Callable[[str, nn.Module, Any, Any], Tensor | None]
 def watched(model: nn.Module, visit: Visit, names: Iterable[str] | None) -> Iterator[None]:
     """Meanwhile every forward pass of the named modules, default all, calls `visit(name, module, inputs, output)`."""
     wanted = None if names is None else set(names)
-    handles = []
-    for name, module in model.named_modules():
-        if wanted is None or name in wanted:
+    handles: list[Any] = []
 
-            def hook(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> Any:
-                return visit(name, module, (*args, *kwargs.values()), output)
-
-            handles.append(module.register_forward_hook(hook, with_kwargs=True))
-    try:
-        yield
-    finally:
+    def remove() -> None:
         for handle in handles:
             handle.remove()
+
+    try:
+        for name, module in model.named_modules():
+            if wanted is None or name in wanted:
+
+                def hook(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> Any:
+                    return visit(name, module, (*args, *kwargs.values()), output)
+
+                handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        try:
+            remove()
+        except KeyboardInterrupt:
+            remove()
+            raise
 
 
 def transformed(t: Tensor) -> bool:

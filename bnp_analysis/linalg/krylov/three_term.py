@@ -32,7 +32,8 @@ def three_term(
         every: steps between two looks at the numbers; default 1 on the CPU, 10 where looking means waiting.
 
     Returns:
-        Diagonal `(k,)`, off-diagonal `(k - 1,)` and the products spent; `k < steps` for an invariant subspace.
+        Diagonal `(k,)`; off-diagonal and, last, the norm of the residual, `(k,)`; the products spent. `k < steps` for
+        an invariant subspace, whose residual is rounding and given as zero.
 
     Raises:
         NonFiniteError: a product with NaN or infinity.
@@ -45,7 +46,7 @@ def three_term(
         >>> A = DenseOperator(torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64)))
         >>> alpha, beta, products = three_term(A, 2, torch.ones(2).double(), torch.zeros(2, 0).double())
         >>> alpha.round(6).tolist(), beta.round(6).tolist(), products
-        ([2.0, 2.0], [1.0], 2)
+        ([2.0, 2.0], [1.0, 0.0], 2)
     """
     given, A = A, scaled(A)
     require_resolution(A, A.dim)
@@ -70,7 +71,8 @@ def three_term(
             small = (found[1] <= 10 * math.sqrt(A.dim) * eps * scale).nonzero()[0]
             if small.size:  # an invariant subspace; what was computed after it is of no use
                 last = int(small[0]) + 1
-                return *_in_units(found[:, :last], exponent(given) - exponent(A)), k + 1
+                kept = np.stack([found[0, :last], np.append(found[1, : last - 1], 0.0)])
+                return *_in_units(kept, exponent(given) - exponent(A)), k + 1
             if not np.isfinite(scale[-1]):
                 raise NonFiniteError(
                     f"one of the first {k + 1} products with {A!r} has NaN or infinite entries; look at the "
@@ -82,4 +84,4 @@ def three_term(
 
 def _in_units(found: Floats, power: int) -> tuple[Floats, Floats]:
     in_floats(float(np.abs(found).max()), power, "the tridiagonal matrix")
-    return np.ldexp(found[0], power), np.ldexp(found[1, :-1], power)
+    return np.ldexp(found[0], power), np.ldexp(found[1], power)

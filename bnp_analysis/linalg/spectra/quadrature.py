@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.checkpoint import load_state, save_state
+from bnp_analysis.linalg.forming import amplified
 from bnp_analysis.linalg.full_float32 import full_float32
 from bnp_analysis.linalg.krylov.lanczos import Floats, lanczos, tridiagonal_eigh
 from bnp_analysis.linalg.krylov.three_term import three_term
@@ -20,8 +23,9 @@ from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.progress import Progress, reporting
 from bnp_analysis.linalg.random import generator, normal, orthonormal, project_out
-from bnp_analysis.linalg.spectra.checks import measured, provenance
-from bnp_analysis.linalg.spectra.null import HasBasis
+from bnp_analysis.linalg.spectra.brackets import Estimate, chance, christoffel, shares, whole
+from bnp_analysis.linalg.spectra.checks import measured, provenance, rounding_norm
+from bnp_analysis.linalg.spectra.null import NORM_STEPS, HasBasis
 from bnp_analysis.results import Result
 
 
@@ -33,8 +37,12 @@ class SpectralDensity(Result):
         grid: `(m,)` eigenvalue axis.
         density: `(m,)` mean over probes of the quadrature, each node widened to a Gaussian; integrates to one.
         error: `(m,)` standard error over probes.
+        quadrature: `(m,)` what the quadrature of the probes drawn may be off by, as far as the grid resolves it.
         nodes, weights: `(probes, steps)` quadrature nodes and weights; a run that ended early is padded with
             zero weights.
+        residuals: `(probes, steps)` residual norms of the Ritz vectors: an eigenvalue is as near to each node.
+        rounding: eigenvalues are known to within this distance; between vectors whose values are `d` apart a part
+            `rounding / d` of a probe may be exchanged, which changes no count.
         width: standard deviation of the Gaussian, in units of eigenvalues.
         dim, null_dim: size of the operator, and of what was left out.
     """
@@ -42,30 +50,129 @@ class SpectralDensity(Result):
     grid: Floats
     density: Floats
     error: Floats
+    quadrature: Floats
     nodes: Floats
     weights: Floats
+    residuals: Floats
+    rounding: float
     width: float
     dim: int
     null_dim: int
 
     def summary(self) -> str:
-        """Range and mean of the spectrum."""
+        """Range and mean of the spectrum, and what masses are uncertain by."""
         mean = float((self.nodes * self.weights).sum() / len(self.weights))
-        found = self.nodes[self.weights > 0]  # the rest is padding
+        found = np.sort(self.nodes[self.weights > 0])  # the rest is padding
+        places = (found[:-1] + found[1:])[:: max(1, found.size // 200)] / 2
+        _, below, above = self._below(places)
+        open_ = float((above - below).max(initial=0.0)) / 2
         return (
-            f"spectral density on [{found.min():.4g}, {found.max():.4g}], mean {mean:.4g}, "
-            f"{len(self.nodes)} probes x {self.nodes.shape[1]} steps, {self.matvecs} products"
+            f"spectral density on [{found[0]:.4g}, {found[-1]:.4g}], mean {mean:.4g}, {len(self.nodes)} probes x "
+            f"{self.nodes.shape[1]} steps (masses below a bound: quadrature +- {open_:.2g}), {self.matvecs} products"
         )
 
-    def mass(self, low: float, high: float) -> tuple[float, float]:
-        """The fraction of eigenvalues in `[low, high]` with its standard error over probes."""
+    def mass(self, low: float, high: float, confidence: float = 0.95) -> Estimate:
+        """The fraction of eigenvalues in `[low, high]`, with an interval that counts quadrature and sampling.
+
+        Args:
+            low, high: ends, perhaps infinite. Eigenvalues within `rounding` of an end may be on either side: ask for
+                `mass(-inf, x)` where zeros are to count and no eigenvalue is negative.
+            confidence: of the interval, for these ends (not for many at once).
+
+        Returns:
+            An `Estimate`; the truth is a number of eigenvalues over `n`, and so are the ends of the interval.
+
+        Source: the Chebyshev-Markov-Stieltjes inequalities for the quadrature; for sampling the Beta distribution of a
+        Gaussian vector's share in a space.
+        """
+        _require_confidence(confidence)
         inside = np.where((self.nodes >= low) & (self.nodes <= high), self.weights, 0.0).sum(axis=1)
-        return float(inside.mean()), standard_error(inside)
+        _, below, above = self._below(np.array([np.nextafter(low, -np.inf), high]))
+        least = np.clip(below[1:] - above[:1], 0.0, 1.0)
+        most = np.clip(above[1:] - below[:1], 0.0, 1.0)
+        lower, upper = (float(x[0]) for x in whole(*self._shares(least, most, confidence), self._room))
+        value, open_ = min(max(float(inside.mean()), lower), upper), float(most[0] - least[0]) / 2
+        return Estimate(value, lower, upper, open_, max(0.0, (upper - lower) / 2 - open_), confidence)
+
+    def quantile(self, share: float, confidence: float = 0.95) -> Estimate:
+        """The smallest value that `share` of the eigenvalues do not exceed, from the bounds of `mass(-inf, x)`.
+
+        Args:
+            share: above 0, at most 1; 0.5 is the median.
+            confidence: of the interval.
+
+        Returns:
+            An `Estimate` in units of eigenvalues; an end that no bound reaches is infinite.
+
+        Raises:
+            InvalidInputError: a share or a confidence outside (0, 1].
+        """
+        if not 0 < share <= 1:
+            raise InvalidInputError(f"share must lie in (0, 1], got {share}")
+        _require_confidence(confidence)
+        real = self.weights > 0
+        found, near = self.nodes[real], np.maximum(self.residuals[real], 2 * self.rounding)
+        span = max(float(np.ptp(found)), float(np.abs(found).max()), self.rounding) * 2.0 ** np.arange(-40, 2)
+        places = np.unique(np.concatenate([found, found - near, found + near]))
+        places = places[:: max(1, places.size // 2000)]
+        between = (places[:-1] + places[1:]) / 2
+        places = np.sort(np.concatenate([found.min() - span, places, between, found.max() + span]))
+        value, below, above = self._below(places)
+        wanted = math.ceil(share * self._room - 1e-9)  # this eigenvalue in their order
+        likely = partial(chance, probes=len(self.nodes), dim=self._room)
+        tail = (1 - confidence) / 2
+
+        def ends(too_few: NDArray[np.bool_], enough: NDArray[np.bool_]) -> tuple[float, float]:
+            return float(places[too_few].max(initial=-np.inf)), float(places[enough].min(initial=np.inf))
+
+        inner, outer = ends(above < wanted / self._room, below > (wanted - 1) / self._room)
+        # Where neither number of eigenvalues is likely, the ends change places.
+        lower, upper = sorted(
+            ends(likely(wanted / self._room, above) < tail, likely(1 - (wanted - 1) / self._room, 1 - below) < tail)
+        )
+        middle = min(max(float(places[value >= min(share, value[-1])].min()), lower), upper)
+        half, open_ = (upper - lower) / 2, (outer - inner) / 2
+        return Estimate(middle, lower, upper, min(half, open_), max(0.0, half - open_), confidence)
+
+    def band(self, confidence: float = 0.95) -> tuple[Floats, Floats]:
+        """Bounds `(m,)` of the density, pointwise: widened eigenvalues are counted as by `mass`.
+
+        Where the lower one is zero, the density says nothing about whether there are eigenvalues.
+        """
+        _require_confidence(confidence)
+        peak = 1 / (self.width * math.sqrt(2 * math.pi))
+        most = np.clip((self.density + self.quadrature) / peak, 0.0, 1.0)
+        upper = self._shares(most, most, confidence)[1]
+        # An eigenvalue far off counts little, and scatters as little: its height here is the unit (Satterthwaite 1946).
+        heights = _gaussians(self.grid, self._axis(), self.width) * self.weights[..., None]
+        squares = (_gaussians(self.grid, self._axis(), self.width) * heights).sum(axis=(0, 1))
+        own = np.maximum(squares / np.maximum(heights.sum(axis=(0, 1)), 1e-300), 1e-300)
+        least = np.clip((self.density - self.quadrature) / own, 0.0, 1.0)
+        return own * self._shares(least, least, confidence)[0], peak * upper
 
     def records(self) -> list[dict[str, float]]:
         """One row per grid point."""
-        columns = zip(self.grid.tolist(), self.density.tolist(), self.error.tolist(), strict=True)
-        return [{"eigenvalue": x, "density": y, "error": e} for x, y, e in columns]
+        columns = zip(*(x.tolist() for x in (self.grid, self.density, self.error, self.quadrature)), strict=True)
+        return [{"eigenvalue": x, "density": y, "error": e, "quadrature": q} for x, y, e, q in columns]
+
+    @property
+    def _room(self) -> int:
+        """The dimension in which the probes were drawn."""
+        return int(self.dim - self.null_dim - self.settings["deflated"])
+
+    def _axis(self) -> Floats:
+        return _logarithms(self.nodes) if self.settings["scale"] == "log" else self.nodes
+
+    def _below(self, places: Floats) -> tuple[Floats, Floats, Floats]:
+        """The share of eigenvalues up to each place as the quadrature has it, and what it can be for these probes."""
+        found = [
+            _bracket(places, *own, self.rounding) for own in zip(self.nodes, self.weights, self.residuals, strict=True)
+        ]
+        value, below, above = (np.mean(x, axis=0) for x in zip(*found, strict=True))
+        return value, below, above
+
+    def _shares(self, lower: Floats, upper: Floats, confidence: float) -> tuple[Floats, Floats]:
+        return shares(lower, upper, len(self.nodes), self._room, confidence)
 
 
 @full_float32
@@ -96,8 +203,8 @@ def spectral_density(
         null: known null directions in the coordinates of `A`, left out of the density.
         deflate: vectors `(n, k)` whose span is left out as well, in the coordinates of the operator measured: for
             instance `eigenpairs(...).vectors`, so that outliers do not stretch the axis.
-        probes: number of random vectors; the error bars are over them.
-        steps: Lanczos steps each.
+        probes: number of random vectors; with more of them the sampling error is smaller.
+        steps: Lanczos steps each; with more of them the quadrature error is smaller.
         points: size of the grid.
         width: standard deviation of the Gaussian that widens a node, in units of eigenvalues; default 1 % of
             the range, of the eigenvalue itself where there is but one.
@@ -139,20 +246,18 @@ def spectral_density(
     g = generator(seed)
     like = torch.empty(0, dtype=A.dtype, device=A.device)
     starts = [normal((A.dim,), g, like) for _ in range(probes)]
-    nodes, weights = np.zeros((probes, steps)), np.zeros((probes, steps))
-    matvecs, done = declared.cost, 0
+    nodes, weights, residuals = np.zeros((3, probes, steps))
+    matvecs, done, amplification = declared.cost, 0, 0.0
+    if amplified(operator):
+        amplification, matvecs = rounding_norm(operator, seed), matvecs + 2 * NORM_STEPS
     key = (
-        f"density of dimension {A.dim} in {A.dtype}, {probes} probes x {steps}, {basis.shape[1]} left out, seed {seed}"
-        + ("" if reorthogonalize else ", not reorthogonalized")
+        f"density with residuals of dimension {A.dim} in {A.dtype}, {probes} probes x {steps}, {basis.shape[1]} left "
+        f"out, seed {seed}" + ("" if reorthogonalize else ", not reorthogonalized")
     )
     if checkpoint is not None and Path(checkpoint).exists():
         state = load_state(checkpoint, key)
-        nodes, weights, done, matvecs = (
-            state["nodes"].numpy(),
-            state["weights"].numpy(),
-            state["done"],
-            state["matvecs"],
-        )
+        nodes, weights, residuals = (state[name].numpy() for name in ("nodes", "weights", "residuals"))
+        done, matvecs = state["done"], state["matvecs"]
         _require_same(operator, starts[0], basis, nodes[0] @ weights[0])
         matvecs += 1
     with reporting(progress, probes, "spectral density") as update:
@@ -162,18 +267,21 @@ def spectral_density(
                 matvecs += spent
                 if stop == "interrupted":
                     raise KeyboardInterrupt
-                values, vectors = tridiagonal_eigh(alpha, beta)
+                values, vectors = tridiagonal_eigh(alpha, beta[:-1])
                 nodes[i, : values.size], weights[i, : values.size] = values, vectors[0] ** 2
+                residuals[i, : values.size] = np.abs(vectors[-1]) * beta[-1]
                 done = i + 1
                 update(done)
                 if checkpoint is not None:
-                    state = {"nodes": torch.from_numpy(nodes), "weights": torch.from_numpy(weights)}
+                    kept = {"nodes": nodes, "weights": weights, "residuals": residuals}
+                    state = {name: torch.from_numpy(x) for name, x in kept.items()}
                     save_state(checkpoint, key, state | {"done": done, "matvecs": matvecs})
         except KeyboardInterrupt:
             # The probe in hand is incomplete; the finished ones are a result of their own.
             if done == 0:
                 raise
-    nodes, weights = nodes[:done], weights[:done]
+    nodes, weights, residuals = nodes[:done], weights[:done], residuals[:done]
+    rounding = math.sqrt(A.dim) * operator.eps * max(float(np.abs(nodes).max()), amplification)
     settings = {
         "probes": probes,
         "steps": steps,
@@ -183,20 +291,17 @@ def spectral_density(
         "deflated": basis.shape[1] - declared.dim,
     }
     axis = _logarithms(nodes) if scale == "log" else nodes
-    low, high = float(axis[weights > 0].min()), float(axis[weights > 0].max())
-    size = max(abs(low), abs(high))
-    # Of a multiple of the identity the range is rounding: its size stands in.
-    spread = high - low if high - low > 1e-8 * size else size or 1.0
-    sigma = width or 0.01 * spread
-    grid = np.linspace(low - 5 * sigma, high + 5 * sigma, points)
-    kernels = np.exp(-0.5 * ((grid[None, None] - axis[..., None]) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
-    each = (kernels * weights[..., None]).sum(axis=1)
+    grid, sigma = _grid(axis[weights > 0], width, points)
+    each = (_gaussians(grid, axis, sigma) * weights[..., None]).sum(axis=1)
     return SpectralDensity(
         grid=grid,
         density=each.mean(axis=0),
         error=np.array([standard_error(each[:, j]) for j in range(points)]),
+        quadrature=_smoothed(grid, sigma, _open(grid, nodes, weights, residuals, rounding, scale)),
         nodes=nodes,
         weights=weights,
+        residuals=residuals,
+        rounding=rounding,
         width=sigma,
         dim=A.dim,
         null_dim=declared.dim,
@@ -205,14 +310,69 @@ def spectral_density(
     )
 
 
+def _grid(found: Floats, width: float | None, points: int) -> tuple[Floats, float]:
+    """The axis of a density over the nodes found, and the width of a Gaussian."""
+    low, high = float(found.min()), float(found.max())
+    size = max(abs(low), abs(high))
+    # Of a multiple of the identity the range is rounding: its size stands in.
+    sigma = width or 0.01 * (high - low if high - low > 1e-8 * size else size or 1.0)
+    return np.linspace(low - 5 * sigma, high + 5 * sigma, points), sigma
+
+
 def _run(
     operator: SymmetricOperator, steps: int, start: Tensor, null: Tensor, reorthogonalize: bool
 ) -> tuple[Floats, Floats, int, str]:
-    """The tridiagonal matrix of a probe, the products it took and why it ended."""
+    """The tridiagonal matrix of a probe, its last residual norm beside `beta`, the products and why it ended."""
     if reorthogonalize:
         run = lanczos(operator, steps, start=start, null=null)
-        return run.alpha, run.beta, run.matvecs, run.stop
+        return run.alpha, np.append(run.beta, run.residual_norm), run.matvecs, run.stop
     return *three_term(operator, steps, start, null), "steps"
+
+
+def _bracket(
+    places: Floats, nodes: Floats, weights: Floats, residuals: Floats, rounding: float
+) -> tuple[Floats, Floats, Floats]:
+    """The weights of the nodes up to each place, and bounds of the measure they stand for."""
+    nodes, weights, residuals = (x[weights > 0] for x in (nodes, weights, residuals))
+    sums = np.concatenate([[0.0], np.cumsum(weights)])
+    value, least, most = (
+        sums[np.searchsorted(nodes, at, side="right")] for at in (places, places - rounding, places + rounding)
+    )
+    lower = least - christoffel(places - rounding, nodes, weights, residuals)
+    upper = most + christoffel(places + rounding, nodes, weights, residuals)
+    return value, np.clip(lower, 0.0, 1.0), np.clip(upper, 0.0, 1.0)
+
+
+def _open(grid: Floats, nodes: Floats, weights: Floats, residuals: Floats, rounding: float, scale: str) -> Floats:
+    """What the distribution of the eigenvalues, on the axis of a density, may be off by between its points."""
+    found = np.zeros(grid.size - 1)
+    for own in zip(nodes, weights, residuals, strict=True):
+        gaps = np.zeros_like(grid)
+        for places in (10.0**grid, -(10.0**grid)) if scale == "log" else (grid,):
+            value, lower, upper = _bracket(places, *own, rounding)
+            gaps += np.maximum(value - lower, upper - value)
+        # A node's peak is as wide as its residual, and may lie between two points.
+        axis, near = own[0], 4 * (own[2] + rounding)
+        if scale == "log":
+            axis, near = _logarithms(axis), near / np.maximum(np.abs(axis), near)
+        peaks = own[1] * np.minimum(near / (grid[1] - grid[0]), 1.0)
+        found += np.maximum(gaps[1:], gaps[:-1]) + np.histogram(axis, grid, weights=peaks)[0]
+    return np.asarray(np.minimum(found / len(nodes), 1.0))
+
+
+def _smoothed(grid: Floats, sigma: float, gaps: Floats) -> Floats:
+    """`int |g'(x - t)| gap(t) dt` with the Gaussian `g`: what a widened density may be off by."""
+    return np.asarray(np.abs(np.diff(_gaussians(grid, grid, sigma), axis=0)).T @ gaps)
+
+
+def _gaussians(grid: Floats, centres: Floats, sigma: float) -> Floats:
+    """Normal densities around each centre, `(..., m)`."""
+    return np.exp(-0.5 * ((grid - centres[..., None]) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
+
+
+def _require_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise InvalidInputError(f"confidence must lie in (0, 1), got {confidence}")
 
 
 def _logarithms(nodes: Floats) -> Floats:

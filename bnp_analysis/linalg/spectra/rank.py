@@ -22,13 +22,17 @@ class RankEstimate(Result):
     """A stochastic count of the eigenvalues above a threshold; an estimate, never evidence for a null space.
 
     Attributes:
-        value, error: the count and its standard error over probes.
+        value, lower, upper: the count, in an interval for quadrature and sampling with probability `confidence`.
+        error: the distance of the value to the farther end.
         threshold: magnitudes above it are counted.
         unresolved: how much of the count lies within a factor 100 of the threshold, where it depends on the choice.
         dim: `n`.
     """
 
     value: float
+    lower: float
+    upper: float
+    confidence: float
     error: float
     threshold: float
     unresolved: float
@@ -36,8 +40,9 @@ class RankEstimate(Result):
 
     def summary(self) -> str:
         """The count with its doubt."""
+        span = f"{self.lower:.4g} .. {self.upper:.4g} at {100 * self.confidence:.4g} %"
         return (
-            f"about {self.value:.1f} +- {self.error:.1g} of {self.dim} eigenvalues above {self.threshold:.2g}, "
+            f"about {self.value:.1f} ({span}) of {self.dim} eigenvalues above {self.threshold:.2g}, "
             f"{self.unresolved:.1f} of them within a factor 100 of it; {self.matvecs} products"
             f"{products_known_to(self)}"
         )
@@ -88,11 +93,14 @@ def rank_estimate(
     )
     sizes = np.abs(density.nodes)
     least = threshold or A.dim * A.eps * float(sizes.max())
-    counted = A.dim * np.where(sizes > least, density.weights, 0.0).sum(axis=1)
+    small = density.mass(-least, least)
     near = A.dim * np.where((sizes > least / 100) & (sizes < 100 * least), density.weights, 0.0).sum(axis=1)
     return RankEstimate(
-        value=float(counted.mean()),
-        error=float(counted.std(ddof=1) / np.sqrt(len(counted))) if len(counted) > 1 else float("nan"),
+        value=A.dim * (1 - small.value),
+        lower=A.dim * (1 - small.upper),
+        upper=A.dim * (1 - small.lower),
+        confidence=small.confidence,
+        error=A.dim * small.error,
         threshold=least,
         unresolved=float(near.mean()),
         dim=A.dim,
