@@ -5,9 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from bnp_analysis.errors import InvalidInputError
 
@@ -19,11 +22,27 @@ def recording() -> Iterator[None]:
         yield
 
 
+class _Primitives(TorchFunctionMode):
+    """Weight normalization by its formula: the second derivative of torch's fused kernel is wrong (CPU, torch 2.13)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (_weight_norm if func is torch._weight_norm else func)(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
 @contextmanager
-def differentiable_kernels(*, recurrent: bool) -> Iterator[None]:
-    """Only kernels that have a second derivative: math attention, native recurrent layers (trap 12), no compilation."""
+def differentiable_kernels(*, recurrent: bool, weight_norms: bool = False) -> Iterator[None]:
+    """Only kernels that have a right second derivative.
+
+    Math attention, native recurrent layers (trap 12), weight normalization by its formula, no compilation.
+    """
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if weight_norms:
+            stack.enter_context(_Primitives())
         if recurrent:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             # Only the switch: naming the other flags would make torch warn about hardware that is not there.

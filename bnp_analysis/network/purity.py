@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import random
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.errors import InvalidInputError, StochasticModelError
-from bnp_analysis.network.batches import Batch, slice_batch, with_examples
-from bnp_analysis.network.randomness import random_state
+from bnp_analysis.network.batches import Batch, slice_batch
+from bnp_analysis.network.coupling import couples
+from bnp_analysis.network.kernels import recording
+from bnp_analysis.network.losses import require_own_tensors
+from bnp_analysis.network.observation import Observer, held_objects
+from bnp_analysis.network.randomness import extreme_draws, random_state
 
 if TYPE_CHECKING:
     from bnp_analysis.network.risk import EmpiricalRisk
@@ -26,17 +32,20 @@ _DROPOUTS = (
 )
 
 
-def require_pure(risk: EmpiricalRisk) -> bool:
+def require_pure(risk: EmpiricalRisk, live: Mapping[int, str]) -> bool:
     """Refuse random models, and batch-coupled ones over several batches; say whether batches couple.
 
-    Layers of known types count if they run. Anything else is found by experiment on the first batch that allows
-    one, at a point near `theta` (a zero output layer hides all that happens below it): the same inputs under
-    several random states, and with other examples beside the first ones.
+    `live`: the parameters of the caller's model by identity, which the loss must not read.
+
+    Layers of known types count if they run. Anything else is found on the first batch that allows it, at a point
+    near `theta` (a zero output layer hides all that happens below it). Random numbers: whether a pass drew any, and if
+    so, whether the smallest and largest that can be drawn change the outputs. Other examples: whether any output
+    depends on another example than its own.
 
     Raises:
         StochasticModelError: names the layers, what would have been computed, the ways out.
     """
-    found = risk.group.share(lambda: _couples_here(risk), "what couples examples")
+    found = risk.group.share(lambda: _couples_here(risk, live), "what couples examples")
     coupled = any(c for c, _ in found)
     normalizing = list(dict.fromkeys(name for _, names in found for name in names))
     if coupled and risk.batches.everywhere > 1:
@@ -49,24 +58,26 @@ def require_pure(risk: EmpiricalRisk) -> bool:
     return coupled
 
 
-def _couples_here(risk: EmpiricalRisk) -> tuple[bool, list[str]]:
+def _couples_here(risk: EmpiricalRisk, live: Mapping[int, str]) -> tuple[bool, list[str]]:
     """Whether this process's batches couple their examples, and by which layers."""
     random = _that_run(risk, random_layers(risk))
     normalizing = _that_run(risk, coupled_layers(risk))
     coupled = bool(normalizing)
     tensors = _generic_point(risk)
     for batch in risk.batches:
-        if not bool(torch.isfinite(_outputs(risk, tensors, batch, 0)).all()):
+        if not bool(torch.isfinite(_outputs(risk, tensors, batch)).all()):
             tensors = risk.space.unflatten(risk.theta)
-        outputs = [_outputs(risk, tensors, batch, seed) for seed in (0, 1, 2)]
-        if random or any(_differs(outputs[0], other) for other in outputs[1:]):
+        drawn = _Draws(risk, lambda: _outputs(risk, tensors, batch))
+        outputs = drawn.value
+        risk.weight_norms = risk.weight_norms or "_weight_norm" in drawn.seen.names
+        if random or drawn.matter(lambda: _outputs(risk, tensors, batch)):
             raise StochasticModelError(
-                f"the model is random in training mode ({_named(random)}): every evaluation would use "
-                "another mask, and products would belong to different functions. Call model.eval(), set p=0, or "
-                "measure model.eval() with BatchNorm left in train mode"
+                f"the model is random in training mode ({_named(random or _drawing_layers(risk, batch))}): every "
+                f"evaluation would use another mask, and products would belong to different functions{drawn.words}. "
+                "Call model.eval(), set p=0, or measure model.eval() with BatchNorm left in train mode"
             )
-        _require_determined_loss(risk, batch, outputs[0])
-        coupled = coupled or _couples(risk, tensors, batch, outputs[0])
+        _require_determined_loss(risk, tensors, live, batch, outputs)
+        coupled = coupled or couples(risk, tensors, batch, outputs)
         if coupled or tensors_of(batch.x)[0].shape[0] > 1:
             break
     return coupled, normalizing
@@ -87,20 +98,115 @@ def _that_run(risk: EmpiricalRisk, names: list[str]) -> list[str]:
     return [name for name in names if name in ran]
 
 
-def _outputs(risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch, seed: int) -> Tensor:
-    with torch.no_grad(), random_state(seed=seed, device=risk.space.device):
+def _outputs(risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor:
+    with torch.no_grad():
         return risk.batch_outputs(tensors, batch)
 
 
-def _require_determined_loss(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> None:
-    values = []
-    for seed in (0, 1):
-        with torch.no_grad(), random_state(seed=seed, device=risk.space.device):
-            values.append(risk.batch_loss(outputs.clone(), batch))
-    if _differs(*values):
+class _Draws:
+    """The random numbers that a pass drew: which of the global generators moved, and which private ones.
+
+    Attributes:
+        value: what the pass gave.
+        seen: the calls of the pass.
+        words: the generators, for an error.
+    """
+
+    def __init__(self, risk: EmpiricalRisk, run: Callable[[], Tensor], live: Mapping[int, str] | None = None) -> None:
+        self._device = risk.space.device
+        held = held_objects(risk.code(), (random.Random, np.random.Generator, np.random.RandomState, torch.Generator))
+        private = list(held)
+        self.seen = Observer(live)
+        with random_state(seed=0, device=self._device):
+            before, mine = _global_states(self._device), [_state(g) for g in private]
+            with self.seen:
+                self.value = run()
+            after = _global_states(self._device)
+            private += [g for g in self.seen.generators.values() if all(g is not other for other in private)]
+            mine += [None] * (len(private) - len(mine))
+        self._moved = [name for name, state in before.items() if state != after[name]]
+        self._private = [(g, s) for g, s in zip(private, mine, strict=True) if s != _state(g)]
+        names = [*self._moved, *(type(g).__name__ for g, _ in self._private)]
+        self.words = f" (it draws from: {', '.join(names)})" if names else ""
+
+    def matter(self, run: Callable[[], Tensor]) -> bool:
+        """Whether other draws give other values, or the draws go on from pass to pass where they cannot be chosen."""
+        ends = [_state(g) for g, _ in self._private]
+        with random_state(seed=1, device=self._device):
+            if _differs(self.value, run()):
+                return True
+        if any(end != _state(g) for end, (g, _) in zip(ends, self._private, strict=True)) or "CUDA" in self._moved:
+            return True
+        for which in range(8 if self._moved else 0):
+            with extreme_draws(which, self._device):
+                if _differs(self.value, run()):
+                    return True
+        return False
+
+
+def _global_states(device: torch.device) -> dict[str, Any]:
+    states = {
+        "torch": torch.get_rng_state().numpy().tobytes(),
+        "Python's random": random.getstate(),
+        "NumPy's random": _state(np.random.mtrand._rand),
+    }
+    return states | ({"CUDA": torch.cuda.get_rng_state(device).numpy().tobytes()} if device.type == "cuda" else {})
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state().cpu().numpy().tobytes()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return repr(generator.get_state()[1].tobytes()) + repr(generator.get_state()[2:])  # type: ignore[union-attr]
+    return repr(generator.bit_generator.state)
+
+
+def _drawing_layers(risk: EmpiricalRisk, batch: Batch) -> list[str]:
+    """The innermost modules in whose forward pass a global generator moves."""
+    found: dict[str, None] = {}
+    inside: list[tuple[Any, bool]] = []
+
+    def begin(module: nn.Module, args: Any) -> None:
+        inside.append((_global_states(risk.space.device), False))
+
+    def end(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            before, named = inside.pop()
+            moved = before != _global_states(risk.space.device)
+            if moved and not named:
+                found[name] = None
+            if moved and inside:
+                inside[-1] = (inside[-1][0], True)
+
+        return hook
+
+    handles = []
+    for name, module in risk.modules():
+        handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end(name))]
+    try:
+        with random_state(seed=0, device=risk.space.device):
+            _outputs(risk, risk.space.unflatten(risk.theta), batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [*found]
+
+
+@recording()
+def _require_determined_loss(
+    risk: EmpiricalRisk, tensors: Mapping[str, Tensor], live: Mapping[int, str], batch: Batch, outputs: Tensor
+) -> None:
+    def run() -> Tensor:
+        return risk.batch_loss(outputs.clone().requires_grad_(), batch, tensors)
+
+    drawn = _Draws(risk, run, live)
+    require_own_tensors(live, drawn.seen, drawn.value)
+    if drawn.matter(run):
         raise StochasticModelError(
-            "the loss is random: the same outputs and targets gave two values, so every product would belong to "
-            "another function. Fix what it samples"
+            f"the loss is random: the same outputs and targets gave two values{drawn.words}, so every product would "
+            "belong to another function. Fix what it samples"
         )
 
 
@@ -109,26 +215,7 @@ def _differs(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return True
     scale = float(b.abs().max()) if b.numel() else 0.0
-    return bool(((a - b).abs() > scale * torch.finfo(b.dtype).eps ** 0.5).any())
-
-
-def _couples(risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch, whole: Tensor) -> bool:
-    """Whether the outputs of the first one or two examples change when the others are replaced by copies of them.
-
-    Rows of outputs may be in any order (examples may have several): as many must stay as belong to the kept ones.
-    """
-    size = tensors_of(batch.x)[0].shape[0]
-    rows = [whole, *(t for t in tensors_of(batch.y) if t.ndim)]
-    if size < 2 or whole.ndim == 0 or any(t.shape[0] % size for t in rows):
-        return False
-    kept = 2 if size > 2 else 1
-    mixed = _outputs(risk, tensors, with_examples(batch, torch.arange(size) % kept), 0)
-    if mixed.shape != whole.shape:
-        return True
-    scale = float(whole.abs().max())
-    stays = (mixed - whole).abs() <= scale * torch.finfo(whole.dtype).eps ** 0.5
-    whole_rows = stays.reshape(whole.shape[0], -1).all(dim=1)
-    return bool(torch.isfinite(whole).all()) and int(whole_rows.sum()) * size < kept * whole.shape[0]
+    return not bool(((a - b).abs() <= scale * torch.finfo(b.dtype).eps ** 0.5).all())
 
 
 def random_layers(risk: EmpiricalRisk) -> list[str]:

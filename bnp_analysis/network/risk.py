@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,10 @@ from bnp_analysis.distributed import ALONE, Group
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.operators import require_no_autocast
 from bnp_analysis.network.batches import Batch, Batches, Count, arguments
+from bnp_analysis.network.derivatives import require_gradient
 from bnp_analysis.network.identity import fingerprint
 from bnp_analysis.network.kernels import differentiable_kernels, explained, recording
+from bnp_analysis.network.losses import WithModel, live_tensors, reads_model
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.purity import require_mean_loss, require_pure
 from bnp_analysis.network.reading import Inputs, one_tensor
@@ -24,7 +26,7 @@ from bnp_analysis.network.snapshot import snapshot, snapshot_loss
 from bnp_analysis.network.state import point, with_tensors
 from bnp_analysis.network.watching import Visit, watched
 
-Loss = Callable[[Tensor, Any], Tensor]
+Loss = Callable[..., Tensor]
 
 
 class EmpiricalRisk:
@@ -36,7 +38,8 @@ class EmpiricalRisk:
 
     Args:
         model: any `nn.Module`.
-        loss: `loss(output, y)`, a scalar, the mean over the batch.
+        loss: `loss(output, y)`, a scalar, the mean over the batch. With a third positional argument it also gets the
+            network at `theta`, an `nn.Module`: for penalties (`model.parameters()`) and residuals (`model(points)`).
         data: one batch `(x, y)`, or an iterable of batches that can be read again (list, `DataLoader`). `x` is
             a tensor, a tuple (`model(*x)`) or a dict (`model(**x)`).
         params: names, prefixes, or a filter `(name, parameter) -> bool`; default every parameter that
@@ -48,14 +51,20 @@ class EmpiricalRisk:
         device: default the model's.
         group: the processes that share the data (`bnp.distributed`); `data` is then this one's shard, perhaps an empty
             list, and the risk that of all shards together. All of them make the same calls.
+        derivatives: `"exact"`: they are tried against differences and refused where they are not those of the risk;
+            `"surrogate"`: taken as they are (straight-through, surrogate gradients), and every result says so.
 
     Attributes:
         space: the `ParameterSpace` of `theta`.
         theta: `(n,)`, the point.
         output: the argument of that name.
         coupled: whether an example's output depends on the rest of its batch.
+        derivatives: the argument of that name.
+        with_model: whether the loss gets the network as well.
 
     Raises:
+        DerivativeError: autograd's gradient is not that of the risk (`detach`, modules that run again in the backward
+            pass, ...), or the loss reads the parameters of `model` itself. Names the tensors and the causes.
         InvalidInputError: a filter that matches nothing, parameters that are not floating point, a loss that is
             not a scalar or not a mean where that matters, a state that does not fit, an empty loader.
         NonFiniteError: NaN or infinity in data (names the batch), parameters (names them) or the loss.
@@ -86,14 +95,18 @@ class EmpiricalRisk:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         group: Group = ALONE,
+        derivatives: Literal["exact", "surrogate"] = "exact",
     ) -> None:
-        self.group = group
+        if derivatives not in ("exact", "surrogate"):
+            raise InvalidInputError(f"derivatives must be 'exact' or 'surrogate', got {derivatives!r}")
+        self.group, self.derivatives = group, derivatives
         with group.together("the construction of a risk"):
             self._model = snapshot(model, dtype, device)
             self.output, self._inputs = output, Inputs()
             self._recurrent = any(isinstance(m, nn.RNNBase) for m in self._model.modules())
             self.space = choose_parameters(self._model, params)
             self._model.requires_grad_(False)
+            self.with_model, live = reads_model(loss), live_tensors(loss, model)
             self._loss = snapshot_loss(loss, self.space.dtype, self.space.device)
             self.batches = Batches(data, count, self.space.dtype, self.space.device, group)
             own = {name: p.detach() for name, p in self._model.named_parameters()}
@@ -102,13 +115,17 @@ class EmpiricalRisk:
             if at is not None:
                 self._move(at)
             self._cache: dict[str, Tensor] = {}
+            # Found out by running it; and which second derivatives have been tried, shared by all risks made of this one.
+            self.weight_norms, self.tried = False, set[str]()
             self._require_finite_parameters()
             self.group.require_same(lambda: fingerprint(self._model, self._loss, self.theta), "the risk")
-            self.coupled = require_pure(self)
+            self.coupled = require_pure(self, live)
             _ = self.value
             self._inputs.settle()
             if self.batches.everywhere > 1:
                 require_mean_loss(self)
+            if derivatives == "exact":
+                require_gradient(self)
 
     def __call__(self, theta: Tensor) -> Tensor:
         """The risk at another point, a scalar tensor.
@@ -125,7 +142,7 @@ class EmpiricalRisk:
         tensors = self.space.unflatten(theta)
         with torch.no_grad():
             for batch in self.batches:
-                loss = self.batch_loss(self.batch_outputs(tensors, batch), batch)
+                loss = self.batch_loss(self.batch_outputs(tensors, batch), batch, tensors)
                 if not bool(torch.isfinite(loss)):
                     raise NonFiniteError(
                         f"the loss of batch {batch.index} is {loss.item()} at this theta, so the risk and its "
@@ -156,7 +173,7 @@ class EmpiricalRisk:
         total = torch.zeros(self.space.dim, dtype=self.space.dtype, device=self.space.device)
         for batch in self.batches:
             tensors = self.leaves()
-            loss = self.batch_loss(self.batch_outputs(tensors, batch), batch)
+            loss = self.batch_loss(self.batch_outputs(tensors, batch), batch, tensors)
             total += batch.count / self.batches.total * self.pullback(loss, tensors)
         return total
 
@@ -230,21 +247,60 @@ class EmpiricalRisk:
     def batch_outputs(self, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """`f(x; theta)` for a batch, at named tensors."""
         require_no_autocast(self.space.dtype, self.space.device, "the outputs of the model")
+        with self._inputs.given(batch.x, batch.own) as x:
+            args, kwargs = arguments(x)
+            raw = self._call(self._model, tensors, args, kwargs)
+        return one_tensor(raw, self.output)
+
+    def _call(self, module: nn.Module, tensors: Mapping[str, Tensor], args: Any, kwargs: Any, prefix: str = "") -> Any:
         # Copies, no operations of the network: batch statistics write into buffers (trap 2).
         with torch._C.DisableTorchFunction():
             buffers = {name: b.clone() for name, b in self._model.named_buffers()}
-        with self._inputs.given(batch.x, batch.own) as x, differentiable_kernels(recurrent=self._recurrent):
-            args, kwargs = arguments(x)
-            raw = functional_call(self._model, {**self._constants, **tensors, **buffers}, args, kwargs)
-        return one_tensor(raw, self.output)
+        values = {prefix + name: t for name, t in {**self._constants, **tensors, **buffers}.items()}
+        with differentiable_kernels(recurrent=self._recurrent, weight_norms=self.weight_norms):
+            return functional_call(module, values, args, kwargs)
 
-    def batch_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """The loss of a batch from its outputs, a scalar."""
-        value = self._loss(outputs, batch.y)
+    def batch_loss(self, outputs: Tensor, batch: Batch, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The loss of a batch from its outputs, a scalar; `tensors` for a loss that gets the network, default `theta`."""
+        if self.with_model:
+            at = self.space.unflatten(self.theta) if tensors is None else tensors
+            loss = WithModel(self._loss, self._model)
+            value = self._call(loss, at, (outputs, batch.y), {}, "model.")
+        else:
+            value = self._loss(outputs, batch.y)
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InvalidInputError(f"loss(output, y) gave {got}, not a scalar: the mean over the batch is needed")
         return value.reshape(())
+
+    def require_loss_of_outputs(self, what: str) -> None:
+        """Refuse what is defined by the outputs' curvature alone.
+
+        Raises:
+            InvalidInputError: the loss gets the network; says which ways there are.
+        """
+        if self.with_model:
+            raise InvalidInputError(
+                f"{what} is made of the loss's curvature in the outputs, J^T S J, but this loss also depends on the "
+                "parameters directly, loss(output, y, model): that part would be left out. hessian(risk) has all of "
+                "it. Or let forward() return what the loss needs (a residual, features) as outputs, and give "
+                "loss(output, y); for an L2 penalty c |theta|^2 take the risk without it and shift the matrix by 2 c"
+            )
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What results keep of how their derivatives came about."""
+        return {"derivatives": self.derivatives} if self.derivatives != "exact" else {}
+
+    def code(self) -> list[Any]:
+        """The model and the loss; look, do not touch."""
+        return [self._model, self._loss]
+
+    def alone(self, batch: Batch) -> EmpiricalRisk:
+        """The same model and loss over one batch, in this process alone."""
+        other = copy.copy(self)
+        other.group, other.batches, other._cache = ALONE, self.batches.alone(batch), {}
+        return other
 
     def pullback(self, scalar: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """The flat gradient of a scalar in named leaf tensors; zero for unused ones."""
