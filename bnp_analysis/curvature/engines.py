@@ -104,7 +104,7 @@ class Engine(Generic[G]):
     @property
     def record(self) -> dict[str, Any]:
         """What results keep: what was asked for and, once there was a product, the plan."""
-        asked = {"asked": self.name, "max_memory": self.max_memory}
+        asked = {"asked": self.name, "max_memory": self.max_memory} | self._risk.provenance
         return asked if self._plan is None else asked | asdict(self._plan)
 
     def each(self, use: Callable[[G, int, bool], None]) -> None:

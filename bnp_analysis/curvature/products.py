@@ -159,13 +159,13 @@ def gradient_graph(risk: EmpiricalRisk, batch: Batch) -> GradientGraph | ChainGr
     leaves = list(tensors.values())
     with TwiceDifferentiable():
         outputs = risk.batch_outputs(tensors, batch)
-        nodes = read_chain(outputs, leaves)
+        nodes = None if risk.with_model else read_chain(outputs, leaves)
         inputs = leaves
         if nodes:
             # A leaf at the outputs that takes no memory. The sum is a copy: a loss may write into it.
             inputs = [outputs.new_zeros(()).expand_as(outputs).requires_grad_()]
             outputs = outputs.detach() + inputs[0]
-        loss = risk.batch_loss(outputs, batch) * (batch.count / risk.batches.total)
+        loss = risk.batch_loss(outputs, batch, tensors) * (batch.count / risk.batches.total)
     gradients = [torch.zeros_like(t) for t in inputs]
     if loss.requires_grad:
         with explained():

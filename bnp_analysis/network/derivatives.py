@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -131,6 +132,74 @@ def require_gradient(risk: EmpiricalRisk) -> None:
         raise DerivativeError(_message(found, "gradient", wrong or names, gradient))
 
 
+def require_second(
+    risk: EmpiricalRisk,
+    what: str,
+    product: Callable[[EmpiricalRisk, Batch, list[Tensor]], Mapping[str, Tensor]],
+    function: Callable[[EmpiricalRisk, Batch], Mapping[str, Tensor]],
+) -> None:
+    """Refuse products that are not the derivative along `v` of the function they are computed for; once per `what`.
+
+    Args:
+        risk: the empirical risk.
+        what: the derivative in words.
+        product: risk, batch, `v` by tensors -> the product, by names.
+        function: risk, batch -> the function in the same form.
+
+    Raises:
+        DerivativeError: names what disagrees.
+    """
+    if risk.derivatives != "exact" or what in risk.tried:
+        return
+    risk.tried.add(what)
+    with random_state(device=risk.space.device):
+        found = trial(risk, _FEW)
+        if found is None:
+            return
+        at, batch = found.risk, found.batch
+
+        def value(theta: Tensor) -> dict[str, Tensor]:
+            return _scaled(at, function(at.at(theta), batch))
+
+        wrong = list[str]()
+        for seed in (1, 2):
+            v = found.direction(seed)
+            try:
+                claimed = _scaled(at, product(at, batch, list(at.space.unflatten(v).values())))
+                here = value(at.theta)
+            except (RuntimeError, BNPAnalysisError):
+                return  # who asks for a product is told
+            quotients: dict[float, dict[str, Tensor]] = {}
+
+            def along(h: float, name: str, v: Tensor = v, known: dict[float, Any] = quotients) -> dict[str, Tensor]:
+                if h not in known:
+                    ends = value(at.theta + h * v), value(at.theta - h * v)
+                    known[h] = {n: (ends[0][n] - ends[1][n]) / (2 * h) for n in ends[0]}
+                return {name: known[h][name]}
+
+            wrong = [
+                n
+                for n in claimed
+                if (n in wrong or seed == 1)
+                and compare(found, {n: claimed[n]}, partial(along, name=n), *_norms(at, n, claimed, here)) is False
+            ]
+            if not wrong:
+                return
+    risk.tried.discard(what)
+    raise DerivativeError(_message(found, what, wrong))
+
+
+def _scaled(risk: EmpiricalRisk, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In float64; derivatives by a tensor times its size, so that those by different tensors have one unit."""
+    tensors = risk.space.unflatten(risk.theta)
+    return {n: t.detach().double() * (_size(tensors[n]) if n in tensors else 1.0) for n, t in parts.items()}
+
+
+def _norms(risk: EmpiricalRisk, name: str, *parts: Mapping[str, Tensor]) -> list[float]:
+    """Of everything that has the unit of a part."""
+    return [_norm(p if name in risk.space else {name: p[name]}) for p in parts]
+
+
 def _slope(at: EmpiricalRisk, v: Tensor, h: float) -> Tensor:
     return (at(at.theta + h * v) - at(at.theta - h * v)).double() / (2 * h)
 
@@ -184,7 +253,7 @@ def _message(found: Trial, what: str, wrong: list[str], gradient: Tensor | None 
     words = f"autograd's {what} is not that of the risk: difference quotients disagree in {_few(wrong)}"
     words += f" ({_few(zero)}: exactly 0, though the risk changes)" if zero else ""
     words += f". Seen in the pass: {_few(causes)}" if causes else ""
-    again = any("Checkpoint" in name for name in found.functions)
+    again = any("Checkpoint" in name for name in causes)
     return (
         f"{words}. Curvature would be that of no function. "
         + (

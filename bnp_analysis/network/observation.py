@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -59,16 +60,17 @@ class Observer(TorchFunctionMode):
 
 
 def _caller() -> str:
-    """The innermost line that is neither torch's nor this package's."""
-    frame = sys._getframe(2)
+    """The innermost line that is neither torch's nor this package's, and the `autograd.Function` around it."""
+    frame: FrameType | None = sys._getframe(2)
+    place, inside = "", ""
     while frame is not None:
-        module = str(frame.f_globals.get("__name__", ""))
-        if module.split(".")[0] not in ("torch", "bnp_analysis"):
-            return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
-        if frame.f_back is None:
-            break
+        if not place and str(frame.f_globals.get("__name__", "")).split(".")[0] not in ("torch", "bnp_analysis"):
+            place = f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
+        context = frame.f_locals.get("ctx") if frame.f_code.co_name == "forward" else None
+        if isinstance(context, torch.autograd.function.FunctionCtx):
+            inside = f" inside autograd.Function {type(context).__name__.removesuffix('Backward')}"
         frame = frame.f_back
-    return "an unknown place"
+    return place + inside
 
 
 def custom_functions(outputs: Tensor) -> list[str]:

@@ -288,7 +288,7 @@ class EmpiricalRisk:
             )
 
     @property
-    def record(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """What results keep of how their derivatives came about."""
         return {"derivatives": self.derivatives} if self.derivatives != "exact" else {}
 

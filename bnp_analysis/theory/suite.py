@@ -120,6 +120,7 @@ def check_theory(
             "parameters": risk.space.dim,
             "n": risk.batches.total,
         },
+        engine=risk.provenance,
         seed=seed,
         seconds=time.perf_counter() - began,
     )
