@@ -249,7 +249,7 @@ def _message(found: Trial, what: str, wrong: list[str], gradient: Tensor | None 
     zero = []
     if gradient is not None:
         zero = [n for n in wrong if not bool(found.risk.space.unflatten(gradient)[n].any())]
-    causes = [f"autograd.Function {name}" for name in found.functions] + list(found.stops)
+    causes = [*dict.fromkeys([*(f"autograd.Function {name}" for name in found.functions), *found.stops])]
     words = f"autograd's {what} is not that of the risk: difference quotients disagree in {_few(wrong)}"
     words += f" ({_few(zero)}: exactly 0, though the risk changes)" if zero else ""
     words += f". Seen in the pass: {_few(causes)}" if causes else ""
@@ -261,7 +261,8 @@ def _message(found: Trial, what: str, wrong: list[str], gradient: Tensor | None 
             if again
             else "Modules that run again in the backward pass (adjoint ODE solvers, reentrant checkpoints) do so with "
             "other parameters; detach, rounding with a straight-through gradient, surrogate gradients, gradient hooks "
-            "and autograd.Functions may have derivatives that are not those of what they compute. "
+            "and autograd.Functions may have derivatives that are not those of what they compute; layers that update "
+            "buffers in training mode (spectral_norm) do so without a derivative: model.eval(). "
         )
         + "Take them out for a measurement; leave the tensors out with params=; or measure the surrogate under its "
         "name with EmpiricalRisk(..., derivatives='surrogate')"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FrameType
 from typing import Any
@@ -30,7 +31,7 @@ class Observer(TorchFunctionMode):
         generators: random generators that were passed on purpose.
         names: of all functions that were called.
         eps: the spacing of the coarsest floating-point numbers that were made.
-        stops: where a gradient was cut or a step function used, `"detach at net.py:12"`.
+        stops: where a gradient was cut, a step function or a padding index used, `"detach at net.py:12"`.
     """
 
     def __init__(self, watched: Mapping[int, str] | None = None) -> None:
@@ -41,6 +42,18 @@ class Observer(TorchFunctionMode):
         self.names: set[str] = set()
         self.eps = 0.0
         self.stops: dict[str, None] = {}
+
+    def __enter__(self) -> Observer:
+        # What torch warns of would be said to come from here.
+        self._quiet = warnings.catch_warnings()
+        self._quiet.__enter__()
+        warnings.simplefilter("ignore")
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._quiet.__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -54,23 +67,24 @@ class Observer(TorchFunctionMode):
         made = [t for t in tensors_of(out if isinstance(out, Tensor | tuple | list) else ()) if t.is_floating_point()]
         self.eps = max([self.eps, *(torch.finfo(t.dtype).eps for t in made)])
         cut = any(t.requires_grad for t in given) and any(not t.requires_grad for t in made)
-        if cut or name in _STEPS:
-            self.stops[f"{name} at {_caller()}"] = None
+        if cut or name in _STEPS or kwargs.get("padding_idx") is not None:
+            self.stops[_caller(name)] = None
         return out
 
 
-def _caller() -> str:
-    """The innermost line that is neither torch's nor this package's, and the `autograd.Function` around it."""
+def _caller(name: str) -> str:
+    """`name` with the innermost line that is neither torch's nor this package's, or the `autograd.Function` around it."""
     frame: FrameType | None = sys._getframe(2)
-    place, inside = "", ""
+    place = ""
     while frame is not None:
-        if not place and str(frame.f_globals.get("__name__", "")).split(".")[0] not in ("torch", "bnp_analysis"):
-            place = f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
         context = frame.f_locals.get("ctx") if frame.f_code.co_name == "forward" else None
         if isinstance(context, torch.autograd.function.FunctionCtx):
-            inside = f" inside autograd.Function {type(context).__name__.removesuffix('Backward')}"
+            return f"autograd.Function {type(context).__name__.removesuffix('Backward')}"
+        module = str(frame.f_globals.get("__name__", ""))
+        if not place and module.split(".")[0] not in ("torch", "bnp_analysis", "contextlib"):
+            place = f" at {frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
         frame = frame.f_back
-    return place + inside
+    return name + place
 
 
 def custom_functions(outputs: Tensor) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,12 +66,13 @@ def _couples_here(risk: EmpiricalRisk, live: Mapping[int, str]) -> tuple[bool, l
     coupled = bool(normalizing)
     tensors = _generic_point(risk)
     for batch in risk.batches:
-        if not bool(torch.isfinite(_outputs(risk, tensors, batch)).all()):
+        drawn = _Draws(risk, partial(_outputs, risk, tensors, batch))
+        if not bool(torch.isfinite(drawn.value).all()):
             tensors = risk.space.unflatten(risk.theta)
-        drawn = _Draws(risk, lambda: _outputs(risk, tensors, batch))
+            drawn = _Draws(risk, partial(_outputs, risk, tensors, batch))
         outputs = drawn.value
         risk.weight_norms = risk.weight_norms or "_weight_norm" in drawn.seen.names
-        if random or drawn.matter(lambda: _outputs(risk, tensors, batch)):
+        if random or drawn.matter(partial(_outputs, risk, tensors, batch)):
             raise StochasticModelError(
                 f"the model is random in training mode ({_named(random or _drawing_layers(risk, batch))}): every "
                 f"evaluation would use another mask, and products would belong to different functions{drawn.words}. "
@@ -215,8 +217,9 @@ def _differs(a: Tensor, b: Tensor) -> bool:
     a, b = a.detach(), b.detach()
     if a.shape != b.shape:
         return True
-    scale = float(b.abs().max()) if b.numel() else 0.0
-    return not bool(((a - b).abs() <= scale * torch.finfo(b.dtype).eps ** 0.5).all())
+    finite = b[torch.isfinite(b)]
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    return not bool(torch.isclose(a, b, rtol=0.0, atol=scale * torch.finfo(b.dtype).eps ** 0.5, equal_nan=True).all())
 
 
 def random_layers(risk: EmpiricalRisk) -> list[str]:

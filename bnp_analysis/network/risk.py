@@ -102,7 +102,7 @@ class EmpiricalRisk:
         self.group, self.derivatives = group, derivatives
         with group.together("the construction of a risk"):
             self._model = snapshot(model, dtype, device)
-            self.output, self._inputs = output, Inputs()
+            self.output, self.inputs = output, Inputs()
             self._recurrent = any(isinstance(m, nn.RNNBase) for m in self._model.modules())
             self.space = choose_parameters(self._model, params)
             self._model.requires_grad_(False)
@@ -121,7 +121,7 @@ class EmpiricalRisk:
             self.group.require_same(lambda: fingerprint(self._model, self._loss, self.theta), "the risk")
             self.coupled = require_pure(self, live)
             _ = self.value
-            self._inputs.settle()
+            self.inputs.settle()
             if self.batches.everywhere > 1:
                 require_mean_loss(self)
             if derivatives == "exact":
@@ -247,7 +247,7 @@ class EmpiricalRisk:
     def batch_outputs(self, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """`f(x; theta)` for a batch, at named tensors."""
         require_no_autocast(self.space.dtype, self.space.device, "the outputs of the model")
-        with self._inputs.given(batch.x, batch.own) as x:
+        with self.inputs.given(batch.x, batch.own) as x:
             args, kwargs = arguments(x)
             raw = self._call(self._model, tensors, args, kwargs)
         return one_tensor(raw, self.output)
