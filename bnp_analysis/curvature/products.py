@@ -123,7 +123,7 @@ def backward(
         )
     # Not materialize_grads: its zeros for unused inputs forget the batch of cotangents.
     lead = cotangents[0].shape[:1] if batched else ()
-    return [t.new_zeros(*lead, *t.shape) if g is None else g for g, t in zip(found, inputs, strict=True)]
+    return [t.new_zeros((*lead, *t.shape)) if g is None else g for g, t in zip(found, inputs, strict=True)]
 
 
 def _require_differentiable(gradients: Iterable[Tensor], outputs: Tensor) -> None:

@@ -201,7 +201,7 @@ def _require_determined_loss(
     risk: EmpiricalRisk, tensors: Mapping[str, Tensor], live: Mapping[int, str], batch: Batch, outputs: Tensor
 ) -> None:
     def run() -> Tensor:
-        return risk.batch_loss(outputs.clone().requires_grad_(), batch, tensors)
+        return risk.batch_loss(outputs.detach().requires_grad_().clone(), batch, tensors)
 
     drawn = _Draws(risk, run, live)
     require_own_tensors(live, drawn.seen, drawn.value)
