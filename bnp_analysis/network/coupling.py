@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from bnp_analysis.network.risk import EmpiricalRisk
 
 
-def couples(risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch, whole: Tensor) -> bool:
-    """Whether some example's output depends on another example.
+def couples(risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch, whole: Tensor) -> bool | None:
+    """Whether some example's output depends on another example; None where examples cannot be exchanged.
 
     First the outputs of one or two examples beside copies of themselves, which shows batch statistics and decisions
     without derivative. Then any two examples, by derivatives: for independent ones, whose Jacobian `J` has blocks `J_j`
@@ -33,7 +33,7 @@ def couples(risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch, wh
     size = tensors_of(batch.x)[0].shape[0]
     rows = [whole, *(t for t in tensors_of(batch.y) if t.ndim)]
     if size < 2 or whole.ndim == 0 or any(t.shape[0] % size for t in rows) or not bool(torch.isfinite(whole).all()):
-        return False
+        return None
     index = torch.arange(size)
     if _changes(risk, tensors, batch, whole, index % (2 if size > 2 else 1), 2 if size > 2 else 1):
         return True

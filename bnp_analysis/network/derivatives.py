@@ -27,8 +27,8 @@ from bnp_analysis.network.randomness import random_state
 if TYPE_CHECKING:
     from bnp_analysis.network.risk import EmpiricalRisk
 
-# Examples on which gradients and second derivatives are tried.
-_EXAMPLES, _FEW = 512, 32
+# An eighth of the examples, within these bounds: the cost is about that of a gradient, where float64 is slow.
+_FEWEST, _MOST = 8, 64
 # A quotient that agrees to this share of what is compared agrees; coarser numbers than float64 are given more.
 _TOLERANCE = 1e-5
 # Roundings of the function that a quotient may show.
@@ -42,10 +42,12 @@ Quotient = Callable[[float], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Trial:
-    """Where derivatives are tried: a risk on a few examples, its one batch, and the point."""
+    """Where derivatives are tried: a risk on a few examples at a point, its one batch, and the recorded loss."""
 
     risk: EmpiricalRisk
     batch: Batch
+    loss: Tensor
+    leaves: dict[str, Tensor]
     eps: float
     stops: tuple[str, ...]
     functions: tuple[str, ...]
@@ -60,12 +62,13 @@ class Trial:
         return self.risk.space.flatten(parts)
 
 
-def trial(risk: EmpiricalRisk, examples: int) -> Trial | None:
+def trial(risk: EmpiricalRisk) -> Trial | None:
     """A place to try derivatives at; None where there is none: no batch, or numbers too coarse for differences."""
     batch = next(iter(risk.batches), None)
     if batch is None:
         return None
     size = tensors_of(batch.x)[0].shape[0]
+    examples = min(_MOST, max(_FEWEST, size // 8))
     if not risk.coupled and size > examples and slice_batch(batch, 0, 1) is not None:
         batch = with_examples(batch, torch.linspace(0, size - 1, examples).long())
     one = risk.alone(batch)
@@ -84,7 +87,7 @@ def trial(risk: EmpiricalRisk, examples: int) -> Trial | None:
                 break
             if bool(torch.isfinite(loss)):
                 eps = max(observer.eps, torch.finfo(at.space.dtype).eps)
-                found = Trial(at, part, eps, tuple(observer.stops), tuple(custom_functions(loss)))
+                found = Trial(at, part, loss, leaves, eps, tuple(observer.stops), tuple(custom_functions(loss)))
                 return found if eps < 1e-5 else None
     return None
 
@@ -108,14 +111,16 @@ def require_gradient(risk: EmpiricalRisk) -> None:
         DerivativeError: names the tensors, by how much they disagree, what may cause it, the ways out.
     """
     with random_state(device=risk.space.device):
-        found = trial(risk, _EXAMPLES)
+        found = trial(risk)
         if found is None:
             return
         at = found.risk
         try:
-            gradient = at.gradient
+            gradient = at.pullback(found.loss, found.leaves)
         except (RuntimeError, BNPAnalysisError):
             return  # who asks for it is told
+        if not bool(torch.isfinite(gradient).all()):
+            return
 
         def agrees(v: Tensor) -> bool | None:
             tensors, g = at.space.unflatten(v), at.space.unflatten(gradient)
@@ -123,7 +128,7 @@ def require_gradient(risk: EmpiricalRisk) -> None:
             scale = sum(abs(float(s)) for s in slopes.values())
             spread = sum(float(g[n].norm() * at.theta[at.space.slice_of(n)].norm()) for n in tensors)
             claimed = {"": sum(slopes.values(), torch.zeros(()))}
-            return compare(found, claimed, lambda h: {"": _slope(at, v, h)}, scale, spread + abs(float(at.value)))
+            return compare(found, claimed, lambda h: {"": _slope(at, v, h)}, scale, spread + abs(float(found.loss.detach())))
 
         if agrees(found.direction(1)) is not False or agrees(found.direction(2)) is not False:
             return
@@ -153,7 +158,7 @@ def require_second(
         return
     risk.tried.add(what)
     with random_state(device=risk.space.device):
-        found = trial(risk, _FEW)
+        found = trial(risk)
         if found is None:
             return
         at, batch = found.risk, found.batch

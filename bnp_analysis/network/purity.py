@@ -72,14 +72,16 @@ def _couples_here(risk: EmpiricalRisk, live: Mapping[int, str]) -> tuple[bool, l
             drawn = _Draws(risk, partial(_outputs, risk, tensors, batch))
         outputs = drawn.value
         risk.weight_norms = risk.weight_norms or "_weight_norm" in drawn.seen.names
-        if random or drawn.matter(partial(_outputs, risk, tensors, batch)):
+        _require_determined_loss(risk, tensors, live, batch, outputs)
+        found = None if coupled or random or drawn.any else couples(risk, tensors, batch, outputs)
+        # Outputs that were the same beside other examples have been seen to be the same twice.
+        if random or (found is not False and drawn.matter(partial(_outputs, risk, tensors, batch))):
             raise StochasticModelError(
                 f"the model is random in training mode ({_named(random or _drawing_layers(risk, batch))}): every "
                 f"evaluation would use another mask, and products would belong to different functions{drawn.words}. "
                 "Call model.eval(), set p=0, or measure model.eval() with BatchNorm left in train mode"
             )
-        _require_determined_loss(risk, tensors, live, batch, outputs)
-        coupled = coupled or couples(risk, tensors, batch, outputs)
+        coupled = bool(coupled or found or (drawn.any and couples(risk, tensors, batch, outputs)))
         if coupled or tensors_of(batch.x)[0].shape[0] > 1:
             break
     return coupled, normalizing
@@ -111,6 +113,7 @@ class _Draws:
     Attributes:
         value: what the pass gave.
         seen: the calls of the pass.
+        any: whether there were any.
         words: the generators, for an error.
     """
 
@@ -129,6 +132,7 @@ class _Draws:
         self._moved = [name for name, state in before.items() if state != after[name]]
         self._private = [(g, s) for g, s in zip(private, mine, strict=True) if s != _state(g)]
         names = [*self._moved, *(type(g).__name__ for g, _ in self._private)]
+        self.any = bool(names)
         self.words = f" (it draws from: {', '.join(names)})" if names else ""
 
     def matter(self, run: Callable[[], Tensor]) -> bool:
