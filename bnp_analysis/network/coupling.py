@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 def couples(risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch, whole: Tensor) -> bool | None:
     """Whether some example's output depends on another example; None where examples cannot be exchanged.
 
-    First the outputs of one or two examples beside copies of themselves, which shows batch statistics and decisions
-    without derivative. Then any two examples, by derivatives: for independent ones, whose Jacobian `J` has blocks `J_j`
+    First the outputs of a random half beside copies of one of them, which shows batch statistics and decisions without
+    derivative that many examples take part in. Then any two examples, by derivatives: for independent ones, whose Jacobian `J` has blocks `J_j`
     on its diagonal alone, weights `a_j` of the outputs' cotangents `r` come back as they are,
     `J^T (a r) = a J^T r`, and with random weights for no others. Inputs without derivative (tokens) are looked at
     where they first become numbers with one. Where this does not show independence (outputs in another order, nothing
@@ -35,7 +35,9 @@ def couples(risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch, wh
     if size < 2 or whole.ndim == 0 or any(t.shape[0] % size for t in rows) or not bool(torch.isfinite(whole).all()):
         return None
     index = torch.arange(size)
-    if _changes(risk, tensors, batch, whole, index % (2 if size > 2 else 1), 2 if size > 2 else 1):
+    half = torch.randperm(size, generator=torch.Generator().manual_seed(0))[: (size + 1) // 2]
+    alone = torch.full((size,), int(half[0])).scatter(0, half, half)
+    if _changes(risk, tensors, batch, whole, alone, len(half)):
         return True
     with suppress(RuntimeError, ValueError, TypeError):  # an operation without derivative, or that refuses a gradient
         if _apart(risk, tensors, batch, whole, size):

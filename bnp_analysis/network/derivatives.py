@@ -128,7 +128,9 @@ def require_gradient(risk: EmpiricalRisk) -> None:
             scale = sum(abs(float(s)) for s in slopes.values())
             spread = sum(float(g[n].norm() * at.theta[at.space.slice_of(n)].norm()) for n in tensors)
             claimed = {"": sum(slopes.values(), torch.zeros(()))}
-            return compare(found, claimed, lambda h: {"": _slope(at, v, h)}, scale, spread + abs(float(found.loss.detach())))
+            return compare(
+                found, claimed, lambda h: {"": _slope(at, v, h)}, scale, spread + abs(float(found.loss.detach()))
+            )
 
         if agrees(found.direction(1)) is not False or agrees(found.direction(2)) is not False:
             return
@@ -209,9 +211,7 @@ def _slope(at: EmpiricalRisk, v: Tensor, h: float) -> Tensor:
     return (at(at.theta + h * v) - at(at.theta - h * v)).double() / (2 * h)
 
 
-def compare(
-    found: Trial, claimed: Mapping[str, Tensor], quotient: Quotient, scale: float, size: float
-) -> bool | None:
+def compare(found: Trial, claimed: Mapping[str, Tensor], quotient: Quotient, scale: float, size: float) -> bool | None:
     """Whether a derivative agrees with difference quotients; None if they agree neither with it nor with one another.
 
     Args:

@@ -121,6 +121,8 @@ def held_objects(roots: Iterable[Any], wanted: tuple[type, ...], depth: int = 6)
 def _parts(value: Any) -> Iterable[Any]:
     if isinstance(value, types.MethodType):
         return (value.__self__, value.__func__)
+    if isinstance(value, types.BuiltinMethodType) and not isinstance(value.__self__, types.ModuleType):
+        return (value.__self__,)
     if isinstance(value, types.FunctionType):
         cells = [c.cell_contents for c in value.__closure__ or () if not _empty(c)]
         named = [value.__globals__[n] for n in value.__code__.co_names if n in value.__globals__]

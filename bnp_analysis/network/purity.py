@@ -120,7 +120,8 @@ class _Draws:
     def __init__(self, risk: EmpiricalRisk, run: Callable[[], Tensor], live: Mapping[int, str] | None = None) -> None:
         self._device = risk.space.device
         held = held_objects(risk.code(), (random.Random, np.random.Generator, np.random.RandomState, torch.Generator))
-        private = list(held)
+        shared = (random._inst, np.random.mtrand._rand, torch.default_generator)  # type: ignore[attr-defined]
+        private = [g for g in held if all(g is not other for other in shared)]
         self.seen = Observer(live)
         with random_state(seed=0, device=self._device):
             before, mine = _global_states(self._device), [_state(g) for g in private]

@@ -86,7 +86,9 @@ class Padded(nn.Module):
 
 def hooked(factor: float) -> nn.Module:
     model = Middle(lambda m, h: torch.tanh(h))
-    model.first.register_full_backward_hook(lambda m, g_in, g_out: tuple(None if g is None else factor * g for g in g_in))
+    model.first.register_full_backward_hook(
+        lambda m, g_in, g_out: tuple(None if g is None else factor * g for g in g_in)
+    )
     model.out.register_full_backward_hook(lambda m, g_in, g_out: tuple(None if g is None else factor * g for g in g_in))
     return model
 
