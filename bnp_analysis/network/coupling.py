@@ -24,11 +24,12 @@ def couples(risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch, wh
     """Whether some example's output depends on another example; None where examples cannot be exchanged.
 
     First the outputs of a random half beside copies of one of them, which shows batch statistics and decisions without
-    derivative that many examples take part in. Then any two examples, by derivatives: for independent ones, whose Jacobian `J` has blocks `J_j`
-    on its diagonal alone, weights `a_j` of the outputs' cotangents `r` come back as they are,
-    `J^T (a r) = a J^T r`, and with random weights for no others. Inputs without derivative (tokens) are looked at
-    where they first become numbers with one. Where this does not show independence (outputs in another order, nothing
-    to differentiate by), examples are replaced by others, all pairs told apart by the binary digits of their index.
+    derivative that many examples take part in. Then any two examples, by derivatives: for independent ones, whose
+    Jacobian `J` has blocks on its diagonal alone, weights `a` of the examples come back as they are,
+    `J^T (a r) = a J^T r` for cotangents `r`, and with random weights for no others. Inputs without derivative (tokens)
+    are looked at where they first become numbers with one. Where this does not show independence (outputs in another
+    order, nothing to differentiate by), examples are replaced by others, all pairs told apart by the binary digits of
+    their index.
     """
     size = tensors_of(batch.x)[0].shape[0]
     rows = [whole, *(t for t in tensors_of(batch.y) if t.ndim)]
@@ -123,16 +124,18 @@ def _apart(risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch, who
     def pulled(u: Tensor) -> list[Tensor]:
         """`J^T u` along a direction, one number per example for each source."""
         found = torch.autograd.grad(outputs, sources, u, retain_graph=True, allow_unused=True)
-        return [d.new_zeros(size) if t is None else t.reshape(size, -1) @ d for t, d in zip(found, directions)]
+        return [
+            d.new_zeros(size) if t is None else t.reshape(size, -1) @ d for t, d in zip(found, directions, strict=True)
+        ]
 
     plain = pulled(r)
     if not any(bool(t.any()) for t in plain):
         return False
-    each = outputs.shape[0] // size
+    each, tolerance = outputs.shape[0] // size, torch.finfo(outputs.dtype).eps ** 0.5
     # Rows of outputs example by example, or position by position.
     for weights in {1: [a]}.get(each, [a.repeat_interleave(each), a.repeat(each)]):
         u = r * weights.view(-1, *[1] * (r.ndim - 1))
-        gaps = [(p - a.to(q) * q).abs().max() / q.abs().max() for p, q in zip(pulled(u), plain) if bool(q.any())]
-        if all(float(gap) <= torch.finfo(outputs.dtype).eps ** 0.5 for gap in gaps):
+        pairs = zip(pulled(u), plain, strict=True)
+        if all(float((p - a.to(q) * q).abs().max()) <= tolerance * float(q.abs().max()) for p, q in pairs):
             return True
     return False

@@ -48,11 +48,11 @@ class Observer(TorchFunctionMode):
         self._quiet = warnings.catch_warnings()
         self._quiet.__enter__()
         warnings.simplefilter("ignore")
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._quiet.__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -73,7 +73,7 @@ class Observer(TorchFunctionMode):
 
 
 def _caller(name: str) -> str:
-    """`name` with the innermost line that is neither torch's nor this package's, or the `autograd.Function` around it."""
+    """`name` with the innermost line that is neither torch's nor ours, or the `autograd.Function` around it."""
     frame: FrameType | None = sys._getframe(2)
     place = ""
     while frame is not None:
@@ -81,7 +81,7 @@ def _caller(name: str) -> str:
         if isinstance(context, torch.autograd.function.FunctionCtx):
             return f"autograd.Function {type(context).__name__.removesuffix('Backward')}"
         module = str(frame.f_globals.get("__name__", ""))
-        if not place and module.split(".")[0] not in ("torch", "bnp_analysis", "contextlib"):
+        if not place and module.partition(".")[0] not in ("torch", "bnp_analysis", "contextlib"):
             place = f" at {frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
         frame = frame.f_back
     return name + place

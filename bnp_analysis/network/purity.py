@@ -120,7 +120,7 @@ class _Draws:
     def __init__(self, risk: EmpiricalRisk, run: Callable[[], Tensor], live: Mapping[int, str] | None = None) -> None:
         self._device = risk.space.device
         held = held_objects(risk.code(), (random.Random, np.random.Generator, np.random.RandomState, torch.Generator))
-        shared = (random._inst, np.random.mtrand._rand, torch.default_generator)  # type: ignore[attr-defined]
+        shared = (random._inst, np.random.mtrand._rand, torch.default_generator)
         private = [g for g in held if all(g is not other for other in shared)]
         self.seen = Observer(live)
         with random_state(seed=0, device=self._device):
@@ -166,7 +166,7 @@ def _state(generator: Any) -> Any:
     if isinstance(generator, random.Random):
         return generator.getstate()
     if isinstance(generator, np.random.RandomState):
-        return repr(generator.get_state()[1].tobytes()) + repr(generator.get_state()[2:])  # type: ignore[union-attr]
+        return [p.tobytes() if isinstance(p, np.ndarray) else p for p in generator.get_state(legacy=True)]
     return repr(generator.bit_generator.state)
 
 

@@ -83,7 +83,7 @@ def extreme_draws(which: int, device: torch.device | None = None) -> Iterator[No
     state = _untempered(words)
     with random_state(seed=which, device=device), _Bernoulli(which):
         random.setstate((3, (*(int(w) for w in state), 0), None))
-        np.random.set_state(("MT19937", state.astype(np.uint32), 0))  # noqa: NPY002
+        np.random.set_state(("MT19937", state.astype(np.uint32), 0, 0, 0.0))  # noqa: NPY002
         torch.set_rng_state(_torch_state(state))
         yield
 
@@ -110,11 +110,11 @@ def _torch_state(words: np.ndarray) -> Tensor:
     return torch.from_numpy(state)
 
 
-class _Bernoulli(TorchDispatchMode):
+class _Bernoulli(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Masks of dropout, drawn by other generators than the states above, at one of their two ends."""
 
     def __init__(self, which: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._which = which
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -115,7 +115,7 @@ class EmpiricalRisk:
             if at is not None:
                 self._move(at)
             self._cache: dict[str, Tensor] = {}
-            # Found out by running it; and which second derivatives have been tried, shared by all risks made of this one.
+            # Found out by running it; and which second derivatives have been tried, for all risks made of this one.
             self.weight_norms, self.tried = False, set[str]()
             self._require_finite_parameters()
             self.group.require_same(lambda: fingerprint(self._model, self._loss, self.theta), "the risk")
@@ -261,7 +261,7 @@ class EmpiricalRisk:
             return functional_call(module, values, args, kwargs)
 
     def batch_loss(self, outputs: Tensor, batch: Batch, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The loss of a batch from its outputs, a scalar; `tensors` for a loss that gets the network, default `theta`."""
+        """The loss of a batch from its outputs, a scalar; a loss that gets the network has it at `tensors`."""
         if self.with_model:
             at = self.space.unflatten(self.theta) if tensors is None else tensors
             loss = WithModel(self._loss, self._model)

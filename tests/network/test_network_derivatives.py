@@ -1,5 +1,5 @@
-"""Catches: a gradient, Hessian product or Jacobian product that is not the derivative of what the risk computes, accepted
-without a word; and a right one that is refused: at kinks, in float32, at scales from 1e-12 to 1e12, with dead inputs."""
+"""Catches: a gradient, Hessian product or Jacobian product that is not the derivative of what the risk computes, and is
+accepted without a word; and a right one that is refused: at kinks, in float32, at scales from 1e-12 to 1e12."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ class Squares(torch.autograd.Function):
     ("function", "loss", "hessian", "gauss_newton"),
     [
         (Cube.apply, F.cross_entropy, "first.*autograd.Function Cube", None),
-        (lambda h: Unlinked.apply(h), F.cross_entropy, "first", "the outputs"),
+        (Unlinked.apply, F.cross_entropy, "first", "the outputs"),
         (torch.tanh, lambda o, y: Squares.apply(o), "out", "the loss's gradient in the outputs"),
         (torch.tanh, F.cross_entropy, None, None),
     ],

@@ -1,5 +1,5 @@
-"""Catches: a loss that reads the caller's parameters and loses that term's derivatives; a penalty or residual given in
-the supported form whose value, gradient or Hessian differs from double backward by hand; a Gauss-Newton matrix without it."""
+"""Catches: a loss that reads the caller's parameters and loses that term's derivatives; a penalty or residual in the
+supported form with other values or derivatives than by hand; a Gauss-Newton matrix that leaves it out."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ DRAWS: dict[str, Callable[[], Any]] = {
     "torch, double": lambda: torch.empty((), dtype=torch.float64).uniform_(),
     "python": random.random,
     "python, uniform": lambda: random.uniform(0, 1),
-    "numpy": lambda: np.random.rand(),
+    "numpy": lambda: np.random.rand(),  # noqa: NPY002, PLW0108
     "numpy, own generator": Own(),
     "python, own generator": random.Random(0).random,
     "torch, own generator": lambda: torch.rand((), generator=TORCH),
@@ -202,7 +202,7 @@ def test_fixed_random_features_are_one_function() -> None:
 
 
 def mixed_up(o: Tensor, y: Tensor) -> Tensor:
-    share = float(np.random.beta(0.4, 0.4))
+    share = float(np.random.beta(0.4, 0.4))  # noqa: NPY002
     return share * F.cross_entropy(o, y) + (1 - share) * F.cross_entropy(o, y.flip(0))
 
 
@@ -217,7 +217,7 @@ LOSSES_THAT_DRAW: dict[str, Callable[..., Tensor]] = {
 
 @pytest.mark.parametrize("name", LOSSES_THAT_DRAW)
 def test_losses_that_draw_numbers_are_refused(name: str) -> None:
-    with pytest.raises(StochasticModelError, match="the loss is random.*it draws from"):
+    with pytest.raises(StochasticModelError, match=r"the loss is random.*it draws from"):
         bnp.EmpiricalRisk(net(), LOSSES_THAT_DRAW[name], table())
 
 
@@ -228,7 +228,7 @@ def test_extreme_draws_are_extreme_and_come_to_an_end() -> None:
         with extreme_draws(which):
             values = [
                 random.random(),
-                np.random.rand(),
+                np.random.rand(),  # noqa: NPY002
                 float(torch.rand(())),
                 float(torch.rand((), dtype=torch.float64)),
             ]
@@ -236,8 +236,8 @@ def test_extreme_draws_are_extreme_and_come_to_an_end() -> None:
             for _ in range(300):
                 random.sample(range(100), 7)
                 random.gammavariate(0.3, 1.0)
-                np.random.normal()
-                np.random.permutation(9)
+                np.random.normal()  # noqa: NPY002
+                np.random.permutation(9)  # noqa: NPY002
                 torch.distributions.Gamma(torch.tensor(0.3), torch.tensor(1.0)).sample()
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == random.getstate()
