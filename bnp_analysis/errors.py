@@ -31,6 +31,10 @@ class StochasticModelError(BNPAnalysisError, ValueError):
     """
 
 
+class DerivativeError(InvalidInputError):
+    """What autograd computes is not the derivative of the risk."""
+
+
 class InconsistentDataError(BNPAnalysisError, ValueError):
     """Two passes over the data saw different examples."""
 

@@ -232,12 +232,13 @@ class Result:
         return hash(self._key())
 
     def __str__(self) -> str:
-        """One line, see :meth:`summary`."""
-        return self.summary()
+        """One line, see :meth:`summary`; it says where derivatives are not those of the risk."""
+        surrogate = self.engine.get("derivatives", "exact") != "exact"
+        return self.summary() + ("; of surrogate derivatives, not those of the risk" if surrogate else "")
 
     def __repr__(self) -> str:
-        """The class and the line of :meth:`summary`."""
-        name, line = type(self).__name__, self.summary()
+        """The class and the line."""
+        name, line = type(self).__name__, str(self)
         return f"<{line}>" if line.startswith(name) else f"<{name}: {line}>"
 
     def _repr_html_(self) -> str:

@@ -112,9 +112,7 @@ class Engine(Generic[G]):
     @property
     def record(self) -> dict[str, Any]:
         """What results keep: what was asked for, what lowers the precision and, once there was a product, the plan."""
-        asked: dict[str, Any] = {"asked": self.name, "max_memory": self.max_memory}
-        if self._risk.precision.cause:
-            asked["precision"] = str(self._risk.precision)
+        asked = {"asked": self.name, "max_memory": self.max_memory} | self._risk.provenance
         return asked if self._plan is None else asked | asdict(self._plan)
 
     @full_float32

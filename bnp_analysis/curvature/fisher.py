@@ -12,6 +12,7 @@ from torch import Tensor
 from bnp_analysis.curvature.blocks import restricted
 from bnp_analysis.curvature.engines import Plan
 from bnp_analysis.curvature.factors import JacobianFactor, batch_roots
+from bnp_analysis.curvature.gauss_newton import require_output_curvature
 from bnp_analysis.curvature.output_curvature import OutputRoot, loss_gradient, output_root
 from bnp_analysis.distributed import over_processes
 from bnp_analysis.distributed.nested import tensors_of
@@ -112,6 +113,7 @@ def fisher(
         raise InvalidInputError(f"kind must be 'mc' or 'empirical', got {kind!r}")
     if samples < 1:
         raise InvalidInputError(f"samples must be at least 1, got {samples}")
+    require_output_curvature(risk, "fisher")
     if kind == "empirical":
         return restricted(risk, block, lambda r: Fisher(r, _empirical, engine, max_memory))
     # The sampler is made for every operator: a block and the whole see the same targets.

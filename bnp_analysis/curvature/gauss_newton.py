@@ -16,6 +16,7 @@ from bnp_analysis.curvature.products import OutputGraph, output_graph
 from bnp_analysis.distributed import over_processes
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.network.batches import Batch
+from bnp_analysis.network.derivatives import require_second
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.saturation import has_vanished, product_eps
@@ -105,7 +106,8 @@ def gauss_newton(
         over examples, and the data keep their order.
 
     Raises:
-        InvalidInputError: no such block.
+        DerivativeError: products are not those derivatives; tried once per risk.
+        InvalidInputError: no such block, or a loss that gets the network as well.
         MemoryLimitError: at the first product: not even one batch fits.
 
     Source: T1, T1', T13.
@@ -118,4 +120,28 @@ def gauss_newton(
         >>> A.factor.shape, bool(torch.allclose(A.to_dense(), torch.eye(2)))
         ((2, 2), True)
     """
+    require_output_curvature(risk, "gauss_newton")
     return restricted(risk, block, lambda r: GaussNewton(r, engine, max_memory))
+
+
+def require_output_curvature(risk: EmpiricalRisk, what: str) -> None:
+    """Refuse a risk whose Jacobian products, or the loss's curvature in the outputs, are not what they should be.
+
+    Raises:
+        DerivativeError, InvalidInputError: as `gauss_newton`.
+    """
+    risk.require_loss_of_outputs(what)
+    require_second(risk, "derivative of the outputs, or of the loss's gradient in them,", _pushed, _outputs)
+
+
+def _pushed(risk: EmpiricalRisk, batch: Batch, v: list[Tensor]) -> dict[str, Tensor]:
+    """`J v` and `S J v`."""
+    graph, z, g = _with_loss(risk, batch)
+    image = graph.jvp(v, retain=False)
+    return {"the outputs": image, "the loss's gradient in the outputs": hessian_product(z, g, image)}
+
+
+def _outputs(risk: EmpiricalRisk, batch: Batch) -> dict[str, Tensor]:
+    outputs = risk.outputs
+    gradient = loss_gradient(risk, batch, outputs)[1]
+    return {"the outputs": outputs, "the loss's gradient in the outputs": gradient}

@@ -13,6 +13,8 @@ from bnp_analysis.curvature.output_curvature import products_of_loss
 from bnp_analysis.curvature.products import ChainGradient, GradientGraph, gradient_graph
 from bnp_analysis.distributed import over_processes
 from bnp_analysis.linalg.operators import SymmetricOperator
+from bnp_analysis.network.batches import Batch
+from bnp_analysis.network.derivatives import require_second
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.saturation import has_vanished
@@ -79,6 +81,7 @@ def hessian(
 
     Raises:
         MemoryLimitError: at the first product: not even one batch fits.
+        DerivativeError: products are not the derivative of the gradient; tried once per risk.
         InvalidInputError: no such block, or an operation without a second derivative.
 
     Source: T1.
@@ -91,4 +94,13 @@ def hessian(
         tensor([[1., 0.],
                 [0., 1.]])
     """
+    require_second(risk, "Hessian", _product, _gradient)
     return restricted(risk, block, lambda r: Hessian(r, engine, max_memory))
+
+
+def _product(risk: EmpiricalRisk, batch: Batch, v: list[Tensor]) -> dict[str, Tensor]:
+    return dict(zip(risk.space.names, gradient_graph(risk, batch).product(v, retain=False), strict=True))
+
+
+def _gradient(risk: EmpiricalRisk, batch: Batch) -> dict[str, Tensor]:
+    return risk.space.unflatten(risk.gradient)

@@ -163,6 +163,7 @@ def null_directions(
         rejected=rejected,
         not_analysed=tuple(skipped),
         settings={"tolerance": verifier.tolerance},
+        engine=risk.provenance,
         matvecs=verifier.matvecs,
         seconds=time.perf_counter() - began,
     )
@@ -219,6 +220,7 @@ def _unit(found: NullDirections, positions: Tensor, began: float) -> NullDirecti
         rejected=found.rejected,
         not_analysed=found.not_analysed,
         settings=found.settings,
+        engine=found.engine,
         matvecs=found.matvecs,
         seconds=time.perf_counter() - began,
     )

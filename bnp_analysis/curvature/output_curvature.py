@@ -74,6 +74,7 @@ def from_rows(rows: Tensor, shape: torch.Size, axis: int) -> Tensor:
 @recording()
 def loss_gradient(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> tuple[Tensor, Tensor]:
     """A leaf at the outputs and the recorded gradient of the batch loss there."""
+    risk.require_loss_of_outputs("this")
     z = outputs.detach().requires_grad_()
     loss = risk.batch_loss(z, batch)
     if not loss.requires_grad:

@@ -149,7 +149,7 @@ def backward(
     found = derivative(outputs, inputs, cotangents, what="a product", **how)
     # Not materialize_grads: its zeros for unused inputs forget the batch of cotangents.
     lead = cotangents[0].shape[:1] if batched else ()
-    return [t.new_zeros(*lead, *t.shape) if g is None else g for g, t in zip(found, inputs, strict=True)]
+    return [t.new_zeros((*lead, *t.shape)) if g is None else g for g, t in zip(found, inputs, strict=True)]
 
 
 def saved_tensors(graph: object) -> Iterator[Tensor]:
@@ -169,13 +169,13 @@ def gradient_graph(risk: EmpiricalRisk, batch: Batch) -> GradientGraph | ChainGr
     leaves = list(tensors.values())
     with TwiceDifferentiable():
         outputs = risk.batch_outputs(tensors, batch)
-        nodes = read_chain(outputs, leaves)
+        nodes = None if risk.with_model else read_chain(outputs, leaves)
         inputs = leaves
         if nodes:
             # A leaf at the outputs that takes no memory. The sum is a copy: a loss may write into it.
             inputs = [outputs.new_zeros(()).expand_as(outputs).requires_grad_()]
             outputs = outputs.detach() + inputs[0]
-        loss = risk.batch_loss(outputs, batch) * (batch.count / risk.batches.total)
+        loss = risk.batch_loss(outputs, batch, tensors) * (batch.count / risk.batches.total)
     gradients = [torch.zeros_like(t) for t in inputs]
     if loss.requires_grad:
         gradients = derivative(loss, inputs, create_graph=True, what=f"the gradient of batch {batch.index}")

@@ -140,6 +140,15 @@ class Batches:
             other._fingerprint = None
         return other
 
+    def alone(self, batch: Batch) -> Batches:
+        """One batch, in this process alone."""
+        other = copy.copy(self)
+        other._stored, other._source, other._whole, other._group = [batch], None, None, ALONE
+        other.number = other.everywhere = 1
+        other.examples, other.before = tensors_of(batch.x)[0].shape[0], 0
+        other.total, other.ordered = batch.count, True
+        return other
+
     def gathered(self) -> Batches:
         """The batches of all processes, in the order of ranks, held by each of them.
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 
 from bnp_analysis.errors import BNPAnalysisError, InvalidInputError, NoDerivativeError
 from bnp_analysis.linalg.full_float32 import full_float32
@@ -58,10 +59,22 @@ def recording() -> Iterator[None]:
         yield
 
 
-def with_differentiable_kernels(run: Callable[[], Found], *, recurrent: bool) -> Found:
-    """`run()` by kernels that have a second derivative: math attention, native recurrent layers (trap 12), uncompiled.
+class _Primitives(TorchFunctionMode):
+    """Weight normalization by its formula: the second derivative of torch's fused kernel is wrong (CPU, torch 2.13)."""
 
-    Smooth functions get derivatives that keep their digits where they saturate.
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (_weight_norm if func is torch._weight_norm else func)(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def with_differentiable_kernels(run: Callable[[], Found], *, recurrent: bool, weight_norms: bool = False) -> Found:
+    """`run()` by kernels that have a right second derivative, uncompiled.
+
+    Math attention, native recurrent layers (trap 12), weight normalization by its formula, smooth functions with
+    derivatives that keep their digits where they saturate.
 
     Which kernels torch takes belongs to the process: other threads wait, and an interrupt cannot leave it changed.
     """
@@ -83,7 +96,7 @@ def with_differentiable_kernels(run: Callable[[], Found], *, recurrent: bool) ->
                 switch(i == 0)
             if dynamo is not None:
                 torch.compiler.set_stance("force_eager")
-            with Accurate():
+            with Accurate(), _Primitives() if weight_norms else nullcontext():
                 return run()
         finally:
             try:

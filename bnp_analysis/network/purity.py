@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import random
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.errors import InvalidInputError, StochasticModelError
-from bnp_analysis.network.batches import Batch, slice_batch, with_examples
+from bnp_analysis.network.batches import Batch, slice_batch
+from bnp_analysis.network.coupling import couples
+from bnp_analysis.network.kernels import recording
+from bnp_analysis.network.model_losses import require_own_tensors
+from bnp_analysis.network.observation import Observer, held_objects
 from bnp_analysis.network.precision import generic_point
-from bnp_analysis.network.randomness import random_state
+from bnp_analysis.network.randomness import extreme_draws, random_state
 
 if TYPE_CHECKING:
     from bnp_analysis.network.risk import EmpiricalRisk
@@ -27,17 +34,20 @@ _DROPOUTS = (
 )
 
 
-def require_pure(risk: EmpiricalRisk) -> bool:
+def require_pure(risk: EmpiricalRisk, live: Mapping[int, str]) -> bool:
     """Refuse random models, and batch-coupled ones over several batches; say whether batches couple.
 
-    Layers of known types count if they run. Anything else is found by experiment on the first batch that allows
-    one, at a point near `theta` (a zero output layer hides all that happens below it): the same inputs under
-    several random states, and with other examples beside the first ones.
+    `live`: the parameters of the caller's model by identity, which the loss must not read.
+
+    Layers of known types count if they run. Anything else is found on the first batch that allows it, at a point
+    near `theta` (a zero output layer hides all that happens below it). Random numbers: whether a pass drew any, and if
+    so, whether the smallest and largest that can be drawn change the outputs. Other examples: whether any output
+    depends on another example than its own.
 
     Raises:
         StochasticModelError: names the layers, what would have been computed, the ways out.
     """
-    found = risk.group.share(lambda: _couples_here(risk), "what couples examples")
+    found = risk.group.share(lambda: _couples_here(risk, live), "what couples examples")
     coupled = any(c for c, _ in found)
     normalizing = list(dict.fromkeys(name for _, names in found for name in names))
     if coupled and risk.batches.everywhere > 1:
@@ -50,31 +60,35 @@ def require_pure(risk: EmpiricalRisk) -> bool:
     return coupled
 
 
-def _couples_here(risk: EmpiricalRisk) -> tuple[bool, list[str]]:
+def _couples_here(risk: EmpiricalRisk, live: Mapping[int, str]) -> tuple[bool, list[str]]:
     """Whether this process's batches couple their examples, and by which layers."""
     random = _that_run(risk, random_layers(risk))
     normalizing = _that_run(risk, coupled_layers(risk))
     coupled = bool(normalizing)
     tensors = risk.space.unflatten(generic_point(risk))
     for batch in risk.batches:
-        if not bool(torch.isfinite(_outputs(risk, tensors, batch, 0)).all()):
+        drawn = _Draws(risk, partial(_outputs, risk, tensors, batch))
+        if not bool(torch.isfinite(drawn.value).all()):
             tensors = risk.space.unflatten(risk.theta)
-        outputs = [_outputs(risk, tensors, batch, seed) for seed in (0, 1, 2)]
-        differ = any(_differs(risk, outputs[0], other) for other in outputs[1:])
-        if differ and not random and (kept := _kept_between_calls(risk, tensors, batch)):
+            drawn = _Draws(risk, partial(_outputs, risk, tensors, batch))
+        outputs = drawn.value
+        risk.weight_norms = risk.weight_norms or "_weight_norm" in drawn.seen.names
+        _require_determined_loss(risk, tensors, live, batch, outputs)
+        found = None if coupled or random or drawn.any else couples(risk, tensors, batch, outputs)
+        # Outputs that were the same beside other examples have been seen to be the same twice.
+        if found is not False and not random and (kept := _kept_between_calls(risk, tensors, batch)):
             raise StochasticModelError(
                 f"the model keeps something between its calls ({', '.join(kept)}): the same inputs under the same "
                 "random numbers gave two outputs, so every evaluation would be of another function. Let forward() "
                 "begin from a fixed state, or take the state as an input and return it"
             )
-        if random or differ:
+        if random or (found is not False and drawn.matter(partial(_outputs, risk, tensors, batch))):
             raise StochasticModelError(
-                f"the model is random in training mode ({_named(random)}): every evaluation would use "
-                "another mask, and products would belong to different functions. Call model.eval(), set p=0, or "
-                "measure model.eval() with BatchNorm left in train mode"
+                f"the model is random in training mode ({_named(random or _drawing_layers(risk, batch))}): every "
+                f"evaluation would use another mask, and products would belong to different functions{drawn.words}. "
+                "Call model.eval(), set p=0, or measure model.eval() with BatchNorm left in train mode"
             )
-        _require_determined_loss(risk, batch, outputs[0])
-        coupled = coupled or _couples(risk, tensors, batch, outputs[0])
+        coupled = bool(coupled or found or (drawn.any and couples(risk, tensors, batch, outputs)))
         if coupled or tensors_of(batch.x)[0].shape[0] > 1:
             break
     return coupled, normalizing
@@ -89,61 +103,147 @@ def _that_run(risk: EmpiricalRisk, names: list[str]) -> list[str]:
     return [name for name in names if name in ran]
 
 
-def _outputs(risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch, seed: int) -> Tensor:
-    with torch.no_grad(), random_state(seed=seed, device=risk.space.device):
+def _outputs(risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor:
+    with torch.no_grad():
         return risk.batch_outputs(tensors, batch)
 
 
 def _kept_between_calls(risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch) -> list[str]:
     """What the model's modules keep from one call to the next, where that changes the outputs: attributes, by name."""
-    first = _outputs(risk, tensors, batch, 0)
+
+    def run() -> Tensor:
+        with random_state(seed=0, device=risk.space.device):
+            return _outputs(risk, tensors, batch)
+
+    first = run()
 
     def held() -> dict[str, int]:
         return {f"{name}.{key}".lstrip("."): id(value) for name, m in risk.modules() for key, value in vars(m).items()}
 
     before = held()
-    if not _differs(risk, first, _outputs(risk, tensors, batch, 0)):
+    if not _differs(risk, first, run()):
         return []
     return [name for name, what in held().items() if before.get(name) != what] or ["outside of its attributes"]
 
 
-def _require_determined_loss(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> None:
-    values = []
-    for seed in (0, 1):
-        with torch.no_grad(), random_state(seed=seed, device=risk.space.device):
-            values.append(risk.batch_loss(outputs.clone(), batch))
-    if _differs(risk, *values):
+class _Draws:
+    """The random numbers that a pass drew: which of the global generators moved, and which private ones.
+
+    Attributes:
+        value: what the pass gave.
+        seen: the calls of the pass.
+        any: whether there were any.
+        words: the generators, for an error.
+    """
+
+    def __init__(self, risk: EmpiricalRisk, run: Callable[[], Tensor], live: Mapping[int, str] | None = None) -> None:
+        self._risk, self._device = risk, risk.space.device
+        held = held_objects(risk.code(), (random.Random, np.random.Generator, np.random.RandomState, torch.Generator))
+        shared = (random._inst, np.random.mtrand._rand, torch.default_generator)
+        private = [g for g in held if all(g is not other for other in shared)]
+        self.seen = Observer(live)
+        with random_state(seed=0, device=self._device):
+            before, mine = _global_states(self._device), [_state(g) for g in private]
+            with self.seen:
+                self.value = run()
+            after = _global_states(self._device)
+            private += [g for g in self.seen.generators.values() if all(g is not other for other in private)]
+            mine += [None] * (len(private) - len(mine))
+        self._moved = [name for name, state in before.items() if state != after[name]]
+        self._private = [(g, s) for g, s in zip(private, mine, strict=True) if s != _state(g)]
+        names = [*self._moved, *(type(g).__name__ for g, _ in self._private)]
+        self.any = bool(names)
+        self.words = f" (it draws from: {', '.join(names)})" if names else ""
+
+    def matter(self, run: Callable[[], Tensor]) -> bool:
+        """Whether other draws give other values, or the draws go on from pass to pass where they cannot be chosen."""
+        ends = [_state(g) for g, _ in self._private]
+        with random_state(seed=1, device=self._device):
+            if _differs(self._risk, self.value, run()):
+                return True
+        if any(end != _state(g) for end, (g, _) in zip(ends, self._private, strict=True)) or "CUDA" in self._moved:
+            return True
+        for which in range(8 if self._moved else 0):
+            with extreme_draws(which, self._device):
+                if _differs(self._risk, self.value, run()):
+                    return True
+        return False
+
+
+def _global_states(device: torch.device) -> dict[str, Any]:
+    states = {
+        "torch": torch.get_rng_state().numpy().tobytes(),
+        "Python's random": random.getstate(),
+        "NumPy's random": _state(np.random.mtrand._rand),
+    }
+    return states | ({"CUDA": torch.cuda.get_rng_state(device).numpy().tobytes()} if device.type == "cuda" else {})
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state().cpu().numpy().tobytes()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return [p.tobytes() if isinstance(p, np.ndarray) else p for p in generator.get_state(legacy=True)]
+    return repr(generator.bit_generator.state)
+
+
+def _drawing_layers(risk: EmpiricalRisk, batch: Batch) -> list[str]:
+    """The innermost modules in whose forward pass a global generator moves."""
+    found: dict[str, None] = {}
+    inside: list[tuple[Any, bool]] = []
+
+    def begin(module: nn.Module, args: Any) -> None:
+        inside.append((_global_states(risk.space.device), False))
+
+    def end(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            before, named = inside.pop()
+            moved = before != _global_states(risk.space.device)
+            if moved and not named:
+                found[name] = None
+            if moved and inside:
+                inside[-1] = (inside[-1][0], True)
+
+        return hook
+
+    handles = []
+    for name, module in risk.modules():
+        handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end(name))]
+    try:
+        with random_state(seed=0, device=risk.space.device):
+            _outputs(risk, risk.space.unflatten(risk.theta), batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [*found]
+
+
+@recording()
+def _require_determined_loss(
+    risk: EmpiricalRisk, tensors: Mapping[str, Tensor], live: Mapping[int, str], batch: Batch, outputs: Tensor
+) -> None:
+    def run() -> Tensor:
+        return risk.batch_loss(outputs.detach().requires_grad_().clone(), batch, tensors)
+
+    drawn = _Draws(risk, run, live)
+    require_own_tensors(live, drawn.seen, drawn.value)
+    if drawn.matter(run):
         raise StochasticModelError(
-            "the loss is random: the same outputs and targets gave two values, so every product would belong to "
-            "another function. Fix what it samples"
+            f"the loss is random: the same outputs and targets gave two values{drawn.words}, so every product would "
+            "belong to another function. Fix what it samples"
         )
 
 
 def _differs(risk: EmpiricalRisk, a: Tensor, b: Tensor) -> bool:
     """Different beyond what another summation order explains."""
+    a, b = a.detach(), b.detach()
     if a.shape != b.shape:
         return True
-    scale = float(b.abs().max()) if b.numel() else 0.0
-    return bool(((a - b).abs() > scale * risk.eps**0.5).any())
-
-
-def _couples(risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch, whole: Tensor) -> bool:
-    """Whether the outputs of the first one or two examples change when the others are replaced by copies of them.
-
-    Rows of outputs may be in any order (examples may have several): as many must stay as belong to the kept ones.
-    """
-    size = tensors_of(batch.x)[0].shape[0]
-    rows = [whole, *(t for t in tensors_of(batch.y) if t.ndim)]
-    if size < 2 or whole.ndim == 0 or any(t.shape[0] % size for t in rows):
-        return False
-    kept = 2 if size > 2 else 1
-    mixed = _outputs(risk, tensors, with_examples(batch, torch.arange(size) % kept), 0)
-    if mixed.shape != whole.shape:
-        return True
-    scale = float(whole.abs().max())
-    stays = (mixed - whole).abs() <= scale * risk.eps**0.5
-    whole_rows = stays.reshape(whole.shape[0], -1).all(dim=1)
-    return bool(torch.isfinite(whole).all()) and int(whole_rows.sum()) * size < kept * whole.shape[0]
+    finite = b[torch.isfinite(b)]
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    return not bool(torch.isclose(a, b, rtol=0.0, atol=scale * risk.eps**0.5, equal_nan=True).all())
 
 
 def random_layers(risk: EmpiricalRisk) -> list[str]:

@@ -22,11 +22,11 @@ class Inputs:
 
     def __init__(self) -> None:
         self._copies, self._settled = True, False
-        self._written = False
+        self.written = False
 
     def settle(self) -> None:
         """Every batch has been seen."""
-        self._copies, self._settled = self._written, True
+        self._copies, self._settled = self.written, True
 
     @contextmanager
     def given(self, x: Any, own: bool = False) -> Iterator[Any]:
@@ -46,7 +46,7 @@ class Inputs:
             if not self._settled:
                 with torch._C.DisableTorchFunction():
                     pairs = zip(leaves, tensors_of(copies), strict=True)
-                    self._written = self._written or not all(torch.equal(a, b) for a, b in pairs)
+                    self.written = self.written or not all(torch.equal(a, b) for a, b in pairs)
             return
         versions = [t._version for t in leaves]
         with torch._C.DisableTorchFunction():

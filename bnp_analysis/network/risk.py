@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,11 @@ from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.full_float32 import full_float32
 from bnp_analysis.linalg.operators import require_no_autocast
 from bnp_analysis.network.batches import Batch, Batches, Count, arguments
+from bnp_analysis.network.derivatives import require_gradient
 from bnp_analysis.network.identity import fingerprint
 from bnp_analysis.network.kernels import LOCK, derivative, explained, recording, with_differentiable_kernels
 from bnp_analysis.network.losses import SmoothLosses
+from bnp_analysis.network.model_losses import WithModel, live_tensors, reads_model
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.precision import find_precision
 from bnp_analysis.network.purity import require_mean_loss, require_pure
@@ -29,7 +31,7 @@ from bnp_analysis.network.snapshot import brought, snapshot, snapshot_loss
 from bnp_analysis.network.state import point, with_tensors
 from bnp_analysis.network.watching import Visit, differentiable_part, untransformed, watched
 
-Loss = Callable[[Tensor, Any], Tensor]
+Loss = Callable[..., Tensor]
 
 
 class EmpiricalRisk:
@@ -41,7 +43,8 @@ class EmpiricalRisk:
 
     Args:
         model: any `nn.Module`.
-        loss: `loss(output, y)`, a scalar, the mean over the batch.
+        loss: `loss(output, y)`, a scalar, the mean over the batch. With a third positional argument it also gets the
+            network at `theta`, an `nn.Module`: for penalties (`model.parameters()`) and residuals (`model(points)`).
         data: one batch `(x, y)`, or an iterable of batches that can be read again (list, `DataLoader`). `x` is
             a tensor, a tuple (`model(*x)`) or a dict (`model(**x)`).
         params: names, prefixes, or a filter `(name, parameter) -> bool`; default every parameter that
@@ -54,6 +57,8 @@ class EmpiricalRisk:
         device: default the model's.
         group: the processes that share the data (`bnp.distributed`); `data` is then this one's shard, perhaps an empty
             list, and the risk that of all shards together. All of them make the same calls.
+        derivatives: `"exact"`: they are tried against differences and refused where they are not those of the risk;
+            `"surrogate"`: taken as they are (straight-through, surrogate gradients), and every result says so.
 
     Attributes:
         space: the `ParameterSpace` of `theta`.
@@ -63,8 +68,12 @@ class EmpiricalRisk:
         precision: the coarsest dtype that the loss and its derivatives pass through, and which operation of which
             module lowered it: `float64`, or `float32 (softmax in block.2)`.
         eps: its spacing at 1, of which every tolerance and radius is made.
+        derivatives: the argument of that name.
+        with_model: whether the loss gets the network as well.
 
     Raises:
+        DerivativeError: autograd's gradient is not that of the risk (`detach`, modules that run again in the backward
+            pass, ...), or the loss reads the parameters of `model` itself. Names the tensors and the causes.
         InvalidInputError: a filter that matches nothing, parameters that are not floating point, a loss that is
             not a scalar or not a mean where that matters, a state that does not fit, an empty loader.
         NonFiniteError: NaN or infinity in data (names the batch), parameters (names them) or the loss.
@@ -95,14 +104,18 @@ class EmpiricalRisk:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         group: Group = ALONE,
+        derivatives: Literal["exact", "surrogate"] = "exact",
     ) -> None:
-        self.group = group
+        if derivatives not in ("exact", "surrogate"):
+            raise InvalidInputError(f"derivatives must be 'exact' or 'surrogate', got {derivatives!r}")
+        self.group, self.derivatives = group, derivatives
         with group.together("the construction of a risk"):
             self._model = snapshot(model, dtype, device)
-            self.output, self._inputs = output, Inputs()
+            self.output, self.inputs = output, Inputs()
             self._recurrent = any(isinstance(m, nn.RNNBase) for m in self._model.modules())
             self.space = choose_parameters(self._model, params)
             self._model.requires_grad_(False)
+            self.with_model, live = reads_model(loss), live_tensors(loss, model)
             self._loss = snapshot_loss(loss, self.space.dtype, self.space.device)
             self.batches = Batches(data, count, self.space.dtype, self.space.device, group)
             own = {name: p.detach() for name, p in self._model.named_parameters()}
@@ -111,14 +124,18 @@ class EmpiricalRisk:
             if at is not None:
                 self._move(at)
             self._cache: dict[str, Tensor] = {}
+            # Found out by running it; and which second derivatives have been tried, for all risks made of this one.
+            self.weight_norms, self.tried = False, set[str]()
             self._require_finite_parameters()
             self.group.require_same(lambda: fingerprint(self._model, self._loss, self.theta), "the risk")
             self.precision = find_precision(self)
-            self.coupled = require_pure(self)
+            self.coupled = require_pure(self, live)
             _ = self.value
-            self._inputs.settle()
+            self.inputs.settle()
             if self.batches.everywhere > 1:
                 require_mean_loss(self)
+            if derivatives == "exact":
+                require_gradient(self)
 
     def __call__(self, theta: Tensor) -> Tensor:
         """The risk at another point, a scalar tensor.
@@ -135,7 +152,7 @@ class EmpiricalRisk:
         tensors = self.space.unflatten(theta)
         with torch.no_grad():
             for batch in self.batches:
-                loss = self.batch_loss(self.batch_outputs(tensors, batch), batch)
+                loss = self.batch_loss(self.batch_outputs(tensors, batch), batch, tensors)
                 if not bool(torch.isfinite(loss)):
                     raise NonFiniteError(
                         f"the loss of batch {batch.index} is {loss.item()} at this theta, so the risk and its "
@@ -166,7 +183,7 @@ class EmpiricalRisk:
         total = torch.zeros(self.space.dim, dtype=self.space.dtype, device=self.space.device)
         for batch in self.batches:
             tensors = self.leaves()
-            loss = self.batch_loss(self.batch_outputs(tensors, batch), batch)
+            loss = self.batch_loss(self.batch_outputs(tensors, batch), batch, tensors)
             total += batch.count / self.batches.total * self.pullback(loss, tensors)
         return total
 
@@ -245,35 +262,69 @@ class EmpiricalRisk:
     def batch_outputs(self, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """`f(x; theta)` for a batch, at named tensors."""
         require_no_autocast(self.space.dtype, self.space.device, "the outputs of the model")
-        # Copies, no operations of the network: batch statistics write into buffers (trap 2).
-        with torch._C.DisableTorchFunction():
-            buffers = {name: b.clone() for name, b in self._model.named_buffers()}
         what = f"the outputs of the model for batch {batch.index}"
         # Derivatives inside forward() are recorded whatever is wanted of its outputs.
-        with explained(what, self._model), self._inputs.given(batch.x, batch.own) as x, recording():
+        with explained(what, self._model), self.inputs.given(batch.x, batch.own) as x, recording():
             args, kwargs = arguments(x)
-            everything = {**self._constants, **tensors, **buffers}
-            raw = with_differentiable_kernels(
-                lambda: functional_call(self._model, everything, args, kwargs), recurrent=self._recurrent
-            )
-            out = one_tensor(raw, self.output)
+            out = one_tensor(self._call(self._model, tensors, args, kwargs), self.output)
             # Outputs in a coarser dtype than the parameters': exact in theirs, so that all that follows has one dtype.
             out = out.to(torch.promote_types(out.dtype, self.space.dtype))
         return out if torch.is_grad_enabled() else out.detach()
 
-    def batch_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """The loss of a batch from its outputs, a scalar."""
-        with (
-            explained(f"the loss of batch {batch.index}, of outputs {tuple(outputs.shape)},"),
-            recording(),
-            Accurate(),
-            SmoothLosses(),
-        ):
-            value = self._loss(outputs, batch.y)
+    def _call(self, module: nn.Module, tensors: Mapping[str, Tensor], args: Any, kwargs: Any, prefix: str = "") -> Any:
+        # Copies, no operations of the network: batch statistics write into buffers (trap 2).
+        with torch._C.DisableTorchFunction():
+            buffers = {name: b.clone() for name, b in self._model.named_buffers()}
+        values = {prefix + name: t for name, t in {**self._constants, **tensors, **buffers}.items()}
+        return with_differentiable_kernels(
+            lambda: functional_call(module, values, args, kwargs),
+            recurrent=self._recurrent,
+            weight_norms=self.weight_norms,
+        )
+
+    def batch_loss(self, outputs: Tensor, batch: Batch, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The loss of a batch from its outputs, a scalar; a loss that gets the network has it at `tensors`."""
+        what = f"the loss of batch {batch.index}, of outputs {tuple(outputs.shape)},"
+        with explained(what), recording(), Accurate(), SmoothLosses():
+            if self.with_model:
+                at = self.space.unflatten(self.theta) if tensors is None else tensors
+                value = self._call(WithModel(self._loss, self._model), at, (outputs, batch.y), {}, "model.")
+            else:
+                value = self._loss(outputs, batch.y)
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InvalidInputError(f"loss(output, y) gave {got}, not a scalar: the mean over the batch is needed")
         return value.reshape(()) if torch.is_grad_enabled() else value.detach().reshape(())
+
+    def require_loss_of_outputs(self, what: str) -> None:
+        """Refuse what is defined by the outputs' curvature alone.
+
+        Raises:
+            InvalidInputError: the loss gets the network; says which ways there are.
+        """
+        if self.with_model:
+            raise InvalidInputError(
+                f"{what} is made of the loss's curvature in the outputs, J^T S J, but this loss also depends on the "
+                "parameters directly, loss(output, y, model): that part would be left out. hessian(risk) has all of "
+                "it. Or let forward() return what the loss needs (a residual, features) as outputs, and give "
+                "loss(output, y); for an L2 penalty c |theta|^2 take the risk without it and shift the matrix by 2 c"
+            )
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What results keep of how their derivatives came about, and of what lowers their precision."""
+        kept = {"derivatives": self.derivatives} if self.derivatives != "exact" else {}
+        return kept | ({"precision": str(self.precision)} if self.precision.cause else {})
+
+    def code(self) -> list[Any]:
+        """The model and the loss; look, do not touch."""
+        return [self._model, self._loss]
+
+    def alone(self, batch: Batch) -> EmpiricalRisk:
+        """The same model and loss over one batch, in this process alone."""
+        other = copy.copy(self)
+        other.group, other.batches, other._cache = ALONE, self.batches.alone(batch), {}
+        return other
 
     def pullback(self, scalar: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """The flat gradient of a scalar in named leaf tensors; zero for unused ones."""

@@ -62,6 +62,9 @@ def snapshot(model: nn.Module, dtype: torch.dtype | None, device: torch.device |
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             # Sparse gradients cannot be differentiated again; dense ones are the same numbers.
             module.sparse = False
+        if isinstance(module, nn.Embedding):
+            # It stops the gradient of a row that the outputs do depend on.
+            module.padding_idx = None
     tensors = dict(duplicate.named_parameters()) | dict(duplicate.named_buffers())
     require_one_device({name: t.device for name, t in tensors.items()}, moved=device is not None)
     return brought(duplicate, dtype, None if device is None else torch.device(device))

@@ -67,5 +67,5 @@ def _counted(risk: EmpiricalRisk, batch: Batch, layers: Coverage) -> tuple[float
     rows = {layer.name: sum(output_rows(layer, output) for _, output in seen[layer.name]) / size for layer in layers}
     with _Operations() as counter:  # type: ignore[no-untyped-call]
         tensors = risk.leaves()
-        risk.pullback(risk.batch_loss(risk.batch_outputs(tensors, batch), batch), tensors)
+        risk.pullback(risk.batch_loss(risk.batch_outputs(tensors, batch), batch, tensors), tensors)
     return counter.total / size, rows

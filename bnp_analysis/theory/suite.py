@@ -90,6 +90,7 @@ def check_theory(
         True
     """
     wanted = _wanted(only)
+    risk.require_loss_of_outputs("what the theory speaks of")
     began = time.perf_counter()
     if dtype is not None:
         risk = risk.to(dtype, "cpu")
@@ -120,6 +121,7 @@ def check_theory(
             "parameters": risk.space.dim,
             "n": risk.batches.total,
         },
+        engine=risk.provenance,
         seed=seed,
         seconds=time.perf_counter() - began,
     )

@@ -48,7 +48,8 @@ class Written(nn.Module):
 
 def risk_of(model: nn.Module, x: Tensor | Sequence[Tensor]) -> bnp.EmpiricalRisk:
     parts = [x] if isinstance(x, Tensor) else list(x)
-    return bnp.EmpiricalRisk(model, F.cross_entropy, [(part, torch.arange(len(part)) % 2) for part in parts])
+    pairs = [(part, torch.arange(len(part)) % 2) for part in parts]
+    return bnp.EmpiricalRisk(model, F.cross_entropy, pairs, derivatives="surrogate")  # some networks detach
 
 
 def graph_of(model: nn.Module, x: Tensor) -> Graph:

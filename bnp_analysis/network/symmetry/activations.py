@@ -123,6 +123,8 @@ def reduced(trace: Trace, node: Node, given: dict[str, Any]) -> list[Value] | No
     if not isinstance(value, Signal) or isinstance(dim, Value | Tensor) or (dim is None and node.kind == "max"):
         return None
     labels = value.labels
+    if not labels.numel():  # a part of the batch that two examples do not have
+        return None
     given_dims = range(labels.ndim) if dim is None else ((dim,) if isinstance(dim, int) else tuple(dim))
     dims = sorted({d % labels.ndim for d in given_dims})
     rest = [d for d in range(labels.ndim) if d not in dims]

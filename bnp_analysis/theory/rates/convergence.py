@@ -146,6 +146,7 @@ def check_convergence_rate(
         "hypotheses": dict(study.hypotheses),
         "method": method,
         "seed": seed,
+        "engine": risk.provenance,
         "settings": options.as_settings() | {"step": step, "time_limit": time_limit},
         "seconds": time.perf_counter() - began,
     }

@@ -71,6 +71,7 @@ def check_bnp_gain(
                 details=details,
                 hypotheses=run.hypotheses,
                 settings=settings,
+                engine=plain.engine,
                 seed=seed,
                 seconds=seconds,
             )
@@ -83,6 +84,7 @@ def check_bnp_gain(
         hypotheses={**plain.hypotheses, **helped.hypotheses},
         details=details,
         settings=settings,
+        engine=plain.engine,
         seed=seed,
         matvecs=plain.matvecs + helped.matvecs,
         seconds=seconds,

@@ -73,7 +73,7 @@ def _risk_of(
         return risk.batches.weigh(Batch(x, y, float(tensors_of(x)[0].shape[0]), 0))
 
     data = [(batch.x, batch.y) for batch in (risk.batches if batches is None else batches)]
-    return EmpiricalRisk(model, loss or same, data, output=output, count=count)
+    return EmpiricalRisk(model, loss or same, data, output=output, count=count, derivatives=risk.derivatives)
 
 
 def with_squared_outputs(risk: EmpiricalRisk) -> EmpiricalRisk:

@@ -1,0 +1,278 @@
+"""Is what autograd computes the derivative of the risk? Difference quotients along random directions.
+
+A derivative is refused when it is not that of the function: modules that run again in the backward pass, `detach`,
+straight-through estimators, wrong `autograd.Function`s. Quotients are taken in float64 where the model runs in it, at
+a point near `theta` (initial biases of zero put whole layers on the kink of a ReLU), along directions in which every
+tensor moves by the same share of its size. Steps over a kink, and rounding, show in quotients that disagree with one
+another: those say nothing, and other steps are tried. A refusal needs two directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bnp_analysis.distributed.nested import tensors_of
+from bnp_analysis.errors import BNPAnalysisError, DerivativeError
+from bnp_analysis.network.batches import Batch, slice_batch, with_examples
+from bnp_analysis.network.kernels import recording
+from bnp_analysis.network.observation import Observer, custom_functions
+from bnp_analysis.network.randomness import random_state
+
+if TYPE_CHECKING:
+    from bnp_analysis.network.risk import EmpiricalRisk
+
+# An eighth of the examples, within these bounds: the cost is about that of a gradient, where float64 is slow.
+_FEWEST, _MOST = 8, 64
+# A quotient that agrees to this share of what is compared agrees; coarser numbers than float64 are given more.
+_TOLERANCE = 1e-5
+# Roundings of the function that a quotient may show.
+_ROUNDINGS = 64
+# Steps, as multiples of the best one for a smooth function.
+_STEPS = (1.0, 1 / 32, 1 / 1024)
+_MOST_TENSORS = 48
+
+Quotient = Callable[[float], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Where derivatives are tried: a risk on a few examples at a point, its one batch, and the recorded loss."""
+
+    risk: EmpiricalRisk
+    batch: Batch
+    loss: Tensor
+    leaves: dict[str, Tensor]
+    eps: float
+    stops: tuple[str, ...]
+    functions: tuple[str, ...]
+
+    def direction(self, seed: int, names: set[str] | None = None) -> Tensor:
+        """`(n,)`: every tensor moves by the same share of its size; with `names` only these."""
+        g = torch.Generator().manual_seed(seed)
+        parts = []
+        for name, t in self.risk.space.unflatten(self.risk.theta).items():
+            noise = torch.randn(t.shape, generator=g, dtype=torch.float64).to(t)
+            parts.append(noise * (_size(t) if names is None or name in names else 0.0))
+        return self.risk.space.flatten(parts)
+
+
+def trial(risk: EmpiricalRisk) -> Trial | None:
+    """A place to try derivatives at; None where there is none: no batch, or numbers too coarse for differences."""
+    batch = next(iter(risk.batches), None)
+    if batch is None:
+        return None
+    size = tensors_of(batch.x)[0].shape[0]
+    examples = min(_MOST, max(_FEWEST, size // 8))
+    if not risk.coupled and size > examples and slice_batch(batch, 0, 1) is not None:
+        batch = with_examples(batch, torch.linspace(0, size - 1, examples).long())
+    one = risk.alone(batch)
+    places = [one]
+    if risk.space.dtype != torch.float64 and risk.space.device.type != "mps":
+        places.insert(0, one.to(torch.float64))
+    for place in places:
+        part = next(iter(place.batches))
+        for near in (_generic(place), place.theta):
+            observer, at = Observer(), place.at(near)
+            try:
+                leaves = at.leaves()
+                with observer, random_state(device=at.space.device):
+                    loss = at.batch_loss(at.batch_outputs(leaves, part), part, leaves)
+            except (RuntimeError, BNPAnalysisError):  # a model written for one precision
+                break
+            if bool(torch.isfinite(loss)):
+                eps = max(observer.eps, torch.finfo(at.space.dtype).eps)
+                found = Trial(at, part, loss, leaves, eps, tuple(observer.stops), tuple(custom_functions(loss)))
+                return found if eps < 1e-5 else None
+    return None
+
+
+def _generic(risk: EmpiricalRisk) -> Tensor:
+    g = torch.Generator().manual_seed(0)
+    tensors = risk.space.unflatten(risk.theta).values()
+    noise = (0.01 * _size(t) * torch.randn(t.shape, generator=g, dtype=torch.float64).to(t) for t in tensors)
+    return risk.theta + risk.space.flatten(noise)
+
+
+def _size(t: Tensor) -> float:
+    return float(t.double().square().mean().sqrt()) or 1.0
+
+
+@recording()
+def require_gradient(risk: EmpiricalRisk) -> None:
+    """Refuse a gradient that is not the value's.
+
+    Raises:
+        DerivativeError: names the tensors, by how much they disagree, what may cause it, the ways out.
+    """
+    with random_state(device=risk.space.device):
+        found = trial(risk)
+        if found is None:
+            return
+        at = found.risk
+        try:
+            gradient = at.pullback(found.loss, found.leaves)
+        except (RuntimeError, BNPAnalysisError):
+            return  # who asks for it is told
+        if not bool(torch.isfinite(gradient).all()):
+            return
+
+        def agrees(v: Tensor) -> bool | None:
+            tensors, g = at.space.unflatten(v), at.space.unflatten(gradient)
+            slopes = {name: (g[name] * t).sum() for name, t in tensors.items()}
+            scale = sum(abs(float(s)) for s in slopes.values())
+            spread = sum(float(g[n].norm() * at.theta[at.space.slice_of(n)].norm()) for n in tensors)
+            claimed = {"": sum(slopes.values(), torch.zeros(()))}
+            return compare(
+                found, claimed, lambda h: {"": _slope(at, v, h)}, scale, spread + abs(float(found.loss.detach()))
+            )
+
+        if agrees(found.direction(1)) is not False or agrees(found.direction(2)) is not False:
+            return
+        names = list(at.space.names)
+        wrong = [n for n in names[:_MOST_TENSORS] if agrees(found.direction(3, {n})) is False]
+        raise DerivativeError(_message(found, "gradient", wrong or names, gradient))
+
+
+def require_second(
+    risk: EmpiricalRisk,
+    what: str,
+    product: Callable[[EmpiricalRisk, Batch, list[Tensor]], Mapping[str, Tensor]],
+    function: Callable[[EmpiricalRisk, Batch], Mapping[str, Tensor]],
+) -> None:
+    """Refuse products that are not the derivative along `v` of the function they are computed for; once per `what`.
+
+    Args:
+        risk: the empirical risk.
+        what: the derivative in words.
+        product: risk, batch, `v` by tensors -> the product, by names.
+        function: risk, batch -> the function in the same form.
+
+    Raises:
+        DerivativeError: names what disagrees.
+    """
+    if risk.derivatives != "exact" or what in risk.tried:
+        return
+    risk.tried.add(what)
+    with random_state(device=risk.space.device):
+        found = trial(risk)
+        if found is None:
+            return
+        at, batch = found.risk, found.batch
+
+        def value(theta: Tensor) -> dict[str, Tensor]:
+            return _scaled(at, function(at.at(theta), batch))
+
+        wrong = list[str]()
+        for seed in (1, 2):
+            v = found.direction(seed)
+            try:
+                claimed = _scaled(at, product(at, batch, list(at.space.unflatten(v).values())))
+                here = value(at.theta)
+            except (RuntimeError, BNPAnalysisError):
+                return  # who asks for a product is told
+            quotients: dict[float, dict[str, Tensor]] = {}
+
+            def along(h: float, name: str, v: Tensor = v, known: dict[float, Any] = quotients) -> dict[str, Tensor]:
+                if h not in known:
+                    ends = value(at.theta + h * v), value(at.theta - h * v)
+                    known[h] = {n: (ends[0][n] - ends[1][n]) / (2 * h) for n in ends[0]}
+                return {name: known[h][name]}
+
+            wrong = [
+                n
+                for n in claimed
+                if (n in wrong or seed == 1)
+                and compare(found, {n: claimed[n]}, partial(along, name=n), *_norms(at, n, claimed, here)) is False
+            ]
+            if not wrong:
+                return
+    risk.tried.discard(what)
+    raise DerivativeError(_message(found, what, wrong))
+
+
+def _scaled(risk: EmpiricalRisk, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In float64; derivatives by a tensor times its size, so that those by different tensors have one unit."""
+    tensors = risk.space.unflatten(risk.theta)
+    return {n: t.detach().double() * (_size(tensors[n]) if n in tensors else 1.0) for n, t in parts.items()}
+
+
+def _norms(risk: EmpiricalRisk, name: str, *parts: Mapping[str, Tensor]) -> list[float]:
+    """Of everything that has the unit of a part."""
+    return [_norm(p if name in risk.space else {name: p[name]}) for p in parts]
+
+
+def _slope(at: EmpiricalRisk, v: Tensor, h: float) -> Tensor:
+    return (at(at.theta + h * v) - at(at.theta - h * v)).double() / (2 * h)
+
+
+def compare(found: Trial, claimed: Mapping[str, Tensor], quotient: Quotient, scale: float, size: float) -> bool | None:
+    """Whether a derivative agrees with difference quotients; None if they agree neither with it nor with one another.
+
+    Args:
+        found: where.
+        claimed: the derivative, name -> tensor.
+        quotient: step -> the difference quotient in the same form.
+        scale: of the derivative, of which a share of rounding is granted.
+        size: of the function, whose rounding is divided by the step.
+    """
+    tolerance = max(_TOLERANCE, 20 * found.eps**0.5)
+    verdict: bool | None = None
+    for factor in _STEPS:
+        h = found.eps**0.375 * factor
+        rounding = _ROUNDINGS * found.eps * size / h
+        try:
+            quotients = [quotient(h)]
+            gap = _gap(quotients[0], claimed)
+            allowed = tolerance * max(scale, _norm(quotients[0])) + rounding
+            if gap <= allowed:
+                return True
+            quotients += [quotient(h / 2), quotient(4 * h)]
+        except BNPAnalysisError:  # outside of where the risk is defined
+            continue
+        spread = max(_gap(q, quotients[0]) for q in quotients[1:])
+        gap = min(_gap(q, claimed) for q in quotients)
+        if gap > allowed and gap > 8 * spread:
+            verdict = False
+    return verdict
+
+
+def _norm(a: Mapping[str, Tensor]) -> float:
+    return float(sum(float(t.double().square().sum()) for t in a.values()) ** 0.5)
+
+
+def _gap(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    return _norm({name: a[name].double() - b[name].double() for name in a})
+
+
+def _message(found: Trial, what: str, wrong: list[str], gradient: Tensor | None = None) -> str:
+    zero = []
+    if gradient is not None:
+        zero = [n for n in wrong if not bool(found.risk.space.unflatten(gradient)[n].any())]
+    causes = [*dict.fromkeys([*(f"autograd.Function {name}" for name in found.functions), *found.stops])]
+    words = f"autograd's {what} is not that of the risk: difference quotients disagree in {_few(wrong)}"
+    words += f" ({_few(zero)}: exactly 0, though the risk changes)" if zero else ""
+    words += f". Seen in the pass: {_few(causes)}" if causes else ""
+    again = any("Checkpoint" in name for name in causes)
+    return (
+        f"{words}. Curvature would be that of no function. "
+        + (
+            "The reentrant activation checkpoint runs its modules again, with other parameters: turn it off. "
+            if again
+            else "Modules that run again in the backward pass (adjoint ODE solvers, reentrant checkpoints) do so with "
+            "other parameters; detach, rounding with a straight-through gradient, surrogate gradients, gradient hooks "
+            "and autograd.Functions may have derivatives that are not those of what they compute; layers that update "
+            "buffers in training mode (spectral_norm) do so without a derivative: model.eval(). "
+        )
+        + "Take them out for a measurement; leave the tensors out with params=; or measure the surrogate under its "
+        "name with EmpiricalRisk(..., derivatives='surrogate')"
+    )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(n or "?" for n in names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
