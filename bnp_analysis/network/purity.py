@@ -76,7 +76,7 @@ def _couples_here(risk: EmpiricalRisk, live: Mapping[int, str]) -> tuple[bool, l
         _require_determined_loss(risk, tensors, live, batch, outputs)
         found = None if coupled or random or drawn.any else couples(risk, tensors, batch, outputs)
         # Outputs that were the same beside other examples have been seen to be the same twice.
-        if found is not False and not random and (kept := _kept_between_calls(risk, tensors, batch)):
+        if found is not False and not random and not drawn.any and (kept := _kept_between_calls(risk, tensors, batch)):
             raise StochasticModelError(
                 f"the model keeps something between its calls ({', '.join(kept)}): the same inputs under the same "
                 "random numbers gave two outputs, so every evaluation would be of another function. Let forward() "
