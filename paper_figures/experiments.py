@@ -1,0 +1,380 @@
+"""The paper's training experiments: `python -m paper_figures.experiments run|status|collect`.
+
+    python -m paper_figures.experiments run OUT [--only fig3 ...]  # goes on where it was stopped
+    python -m paper_figures.experiments status OUT
+    python -m paper_figures.experiments collect OUT                # into paper_figures/data/curves.json
+
+A curve is one method in one panel, at the learning rate of the paper's Tables 2 and 3; a job is a curve with a seed. A
+job leaves `OUT/PANEL.METHOD.SEED.json` after each epoch, written atomically, and its checkpoint beside it. A queue of
+(job, epochs) runs shortest first, so that every curve has some epochs soon, and is extended later. The data sets are
+found as `bnp_analysis.data` finds them (`BNP_ANALYSIS_DATA`).
+
+Networks, data, batch sizes, lengths, initialization and rates are those of Lange, Helfrich and Ye 2022, section 5 and
+appendix B. Not stated there, so chosen: "same" padding and 64 hidden units of the convolutional network, pixels in
+[0, 1], normalization of the network's input too, biases in front of a normalization.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import bnp_analysis as bnp
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.models import cnn, mlp
+from bnp_analysis.results import package_versions
+from bnp_analysis.training.bnp import BNP
+from bnp_analysis.training.probes import Every
+from bnp_analysis.training.run import SIGNALS, Run
+from bnp_analysis.training.trainer import train
+from paper_figures.frame import revision
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+CURVES = Path(__file__).resolve().parent / "data" / "curves.json"
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel of a figure: a network and a data set.
+
+    Args:
+        network: "dense", 100-100-100-10, or "cnn", 3x3 convolutions 32-64-32 and dense layers 64-10.
+        data: name of the data set; `samples` of it, all by default.
+        batch, epochs: of a full run.
+        every: iterations between two points of a curve; 0 for one point an epoch.
+        hidden, channels: dense and convolutional sizes.
+    """
+
+    network: str
+    data: str
+    batch: int
+    epochs: int
+    every: int = 0
+    samples: int | None = None
+    hidden: tuple[int, ...] = (100, 100, 100)
+    channels: tuple[int, ...] = (32, 64, 32)
+
+
+PANELS: dict[str, Panel] = {
+    "fig3_mnist_60": Panel("dense", "mnist", 60, 10, every=100),
+    "fig3_cifar_60": Panel("dense", "cifar10", 60, 20),
+    "fig4_cifar_6": Panel("dense", "cifar10", 6, 20),
+    "fig4_dense_1": Panel("dense", "cifar10", 1, 20),
+    "fig4_cnn_1": Panel("cnn", "cifar10", 1, 20, hidden=(64,)),
+    "fig5_cnn_128": Panel("cnn", "cifar10", 128, 20, hidden=(64,)),
+    "fig5_cnn_2": Panel("cnn", "cifar10", 2, 20, hidden=(64,)),
+}
+#: Tables 2 and 3 (p. 40). "BN with 4 things" is left out.
+RATES: dict[str, dict[str, float]] = {
+    "fig3_mnist_60": {"Vanilla": 0.1, "BN": 0.5, "BNP": 0.5, "LN": 0.1},
+    "fig3_cifar_60": {"Vanilla": 0.01, "BN": 0.5, "BNP": 0.1, "LN": 0.5},
+    "fig4_cifar_6": {"Vanilla": 0.005, "BN": 0.05, "BNP": 0.05, "LN": 0.05, "BN Renorm": 0.05},
+    "fig4_dense_1": {"Vanilla": 0.0005, "BNP": 0.1, "LN": 0.01},
+    "fig4_cnn_1": {"Vanilla": 0.001, "BNP": 0.1},
+    "fig5_cnn_128": {"Vanilla": 0.1, "BN": 0.1, "BNP": 0.1},
+    "fig5_cnn_2": {"Vanilla": 0.001, "BN": 0.001, "BNP": 0.01, "BN Renorm": 0.01},
+}
+NORMS = {"BN": "batch", "LN": "layer", "BN Renorm": "renorm"}
+#: (panels, methods or None for all, seeds, epochs), in the order in which they run.
+QUEUE: tuple[tuple[str, tuple[str, ...] | None, tuple[int, ...], int], ...] = (
+    ("fig3_mnist_60", None, (0, 1), 10),
+    ("fig3_cifar_60", None, (0, 1), 20),
+    ("fig5_cnn_128", None, (0, 1), 5),
+    ("fig3_mnist_60", None, (2, 3, 4), 10),
+    ("fig4_cifar_6", None, (0, 1), 5),
+    ("fig5_cnn_2", None, (0, 1), 5),
+    ("fig4_dense_1", None, (0, 1), 5),
+    ("fig4_cnn_1", None, (0, 1), 5),
+    ("fig3_cifar_60", None, (2, 3, 4), 20),
+    ("fig5_cnn_128", None, (0, 1), 20),
+    ("fig4_cifar_6", None, (0, 1), 20),
+    ("fig5_cnn_2", None, (0, 1), 20),
+    ("fig4_dense_1", None, (0, 1), 20),
+    ("fig4_cnn_1", None, (0, 1), 20),
+    ("fig4_cifar_6", None, (2, 3, 4), 20),
+    ("fig5_cnn_128", None, (2, 3, 4), 20),
+    ("fig5_cnn_2", None, (2, 3, 4), 20),
+    ("fig4_dense_1", None, (2, 3, 4), 20),
+    ("fig4_cnn_1", None, (2, 3, 4), 20),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A curve with a seed.
+
+    Args:
+        panel, method, seed: what to run; the seed is that of the weights and of the order of examples.
+        lr: the learning rate.
+        bnp: options of `BNP.paper` in place of the preset's.
+        setting: of the panel.
+    """
+
+    panel: str
+    method: str
+    seed: int
+    lr: float
+    setting: Panel
+    bnp: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.panel}.{self.method.replace(' ', '_')}.{self.seed}"
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides the curve but its length, as JSON data."""
+        own = asdict(self) | {"bnp": dict(self.bnp)}
+        own["setting"].pop("epochs")
+        preset = "" if self.method != "BNP" else str(BNP.paper(nn.Linear(1, 1), **dict(self.bnp)).settings)
+        chosen = {"initialization": "Glorot uniform, zero biases", "optimizer": "SGD", "dtype": "float32"}
+        chosen |= {"normalization": NORMS.get(self.method, "none"), "norm_at": "input", "padding": "same"}
+        return json.loads(json.dumps(own | {"BNP": preset} | chosen))  # type: ignore[no-any-return]
+
+
+def job(panel: str, method: str, seed: int) -> Job:
+    """The job of a curve of the paper."""
+    return Job(panel, method, seed, RATES[panel][method], PANELS[panel])
+
+
+def queue(only: Sequence[str] = ()) -> Iterator[tuple[Job, int]]:
+    """Jobs and epochs in the order in which they run; `only` those whose panel begins with one of the words."""
+    for panel, methods, seeds, epochs in QUEUE:
+        if only and not panel.startswith(tuple(only)):
+            continue
+        for seed in seeds:
+            for method in methods or RATES[panel]:
+                yield job(panel, method, seed), epochs
+
+
+def load(panel: Panel, split: str) -> Pair:
+    """Pixels in [0, 1] and labels."""
+    return _load(panel.data, split, panel.samples if split == "train" else None, panel.network == "dense")
+
+
+@lru_cache(maxsize=2)
+def _load(name: str, split: str, n: int | None, flatten: bool) -> Pair:
+    # One read for the jobs of a queue that follow each other; nothing of a run changes the tensors.
+    return bnp.data.load(name, split=split, n=n, flatten=flatten).tensors
+
+
+def network(what: Job, shape: Sequence[int]) -> nn.Module:
+    """The network of a job: Glorot uniform weights drawn from the seed, zero biases."""
+    norm, sizes = NORMS.get(what.method, "none"), what.setting
+    if sizes.network == "dense":
+        model = mlp([shape[0], *sizes.hidden, 10], norm=norm, norm_at="input")
+    else:
+        model = cnn(shape, channels=sizes.channels, hidden=sizes.hidden[0], norm=norm, norm_at="input")
+    generator = torch.Generator().manual_seed(what.seed)
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(layer.weight, generator=generator)
+            nn.init.zeros_(layer.bias)
+    return model
+
+
+def run(what: Job, epochs: int, train_data: Pair, test_data: Pair, checkpoint: Path | None = None) -> Run:
+    """Train a job until it has that many epochs in all, or as its checkpoint has more."""
+    model = network(what, train_data[0].shape[1:])
+    pre = BNP.paper(model, **dict(what.bnp)) if what.method == "BNP" else None
+    probes = [Every(what.setting.every, accuracy_on(*test_data))] if what.setting.every else []
+    try:
+        return train(
+            model,
+            nn.functional.cross_entropy,
+            train_data,
+            torch.optim.SGD(model.parameters(), lr=what.lr),
+            preconditioner=pre,
+            epochs=epochs,
+            batch_size=what.setting.batch,
+            probes=probes,
+            eval_data=test_data,
+            checkpoint=checkpoint,
+            checkpoint_every=5_000,
+            seed=what.seed,
+        )
+    finally:
+        if pre is not None:
+            pre.close()
+
+
+def accuracy_on(x: torch.Tensor, y: torch.Tensor) -> Callable[[int, nn.Module], Mapping[str, float]]:
+    """A probe of the test accuracy."""
+
+    def accuracy(step: int, model: nn.Module) -> Mapping[str, float]:
+        with torch.no_grad():
+            right = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(1000), y.split(1000), strict=True))
+        return {"accuracy": right / len(y)}
+
+    return accuracy
+
+
+def curve(done: Run, *, every: int, steps_an_epoch: int) -> dict[str, list[float]]:
+    """`x`, `test_accuracy`, `train_loss`; the loss is the mean over the examples of the epoch so far, as published.
+
+    That the paper's loss is this mean is seen in its Figure 3, left: it jumps where epochs begin.
+    """
+    if not every:
+        rows = done.epochs
+        return {
+            "x": [row["epoch"] for row in rows],
+            "test_accuracy": [round(row["accuracy"], 5) for row in rows],
+            "train_loss": [float(f"{row['train_loss']:.5g}") for row in rows],
+        }
+    marks = [row for row in done.probes if row["step"]]
+    begins = [(row["step"] - 1) // steps_an_epoch * steps_an_epoch for row in marks]
+    losses = [done.loss[first : row["step"]].mean() for first, row in zip(begins, marks, strict=True)]
+    return {
+        "x": [row["step"] for row in marks],
+        "test_accuracy": [round(row["accuracy"], 5) for row in marks],
+        "train_loss": [float(f"{loss:.5g}") for loss in losses],
+    }
+
+
+def write(path: Path, record: Mapping[str, Any]) -> None:
+    """A JSON file, whole or not at all."""
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    temporary.replace(path)
+
+
+def read(path: Path, what: Job) -> dict[str, Any] | None:
+    """What a job has left, None where it has not begun.
+
+    Raises:
+        InvalidInputError: it was run with other settings.
+    """
+    if not path.exists():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text())
+    own = what.settings()
+    there = found["settings"]
+    differing = sorted(name for name in own.keys() | there.keys() if own.get(name) != there.get(name))
+    if differing:
+        listed = "; ".join(f"{n}: {there.get(n)!r} there, {own.get(n)!r} here" for n in differing)
+        raise InvalidInputError(
+            f"{path} holds another run ({listed}): delete it and its checkpoint, or name another folder"
+        )
+    return found
+
+
+def advance(what: Job, epochs: int, out: Path) -> bool:
+    """Bring a job to that many epochs, one at a time; False where a signal asked to stop."""
+    path = out / f"{what.name}.json"
+    found = read(path, what)
+    done = 0 if found is None else found["epochs"]
+    if done >= epochs or (found is not None and found["stopped"] == "diverged"):
+        return True
+    sets = load(what.setting, "train"), load(what.setting, "test")
+    steps = math.ceil(len(sets[0][1]) / what.setting.batch)
+    for until in range(done + 1, epochs + 1):
+        result = run(what, until, *sets, checkpoint=out / f"{what.name}.pt")
+        if result.stopped in SIGNALS:
+            return False
+        record = {
+            "settings": what.settings(),
+            "epochs": len(result.epochs),
+            "stopped": result.stopped,
+            "seconds": round(result.seconds, 1),
+            "versions": package_versions() | {"bnp_analysis": bnp.__version__},
+            "revision": revision(),
+            "curve": curve(result, every=what.setting.every, steps_an_epoch=steps),
+        }
+        write(path, record)
+        found_now = result.final.get("accuracy", math.nan)
+        print(f"{what.name} {len(result.epochs)}/{epochs} {found_now:.4f} {result.seconds:.0f} s", flush=True)
+        if result.stopped == "diverged":
+            break
+    return True
+
+
+def run_queue(out: Path, only: Sequence[str]) -> int:
+    """All jobs, one after another; a job that another process has in hand is passed over."""
+    out.mkdir(parents=True, exist_ok=True)
+    for what, epochs in queue(only):
+        lock = out / f"{what.name}.lock"
+        if _held(lock):
+            continue
+        lock.write_text(str(os.getpid()))
+        try:
+            if not advance(what, epochs, out):
+                return INTERRUPTED
+        finally:
+            lock.unlink(missing_ok=True)
+    return 0
+
+
+def _held(lock: Path) -> bool:
+    """Whether a process that is alive has the job."""
+    try:
+        os.kill(int(lock.read_text()), 0)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def status(out: Path) -> None:
+    """What there is of each curve."""
+    for panel, rates in RATES.items():
+        for method in rates:
+            said = []
+            for path in sorted(out.glob(f"{panel}.{method.replace(' ', '_')}.*.json")):
+                r = json.loads(path.read_text())
+                last = 100 * (r["curve"]["test_accuracy"] or [math.nan])[-1]
+                said.append(f"seed {r['settings']['seed']}: {r['epochs']} epochs, {last:.1f} %, {r['seconds']:.0f} s")
+            print(f"{panel:14} {method:10} {'; '.join(said) or 'not begun'}")
+
+
+def collect(out: Path) -> None:
+    """All curves that there are, in one small file that is committed."""
+    found: dict[str, Any] = {}
+    for path in sorted(out.glob("*.json")):
+        record = json.loads(path.read_text())
+        own = record["settings"]
+        place = found.setdefault(own["panel"], {}).setdefault(own["method"], {"settings": own, "seeds": {}})
+        place["seeds"][str(own["seed"])] = record["curve"] | {
+            n: record[n] for n in ("stopped", "seconds", "versions", "revision")
+        }
+        place["settings"] = {n: v for n, v in own.items() if n != "seed"}
+    CURVES.parent.mkdir(exist_ok=True)
+    text = json.dumps(found, sort_keys=True, separators=(",", ":")).replace('"seeds":', '\n"seeds":')
+    CURVES.write_text(text + "\n")
+    print(f"{CURVES}: {sum(len(m['seeds']) for p in found.values() for m in p.values())} runs, {len(text) // 1024} kB")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run, say how far, or collect; 0 done, 2 bad input, 130 interrupted."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "status", "collect"))
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--only", nargs="*", default=(), help="panels, by the beginnings of their names")
+    arguments = parser.parse_args(argv)
+    if arguments.what == "status":
+        status(arguments.out)
+        return 0
+    if arguments.what == "collect":
+        collect(arguments.out)
+        return 0
+    torch.set_num_threads(1)
+    try:
+        return run_queue(arguments.out, arguments.only)
+    except InvalidInputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())
