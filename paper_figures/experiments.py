@@ -223,25 +223,25 @@ def accuracy_on(x: torch.Tensor, y: torch.Tensor) -> Callable[[int, nn.Module], 
 
 
 def curve(done: Run, *, every: int, steps_an_epoch: int) -> dict[str, list[float]]:
-    """`x`, `test_accuracy`, `train_loss`; the loss is the mean over the examples of the epoch so far, as published.
+    """The points of a curve: `x`, `test_accuracy`, and two training losses.
 
-    That the paper's loss is this mean is seen in its Figure 3, left: it jumps where epochs begin.
+    `train_loss` is the mean over the epoch so far, `train_loss_last` that over the last tenth of an epoch. The paper
+    does not say which it plots.
     """
-    if not every:
-        rows = done.epochs
-        return {
-            "x": [row["epoch"] for row in rows],
-            "test_accuracy": [round(row["accuracy"], 5) for row in rows],
-            "train_loss": [float(f"{row['train_loss']:.5g}") for row in rows],
-        }
-    marks = [row for row in done.probes if row["step"]]
-    begins = [(row["step"] - 1) // steps_an_epoch * steps_an_epoch for row in marks]
-    losses = [done.loss[first : row["step"]].mean() for first, row in zip(begins, marks, strict=True)]
+    rows = [row for row in done.probes if row["step"]] if every else list(done.epochs)
+    tenth = max(steps_an_epoch // 10, 1)
+    ends = [row["step"] for row in rows]
+    begins = [(end - 1) // steps_an_epoch * steps_an_epoch for end in ends]
     return {
-        "x": [row["step"] for row in marks],
-        "test_accuracy": [round(row["accuracy"], 5) for row in marks],
-        "train_loss": [float(f"{loss:.5g}") for loss in losses],
+        "x": [row["step" if every else "epoch"] for row in rows],
+        "test_accuracy": [round(row["accuracy"], 5) for row in rows],
+        "train_loss": [_rounded(done.loss[a:b].mean()) for a, b in zip(begins, ends, strict=True)],
+        "train_loss_last": [_rounded(done.loss[max(end - tenth, 0) : end].mean()) for end in ends],
     }
+
+
+def _rounded(x: float) -> float:
+    return float(f"{x:.5g}")
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
