@@ -43,6 +43,7 @@ from paper_figures.frame import revision
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 CURVES = Path(__file__).resolve().parent / "data" / "curves.json"
+EVALUATED = 10_000  # examples of either set that an evaluation looks at
 BAD_INPUT, INTERRUPTED = 2, 130
 
 
@@ -190,7 +191,7 @@ def run(what: Job, epochs: int, train_data: Pair, test_data: Pair, checkpoint: P
     """Train a job until it has that many epochs in all, or as its checkpoint has more."""
     model = network(what, train_data[0].shape[1:])
     pre = BNP.paper(model, **dict(what.bnp)) if what.method == "BNP" else None
-    probes = [Every(what.setting.every, accuracy_on(*test_data))] if what.setting.every else []
+    every = what.setting.every or steps_an_epoch(what.setting, train_data)
     try:
         return train(
             model,
@@ -200,8 +201,7 @@ def run(what: Job, epochs: int, train_data: Pair, test_data: Pair, checkpoint: P
             preconditioner=pre,
             epochs=epochs,
             batch_size=what.setting.batch,
-            probes=probes,
-            eval_data=test_data,
+            probes=[Every(every, evaluation(train_data, test_data))],
             checkpoint=checkpoint,
             checkpoint_every=5_000,
             seed=what.seed,
@@ -211,32 +211,44 @@ def run(what: Job, epochs: int, train_data: Pair, test_data: Pair, checkpoint: P
             pre.close()
 
 
-def accuracy_on(x: torch.Tensor, y: torch.Tensor) -> Callable[[int, nn.Module], Mapping[str, float]]:
-    """A probe of the test accuracy."""
+def steps_an_epoch(setting: Panel, data: Pair) -> int:
+    """Mini-batches of a pass, the last of which may be smaller."""
+    return math.ceil(len(data[1]) / setting.batch)
 
-    def accuracy(step: int, model: nn.Module) -> Mapping[str, float]:
+
+def evaluation(train_data: Pair, test_data: Pair) -> Callable[[int, nn.Module], Mapping[str, float]]:
+    """A probe of the test accuracy, and of the loss of the first training examples, in evaluation mode."""
+    sets = [[part[:EVALUATED].split(1000) for part in pair] for pair in (train_data, test_data)]
+
+    def evaluated(step: int, model: nn.Module) -> Mapping[str, float]:
+        losses, counts = [], []
         with torch.no_grad():
-            right = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(1000), y.split(1000), strict=True))
-        return {"accuracy": right / len(y)}
+            for x, y in zip(*sets[0], strict=True):
+                losses.append(float(nn.functional.cross_entropy(model(x), y, reduction="sum")))
+                counts.append(len(y))
+            hits = [int((model(x).argmax(1) == y).sum()) for x, y in zip(*sets[1], strict=True)]
+        tested = sum(len(y) for y in sets[1][1])
+        return {"test_accuracy": sum(hits) / tested, "train_loss_eval": sum(losses) / sum(counts)}
 
-    return accuracy
+    return evaluated
 
 
-def curve(done: Run, *, every: int, steps_an_epoch: int) -> dict[str, list[float]]:
-    """The points of a curve: `x`, `test_accuracy`, and two training losses.
+def curve(done: Run, *, every: int, steps: int) -> dict[str, list[float]]:
+    """The points of a curve: `x`, `test_accuracy`, and three training losses.
 
-    `train_loss` is the mean over the epoch so far, `train_loss_last` that over the last tenth of an epoch. The paper
-    does not say which it plots.
+    `train_loss` is the mean over the epoch so far, `train_loss_last` that over the last tenth of an epoch,
+    `train_loss_eval` that of 10,000 training examples at the point, in evaluation mode. The paper does not say which
+    it plots.
     """
-    rows = [row for row in done.probes if row["step"]] if every else list(done.epochs)
-    tenth = max(steps_an_epoch // 10, 1)
+    rows = [row for row in done.probes if row["step"]]
     ends = [row["step"] for row in rows]
-    begins = [(end - 1) // steps_an_epoch * steps_an_epoch for end in ends]
+    begins = [(end - 1) // steps * steps for end in ends]
     return {
-        "x": [row["step" if every else "epoch"] for row in rows],
-        "test_accuracy": [round(row["accuracy"], 5) for row in rows],
+        "x": [end if every else end // steps for end in ends],
+        "test_accuracy": [round(row["test_accuracy"], 5) for row in rows],
         "train_loss": [_rounded(done.loss[a:b].mean()) for a, b in zip(begins, ends, strict=True)],
-        "train_loss_last": [_rounded(done.loss[max(end - tenth, 0) : end].mean()) for end in ends],
+        "train_loss_last": [_rounded(done.loss[max(end - max(steps // 10, 1), 0) : end].mean()) for end in ends],
+        "train_loss_eval": [_rounded(row["train_loss_eval"]) for row in rows],
     }
 
 
@@ -279,7 +291,7 @@ def advance(what: Job, epochs: int, out: Path) -> bool:
     if done >= epochs or (found is not None and found["stopped"] == "diverged"):
         return True
     sets = load(what.setting, "train"), load(what.setting, "test")
-    steps = math.ceil(len(sets[0][1]) / what.setting.batch)
+    steps = steps_an_epoch(what.setting, sets[0])
     for until in range(done + 1, epochs + 1):
         result = run(what, until, *sets, checkpoint=out / f"{what.name}.pt")
         if result.stopped in SIGNALS:
@@ -291,11 +303,11 @@ def advance(what: Job, epochs: int, out: Path) -> bool:
             "seconds": round(result.seconds, 1),
             "versions": package_versions() | {"bnp_analysis": bnp.__version__},
             "revision": revision(),
-            "curve": curve(result, every=what.setting.every, steps_an_epoch=steps),
+            "curve": curve(result, every=what.setting.every, steps=steps),
         }
         write(path, record)
-        found_now = result.final.get("accuracy", math.nan)
-        print(f"{what.name} {len(result.epochs)}/{epochs} {found_now:.4f} {result.seconds:.0f} s", flush=True)
+        last = (record["curve"]["test_accuracy"] or [math.nan])[-1]
+        print(f"{what.name} {len(result.epochs)}/{epochs} {last:.4f} {result.seconds:.0f} s", flush=True)
         if result.stopped == "diverged":
             break
     return True
