@@ -128,8 +128,8 @@ class Comparison:
         ours, published: means.
         seeds: of ours.
         spread: the standard deviation of the difference of the two means: `sqrt(s^2 (1/n + 1/5) + e^2)` with the
-            pooled variance `s^2` of single runs (ours over the seeds, the published one from its range of five), and
-            the reading error `e`.
+            pooled variance `s^2` of single runs (ours over the seeds, the published one from its range of five, where
+            that is unreadable from the median of the curve's ranges), and the reading error `e`.
     """
 
     panel: str
@@ -159,6 +159,8 @@ def compare(arrays: Mapping[str, Any], panel: str, method: str, quantity: str) -
     error = float(np.asarray(arrays[f"{panel}/error"])[QUANTITIES.index(quantity)])
     ours = np.asarray(arrays[f"{place}/ours/{quantity}"], float)
     at = {int(x): i for i, x in enumerate(arrays[f"{place}/ours/x"])}
+    ranges = theirs[2] - theirs[1]
+    typical = float(np.median(ranges[np.isfinite(ranges)])) if np.isfinite(ranges).any() else math.nan
     found = []
     for j, x in enumerate(int(x) for x in arrays[f"{place}/published/x"]):
         if x not in at or math.isnan(theirs[0, j]):
@@ -167,7 +169,7 @@ def compare(arrays: Mapping[str, Any], panel: str, method: str, quantity: str) -
         own = own[np.isfinite(own)]
         if not len(own):
             continue
-        ranged = theirs[2, j] - theirs[1, j]
+        ranged = ranges[j] if math.isfinite(ranges[j]) else typical
         known = math.isfinite(ranged)
         freedom = len(own) - 1 + (TESTS - 1 if known else 0)
         squares = float(((own - own.mean()) ** 2).sum()) + ((TESTS - 1) * (ranged / RANGE) ** 2 if known else 0.0)

@@ -89,9 +89,9 @@ def note(data: FigureData) -> str:
     """The network, the turns, and the published machine."""
     s = data.settings
     return (
-        f"Dense 100-100-10 on {s['features']} random inputs, one CPU thread, float32; {s['rounds']} turns of {s['steps']} "
-        "steps, in which the methods alternate; medians, bars from the first to the third quartile. Grey: seconds an epoch "
-        "of Table 1 (p. 40), on a V100."
+        f"Dense 100-100-10 on {s['features']} random inputs, one CPU thread, float32; {s['rounds']} turns of "
+        f"{s['steps']} steps, in which the methods alternate; medians, bars from the first to the third quartile. "
+        "Grey: seconds an epoch of Table 1, on a V100."
     )
 
 

@@ -1,0 +1,151 @@
+"""Write docs/reproduction.md from the committed curves: `python -m paper_figures.reproduction [--check]`.
+
+`--check` writes nothing and exits with 1 where the page is not what the curves say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from paper_figures.experiments import CURVES, RATES
+from paper_figures.frame import HERE, ROOT, FigureData, stored
+from paper_figures.training_panels import AGREES, PUBLISHED, TITLES, Comparison, compare, compute, unit
+
+PAGE = ROOT / "docs" / "reproduction.md"
+FIGURES = {
+    "3": ("fig3_mnist_60", "fig3_cifar_60"),
+    "4": ("fig4_cifar_6", "fig4_dense_1", "fig4_cnn_1"),
+    "5": ("fig5_cnn_128", "fig5_cnn_2"),
+}
+#: Where a curve is compared, in epochs or iterations; always also at the last point that both have.
+EPOCHS, ITERATIONS = (1, 5, 10, 20), (1_000, 5_000, 10_000)
+WORDS = ROOT / "docs" / "reproduction_words.md"
+
+
+def rows(arrays: Mapping[str, Any], panel: str, method: str) -> Iterator[tuple[int, list[Comparison]]]:
+    """The points of a curve that are listed, with accuracy and loss."""
+    found = {q: {c.x: c for c in compare(arrays, panel, method, q)} for q in ("test_accuracy", "train_loss")}
+    accuracies = found["test_accuracy"]
+    wanted = ITERATIONS if panel == "fig3_mnist_60" else EPOCHS
+    for x in sorted({*(x for x in wanted if x in accuracies), *list(accuracies)[-1:]}):
+        yield x, [accuracies[x], *([found["train_loss"][x]] if x in found["train_loss"] else [])]
+
+
+def line(x: int, parts: Sequence[Comparison]) -> str:
+    """A row of the table of a panel."""
+    accuracy = parts[0]
+    cells = [
+        *(
+            accuracy.method,
+            str(x),
+            str(accuracy.seeds),
+            f"{100 * accuracy.published:.2f}",
+            f"{100 * accuracy.ours:.2f}",
+        ),
+        f"{100 * accuracy.difference:+.2f} ({accuracy.difference / accuracy.spread:+.1f})",
+    ]
+    if len(parts) == 2:
+        loss = parts[1]
+        share = f"{100 * loss.difference / loss.published:+.0f} % ({loss.difference / loss.spread:+.1f})"
+        cells += [f"{loss.published:.4f}", f"{loss.ours:.4f}", share]
+    else:
+        cells += ["-", "-", "-"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def verdict(arrays: Mapping[str, Any], panel: str, method: str) -> str:
+    """*agrees*, *differs* or *not run*, by the accuracy at the last point that both have."""
+    if panel not in list(arrays["panels"]) or method not in list(arrays[f"{panel}/methods"]):
+        return "not run"
+    found = compare(arrays, panel, method, "test_accuracy")
+    if not found:
+        return "not run"
+    last = found[-1]
+    of = 10_000 if panel == "fig3_mnist_60" else 20
+    said = "agrees" if last.agrees else f"differs by {100 * last.difference:+.2f} points"
+    return said + (f" (after {last.x} of {of})" if last.x < of else "")
+
+
+def page() -> str:
+    """The whole page."""
+    published = json.loads(PUBLISHED.read_text())
+    panels = [panel for figure in FIGURES.values() for panel in figure]
+    arrays = compute({"panels": panels, "inputs": []}, lambda _: None) if CURVES.exists() else {"panels": []}
+    data = FigureData(arrays, {"settings": {}})
+    lines = [
+        "# The paper's experiments, published and here",
+        "",
+        "Written by `python -m paper_figures.reproduction` from `paper_figures/data/curves.json` (our runs, with "
+        "settings, seeds, versions) and `paper_figures/data/published.json` (readings of the published figures, Lange, "
+        "Helfrich and Ye, JMLR 23(72), 2022, CC-BY 4.0).",
+        "",
+        "*Difference* is ours less the published mean; in brackets in units of the combined spread, `sqrt(s^2 (1/n + "
+        "1/5) + e^2)`, with the pooled variance `s^2` of single runs (ours over `n` seeds, theirs from the range of 5 "
+        f"tests) and the reading error `e`. *Agrees*: within {AGREES:g} spreads in test accuracy at the last point "
+        "that both curves have.",
+        "",
+        "## Verdicts",
+        "",
+        "| figure | panel | method | verdict |",
+        "|---|---|---|---|",
+    ]
+    for figure, names in FIGURES.items():
+        for panel in names:
+            for method in published["panels"][panel]["curves"]:
+                said = verdict(arrays, panel, method) if method in RATES[panel] else "not run: left out, see below"
+                lines.append(f"| {figure} | {TITLES[panel]} | {method} | {said} |")
+    lines += [_times(), "", WORDS.read_text().strip() if WORDS.exists() else ""]
+    for figure, names in FIGURES.items():
+        for panel in names:
+            if panel not in list(arrays["panels"]):
+                continue
+            lines += [
+                "",
+                f"## Figure {figure}: {TITLES[panel]}",
+                "",
+                _head(unit(data, panel)),
+                "|---|---|---|---|---|---|---|---|---|",
+            ]
+            for method in arrays[f"{panel}/methods"]:
+                lines += [line(x, parts) for x, parts in rows(arrays, panel, method)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _head(x: str) -> str:
+    accuracy, loss = "published accuracy, % | ours | difference, points (spreads)", "published loss | ours | difference"
+    return f"| method | {x} | seeds | {accuracy} | {loss} (spreads) |"
+
+
+def _times() -> str:
+    """Figure 9 and Table 1, from the committed figure."""
+    found = stored("paper_fig9", HERE / "full")
+    if found is None:
+        return "| 9, Table 1 | time of BNP over BN | | not run |"
+    ours = np.median(found["ms"][:, 2] / found["ms"][:, 1], axis=1)
+    theirs = found["published"][1] / found["published"][0]
+    said = ", ".join(f"{b}: {o:.2f} ({p:.2f})" for b, o, p in zip(found["batch"], ours, theirs, strict=True))
+    return f"| 9, Table 1 | time of BNP over BN, batch: ours (published) | BNP | {said}; other hardware |"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the page, or compare it; 1 where it differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    text = page()
+    if parser.parse_args(argv).check:
+        same = PAGE.exists() and PAGE.read_text() == text
+        print(f"{PAGE}: {'as' if same else 'not what'} the curves say")
+        return 0 if same else 1
+    PAGE.write_text(text)
+    print(PAGE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
