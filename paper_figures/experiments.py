@@ -79,7 +79,13 @@ PANELS: dict[str, Panel] = {
     "fig4_cnn_1": Panel("cnn", "cifar10", 1, 20, hidden=(64,)),
     "fig5_cnn_128": Panel("cnn", "cifar10", 128, 20, hidden=(64,)),
     "fig5_cnn_2": Panel("cnn", "cifar10", 2, 20, hidden=(64,)),
+    # Ours, for the choice of the rule for q: 200, 600 and 2,000 steps.
+    "q_128": Panel("cnn", "cifar10", 128, 2, every=200, samples=12_800, hidden=(64,)),
+    "q_16": Panel("cnn", "cifar10", 16, 1, samples=9_600, hidden=(64,)),
+    "q_2": Panel("cnn", "cifar10", 2, 1, samples=4_000, hidden=(64,)),
 }
+#: Rules for q that are compared, each at its own best rate of a grid of half decades.
+Q_RULES, Q_START, Q_SEEDS = ("rows", "paper", "measured"), -3, (0, 1, 2)
 #: Tables 2 and 3. "BN with 4 things" is left out.
 RATES: dict[str, dict[str, float]] = {
     "fig3_mnist_60": {"Vanilla": 0.1, "BN": 0.5, "BNP": 0.5, "LN": 0.1},
@@ -101,6 +107,7 @@ QUEUE: tuple[tuple[str, tuple[str, ...] | None, tuple[int, ...], int], ...] = (
     ("fig5_cnn_2", None, (0, 1), 5),
     ("fig4_dense_1", None, (0, 1), 5),
     ("fig4_cnn_1", None, (0, 1), 5),
+    *((panel, (rule,), Q_SEEDS, PANELS[panel].epochs) for panel in ("q_128", "q_16", "q_2") for rule in Q_RULES),
     ("fig3_cifar_60", None, (2, 3, 4), 20),
     ("fig5_cnn_128", None, (0, 1), 20),
     ("fig4_cifar_6", None, (0, 1), 20),
@@ -136,7 +143,8 @@ class Job:
     @property
     def name(self) -> str:
         """Of its files."""
-        return f"{self.panel}.{self.method.replace(' ', '_')}.{self.seed}"
+        label = label_of(self.method, dict(self.bnp), self.lr)
+        return f"{self.panel}.{label.replace(' ', '_')}.{self.seed}"
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the curve but its length, as JSON data."""
@@ -149,19 +157,52 @@ class Job:
         return json.loads(json.dumps(own | {"BNP": preset} | chosen))  # type: ignore[no-any-return]
 
 
+def label_of(method: str, options: Mapping[str, Any], lr: float) -> str:
+    """What a curve is called: its method, and where `q` is not the paper's that and the rate."""
+    return f"{method} q={options['q']} lr={lr:g}" if options else method
+
+
 def job(panel: str, method: str, seed: int) -> Job:
     """The job of a curve of the paper."""
     return Job(panel, method, seed, RATES[panel][method], PANELS[panel])
 
 
-def queue(only: Sequence[str] = ()) -> Iterator[tuple[Job, int]]:
+def queue(out: Path, only: Sequence[str] = ()) -> Iterator[tuple[Job, int]]:
     """Jobs and epochs in the order in which they run; `only` those whose panel begins with one of the words."""
     for panel, methods, seeds, epochs in QUEUE:
         if only and not panel.startswith(tuple(only)):
             continue
+        if panel not in RATES:
+            yield from ((what, epochs) for rule in methods or () for what in tuned(panel, rule, seeds, out))
+            continue
         for seed in seeds:
             for method in methods or RATES[panel]:
                 yield job(panel, method, seed), epochs
+
+
+def tuned(panel: str, rule: str, seeds: Sequence[int], out: Path) -> Iterator[Job]:
+    """A rule for `q` at its own best rate: rates outward from the first, then the other seeds at the best.
+
+    The best has the smallest training loss after all steps, and both its neighbours were tried.
+    """
+
+    def made(k: int, seed: int) -> Job:
+        rate = float(f"{(1, 3)[k % 2]}e{k // 2}")
+        return Job(panel, "BNP", seed, rate, PANELS[panel], (("q", rule),))
+
+    losses: dict[int, float] = {}
+    best = Q_START
+    while missing := [k for k in (best, best - 1, best + 1) if k not in losses]:
+        for k in missing:
+            what = made(k, seeds[0])
+            yield what
+            found = read(out / f"{what.name}.json", what)
+            if found is None:
+                return  # another process has it
+            done = found["stopped"] == "finished" and found["curve"]["train_loss_eval"]
+            losses[k] = found["curve"]["train_loss_eval"][-1] if done else math.inf
+        best = min(losses, key=lambda k: losses[k])
+    yield from (made(best, seed) for seed in seeds[1:])
 
 
 def load(panel: Panel, split: str) -> Pair:
@@ -321,7 +362,7 @@ def advance(what: Job, epochs: int, out: Path) -> bool:
 def run_queue(out: Path, only: Sequence[str]) -> int:
     """All jobs, one after another; a job that another process has in hand is passed over."""
     out.mkdir(parents=True, exist_ok=True)
-    for what, epochs in queue(only):
+    for what, epochs in queue(out, only):
         lock = out / f"{what.name}.lock"
         if _held(lock):
             continue
@@ -345,14 +386,17 @@ def _held(lock: Path) -> bool:
 
 def status(out: Path) -> None:
     """What there is of each curve."""
-    for panel, rates in RATES.items():
-        for method in rates:
-            said = []
-            for path in sorted(out.glob(f"{panel}.{method.replace(' ', '_')}.*.json")):
-                r = json.loads(path.read_text())
-                last = 100 * (r["curve"]["test_accuracy"] or [math.nan])[-1]
-                said.append(f"seed {r['settings']['seed']}: {r['epochs']} epochs, {last:.1f} %, {r['seconds']:.0f} s")
-            print(f"{panel:14} {method:10} {'; '.join(said) or 'not begun'}")
+    there = {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*.json"))}
+    wanted = [job(panel, method, seed).name for panel in RATES for method in RATES[panel] for seed in range(5)]
+    for name in [*wanted, *(name for name in there if name not in wanted)]:
+        record = there.get(name)
+        if record is None:
+            print(f"{name:32} not begun")
+            continue
+        last = (record["curve"]["test_accuracy"] or [math.nan])[-1]
+        print(
+            f"{name:32} {record['epochs']} epochs, {100 * last:.2f} %, {record['seconds']:.0f} s, {record['stopped']}"
+        )
 
 
 def collect(out: Path) -> None:
@@ -361,7 +405,8 @@ def collect(out: Path) -> None:
     for path in sorted(out.glob("*.json")):
         record = json.loads(path.read_text())
         own = record["settings"]
-        place = found.setdefault(own["panel"], {}).setdefault(own["method"], {"settings": own, "seeds": {}})
+        label = label_of(own["method"], own["bnp"], own["lr"])
+        place = found.setdefault(own["panel"], {}).setdefault(label, {"settings": own, "seeds": {}})
         place["seeds"][str(own["seed"])] = record["curve"] | {
             n: record[n] for n in ("stopped", "seconds", "versions", "revision")
         }
