@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 import bnp_analysis as bnp
-from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.errors import DataNotFoundError, InvalidInputError
 from bnp_analysis.models import cnn, mlp
 from bnp_analysis.results import package_versions
 from bnp_analysis.training.bnp import BNP
@@ -433,7 +433,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     try:
         return run_queue(arguments.out, arguments.only)
-    except InvalidInputError as error:
+    except (InvalidInputError, DataNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
 

@@ -58,7 +58,8 @@ def beyond_paper(layer: Layer, rows: int, examples: int) -> str:
             found.append("dilation, by its own output positions")
         if module.groups > 1:
             found.append("groups, with the channels of one group")
-        kept = [(k - 1) / 2 for k in reversed(module.kernel_size) for _ in range(2)]
+        spans = [d * (k - 1) for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+        kept = [span / 2 for span in reversed(spans) for _ in range(2)]
         if module.padding_mode != "zeros" or list(module._reversed_padding_repeated_twice) != kept:
             found.append("padding other than zeros that keep the size, by its own output positions")
     if layer.bias is None:

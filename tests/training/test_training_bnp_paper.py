@@ -182,16 +182,16 @@ def test_options_given_take_the_place_of_the_presets() -> None:
 
 
 BEYOND = {
-    "1d": (nn.Conv1d(2, 3, 3, padding=1), (2, 9), (6, 9), "1 spatial"),
-    "3d": (nn.Conv3d(2, 3, 3, padding=1), (2, 3, 4, 5), (54, 60), "3 spatial"),
-    "stride": (nn.Conv2d(2, 3, 3, padding=1, stride=2), (2, 8, 8), (18, 16), "stride"),
-    "dilation": (nn.Conv2d(2, 3, 3, padding=2, dilation=2), (2, 6, 6), (18, 36), "dilation"),
-    "groups": (nn.Conv2d(4, 6, 3, padding=1, groups=2), (4, 6, 6), (18, 36), "groups"),
-    "valid": (nn.Conv2d(2, 3, 3), (2, 6, 6), (18, 16), "padding"),
-    "even": (nn.Conv2d(2, 3, 2, padding="same"), (2, 6, 6), (8, 36), "padding"),
-    "circular": (nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), (2, 6, 6), (18, 36), "padding"),
-    "no bias": (nn.Conv2d(2, 3, 3, padding=1, bias=False), (2, 6, 6), (18, 36), "bias"),
-    "sequence": (nn.Linear(40, 2), (5, 40), (40, 5), "5 positions"),
+    "1d": (lambda: nn.Conv1d(2, 3, 3, padding=1), (2, 9), (6, 9), "1 spatial"),
+    "3d": (lambda: nn.Conv3d(2, 3, 3, padding=1), (2, 3, 4, 5), (54, 60), "3 spatial"),
+    "stride": (lambda: nn.Conv2d(2, 3, 3, padding=1, stride=2), (2, 8, 8), (18, 16), "stride"),
+    "dilation": (lambda: nn.Conv2d(2, 3, 3, padding=2, dilation=2), (2, 6, 6), (18, 36), "dilation"),
+    "groups": (lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2), (4, 6, 6), (18, 36), "groups"),
+    "valid": (lambda: nn.Conv2d(2, 3, 3), (2, 6, 6), (18, 16), "padding"),
+    "even": (lambda: nn.Conv2d(2, 3, 2, padding="same"), (2, 6, 6), (8, 36), "padding"),
+    "circular": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), (2, 6, 6), (18, 36), "padding"),
+    "no bias": (lambda: nn.Conv2d(2, 3, 3, padding=1, bias=False), (2, 6, 6), (18, 36), "bias"),
+    "sequence": (lambda: nn.Linear(40, 2), (5, 40), (40, 5), "5 positions"),
 }
 
 
@@ -199,8 +199,8 @@ BEYOND = {
 @pytest.mark.parametrize("rows", [1, 3, 50])
 def test_beyond_the_paper_the_rule_is_extended_and_says_so(kind: str, rows: int) -> None:
     """`q^2 = max(m/N, sqrt(positions))`, without the surviving mean of the diagonal form."""
-    layer, shape, (features, positions), word = BEYOND[kind]
-    layer = copy.deepcopy(layer).double()
+    make, shape, (features, positions), word = BEYOND[kind]
+    layer = make().double()
     x = uneven((rows, *shape))
     y = torch.zeros_like(layer(x)).detach()
     P = bnp.bnp_preconditioner(
@@ -209,6 +209,7 @@ def test_beyond_the_paper_the_rule_is_extended_and_says_so(kind: str, rows: int)
     expected = max(features / rows, math.sqrt(positions))
     assert P.q[""] ** 2 == pytest.approx(expected, rel=1e-14)
     assert word in P.extensions[""]
+    assert ("padding" in P.extensions[""]) == (word == "padding")
     pre = BNP.paper(layer, bias_free="rank-one")
     nn.functional.mse_loss(layer(x), y).backward()
     pre.step()
