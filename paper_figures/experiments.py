@@ -58,7 +58,7 @@ class Panel:
         data: name of the data set; `samples` of it, all by default.
         batch, epochs: of a full run.
         every: iterations between two points of a curve; 0 for one point an epoch.
-        hidden, channels: dense and convolutional sizes.
+        hidden, channels, padding: of dense and of convolutional layers; "valid" for none.
     """
 
     network: str
@@ -69,6 +69,7 @@ class Panel:
     samples: int | None = None
     hidden: tuple[int, ...] = (100, 100, 100)
     channels: tuple[int, ...] = (32, 64, 32)
+    padding: str = "same"
 
 
 PANELS: dict[str, Panel] = {
@@ -79,6 +80,9 @@ PANELS: dict[str, Panel] = {
     "fig4_cnn_1": Panel("cnn", "cifar10", 1, 20, hidden=(64,)),
     "fig5_cnn_128": Panel("cnn", "cifar10", 128, 20, hidden=(64,)),
     "fig5_cnn_2": Panel("cnn", "cifar10", 2, 20, hidden=(64,)),
+    # What the paper does not say of the convolutional network, chosen otherwise.
+    "valid_cnn_128": Panel("cnn", "cifar10", 128, 20, hidden=(64,), padding="valid"),
+    "wide_cnn_128": Panel("cnn", "cifar10", 128, 20, hidden=(128,)),
     # Ours, for the choice of the rule for q: 200, 600 and 2,000 steps.
     "q_128": Panel("cnn", "cifar10", 128, 2, every=200, samples=12_800, hidden=(64,)),
     "q_16": Panel("cnn", "cifar10", 16, 1, samples=9_600, hidden=(64,)),
@@ -96,6 +100,8 @@ RATES: dict[str, dict[str, float]] = {
     "fig5_cnn_128": {"Vanilla": 0.1, "BN": 0.1, "BNP": 0.1},
     "fig5_cnn_2": {"Vanilla": 0.001, "BN": 0.001, "BNP": 0.01, "BN Renorm": 0.01},
 }
+#: Panels at the rates of another.
+LIKE = {"valid_cnn_128": "fig5_cnn_128", "wide_cnn_128": "fig5_cnn_128"}
 NORMS = {"BN": "batch", "LN": "layer", "BN Renorm": "renorm"}
 #: (panels, methods or None for all, seeds, epochs), in the order in which they run.
 QUEUE: tuple[tuple[str, tuple[str, ...] | None, tuple[int, ...], int], ...] = (
@@ -108,6 +114,7 @@ QUEUE: tuple[tuple[str, tuple[str, ...] | None, tuple[int, ...], int], ...] = (
     ("fig4_dense_1", None, (0, 1), 5),
     ("fig4_cnn_1", None, (0, 1), 5),
     *((panel, (rule,), Q_SEEDS, PANELS[panel].epochs) for panel in ("q_128", "q_16", "q_2") for rule in Q_RULES),
+    *((panel, ("Vanilla", "BNP"), (0, 1), 5) for panel in LIKE),
     ("fig3_cifar_60", None, (2, 3, 4), 20),
     ("fig5_cnn_128", None, (0, 1), 20),
     ("fig4_cifar_6", None, (0, 1), 20),
@@ -150,9 +157,10 @@ class Job:
         """Everything that decides the curve but its length, as JSON data."""
         own = asdict(self) | {"bnp": dict(self.bnp)}
         own["setting"].pop("epochs")
+        padding = own["setting"].pop("padding")
         preset = "" if self.method != "BNP" else str(BNP.paper(nn.Linear(1, 1), **dict(self.bnp)).settings)
         chosen = {"initialization": "Glorot uniform, zero biases", "optimizer": "SGD", "dtype": "float32"}
-        chosen |= {"normalization": NORMS.get(self.method, "none"), "norm_at": "input", "padding": "same"}
+        chosen |= {"normalization": NORMS.get(self.method, "none"), "norm_at": "input", "padding": padding}
         chosen |= {"momentum": MOMENTUM, "eps": EPS} if self.method == "BN" else {}
         return json.loads(json.dumps(own | {"BNP": preset} | chosen))  # type: ignore[no-any-return]
 
@@ -164,7 +172,7 @@ def label_of(method: str, options: Mapping[str, Any], lr: float) -> str:
 
 def job(panel: str, method: str, seed: int) -> Job:
     """The job of a curve of the paper."""
-    return Job(panel, method, seed, RATES[panel][method], PANELS[panel])
+    return Job(panel, method, seed, RATES[LIKE.get(panel, panel)][method], PANELS[panel])
 
 
 def queue(out: Path, only: Sequence[str] = ()) -> Iterator[tuple[Job, int]]:
@@ -172,7 +180,7 @@ def queue(out: Path, only: Sequence[str] = ()) -> Iterator[tuple[Job, int]]:
     for panel, methods, seeds, epochs in QUEUE:
         if only and not panel.startswith(tuple(only)):
             continue
-        if panel not in RATES:
+        if panel not in RATES and panel not in LIKE:
             yield from ((what, epochs) for rule in methods or () for what in tuned(panel, rule, seeds, out))
             continue
         for seed in seeds:
@@ -223,6 +231,8 @@ def network(what: Job, shape: Sequence[int]) -> nn.Module:
         model = mlp([shape[0], *sizes.hidden, 10], norm=norm, norm_at="input")
     else:
         model = cnn(shape, channels=sizes.channels, hidden=sizes.hidden[0], norm=norm, norm_at="input")
+        if sizes.padding == "valid":
+            _unpad(model, shape)
     generator = torch.Generator().manual_seed(what.seed)
     for layer in model.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
@@ -231,6 +241,15 @@ def network(what: Job, shape: Sequence[int]) -> nn.Module:
         elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
             layer.momentum, layer.eps = MOMENTUM, EPS
     return model
+
+
+def _unpad(model: nn.Sequential, shape: Sequence[int]) -> None:
+    """Take the padding of a network without normalization away; the first dense layer then sees fewer features."""
+    convolutions = [layer for layer in model if isinstance(layer, nn.Conv2d)]
+    for layer in convolutions:
+        layer.padding, layer._reversed_padding_repeated_twice = (0, 0), [0] * 4
+    side = ((shape[1] - 2) // 2 - 2) // 2 - 2
+    model.fc4 = nn.Linear(convolutions[-1].out_channels * side**2, model.fc4.out_features)
 
 
 def run(what: Job, epochs: int, train_data: Pair, test_data: Pair, checkpoint: Path | None = None) -> Run:

@@ -173,3 +173,10 @@ def test_a_verdict_says_how_far_and_how_long() -> None:
 @pytest.mark.skipif(not reproduction.PAGE.exists(), reason="the page was not written yet")
 def test_the_page_is_what_the_curves_say() -> None:
     assert reproduction.page() == reproduction.PAGE.read_text()
+
+
+def test_without_padding_the_network_is_the_narrower_one() -> None:
+    model = experiments.network(experiments.job("valid_cnn_128", "Vanilla", 0), (3, 32, 32))
+    assert model.get_submodule("fc4").in_features == 32 * 4 * 4
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    assert experiments.job("valid_cnn_128", "BNP", 0).settings()["padding"] == "valid"
