@@ -2,7 +2,7 @@
 
     python -m paper_figures.experiments run OUT [--only fig3 ...]  # goes on where it was stopped
     python -m paper_figures.experiments status OUT
-    python -m paper_figures.experiments collect OUT                # into paper_figures/data/curves.json
+    python -m paper_figures.experiments collect OUT                # what is committed: curves, figures, the page
 
 A curve is one method in one panel, at the learning rate of the paper's Tables 2 and 3; a job is a curve with a seed. A
 job leaves `OUT/PANEL.METHOD.SEED.json` after each epoch, written atomically, and its checkpoint beside it. A queue of
@@ -436,6 +436,17 @@ def collect(out: Path) -> None:
     print(f"{CURVES}: {sum(len(m['seeds']) for p in found.values() for m in p.values())} runs, {len(text) // 1024} kB")
 
 
+def publish() -> int:
+    """Draw the figures of which there are runs, in full, and write the page."""
+    from paper_figures import __main__ as figures
+    from paper_figures import reproduction
+
+    there = json.loads(CURVES.read_text())
+    drawn = [f"paper_fig{k}" for k in (3, 4, 5) if any(name.startswith(f"fig{k}_") for name in there)]
+    figures.main([*drawn, "--preset", "full"])
+    return reproduction.main([])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, say how far, or collect; 0 done, 2 bad input, 130 interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -448,7 +459,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments.what == "collect":
         collect(arguments.out)
-        return 0
+        return publish()
     torch.set_num_threads(1)
     try:
         return run_queue(arguments.out, arguments.only)

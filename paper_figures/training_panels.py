@@ -73,11 +73,11 @@ def compute(settings: Settings, report: Report) -> dict[str, Any]:
     return arrays
 
 
-def _own(place: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _own(place: str, runs: Sequence[Mapping[str, Any]], loss: str = LOSS) -> dict[str, Any]:
     """Our curves of a method, the shorter ones filled with NaN."""
     x = max((r["x"] for r in runs), key=len)
     found: dict[str, Any] = {f"{place}/ours/x": x}
-    for q, word in zip(QUANTITIES, ("test_accuracy", LOSS), strict=True):
+    for q, word in zip(QUANTITIES, ("test_accuracy", loss), strict=True):
         found[f"{place}/ours/{q}"] = [[*r[word], *[math.nan] * (len(x) - len(r[word]))] for r in runs]
     return found
 
@@ -99,7 +99,8 @@ def _small(settings: Settings, report: Report) -> dict[str, Any]:
                 runs.append(curve(made, every=0, steps=steps_an_epoch(panel, sets[0])))
                 done += 1
                 report(done / total)
-            arrays |= _own(f"{name}/{method}", runs)
+            # Running statistics of BN are not those of the data after so few steps, so not in evaluation mode.
+            arrays |= _own(f"{name}/{method}", runs, "train_loss")
     return arrays
 
 
@@ -186,8 +187,10 @@ def last(arrays: Mapping[str, Any], panel: str, method: str, quantity: str = "te
 
 def beside(data: FigureData, points: float) -> str:
     """Which test accuracies are further from the published ones than that, at the last point of both."""
-    for panel in data.words("panels"):
-        for method in data.words(f"{panel}/methods"):
+    for panel in data.settings["panels"]:
+        for method in RATES[panel]:
+            if panel not in data.words("panels") or method not in data.words(f"{panel}/methods"):
+                return f"{TITLES[panel]}, {method}: not run"
             found = compare(data.arrays, panel, method, "test_accuracy")
             if not found or not abs(found[-1].difference) <= points / 100:
                 said = f"{100 * found[-1].difference:+.2f} points at {found[-1].x}" if found else "nothing to compare"
@@ -275,12 +278,13 @@ def _published(ax: Axes, data: FigureData, panel: str, method: str, quantity: st
 
 def _ours(ax: Axes, data: FigureData, panel: str, method: str, quantity: str) -> None:
     place, look = f"{panel}/{method}/ours", LOOKS[method]
+    color = style.BLACK if look == "vanilla" else style.COLOURS[look]  # grey is the published curves'
     x, runs = data[f"{place}/x"], data[f"{place}/{quantity}"] * _factor(quantity)
     every = max(len(x) // 10, 1)
-    style_of = {"color": style.COLOURS[look], "marker": style.MARKERS[look], "markevery": every, "markersize": 2.5}
+    style_of = {"color": color, "marker": style.MARKERS[look], "markevery": every, "markersize": 2.5}
     ax.plot(x, _over_seeds(np.nanmean, runs), label=method, linewidth=0.9, **style_of)
     low, high = (_over_seeds(f, runs) for f in (np.nanmin, np.nanmax))
-    ax.fill_between(x, low, high, color=style.COLOURS[look], alpha=0.2, linewidth=0)
+    ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
 
 
 def _over_seeds(what: Any, runs: np.ndarray) -> np.ndarray:
