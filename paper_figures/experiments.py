@@ -83,7 +83,10 @@ PANELS: dict[str, Panel] = {
     # What the paper does not say of the convolutional network, chosen otherwise.
     "valid_cnn_128": Panel("cnn", "cifar10", 128, 20, hidden=(64,), padding="valid"),
     "wide_cnn_128": Panel("cnn", "cifar10", 128, 20, hidden=(128,)),
-    # Ours, for the choice of the rule for q: 200, 600 and 2,000 steps.
+    # Ours, for the choice of the rule for q: 300, 540 and 1,438 steps on digits, 200, 600 and 2,000 on CIFAR-10.
+    "q_digits_128": Panel("cnn", "digits", 128, 25, every=300, hidden=(32,), channels=(16, 32, 16)),
+    "q_digits_16": Panel("cnn", "digits", 16, 6, every=540, hidden=(32,), channels=(16, 32, 16)),
+    "q_digits_2": Panel("cnn", "digits", 2, 2, every=1_438, hidden=(32,), channels=(16, 32, 16)),
     "q_128": Panel("cnn", "cifar10", 128, 2, every=200, samples=12_800, hidden=(64,)),
     "q_16": Panel("cnn", "cifar10", 16, 1, samples=9_600, hidden=(64,)),
     "q_2": Panel("cnn", "cifar10", 2, 1, samples=4_000, hidden=(64,)),
@@ -105,6 +108,7 @@ LIKE = {"valid_cnn_128": "fig5_cnn_128", "wide_cnn_128": "fig5_cnn_128"}
 NORMS = {"BN": "batch", "LN": "layer", "BN Renorm": "renorm"}
 #: (panels, methods or None for all, seeds, epochs), in the order in which they run.
 QUEUE: tuple[tuple[str, tuple[str, ...] | None, tuple[int, ...], int], ...] = (
+    *((f"q_digits_{b}", (rule,), Q_SEEDS, PANELS[f"q_digits_{b}"].epochs) for b in (128, 16, 2) for rule in Q_RULES),
     ("fig3_mnist_60", None, (0, 1), 10),
     ("fig3_cifar_60", None, (0, 1), 20),
     ("fig5_cnn_128", None, (0, 1), 5),
