@@ -125,7 +125,8 @@ legend = ax.legend(frameon=False)
 #
 # One row has no variance, so averages of within-batch variances are zero. `variance="total"`, the default, adds what
 # the mean moved: the law of total variance. Fed one row at a time without any update of the weights, the statistics
-# approach those of the whole set; the paper's form is refused at one row, with the reason.
+# approach those of the whole set. The paper's form, `BNP.paper`, takes $(h - \mu)^2$ with the running mean instead.
+# Plain averages within batches, `variance="within"`, are refused at one row, with the reason.
 
 # %%
 model = network()
@@ -142,9 +143,9 @@ print(f"cosine between the step with running and with exact statistics: {agreeme
 pre.close()
 
 try:
-    with bnp.BNP.paper(model) as paper:
+    with bnp.BNP(model, variance="within") as within:
         cross_entropy(model(train.x[:1]), train.y[:1]).backward()
-        paper.step()
+        within.step()
     refused = ""
 except bnp.errors.InvalidInputError as error:
     refused = str(error)

@@ -244,6 +244,12 @@ def rows(layer: Layer, h: Tensor) -> Tensor:
     return h.reshape(-1, layer.groups, layer.features)
 
 
+def example_count(layer: Layer, h: Tensor) -> int:
+    """The number `N` of examples in an input `(N, ...)`, 1 for an input without that dimension."""
+    single = 1 if isinstance(layer.module, nn.Linear) else len(layer.module.kernel_size) + 1
+    return h.shape[0] if h.ndim > single else 1
+
+
 def channels(layer: Layer, h: Tensor) -> Tensor:
     """The values of each input channel, `(samples, c)`, before padding; features for a dense layer."""
     if isinstance(layer.module, nn.Linear):

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
-from bnp_analysis.network.layers import Coverage, Layer, channels, coverage, expand_channels, output_rows, rows
+from bnp_analysis.network.layers import (
+    Coverage,
+    Layer,
+    channels,
+    coverage,
+    example_count,
+    expand_channels,
+    output_rows,
+    rows,
+)
 from bnp_analysis.network.risk import EmpiricalRisk
 
 STATISTICS = ("channel", "patch")
@@ -24,12 +33,14 @@ class Moments:
         mean, variance: `(groups, m)`, float64; expanded from channels for a convolution.
         constant: `(groups, m)` bool, features with one value on all the data, found by minimum and maximum.
         rows: `R`, the rows of `H^`.
+        examples: `N`, the examples that they come from.
     """
 
     mean: Tensor
     variance: Tensor
     constant: Tensor
     rows: int
+    examples: int
 
 
 class Accumulator:
@@ -111,21 +122,21 @@ def layer_moments(
         raise InvalidInputError(f"statistics must be 'channel' or 'patch', got {statistics!r}")
     layers = coverage(risk) if layers is None else layers
     sums = {layer.name: Accumulator() for layer in layers}
-    counts = dict.fromkeys(sums, 0)
+    counts = dict.fromkeys(sums, (0, 0))
     parts = risk.group.share(lambda: _own_moments(risk, statistics, layers), "the moments of layers")
     for own_sums, own_counts in parts:
         for name, own in own_sums.items():
             sums[name].merge(own.to(risk.space.device))
-            counts[name] += own_counts[name]
+            counts[name] = _added(counts[name], own_counts[name])
     return {layer.name: _moments(layer, sums[layer.name], counts[layer.name], statistics) for layer in layers}
 
 
 def _own_moments(
     risk: EmpiricalRisk, statistics: str, layers: Coverage
-) -> tuple[dict[str, Accumulator], dict[str, int]]:
-    """The moments and numbers of rows in this process's batches, on the CPU."""
+) -> tuple[dict[str, Accumulator], dict[str, tuple[int, int]]]:
+    """The moments and numbers of rows and examples in this process's batches, on the CPU."""
     sums = {layer.name: Accumulator() for layer in layers}
-    counts = dict.fromkeys(sums, 0)
+    counts = dict.fromkeys(sums, (0, 0))
 
     def visit(name: str, module: nn.Module, args: Any, output: Any) -> None:
         layer = layers[name]
@@ -133,10 +144,14 @@ def _own_moments(
         if not bool(torch.isfinite(values).all()):
             raise NonFiniteError(f"the input of layer {name!r} has NaN or infinite entries")
         sums[name].add(values)
-        counts[name] += output_rows(layer, output)
+        counts[name] = _added(counts[name], (output_rows(layer, output), example_count(layer, args[0])))
 
     risk.capture(visit, sums)
     return {name: found.to("cpu") for name, found in sums.items()}, counts
+
+
+def _added(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+    return a[0] + b[0], a[1] + b[1]
 
 
 def _columns(layer: Layer, h: Tensor, statistics: str) -> Tensor:
@@ -145,14 +160,14 @@ def _columns(layer: Layer, h: Tensor, statistics: str) -> Tensor:
     return rows(layer, h).flatten(start_dim=1)
 
 
-def _moments(layer: Layer, found: Accumulator, count: int, statistics: str) -> Moments:
+def _moments(layer: Layer, found: Accumulator, count: tuple[int, int], statistics: str) -> Moments:
     shape = (layer.groups, layer.features)
     columns = (found.mean, found.variance, found.constant)
     if statistics == "channel" and layer.patch > 1:
         mean, variance, constant = (expand_channels(layer, column) for column in columns)
     else:
         mean, variance, constant = (column.view(shape) for column in columns)
-    return Moments(mean, variance, constant, count)
+    return Moments(mean, variance, constant, *count)
 
 
 def layer_rows(risk: EmpiricalRisk, layers: Coverage | None = None) -> dict[str, Tensor]:

@@ -18,9 +18,15 @@ from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.precondition.blocks import BlockDiagonal, Entry, covered_layers, layer_positions
 from bnp_analysis.precondition.bnp_block import BNPBlock
 from bnp_analysis.precondition.output_scale import UnitScaled, output_scales, unit_scaled
+from bnp_analysis.precondition.scale import RULES, beyond_paper, scale_square, surviving_mean
 from bnp_analysis.precondition.second_moments import second_moments
 
 BIAS_FREE = ("rank-one", "diagonal")
+#: Preset -> options: "exact", undamped, as the theory needs; "paper", those of the published algorithms.
+PRESETS: dict[str, dict[str, Any]] = {
+    "exact": {"eps1": 0.0, "eps2": 0.0, "q": "auto", "statistics": "channel", "bias_free": "rank-one"},
+    "paper": {"eps1": 1e-2, "eps2": 1e-4, "q": "paper", "statistics": "channel", "bias_free": "diagonal"},
+}
 
 
 class BNPPreconditioner(BlockDiagonal):
@@ -33,6 +39,7 @@ class BNPPreconditioner(BlockDiagonal):
         constant_features: layer name -> input features with zero variance, group by group.
         uncovered: parameter name -> why it is left alone.
         flat_units: layer name -> output units without curvature, whose output scale is 1.
+        extensions: layer name -> what of it `q="paper"` takes beyond the paper.
 
     Attributes:
         q: layer name -> `q`.
@@ -48,12 +55,13 @@ class BNPPreconditioner(BlockDiagonal):
         constant_features: Mapping[str, tuple[int, ...]],
         uncovered: Mapping[str, str],
         flat_units: Mapping[str, tuple[int, ...]] | None = None,
+        extensions: Mapping[str, str] | None = None,
     ) -> None:
         entries: dict[str, Entry] = dict(blocks)
         super().__init__(space.dim, entries, space.dtype, space.device, space)
         self.settings, self.uncovered = dict(settings), dict(uncovered)
         self.constant_features = dict(constant_features)
-        self.flat_units = dict(flat_units or {})
+        self.flat_units, self.extensions = dict(flat_units or {}), dict(extensions or {})
         self.q = {name: block.q for name, (_, block) in blocks.items()}
         self.output_scales = {name: b.scales for name, (_, b) in blocks.items() if isinstance(b, UnitScaled)}
 
@@ -69,28 +77,13 @@ def damped_variance(variance: Tensor, eps1: float, eps2: float) -> Tensor:
     return torch.where(damped > 0, damped, torch.ones_like(damped))
 
 
-def scale_square(features: int, rows: int) -> float:
-    """`q^2 = max(m/R, 1)` (T3)."""
-    return max(features / rows, 1.0)
-
-
-def surviving_mean(mean: Tensor, second: Tensor) -> float:
-    """`sum_j mu_j^2/rms_j^2` of the worst group: what the diagonal form without a bias adds to `q^2` (T5).
-
-    Args:
-        mean, second: first and second moments, `(groups, m)`.
-    """
-    share = torch.where(second > 0, mean.square() / second, torch.zeros_like(second))
-    return float(share.sum(dim=1).max())
-
-
 def layer_block(
     layer: Layer,
     moments: Moments,
     *,
     eps1: float,
     eps2: float,
-    q: float | None = None,
+    q: str | float = "auto",
     bias_free: str = "rank-one",
     dtype: torch.dtype | None = None,
 ) -> BNPBlock:
@@ -98,9 +91,9 @@ def layer_block(
 
     Args:
         layer: the covered layer.
-        moments: of its inputs, with their number of rows `R`.
+        moments: of its inputs, with their numbers of rows `R` and examples `N`.
         eps1, eps2: damping, `sigma^2 + eps1 max(sigma^2) + eps2`, the largest of the whole layer.
-        q: the layer's scale; None for `q^2 = max(m/R, 1)`, to which the diagonal form without a bias adds
+        q: the layer's scale, or one of `RULES` for it, to whose `q^2` the diagonal form without a bias adds
             `sum_j mu_j^2 / rms_j^2`.
         bias_free: without a bias, `"rank-one"` or `"diagonal"`.
         dtype: of the parameters, default that of the moments.
@@ -109,13 +102,13 @@ def layer_block(
         A `BNPBlock`.
     """
     mean, variance = moments.mean, moments.variance
-    square = scale_square(layer.features, moments.rows)
+    square = scale_square(q, layer.features, moments.rows, moments.examples) if isinstance(q, str) else 0.0
     if layer.bias is None and bias_free == "diagonal":
         # Column norms in place of deviations, nothing projected out: the mean direction survives.
         variance = variance + mean.square()
         square += surviving_mean(mean, variance)
         mean = torch.zeros_like(mean)
-    scale = math.sqrt(square) if q is None else q
+    scale = math.sqrt(square) if isinstance(q, str) else float(q)
     damped = damped_variance(variance, eps1, eps2)
     return BNPBlock(mean, damped, scale, units=layer.units, bias=layer.bias is not None, dtype=dtype)
 
@@ -124,11 +117,12 @@ def layer_block(
 def bnp_preconditioner(
     risk: EmpiricalRisk,
     *,
-    eps1: float = ...,
-    eps2: float = ...,
-    q: str | float = ...,
-    statistics: str = ...,
-    bias_free: str = ...,
+    preset: str = ...,
+    eps1: float | None = ...,
+    eps2: float | None = ...,
+    q: str | float | None = ...,
+    statistics: str | None = ...,
+    bias_free: str | None = ...,
     output_scale: bool = ...,
     block: None = None,
 ) -> BNPPreconditioner: ...
@@ -136,22 +130,24 @@ def bnp_preconditioner(
 def bnp_preconditioner(
     risk: EmpiricalRisk,
     *,
-    eps1: float = ...,
-    eps2: float = ...,
-    q: str | float = ...,
-    statistics: str = ...,
-    bias_free: str = ...,
+    preset: str = ...,
+    eps1: float | None = ...,
+    eps2: float | None = ...,
+    q: str | float | None = ...,
+    statistics: str | None = ...,
+    bias_free: str | None = ...,
     output_scale: bool = ...,
     block: Block,
 ) -> Preconditioner: ...
 def bnp_preconditioner(
     risk: EmpiricalRisk,
     *,
-    eps1: float = 0.0,
-    eps2: float = 0.0,
-    q: str | float = "auto",
-    statistics: str = "channel",
-    bias_free: str = "rank-one",
+    preset: str = "exact",
+    eps1: float | None = None,
+    eps2: float | None = None,
+    q: str | float | None = None,
+    statistics: str | None = None,
+    bias_free: str | None = None,
     output_scale: bool = False,
     block: Block | None = None,
 ) -> BNPPreconditioner | Preconditioner:
@@ -161,8 +157,13 @@ def bnp_preconditioner(
 
     Args:
         risk: the empirical risk; the moments are those of its layers' inputs at its `theta`.
-        eps1, eps2: damping, `sigma^2 + eps1 max(sigma^2) + eps2`; the paper's values as recalled are 1e-2, 1e-4.
-        q: `"auto"`, `q^2 = max(m/R, 1)`; `"measured"`, `q^2 = |G^|^2 / R` (T8); or a positive number, 1 for off.
+        preset: what options that are None are: `"exact"`, or `"paper"`, the `P` of the published algorithms
+            (Algorithm 2, p. 11; Algorithm 3, p. 19) with the moments of the data in place of running ones:
+            `eps1=1e-2, eps2=1e-4, q="paper"`, per channel, and `bias_free="diagonal"`, of which the paper says nothing.
+        eps1, eps2: damping, `sigma^2 + eps1 max(sigma^2) + eps2`; 0 in the preset `"exact"`.
+        q: `"rows"`, `q^2 = max(m/R, 1)`, the default, also called `"auto"`; `"paper"`, `q^2 = max(m/N, sqrt(R/N))`
+            for `N` examples with `R` output positions in all, see `scale_square`; `"measured"`, `q^2 = |G^|^2 / R`
+            (T8); or a positive number, 1 for off.
         statistics: of a convolution, per `"channel"` (the paper) or per entry of the `"patch"` (T6).
         bias_free: for layers without a free bias, `"rank-one"` or `"diagonal"` (T5).
         output_scale: also divide unit `i` by `s_i = sqrt(mean_j d^2 l_j / da_ij^2)` (T10), the Gauss-Newton diagonal
@@ -172,7 +173,8 @@ def bnp_preconditioner(
     Returns:
         A `BNPPreconditioner` over `risk.space`, or its block. A feature of zero variance gets scale 1 (in the diagonal
         form, its size if that is not 0) and is listed in `constant_features`; a unit without curvature gets output
-        scale 1 and is listed in `flat_units`; an uncovered parameter is left alone and named in `uncovered`.
+        scale 1 and is listed in `flat_units`; an uncovered parameter is left alone and named in `uncovered`; where
+        `q="paper"` meets a layer that the paper does not speak of, `extensions` says what was done.
 
     Raises:
         InvalidInputError: an unknown option, negative damping, no covered layer, or `output_scale` for a loss that is
@@ -188,31 +190,36 @@ def bnp_preconditioner(
         >>> P.dim, P.q, P.uncovered
         (8, {'': 1.0}, {})
     """
-    require_options(eps1, eps2, q, bias_free)
+    if preset not in PRESETS:
+        raise InvalidInputError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    given = {"eps1": eps1, "eps2": eps2, "q": q, "statistics": statistics, "bias_free": bias_free}
+    settings = PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
+    require_options(settings["eps1"], settings["eps2"], settings["q"], settings["bias_free"])
     if not isinstance(output_scale, bool):  # a word such as "none" would count as true
         raise InvalidInputError(
             f"output_scale must be True or False here, got {output_scale!r}; BNP has estimated ones"
         )
     layers = covered_layers(risk, "BNP")
-    moments = layer_moments(risk, statistics=statistics, layers=layers)
+    moments = layer_moments(risk, statistics=settings["statistics"], layers=layers)
+    rule = settings["q"]
+    form = {name: settings[name] for name in ("eps1", "eps2", "bias_free")}
 
-    def build(layer: Layer, scale: float | None, dtype: torch.dtype) -> BNPBlock:
-        return layer_block(layer, moments[layer.name], eps1=eps1, eps2=eps2, q=scale, bias_free=bias_free, dtype=dtype)
+    def build(layer: Layer, q: str | float, dtype: torch.dtype) -> BNPBlock:
+        return layer_block(layer, moments[layer.name], **form, q=q, dtype=dtype)
 
-    scales: dict[str, float | None]
-    if q == "measured":
+    scales: dict[str, str | float]
+    if rule == "measured":
         unscaled = {layer.name: build(layer, 1.0, torch.float64) for layer in layers}
         grams = second_moments(risk, layers, lambda layer, h: unscaled[layer.name].normalized(h))
         scales = {name: math.sqrt(float(torch.linalg.eigvalsh(g)[:, -1].max())) for name, g in grams.items()}
     else:
-        scales = {layer.name: None if q == "auto" else float(q) for layer in layers}
+        scales = {layer.name: rule for layer in layers}
     curved = output_scales(risk, layers) if output_scale else {}
     blocks: dict[str, tuple[Tensor, BNPBlock | UnitScaled]] = {}
     for layer in layers:
         own = build(layer, scales[layer.name], risk.space.dtype)
         found = unit_scaled(own, curved[layer.name]) if output_scale else own
         blocks[layer.name] = layer_positions(layer, risk.space), found
-    settings = {"eps1": eps1, "eps2": eps2, "q": q, "statistics": statistics, "bias_free": bias_free}
     P = BNPPreconditioner(
         risk.space,
         blocks,
@@ -220,6 +227,9 @@ def bnp_preconditioner(
         constant_features={layer.name: _places(moments[layer.name].constant) for layer in layers},
         uncovered=layers.uncovered,
         flat_units={name: _places(s == 0) for name, s in curved.items()},
+        extensions=extensions(
+            rule, {layer: (moments[layer.name].rows, moments[layer.name].examples) for layer in layers}
+        ),
     )
     return P if block is None else P.block(block)
 
@@ -233,10 +243,20 @@ def require_options(eps1: float, eps2: float, q: str | float, bias_free: str) ->
     if not (0 <= eps1 < math.inf and 0 <= eps2 < math.inf):
         raise InvalidInputError(f"damping must be finite and not negative: eps1={eps1}, eps2={eps2}")
     number = isinstance(q, int | float) and not isinstance(q, bool) and 0 < q < math.inf
-    if not number and q not in ("auto", "measured"):
-        raise InvalidInputError(f"q must be 'auto', 'measured' or a positive number (1 for off), got {q!r}")
+    if not number and q not in (*RULES, "measured"):
+        words = ", ".join(map(repr, (*RULES, "measured")))
+        raise InvalidInputError(f"q must be {words} or a positive number (1 for off), got {q!r}")
     if bias_free not in BIAS_FREE:
         raise InvalidInputError(f"bias_free must be one of {', '.join(BIAS_FREE)}, got {bias_free!r}")
+
+
+def extensions(rule: str | float, counts: Mapping[Layer, tuple[int, int]]) -> dict[str, str]:
+    """Layer name -> what of it is beyond the paper, where the paper's rule was asked for; from rows and examples."""
+    if rule != "paper":
+        return {}
+    return {
+        layer.name: said for layer, (rows, examples) in counts.items() if (said := beyond_paper(layer, rows, examples))
+    }
 
 
 def _places(true: Tensor) -> tuple[int, ...]:

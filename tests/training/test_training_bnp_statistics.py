@@ -82,12 +82,12 @@ def test_constant_weights_do() -> None:
 
 @given(sizes=SIZES, seed=st.integers(0, 999))
 def test_pooling_is_one_batch(sizes: list[int], seed: int) -> None:
-    parts = [BatchMoments(len(h), 2 * len(h), *moments(h)) for h in stream(sizes, seed)]
+    parts = [BatchMoments(len(h), 2 * len(h), 3 * len(h), *moments(h)) for h in stream(sizes, seed)]
     pooled = parts[0]
     for part in parts[1:]:
         pooled = pool_moments(pooled, part)
     mean, var = moments(torch.cat(stream(sizes, seed)))
-    assert (pooled.samples, pooled.rows) == (sum(sizes), 2 * sum(sizes))
+    assert (pooled.samples, pooled.rows, pooled.examples) == tuple(k * sum(sizes) for k in (1, 2, 3))
     torch.testing.assert_close(pooled.mean, mean, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(pooled.variance, var, rtol=1e-11, atol=1e-11)
 

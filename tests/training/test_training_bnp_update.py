@@ -165,7 +165,7 @@ def frozen_statistics(pre: BNP) -> None:
     """Make what the layers saw in this step equal to the running statistics, so that committing changes nothing."""
     for i, seen in pre._pending.items():
         mean, variance = pre._running.of(i)
-        pre._pending[i] = type(seen)(seen.samples, seen.rows, mean.clone(), variance.clone())
+        pre._pending[i] = seen._replace(mean=mean.clone(), variance=variance.clone())
 
 
 def test_bnp_is_the_network_that_normalizes_the_inputs_of_its_layers() -> None:
@@ -204,7 +204,7 @@ def test_bnp_is_the_network_that_normalizes_the_inputs_of_its_layers() -> None:
             if model is plain:
                 for i, norm in enumerate(norms):
                     seen = pre._pending[i]
-                    pre._pending[i] = type(seen)(seen.samples, seen.rows, norm.running_mean, norm.running_var)
+                    pre._pending[i] = seen._replace(mean=norm.running_mean, variance=norm.running_var)
                 pre.step()
             optimizer.step()
     trained = parameters(plain).clone()

@@ -6,7 +6,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -103,16 +103,15 @@ class RunningBNP(Iteration):
     def used_at(self, state: State) -> Preconditioner:
         """The preconditioner of a state's statistics."""
         theta, *statistics = state
-        q = self.settings["q"]
         blocks = {}
         for i, layer in enumerate(self.layers):
             rest = self.moments[layer.name]
             block = layer_block(
                 layer,
-                Moments(statistics[2 * i], statistics[2 * i + 1], rest.constant, rest.rows),
+                replace(rest, mean=statistics[2 * i], variance=statistics[2 * i + 1]),
                 eps1=self.settings["eps1"],
                 eps2=self.settings["eps2"],
-                q=None if q == "auto" else float(q),
+                q=self.settings["q"],
                 bias_free=self.settings["bias_free"],
                 dtype=theta.dtype,
             )

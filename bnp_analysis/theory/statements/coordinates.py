@@ -56,7 +56,8 @@ def _normalized_rows(problem: Problem, layer: Layer) -> Iterator[Check]:
     moments = own_moments(problem, layer, settings["statistics"])
     s2 = damped(moments, settings)
     rows = problem.rows[layer.name]
-    q = scale(layer, len(rows)) if settings["q"] == "auto" else float(settings["q"])
+    rule, examples = settings["q"], int(problem.risk.batches.total)
+    q = scale(layer, len(rows), rule, examples) if isinstance(rule, str) else float(rule)
     found, expected = [], []
     for group in range(layer.groups):
         P = block.unit(first_unit(layer, group)).to_dense()

@@ -56,8 +56,10 @@ def damped(moments: LayerMoments, settings: Mapping[str, Any]) -> Tensor:
     return torch.where(s2 > 0, s2, torch.ones_like(s2))
 
 
-def scale(layer: Layer, rows: int) -> float:
-    """`q = sqrt(max(m/R, 1))`."""
+def scale(layer: Layer, rows: int, rule: str = "rows", examples: int = 1) -> float:
+    """`q = sqrt(max(m/R, 1))`, or `sqrt(max(m/N, sqrt(R/N)))` of the rule "paper"."""
+    if rule == "paper":
+        return math.sqrt(max(layer.features / examples, math.sqrt(rows / examples)))
     return math.sqrt(max(layer.features / rows, 1.0))
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bnp_analysis.network.layers import Layer, channels, rows
+from bnp_analysis.network.layers import Layer, channels, example_count, rows
 from bnp_analysis.precondition.running import update_moments
 
 _PRECISE = (torch.float32, torch.float64)
@@ -20,11 +20,13 @@ class BatchMoments(NamedTuple):
     Attributes:
         samples: the values behind each mean.
         rows: `R`, rows of `H^`; the same for a dense layer, output positions for a convolution.
+        examples: `N`; less than the rows of a convolution, or of a dense layer on sequences.
         mean, variance: `(width,)`, per feature, input channel or patch entry; no variance for that of one row, zero.
     """
 
     samples: int
     rows: int
+    examples: int
     mean: Tensor
     variance: Tensor | None
 
@@ -34,7 +36,7 @@ def pool_moments(a: BatchMoments, b: BatchMoments) -> BatchMoments:
     total = a.samples + b.samples
     one, two = (torch.zeros_like(m.mean) if m.variance is None else m.variance for m in (a, b))
     mean, variance = update_moments(a.mean, one, b.mean, two, a.samples / total)
-    return BatchMoments(total, a.rows + b.rows, mean, variance)
+    return BatchMoments(total, a.rows + b.rows, a.examples + b.examples, mean, variance)
 
 
 def batch_moments(layer: Layer, h: Tensor, kind: str) -> BatchMoments | None:
@@ -57,10 +59,11 @@ def batch_moments(layer: Layer, h: Tensor, kind: str) -> BatchMoments | None:
     if h.numel() == 0:
         return None
     if isinstance(layer.module, nn.Linear) or kind == "patch":
-        return _table_moments(rows(layer, h).flatten(1))
+        found = _table_moments(rows(layer, h).flatten(1))
+        return None if found is None else found._replace(examples=example_count(layer, h))
     h = h if h.ndim == layer.module.weight.ndim else h.unsqueeze(0)
     found = _image_moments(h) if h.is_contiguous() and not h.is_cuda else _table_moments(channels(layer, h))
-    return None if found is None else found._replace(rows=h.shape[0] * _positions(layer, h))
+    return None if found is None else found._replace(rows=h.shape[0] * _positions(layer, h), examples=h.shape[0])
 
 
 def _table_moments(table: Tensor) -> BatchMoments | None:
@@ -70,12 +73,12 @@ def _table_moments(table: Tensor) -> BatchMoments | None:
         return None
     if count == 1:
         # A copy: whoever gave the input may reuse its memory before the step.
-        return BatchMoments(1, 1, table.clone().flatten(), None)
+        return BatchMoments(1, 1, 1, table.clone().flatten(), None)
     if table.is_cuda:
         variance, mean = torch.var_mean(table, dim=0, correction=0)
     else:
         mean, variance = torch.batch_norm_update_stats(table, None, None, 0.0)
-    return BatchMoments(count, count, mean, variance)
+    return BatchMoments(count, count, count, mean, variance)
 
 
 def _image_moments(h: Tensor) -> BatchMoments:
@@ -87,7 +90,7 @@ def _image_moments(h: Tensor) -> BatchMoments:
     for part in torch.split(values, max(1, _PART // max(values[0].numel(), 1))):
         squares += torch.linalg.vector_norm(part - column, dim=2).square_().sum(0)
     count = h.numel() // h.shape[1]
-    return BatchMoments(count, count, mean, squares / count)
+    return BatchMoments(count, count, count, mean, squares / count)
 
 
 def _positions(layer: Layer, h: Tensor) -> int:

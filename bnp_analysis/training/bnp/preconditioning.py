@@ -48,9 +48,11 @@ class BNP:
         model: the model to train, which may be compiled or wrapped in DistributedDataParallel.
         rho: weight of the past in the running statistics, `[0, 1)`.
         eps1, eps2: damping, `sigma^2 + eps1 max(sigma^2) + eps2`.
-        q: `"auto"`, `q^2 = max(m/R, 1)` with the rows `R` of the step; `"measured"`, `|G^|^2/R` of the step's rows
+        q: `"rows"`, `q^2 = max(m/R, 1)` with the rows `R` of the step, the default, also called `"auto"`; `"paper"`,
+            `max(m/N, sqrt(R/N))` with its examples `N` (`scale_square`); `"measured"`, `|G^|^2/R` of the step's rows
             (T8), which keeps the inputs until `step()`; or a positive number, 1 for off.
-        variance: `"total"`, right at any batch size (T4); `"within"`, the average of those within batches.
+        variance: `"total"`, right at any batch size (T4); `"within"`, the average of those within batches; `"paper"`,
+            that, and `(h - mu)^2` with the mean before the step where a batch is one row.
         init: `"corrected"` leaves the start `(0, 1)` out of the averages; `"paper"` keeps it.
         statistics: of a convolution, per `"channel"` or per entry of the `"patch"` (T6).
         bias_free: of layers without a free bias, `"rank-one"` or `"diagonal"` (T5).
@@ -63,7 +65,7 @@ class BNP:
     Raises:
         InvalidInputError: unknown options, or a model with nothing to precondition.
 
-    Defaults are those of the paper as recalled, but `variance`, `init` and `bias_free`; `BNP.paper(model)` has all.
+    `rho` and the damping are the paper's; `BNP.paper(model)` is the paper's algorithm.
 
     Source: Lange, Helfrich and Ye 2022; T2-T6, T8; output scaling T10.
 
@@ -114,7 +116,7 @@ class BNP:
             [layer_width(layer, statistics) for layer in self._layers],
             rho=rho,
             corrected=init == "corrected",
-            total=variance == "total",
+            variance=variance,
             reference_rows=reference_rows,
             check_every=check_every,
         )
@@ -132,14 +134,27 @@ class BNP:
 
     @classmethod
     def paper(cls, model: nn.Module, **changes: Any) -> Self:
-        """The algorithm as recalled from the paper: total variance is replaced by the average within batches, the
-        statistics start at (0, 1), layers without bias are scaled by a diagonal.
+        """The published algorithms: Algorithm 2 (p. 11) for dense layers, Algorithm 3 (p. 19) for convolutions.
+
+        `rho=0.99, eps1=1e-2, eps2=1e-4, q="paper"`; running statistics per channel that start at `(0, 1)`, without
+        correction, of the variance within the batch, at one example `(h - mu)^2` with the running mean. The paper does
+        not say whether that is the mean before or after its update: before is taken, and the other would multiply
+        those squares by `rho^2`. What it does not speak of, layers without bias (here `bias_free="diagonal"`) and
+        other geometries, is listed in `preconditioner().extensions`.
 
         Args:
             model: the model to train.
             changes: options of `BNP` in place of the preset's.
+
+        Source: Lange, Helfrich and Ye 2022, Algorithms 2 and 3.
+
+        Example:
+            >>> import torch
+            >>> pre = BNP.paper(torch.nn.Linear(2, 1))
+            >>> pre.settings.q, pre.settings.variance, pre.settings.init
+            ('paper', 'paper', 'paper')
         """
-        preset = {"variance": "within", "init": "paper", "bias_free": "diagonal"}
+        preset = {"q": "paper", "variance": "paper", "init": "paper", "bias_free": "diagonal"}
         return cls(model, **{**preset, **changes})
 
     @property
@@ -302,5 +317,5 @@ class BNP:
             self._forget()
             raise InvalidInputError(
                 f"variance='within' on one row: the variance within the batch of layer {single[0]!r} is 0 and would "
-                "drive sigma to 0. Use variance='total', right at any batch size, or larger batches"
+                "drive sigma to 0. Use variance='total', right at any batch size, variance='paper', or larger batches"
             )

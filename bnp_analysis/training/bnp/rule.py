@@ -16,12 +16,12 @@ from bnp_analysis.precondition.blocks import layer_positions
 from bnp_analysis.precondition.bnp import (
     BNPPreconditioner,
     damped_variance,
+    extensions,
     layer_block,
-    scale_square,
-    surviving_mean,
 )
 from bnp_analysis.precondition.bnp_block import BNPBlock
 from bnp_analysis.precondition.output_scale import UnitScaled
+from bnp_analysis.precondition.scale import RULES, scale_square, surviving_mean
 from bnp_analysis.training.bnp.direction import divide_units_, with_bias_, without_bias_
 from bnp_analysis.training.bnp.gradients import Gradients
 from bnp_analysis.training.bnp.layers import has_free_bias
@@ -55,17 +55,19 @@ class Rule:
 
     def apply(self, found: Sequence[Gradients], inputs: Mapping[int, Sequence[Tensor]]) -> None:
         """Precondition the gradients; `inputs` are those of the step where `q` is measured."""
-        now, rows, outputs = self._running.now, self._running.rows, self._outputs
+        running, outputs = self._running, self._outputs
+        now, rows, examples = running.now, running.rows, running.examples
         assert now is not None
         means, damped = self._spread(now)
-        kind, auto = now.values.dtype, self._settings.q == "auto"
+        kind, q = now.values.dtype, self._settings.q
+        rule = q if isinstance(q, str) and q in RULES else ""
         diagonal = self._settings.bias_free == "diagonal"
         for i, layer, weight, bias in found:
             mean, s2 = means[i], damped[i]
             if bias is None and diagonal:
                 mean, s2 = self._diagonal(i)
-            if auto and (bias is not None or not diagonal):
-                q2 = scale_square(layer.features, rows[i])
+            if rule and (bias is not None or not diagonal):
+                q2 = scale_square(rule, layer.features, rows[i], examples[i])
             else:
                 own = layer if bias is not None else replace(layer, bias=None)
                 q2 = self._square(i, own, mean, s2, inputs.get(i, ()))
@@ -85,14 +87,14 @@ class Rule:
                 bias.copy_(b)
 
     def _square(self, i: int, layer: Layer, mean: Tensor, s2: Tensor, inputs: Sequence[Tensor]) -> float:
-        """`q^2` of a layer in this step, where it is not that of T3."""
-        q = self._settings.q
-        if q == "auto":
-            mean, variance = self._moments(i)
-            square = scale_square(layer.features, self._running.rows[i])
-            return square + surviving_mean(mean, variance + mean.square())
-        if q != "measured":
+        """`q^2` of a layer in this step, where shapes alone do not give it."""
+        q, running = self._settings.q, self._running
+        if not isinstance(q, str):
             return float(q) ** 2
+        if q in RULES:
+            mean, variance = self._moments(i)
+            square = scale_square(q, layer.features, running.rows[i], running.examples[i])
+            return square + surviving_mean(mean, variance + mean.square())
         if not inputs:
             return self.q2[i]
         return self._measured[i](layer, inputs, mean, s2)
@@ -107,16 +109,24 @@ class Rule:
         self, space: ParameterSpace, covered: Collection[str], uncovered: Mapping[str, str]
     ) -> BNPPreconditioner:
         """`P` over a space, identity on what is not covered."""
-        blocks, constant = {}, {}
+        blocks, constant, seen = {}, {}, {}
         for i, layer in enumerate(self._layers):
             if layer.name in covered and layer.weight in space:
                 free = layer.bias is not None and layer.bias in space and has_free_bias(layer)
                 own = replace(layer, bias=layer.bias if free else None)
                 block, still = self._block(own, i, space)
                 blocks[layer.name] = (layer_positions(own, space), block)
+                seen[own] = self._running.rows[i], self._running.examples[i]
                 constant[layer.name] = tuple(torch.nonzero(still.flatten()).flatten().tolist())
         settings = {**asdict(self._settings), "step": self._running.step}
-        return BNPPreconditioner(space, blocks, settings=settings, constant_features=constant, uncovered=uncovered)
+        return BNPPreconditioner(
+            space,
+            blocks,
+            settings=settings,
+            constant_features=constant,
+            uncovered=uncovered,
+            extensions=extensions(self._settings.q, seen),
+        )
 
     def _moments(self, index: int) -> tuple[Tensor, Tensor]:
         """Mean and variance `(groups, m)`."""
@@ -125,11 +135,17 @@ class Rule:
 
     def _block(self, layer: Layer, i: int, space: ParameterSpace) -> tuple[BNPBlock | UnitScaled, Tensor]:
         mean, variance = (m.detach().to(space.device, torch.float64, copy=True) for m in self._moments(i))
-        moments = Moments(mean, variance, variance == 0, self._running.rows[i])
+        moments = Moments(mean, variance, variance == 0, self._running.rows[i], self._running.examples[i])
         chosen = self._settings
-        q = None if chosen.q == "auto" else math.sqrt(self.q2[i])
-        damping = {"eps1": chosen.eps1, "eps2": chosen.eps2}
-        block = layer_block(layer, moments, **damping, q=q, bias_free=chosen.bias_free, dtype=space.dtype)
+        block = layer_block(
+            layer,
+            moments,
+            eps1=chosen.eps1,
+            eps2=chosen.eps2,
+            q=math.sqrt(self.q2[i]),
+            bias_free=chosen.bias_free,
+            dtype=space.dtype,
+        )
         if self._outputs is None:
             return block, moments.constant
         scales = self._outputs.squares(i).to(space.device, torch.float64).sqrt()

@@ -41,13 +41,14 @@ class RunningMoments:
         names, widths: of the layers, and how many means each has.
         rho: weight of the past under constant `rho`.
         corrected: whether the start `(0, 1)` is left out of the averages.
-        total: whether the variance is the total one, or the average of those within batches.
+        variance: `"total"`, the total one; `"within"`, the average of those within batches; `"paper"`, that with
+            `(h - mu)^2`, `mu` the mean before the step, as the variance within a batch of one value.
         reference_rows: a batch of `R` rows leaves the past `rho^(R / reference_rows)`; None for `rho` at any size.
         check_every: steps between reading the flag of non-finite values; None for 1 on CPU, 100 elsewhere.
 
     Attributes:
         now: the statistics; None before the first step.
-        rows: `R` of the last step of each layer, 0 for a layer never seen.
+        rows, examples: `R` and `N` of the last step of each layer, 0 for a layer never seen.
         start: weight of the start in each layer's statistics under constant `rho`.
         step: steps committed.
     """
@@ -59,17 +60,18 @@ class RunningMoments:
         *,
         rho: float,
         corrected: bool,
-        total: bool,
+        variance: str,
         reference_rows: float | None,
         check_every: int | None,
     ) -> None:
         self.names, self.widths = tuple(names), list(widths)
-        self.rho, self.corrected, self.total = rho, corrected, total
+        self.rho, self.corrected, self.variance = rho, corrected, variance
         self.reference_rows, self.check_every = reference_rows, check_every
         ends = list(accumulate(self.widths))
         self._slices = [slice(end - width, end) for end, width in zip(ends, self.widths, strict=True)]
         self.now: Buffer | None = None
         self.rows = [0] * len(self.names)
+        self.examples = [0] * len(self.names)
         self.start = [1.0] * len(self.names)
         self.step = 0
         # The next step is computed beside the last one, and takes its place when it is known to be finite.
@@ -95,12 +97,16 @@ class RunningMoments:
         Raises:
             NonFiniteError: NaN or infinity, now or since the flag was last read; names the layer and the step.
         """
-        batch, rows = self._gather(found)
+        batch = self._gather(found)
+        counts = [[m.samples, m.rows, m.examples] if (m := found.get(i)) else [0] * 3 for i in range(len(self.names))]
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            samples = [found[i].samples if i in found else 0 for i in range(len(rows))]
-            values, rows = _all_reduced(batch.values, samples, rows, self.widths)
+            values, counts = _all_reduced(batch.values, counts, self.widths)
             batch = Buffer(values, self.widths)
+        samples, rows, examples = zip(*counts, strict=True)
         old, new = self._buffers(batch.values)
+        if self.variance == "paper" and 1 in samples:
+            for i in (i for i, n in enumerate(samples) if n == 1):
+                torch.sub(batch.means[i], old.means[i], out=batch.variances[i]).square_()
         self._update(old, new, batch, self._past(rows, batch.values))
         new.largest = torch.segment_reduce(new.variance, "max", lengths=self._lengths, unsafe=True)
         every, step = self._every, self.step + 1
@@ -114,7 +120,7 @@ class RunningMoments:
         self.step = step
         for i, n in enumerate(rows):
             if n:
-                self.rows[i] = n
+                self.rows[i], self.examples[i] = n, examples[i]
                 self.start[i] *= self._constant(n)
         if every > 1 and step % every == 0:
             self.check()
@@ -137,14 +143,14 @@ class RunningMoments:
         """`update_moments` for all layers at once, in few operations; `past` weighs what was seen before."""
         delta = batch.mean - old.mean
         torch.lerp(old.values, batch.values, 1 - past, out=new.values)
-        if not self.total:
+        if self.variance != "total":
             return
         if isinstance(past, float):
             new.variance.addcmul_(delta, delta, value=past * (1 - past))
         else:
             new.variance.addcmul_(delta.square_(), past * (1 - past))
 
-    def _past(self, rows: list[int], like: Tensor) -> float | Tensor:
+    def _past(self, rows: Sequence[int], like: Tensor) -> float | Tensor:
         """The weight of what was seen before: a number, or where layers differ one per entry."""
         if self.reference_rows is None and all(rows) and self.start.count(self.start[0]) == len(rows):
             return self._weight(0, rows[0])
@@ -161,23 +167,24 @@ class RunningMoments:
         rho = self._constant(rows)
         return without_start(rho, self.start[index]) if self.corrected else rho
 
-    def _gather(self, found: Mapping[int, BatchMoments]) -> tuple[Buffer, list[int]]:
-        """What the layers saw, side by side, and rows; zeros, which weigh nothing, for those that did not run."""
+    def _gather(self, found: Mapping[int, BatchMoments]) -> Buffer:
+        """What the layers saw, side by side; zeros, which weigh nothing, for those that did not run."""
         some = next(iter(found.values())).mean
         batch = self._batch
         if batch is None or batch.values.dtype is not some.dtype or batch.values.device != some.device:
             batch = self._batch = Buffer(some.new_zeros(2, sum(self.widths)), self.widths)
-            self._absent = [BatchMoments(0, 0, zero, zero) for zero in Buffer(batch.values.clone(), self.widths).means]
+            self._absent = [
+                BatchMoments(0, 0, 0, zero, zero) for zero in Buffer(batch.values.clone(), self.widths).means
+            ]
             self._next = None
-        means, variances, rows = [], [], []
+        means, variances = [], []
         # In the order of the layers, which need not be that of their forward passes.
         for i, absent in enumerate(self._absent):
             seen = found.get(i, absent)
             means.append(seen.mean)
             variances.append(absent.mean if seen.variance is None else seen.variance)
-            rows.append(seen.rows)
         torch.cat(means + variances, out=batch.flat)
-        return batch, rows
+        return batch
 
     def _buffers(self, batch: Tensor) -> tuple[Buffer, Buffer]:
         """The statistics, `(0, 1)` at first, and a place for the next ones, as the batch's are."""
@@ -211,15 +218,15 @@ class RunningMoments:
         )
 
 
-def _all_reduced(batch: Tensor, samples: list[int], rows: list[int], widths: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """Moments and rows of all processes together, as if one had seen every row (T4)."""
+def _all_reduced(batch: Tensor, own_counts: list[list[int]], widths: Sequence[int]) -> tuple[Tensor, list[list[int]]]:
+    """Moments and counts of all processes together, as if one had seen every row (T4); samples come first."""
     sizes = torch.tensor(widths, device=batch.device)
-    counts = torch.tensor([samples, rows], dtype=torch.float64, device=batch.device)
-    own = counts[0].to(batch.dtype).repeat_interleave(sizes, output_size=batch.shape[1])
+    counts = torch.tensor(own_counts, dtype=torch.float64, device=batch.device)
+    own = counts[:, 0].to(batch.dtype).repeat_interleave(sizes, output_size=batch.shape[1])
     dist.all_reduce(counts)
-    everywhere = counts[0].to(batch.dtype).repeat_interleave(sizes, output_size=batch.shape[1]).clamp_min(1)
+    everywhere = counts[:, 0].to(batch.dtype).repeat_interleave(sizes, output_size=batch.shape[1]).clamp_min(1)
     mean = batch[0] * (own / everywhere)
     dist.all_reduce(mean)
     variance = (batch[1] + (batch[0] - mean).square()) * (own / everywhere)
     dist.all_reduce(variance)
-    return torch.stack([mean, variance]), [int(n) for n in counts[1].tolist()]
+    return torch.stack([mean, variance]), [[int(n) for n in layer] for layer in counts.tolist()]

@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass
 
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.precondition.bnp import require_options
 
 _CHOICES = {
-    "variance": ("total", "within"),
+    "variance": ("total", "within", "paper"),
     "init": ("corrected", "paper"),
     "statistics": ("channel", "patch"),
-    "bias_free": ("rank-one", "diagonal"),
     "output_scale": ("none", "estimated"),
 }
 
@@ -35,10 +35,7 @@ class Settings:
     def __post_init__(self) -> None:
         if not 0 <= self.rho < 1:
             raise InvalidInputError(f"rho must lie in [0, 1), got {self.rho}")
-        if not (0 <= self.eps1 < math.inf and 0 <= self.eps2 < math.inf):
-            raise InvalidInputError(f"damping must be finite and not negative: eps1={self.eps1}, eps2={self.eps2}")
-        if self.q not in ("auto", "measured") and not _positive(self.q):
-            raise InvalidInputError(f"q must be 'auto', 'measured' or a positive number (1 for off), got {self.q!r}")
+        require_options(self.eps1, self.eps2, self.q, self.bias_free)
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 exact = "; exact scales are those of bnp_preconditioner(risk, output_scale=True)"

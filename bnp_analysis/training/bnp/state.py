@@ -24,6 +24,7 @@ def write_state(running: RunningMoments, q2: Mapping[int, float], outputs: Outpu
             "mean": mean.clone(),
             "variance": variance.clone(),
             "rows": running.rows[i],
+            "examples": running.examples[i],
             "start": running.start[i],
             "q2": q2.get(i, 1.0),
         }
@@ -63,6 +64,7 @@ def read_state(state: Mapping[str, Any], running: RunningMoments, outputs: Outpu
     moments = [torch.cat([entry[key] for entry in ordered]) for key in ("mean", "variance")]
     running.set(torch.stack(moments).to(like) if state["step"] else None)
     running.rows = [int(entry["rows"]) for entry in ordered]
+    running.examples = [int(entry.get("examples", entry["rows"])) for entry in ordered]
     running.start = [float(entry["start"]) for entry in ordered]
     running.step = int(state["step"])
     return {i: float(entry["q2"]) for i, entry in enumerate(ordered) if entry["rows"]}
