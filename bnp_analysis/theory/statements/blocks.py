@@ -176,8 +176,8 @@ def _network(problem: Problem) -> Iterator[Check]:
     yield _compare(f"{_T16} [{where}]", found)
     hypotheses = {"positive semidefinite": True, "ranks decided by gaps": True}
     yield Check.compare(
-        f"{_TOP} [{where}]", Source.T16, observed=found.top, predicted=float(found.blocks), tolerance=1e-9, relation="<=",
-        hypotheses=hypotheses,
+        f"{_TOP} [{where}]", Source.T16, observed=found.top, predicted=float(found.blocks), tolerance=1e-9,
+        relation="<=", hypotheses=hypotheses,
     )  # fmt: skip
     yield Check.compare(
         f"{_SPREAD} [{where}]",

@@ -420,8 +420,8 @@ def _scale(problem: Problem, layer: Layer) -> Iterator[Check]:
         (f"|G^|^2/R <= m [{name}]", float(inputs.m), "<="),
     ):
         yield Check.compare(
-            words, Source.T8, observed=ratio, predicted=bound, tolerance=_SLACK, relation=relation, hypotheses=hypotheses,
-            details=details,
+            words, Source.T8, observed=ratio, predicted=bound, tolerance=_SLACK, relation=relation,
+            hypotheses=hypotheses, details=details,
         )  # fmt: skip
     if layer.bias is None:
         return

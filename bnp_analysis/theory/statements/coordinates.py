@@ -35,13 +35,20 @@ def check_coordinates(problem: Problem) -> Iterator[Check]:
     in_z = in_coordinates(risk, P)
     dense = P.to_dense()
     more: dict[str, Any] = {"hypotheses": {"P is invertible": True}}
-    yield agreement("the forward pass is unchanged by theta = P z", Source.THEOREM_3, in_z.outputs, risk.outputs, **more)
+    yield agreement(
+        "the forward pass is unchanged by theta = P z", Source.THEOREM_3, in_z.outputs, risk.outputs, **more
+    )
     descent = dense @ in_z.gradient
     yield agreement(_T2, Source.THEOREM_3, P.direction(risk.gradient), descent, **more)
     v = normal((risk.space.dim, 4), problem.random(2), risk.theta)
     products = hessian(in_z) @ v
     yield agreement(
-        "the Hessian in z is P^T A P", Source.THEOREM_3, congruence(hessian(risk), P) @ v, products, details={"vectors": 4}, **more
+        "the Hessian in z is P^T A P",
+        Source.THEOREM_3,
+        congruence(hessian(risk), P) @ v,
+        products,
+        details={"vectors": 4},
+        **more,
     )
     yield from each_layer(problem, _ROWS, Source.THEOREM_3, _normalized_rows)
 
@@ -139,7 +146,9 @@ def _invariance(problem: Problem, layer: Layer) -> Iterator[Check]:
         yield Check.not_applicable(words, Source.ALGORITHM_2, "zero padding: padded entries are not mapped")
         return
     if problem.activations.on_kink:
-        yield Check.not_applicable(words, Source.ALGORITHM_2, f"{problem.activations.on_kink} pre-activations lie exactly on a kink")
+        yield Check.not_applicable(
+            words, Source.ALGORITHM_2, f"{problem.activations.on_kink} pre-activations lie exactly on a kink"
+        )
         return
     channels = layer.groups * layer.features // layer.patch
     g = problem.random(31)

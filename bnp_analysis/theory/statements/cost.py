@@ -92,7 +92,7 @@ def batch_norm(
 ) -> tuple[list[Numbers], list[Numbers]]:
     """Forward and backward pass of batch normalization in scalars, with running statistics: its outputs and `dH`."""
     N, n = len(H), len(mu)
-    Y, dH = ([[h for h in row] for row in H] for _ in range(2))
+    Y, dH = ([list(row) for row in H] for _ in range(2))
     for j in range(n):
         mean = _sum([row[j] for row in H]) / float(N)
         apart = [row[j] - mean for row in H]
@@ -135,23 +135,22 @@ def check_cost(problem: Problem) -> Iterator[Check]:
     g, steps, norms = problem.random(6), [], []
     for n, n_out, N in _SIZES:
         book: dict[str, int] = {}
-        H, Gw, (Gb, mu, var) = _random(book, g, N, n), _random(book, g, n_out, n), (
-            _random(book, g, size) for size in (n_out, n, n)
-        )  # fmt: skip
+        H, dY, Gw, Gb, mu, var, gain, offset = (
+            _random(book, g, *shape) for shape in ((N, n), (N, n), (n_out, n), (n_out,), (n,), (n,), (n,), (n,))
+        )
         var = [Counted(v.value**2, book) for v in var]
-        given = torch.cat([_values(Gw).flatten(), torch.tensor([b.value for b in Gb], dtype=torch.float64)])
+        given = torch.cat([_values(Gw).flatten(), _values([Gb])[0]])
         q2 = max(n / N, 1.0)
         weights, bias = algorithm_2(H, Gw, Gb, mu, var, q2)
         steps.append((book.pop("operations"), formula(n, n_out, N), n_out))
-        s2 = torch.tensor([v.value for v in var], dtype=torch.float64)
-        mean = torch.tensor([m.value for m in mu], dtype=torch.float64)
+        mean, s2 = _values([mu, var])
         block = BNPBlock(mean[None], (s2 + _EPS1 * s2.max() + _EPS2)[None], q2**0.5, units=n_out, bias=True)
-        made = torch.cat([_values(weights).flatten(), torch.tensor([b.value for b in bias], dtype=torch.float64)])
+        made = torch.cat([_values(weights).flatten(), _values([bias])[0]])
         yield agreement(
             f"what is counted is the update [n = {n}, n_out = {n_out}, N = {N}]", Source.PROP_6, made,
             block.direction(given), bound=1e-12,
         )  # fmt: skip
-        batch_norm(H, _random(book, g, N, n), *(_random(book, g, n) for _ in range(2)), mu, var)
+        batch_norm(H, dY, gain, offset, mu, var)
         norms.append((book["operations"], 32 * n * N + 4 * n, n * N))
     yield Check.compare(
         f"{_PROP_6}; counted, n_out - 1 fewer [the largest difference at {len(_SIZES)} sizes]",

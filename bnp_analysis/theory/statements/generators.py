@@ -175,7 +175,7 @@ def _is_translation(problem: Problem, layer: Layer, part: Part) -> bool:
 
 
 def logit_shifts(problem: Problem) -> Tensor:
-    """Unit directions that add one number to the same weight of every output unit, where the loss ignores it, `(n, c)`."""
+    """Unit directions that add one number to a weight of every output, where the loss ignores it, `(n, c)`."""
     candidates, _ = candidate_directions(problem.risk)
     found = []
     for part in (part for one in candidates if one.cause == "softmax shift" for part in one.parts):

@@ -13,6 +13,7 @@ from bnp_analysis.curvature.units import unit_blocks
 from bnp_analysis.network import EmpiricalRisk, Layer, coverage, layer_rows
 from bnp_analysis.theory.check import Check
 from bnp_analysis.theory.sources import Source
+from bnp_analysis.theory.statements.reference import channel_values
 from bnp_analysis.theory.statements.rewriting import Offset, first_examples, rewritten, with_squared_outputs
 from bnp_analysis.theory.statements.setting import (
     NotApplicable,
@@ -54,8 +55,7 @@ def _outputs(problem: Problem, layer: Layer) -> Iterator[Check]:
     problem.require_once(layer)
     seen: list[Tensor] = []
     problem.risk.capture(lambda name, module, args, out: seen.append(out.clone()), [layer.name])
-    axis = -1 - len(layer.module.kernel_size)
-    found = torch.cat([out.movedim(axis, -1).flatten(0, -2) for out in seen])
+    found = torch.cat([channel_values(layer, out) for out in seen])
     tensors, rows = problem.risk.named_tensors(), problem.rows[layer.name]
     weight = tensors[layer.weight].flatten(1).view(layer.groups, -1, layer.features)
     expected = torch.einsum("rgm,gum->rgu", rows, weight).flatten(1)

@@ -169,7 +169,9 @@ def check_one_step(problem: Problem) -> Iterator[Check]:
     way = float((after_bnp - problem.risk.theta).norm())
     rounding = 100 * torch.finfo(z.dtype).eps * float(z.norm()) / way if way else 0.0
     if rounding > 1e-3:
-        raise NotApplicable(f"the step is {way:.2g} long, and the parameters with BN are rounded by {rounding:.2g} of it")
+        raise NotApplicable(
+            f"the step is {way:.2g} long, and the parameters with BN are rounded by {rounding:.2g} of it"
+        )
     yield Check.compare(
         f"{_PROP_7} [{', '.join(name or 'the layer' for name in names)}]",
         Source.PROP_7,

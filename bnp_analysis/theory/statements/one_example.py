@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
 from bnp_analysis.network import Layer, layer_rows
 from bnp_analysis.theory.check import Check
 from bnp_analysis.theory.sources import Source
@@ -46,15 +44,14 @@ def check_one_example(problem: Problem) -> Iterator[Check]:
 
     def convolution(problem: Problem, layer: Layer) -> Iterator[Check]:
         one.require_once(layer)
-        shapes: list[torch.Size] = []
-        one.risk.capture(lambda name, module, args, out: shapes.append(out.shape), [layer.name])
-        positions = shapes[0][-len(layer.module.kernel_size) :].numel()
+        counts: list[int] = []
+        one.risk.capture(lambda name, module, args, out: counts.append(out.numel() // layer.units), [layer.name])
         given = extended(rows[layer.name][:, 0], layer.bias is not None)
         yield Check.compare(
             f"{_CONVOLUTION} [{label(layer)}]",
             Source.ONE_EXAMPLE,
             observed=float(len(given)),
-            predicted=float(positions),
+            predicted=float(counts[0]),
             tolerance=0.0,
             hypotheses={"convolution": True, "one example": True},
             details={"rank of H^": singular(given).rank, "columns": given.shape[1]},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def sparse_entries(rows: int, columns: int, g: torch.Generator) -> Tensor:
 
 def _sparse_mean(n: int, g: torch.Generator) -> float:
     """The mean of `|G^|/(q sqrt N)` under the sparse law, `n = N`: exactly 1 without a nonzero entry, else drawn."""
-    none = (1 - n**-2.0) ** (n * n)
+    none: float = (1 - n**-2.0) ** (n * n)
     drawn: list[float] = []
     while len(drawn) < _DRAWS:
         G = sparse_entries(n, n, g)
@@ -52,7 +52,8 @@ def _sparse_mean(n: int, g: torch.Generator) -> float:
 
 def largest_row(n: int, rows: int) -> float:
     """`E max_i |g_i|^2 / n` of the sparse law, exactly: `|g_i|^2/n^2` is binomial, `E max = sum_k P(max > k)`."""
-    p, below, at, total = n**-2.0, 0.0, (1 - n**-2.0) ** n, 0.0
+    p, below, total = n**-2.0, 0.0, 0.0
+    at: float = (1 - p) ** n
     for k in range(n):
         below += at
         total += -math.expm1(rows * math.log(min(below, 1.0)))
@@ -64,10 +65,10 @@ def largest_row(n: int, rows: int) -> float:
 def check_independent_entries(problem: Problem) -> Iterator[Check]:
     """Prop. 5 with and without a fourth moment; a layer's own inputs, which are not independent, are measured."""
     g = problem.random(5)
-    laws = {
-        "Gaussian": lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64),
-        "uniform": lambda *shape: math.sqrt(12) * (torch.rand(*shape, generator=g, dtype=torch.float64) - 0.5),
-        "signs": lambda *shape: (torch.rand(*shape, generator=g, dtype=torch.float64) - 0.5).sign(),
+    laws: dict[str, Callable[[int, int], Tensor]] = {
+        "Gaussian": lambda rows, n: torch.randn(rows, n, generator=g, dtype=torch.float64),
+        "uniform": lambda rows, n: math.sqrt(12) * (torch.rand(rows, n, generator=g, dtype=torch.float64) - 0.5),
+        "signs": lambda rows, n: (torch.rand(rows, n, generator=g, dtype=torch.float64) - 0.5).sign(),
     }
     found = {
         f"{name}, n = {n}, N = {rows}": sum(_norm(draw(rows, n)) for _ in range(5)) / 5

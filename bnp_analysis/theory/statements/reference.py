@@ -55,7 +55,7 @@ def channel_axis(layer: Layer) -> int:
 
 
 def channel_values(layer: Layer, h: Tensor) -> Tensor:
-    """The values of each feature or channel of a layer's input, `(R, channels)`."""
+    """The values of each feature or channel of a layer's input or output, `(R, channels)`."""
     return h.movedim(channel_axis(layer), -1).reshape(-1, h.shape[channel_axis(layer)])
 
 

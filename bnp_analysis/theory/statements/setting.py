@@ -295,7 +295,9 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return gap / size if size > 0 else (0.0 if gap == 0 else math.inf)
 
 
-def agreement(words: str, source: Source, found: Tensor, expected: Tensor, *, bound: float = 1e-9, **more: Any) -> Check:
+def agreement(
+    words: str, source: Source, found: Tensor, expected: Tensor, *, bound: float = 1e-9, **more: Any
+) -> Check:
     """Whether two arrays agree: their relative distance is at most `bound`, which rounding must explain."""
     return Check.compare(
         words, source, observed=distance(found, expected), predicted=bound, tolerance=0.0, relation="<=", **more

@@ -135,7 +135,9 @@ def _agree(problem: Problem, layer: Layer, G: dict[str, Tensor]) -> Check:
     if same:
         return agreement(words, Source.T6, G["channel"], G["patch"], bound=1e-8, details=details)
     effect = ", ".join(f"{key} {value:.3g}" for key, value in details.items())
-    return Check.not_applicable(words, Source.T6, f"not circular padding with stride 1; measured: {effect}", details=details)
+    return Check.not_applicable(
+        words, Source.T6, f"not circular padding with stride 1; measured: {effect}", details=details
+    )
 
 
 @statement(Source.PROP_10, _PROP_10)

@@ -139,7 +139,9 @@ def _orbits(problem: Problem) -> Iterator[Check]:
 def _shift(problem: Problem) -> Iterator[Check]:
     directions = logit_shifts(problem)
     if not directions.shape[1]:
-        yield Check.not_applicable(_SHIFT, Source.T11, "the loss does not ignore a shift of the outputs of a last layer")
+        yield Check.not_applicable(
+            _SHIFT, Source.T11, "the loss does not ignore a shift of the outputs of a last layer"
+        )
         return
     H = hessian(problem.risk)
     yield Check.compare(
