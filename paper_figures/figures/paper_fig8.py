@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,12 +32,18 @@ CLAIM = (
 SHOWS = "Theorem 4, T7, T13"
 _COMMON = {"published": "paper_figures/data/published.json", "inputs": ["paper_figures/data/published.json"]}
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {**_COMMON, "data": "digits", "epochs": 8, "every": 24, "seeds": [0], "batch": 60, "hidden": [100, 100],
-              "rates": {"vanilla": 0.01, "BNP": 0.1}},
-    "full": {**_COMMON, "data": "cifar10", "epochs": 20, "every": 100, "seeds": [0, 1, 2], "batch": 60,
-             "hidden": [100, 100], "rates": {"vanilla": 0.01, "BNP": 0.1}},
-}  # fmt: skip
-# What is measured at a point; the last three with P of the run, so in the run with BNP alone.
+    "quick": {
+        **_COMMON,
+        **{"data": "digits", "epochs": 8, "every": 24, "seeds": {"vanilla": [0], "BNP": [0]}},
+        **{"batch": 60, "hidden": [100, 100], "rates": {"vanilla": 0.01, "BNP": 0.1}},
+    },
+    "full": {
+        **_COMMON,
+        **{"data": "cifar10", "epochs": 20, "every": 100, "seeds": {"vanilla": [0], "BNP": [0, 1, 2]}},
+        **{"batch": 60, "hidden": [100, 100], "rates": {"vanilla": 0.01, "BNP": 0.1}},
+    },
+}
+# What is measured at a point; the last four with P of the run, so in the run with BNP alone.
 NUMBERS = ("float32", "float64", "threshold", "certified", "upper", "exact", "exact upper", "kappa(D)", "floored",
            "rank", "dead", "float32, P", "running", "running upper", "damped")  # fmt: skip
 FLOOR = 1e-5
@@ -42,18 +51,25 @@ METHODS = ("vanilla", "BNP")
 
 
 def compute(settings: Settings, report: Report) -> dict[str, Any]:
-    """`measured` `(methods, seeds, points, numbers)`, the loss there, and the published curves."""
+    """`steps`, and `measured/METHOD` `(seeds, points, numbers)`; and the published curves.
+
+    A training that was finished is kept among the temporary files, under a hash of this file and of the settings, until
+    the figure is made: an interrupted computation goes on after it.
+    """
     x, y = bnp.data.load(settings["data"], standardize=True, flatten=True).tensors
-    jobs = [(method, seed) for method in METHODS for seed in settings["seeds"]]
-    found: list[list[list[float]]] = []
-    losses: list[list[float]] = []
-    steps: list[int] = []
+    jobs = [(method, seed) for method in METHODS for seed in settings["seeds"][method]]
+    words = Path(__file__).read_text() + json.dumps(dict(settings), sort_keys=True)
+    folder = Path(tempfile.gettempdir()) / f"paper_fig8-{hashlib.sha256(words.encode()).hexdigest()[:16]}"
+    folder.mkdir(exist_ok=True)
+    found: dict[str, list[np.ndarray]] = {method: [] for method in METHODS}
     for k, (method, seed) in enumerate(jobs):
-        rows = list(_trained(x, y, method, seed, settings))
-        steps, losses = [row[0] for row in rows], [*losses, [row[1] for row in rows]]
-        found.append([row[2] for row in rows])
+        kept = folder / f"{method}.{seed}.npy"
+        if not kept.exists():
+            np.save(kept.with_suffix(".part.npy"), np.array(list(_trained(x, y, method, seed, settings))))
+            kept.with_suffix(".part.npy").replace(kept)
+        found[method].append(np.load(kept))
         report((k + 1) / len(jobs))
-    shape = (len(METHODS), len(settings["seeds"]), len(steps))
+    shutil.rmtree(folder)
     published = json.loads((Path(__file__).parents[2] / settings["published"]).read_text())["figure_8"]
     curves = {
         name: published[panel]["curves"][curve]["log10_condition_number"]
@@ -64,17 +80,14 @@ def compute(settings: Settings, report: Report) -> dict[str, Any]:
         )
     }
     return {
-        "steps": steps,
-        "measured": np.array(found, dtype=float).reshape(*shape, len(NUMBERS)),
-        "loss": np.array(losses, dtype=float).reshape(shape),
+        "steps": found["BNP"][0][:, 0],
+        **{f"measured/{method}": np.stack(rows)[:, :, 1:] for method, rows in found.items()},
         **{f"published/{name}": np.array([c["x"], c["y"]], dtype=float) for name, c in curves.items()},
     }
 
 
-def _trained(
-    x: Tensor, y: Tensor, method: str, seed: int, settings: Settings
-) -> Iterator[tuple[int, float, list[float]]]:
-    """Train by SGD, Glorot uniform, zero biases; the step, the loss and the numbers at every measured point."""
+def _trained(x: Tensor, y: Tensor, method: str, seed: int, settings: Settings) -> Iterator[list[float]]:
+    """Train by SGD, Glorot uniform, zero biases; the step and the numbers at every measured point."""
     g = torch.Generator().manual_seed(seed)
     model = bnp.models.mlp([x.shape[1], *settings["hidden"], 10], seed=seed)
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
@@ -90,14 +103,13 @@ def _trained(
         for begin in range(0, len(x) - size + 1, size):
             picked = order[begin : begin + size]
             optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(x[picked]), y[picked])
-            loss.backward()
+            nn.functional.cross_entropy(model(x[picked]), y[picked]).backward()
             if pre is not None:
                 pre.step()
             if step % settings["every"] == 0:
                 block = None if pre is None else pre.preconditioner().blocks[last][1]
                 assert block is None or isinstance(block, BNPBlock)
-                yield step, float(loss.detach()), measure(layers, x[picked], block)
+                yield [step, *measure(layers, x[picked], block)]
             optimizer.step()
             step += 1
 
@@ -171,15 +183,15 @@ def _spread(sigma: Tensor) -> float:
 
 def _of(data: FigureData, method: str, number: str) -> np.ndarray:
     """`(seeds, points)`."""
-    found = data["measured"][METHODS.index(method), :, :, NUMBERS.index(number)]
-    return np.asarray(found)
+    return np.asarray(data[f"measured/{method}"][..., NUMBERS.index(number)])
 
 
 def failure(data: FigureData) -> str:
     """Ranks, the size of what is plotted, both gains in every run, and what is left of `kappa(D)^2`."""
-    rank = np.array([_of(data, method, "rank") for method in METHODS])
-    if not (rank <= data.settings["batch"]).all():
-        return f"a rank of {rank.max():g}"
+    for method in METHODS:
+        rank = _of(data, method, "rank")
+        if not (rank <= data.settings["batch"]).all():
+            return f"a rank of {rank.max():g}"
     excess = np.median(_of(data, "vanilla", "float32") / _of(data, "vanilla", "certified"))
     if not excess > 1e3:
         return f"what is plotted is {excess:.3g} times the certified number"
@@ -214,9 +226,10 @@ def note(data: FigureData) -> str:
     rates = ", ".join(f"{name} {rate:g}" for name, rate in s["rates"].items())
     return (
         f"{s['data']}, standardized; dense 100-100-10, Glorot uniform, SGD at {rates}, batch {s['batch']}, "
-        f"{s['epochs']} epochs, seeds {s['seeds']}; first output unit on the current mini-batch, every {s['every']} "
-        "iterations. Confirmed: P lowers the condition number. Not confirmed: the published sizes, which are rounding "
-        f"errors of zero eigenvalues, and kappa(D)^2 as the explanation. {_summary(data)}. Published curves in grey "
+        f"{s['epochs']} epochs, seeds {s['seeds']['BNP']}; first output unit on the current mini-batch, every "
+        f"{s['every']} iterations. Confirmed: P lowers the condition number. Not confirmed: the published sizes, "
+        "which are rounding errors of zero eigenvalues, and kappa(D)^2 as the explanation. "
+        f"{_summary(data)}. Published curves in grey "
         "(CIFAR-10), read off the figure; the paper does not state how they were computed: that the Hessian was formed "
         "in float32, with cond by SVD and deviations floored at 1e-5, is inferred from their shape."
     )
@@ -252,7 +265,7 @@ def draw(data: FigureData) -> Figure:
     ):
         spread.plot(steps, _of(data, "BNP", number)[0], ".", color=colour, markersize=2, label=words)
     ratio, d = _of(data, "BNP", "certified") / _of(data, "BNP", "exact"), _of(data, "BNP", "kappa(D)") ** 2
-    for k, seed in enumerate(data.settings["seeds"]):
+    for k, seed in enumerate(data.settings["seeds"]["BNP"]):
         gain.plot(d[k], ratio[k], ".", markersize=2, label=f"seed {seed}")
     gain.set_xscale("log")
     ends = np.array([d.min(), d.max()])
