@@ -122,7 +122,7 @@ print(silent)
 
 # %%
 assert checks.holds
-assert {check.source for check in checks.checks} >= {"T1", "T2", "T3", "T7", "T11"}
+assert {check.source for check in checks.checks} >= {"Prop. 2 (T1)", "Theorem 4 (T7)", "T11"}
 assert gd.holds
 assert heavy.holds
 assert abs(gd.factor - (gd.kappa - 1) / (gd.kappa + 1)) < 1e-6

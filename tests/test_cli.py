@@ -199,8 +199,9 @@ def test_check_prints_a_line_per_check_and_says_the_verdict(tmp_path, capsys):
     assert main(["check", *SMALL, "--only", "T3", "T7", "T6", "--json", str(out)]) == 0
     text = capsys.readouterr().out
     table = bnp.CheckTable.load(out)
-    assert {check.source for check in table.checks} == {"T3", "T6", "T7"}
-    assert [line for line in text.splitlines() if line.startswith("T")] == [str(check) for check in table.checks]
+    found = {check.source for check in table.checks}
+    assert found == {"Algorithm 2 (T3)", "Prop. 10 (T6)", "T6", "Theorem 4 (T7)", "Prop. 11 (T7)", "T7"}
+    assert [line for line in text.splitlines() if line.startswith(tuple(found))] == [str(c) for c in table.checks]
     assert str(table) in text
     assert "not applicable  per-patch statistics" in text
 
@@ -217,11 +218,11 @@ def test_exit_status_of_check(monkeypatch, capsys):
         return in_coordinates(risk, P).at(torch.zeros(risk.space.dim, dtype=torch.float64))
 
     in_coordinates = coordinates.in_coordinates
-    assert main(["check", *SMALL, "--only", "T6"]) == 2, "nothing applies"
+    assert main(["check", *SMALL, "--only", "prop9"]) == 2, "nothing applies"
     assert main(["check", *SMALL, "--only", "T2", "--dtype", "float32"]) == 2, "not in single precision"
     assert main(["check", *SMALL, "--only", "T2", "--time-limit", "0"]) == 2, "nothing was tried"
     assert main(["check", *SMALL, "--only", "T99"]) == 2
-    assert "T99; there are: T1" in capsys.readouterr().err
+    assert "T99; there are: T14, Theorem 1" in capsys.readouterr().err
     monkeypatch.setattr(coordinates, "in_coordinates", wrong)
     assert main(["check", *SMALL, "--only", "T2"]) == 1
     assert " fails " in capsys.readouterr().out
@@ -235,12 +236,12 @@ def test_an_interrupted_check_keeps_what_was_made(tmp_path, monkeypatch, capsys)
     out = tmp_path / "c.json"
     assert main(["check", *SMALL, "--only", "T1", "T2", "--json", str(out)]) == 130
     table = bnp.CheckTable.load(out)
-    assert {check.source for check in table.checks} == {"T1"}
-    assert "interrupted in T2" in capsys.readouterr().out
+    assert {check.source for check in table.checks} == {"Prop. 2 (T1)"}
+    assert "interrupted in Theorem 3 (T2)" in capsys.readouterr().out
 
 
 def test_check_observes_rates_if_asked(capsys):
     assert main(["check", *SMALL, "--only", "T4", "--rates", "5"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("T14", "T15"))]
-    assert len(lines) == 3
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("Theorem 1", "T14", "T15"))]
+    assert len(lines) == 4
     assert all("not applicable" in line and "[this network]" in line for line in lines)

@@ -1,4 +1,4 @@
-"""Every name in `docs/paper_map.md` exists, and every statement has its entry.
+"""Every name in `docs/paper_map.md` exists, and every statement, figure and table of the paper has its entry.
 
 Bugs that only these tests catch: a function, test or figure that was renamed while the map still names the old one; a
 statement or a figure that the map forgets; a figure that is said to show what it does not claim to show.
@@ -14,16 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import bnp_analysis
+from bnp_analysis.theory.sources import Source
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "paper_map.md"
 FIGURES = ROOT / "paper_figures" / "figures"
+PAGES = re.compile(r"\d+")
 ROOMS = {module.name for module in pkgutil.iter_modules(bnp_analysis.__path__)}
 
 
 def sections() -> dict[str, str]:
-    parts = re.split(r"^## (T\d+)$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
+    parts = re.split(r"^#{1,2} (.+)$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {name: text for name, text in zip(parts[1::2], parts[2::2], strict=True) if "* Verdict: " in text}
+
+
+def statements() -> dict[Source, str]:
+    """The entries of statements; the others are the paper's figures and tables."""
+    return {Source(name): text for name, text in sections().items() if name in set(Source)}
+
+
+def anchor(name: str) -> str:
+    return re.sub(r"[^\w\s-]", "", name.lower()).replace(" ", "-")
 
 
 def names(text: str) -> list[str]:
@@ -57,18 +68,38 @@ def shown_by(figure: str) -> set[str]:
     return {f"T{number}" for number in re.findall(r"T(\d+)", found[1])}
 
 
-def test_every_statement_is_there_in_order() -> None:
-    wanted = [f"T{i}" for i in range(1, 17)]
-    assert list(sections()) == wanted
-    assert re.findall(r"^\| \[(T\d+)\]", PAGE.read_text(encoding="utf-8"), re.MULTILINE) == wanted
+def test_every_statement_is_there_with_its_page() -> None:
+    assert set(statements()) == set(Source)
+    for source, text in statements().items():
+        published = not re.fullmatch(r"T\d+'?", source)
+        assert ("Lange, Helfrich and Ye 2022" in " ".join(text.split())) is published, source
+        assert published or re.search("[Dd]erived|[Oo]wn", text), source
+        assert not published or all(f"p. {page}" in " ".join(text.split()) for page in PAGES.findall(source.page)[:1])
+
+
+def test_every_figure_and_table_of_the_paper_is_there() -> None:
+    names = list(sections())
+    for k in range(3, 10):
+        assert any(name in (f"Figure {k}", "Figures 6 and 7" if k in (6, 7) else "") for name in names), k
+    assert {"Table 1", "Tables 2 and 3"} <= set(names)
+    built = {path.stem for path in FIGURES.glob("paper_fig*.py")}
+    assert built <= set(re.findall(r"`(paper_fig\d+)`", PAGE.read_text(encoding="utf-8")))
+
+
+def test_links_lead_to_entries() -> None:
+    anchors = {anchor(name) for name in sections()}
+    links = re.findall(r"\]\(#([^)]+)\)", PAGE.read_text(encoding="utf-8"))
+    assert len(links) > 15
+    assert [link for link in links if link not in anchors] == []
 
 
 def test_every_entry_is_complete() -> None:
     for name, text in sections().items():
-        for word in ("* Functions: ", "* Tests:", "* Figure: ", "* Verdict: "):
+        for word in ("* Functions: ", "* Figure: ", "* Verdict: "):
             assert word in text, (name, word)
-        assert re.search("[Rr]ecalled|[Dd]erived|[Oo]wn", text), name
         assert any(is_function(word) for word in names(text)), name
+    for name, text in statements().items():
+        assert "* Tests:" in text, name
         assert any("::" in word for word in names(text)), name
 
 
@@ -91,10 +122,11 @@ def test_files_functions_and_tests_exist() -> None:
 
 def test_figures_show_what_the_map_says() -> None:
     mapped: dict[str, set[str]] = {}
-    for statement, text in sections().items():
+    for source, text in statements().items():
         line = text.split("* Figure: ")[1].split("* Verdict: ")[0]
+        numbers = {f"T{n}" for name in source.names for n in re.findall(r"^T(\d+)", name)}
         for figure in re.findall(r"`(fig\d\d_\w+)`", line):
-            mapped.setdefault(figure, set()).add(statement)
+            mapped.setdefault(figure, set()).update(numbers)
     assert mapped == {path.stem: shown_by(path.stem) for path in sorted(FIGURES.glob("fig*.py"))}
 
 

@@ -8,11 +8,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+<<<<<<< HEAD:bnp_analysis/cli/check.py
 from bnp_analysis.cli.problem import checked_problem, problem_options
 from bnp_analysis.errors import InvalidInputError
+=======
+from bnp_analysis.linalg import Preconditioner
+from bnp_analysis.network import EmpiricalRisk
+>>>>>>> h-statements:bnp_analysis/theory/command.py
 from bnp_analysis.theory.check import Check, CheckTable
+from bnp_analysis.theory.sources import Source, named
 from bnp_analysis.theory.statements.rates import rates_of
-from bnp_analysis.theory.suite import SOURCES, check_theory
+from bnp_analysis.theory.suite import check_theory
 
 # A network whose dense reference matrices take seconds.
 SMALL = {"samples": 300, "hidden": [12, 8]}
@@ -32,7 +38,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "130 interrupted (the checks made are kept)."
     )
     problem_options(parser)
-    parser.add_argument("--only", nargs="+", metavar="T", help=f"only these statements: {', '.join(SOURCES)}")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help="only these statements, by the paper's names or by T-numbers (quoted, or without spaces: prop10): "
+        + ", ".join(Source),
+    )
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="begin no further statement after this")
     parser.add_argument(
         "--rates", type=float, metavar="SECONDS", help="observe rates on this network as well, so long for each"
@@ -43,10 +55,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def _check(arguments: argparse.Namespace) -> int:
     """Run the command; the exit status is the verdict."""
+<<<<<<< HEAD:bnp_analysis/cli/check.py
     unknown = [source for source in arguments.only or () if source not in SOURCES]
     if unknown:
         raise InvalidInputError(f"no statement {', '.join(unknown)}; there are: {', '.join(SOURCES)}")
     risk, preconditioner = checked_problem(arguments)
+=======
+    if arguments.only is not None:
+        named(arguments.only)
+    risk, preconditioner = make(arguments)
+>>>>>>> h-statements:bnp_analysis/theory/command.py
 
     def line(check: Check) -> None:
         print(check, flush=True)

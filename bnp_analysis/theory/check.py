@@ -24,7 +24,7 @@ class Check(Result):
 
     Attributes:
         statement: the statement in words, one sentence.
-        source: its number in the theory, `"T14"`.
+        source: its name in the paper or number in the theory, `"Theorem 4 (T7)"`; see `theory.sources.Source`.
         holds: True, False, or None for *not applicable*.
         predicted, observed: what is compared, NaN where not applicable.
         relation: what is claimed, `observed = predicted`, `<=` or `>=`.
@@ -75,7 +75,7 @@ class Check(Result):
 
         Example:
             >>> print(Check.compare("the rate is 1 - 1/kappa", "T14", observed=0.901, predicted=0.9, tolerance=0.01))
-            T14   holds           the rate is 1 - 1/kappa: observed 0.901 = predicted 0.9 (within 0.01)
+            T14              holds           the rate is 1 - 1/kappa: observed 0.901 = predicted 0.9 (within 0.01)
         """
         if relation not in RELATIONS or not tolerance >= 0:
             raise InvalidInputError(
@@ -88,7 +88,7 @@ class Check(Result):
         holds = {"=": abs(excess) <= slack, "<=": excess <= slack, ">=": -excess <= slack}[relation]
         return cls(
             statement=statement,
-            source=source,
+            source=str(source),
             holds=holds,
             predicted=float(predicted),
             observed=float(observed),
@@ -103,11 +103,11 @@ class Check(Result):
 
         Example:
             >>> print(Check.not_applicable("gradient descent contracts", "T14", "the loss has no minimizer"))
-            T14   not applicable  gradient descent contracts: the loss has no minimizer
+            T14              not applicable  gradient descent contracts: the loss has no minimizer
         """
         if not reason:
             raise InvalidInputError("a check that does not apply needs a reason")
-        return cls(statement=statement, source=source, holds=None, reason=reason, **more)
+        return cls(statement=statement, source=str(source), holds=None, reason=reason, **more)
 
     @property
     def verdict(self) -> str:
@@ -116,7 +116,7 @@ class Check(Result):
 
     def summary(self) -> str:
         """One line."""
-        head = f"{self.source:<5} {self.verdict:<15} {self.statement}: "
+        head = f"{self.source:<16} {self.verdict:<15} {self.statement}: "
         if self.holds is None:
             return head + self.reason
         sign = self.relation if self.holds else {"=": "!=", "<=": ">", ">=": "<"}[self.relation]

@@ -26,6 +26,7 @@ from bnp_analysis.theory.statements import (
     conditioning,
     coordinates,
     floating_point,
+    generators,
     layer_curvature,
     normalization,
     orbits,
@@ -76,7 +77,7 @@ def test_a_gauss_newton_matrix_in_place_of_the_hessian(monkeypatch: Patch) -> No
         return bnp.gauss_newton(risk, block=block) if block else bnp.hessian(risk)  # type: ignore[arg-type]
 
     monkeypatch.setattr(layer_curvature, "hessian", wrong)
-    fails(layer_curvature.check_unit_blocks, NETWORKS["tanh"](), "(I (x) H^)^T S (I (x) H^) [0]")
+    fails(layer_curvature.check_dense_blocks, NETWORKS["tanh"](), "(I (x) H^)^T S (I (x) H^) [0]")
 
 
 def test_examples_that_are_coupled_unnoticed(monkeypatch: Patch) -> None:
@@ -87,7 +88,7 @@ def test_examples_that_are_coupled_unnoticed(monkeypatch: Patch) -> None:
 
     original = layer_curvature.rewritten
     monkeypatch.setattr(layer_curvature, "rewritten", unnoticed)
-    fails(layer_curvature.check_unit_blocks, NETWORKS["batch norm, live"](), "S_i is diagonal [0]")
+    fails(layer_curvature.check_dense_blocks, NETWORKS["batch norm, live"](), "S_i is diagonal [0]")
 
 
 def test_an_empirical_fisher_matrix_in_place_of_gauss_newton(monkeypatch: Patch) -> None:
@@ -100,7 +101,7 @@ def test_blocks_of_units_that_forget_the_square(monkeypatch: Patch) -> None:
         return {name: UnitBlocks(b.rows, b.scales.sqrt()) for name, b in unit_blocks(risk, layers).items()}
 
     monkeypatch.setattr(layer_curvature, "unit_blocks", rooted)
-    fails(layer_curvature.check_unit_blocks, relu(), "a unit's Gauss-Newton block is")
+    fails(layer_curvature.check_dense_blocks, relu(), "a unit's Gauss-Newton block is")
 
 
 # T2, T3, T5
@@ -201,7 +202,8 @@ def test_channel_statistics_of_the_wrong_values(monkeypatch: Patch) -> None:
 
 def test_inputs_that_are_conditioned_by_something_else(monkeypatch: Patch) -> None:
     monkeypatch.setattr(conditioning.Inputs, "centered", property(lambda self: self.H + 10 * self.H.mean(dim=0)))
-    fails(conditioning.check_conditioning, relu(), "centering: kappa(H^U)")
+    fails(conditioning.check_centering, relu(), "centering: kappa(H^U)")
+    fails(conditioning.check_centering, relu(), "kappa(H^U) < kappa(H^)")
     monkeypatch.undo()
     monkeypatch.setattr(
         conditioning.Inputs, "G", property(lambda self: self.H * 10.0 ** torch.arange(0, 3 * self.m, 3))
@@ -215,6 +217,8 @@ def test_inputs_that_are_conditioned_by_something_else(monkeypatch: Patch) -> No
 def test_a_scaling_that_beats_the_bound(monkeypatch: Patch) -> None:
     monkeypatch.setattr(conditioning, "_best_scaling", lambda unit, rank, g: 0.3)
     fails(conditioning.check_conditioning, relu(), "scaling: kappa*(G)")
+    fails(conditioning.check_centering, relu(), "scaling: kappa(G^) <= sqrt(n+1)")
+    fails(conditioning.check_centering, relu(), "kappa(H^U) <= kappa(D) sqrt(n+1)")
 
 
 def test_a_condition_number_that_is_off(monkeypatch: Patch) -> None:
@@ -227,7 +231,7 @@ def test_a_condition_number_that_is_off(monkeypatch: Patch) -> None:
 
     original = conditioning.singular
     monkeypatch.setattr(conditioning, "singular", root)
-    fails(conditioning.check_conditioning, relu(), "through S")
+    fails(conditioning.check_through_curvature, relu(), "through S")
     fails(conditioning.check_conditioning, relu(), "the gain of centering")
 
 
@@ -337,7 +341,7 @@ def test_a_shift_that_the_loss_sees(monkeypatch: Patch) -> None:
         positions = torch.arange(risk.space.dim)[risk.space.slice_of("0.bias")]
         return [Candidate("softmax shift", (Part(positions, torch.ones(len(positions), 1).double()),))], []
 
-    monkeypatch.setattr(symmetry, "candidate_directions", wrong)
+    monkeypatch.setattr(generators, "candidate_directions", wrong)
     fails(symmetry.check_null_directions, relu(), "along the shift of all logits")
 
 

@@ -11,31 +11,27 @@ import torch
 from theory_check_problems import AWKWARD, NETWORKS, checks, relu
 from torch import nn
 
+from bnp_analysis.theory.sources import Source
 from bnp_analysis.theory.statements.setting import Problem, Statement
 from bnp_analysis.theory.suite import STATEMENTS
 
-# Statement -> networks on which something of it must apply.
-APPLIES = {
-    "T1": set(NETWORKS),
-    "T1'": set(NETWORKS) - {"tanh", "batch norm, live"},
-    "T2": set(NETWORKS),
-    "T3": set(NETWORKS) - {"no bias"},
-    "T4": set(NETWORKS),
-    "T5": set(NETWORKS),
-    "T6": {name for name in NETWORKS if "conv" in name},
-    "T7": set(NETWORKS),
-    "T8": set(NETWORKS),
-    "T9": set(NETWORKS) - {"no bias"},
-    "T10": {"relu", "deep", "constant feature", "conv", "conv, zero padding", "conv, circular", "conv, groups"},
-    "T11": set(NETWORKS),
-    "T12": {"relu", "deep", "constant feature", "conv", "conv, zero padding", "conv, circular", "conv, groups"},
-    "T13": set(NETWORKS),
-    "T14": set(NETWORKS),
-    "T15": set(NETWORKS),
-    "T16": set(NETWORKS),
+HOMOGENEOUS = {"relu", "deep", "constant feature", "conv", "conv, zero padding", "conv, circular", "conv, groups"}
+COUPLED = {"batch norm, live"}
+# Statement -> networks on which something of it need not apply; elsewhere it must.
+EXCEPT = {
+    Source.T1_PRIME: {"tanh"} | COUPLED,
+    Source.ALGORITHM_2: {"no bias"},
+    Source.PROP_7: {"no bias"} | COUPLED,
+    Source.PROP_9: {name for name in NETWORKS if "conv" not in name},
+    Source.ONE_EXAMPLE: COUPLED,
+    Source.T6: {name for name in NETWORKS if "conv" not in name},
+    Source.T9: {"no bias"},
+    Source.T10: set(NETWORKS) - HOMOGENEOUS,
+    Source.T12: set(NETWORKS) - HOMOGENEOUS,
 }
 # On problems of their own: the network plays no part, or hardly any.
-ELSEWHERE = {"T13", "T14", "T15"}
+RATES = {Source.THEOREM_1, Source.T14, Source.T15}
+ELSEWHERE = RATES | {Source.T13, Source.PROP_5, Source.PROP_6}
 
 
 @pytest.mark.parametrize(
@@ -48,7 +44,7 @@ def test_statements_hold_or_do_not_apply(statement: Statement, name: str) -> Non
     for check in found:
         assert check.holds is not False, str(check)
         assert "could not be tried" not in check.reason, str(check)
-    if name in APPLIES[statement.source]:
+    if name not in EXCEPT.get(statement.source, ()):
         assert any(check.holds for check in found), [str(check) for check in found]
 
 
@@ -56,7 +52,7 @@ def test_statements_hold_or_do_not_apply(statement: Statement, name: str) -> Non
 def test_no_wrong_verdict_in_awkward_places(name: str) -> None:
     given = Problem(AWKWARD[name]())
     for statement in STATEMENTS:
-        if statement.source not in ELSEWHERE - {"T13"}:
+        if statement.source not in RATES:
             wrong = [str(check) for check in statement(given) if check.holds is False]
             assert not wrong
 
@@ -64,10 +60,10 @@ def test_no_wrong_verdict_in_awkward_places(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "number", "words"),
     [
-        ("a layer that runs twice", "T1", "the layer runs 2 times"),
+        ("a layer that runs twice", "Prop. 2", "the layer runs 2 times"),
         ("a layer that runs twice", "T1'", "the layer runs 2 times"),
         ("a layer that runs twice", "T9", "the layer runs 2 times"),
-        ("on a kink", "T2", "lie exactly on a kink"),
+        ("on a kink", "Theorem 3", "lie exactly on a kink"),
         ("on a kink", "T9", "lie exactly on a kink"),
         ("a saturated softmax", "T1'", "the softmax is saturated"),
         ("a loader that shuffles", "T9", "3 batches: live statistics are those of one"),
@@ -82,7 +78,7 @@ def test_reasons(name: str, number: str, words: str) -> None:
 
 
 def source(name: str) -> Statement:
-    return next(s for s in STATEMENTS if s.source == name)
+    return next(s for s in STATEMENTS if s.source.names[0] == name)
 
 
 def test_the_counter_example_of_centering_is_recognized() -> None:
@@ -100,7 +96,7 @@ def test_the_counter_example_of_centering_is_recognized() -> None:
 
 
 def test_too_few_rows_are_named_where_the_statement_needs_rank() -> None:
-    lines = [check for check in checks(source("T7"), relu(5)) if check.statement.startswith("centering")]
+    lines = [check for check in checks(source("Theorem 4"), relu(5)) if check.statement.startswith("centering")]
     assert [check.holds for check in lines] == [None, None]
     assert "rank 5 of 7 columns (5 rows" in lines[0].reason
 
@@ -152,7 +148,7 @@ def test_a_network_without_covered_layers() -> None:
 
     x, y = torch.arange(7), torch.arange(7) % 3
     risk = bnp.EmpiricalRisk(model, nn.functional.cross_entropy, (x, y))
-    for name in ("T1", "T2", "T3", "T5", "T7", "T8", "T9"):
+    for name in ("Prop. 2", "Theorem 3", "Algorithm 2", "T5", "T7", "T8", "Prop. 7", "T9"):
         (check,) = source(name)(risk)
         assert check.holds is None
         assert "no covered layer (0.weight: Embedding is not a covered layer type)" in check.reason
@@ -175,7 +171,7 @@ def test_a_layer_that_is_reused_is_not_covered() -> None:
         model = Twice().double()
     x = torch.rand(9, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     risk = bnp.EmpiricalRisk(model, nn.functional.cross_entropy, (x, torch.arange(9) % 3))
-    (check,) = source("T2")(risk)
+    (check,) = source("Theorem 3")(risk)
     assert "tied" in check.reason
     (found,) = (c for c in checks(source("T11"), risk) if "explained" in c.statement)
     assert found.holds, "the null space needs no covered layer"

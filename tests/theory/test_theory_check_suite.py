@@ -13,12 +13,12 @@ from torch import nn
 
 import bnp_analysis as bnp
 from bnp_analysis.theory import suite
+from bnp_analysis.theory.sources import Source, named
 from bnp_analysis.theory.statements.setting import Problem, statement
-from bnp_analysis.theory.suite import SOURCES
 
 # On problems of their own, and tried in the tests of the statements.
-RATES = {"T14", "T15"}
-QUICK = ["T1", "T3", "T4", "T7", "T8", "T11"]
+RATES = {Source.THEOREM_1, Source.T14, Source.T15}
+QUICK = ["Prop. 2", "T3", "T4", "T7", "T8", "T11"]
 
 
 def test_everything_over_one_risk(tmp_path, monkeypatch) -> None:
@@ -30,7 +30,7 @@ def test_everything_over_one_risk(tmp_path, monkeypatch) -> None:
     assert table.stop == "done"
     assert tuple(seen) == table.checks
     assert steps[-1] == (len(suite.STATEMENTS), len(suite.STATEMENTS))
-    assert {check.source for check in table.checks} == set(SOURCES) - RATES
+    assert {check.source for check in table.checks} == set(Source) - RATES
     assert bnp.CheckTable.load(table.save(tmp_path / "table.json")) == table
     assert all(check.hypotheses or check.details or check.holds is None for check in table.checks[:3])
 
@@ -64,15 +64,15 @@ def test_a_given_preconditioner_is_the_one_that_is_checked() -> None:
 
 
 def test_an_interruption_keeps_the_checks_made(monkeypatch) -> None:
-    @statement("T2", "interrupted")
+    @statement(Source.THEOREM_3, "interrupted")
     def interrupted(problem: Problem):
-        yield bnp.Check.compare("made before", "T2", observed=1.0, predicted=1.0, tolerance=0.0)
+        yield bnp.Check.compare("made before", Source.THEOREM_3, observed=1.0, predicted=1.0, tolerance=0.0)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(suite, "STATEMENTS", (suite.STATEMENTS[0], interrupted, suite.STATEMENTS[-1]))
+    monkeypatch.setattr(suite, "STATEMENTS", (suite.STATEMENTS[1], interrupted, suite.STATEMENTS[-1]))
     table = bnp.check_theory(relu())
-    assert [check.source for check in table.checks] == ["T1"] * 6 + ["T2"]
-    assert table.stop == "interrupted in T2; not finished: T2, T16"
+    assert [check.source for check in table.checks] == ["Prop. 2 (T1)"] * 6 + ["Theorem 3 (T2)"]
+    assert table.stop == "interrupted in Theorem 3 (T2); not finished: Theorem 3 (T2), T16"
     assert table.stop in str(table)
 
 
@@ -80,13 +80,33 @@ def test_the_time_limit_is_kept_and_said() -> None:
     table = bnp.check_theory(relu(), time_limit=0.0)
     assert table.checks == ()
     assert not table.holds
-    assert table.stop.startswith("stopped after 0 s; not tried: T1, T1', T2")
+    assert table.stop.startswith("stopped after 0 s; not tried: Theorem 1 (T14), Prop. 2 (T1), Theorem 3")
 
 
 def test_unknown_statements_are_refused() -> None:
     for only in (["T99"], []):
-        with pytest.raises(bnp.errors.InvalidInputError, match="there are: T1, T1'"):
+        with pytest.raises(bnp.errors.InvalidInputError, match="there are: T14, Theorem 1"):
             bnp.check_theory(relu(), only=only)
+
+
+def test_every_spelling_of_a_name() -> None:
+    for spelling in ("Prop. 10", "prop10", "Proposition 10", "PROP-10", "Prop. 10 (T6)"):
+        assert named([spelling]) == {Source.PROP_10}
+    assert named(["T7"]) == {Source.THEOREM_4, Source.PROP_11, Source.T7}
+    assert named(["T1"]) == {Source.PROP_2, Source.PROP_9}, "not Theorem 1"
+    assert named(["lemma 8", "eq. 8", "algorithm3"]) == {Source.PROP_9, Source.THEOREM_3, Source.ALGORITHM_2}
+    table = bnp.check_theory(relu(), only=["theorem 4", "T4"])
+    assert {check.source for check in table.checks} == {"Theorem 4 (T7)", "T4"}
+
+
+def test_every_statement_has_one_check_and_every_name_one_meaning() -> None:
+    assert [one.source for one in suite.STATEMENTS if one.source not in set(Source)] == []
+    assert sorted(one.source for one in suite.STATEMENTS) == sorted(Source)
+    paper = [name for source in Source for name in source.names if not name.startswith("T") or "heorem" in name]
+    assert len(set(paper)) == len(paper)
+    numbers = {name for source in Source for name in source.names} & {f"T{i}" for i in range(1, 17)}
+    assert len(numbers) == 16
+    assert all(source.page for source in Source if not source.startswith("T") or "heorem" in source)
 
 
 def test_a_failing_check_fails_the_table() -> None:
@@ -109,7 +129,7 @@ def test_nothing_is_changed() -> None:
     x = torch.randn(30, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     risk = bnp.EmpiricalRisk(model, nn.functional.cross_entropy, (x, torch.arange(30) % 3))
     theta, state = risk.theta.clone(), torch.random.get_rng_state()
-    bnp.check_theory(risk, only=[source for source in SOURCES if source not in RATES])
+    bnp.check_theory(risk, only=[source for source in Source if source not in RATES])
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(risk.theta, theta)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())

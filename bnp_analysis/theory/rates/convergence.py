@@ -21,6 +21,7 @@ from bnp_analysis.theory.rates.minimizer import Minimizer
 from bnp_analysis.theory.rates.observation import undeflated
 from bnp_analysis.theory.rates.options import METHODS, NotPredictable, RateOptions
 from bnp_analysis.theory.rates.study import Study
+from bnp_analysis.theory.sources import Source
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -150,7 +151,7 @@ def check_convergence_rate(
         "settings": options.as_settings() | {"step": step, "time_limit": time_limit},
         "seconds": time.perf_counter() - began,
     }
-    source = "T15" if method == "bnp" or preconditioner is not None else "T14"
+    source = Source.T15 if method == "bnp" or preconditioner is not None else Source.T14
     if reason or study.seen is None or study.seen.fit is None or study.prediction is None:
         return cast(ConvergenceCheck, ConvergenceCheck.not_applicable(statement, source, reason or "no tail", **common))
     check = ConvergenceCheck.compare(

@@ -11,6 +11,7 @@ from bnp_analysis.theory.check import Check
 from bnp_analysis.theory.rates.convergence import ConvergenceCheck, check_convergence_rate
 from bnp_analysis.theory.rates.formulas import time_constant
 from bnp_analysis.theory.rates.options import RateOptions
+from bnp_analysis.theory.sources import Source
 
 _NOTHING = 0.05  # a gain within this of 1 is none
 
@@ -66,7 +67,7 @@ def check_bnp_gain(
         if run.holds is None:
             return Check.not_applicable(
                 _statement(gain),
-                "T15",
+                Source.T15,
                 f"{name}: {run.reason}",
                 details=details,
                 hypotheses=run.hypotheses,
@@ -77,7 +78,7 @@ def check_bnp_gain(
             )
     return Check.compare(
         _statement(gain),
-        "T15",
+        Source.T15,
         observed=plain.observed / helped.observed,
         predicted=gain,
         tolerance=2 * (options or RateOptions()).tolerance,

@@ -1,1 +1,1 @@
-"""The statements of the theory, one file per group of T-numbers; `suite` runs them."""
+"""The statements of the paper and of the theory, one file per group; `suite` runs them."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bnp_analysis.linalg import Preconditioner
 from bnp_analysis.theory.check import Check
+from bnp_analysis.theory.sources import Source
 from bnp_analysis.theory.statements.setting import NotApplicable, Problem, statement
 
 _T16 = "with all s blocks whitened kappa*(P^T A P) <= s min kappa*(D^T A D) over block-diagonal D"
@@ -152,13 +153,13 @@ def random_case(seed: int) -> Whitened:
     return whitened(F, torch.split(torch.arange(n), sizes), g)
 
 
-@statement("T16", _T16)
+@statement(Source.T16, _T16)
 def check_blocks(problem: Problem) -> Iterator[Check]:
     """T16: on the network, its layers as blocks, and on random matrices."""
     try:
         yield from _network(problem)
     except NotApplicable as refusal:
-        yield Check.not_applicable(f"{_T16} [network]", "T16", str(refusal))
+        yield Check.not_applicable(f"{_T16} [network]", Source.T16, str(refusal))
     cases = [random_case(1000 * problem.seed + k) for k in range(_RANDOM_CASES)]
     worst = max(cases, key=lambda case: case.kappa / (case.blocks * case.best))
     yield _compare(f"{_T16} [worst of {len(cases)} random matrices]", worst)
@@ -175,12 +176,12 @@ def _network(problem: Problem) -> Iterator[Check]:
     yield _compare(f"{_T16} [{where}]", found)
     hypotheses = {"positive semidefinite": True, "ranks decided by gaps": True}
     yield Check.compare(
-        f"{_TOP} [{where}]", "T16", observed=found.top, predicted=float(found.blocks), tolerance=1e-9, relation="<=",
-        hypotheses=hypotheses,
+        f"{_TOP} [{where}]", Source.T16, observed=found.top, predicted=float(found.blocks), tolerance=1e-9,
+        relation="<=", hypotheses=hypotheses,
     )  # fmt: skip
     yield Check.compare(
         f"{_SPREAD} [{where}]",
-        "T16",
+        Source.T16,
         observed=found.uneven,
         predicted=found.blocks * found.spread * found.best,
         tolerance=1e-7,
@@ -193,7 +194,7 @@ def _network(problem: Problem) -> Iterator[Check]:
 def _compare(words: str, found: Whitened) -> Check:
     return Check.compare(
         words,
-        "T16",
+        Source.T16,
         observed=found.kappa,
         predicted=found.blocks * found.best,
         tolerance=1e-7,

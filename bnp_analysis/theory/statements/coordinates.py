@@ -14,6 +14,7 @@ from bnp_analysis.linalg.random import normal
 from bnp_analysis.network import Layer, coverage
 from bnp_analysis.precondition import BNPBlock, BNPPreconditioner, bnp_preconditioner
 from bnp_analysis.theory.check import Check
+from bnp_analysis.theory.sources import Source
 from bnp_analysis.theory.statements.reference import block_of, damped, extended, first_unit, own_moments, scale
 from bnp_analysis.theory.statements.rewriting import Affine, in_coordinates, rewritten
 from bnp_analysis.theory.statements.setting import NotApplicable, Problem, agreement, each_layer, label, statement
@@ -25,7 +26,7 @@ _T5 = "without a bias P P^T = (diag sigma^2 + mu mu^T)^-1 / q^2"
 _EPS1 = 1e-2
 
 
-@statement("T2", _T2)
+@statement(Source.THEOREM_3, _T2)
 def check_coordinates(problem: Problem) -> Iterator[Check]:
     """T2: the network as a function of `z`, differentiated through a dense `P`, against products with the operator."""
     problem.require_smooth()
@@ -34,15 +35,22 @@ def check_coordinates(problem: Problem) -> Iterator[Check]:
     in_z = in_coordinates(risk, P)
     dense = P.to_dense()
     more: dict[str, Any] = {"hypotheses": {"P is invertible": True}}
-    yield agreement("the forward pass is unchanged by theta = P z", "T2", in_z.outputs, risk.outputs, **more)
+    yield agreement(
+        "the forward pass is unchanged by theta = P z", Source.THEOREM_3, in_z.outputs, risk.outputs, **more
+    )
     descent = dense @ in_z.gradient
-    yield agreement(_T2, "T2", P.direction(risk.gradient), descent, **more)
+    yield agreement(_T2, Source.THEOREM_3, P.direction(risk.gradient), descent, **more)
     v = normal((risk.space.dim, 4), problem.random(2), risk.theta)
     products = hessian(in_z) @ v
     yield agreement(
-        "the Hessian in z is P^T A P", "T2", congruence(hessian(risk), P) @ v, products, details={"vectors": 4}, **more
+        "the Hessian in z is P^T A P",
+        Source.THEOREM_3,
+        congruence(hessian(risk), P) @ v,
+        products,
+        details={"vectors": 4},
+        **more,
     )
-    yield from each_layer(problem, _ROWS, "T2", _normalized_rows)
+    yield from each_layer(problem, _ROWS, Source.THEOREM_3, _normalized_rows)
 
 
 def _normalized_rows(problem: Problem, layer: Layer) -> Iterator[Check]:
@@ -66,7 +74,7 @@ def _normalized_rows(problem: Problem, layer: Layer) -> Iterator[Check]:
         expected.append(extended(G, True) / q)
     yield agreement(
         f"{_ROWS} [{label(layer)}]",
-        "T2",
+        Source.THEOREM_3,
         torch.cat(found),
         torch.cat(expected),
         hypotheses={"BNP": True, "bias": True},
@@ -74,10 +82,10 @@ def _normalized_rows(problem: Problem, layer: Layer) -> Iterator[Check]:
     )
 
 
-@statement("T3", _T3)
+@statement(Source.ALGORITHM_2, _T3)
 def check_update(problem: Problem) -> Iterator[Check]:
     """T3: the update, what `P P^T` is, what damping allows, and what the undamped step does not see."""
-    yield from each_layer(problem, _T3, "T3", _update)
+    yield from each_layer(problem, _T3, Source.ALGORITHM_2, _update)
 
 
 def _update(problem: Problem, layer: Layer) -> Iterator[Check]:
@@ -93,7 +101,7 @@ def _update(problem: Problem, layer: Layer) -> Iterator[Check]:
     if not bool(g.any()):
         g = normal((len(positions),), problem.random(3), problem.risk.theta)
     expected = _formula(g, layer, moments.mean, s2, q)
-    yield agreement(f"{_T3} [{name}]", "T3", P.direction(g), expected, details={"q": q})
+    yield agreement(f"{_T3} [{name}]", Source.ALGORITHM_2, P.direction(g), expected, details={"q": q})
     products, worst = [], 1.0
     for group in range(layer.groups):
         dense = P.unit(first_unit(layer, group)).to_dense()
@@ -104,13 +112,13 @@ def _update(problem: Problem, layer: Layer) -> Iterator[Check]:
     eye = torch.eye(layer.features + 1, dtype=s2.dtype)
     bound = max(1e-9, 100 * torch.finfo(s2.dtype).eps * worst)
     words = f"undamped, P P^T is the inverse of the second moment with its covariance made diagonal [{name}]"
-    yield agreement(words, "T3", torch.cat(products), eye.repeat(layer.groups, 1), bound=bound)
+    yield agreement(words, Source.ALGORITHM_2, torch.cat(products), eye.repeat(layer.groups, 1), bound=bound)
     light = bnp_preconditioner(problem.risk, eps1=_EPS1).blocks[layer.name][1]
     assert isinstance(light, BNPBlock)
     spread = light.variance.max() / light.variance.min()
     yield Check.compare(
         f"damping bounds what is corrected: max s2 / min s2 [{name}]",
-        "T3",
+        Source.ALGORITHM_2,
         observed=float(spread),
         predicted=(1 + _EPS1) / _EPS1,
         tolerance=1e-12,
@@ -136,10 +144,12 @@ def _invariance(problem: Problem, layer: Layer) -> Iterator[Check]:
     padded = not isinstance(module, nn.Linear) and module.padding_mode == "zeros" and _pads(module)
     constant = int(own_moments(problem, layer).constant.sum())
     if padded:
-        yield Check.not_applicable(words, "T3", "zero padding: padded entries are not mapped")
+        yield Check.not_applicable(words, Source.ALGORITHM_2, "zero padding: padded entries are not mapped")
         return
     if problem.activations.on_kink:
-        yield Check.not_applicable(words, "T3", f"{problem.activations.on_kink} pre-activations lie exactly on a kink")
+        yield Check.not_applicable(
+            words, Source.ALGORITHM_2, f"{problem.activations.on_kink} pre-activations lie exactly on a kink"
+        )
         return
     channels = layer.groups * layer.features // layer.patch
     g = problem.random(31)
@@ -168,7 +178,7 @@ def _invariance(problem: Problem, layer: Layer) -> Iterator[Check]:
     back = torch.cat([(weights * D).reshape(-1), theirs[cut:] + (weights * C).sum(dim=1)])
     yield agreement(
         words,
-        "T3",
+        Source.ALGORITHM_2,
         back,
         plain,
         bound=1e-7,
@@ -182,12 +192,12 @@ def _pads(module: nn.Module) -> bool:
     return padding != "valid" if isinstance(padding, str) else any(padding)
 
 
-@statement("T5", _T5)
+@statement(Source.T5, _T5)
 def check_without_bias(problem: Problem) -> Iterator[Check]:
     """T5: both forms, on every layer with its bias frozen."""
     weights = [layer.weight for layer in problem.layers]
     free = Problem(problem.risk.restrict(weights), seed=problem.seed, limit=problem.limit)
-    yield from each_layer(free, _T5, "T5", _without_bias)
+    yield from each_layer(free, _T5, Source.T5, _without_bias)
 
 
 def _without_bias(problem: Problem, layer: Layer) -> Iterator[Check]:
@@ -215,15 +225,15 @@ def _without_bias(problem: Problem, layer: Layer) -> Iterator[Check]:
             kappas = {f"kappa*, {form}": _kappa(matrix) for form, matrix in forms.items()}
     eye = torch.eye(layer.features, dtype=s2.dtype).repeat(layer.groups, 1)
     bound = max(1e-9, 100 * torch.finfo(s2.dtype).eps * worst)
-    yield agreement(f"{_T5} [{name}]", "T5", torch.cat(products), eye, bound=bound, details=kappas)
+    yield agreement(f"{_T5} [{name}]", Source.T5, torch.cat(products), eye, bound=bound, details=kappas)
     live = rms > 0
     norms = torch.stack(columns)[live]
     words = f"the diagonal form gives every column of H P the norm sqrt R / q [{name}]"
-    yield agreement(words, "T5", norms, torch.ones_like(norms), details={"R": R})
+    yield agreement(words, Source.T5, norms, torch.ones_like(norms), details={"R": R})
     survives = torch.where(live, moments.mean**2 / rms.square().clamp_min(1e-300), torch.zeros_like(rms))
     yield Check.compare(
         f"its q^2 = max(m/R, 1) + sum_j mu_j^2 / rms_j^2 [{name}]",
-        "T5",
+        Source.T5,
         observed=diagonal.q**2,
         predicted=max(layer.features / R, 1.0) + float(survives.sum(dim=1).max()),
         tolerance=1e-9,

@@ -22,6 +22,7 @@ from bnp_analysis.linalg.condition.certificates import kuczynski_wozniakowski
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.testing import random_orthogonal, spectrum
 from bnp_analysis.theory.check import Check
+from bnp_analysis.theory.sources import Source
 from bnp_analysis.theory.statements.setting import NotApplicable, Problem, statement
 
 _T13 = "what a computed condition number may claim in floating point"
@@ -34,7 +35,7 @@ _STEPS = 40
 _CHANCE = 0.2
 
 
-@statement("T13", _T13)
+@statement(Source.T13, _T13)
 def check_floating_point(problem: Problem) -> Iterator[Check]:
     """T13: factor against Gram matrix, the `|P|` term, Ritz values, random starts."""
     yield from _factor_and_gram(problem)
@@ -62,7 +63,7 @@ def _factor_and_gram(problem: Problem) -> Iterator[Check]:
     details = {"kappa": _KAPPA, "matrices": _CASES, "factor": worst["factor-svd"], "Gram matrix": worst["dense"]}
     yield Check.compare(
         "from the factor the relative error of lambda_min+ is of order u sqrt(kappa)",
-        "T13",
+        Source.T13,
         observed=worst["factor-svd"],
         predicted=2 * rows * u * math.sqrt(_KAPPA),
         tolerance=0.0,
@@ -71,7 +72,7 @@ def _factor_and_gram(problem: Problem) -> Iterator[Check]:
     )
     yield Check.compare(
         "from the Gram matrix it is of order u kappa: more than sqrt(kappa)/1000 times as large",
-        "T13",
+        Source.T13,
         observed=worst["dense"] / max(worst["factor-svd"], u),
         predicted=math.sqrt(_KAPPA) / 1000,
         tolerance=0.0,
@@ -98,7 +99,7 @@ def _product(problem: Problem) -> Iterator[Check]:
     details = {"intervals": _CASES, "|P|": 1e5, "missed with the term": with_term, "missed without": without}
     yield Check.compare(
         "with the |P| term the interval of kappa*(P^T A P) holds the truth: intervals that miss it",
-        "T13",
+        Source.T13,
         observed=float(with_term),
         predicted=0.0,
         tolerance=0.0,
@@ -106,7 +107,7 @@ def _product(problem: Problem) -> Iterator[Check]:
     )
     yield Check.compare(
         "without the |P| term most intervals miss it",
-        "T13",
+        Source.T13,
         observed=float(without),
         predicted=_CASES / 2,
         tolerance=0.0,
@@ -139,18 +140,18 @@ def _ritz(problem: Problem) -> Iterator[Check]:
         A = GramOperator(MatrixOperator(problem.factor, exact=False))
         dense = condition_number(A)
     except (NotApplicable, ZeroOperatorError) as refusal:
-        yield Check.not_applicable(words, "T13", str(refusal))
+        yield Check.not_applicable(words, Source.T13, str(refusal))
         return
     for steps in (15, 60):
         if steps >= A.dim:
             continue
         found = condition_number(A, method="lanczos", steps=steps, seed=problem.seed)
         if math.isnan(found.lower):
-            yield Check.not_applicable(f"{words} [{steps} steps]", "T13", f"no bound was issued: {found.note}")
+            yield Check.not_applicable(f"{words} [{steps} steps]", Source.T13, f"no bound was issued: {found.note}")
             continue
         yield Check.compare(
             f"{words} [{steps} steps]",
-            "T13",
+            Source.T13,
             observed=found.lower,
             predicted=dense.value,
             tolerance=2 * math.sqrt(dense.noise_floor / dense.lambda_min),
@@ -167,13 +168,13 @@ def _starts(problem: Problem) -> Iterator[Check]:
         F = problem.factor
         values = torch.linalg.svdvals(torch.linalg.qr(F, mode="r")[1] if F.shape[0] > F.shape[1] else F)
     except NotApplicable as refusal:
-        yield Check.not_applicable(words, "T13", str(refusal))
+        yield Check.not_applicable(words, Source.T13, str(refusal))
         return
     values = values[values > 1e-6 * values[:1]].square()
     n = len(values)
     steps = min(_STEPS, n // 2)
     if steps < 5:
-        yield Check.not_applicable(words, "T13", f"{n} nonzero eigenvalues: Lanczos finds them all")
+        yield Check.not_applicable(words, Source.T13, f"{n} nonzero eigenvalues: Lanczos finds them all")
         return
     A = CallableOperator(lambda v: values * v, n, dtype=torch.float64)
     failed, finite = 0, 0
@@ -183,11 +184,11 @@ def _starts(problem: Problem) -> Iterator[Check]:
         finite += math.isfinite(high)
         failed += not (low <= float(values[-1]) * (1 + 1e-12) and float(values[0]) <= high * (1 + 1e-12))
     if not finite:
-        yield Check.not_applicable(words, "T13", f"{steps} steps are too few for a bound in dimension {n}")
+        yield Check.not_applicable(words, Source.T13, f"{steps} steps are too few for a bound in dimension {n}")
         return
     yield Check.compare(
         words,
-        "T13",
+        Source.T13,
         observed=failed / _STARTS,
         predicted=_CHANCE + 3 * math.sqrt(_CHANCE * (1 - _CHANCE) / _STARTS),
         tolerance=0.0,

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bnp_analysis.network.candidates import Chart
+from bnp_analysis.network import Layer
+from bnp_analysis.network.candidates import Chart, Part
 from bnp_analysis.network.graph import Node, record_graph
 from bnp_analysis.network.links import Link, follow
+from bnp_analysis.network.symmetries import candidate_directions
 from bnp_analysis.theory.statements.setting import NotApplicable, Problem
 
 # Channels of a layer among which generators are chosen.
@@ -135,14 +137,53 @@ def scalings(problem: Problem) -> list[Scaling]:
         if not live:
             continue
         for units in ((live[0],), tuple(live)) if len(live) > 1 else ((live[0],),):
-            exponents = torch.zeros_like(problem.risk.theta)
-            for i in units:
-                exponents[_incoming(chart, link, i)] = 1.0
-                exponents[_outgoing(chart, link, i)] = -1.0
+            exponents = sum(_exponents(chart, link, i) for i in units)
+            assert isinstance(exponents, Tensor)
             found.append(Scaling(link.producer.layer, readers, units, exponents))
     if not found:
         raise NotApplicable("no unit or channel reaches the next layer through positively homogeneous operations alone")
     return found
+
+
+def _exponents(chart: Chart, link: Link, unit: int) -> Tensor:
+    """1 for what comes into a unit, -1 for what goes out, 0 elsewhere, `(n,)`."""
+    found = torch.zeros(chart.space.dim, dtype=torch.float64)
+    found[_incoming(chart, link, unit)] = 1.0
+    found[_outgoing(chart, link, unit)] = -1.0
+    return found
+
+
+def rescalings(problem: Problem) -> Tensor:
+    """The exponents of every homogeneous unit that reaches the next layer, `(n, units)`."""
+    chart, links = _links(problem)
+    found = [_exponents(chart, link, i) for link in links for i in range(link.channels)]
+    return torch.stack(found, dim=1) if found else torch.zeros(problem.risk.space.dim, 0, dtype=torch.float64)
+
+
+def _is_translation(problem: Problem, layer: Layer, part: Part) -> bool:
+    """Whether a direction adds one number to the same weight of every unit of one layer: no parameter enters it."""
+    space = problem.risk.space
+    column = torch.zeros(space.dim, dtype=torch.float64)
+    column[part.positions] = part.values[:, 0]
+    size = float(column.norm())
+    for name in space.layer_names(layer.name):
+        rows = column[space.slice_of(name)].reshape(layer.units, -1)
+        if float((rows - rows[0]).norm()) > 1e-12 * size:
+            return False
+        column[space.slice_of(name)] = 0
+    return not bool(column.any())
+
+
+def logit_shifts(problem: Problem) -> Tensor:
+    """Unit directions that add one number to a weight of every output, where the loss ignores it, `(n, c)`."""
+    candidates, _ = candidate_directions(problem.risk)
+    found = []
+    for part in (part for one in candidates if one.cause == "softmax shift" for part in one.parts):
+        if any(_is_translation(problem, layer, part) for layer in problem.layers):
+            column = torch.zeros(problem.risk.space.dim, dtype=problem.risk.theta.dtype)
+            column[part.positions] = part.values[:, 0].to(column)
+            found.append(column / column.norm())
+    return torch.stack(found, dim=1) if found else torch.zeros(problem.risk.space.dim, 0, dtype=torch.float64)
 
 
 def _live(link: Link, unit: int) -> bool:

@@ -12,6 +12,8 @@ from bnp_analysis.curvature.output_curvature import output_root
 from bnp_analysis.curvature.units import unit_blocks
 from bnp_analysis.network import EmpiricalRisk, Layer, coverage, layer_rows
 from bnp_analysis.theory.check import Check
+from bnp_analysis.theory.sources import Source
+from bnp_analysis.theory.statements.reference import channel_values
 from bnp_analysis.theory.statements.rewriting import Offset, first_examples, rewritten, with_squared_outputs
 from bnp_analysis.theory.statements.setting import (
     NotApplicable,
@@ -24,6 +26,7 @@ from bnp_analysis.theory.statements.setting import (
 )
 
 _T1 = "a unit's Hessian block is H^^T S_i H^"
+_LEMMA_8 = "the outputs of a convolution are H^ w^, a row [1, patch] per position"
 _GN = "a unit's Gauss-Newton block is H^^T diag(s_i^2) H^"
 _T1P = "a layer's Hessian block equals its Gauss-Newton block"
 _BOUND = 1e-9
@@ -31,14 +34,36 @@ _BOUND = 1e-9
 _MOST_OFFSETS = 800
 
 
-@statement("T1", _T1)
-def check_unit_blocks(problem: Problem) -> Iterator[Check]:
-    """T1: the Hessian of a layer, by its parameters, is made of its rows and of second derivatives by pre-activations.
+@statement(Source.PROP_2, _T1)
+def check_dense_blocks(problem: Problem) -> Iterator[Check]:
+    """Prop. 2: a dense layer's Hessian is made of its rows and of second derivatives by its pre-activations.
 
     `S` comes from a network with a free offset at the layer's output, the other side from the network itself.
     """
-    yield from each_layer(problem, _T1, "T1", _unit_blocks)
-    yield from each_layer(problem, _GN, "T1", _by_rows)
+    yield from each_layer(problem, _T1, Source.PROP_2, _unit_blocks, dense=True)
+    yield from each_layer(problem, _GN, Source.PROP_2, _by_rows, dense=True)
+
+
+@statement(Source.PROP_9, _T1)
+def check_convolution_blocks(problem: Problem) -> Iterator[Check]:
+    """Lemma 8, Prop. 9: the outputs of a convolution are `H^ w^` with a row per position; its Hessian follows."""
+    yield from each_layer(problem, _LEMMA_8, Source.PROP_9, _outputs, dense=False)
+    yield from each_layer(problem, _T1, Source.PROP_9, _unit_blocks, dense=False)
+
+
+def _outputs(problem: Problem, layer: Layer) -> Iterator[Check]:
+    problem.require_once(layer)
+    seen: list[Tensor] = []
+    problem.risk.capture(lambda name, module, args, out: seen.append(out.clone()), [layer.name])
+    found = torch.cat([channel_values(layer, out) for out in seen])
+    tensors, rows = problem.risk.named_tensors(), problem.rows[layer.name]
+    weight = tensors[layer.weight].flatten(1).view(layer.groups, -1, layer.features)
+    expected = torch.einsum("rgm,gum->rgu", rows, weight).flatten(1)
+    bias = tensors.get(f"{layer.name}.bias" if layer.name else "bias")
+    yield agreement(
+        f"{_LEMMA_8} [{label(layer)}]", Source.PROP_9, found, expected if bias is None else expected + bias,
+        details={"rows": len(rows), "units": layer.units},
+    )  # fmt: skip
 
 
 def _by_rows(problem: Problem, layer: Layer) -> Iterator[Check]:
@@ -54,7 +79,7 @@ def _by_rows(problem: Problem, layer: Layer) -> Iterator[Check]:
         long.append(A.to_dense())
     yield agreement(
         f"{_GN} [{label(layer)}]",
-        "T1",
+        Source.PROP_2,
         torch.stack(short),
         torch.stack(long),
         bound=resolution(problem.risk, layer.name),
@@ -86,7 +111,7 @@ def _unit_blocks(problem: Problem, layer: Layer) -> Iterator[Check]:
     hypotheses = {"covered": True, "one use of the weight": True, "no entry on a kink": True}
     yield agreement(
         f"the layer's Hessian block is (I (x) H^)^T S (I (x) H^) [{label(layer)}]",
-        "T1",
+        _source(layer),
         A,
         _assembled(own, rows, S),
         bound=resolution(part, layer.name),
@@ -97,20 +122,24 @@ def _unit_blocks(problem: Problem, layer: Layer) -> Iterator[Check]:
     if part.coupled:
         yield Check.not_applicable(
             f"S_i has no entries between examples [{label(layer)}]",
-            "T1",
+            _source(layer),
             f"examples are coupled by batch statistics; measured {between:.3g} of |S|",
         )
         return
     kind = "diagonal" if rows.shape[0] == part.batches.total else "block diagonal over examples"
     yield Check.compare(
         f"S_i is {kind} [{label(layer)}]",
-        "T1",
+        _source(layer),
         observed=between,
         predicted=1e-12,
         tolerance=0.0,
         relation="<=",
         hypotheses={"no batch coupling": True},
     )
+
+
+def _source(layer: Layer) -> Source:
+    return Source.PROP_2 if isinstance(layer.module, nn.Linear) else Source.PROP_9
 
 
 def _outputs_per_example(problem: Problem, layer: Layer) -> int:
@@ -150,10 +179,10 @@ def _between_examples(S: Tensor, examples: int) -> float:
     return float((S * across).norm() / S.norm()) if bool(S.any()) else 0.0
 
 
-@statement("T1'", _T1P)
+@statement(Source.T1_PRIME, _T1P)
 def check_hessian_is_gauss_newton(problem: Problem) -> Iterator[Check]:
     """T1': with piecewise linear activations the two matrices agree on each layer, away from kinks."""
-    yield from each_layer(problem, _T1P, "T1'", _equal_blocks)
+    yield from each_layer(problem, _T1P, Source.T1_PRIME, _equal_blocks)
 
 
 def _equal_blocks(problem: Problem, layer: Layer) -> Iterator[Check]:
@@ -168,7 +197,7 @@ def _equal_blocks(problem: Problem, layer: Layer) -> Iterator[Check]:
     if not bool(A.any()):
         raise NotApplicable("the layer has no curvature at all")
     hypotheses = {"piecewise linear": True, "no entry on a kink": True}
-    yield agreement(f"{_T1P} [{label(layer)}]", "T1'", H, A, bound=bound, hypotheses=hypotheses)
+    yield agreement(f"{_T1P} [{label(layer)}]", Source.T1_PRIME, H, A, bound=bound, hypotheses=hypotheses)
 
 
 def _by_factor(problem: Problem, layer: Layer) -> Tensor:

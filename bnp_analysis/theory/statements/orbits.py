@@ -18,6 +18,7 @@ from bnp_analysis.linalg.random import normal
 from bnp_analysis.network import EmpiricalRisk
 from bnp_analysis.precondition import bnp_preconditioner
 from bnp_analysis.theory.check import Check
+from bnp_analysis.theory.sources import Source
 from bnp_analysis.theory.statements.generators import Scaling, scalings
 from bnp_analysis.theory.statements.rewriting import first_examples, rewritten
 from bnp_analysis.theory.statements.setting import NotApplicable, Problem, distance, statement
@@ -133,7 +134,7 @@ def _studied(problem: Problem) -> tuple[EmpiricalRisk, list[Scaling]]:
     return risk, scalings(Problem(risk, seed=problem.seed, limit=problem.limit))
 
 
-@statement("T12", _T12)
+@statement(Source.T12, _T12)
 def check_orbits(problem: Problem) -> Iterator[Check]:
     """T12: the law on products, the condition numbers along the orbit, and the blocks in BNP coordinates."""
     risk, orbits = _studied(problem)
@@ -146,14 +147,14 @@ def check_orbits(problem: Problem) -> Iterator[Check]:
             yield _compared(
                 curve,
                 name,
-                (f"{_KAPPA} [{name}; {_where(scaling)}]", "T12"),
+                (f"{_KAPPA} [{name}; {_where(scaling)}]", Source.T12),
                 observed=curve.deviation(name),
                 reason=f"kappa* from {min(curve.observed[name]):.3g} to {max(curve.observed[name]):.3g}",
                 details={"observed": curve.observed[name], "predicted": curve.predicted[name]},
             )
 
 
-@statement("T10", _T10)
+@statement(Source.T10, _T10)
 def check_output_scaling(problem: Problem) -> Iterator[Check]:
     """T10: the same orbits with each unit divided by its share of the curvature of the loss."""
     risk, orbits = _studied(problem)
@@ -163,7 +164,7 @@ def check_output_scaling(problem: Problem) -> Iterator[Check]:
         yield _compared(
             curve,
             name,
-            (f"{_T10} [{_where(scaling)}]", "T10"),
+            (f"{_T10} [{_where(scaling)}]", Source.T10),
             observed=curve.spread(name),
             reason=f"kappa* {curve.observed[name][0]:.6g}; without it a factor {_factor_of(curve):.3g}",
             details={f"kappa*, {key}": values for key, values in curve.observed.items()},
@@ -236,7 +237,7 @@ def _law(problem: Problem, risk: EmpiricalRisk, scaling: Scaling) -> Iterator[Ch
         worst = max(worst, distance(T * (hessian(there) @ (T * v)), image))
     yield Check.compare(
         f"{_T12} [{_where(scaling)}]",
-        "T12",
+        Source.T12,
         observed=worst,
         predicted=1e-8,
         tolerance=0.0,
@@ -270,7 +271,7 @@ def _blocks(risk: EmpiricalRisk, scaling: Scaling) -> Iterator[Check]:
     ):
         yield Check.compare(
             f"in BNP coordinates {words} [{_where(scaling)}]",
-            "T12",
+            Source.T12,
             observed=gaps[name],
             predicted=1e-8,
             tolerance=0.0,

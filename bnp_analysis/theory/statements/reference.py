@@ -29,7 +29,14 @@ def own_moments(problem: Problem, layer: Layer, statistics: str = "channel") -> 
     if statistics == "patch" or isinstance(layer.module, nn.Linear):
         values = problem.rows[layer.name]
     else:
-        values = _channels(problem, layer)
+        seen: list[Tensor] = []
+        problem.risk.capture(lambda name, module, args, out: seen.append(args[0].clone()), [layer.name])
+        values = torch.cat([channel_values(layer, h) for h in seen])
+    return moments_of(values, layer)
+
+
+def moments_of(values: Tensor, layer: Layer) -> LayerMoments:
+    """The moments of rows, `(R, groups, m)`, or of the values of input channels, `(R, channels)`."""
     mean, variance = values.mean(dim=0), values.var(dim=0, unbiased=False)
     low, high = values.amin(dim=0), values.amax(dim=0)
     constant = high - low <= 8 * torch.finfo(values.dtype).eps * torch.maximum(low.abs(), high.abs())
@@ -42,12 +49,14 @@ def own_moments(problem: Problem, layer: Layer, statistics: str = "channel") -> 
     return LayerMoments(mean, variance, constant)
 
 
-def _channels(problem: Problem, layer: Layer) -> Tensor:
-    seen: list[Tensor] = []
-    problem.risk.capture(lambda name, module, args, out: seen.append(args[0].clone()), [layer.name])
-    spatial = len(layer.module.kernel_size) if not isinstance(layer.module, nn.Linear) else 0
-    whole = torch.cat([h if h.ndim == spatial + 2 else h.unsqueeze(0) for h in seen])
-    return whole.movedim(1, -1).flatten(0, -2)
+def channel_axis(layer: Layer) -> int:
+    """The axis of a layer's input that runs over features or channels, from the end."""
+    return -1 if isinstance(layer.module, nn.Linear) else -1 - len(layer.module.kernel_size)
+
+
+def channel_values(layer: Layer, h: Tensor) -> Tensor:
+    """The values of each feature or channel of a layer's input or output, `(R, channels)`."""
+    return h.movedim(channel_axis(layer), -1).reshape(-1, h.shape[channel_axis(layer)])
 
 
 def damped(moments: LayerMoments, settings: Mapping[str, Any]) -> Tensor:

@@ -149,17 +149,22 @@ class Affine(nn.Module):
 
 
 class LiveNorm(nn.Module):
-    """Batch normalization of a layer's input by the statistics of the batch, eps = 0; constant features keep 1."""
+    """Batch normalization of a layer's input by the statistics of the batch, eps = 0; constant features keep 1.
 
-    def __init__(self, axis: int) -> None:
+    Args:
+        axis: of the features or channels.
+        through: whether statistics are differentiated.
+    """
+
+    def __init__(self, axis: int, through: bool = True) -> None:
         super().__init__()
-        self._axis = axis
+        self._axis, self._through = axis, through
 
     def forward(self, h: Tensor) -> Tensor:
         others = [d for d in range(h.ndim) if d != self._axis % h.ndim]
-        mean = h.mean(dim=others, keepdim=True)
-        centered = h - mean
-        variance = centered.square().mean(dim=others, keepdim=True)
+        source = h if self._through else h.detach()
+        mean = source.mean(dim=others, keepdim=True)
+        variance = (source - mean).square().mean(dim=others, keepdim=True)
         size = h.detach().abs().amax(dim=others, keepdim=True)
         constant = variance.detach() <= (8 * torch.finfo(h.dtype).eps * size) ** 2
-        return centered / torch.where(constant, torch.ones_like(variance), variance).sqrt()
+        return (h - mean) / torch.where(constant, torch.ones_like(variance), variance).sqrt()

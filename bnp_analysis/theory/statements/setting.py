@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnp_analysis.curvature import NullDirections, gauss_newton, hessian, null_directions
 from bnp_analysis.errors import BNPAnalysisError
@@ -20,6 +20,7 @@ from bnp_analysis.network.layers import products_only
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.precondition import BNPPreconditioner, bnp_preconditioner
 from bnp_analysis.theory.check import Check
+from bnp_analysis.theory.sources import Source
 from bnp_analysis.theory.statements.activations import Activations, activations
 
 # Parameters of a dense reference matrix, and numbers in the factor that it is made of.
@@ -210,17 +211,17 @@ class Problem:
 
 @dataclass(frozen=True)
 class Statement:
-    """A numbered statement, and how it is tried on a problem.
+    """A statement, and how it is tried on a problem.
 
     Called with a risk it gives its checks; never an error for a problem that it does not apply to.
 
     Attributes:
-        source: its number, `"T7"`.
+        source: which one it is.
         words: what it says, for tables where it could not be tried.
         attempt: the checks of one problem, one after the other.
     """
 
-    source: str
+    source: Source
     words: str
     attempt: Callable[[Problem], Iterable[Check]]
 
@@ -264,8 +265,8 @@ class Statement:
         return Check.not_applicable(self.words, self.source, reason, **more)
 
 
-def statement(source: str, words: str) -> Callable[[Callable[[Problem], Iterable[Check]]], Statement]:
-    """Make a function over a problem the check of a numbered statement."""
+def statement(source: Source, words: str) -> Callable[[Callable[[Problem], Iterable[Check]]], Statement]:
+    """Make a function over a problem the check of a statement."""
 
     def named(attempt: Callable[[Problem], Iterable[Check]]) -> Statement:
         made = Statement(source, words, attempt)
@@ -276,10 +277,16 @@ def statement(source: str, words: str) -> Callable[[Callable[[Problem], Iterable
 
 
 def each_layer(
-    problem: Problem, words: str, source: str, attempt: Callable[[Problem, Layer], Iterable[Check]]
+    problem: Problem,
+    words: str,
+    source: Source,
+    attempt: Callable[[Problem, Layer], Iterable[Check]],
+    dense: bool | None = None,
 ) -> Iterator[Check]:
-    """The checks of every covered layer; a refusal is that layer's alone."""
+    """The checks of every covered layer, or of the dense ones or convolutions; a refusal is that layer's alone."""
     for layer in problem.layers:
+        if dense is not None and dense != isinstance(layer.module, nn.Linear):
+            continue
         try:
             yield from attempt(problem, layer)
         except NotApplicable as refusal:
@@ -299,7 +306,9 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return gap / size if size > 0 else (0.0 if gap == 0 else math.inf)
 
 
-def agreement(words: str, source: str, found: Tensor, expected: Tensor, *, bound: float = 1e-9, **more: Any) -> Check:
+def agreement(
+    words: str, source: Source, found: Tensor, expected: Tensor, *, bound: float = 1e-9, **more: Any
+) -> Check:
     """Whether two arrays agree: their relative distance is at most `bound`, which rounding must explain."""
     return Check.compare(
         words, source, observed=distance(found, expected), predicted=bound, tolerance=0.0, relation="<=", **more

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +15,21 @@ from bnp_analysis.network import Layer
 from bnp_analysis.precondition import BNPBlock, bnp_preconditioner
 from bnp_analysis.precondition.running import corrected_rho, update_moments
 from bnp_analysis.theory.check import Check
+from bnp_analysis.theory.sources import Source
 from bnp_analysis.theory.statements.reference import damped, extended, own_moments
 from bnp_analysis.theory.statements.setting import NotApplicable, Problem, agreement, each_layer, label, statement
 
 _T4 = "running statistics are mean and variance of a mixture of all rows seen"
+_PROP_10 = "|mu(t, a, p) - mu(p)| <= (k-1)(1/(2r) + 1/(2s) - (k-1)/(4rs)) max|h|"
 _T6 = "per-patch statistics center and scale every entry of a patch"
 _ROWS = 2_000
 _RHO = 0.9
 
 
-@statement("T4", _T4)
+@statement(Source.T4, _T4)
 def check_running_statistics(problem: Problem) -> Iterator[Check]:
     """T4: the law of total variance along random splits of each layer's rows, one-row batches among them."""
-    yield from each_layer(problem, _T4, "T4", _running)
+    yield from each_layer(problem, _T4, Source.T4, _running)
 
 
 def _running(problem: Problem, layer: Layer) -> Iterator[Check]:
@@ -38,17 +41,17 @@ def _running(problem: Problem, layer: Layer) -> Iterator[Check]:
     rhos = [_RHO] * len(first)
     details: dict[str, float] = {"rows": len(rows), "batches": len(first), "smallest batch": min(map(len, first))}
     found = _run(first, rhos)
-    yield agreement(f"{_T4} [{name}]", "T4", found, _mixture(first, rhos, start=True), details=details)
+    yield agreement(f"{_T4} [{name}]", Source.T4, found, _mixture(first, rhos, start=True), details=details)
     corrected = [corrected_rho(_RHO, k + 1) for k in range(len(first))]
     words = f"with the corrected start the start (0, 1) weighs nothing [{name}]"
-    yield agreement(words, "T4", _run(first, corrected), _mixture(first, rhos, start=False))
+    yield agreement(words, Source.T4, _run(first, corrected), _mixture(first, rhos, start=False))
     both = [_run(split, _cumulative(split)) for split in (first, second)]
     exact = torch.cat([rows.mean(dim=0), rows.var(dim=0, unbiased=False)])
     words = f"with cumulative counts the split does not matter [{name}]"
     constant = _run(second, [_RHO] * len(second))
     moved = float((found - constant).norm() / exact.norm())
     details = {"with a constant rho two splits differ by": moved}
-    yield agreement(words, "T4", torch.cat(both), torch.cat([exact, exact]), details=details)
+    yield agreement(words, Source.T4, torch.cat(both), torch.cat([exact, exact]), details=details)
 
 
 def _split(rows: Tensor, g: torch.Generator) -> list[Tensor]:
@@ -91,12 +94,12 @@ def _mixture(batches: Sequence[Tensor], rhos: Sequence[float], *, start: bool) -
     return torch.cat([mean, var])
 
 
-@statement("T6", _T6)
+@statement(Source.T6, _T6)
 def check_patch_statistics(problem: Problem) -> Iterator[Check]:
     """T6: convolutions only; dense layers do not distinguish the two."""
     if all(isinstance(layer.module, nn.Linear) for layer in problem.layers):
         raise NotApplicable("no convolution")
-    yield from each_layer(problem, _T6, "T6", _patches)
+    yield from each_layer(problem, _T6, Source.T6, _patches)
 
 
 def _patches(problem: Problem, layer: Layer) -> Iterator[Check]:
@@ -110,7 +113,7 @@ def _patches(problem: Problem, layer: Layer) -> Iterator[Check]:
     mean, std = G["patch"].mean(dim=0)[kept], G["patch"].std(dim=0, unbiased=False)[kept]
     yield agreement(
         f"{_T6} [{name}]",
-        "T6",
+        Source.T6,
         torch.cat([mean, std]),
         torch.cat([torch.zeros_like(mean), torch.ones_like(std)]),
         hypotheses={"convolution": True},
@@ -118,7 +121,7 @@ def _patches(problem: Problem, layer: Layer) -> Iterator[Check]:
     )
     if layer.bias is not None:
         rest = P.normalized(rows)[..., : layer.features] * P.q
-        yield agreement(f"the per-patch preconditioner makes these rows [{name}]", "T6", rest, G["patch"])
+        yield agreement(f"the per-patch preconditioner makes these rows [{name}]", Source.T6, rest, G["patch"])
     yield _agree(problem, layer, G)
 
 
@@ -130,9 +133,94 @@ def _agree(problem: Problem, layer: Layer, G: dict[str, Tensor]) -> Check:
     same = same and problem.rows[layer.name].shape[0] == _positions(problem, layer)
     details = {"largest mean in sigma": float(G["channel"].mean(dim=0).abs().max())} | _effect(problem, layer, G)
     if same:
-        return agreement(words, "T6", G["channel"], G["patch"], bound=1e-8, details=details)
+        return agreement(words, Source.T6, G["channel"], G["patch"], bound=1e-8, details=details)
     effect = ", ".join(f"{key} {value:.3g}" for key, value in details.items())
-    return Check.not_applicable(words, "T6", f"not circular padding with stride 1; measured: {effect}", details=details)
+    return Check.not_applicable(
+        words, Source.T6, f"not circular padding with stride 1; measured: {effect}", details=details
+    )
+
+
+@statement(Source.PROP_10, _PROP_10)
+def check_padded_means(problem: Problem) -> Iterator[Check]:
+    """Prop. 10: attained by constant maps over sizes and kernels, beyond its domain false; and on the layers."""
+    yield from _maps(problem.random(10))
+    yield from each_layer(problem, _PROP_10, Source.PROP_10, _padded, dense=False)
+
+
+def mean_bound(size: Sequence[int], reach: Sequence[int]) -> float:
+    """The bound over `max|h|` for spatial `size` and `reach = (k - 1)/2`: the largest share of padded entries.
+
+    `1 - prod(1 - reach/size)`; in two dimensions with a square kernel the paper's
+    `(k-1)(1/(2r) + 1/(2s) - (k-1)/(4rs))`. One and three dimensions, other kernels and dilation are our extension.
+
+    Example:
+        >>> mean_bound((8, 8), (1, 1)) == 2 * (1 / 16 + 1 / 16 - 2 / (4 * 64))
+        True
+    """
+    return 1 - math.prod(1 - d / n for n, d in zip(size, reach, strict=True))
+
+
+def _entry_means(h: Tensor, k: int) -> Tensor:
+    """Means of every kernel entry over images and positions, `(channels, k^2)`; images `(N, c, r, s)`."""
+    return nn.functional.unfold(h, k, padding=k // 2).mean(dim=(0, 2)).view(h.shape[1], k * k)
+
+
+def _maps(g: torch.Generator) -> Iterator[Check]:
+    inside = [(r, s, k) for r, s in ((2, 2), (3, 5), (8, 8), (1, 9), (4, 32)) for k in (1, 3, 5, 7)]
+    inside = [(r, s, k) for r, s, k in inside if k // 2 <= max(r, s)]
+    attained, random = 0.0, 0.0
+    for r, s, k in inside:
+        bound = mean_bound((r, s), (k // 2, k // 2))
+        for constant in (True, False):
+            noise = torch.randn(2, 3, r, s, generator=g, dtype=torch.float64)
+            h = torch.ones_like(noise) if constant else noise
+            gap = float((_entry_means(h, k) - h.mean(dim=(0, 2, 3))[:, None]).abs().max() / h.abs().max())
+            if constant and min(r, s) >= k // 2:
+                attained = max(attained, abs(gap - bound))
+            random = max(random, gap / bound if k > 1 else gap / 1e-12)
+    where, domain = f"{len(inside)} sizes and kernels", {"stride 1, zero padding, odd k": True}
+    yield Check.compare(
+        f"a constant map attains the bound [the largest difference over {where}]", Source.PROP_10, observed=attained,
+        predicted=1e-13, tolerance=0.0, relation="<=", hypotheses=domain,
+    )  # fmt: skip
+    yield Check.compare(
+        f"{_PROP_10} [the largest ratio over {where}, constant and random maps]", Source.PROP_10, observed=random,
+        predicted=1.0, tolerance=1e-12, relation="<=", hypotheses={**domain, "(k - 1)/2 <= max(r, s)": True},
+    )  # fmt: skip
+    beyond = torch.ones(1, 1, 2, 2, dtype=torch.float64)
+    yield Check.compare(
+        "where (k - 1)/2 > max(r, s) it is false [k = 7 on a constant 2 x 2 map]", Source.PROP_10,
+        observed=float((_entry_means(beyond, 7) - 1).abs().max()), predicted=1.3 * mean_bound((2, 2), (3, 3)),
+        tolerance=0.0, relation=">=", hypotheses={"(k - 1)/2 <= max(r, s)": False},
+    )  # fmt: skip
+
+
+def _padded(problem: Problem, layer: Layer) -> Iterator[Check]:
+    module: Any = layer.module
+    dims = len(module.kernel_size)
+    reach = [d * (k - 1) // 2 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+    seen: list[Tensor] = []
+    problem.risk.capture(lambda name, module, args, out: seen.append(args[0].clone()), [layer.name])
+    same = module.padding == "same" or tuple(module.padding) == tuple(reach)
+    odd = all(k % 2 for k in module.kernel_size)
+    if not (odd and same and module.padding_mode == "zeros" and set(module.stride) == {1}):
+        raise NotApplicable("not a zero-padded convolution of odd kernel and stride 1 that keeps the size")
+    size = tuple(seen[0].shape[-dims:])
+    if any(tuple(h.shape[-dims:]) != size for h in seen):
+        raise NotApplicable("images of several sizes")
+    if sum(d > n for d, n in zip(reach, size, strict=True)) > 1:
+        raise NotApplicable(f"the kernel reaches {reach}, beyond the whole image {size}")
+    gap = problem.rows[layer.name].mean(dim=0) - own_moments(problem, layer).mean
+    yield Check.compare(
+        f"{_PROP_10} [{label(layer)}]",
+        Source.PROP_10,
+        observed=float(gap.abs().max()),
+        predicted=mean_bound(size, reach) * max(float(h.abs().max()) for h in seen),
+        tolerance=1e-12,
+        relation="<=",
+        hypotheses={"stride 1, zero padding, odd k": True, "(k - 1)/2 <= max(r, s)": True},
+        details={"bound over max|h|": mean_bound(size, reach), "extension": dims != 2 or len({*reach}) > 1},
+    )
 
 
 def _positions(problem: Problem, layer: Layer) -> int:

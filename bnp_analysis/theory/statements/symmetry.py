@@ -10,10 +10,9 @@ from torch import Tensor
 from bnp_analysis.curvature import NullDirections, hessian, null_directions
 from bnp_analysis.linalg.spectra.checks import norm_estimate
 from bnp_analysis.network import Layer
-from bnp_analysis.network.candidates import Part
-from bnp_analysis.network.symmetries import candidate_directions
 from bnp_analysis.theory.check import Check
-from bnp_analysis.theory.statements.generators import generators
+from bnp_analysis.theory.sources import Source
+from bnp_analysis.theory.statements.generators import generators, logit_shifts
 from bnp_analysis.theory.statements.setting import NotApplicable, Problem, each_layer, label, statement
 
 _T11 = "the null directions that symmetries and data explain are null, and at most the nullity"
@@ -24,15 +23,15 @@ _SHIFT = "along the shift of all logits Hess t = 0"
 _GAP = 30.0
 
 
-@statement("T11", _T11)
+@statement(Source.T11, _T11)
 def check_null_directions(problem: Problem) -> Iterator[Check]:
     """T11: the whole network where it fits, else its layers; what is left of the nullity is named unexplained."""
     try:
         problem.require_size(problem.risk.space.dim)
         yield from _counted(problem, problem.null, "network")
     except NotApplicable as refusal:
-        yield Check.not_applicable(f"{_COUNT} [network]", "T11", str(refusal))
-        yield from each_layer(problem, _COUNT, "T11", _layer)
+        yield Check.not_applicable(f"{_COUNT} [network]", Source.T11, str(refusal))
+        yield from each_layer(problem, _COUNT, Source.T11, _layer)
     yield from _orbits(problem)
     yield from _shift(problem)
 
@@ -52,7 +51,7 @@ def _counted(problem: Problem, null: NullDirections, where: str) -> Iterator[Che
         reason += f"; not analysed: {'; '.join(null.not_analysed)}"
     yield Check.compare(
         f"{_COUNT} [{where}]",
-        "T11",
+        Source.T11,
         observed=float(explained),
         predicted=float(nullity),
         tolerance=0.0,
@@ -68,7 +67,7 @@ def _counted(problem: Problem, null: NullDirections, where: str) -> Iterator[Che
     images = (F @ null.basis).norm(dim=0) / null.basis.norm(dim=0)
     yield Check.compare(
         f"every direction found is null: |F t| / |F| |t| [{where}]",
-        "T11",
+        Source.T11,
         observed=float(images.max()) / details["largest"],
         predicted=1e-10,
         tolerance=0.0,
@@ -107,7 +106,7 @@ def _orbits(problem: Problem) -> Iterator[Check]:
     try:
         problem.require_smooth()
     except NotApplicable as refusal:
-        yield Check.not_applicable(_ORBIT, "T11", str(refusal))
+        yield Check.not_applicable(_ORBIT, Source.T11, str(refusal))
         return
     risk, H = problem.risk, hessian(problem.risk)
     theta, gradient = risk.theta, risk.gradient
@@ -121,7 +120,7 @@ def _orbits(problem: Problem) -> Iterator[Check]:
         size = max(float(image.norm()), float(expected.norm()), 1e-5 * norm_estimate(H) * float(t.norm()))
         yield Check.compare(
             f"{_ORBIT} [{one.cause}: {one.where}]",
-            "T11",
+            Source.T11,
             observed=float((image - expected).norm()) / size,
             predicted=1e-8,
             tolerance=0.0,
@@ -134,47 +133,24 @@ def _orbits(problem: Problem) -> Iterator[Check]:
             },
         )
     if not found:
-        yield Check.not_applicable(_ORBIT, "T11", "no unit or channel is scaled or mixed by a linear generator")
-
-
-def _is_translation(problem: Problem, layer: Layer, part: Part) -> bool:
-    """Whether a direction adds one number to the same weight of every unit of one layer: no parameter enters it."""
-    space = problem.risk.space
-    column = torch.zeros(space.dim, dtype=torch.float64)
-    column[part.positions] = part.values[:, 0]
-    size = float(column.norm())
-    for name in space.layer_names(layer.name):
-        rows = column[space.slice_of(name)].reshape(layer.units, -1)
-        if float((rows - rows[0]).norm()) > 1e-12 * size:
-            return False
-        column[space.slice_of(name)] = 0
-    return not bool(column.any())
+        yield Check.not_applicable(_ORBIT, Source.T11, "no unit or channel is scaled or mixed by a linear generator")
 
 
 def _shift(problem: Problem) -> Iterator[Check]:
-    candidates, _ = candidate_directions(problem.risk)
-    parts = [
-        part
-        for one in candidates
-        if one.cause == "softmax shift"
-        for part in one.parts
-        if any(_is_translation(problem, layer, part) for layer in problem.layers)
-    ]
-    if not parts:
-        yield Check.not_applicable(_SHIFT, "T11", "the loss does not ignore a shift of the outputs of a last layer")
+    directions = logit_shifts(problem)
+    if not directions.shape[1]:
+        yield Check.not_applicable(
+            _SHIFT, Source.T11, "the loss does not ignore a shift of the outputs of a last layer"
+        )
         return
-    directions = torch.zeros(problem.risk.space.dim, len(parts), dtype=problem.risk.theta.dtype)
-    for k, part in enumerate(parts):
-        column = part.values[:, 0]
-        directions[part.positions, k] = (column / column.norm()).to(directions)
     H = hessian(problem.risk)
     yield Check.compare(
         _SHIFT,
-        "T11",
+        Source.T11,
         observed=float((H @ directions).norm(dim=0).max()) / norm_estimate(H),
         predicted=1e-10,
         tolerance=0.0,
         relation="<=",
         hypotheses={"a translation": True},
-        details={"directions": len(parts)},
+        details={"directions": directions.shape[1]},
     )
