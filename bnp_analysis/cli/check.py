@@ -8,13 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-<<<<<<< HEAD:bnp_analysis/cli/check.py
 from bnp_analysis.cli.problem import checked_problem, problem_options
-from bnp_analysis.errors import InvalidInputError
-=======
-from bnp_analysis.linalg import Preconditioner
-from bnp_analysis.network import EmpiricalRisk
->>>>>>> h-statements:bnp_analysis/theory/command.py
 from bnp_analysis.theory.check import Check, CheckTable
 from bnp_analysis.theory.sources import Source, named
 from bnp_analysis.theory.statements.rates import rates_of
@@ -55,16 +49,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def _check(arguments: argparse.Namespace) -> int:
     """Run the command; the exit status is the verdict."""
-<<<<<<< HEAD:bnp_analysis/cli/check.py
-    unknown = [source for source in arguments.only or () if source not in SOURCES]
-    if unknown:
-        raise InvalidInputError(f"no statement {', '.join(unknown)}; there are: {', '.join(SOURCES)}")
-    risk, preconditioner = checked_problem(arguments)
-=======
     if arguments.only is not None:
         named(arguments.only)
-    risk, preconditioner = make(arguments)
->>>>>>> h-statements:bnp_analysis/theory/command.py
+    risk, preconditioner = checked_problem(arguments)
 
     def line(check: Check) -> None:
         print(check, flush=True)
