@@ -482,7 +482,7 @@ def _softmaxed(made: Any, func: Any, x: Tensor, dim: int | None = None, *rest: A
             # The roots of probabilities are what counts: half of the relative error.
             spread = (x.detach().amax(dim, keepdim=True) - x.detach()).masked_fill(~kept, 0.0)
             watch.amplification = max(watch.amplification, float(spread.max()) / 2)
-    return cast(Tensor, made.apply(x, dim, watch is not None and watch.structural))  # type: ignore[no-untyped-call]
+    return cast(Tensor, made.apply(x, dim, watch is not None and watch.structural))
 
 
 def _log_sum_exp(func: Any, x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
