@@ -21,6 +21,9 @@ from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.saturation import has_vanished, product_eps
 
+# Products whose derivatives have lost so many roundings more go through the factor, if that has not.
+_LOST = 100
+
 
 class GaussNewton(SymmetricOperator):
     """`J^T S J` of a risk; made by `gauss_newton`."""
@@ -65,7 +68,8 @@ class GaussNewton(SymmetricOperator):
     def _by_factor(self) -> bool:
         """Whether products go through the factor, whose root is in closed form where the loss's derivatives cancel."""
         eps = products_of_loss(self._risk)[0]
-        return eps > product_eps(self._risk) and self.factor is not None and self.factor.eps < eps
+        lost = eps > _LOST * product_eps(self._risk)
+        return lost and self.factor is not None and self.factor.eps < eps
 
     @over_processes
     def _matmat(self, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,10 +111,15 @@ def _loss_doubt(risk: EmpiricalRisk) -> tuple[float, bool]:
         with torch.no_grad():
             outputs = risk.batch_outputs(tensors, batch)
         if outputs.ndim and outputs.numel():
-            bends = _Bends(risk, batch, outputs, 1)
-            image = bends.product()
-            ordinary = bends.structural(bends.product) if bool((image == 0).any()) else image
-            rounding = max(rounding, _relative(bends.roundings(image, bends.product), image.abs()))
+            bends = _Bends(risk, batch, outputs, outputs[0].numel())
+            make = partial(bends.product, generic(bends.rows))
+            image = make()
+            ordinary = bends.structural(make) if bool((image == 0).any()) else image
+            doubt, size = bends.roundings(image, make), image.abs()
+            if bends.mixes():
+                # An entry of the product may cancel where no derivative does.
+                doubt, size = doubt.amax(dim=1), size.amax(dim=1)
+            rounding = max(rounding, _relative(doubt, size))
             vanished = vanished or bool(((image == 0) & (ordinary != 0)).any())
     return rounding, vanished
 
@@ -197,10 +203,16 @@ class _Bends:
         """`S` at the outputs."""
         return self.at(self.outputs)
 
-    def product(self) -> Tensor:
-        """`S` times positive numbers, `(rows, width)`."""
+    def product(self, v: Tensor) -> Tensor:
+        """`S v`, `(rows, width)`."""
         z, g = loss_gradient(self.risk, self.batch, self.outputs)
-        return to_rows(hessian_product(z, g, generic(z.detach())), self.width, self.axis)
+        image = hessian_product(z, g, from_rows(v.to(z), z.shape, self.axis))
+        return to_rows(image, self.width, self.axis)
+
+    def mixes(self) -> bool:
+        """Whether outputs of a row bend the loss in others, of another parity."""
+        even = (torch.arange(self.width, device=self.outputs.device) % 2 == 0).expand_as(self.rows)
+        return bool((self.product(even)[~even] != 0).any())
 
     def roundings(self, S: Tensor, make: Callable[[], Tensor | None]) -> Tensor:
         """How far rounding may have moved each entry of `S`: every operation is repeated with a unit more or less."""

@@ -252,7 +252,7 @@ def perceptron(activation: str) -> bnp.EmpiricalRisk:
 def test_what_a_chain_holds_is_counted(
     build: Callable[..., Any], activation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cotangents and curvatures are nothing that autograd saves. GELU's input is held by its node, ReLU's by none."""
+    """Cotangents and curvatures are nothing that autograd saves. GELU's slopes are held, ReLU's by none."""
     risk = perceptron(activation)
     A = build(risk)
     extrapolated = A.engine.graph_bytes
@@ -260,9 +260,9 @@ def test_what_a_chain_holds_is_counted(
     data = next(iter(risk.batches)).x.untyped_storage().data_ptr()
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held_by(A._engine._kept[0])}
     held, hidden = sum(size for place, size in storages.items() if place != data), 300 * 40 * 8
-    by_node = 3 * (activation == "gelu")
-    assert held >= (3 if build is bnp.gauss_newton else 5 + by_node) * hidden
-    assert held + by_node * hidden <= extrapolated <= held + (by_node + 1) * hidden
+    slopes = 3 * (activation == "gelu")
+    assert held >= (3 if build is bnp.gauss_newton else 5 + slopes) * hidden
+    assert held <= extrapolated <= held + (slopes + 1) * hidden
     monkeypatch.setattr(engines, "_FEW", (1000, 2000))  # the whole batch is counted
     assert extrapolated == pytest.approx(build(perceptron(activation)).engine.graph_bytes, rel=0.02)
 
