@@ -115,7 +115,7 @@ def _recorded(risk: EmpiricalRisk, batch: Batch) -> Precision:
     with record, _named(risk, record.modules):
         outputs = risk.batch_outputs(tensors, batch)
         record.modules[:] = ["the loss"]
-        loss = risk.batch_loss(outputs, batch)
+        loss = risk.batch_loss(outputs, batch, tensors)
         record.modules[:] = ["the backward pass"]
         record.backward = True
         if loss.requires_grad:
