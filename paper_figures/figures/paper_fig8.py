@@ -242,8 +242,8 @@ def note(data: FigureData) -> str:
         f"{s['every']} iterations. Confirmed: P lowers the condition number. Not confirmed: the published sizes, "
         "which are rounding errors of zero eigenvalues, and kappa(D)^2 as the explanation. "
         f"{_summary(data)}. Published curves in grey (CIFAR-10), read off the figure; the paper does not state how "
-        "they were computed: that the Hessian was formed in float32, with cond by SVD and deviations floored at 1e-5, is "
-        "inferred from their shape, two clusters of kappa(D) and of what is plotted, and reproduces that alone: "
+        "they were computed: that the Hessian was formed in float32, with cond by SVD and deviations floored at 1e-5, "
+        "is inferred from their shape, two clusters of kappa(D) and of what is plotted, and reproduces that alone: "
         f"medians ours against published {beside}; a dead unit in {shares[0]:.0%} of the points against "
         f"{shares[1]:.0%}."
     )
