@@ -23,6 +23,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode, handle_torch_function
 
@@ -325,12 +326,16 @@ class LogSoftmax(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, ctx.dim, ctx.structural = inputs
+        ctx.kept = None
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
         (x,) = ctx.saved_tensors
+        if not torch.is_grad_enabled() and not is_functorch_wrapped_tensor(x):
+            ctx.kept = ctx.kept or _Probabilities.of(x, ctx.dim, ctx.structural)
+            return ctx.kept.pull(cotangents[0]), None, None
         return LogSoftmaxPullback.apply(cotangents[0], x, ctx.dim, ctx.structural), None, None  # type: ignore[no-untyped-call]
 
     @staticmethod
@@ -347,29 +352,56 @@ class LogSoftmaxPullback(torch.autograd.Function):
 
     @staticmethod
     def forward(g: Tensor, x: Tensor, dim: int, structural: bool) -> Tensor:
-        p = _unsaturated(x, dim) if structural else torch.softmax(x, dim)
-        top = torch.zeros_like(p).scatter(dim, p.argmax(dim, keepdim=True), 1.0)
-        # 1 - p of the largest is the sum of the others.
-        own = g * (p * (1 - top)).sum(dim, keepdim=True) - p * (g * (1 - top)).sum(dim, keepdim=True)
-        return torch.where(top > 0, own, g - p * g.sum(dim, keepdim=True))
+        return _Probabilities.of(x, dim, structural).pull(g)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         g, x, ctx.dim, ctx.structural = inputs
+        ctx.kept = None
         ctx.save_for_backward(g, x)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
         g, x = ctx.saved_tensors
-        p = Softmax.apply(x, ctx.dim, ctx.structural)  # type: ignore[no-untyped-call]
-        centred = _centred(cotangents[0], p, ctx.dim)
-        along_x = -g.sum(ctx.dim, keepdim=True) * p * centred if ctx.needs_input_grad[1] else None
-        return centred, along_x, None, None
+        if torch.is_grad_enabled() or any(is_functorch_wrapped_tensor(t) for t in (g, x)):
+            p = Softmax.apply(x, ctx.dim, ctx.structural)  # type: ignore[no-untyped-call]
+            top, scale = p.argmax(ctx.dim, keepdim=True), -g.sum(ctx.dim, keepdim=True) * p
+        else:  # a kept graph is run backwards many times, with the same softmax
+            if ctx.kept is None:
+                found = _Probabilities.of(x, ctx.dim, ctx.structural)
+                ctx.kept = found.p, found.top, -g.sum(ctx.dim, keepdim=True) * found.p
+            p, top, scale = ctx.kept
+        centred = _centred(cotangents[0], p, ctx.dim, top)
+        return centred, scale * centred if ctx.needs_input_grad[1] else None, None, None
 
 
-def _centred(g: Tensor, p: Tensor, dim: int) -> Tensor:
-    """`g - sum p g`, from differences to the entry where `p` is largest."""
-    h = g - g.gather(dim, p.argmax(dim, keepdim=True))
+@dataclass(frozen=True)
+class _Probabilities:
+    """A softmax `p` along an axis, and of its largest entry: the place, `p`, and `1 - p` as the sum of the others."""
+
+    p: Tensor
+    dim: int
+    top: Tensor
+    own: Tensor
+    others: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, dim: int, structural: bool) -> _Probabilities:
+        p = _unsaturated(x, dim) if structural else torch.softmax(x, dim)
+        top = p.argmax(dim, keepdim=True)
+        return cls(p, dim, top, p.gather(dim, top), p.scatter(dim, top, 0.0).sum(dim, keepdim=True))
+
+    def pull(self, g: Tensor) -> Tensor:
+        """`g - p sum g`, the largest entry without cancellation."""
+        own = g.gather(self.dim, self.top)
+        rest = g.scatter(self.dim, self.top, 0.0).sum(self.dim, keepdim=True)
+        pulled = g - self.p * (own + rest)
+        return pulled.scatter(self.dim, self.top, own * self.others - self.own * rest)
+
+
+def _centred(g: Tensor, p: Tensor, dim: int, top: Tensor | None = None) -> Tensor:
+    """`g - sum p g`, from differences to the entry `top` where `p` is largest."""
+    h = g - g.gather(dim, p.argmax(dim, keepdim=True) if top is None else top)
     return h - (p * h).sum(dim, keepdim=True)
 
 
@@ -452,7 +484,7 @@ def _note(watch: Watch, x: Tensor, rule: Rule) -> None:
     """Remember what derivatives of one call amplify, where they arrive, and whether its value has vanished."""
     if x.requires_grad:
         watch.edges.append(get_gradient_edge(x))
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if is_functorch_wrapped_tensor(x):
         # Inside a transformation numbers cannot be looked at.
         watch.vanished = True
         return

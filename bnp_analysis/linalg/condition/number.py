@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bnp_analysis.linalg.spectra.checks import products_known_to
 from bnp_analysis.results import Result
 
 MAGNITUDE = "max|lambda|/min|lambda|"
@@ -107,7 +106,7 @@ class ConditionNumber(Result, Extremes):
     def summary(self) -> str:
         """One honest line."""
         name = self.quantity
-        how = f"{self.method} {self.dtype}{products_known_to(self)}"
+        how = f"{self.method} {self.dtype}"
         if self.rank is not None:
             how += f", rank {self.rank} of {self.dim}"
         if self.quantity == MAGNITUDE:

@@ -24,7 +24,7 @@ from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.progress import Progress, reporting
 from bnp_analysis.linalg.random import generator, normal, orthonormal, project_out
 from bnp_analysis.linalg.spectra.brackets import Estimate, chance, christoffel, shares, whole
-from bnp_analysis.linalg.spectra.checks import measured, provenance, rounding_norm
+from bnp_analysis.linalg.spectra.checks import measured, products_known_to, provenance, rounding_norm
 from bnp_analysis.linalg.spectra.null import NORM_STEPS, HasBasis
 from bnp_analysis.results import Result
 
@@ -69,6 +69,7 @@ class SpectralDensity(Result):
         return (
             f"spectral density on [{found[0]:.4g}, {found[-1]:.4g}], mean {mean:.4g}, {len(self.nodes)} probes x "
             f"{self.nodes.shape[1]} steps (masses below a bound: quadrature +- {open_:.2g}), {self.matvecs} products"
+            f"{products_known_to(self)}"
         )
 
     def mass(self, low: float, high: float, confidence: float = 0.95) -> Estimate:
