@@ -206,7 +206,7 @@ class _Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         # Zeros without memory, which autograd makes, cannot be looked at.
-        inputs = [t for t in tensors_of((list(args), kwargs or {})) if not t._is_zerotensor()]
+        inputs = [t for t in tensors_of((list(args), kwargs or {})) if not (t._is_zerotensor() or t.is_meta)]
         given = {id(t) for t in inputs}
         if any(bool(t.isinf().any()) for t in tensors_of([out]) if _has_numbers(t)):
             numbers = [a for a in args if isinstance(a, float)]
@@ -261,7 +261,7 @@ def _coupled(z: Tensor, g: Tensor, count: int, eps: float) -> bool:
 
 
 def _has_numbers(t: Tensor) -> bool:
-    return t.is_floating_point() and not t._is_zerotensor()
+    return t.is_floating_point() and not t._is_zerotensor() and not t.is_meta
 
 
 def _is_diagonal(S: Tensor) -> bool:
