@@ -96,10 +96,12 @@ def products_of_loss(risk: EmpiricalRisk) -> tuple[float, bool]:
 
     The loss's curvature is tried by one product for each batch, with every operation's rounding moved.
     """
-    if "curvature" not in risk._cache:
+
+    def doubt() -> Tensor:
         found = risk.group.share(lambda: _loss_doubt(risk), "the rounding of the loss's curvature")
-        risk._cache["curvature"] = torch.tensor([max(r for r, _ in found), any(v for _, v in found)]).double()
-    rounding, vanished = risk._cache["curvature"].tolist()
+        return torch.tensor([max(r for r, _ in found), any(v for _, v in found)], dtype=torch.float64)
+
+    rounding, vanished = risk.remembered("doubt", doubt).tolist()
     return max(product_eps(risk), rounding / ROUNDINGS), bool(vanished)
 
 
@@ -245,9 +247,10 @@ class _Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        inputs = tensors_of((list(args), kwargs or {}))
+        # Zeros without memory, which autograd makes, cannot be looked at.
+        inputs = [t for t in tensors_of((list(args), kwargs or {})) if not (t._is_zerotensor() or t.is_meta)]
         given = {id(t) for t in inputs}
-        if any(bool(t.isinf().any()) for t in tensors_of([out]) if t.is_floating_point()):
+        if any(bool(t.isinf().any()) for t in tensors_of([out]) if _has_numbers(t)):
             numbers = [a for a in args if isinstance(a, float)]
             finite = all(map(math.isfinite, numbers)) and not any(bool(t.isinf().any()) for t in inputs)
             self.overflowed = self.overflowed or finite
@@ -257,7 +260,7 @@ class _Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         factors = [t for t in inputs if t.ndim] if product else []
 
         def moved(t: Tensor) -> Tensor:
-            if id(t) in given or not t.is_floating_point():
+            if id(t) in given or not _has_numbers(t):
                 return t
             signs = torch.randint(0, 2, t.shape, generator=self._generator, dtype=torch.int8).to(t.device) * 2 - 1
             number = torch.finfo(t.dtype)
@@ -297,6 +300,10 @@ def _coupled(z: Tensor, g: Tensor, count: int, axis: int, eps: float) -> bool:
         if float((image * ~side).max()) > eps * float(image.max()):
             return True
     return False
+
+
+def _has_numbers(t: Tensor) -> bool:
+    return t.is_floating_point() and not t._is_zerotensor() and not t.is_meta
 
 
 def _is_diagonal(S: Tensor) -> bool:

@@ -161,6 +161,12 @@ class EmpiricalRisk:
                 total += batch.count / self.batches.total * loss.double()
         return total
 
+    def remembered(self, what: str, compute: Callable[[], Tensor]) -> Tensor:
+        """What was computed once of this risk at its own point."""
+        if what not in self._cache:
+            self._cache[what] = compute()
+        return self._cache[what]
+
     @property
     def value(self) -> Tensor:
         """`L(theta)`, a scalar tensor."""

@@ -31,10 +31,12 @@ def product_eps(risk: EmpiricalRisk) -> float:
         >>> product_eps(risk) / risk.eps
         100.0
     """
-    if "amplification" not in risk._cache:
+
+    def amplification() -> Tensor:
         grown = risk.group.share(lambda: _amplification(risk), "what saturation amplifies")
-        risk._cache["amplification"] = torch.tensor(max(grown), dtype=torch.float64)
-    return risk.eps * max(1.0, float(risk._cache["amplification"]) / _ALLOWED)
+        return torch.tensor(max(grown), dtype=torch.float64)
+
+    return risk.eps * max(1.0, float(risk.remembered("amplification", amplification)) / _ALLOWED)
 
 
 def has_vanished(risk: EmpiricalRisk) -> bool:
@@ -43,10 +45,12 @@ def has_vanished(risk: EmpiricalRisk) -> bool:
     The gradient of a random combination of the outputs is compared, wherever a smooth function gets it and in every
     parameter, with the same for derivatives of ordinary size.
     """
-    if "vanished" not in risk._cache:
+
+    def vanished() -> Tensor:
         found = risk.group.share(lambda: any(_vanished(risk, batch) for batch in risk.batches), "vanished derivatives")
-        risk._cache["vanished"] = torch.tensor(any(found))
-    return bool(risk._cache["vanished"])
+        return torch.tensor(any(found))
+
+    return bool(risk.remembered("vanished", vanished))
 
 
 def _amplification(risk: EmpiricalRisk) -> float:
