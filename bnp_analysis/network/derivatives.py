@@ -33,6 +33,8 @@ _FEWEST, _MOST = 8, 64
 _TOLERANCE = 1e-5
 # Roundings of the function that a quotient may show.
 _ROUNDINGS = 64
+# A loss of fewer roundings of the outputs than this is made of them.
+_CANCELLED = 1e4
 # Steps, as multiples of the best one for a smooth function.
 _STEPS = (1.0, 1 / 32, 1 / 1024)
 _MOST_TENSORS = 48
@@ -42,13 +44,17 @@ Quotient = Callable[[float], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Trial:
-    """Where derivatives are tried: a risk on a few examples at a point, its one batch, and the recorded loss."""
+    """Where derivatives are tried: a risk on a few examples at a point, its one batch, and the recorded loss.
+
+    `size`: to which the rounding of the loss is relative.
+    """
 
     risk: EmpiricalRisk
     batch: Batch
     loss: Tensor
     leaves: dict[str, Tensor]
     eps: float
+    size: float
     stops: tuple[str, ...]
     functions: tuple[str, ...]
 
@@ -82,12 +88,17 @@ def trial(risk: EmpiricalRisk) -> Trial | None:
             try:
                 leaves = at.leaves()
                 with observer, random_state(device=at.space.device):
-                    loss = at.batch_loss(at.batch_outputs(leaves, part), part, leaves)
+                    outputs = at.batch_outputs(leaves, part)
+                    loss = at.batch_loss(outputs, part, leaves)
             except (RuntimeError, BNPAnalysisError):  # a model written for one precision
                 break
             if bool(torch.isfinite(loss)):
                 eps = max(observer.eps, torch.finfo(at.space.dtype).eps)
-                found = Trial(at, part, loss, leaves, eps, tuple(observer.stops), tuple(custom_functions(loss)))
+                size, width = abs(float(loss.detach())), float(outputs.detach().abs().mean())
+                # A loss that is nearly all cancelled outputs, as of saturated logits, is known to their rounding only.
+                size = size if size > _CANCELLED * eps * width else width
+                causes = tuple(observer.stops), tuple(custom_functions(loss))
+                found = Trial(at, part, loss, leaves, eps, size, *causes)
                 return found if eps < 1e-5 else None
     return None
 
@@ -128,9 +139,7 @@ def require_gradient(risk: EmpiricalRisk) -> None:
             scale = sum(abs(float(s)) for s in slopes.values())
             spread = sum(float(g[n].norm() * at.theta[at.space.slice_of(n)].norm()) for n in tensors)
             claimed = {"": sum(slopes.values(), torch.zeros(()))}
-            return compare(
-                found, claimed, lambda h: {"": _slope(at, v, h)}, scale, spread + abs(float(found.loss.detach()))
-            )
+            return compare(found, claimed, lambda h: {"": _slope(at, v, h)}, scale, spread + found.size)
 
         if agrees(found.direction(1)) is not False or agrees(found.direction(2)) is not False:
             return
