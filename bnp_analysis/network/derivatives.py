@@ -94,11 +94,11 @@ def trial(risk: EmpiricalRisk) -> Trial | None:
                 break
             if bool(torch.isfinite(loss)):
                 eps = max(observer.eps, torch.finfo(at.space.dtype).eps)
-                size, width = abs(float(loss.detach())), float(outputs.detach().abs().mean())
+                value, width = abs(float(loss.detach())), float(outputs.detach().abs().mean())
                 # A loss that is nearly all cancelled outputs, as of saturated logits, is known to their rounding only.
-                size = size if size > _CANCELLED * eps * width else width
+                rounded = value if value > _CANCELLED * eps * width else width
                 causes = tuple(observer.stops), tuple(custom_functions(loss))
-                found = Trial(at, part, loss, leaves, eps, size, *causes)
+                found = Trial(at, part, loss, leaves, eps, rounded, *causes)
                 return found if eps < 1e-5 else None
     return None
 
