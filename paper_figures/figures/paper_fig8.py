@@ -258,7 +258,13 @@ def draw(data: FigureData) -> Figure:
         x, y = data[f"published/{name}"]
         inside = x <= max(steps) + 1 if data.settings["data"] == "cifar10" else slice(None)
         scale = 1.0 if data.settings["data"] == "cifar10" else max(steps) / np.nanmax(x)
-        ax.plot(x[inside] * scale, 10.0 ** y[inside], line, label=f"published, {name}", **grey)
+        ax.plot(
+            x[inside] * scale,
+            10.0 ** y[inside],
+            line,
+            label="published, " + ("$\\kappa(D)$" if name == "kappa(D)" else name),
+            **grey,
+        )
     for number, method, colour in (
         ("float32", "vanilla", style.BLACK),
         ("float64", "vanilla", style.SKY),
@@ -294,6 +300,8 @@ def draw(data: FigureData) -> Figure:
         ax.set_title(title)
         ax.set_yscale("log")
         ax.set_xlabel("$\\kappa(D)^2$" if ax is gain else "iteration")
-        ax.legend(fontsize=5)
+        low, high = ax.get_ylim()
+        ax.set_ylim(low, high * (high / low) ** 0.4)  # room for the legend above the curves
+        ax.legend(fontsize=5, ncol=2, loc="upper left")
     style.letters(list(axes.ravel()))
     return figure
