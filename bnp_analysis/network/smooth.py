@@ -327,14 +327,16 @@ class LogSoftmax(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, ctx.dim, ctx.structural = inputs
         ctx.kept = None
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x, output)
         ctx.save_for_forward(x)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
-        (x,) = ctx.saved_tensors
+        x, logarithms = ctx.saved_tensors
         if not torch.is_grad_enabled() and not is_functorch_wrapped_tensor(x):
-            ctx.kept = ctx.kept or _Probabilities.of(x, ctx.dim, ctx.structural)
+            if ctx.kept is None:
+                p = _unsaturated(x, ctx.dim) if ctx.structural else logarithms.exp()
+                ctx.kept = _Probabilities.of(p, ctx.dim)
             return ctx.kept.pull(cotangents[0]), None, None
         return LogSoftmaxPullback.apply(cotangents[0], x, ctx.dim, ctx.structural), None, None  # type: ignore[no-untyped-call]
 
@@ -352,7 +354,8 @@ class LogSoftmaxPullback(torch.autograd.Function):
 
     @staticmethod
     def forward(g: Tensor, x: Tensor, dim: int, structural: bool) -> Tensor:
-        return _Probabilities.of(x, dim, structural).pull(g)
+        p = _unsaturated(x, dim) if structural else torch.softmax(x, dim)
+        return _Probabilities.of(p, dim).pull(g)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -368,8 +371,8 @@ class LogSoftmaxPullback(torch.autograd.Function):
             top, scale = p.argmax(ctx.dim, keepdim=True), -g.sum(ctx.dim, keepdim=True) * p
         else:  # a kept graph is run backwards many times, with the same softmax
             if ctx.kept is None:
-                found = _Probabilities.of(x, ctx.dim, ctx.structural)
-                ctx.kept = found.p, found.top, -g.sum(ctx.dim, keepdim=True) * found.p
+                p = _unsaturated(x, ctx.dim) if ctx.structural else torch.softmax(x, ctx.dim)
+                ctx.kept = p, p.argmax(ctx.dim, keepdim=True), -g.sum(ctx.dim, keepdim=True) * p
             p, top, scale = ctx.kept
         centred = _centred(cotangents[0], p, ctx.dim, top)
         return centred, scale * centred if ctx.needs_input_grad[1] else None, None, None
@@ -386,8 +389,7 @@ class _Probabilities:
     others: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, dim: int, structural: bool) -> _Probabilities:
-        p = _unsaturated(x, dim) if structural else torch.softmax(x, dim)
+    def of(cls, p: Tensor, dim: int) -> _Probabilities:
         top = p.argmax(dim, keepdim=True)
         return cls(p, dim, top, p.gather(dim, top), p.scatter(dim, top, 0.0).sum(dim, keepdim=True))
 
