@@ -93,7 +93,7 @@ def trial(risk: EmpiricalRisk) -> Trial | None:
             except (RuntimeError, BNPAnalysisError):  # a model written for one precision
                 break
             if bool(torch.isfinite(loss)):
-                eps = max(observer.eps, torch.finfo(at.space.dtype).eps)
+                eps = max(observer.eps, at.eps)
                 value, width = abs(float(loss.detach())), float(outputs.detach().abs().mean())
                 # A loss that is nearly all cancelled outputs, as of saturated logits, is known to their rounding only.
                 rounded = value if value > _CANCELLED * eps * width else width

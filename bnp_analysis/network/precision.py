@@ -94,12 +94,24 @@ def _own_precision(risk: EmpiricalRisk) -> Precision:
     failed = ""
     for one in (batch,) if few is None else (few, batch):
         try:
-            with random_state(device=risk.space.device):
+            with random_state(device=risk.space.device), _attributes_kept(risk):
                 return _recorded(risk, one)
         except Exception as error:
             # A model may want whole batches; what fails there too fails in the next pass, or cannot be recorded.
             failed = f"not recorded: {type(error).__name__}"
     return Precision(risk.space.dtype, failed)
+
+
+@contextmanager
+def _attributes_kept(risk: EmpiricalRisk) -> Iterator[None]:
+    """What modules keep from one call to the next is, afterwards, what it was: a state of few examples fits no others."""
+    before = [(vars(module), dict(vars(module))) for _, module in risk.modules()]
+    try:
+        yield
+    finally:
+        for now, then in before:
+            now.clear()
+            now.update(then)
 
 
 @recording()

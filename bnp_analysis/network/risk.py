@@ -274,7 +274,8 @@ class EmpiricalRisk:
             args, kwargs = arguments(x)
             out = one_tensor(self._call(self._model, tensors, args, kwargs), self.output)
             # Outputs in a coarser dtype than the parameters': exact in theirs, so that all that follows has one dtype.
-            out = out.to(torch.promote_types(out.dtype, self.space.dtype))
+            wide = torch.promote_types(out.dtype, self.space.dtype)
+            out = out if out.dtype == wide else out.to(wide)
         return out if torch.is_grad_enabled() else out.detach()
 
     def _call(self, module: nn.Module, tensors: Mapping[str, Tensor], args: Any, kwargs: Any, prefix: str = "") -> Any:

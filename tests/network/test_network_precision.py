@@ -313,7 +313,7 @@ def test_targets_and_weights_in_float32_are_data(loss: Callable[[Tensor, Any], T
 
 
 def test_it_costs_a_few_examples() -> None:
-    """Not a pass over the data: construction runs as many whole batches as the checks of purity do."""
+    """Not a pass over the data: what is tried at construction runs on few examples, whole batches for purity alone."""
     seen: list[int] = []
 
     def count(h: Tensor) -> Tensor:
@@ -322,7 +322,8 @@ def test_it_costs_a_few_examples() -> None:
 
     risk = bnp.EmpiricalRisk(Inside(count), F.cross_entropy, (numbers(500, 6), classes(500, 3)))
     assert seen[0] == 8
-    assert 8 not in seen[1:]
+    assert max(n for n in seen if n != 500) <= 64
+    assert seen.count(500) <= 6
     seen.clear()
     risk.to(DOUBLE)
     assert seen == [8]
