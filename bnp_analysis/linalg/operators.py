@@ -160,6 +160,11 @@ def require_no_autocast(dtype: torch.dtype, device: torch.device, what: str) -> 
         )
 
 
+def coarse(operator: LinearOperator) -> bool:
+    """Whether products have lost a decimal digit, or nearly one, of their dtype."""
+    return operator.eps > 8 * torch.finfo(operator.dtype).eps
+
+
 def computed_in(operator: LinearOperator) -> str:
     """In which precision products are computed: the dtype, and in brackets a coarser one that they pass through.
 
@@ -169,10 +174,10 @@ def computed_in(operator: LinearOperator) -> str:
         'float64 (float32 inside)'
     """
     own = str(operator.dtype).removeprefix("torch.")
-    if operator.eps <= torch.finfo(operator.dtype).eps:
+    if not coarse(operator):
         return own
     known = (torch.float32, torch.float16, torch.bfloat16)
-    inside = next((str(d).removeprefix("torch.") for d in known if operator.eps == torch.finfo(d).eps), None)
+    inside = next((str(d).removeprefix("torch.") for d in known if 1 <= operator.eps / torch.finfo(d).eps <= 8), None)
     return f"{own} ({inside} inside)" if inside else f"{own} (eps {operator.eps:.1g})"
 
 

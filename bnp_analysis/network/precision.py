@@ -104,7 +104,7 @@ def _own_precision(risk: EmpiricalRisk) -> Precision:
 
 @contextmanager
 def _attributes_kept(risk: EmpiricalRisk) -> Iterator[None]:
-    """What modules keep from one call to the next is, afterwards, what it was: a state of few examples fits no others."""
+    """What modules keep between calls is afterwards what it was: a state of few examples fits no others."""
     before = [(vars(module), dict(vars(module))) for _, module in risk.modules()]
     try:
         yield

@@ -172,8 +172,8 @@ def test_intervals_hold_however_large_the_preconditioner(generator, norm, kind):
 def test_without_the_columns_some_intervals_would_be_false(generator, monkeypatch):
     init = ReducedFactor.__init__
 
-    def careless(self, matrix, columns, rounding, rank, dtype, given):
-        init(self, matrix, torch.zeros_like(columns), rounding, rank, dtype, given)
+    def careless(self, matrix, columns, rounding, rank, factor):
+        init(self, matrix, torch.zeros_like(columns), rounding, rank, factor)
 
     monkeypatch.setattr(ReducedFactor, "__init__", careless)
     with pytest.raises(AssertionError):

@@ -15,7 +15,15 @@ from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.derived import Derived, GramOperator
 from bnp_analysis.linalg.forming import amplified
 from bnp_analysis.linalg.krylov.lanczos import lanczos
-from bnp_analysis.linalg.operators import LinearOperator, Product, SymmetricOperator, computed_in, require_digits
+from bnp_analysis.linalg.matrices import CallableOperator
+from bnp_analysis.linalg.operators import (
+    LinearOperator,
+    Product,
+    SymmetricOperator,
+    coarse,
+    computed_in,
+    require_digits,
+)
 from bnp_analysis.linalg.preconditioner import Congruence, Preconditioner, check_fits, congruence
 from bnp_analysis.linalg.random import generator, normal
 from bnp_analysis.linalg.scale import Scaled, ScaledSymmetric, scaled
@@ -59,9 +67,15 @@ def factor_rounding_norm(F: LinearOperator, seed: int = 0) -> float:
 
 
 def require_operator(A: object) -> None:
-    """Refuse what is no symmetric operator, and products too coarse for its spectrum."""
+    """Refuse what is no symmetric operator, and computed products too coarse for its spectrum.
+
+    Entries that are given are as they are, and the spacing of a function's products is measured: there radii say it.
+    """
     if not isinstance(A, SymmetricOperator):
         raise InvalidInputError(f"expected a SymmetricOperator, got {type(A).__name__}; wrap a matrix in DenseOperator")
+    inside = _innermost(A)
+    if inside.exact or isinstance(inside, CallableOperator):
+        return
     require_digits(A.eps, A.record.get("precision", computed_in(A)), "its eigenvalues and their ratios")
 
 
@@ -89,7 +103,7 @@ def provenance(
         "settings": settings | {"preconditioned": P is not None},
         "seed": seed,
         "seconds": time.perf_counter() - began,
-        "engine": dict(_innermost(A).record) | ({"eps": A.eps} if A.eps > torch.finfo(A.dtype).eps else {}),
+        "engine": dict(_innermost(A).record) | ({"eps": A.eps} if coarse(A) else {}),
     }
 
 
