@@ -25,6 +25,7 @@ import truth_networks
 import truth_nullity
 import truth_report
 import truth_routes
+import truth_saturation
 from truth_arithmetic import PRECISE, UNIT
 
 import bnp_analysis
@@ -37,7 +38,7 @@ def measure(record: dict[str, Any], quick: bool, only: str) -> None:
     """Fill the record, problem by problem, so that an interrupt leaves what is done."""
     chosen = [
         problem
-        for problem in (*truth_catalog.problems(), *truth_networks.problems())
+        for problem in (*truth_catalog.problems(), *truth_networks.problems(), *truth_saturation.problems())
         if (problem.quick or not quick) and only.lower() in f"{problem.group} {problem.name}".lower()
     ]
     for i, problem in enumerate(chosen):

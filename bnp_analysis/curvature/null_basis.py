@@ -15,6 +15,7 @@ from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.matrices import MatrixOperator
 from bnp_analysis.linalg.memory import available_memory
 from bnp_analysis.linalg.operators import LinearOperator
+from bnp_analysis.linalg.scale import scaled
 from bnp_analysis.linalg.spectra.checks import norm_estimate
 from bnp_analysis.linalg.spectra.null import null_tolerance
 from bnp_analysis.network.candidates import Candidate, Part
@@ -35,15 +36,15 @@ class Verifier:
 
     def __init__(self, operator: LinearOperator, count: int) -> None:
         rows, columns = operator.shape
-        self.matvecs = 8
+        self.matvecs, self.tolerance = 8, null_tolerance(operator)
+        # Only ratios count: squares of what is far from 1 leave the floats.
+        self._operator = scaled(operator)
         if count > operator.dense_cost and 4 * rows * columns * operator.dtype.itemsize < available_memory(
             operator.device
         ):
             self.matvecs += operator.dense_cost
-            operator = MatrixOperator(operator.to_dense(), exact=False, eps=operator.eps)
-        self._operator = operator
-        self._scale = math.sqrt(norm_estimate(GramOperator(operator)))
-        self.tolerance = null_tolerance(operator)
+            self._operator = MatrixOperator(self._operator.to_dense(), exact=False, eps=operator.eps)
+        self._scale = math.sqrt(norm_estimate(GramOperator(self._operator)))
 
     def sizes(self, part: Part) -> Tensor:
         """The sizes of the images of nonzero columns, relative."""

@@ -21,6 +21,16 @@ from bnp_analysis.linalg.full_float32 import full_float32
 _IDENTITY_CHUNK = 64
 # Coarser products than this have no digits left for a spectrum: float16 and TF32 have 2^-10, bfloat16 2^-7.
 _COARSEST = 1e-4
+_CAST = (
+    "Measure in float64: EmpiricalRisk(..., dtype=torch.float64), risk.to(torch.float64) or an operator in that dtype; "
+    "what the model or the loss itself casts must be taken out there"
+)
+_CANCELLED = (
+    "The dtype has more: they are lost where the loss is a difference of nearly equal numbers, as log(cosh(z)) is at "
+    "large logits, or where gates of recurrent layers are saturated. Write the loss in a form whose derivatives keep "
+    "their digits (binary_cross_entropy_with_logits, cross_entropy, softplus, logsigmoid), take a point or data with "
+    "smaller logits, leave the saturated layers out with params=, and, from float32, go over to float64"
+)
 
 
 class LinearOperator(ABC):
@@ -196,10 +206,10 @@ def require_digits(eps: float, computed: str, what: str) -> None:
         >>> require_digits(2.0**-23, "float32", "eigenvalues")
     """
     if eps > _COARSEST:
+        lost = "(eps " in computed
         raise InvalidInputError(
-            f"products are computed in {computed}, which keeps {-math.log10(eps):.0f} digits, so {what} would be those "
-            "of its rounding. Measure in float64: EmpiricalRisk(..., dtype=torch.float64), risk.to(torch.float64) or "
-            "an operator in that dtype; what the model or the loss itself casts must be taken out there"
+            f"products are computed in {computed}, which keeps {max(-math.log10(eps), 0):.0f} digits, so {what} would "
+            f"be those of its rounding. {_CANCELLED if lost else _CAST}"
         )
 
 

@@ -33,8 +33,6 @@ _FEWEST, _MOST = 8, 64
 _TOLERANCE = 1e-5
 # Roundings of the function that a quotient may show.
 _ROUNDINGS = 64
-# A loss of fewer roundings of the outputs than this is made of them.
-_CANCELLED = 1e4
 # Steps, as multiples of the best one for a smooth function.
 _STEPS = (1.0, 1 / 32, 1 / 1024)
 _MOST_TENSORS = 48
@@ -95,8 +93,8 @@ def trial(risk: EmpiricalRisk) -> Trial | None:
             if bool(torch.isfinite(loss)):
                 eps = max(observer.eps, at.eps)
                 value, width = abs(float(loss.detach())), float(outputs.detach().abs().mean())
-                # A loss that is nearly all cancelled outputs, as of saturated logits, is known to their rounding only.
-                rounded = value if value > _CANCELLED * eps * width else width
+                # A loss in which outputs cancel, as of saturated logits, is known to their rounding only.
+                rounded = max(value, width)
                 causes = tuple(observer.stops), tuple(custom_functions(loss))
                 found = Trial(at, part, loss, leaves, eps, rounded, *causes)
                 return found if eps < 1e-5 else None

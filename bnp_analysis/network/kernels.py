@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from bnp_analysis.errors import BNPAnalysisError, InvalidInputError, NoDerivativeError
 from bnp_analysis.linalg.full_float32 import full_float32
-from bnp_analysis.network.smooth import Accurate
+from bnp_analysis.network.recurrent import Unfused
+from bnp_analysis.network.smooth import Accurate, current_watch
 
 _OTHERWISE = (
     "Replace it by operations of torch that have one (math attention, unfused recurrent cells, a lookup and a sum for "
@@ -96,7 +97,11 @@ def with_differentiable_kernels(run: Callable[[], Found], *, recurrent: bool, we
                 switch(i == 0)
             if dynamo is not None:
                 torch.compiler.set_stance("force_eager")
-            with Accurate(), _Primitives() if weight_norms else nullcontext():
+            with (
+                Accurate(),
+                _Primitives() if weight_norms else nullcontext(),
+                Unfused() if current_watch() else nullcontext(),
+            ):
                 return run()
         finally:
             try:

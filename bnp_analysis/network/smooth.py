@@ -59,6 +59,10 @@ class Watch:
     vanished: bool = False
     amplification: float = 0.0
 
+    def amplify(self, by: float) -> None:
+        """Derivatives have so many times the rounding of what they are computed from."""
+        self.amplification = max(self.amplification, by)
+
 
 _WATCH: ContextVar[Watch | None] = ContextVar("watch", default=None)
 
@@ -72,6 +76,11 @@ def watching(*, structural: bool = False) -> Iterator[Watch]:
         yield watch
     finally:
         _WATCH.reset(token)
+
+
+def current_watch() -> Watch | None:
+    """Who watches at the moment."""
+    return _WATCH.get()
 
 
 class Smooth(torch.autograd.Function):
@@ -495,7 +504,7 @@ def _note(watch: Watch, x: Tensor, rule: Rule) -> None:
         slope = rule.slope(z)
         change = (z * rule.curvature(z) / slope).abs()
         steep = change[(slope.abs() >= tiny) & (slope.abs() < 0.1)]
-        watch.amplification = max(watch.amplification, float(steep.max()) if steep.numel() else 0.0)
+        watch.amplify(float(steep.max()) if steep.numel() else 0.0)
         watch.vanished = watch.vanished or bool(((rule.value(z).abs() < tiny) & (z != 0)).any())
 
 
@@ -515,7 +524,7 @@ def _softmaxed(made: Any, func: Any, x: Tensor, dim: int | None = None, *rest: A
             watch.vanished = watch.vanished or bool(((p < torch.finfo(p.dtype).tiny) & kept).any())
             # The roots of probabilities are what counts: half of the relative error.
             spread = (x.detach().amax(dim, keepdim=True) - x.detach()).masked_fill(~kept, 0.0)
-            watch.amplification = max(watch.amplification, float(spread.max()) / 2)
+            watch.amplify(float(spread.max()) / 2)
     return cast(Tensor, made.apply(x, dim, watch is not None and watch.structural))
 
 

@@ -58,18 +58,34 @@ UNITS: dict[str, tuple[nn.Module, Callable[[Any], Any]]] = {
     "softsign": (nn.Softsign(), lambda x: x / (1 + abs(x))),
 }
 PRECISIONS = [torch.float64, torch.float32]
+# Written as differences of large terms: beyond some logit nothing is left of their curvature but rounding.
+CANCELLING = {"by probabilities", "log cosh"}
 
 
 def contains(found: bnp.ConditionNumber, truth: Any) -> bool:
     return bool(found.lower <= truth <= found.upper)
 
 
-def measured(A: Any) -> bnp.ConditionNumber | None:
-    """None where it is refused in words."""
+def check(A: Any, truth: Any, *, largest: Any = 1.0, cancels: bool = False) -> None:
+    """A number comes out that does not exclude the truth; refused is only what has no digits, in words that say why.
+
+    Args:
+        A: the operator.
+        truth: its condition number.
+        largest: of the derivatives it is made of; below the numbers of its dtype it is zero.
+        cancels: whether the loss is written so that its derivatives cancel.
+    """
     try:
-        return bnp.condition_number(A)
-    except (bnp.errors.ZeroOperatorError, bnp.errors.InvalidInputError, bnp.errors.NonFiniteError):
-        return None
+        found = bnp.condition_number(A)
+    except bnp.errors.ZeroOperatorError:
+        assert largest < torch.finfo(A.dtype).tiny
+        return
+    except bnp.errors.InvalidInputError as error:
+        assert cancels
+        assert "difference of nearly equal numbers" in str(error)
+        return
+    assert contains(found, truth), found
+    assert found.two_sided or "one-sided: " in str(found)
 
 
 def logits(values: Sequence[float], loss: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> bnp.EmpiricalRisk:
@@ -90,11 +106,11 @@ def test_losses(name: str, dtype: torch.dtype) -> None:
             try:
                 risk = logits(values, loss, dtype)
             except bnp.errors.NonFiniteError:
+                assert name in CANCELLING  # 0 log 0
                 continue
             S = [curvature(mp.mpf(z)) for z in values]
             for A in (bnp.gauss_newton(risk), bnp.hessian(risk)):
-                found = measured(A)
-                assert found is None or contains(found, max(S) / min(S)), (values, found)
+                check(A, max(S) / min(S), largest=max(S), cancels=name in CANCELLING)
 
 
 @pytest.mark.parametrize("loss", [F.binary_cross_entropy_with_logits, by_probabilities])
@@ -128,11 +144,7 @@ def test_units(name: str, dtype: torch.dtype) -> None:
                 top = (trace + mp.sqrt(trace * trace - 4 * determinant)) / 2
                 truth = top * top / determinant
             risk = unit(activation, values, dtype)
-            try:
-                found = measured(bnp.gauss_newton(risk, block="0"))
-            except OverflowError:
-                continue
-            assert found is None or contains(found, truth), (values, found)
+            check(bnp.gauss_newton(risk, block="0"), truth, largest=max(abs(a), abs(b)))
             null = bnp.null_directions(risk, block="0")
             assert "dead units" not in null.sources, values
             assert "inactive rows" not in null.sources, values
