@@ -268,7 +268,7 @@ class _Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]
             lost = t.abs() < number.tiny
             for factor in factors:
                 lost = lost & (factor != 0)
-            return t + signs * (t * number.eps + number.tiny * lost * bool(factors))
+            return t + signs * (t * number.eps + number.tiny * lost.to(t) * bool(factors))
 
         return map_tensors(out, moved)
 

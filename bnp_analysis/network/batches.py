@@ -204,6 +204,11 @@ class Batches:
                 "one; bring a loader's batches into this form by collate_fn=, or by a list of pairs"
             )
         x, y = (map_tensors(part, lambda t: self._cast(t, copy)) for part in pair)
+        if any(t.layout != torch.strided for t in tensors_of((x, y))):
+            raise InvalidInputError(
+                f"batch {index} has a sparse or nested tensor, which cannot be cut into examples; make it dense by "
+                "t.to_dense(), or padded. A sparse matrix that belongs to no example can be a buffer of the model"
+            )
         leaves = tensors_of(x)
         if not leaves or leaves[0].ndim == 0:
             raise InvalidInputError(

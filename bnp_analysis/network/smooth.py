@@ -27,7 +27,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode, handle_torch_function
 
-_ROOT = math.sqrt(2 / math.pi)
+_ROOT, _LN2 = math.sqrt(2 / math.pi), math.log(2)
 # A logit so far below the largest of its row is masked, not improbable.
 _MASKED = 1e4
 
@@ -211,6 +211,10 @@ GELU = Rule(F.gelu, _gelu_slope, lambda x: _density(x) * (2 - x * x))
 GELU_TANH = Rule(partial(F.gelu, approximate="tanh"), _gelu_tanh_slope, _gelu_tanh_curvature)
 EXP = Rule(torch.exp, torch.exp, torch.exp)
 ERF = Rule(torch.erf, _erf_slope, lambda x: -2 * x * _erf_slope(x))
+EXPM1 = Rule(torch.expm1, torch.exp, torch.exp)
+EXP2 = Rule(torch.exp2, lambda x: _LN2 * torch.exp2(x), lambda x: _LN2**2 * torch.exp2(x))
+ERFC = Rule(torch.erfc, lambda x: -_erf_slope(x), lambda x: 2 * x * _erf_slope(x))
+NDTR = Rule(torch.special.ndtr, _density, lambda x: -x * _density(x))
 SOFTSIGN = Rule(F.softsign, lambda x: (1 + x.abs()) ** -2, lambda x: -2 * x.sign() * (1 + x.abs()) ** -3)
 TANHSHRINK = Rule(F.tanhshrink, lambda x: _tanh(x) ** 2, lambda x: 8 * _tanh(x) * _bell(2 * x))
 
@@ -278,12 +282,16 @@ for _name, _make in {
     "elu": _elu,
     "celu": _celu,
     "exp": _constant(EXP),
+    "expm1": _constant(EXPM1),
+    "exp2": _constant(EXP2),
     "erf": _constant(ERF),
+    "erfc": _constant(ERFC),
+    "ndtr": _constant(NDTR),
     "selu": _selu,
 }.items():
     _RULES |= dict.fromkeys(_all(_name), _make)
 # Accurate in torch, where they do not write over their argument.
-_ACCURATE = {f for name in ("elu", "celu", "selu", "exp", "erf") for f in _all(name, inplace=False)}
+_ACCURATE = {f for name in ("elu", "celu", "selu", "exp", "exp2", "erf", "erfc", "ndtr") for f in _all(name, inplace=False)}
 
 
 def generic(x: Tensor) -> Tensor:
@@ -562,6 +570,33 @@ def _binary_cross_entropy(
     return _valued(func, args, kwargs, _reduced(loss, given.get("reduction", "mean")))
 
 
+def _of_probabilities(
+    func: Any, p: Tensor, y: Tensor, weight: Tensor | None = None, *old: Any, **kwargs: Any
+) -> Tensor:
+    """Binary cross-entropy of probabilities; torch adds 1e-12 to `p (1 - p)` in derivatives, and not in the value."""
+    given = {k: v for k, v in kwargs.items() if v is not None}
+    args = (p, y, weight)
+    if old or given.keys() - {"reduction"} or y.requires_grad:
+        return cast(Tensor, func(*args, *old, **kwargs))
+    watch, q = _WATCH.get(), p
+    if watch is not None and watch.structural:
+        q = p - p.detach() + generic(p) / 2
+    least = math.exp(-100)  # torch's logarithms end at -100
+    loss = -y * q.clamp_min(least).log() - (1 - y) * (1 - q).clamp_min(least).log()
+    formula = _reduced(loss if weight is None else loss * weight, given.get("reduction", "mean"))
+    if not is_functorch_wrapped_tensor(p) and bool((p > 1).any() & (p <= 1 + 4 * torch.finfo(p.dtype).eps).all()):
+        return formula  # torch takes no probability that rounding, when it is tried, has put above 1
+    return _valued(func, args, kwargs, formula)
+
+
+def _poisson(func: Any, z: Tensor, y: Tensor, log_input: bool = True, *rest: Any, **kwargs: Any) -> Tensor:
+    given = {k: v for k, v in kwargs.items() if v is not None}
+    if not log_input or rest or given.keys() - {"full", "eps", "reduction"} or y.requires_grad:
+        return cast(Tensor, func(z, y, log_input, *rest, **kwargs))
+    loss = _entrywise(torch.exp, z) - y * z
+    return _valued(func, (z, y), kwargs, _reduced(loss, given.get("reduction", "mean")))
+
+
 def _soft_margin(func: Any, z: Tensor, y: Tensor, *old: Any, **kwargs: Any) -> Tensor:
     if old or {k for k, v in kwargs.items() if v is not None} - {"reduction"}:
         return cast(Tensor, func(z, y, *old, **kwargs))
@@ -629,6 +664,65 @@ def _attention(
     return _valued(func, args, kwargs, p @ v)
 
 
+def _tanh_unit(x: Tensor, state: list[Tensor], w: Tensor, u: Tensor, *b: Tensor) -> list[Tensor]:
+    return [_entrywise(torch.tanh, sum((F.linear(x, w), F.linear(state[0], u), *b)))]
+
+
+def _lstm_unit(x: Tensor, state: list[Tensor], w: Tensor, u: Tensor, *b: Tensor) -> list[Tensor]:
+    # The fifth weight, if there is one, projects what is put out.
+    *biases, project = b if len(b) % 2 else (*b, None)
+    i, f, g, o = sum((F.linear(x, w), F.linear(state[0], u), *biases)).chunk(4, -1)
+    kept = _entrywise(torch.sigmoid, f) * state[1]
+    kept = kept + _entrywise(torch.sigmoid, i) * _entrywise(torch.tanh, g)
+    out = _entrywise(torch.sigmoid, o) * _entrywise(torch.tanh, kept)
+    return [out if project is None else F.linear(out, project), kept]
+
+
+def _gru_unit(x: Tensor, state: list[Tensor], w: Tensor, u: Tensor, *b: Tensor) -> list[Tensor]:
+    inner, outer = (F.linear(t, m, *c).chunk(3, -1) for t, m, c in ((x, w, b[:1]), (state[0], u, b[1:])))
+    r, z = _entrywise(torch.sigmoid, inner[0] + outer[0]), inner[1] + outer[1]
+    new = _entrywise(torch.tanh, inner[2] + r * outer[2])
+    return [_entrywise(torch.sigmoid, -z) * new + _entrywise(torch.sigmoid, z) * state[0]]
+
+
+def _recurrent(unit: Callable[..., list[Tensor]], func: Any, x: Tensor, *args: Any) -> Any:
+    """A recurrent layer step by step, `x` a padded or a packed sequence."""
+    sizes = args[0].tolist() if isinstance(args[0], Tensor) and not args[0].is_floating_point() else None
+    hx, weights, _, layers, dropout, train, both, *first = args if sizes is None else args[1:]
+    if dropout and train:
+        return func(x, *args)
+    axis = int(bool(first and first[0]))
+    steps = list(x.unbind(axis) if sizes is None else x.split(sizes))
+    states, ends, count = [hx] if isinstance(hx, Tensor) else [*hx], [], len(weights) // (layers * (1 + both))
+    for layer in range(layers):
+        outs = []
+        for back in range(1 + both):
+            index = layer * (1 + both) + back
+            state, out = [s[index] for s in states], []
+            for step in reversed(steps) if back else steps:
+                new = unit(step, [s[: len(step)] for s in state], *weights[index * count : (index + 1) * count])
+                state = [torch.cat([n, s[len(step) :]]) for n, s in zip(new, state, strict=True)]
+                out.append(new[0])
+            outs.append(out[::-1] if back else out)
+            ends.append(state)
+        steps = [torch.cat(parts, -1) for parts in zip(*outs, strict=True)]
+    formulas = [torch.cat(steps) if sizes else torch.stack(steps, axis), *map(torch.stack, zip(*ends, strict=True))]
+    return _all_valued(func, (x, *args), formulas)
+
+
+def _cell(unit: Callable[..., list[Tensor]], func: Any, x: Tensor, hx: Any, *weights: Tensor | None) -> Any:
+    made = unit(x, [hx] if isinstance(hx, Tensor) else [*hx], *(w for w in weights if w is not None))
+    found = _all_valued(func, (x, hx, *weights), made)
+    return found if len(found) > 1 else found[0]
+
+
+def _all_valued(func: Any, args: tuple[Any, ...], formulas: list[Tensor]) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        values = func(*args)
+    values = (values,) if isinstance(values, Tensor) else values
+    return tuple(Valued.apply(v.detach(), f) for v, f in zip(values, formulas, strict=True))  # type: ignore[no-untyped-call]
+
+
 def _named(func: Any, call: Callable[..., Any]) -> Callable[..., Any]:
     """The replacement under the function's name, by which the recorder of a graph knows it."""
 
@@ -646,13 +740,26 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
     **{f: _named(f, _log_sum_exp) for f in _all("logsumexp", inplace=False)},
     **{f: _named(f, _log_add_exp) for f in _all("logaddexp", inplace=False)},
     F.binary_cross_entropy_with_logits: _named(F.binary_cross_entropy_with_logits, _binary_cross_entropy),
+    F.binary_cross_entropy: _named(F.binary_cross_entropy, _of_probabilities),
+    F.poisson_nll_loss: _named(F.poisson_nll_loss, _poisson),
     F.soft_margin_loss: _named(F.soft_margin_loss, _soft_margin),
     F.cross_entropy: _named(F.cross_entropy, _cross_entropy),
     F.glu: _named(F.glu, _glu),
+    **{
+        getattr(torch, name): _named(getattr(torch, name), partial(call, unit))
+        for name, call, unit in (
+            ("rnn_tanh", _recurrent, _tanh_unit),
+            ("lstm", _recurrent, _lstm_unit),
+            ("gru", _recurrent, _gru_unit),
+            ("rnn_tanh_cell", _cell, _tanh_unit),
+            ("lstm_cell", _cell, _lstm_unit),
+            ("gru_cell", _cell, _gru_unit),
+        )
+    },
     F.scaled_dot_product_attention: _named(F.scaled_dot_product_attention, _attention),
 }
 # Read through to the calls inside.
-COMPOSITE = {F.multi_head_attention_forward, F.multilabel_soft_margin_loss}
+COMPOSITE = {F.multi_head_attention_forward, F.multilabel_soft_margin_loss, F.softmin}
 
 
 class Accurate(TorchFunctionMode):
