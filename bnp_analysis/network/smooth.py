@@ -291,7 +291,9 @@ for _name, _make in {
 }.items():
     _RULES |= dict.fromkeys(_all(_name), _make)
 # Accurate in torch, where they do not write over their argument.
-_ACCURATE = {f for name in ("elu", "celu", "selu", "exp", "exp2", "erf", "erfc", "ndtr") for f in _all(name, inplace=False)}
+_ACCURATE = {
+    f for name in ("elu", "celu", "selu", "exp", "exp2", "erf", "erfc", "ndtr") for f in _all(name, inplace=False)
+}
 
 
 def generic(x: Tensor) -> Tensor:

@@ -107,8 +107,8 @@ def test_every_operator_of_a_risk_knows() -> None:
         A, A.factor, bnp.hessian(risk), bnp.fisher(risk), bnp.gauss_newton(risk, block=("0", 1)), units[0],
         units[0].factor, whole, reduced(A), reduced(units[1]), bnp.congruence(A, P), A.factor @ P,
     ]  # fmt: skip
-    assert {operator.eps for operator in operators} == {eps}
-    assert bnp.hessian(problem(layer_norm, DOUBLE)).eps == torch.finfo(DOUBLE).eps
+    assert all(1 <= operator.eps / eps <= 8 for operator in operators)
+    assert bnp.hessian(problem(layer_norm, DOUBLE)).eps <= 8 * torch.finfo(DOUBLE).eps
 
 
 def test_tables_say_so_and_contain_the_truth() -> None:
