@@ -30,6 +30,8 @@ from torch.overrides import TorchFunctionMode, handle_torch_function
 _ROOT, _LN2 = math.sqrt(2 / math.pi), math.log(2)
 # A logit so far below the largest of its row is masked, not improbable.
 _MASKED = 1e4
+# Derivatives down to this are good to 32 roundings as `1 - y^2` and `y (1 - y)`, which every entry is granted.
+_COARSEST = 1 / 32
 
 Function = Callable[[Tensor], Tensor]
 
@@ -52,12 +54,14 @@ class Watch:
         edges: where the gradients of their arguments arrive.
         vanished: whether some value is an exact zero, or too small to have all digits, that is none by structure.
         amplification: the largest `|x f''(x) / f'(x)|`: relative errors of arguments grow by it in derivatives.
+        least: the smallest derivative.
     """
 
     structural: bool = False
     edges: list[GradientEdge] = field(default_factory=list)
     vanished: bool = False
     amplification: float = 0.0
+    least: float = math.inf
 
     def amplify(self, by: float) -> None:
         """Derivatives have so many times the rounding of what they are computed from."""
@@ -512,6 +516,7 @@ def _note(watch: Watch, x: Tensor, rule: Rule) -> None:
     with torch.no_grad():
         z, tiny = x.detach(), torch.finfo(x.dtype).tiny
         slope = rule.slope(z)
+        watch.least = min(watch.least, float(slope.abs().min()) if z.numel() else math.inf)
         change = (z * rule.curvature(z) / slope).abs()
         steep = change[(slope.abs() >= tiny) & (slope.abs() < 0.1)]
         watch.amplify(float(steep.max()) if steep.numel() else 0.0)
@@ -687,12 +692,12 @@ def _gru_unit(x: Tensor, state: list[Tensor], w: Tensor, u: Tensor, *b: Tensor) 
     return [_entrywise(torch.sigmoid, -z) * new + _entrywise(torch.sigmoid, z) * state[0]]
 
 
-def _recurrent(unit: Callable[..., list[Tensor]], func: Any, x: Tensor, *args: Any) -> Any:
-    """A recurrent layer step by step, `x` a padded or a packed sequence."""
+def _recurrent(unit: Callable[..., list[Tensor]], x: Tensor, *args: Any) -> list[Tensor] | None:
+    """A recurrent layer step by step, `x` a padded or a packed sequence; None if it is random."""
     sizes = args[0].tolist() if isinstance(args[0], Tensor) and not args[0].is_floating_point() else None
     hx, weights, _, layers, dropout, train, both, *first = args if sizes is None else args[1:]
     if dropout and train:
-        return func(x, *args)
+        return None
     axis = int(bool(first and first[0]))
     steps = list(x.unbind(axis) if sizes is None else x.split(sizes))
     states, ends, count = [hx] if isinstance(hx, Tensor) else [*hx], [], len(weights) // (layers * (1 + both))
@@ -708,20 +713,27 @@ def _recurrent(unit: Callable[..., list[Tensor]], func: Any, x: Tensor, *args: A
             outs.append(out[::-1] if back else out)
             ends.append(state)
         steps = [torch.cat(parts, -1) for parts in zip(*outs, strict=True)]
-    formulas = [torch.cat(steps) if sizes else torch.stack(steps, axis), *map(torch.stack, zip(*ends, strict=True))]
-    return _all_valued(func, (x, *args), formulas)
+    return [torch.cat(steps) if sizes else torch.stack(steps, axis), *map(torch.stack, zip(*ends, strict=True))]
 
 
-def _cell(unit: Callable[..., list[Tensor]], func: Any, x: Tensor, hx: Any, *weights: Tensor | None) -> Any:
-    made = unit(x, [hx] if isinstance(hx, Tensor) else [*hx], *(w for w in weights if w is not None))
-    found = _all_valued(func, (x, hx, *weights), made)
-    return found if len(found) > 1 else found[0]
+def _cell(unit: Callable[..., list[Tensor]], x: Tensor, hx: Any, *weights: Tensor | None) -> list[Tensor]:
+    return unit(x, [hx] if isinstance(hx, Tensor) else [*hx], *(w for w in weights if w is not None))
 
 
-def _all_valued(func: Any, args: tuple[Any, ...], formulas: list[Tensor]) -> tuple[Tensor, ...]:
+def _gated(make: Callable[..., list[Tensor] | None], func: Any, *args: Any) -> Any:
+    """A recurrent layer or cell by smooth functions where its gates saturate: its own kernels are faster."""
+    if _WATCH.get() is None:
+        with torch.no_grad(), watching() as seen:
+            make(*args)
+        if seen.least > _COARSEST and not seen.vanished:
+            return func(*args)
+    formulas = make(*args)
+    if formulas is None:
+        return func(*args)
+    if len(formulas) == 1:
+        return _valued(func, args, {}, formulas[0])
     with torch.no_grad():
         values = func(*args)
-    values = (values,) if isinstance(values, Tensor) else values
     return tuple(Valued.apply(v.detach(), f) for v, f in zip(values, formulas, strict=True))  # type: ignore[no-untyped-call]
 
 
@@ -748,7 +760,7 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
     F.cross_entropy: _named(F.cross_entropy, _cross_entropy),
     F.glu: _named(F.glu, _glu),
     **{
-        getattr(torch, name): _named(getattr(torch, name), partial(call, unit))
+        getattr(torch, name): _named(getattr(torch, name), partial(_gated, partial(call, unit)))
         for name, call, unit in (
             ("rnn_tanh", _recurrent, _tanh_unit),
             ("lstm", _recurrent, _lstm_unit),
