@@ -155,9 +155,7 @@ def first(value: Tensor, formula: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("options", [*OPTIONS, {"proj_size": 2, "num_layers": 2}])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_the_loop_over_time_is_the_layer(
-    kind: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_loop_over_time_is_the_layer(kind: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     if "proj_size" in options and kind != "lstm":
         pytest.skip("only LSTMs have projections")
     monkeypatch.setattr(recurrent, "_valued", first)
