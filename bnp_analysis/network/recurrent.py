@@ -55,7 +55,7 @@ def _layers(cell: Cell, watch: Watch, x: Tensor, *rest: Any) -> State:
         steps = list(x.unbind(int(batch_first)))
     else:
         sizes, states, weights, biases, layers, dropout, train, both = rest
-        steps = list(x.split(sizes.tolist()))
+        steps = list(torch.split(x, sizes.tolist()))
     states = (states,) if isinstance(states, Tensor) else tuple(states)
     directions = 1 + int(both)
     each = len(weights) // (layers * directions)

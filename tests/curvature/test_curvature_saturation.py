@@ -75,14 +75,14 @@ def check(A: Any, truth: Any, *, largest: Any = 1.0, cancels: bool = False) -> N
         largest: of the derivatives it is made of; below the numbers of its dtype it is zero.
         cancels: whether the loss is written so that its derivatives cancel.
     """
+    if cancels and A.eps > 1e-4:
+        with pytest.raises(bnp.errors.InvalidInputError, match="difference of nearly equal numbers"):
+            bnp.condition_number(A)
+        return
     try:
         found = bnp.condition_number(A)
     except bnp.errors.ZeroOperatorError:
         assert largest < torch.finfo(A.dtype).tiny
-        return
-    except bnp.errors.InvalidInputError as error:
-        assert cancels
-        assert "difference of nearly equal numbers" in str(error)
         return
     assert contains(found, truth), found
     assert found.two_sided or "one-sided: " in str(found)
