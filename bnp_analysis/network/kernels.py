@@ -18,8 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from bnp_analysis.errors import BNPAnalysisError, InvalidInputError, NoDerivativeError
 from bnp_analysis.linalg.full_float32 import full_float32
-from bnp_analysis.network.recurrent import Unfused
-from bnp_analysis.network.smooth import Accurate, current_watch
+from bnp_analysis.network.smooth import Accurate
 
 _OTHERWISE = (
     "Replace it by operations of torch that have one (math attention, unfused recurrent cells, a lookup and a sum for "
@@ -100,7 +99,6 @@ def with_differentiable_kernels(run: Callable[[], Found], *, recurrent: bool, we
             with (
                 Accurate(),
                 _Primitives() if weight_norms else nullcontext(),
-                Unfused() if current_watch() else nullcontext(),
             ):
                 return run()
         finally:
