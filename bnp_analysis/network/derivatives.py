@@ -10,6 +10,7 @@ another: those say nothing, and other steps are tried. A refusal needs two direc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from bnp_analysis.network.batches import Batch, slice_batch, with_examples
 from bnp_analysis.network.kernels import recording
 from bnp_analysis.network.observation import Observer, custom_functions
 from bnp_analysis.network.randomness import random_state
+from bnp_analysis.network.rounding import Perturbed
 
 if TYPE_CHECKING:
     from bnp_analysis.network.risk import EmpiricalRisk
@@ -97,10 +99,20 @@ def trial(risk: EmpiricalRisk) -> Trial | None:
                 value, width = abs(float(loss.detach())), float(outputs.detach().abs().mean())
                 # A loss that is nearly all cancelled outputs, as of saturated logits, is known to their rounding only.
                 rounded = value if value > _CANCELLED * eps * width else width
+                rounded = max(rounded, _moved_by_rounding(at, part, loss) / eps)
                 causes = tuple(observer.stops), tuple(custom_functions(loss))
                 found = Trial(at, part, loss, leaves, eps, rounded, *causes)
                 return found if eps < 1e-5 else None
     return None
+
+
+def _moved_by_rounding(risk: EmpiricalRisk, batch: Batch, loss: Tensor) -> float:
+    """By how much the loss moves with the rounding of every operation: `1 - p` of a probability near 1 by much."""
+    tensors = risk.space.unflatten(risk.theta)
+    with suppress(RuntimeError, BNPAnalysisError), random_state(device=risk.space.device), Perturbed(0):
+        moved = risk.batch_loss(risk.batch_outputs(tensors, batch), batch, tensors)
+        return abs(float(moved.detach()) - float(loss.detach()))
+    return 0.0
 
 
 def _generic(risk: EmpiricalRisk) -> Tensor:
