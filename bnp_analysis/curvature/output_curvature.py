@@ -6,17 +6,16 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnp_analysis.distributed.nested import map_tensors, tensors_of
+from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.kernels import derivative, recording
 from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.network.rounding import Perturbed
 from bnp_analysis.network.saturation import product_eps
 from bnp_analysis.network.smooth import SIGMOID, generic, watching
 
@@ -220,7 +219,7 @@ class _Bends:
         """How far rounding may have moved each entry of `S`: every operation is repeated with a unit more or less."""
         moved = torch.zeros_like(S)
         for seed in range(_TRIALS):
-            with _Perturbed(seed) as perturbed:
+            with Perturbed(seed) as perturbed:
                 other = make()
             if other is None or perturbed.overflowed:
                 return torch.full_like(S, math.inf)
@@ -231,46 +230,6 @@ class _Bends:
         """The same with derivatives of ordinary size in the place of those that saturation makes tiny."""
         with watching(structural=True):
             return make()
-
-
-class _Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Every number that an operation computes is moved by one unit roundoff, up or down at random (CESTAC).
-
-    Source: Vignes 1993.
-    """
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._generator = torch.Generator().manual_seed(seed)
-        # Whether finite numbers gave an infinite one: its reciprocal is a zero that means nothing.
-        self.overflowed = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        # Zeros without memory, which autograd makes, cannot be looked at.
-        inputs = [t for t in tensors_of((list(args), kwargs or {})) if not (t._is_zerotensor() or t.is_meta)]
-        given = {id(t) for t in inputs}
-        if any(bool(t.isinf().any()) for t in tensors_of([out]) if _has_numbers(t)):
-            numbers = [a for a in args if isinstance(a, float)]
-            finite = all(map(math.isfinite, numbers)) and not any(bool(t.isinf().any()) for t in inputs)
-            self.overflowed = self.overflowed or finite
-        if any(r.alias_info is not None for r in func._schema.returns) or not given:
-            return out
-        product = func.overloadpacket in (torch.ops.aten.mul, torch.ops.aten.div)
-        factors = [t for t in inputs if t.ndim] if product else []
-
-        def moved(t: Tensor) -> Tensor:
-            if id(t) in given or not _has_numbers(t):
-                return t
-            signs = torch.randint(0, 2, t.shape, generator=self._generator, dtype=torch.int8).to(t.device) * 2 - 1
-            number = torch.finfo(t.dtype)
-            # What underflows has an error as large as the least number, which a large factor may bring back.
-            lost = t.abs() < number.tiny
-            for factor in factors:
-                lost = lost & (factor != 0)
-            return t + signs * (t * number.eps + number.tiny * lost.to(t) * bool(factors))
-
-        return map_tensors(out, moved)
 
 
 def _row_hessians(z: Tensor, g: Tensor, width: int, axis: int, eps: float) -> Tensor | None:
@@ -300,10 +259,6 @@ def _coupled(z: Tensor, g: Tensor, count: int, axis: int, eps: float) -> bool:
         if float((image * ~side).max()) > eps * float(image.max()):
             return True
     return False
-
-
-def _has_numbers(t: Tensor) -> bool:
-    return t.is_floating_point() and not t._is_zerotensor() and not t.is_meta
 
 
 def _is_diagonal(S: Tensor) -> bool:

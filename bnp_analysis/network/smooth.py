@@ -27,6 +27,8 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode, handle_torch_function
 
+from bnp_analysis.distributed.nested import tensors_of
+
 _ROOT, _LN2 = math.sqrt(2 / math.pi), math.log(2)
 # A logit so far below the largest of its row is masked, not improbable.
 _MASKED = 1e4
@@ -729,6 +731,8 @@ def _cell(unit: Callable[..., list[Tensor]], x: Tensor, hx: Any, *weights: Tenso
 def _gated(make: Callable[..., list[Tensor] | None], func: Any, *args: Any) -> Any:
     """A recurrent layer or cell by smooth functions where its gates saturate: its own kernels are faster."""
     if _WATCH.get() is None:
+        if not any(t.requires_grad for t in tensors_of(args)):
+            return func(*args)
         with torch.no_grad(), watching() as seen:
             make(*args)
         if seen.least > _COARSEST and not seen.vanished:

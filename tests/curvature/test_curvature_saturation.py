@@ -204,3 +204,82 @@ def test_tables_fisher_and_magnitudes() -> None:
         assert result.lower >= 1 - 1e-6
         assert not result.two_sided  # unit 2 has slopes of 1e-170
     assert bnp.layer_table(risk) is not None
+
+
+class Step(nn.Module):
+    """One step of a recurrent layer from a state of zeros."""
+
+    def __init__(self, kind: Callable[..., nn.Module], gates: int, weight: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer = kind(2, 1, bias=False).to(dtype)
+        w = torch.full((gates, 2), 0.5)
+        w[:, 1] = weight
+        if gates == 3:
+            w[1, 1] = -weight
+        with torch.no_grad():
+            next(self.layer.parameters()).copy_(w)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.layer(x) if isinstance(self.layer, nn.RNNCellBase) else self.layer(x.unsqueeze(1))[0][:, 0]
+        return found[0] if isinstance(found, tuple) else found
+
+
+def lstm(i: Any, f: Any, g: Any, o: Any) -> Any:
+    return sigmoid(o) * mp.tanh(sigmoid(i) * mp.tanh(g))
+
+
+def gru(r: Any, z: Any, n: Any) -> Any:
+    return sigmoid(-z) * mp.tanh(n)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("weight", [10.0, 20.0, 45.0])
+@pytest.mark.parametrize(
+    ("kind", "unit", "gates"),
+    [(nn.RNN, mp.tanh, 1), (nn.RNNCell, mp.tanh, 1), (nn.LSTM, lstm, 4), (nn.LSTMCell, lstm, 4), (nn.GRU, gru, 3)],
+)
+def test_saturated_gates_of_a_recurrent_layer_are_no_structure(
+    kind: Any, unit: Callable[..., Any], gates: int, weight: float, dtype: torch.dtype
+) -> None:
+    model = Step(kind, gates, weight, dtype)
+    (name, w), *_ = model.named_parameters()
+    risk = bnp.EmpiricalRisk(
+        model, F.mse_loss, (torch.eye(2, dtype=dtype), torch.zeros(2, 1, dtype=dtype)), params=[name]
+    )
+    found = bnp.condition_number(bnp.gauss_newton(risk))
+    # Each example sees one column of the weights alone, so the factor's rows are orthogonal.
+    sizes = []
+    for column in w.detach().double().T.tolist():
+        slopes = [mp.diff(unit, tuple(column), tuple(int(j == k) for j in range(gates))) for k in range(gates)]
+        sizes.append(mp.fsum(s * s for s in slopes))
+    truth = float(max(sizes) / min(sizes))
+    assert found.lower <= truth <= found.upper
+
+
+@pytest.mark.parametrize("logit", [5.0, 12.0, -14.0, -37.0])
+def test_binary_cross_entropy_of_probabilities(logit: float) -> None:
+    model = nn.Linear(2, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.0, logit]]))
+    data = torch.eye(2, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)
+    risk = bnp.EmpiricalRisk(model, lambda z, y: F.binary_cross_entropy(torch.sigmoid(z), y), data)
+    found = bnp.condition_number(bnp.gauss_newton(risk))
+    assert found.lower <= float(bell(mp.mpf(0)) / bell(mp.mpf(logit))) <= found.upper < 1.001 * found.lower
+
+
+def test_a_poisson_rate_that_underflows_is_no_structure() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.0, -300.0]]))
+    risk = bnp.EmpiricalRisk(model, nn.PoissonNLLLoss(), (torch.eye(2), torch.zeros(2, 1)))
+    assert bnp.condition_number(bnp.gauss_newton(risk)).upper == float("inf")
+
+
+def test_a_certain_probability_is_no_error_where_rounding_is_tried() -> None:
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Sigmoid()).double()
+    nn.init.ones_(model[0].weight)
+    x = torch.tensor([[40.0], [1.0], [-2.0]], dtype=torch.float64)
+    y = torch.tensor([[1.0], [0.0], [1.0]], dtype=torch.float64)
+    risk = bnp.EmpiricalRisk(model, nn.BCELoss(), (x, y))
+    by_logits = bnp.EmpiricalRisk(model[0], nn.BCEWithLogitsLoss(), (x, y))
+    torch.testing.assert_close(bnp.hessian(risk).to_dense(), bnp.hessian(by_logits).to_dense(), rtol=1e-12, atol=0)

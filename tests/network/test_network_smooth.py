@@ -45,6 +45,10 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Any], Any], flo
     "mish": (nn.Mish(), lambda x: x * mp.tanh(mp.log1p(mp.exp(x))), 40),
     "softsign": (nn.Softsign(), lambda x: x / (1 + abs(x)), 1e6),
     "tanhshrink": (nn.Tanhshrink(), lambda x: x - mp.tanh(x), 80),
+    "expm1": (torch.expm1, mp.expm1, 60),
+    "exp2": (torch.exp2, lambda x: mp.mpf(2) ** x, 60),
+    "erfc": (torch.erfc, mp.erfc, 5),
+    "ndtr": (torch.special.ndtr, mp.ncdf, 8),
     "elu, in place": (nn.ELU(inplace=True), lambda x: x if x > 0 else mp.expm1(x), 80),
 }
 
