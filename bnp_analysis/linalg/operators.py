@@ -27,9 +27,10 @@ _CAST = (
 )
 _CANCELLED = (
     "The dtype has more: they are lost where the loss is a difference of nearly equal numbers, as log(cosh(z)) is at "
-    "large logits, or where gates of recurrent layers are saturated. Write the loss in a form whose derivatives keep "
-    "their digits (binary_cross_entropy_with_logits, cross_entropy, softplus, logsigmoid), take a point or data with "
-    "smaller logits, leave the saturated layers out with params=, and, from float32, go over to float64"
+    "large logits, where gates of recurrent layers are saturated, or where derivatives are below the smallest normal "
+    "number (GELU at -14 in float32). Write the loss in a form whose derivatives keep their digits "
+    "(binary_cross_entropy_with_logits, cross_entropy, softplus, logsigmoid), take a point or data with smaller "
+    "logits, leave the saturated layers out with params=, and, from float32, go over to float64"
 )
 
 

@@ -522,6 +522,9 @@ def _note(watch: Watch, x: Tensor, rule: Rule) -> None:
         change = (z * rule.curvature(z) / slope).abs()
         steep = change[(slope.abs() >= tiny) & (slope.abs() < 0.1)]
         watch.amplify(float(steep.max()) if steep.numel() else 0.0)
+        subnormal = slope.abs()[(slope != 0) & (slope.abs() < tiny)]
+        # Below the smallest normal number the spacing is the same everywhere.
+        watch.amplify(min(tiny / float(subnormal.min()), 1 / torch.finfo(x.dtype).eps) if subnormal.numel() else 0.0)
         watch.vanished = watch.vanished or bool(((rule.value(z).abs() < tiny) & (z != 0)).any())
 
 
