@@ -10,7 +10,6 @@ another: those say nothing, and other steps are tried. A refusal needs two direc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,6 @@ from bnp_analysis.network.batches import Batch, slice_batch, with_examples
 from bnp_analysis.network.kernels import recording
 from bnp_analysis.network.observation import Observer, custom_functions
 from bnp_analysis.network.randomness import random_state
-from bnp_analysis.network.rounding import Perturbed
 
 if TYPE_CHECKING:
     from bnp_analysis.network.risk import EmpiricalRisk
@@ -35,6 +33,8 @@ _FEWEST, _MOST = 8, 64
 _TOLERANCE = 1e-5
 # Roundings of the function that a quotient may show.
 _ROUNDINGS = 64
+# A loss smaller than this share of the outputs is a difference of theirs.
+_CANCELLED = 1e-6
 # Steps, as multiples of the best one for a smooth function.
 _STEPS = (1.0, 1 / 32, 1 / 1024)
 _MOST_TENSORS = 48
@@ -44,31 +44,19 @@ Quotient = Callable[[float], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Trial:
-    """Where derivatives are tried: a risk on a few examples at a point, its one batch, and the recorded loss."""
+    """Where derivatives are tried: a risk on a few examples at a point, its one batch, and the recorded loss.
+
+    `size`: to which the rounding of the loss is relative.
+    """
 
     risk: EmpiricalRisk
     batch: Batch
     loss: Tensor
     leaves: dict[str, Tensor]
     eps: float
+    size: float
     stops: tuple[str, ...]
     functions: tuple[str, ...]
-
-    @property
-    def size(self) -> float:
-        """Of the loss."""
-        return abs(float(self.loss.detach()))
-
-    def rounded_size(self) -> float:
-        """To which the rounding of the loss is relative: more than its size where outputs cancel in it.
-
-        Every operation is repeated with a unit more or less: `1 - p` of a probability near 1 moves by much.
-        """
-        risk, moved = self.risk, self.loss
-        tensors = risk.space.unflatten(risk.theta)
-        with suppress(RuntimeError, BNPAnalysisError), random_state(device=risk.space.device), Perturbed(0):
-            moved = risk.batch_loss(risk.batch_outputs(tensors, self.batch), self.batch, tensors)
-        return max(self.size, 4 * abs(float(moved.detach()) - float(self.loss.detach())) / self.eps)
 
     def direction(self, seed: int, names: set[str] | None = None) -> Tensor:
         """`(n,)`: every tensor moves by the same share of its size; with `names` only these."""
@@ -106,8 +94,11 @@ def trial(risk: EmpiricalRisk) -> Trial | None:
                 break
             if bool(torch.isfinite(loss)):
                 eps = max(observer.eps, at.eps)
+                value, width = abs(float(loss.detach())), float(outputs.detach().abs().mean())
+                # A loss in which the outputs cancel, as of saturated logits, is known to their rounding only.
+                rounded = value if value > _CANCELLED * width else width
                 causes = tuple(observer.stops), tuple(custom_functions(loss))
-                found = Trial(at, part, loss, leaves, eps, *causes)
+                found = Trial(at, part, loss, leaves, eps, rounded, *causes)
                 return found if eps < 1e-5 else None
     return None
 
@@ -142,21 +133,18 @@ def require_gradient(risk: EmpiricalRisk) -> None:
         if not bool(torch.isfinite(gradient).all()):
             return
 
-        def agrees(v: Tensor, size: float) -> bool | None:
+        def agrees(v: Tensor) -> bool | None:
             tensors, g = at.space.unflatten(v), at.space.unflatten(gradient)
             slopes = {name: (g[name] * t).sum() for name, t in tensors.items()}
             scale = sum(abs(float(s)) for s in slopes.values())
             spread = sum(float(g[n].norm() * at.theta[at.space.slice_of(n)].norm()) for n in tensors)
             claimed = {"": sum(slopes.values(), torch.zeros(()))}
-            return compare(found, claimed, lambda h: {"": _slope(at, v, h)}, scale, spread + size)
+            return compare(found, claimed, lambda h: {"": _slope(at, v, h)}, scale, spread + found.size)
 
-        if agrees(found.direction(1), found.size) is not False:
-            return
-        size = found.rounded_size()
-        if any(agrees(found.direction(seed), size) is not False for seed in (1, 2)):
+        if any(agrees(found.direction(seed)) is not False for seed in (1, 2)):
             return
         names = list(at.space.names)
-        wrong = [n for n in names[:_MOST_TENSORS] if agrees(found.direction(3, {n}), size) is False]
+        wrong = [n for n in names[:_MOST_TENSORS] if agrees(found.direction(3, {n})) is False]
         raise DerivativeError(_message(found, "gradient", wrong or names, gradient))
 
 
