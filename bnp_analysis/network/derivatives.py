@@ -93,13 +93,13 @@ def trial(risk: EmpiricalRisk) -> Trial | None:
             except (RuntimeError, BNPAnalysisError):  # a model written for one precision
                 break
             if bool(torch.isfinite(loss)):
-                eps = max(observer.eps, at.eps)
+                eps = max(observer.eps, torch.finfo(at.space.dtype).eps)
                 value, width = abs(float(loss.detach())), float(outputs.detach().abs().mean())
                 # A loss in which the outputs cancel, as of saturated logits, is known to their rounding only.
                 rounded = value if value > _CANCELLED * width else width
                 causes = tuple(observer.stops), tuple(custom_functions(loss))
                 found = Trial(at, part, loss, leaves, eps, rounded, *causes)
-                return found if eps < 1e-5 else None
+                return found if max(eps, torch.finfo(at.precision.dtype).eps) < 1e-5 else None
     return None
 
 

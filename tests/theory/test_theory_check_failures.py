@@ -227,7 +227,11 @@ def test_a_condition_number_that_is_off(monkeypatch: Patch) -> None:
     def root(matrix: Tensor) -> bnp.ConditionNumber:
         found = original(matrix)
         unweighted = bool((matrix[:, -1] == 1).all())
-        return dataclasses.replace(found, value=found.value**0.1) if unweighted else found
+        return (
+            dataclasses.replace(found, **dict.fromkeys(("value", "lower", "upper"), found.value**0.1))
+            if unweighted
+            else found
+        )
 
     original = conditioning.singular
     monkeypatch.setattr(conditioning, "singular", root)

@@ -405,5 +405,7 @@ def test_rows_of_one_example_that_are_not_its_positions(monkeypatch: Patch) -> N
 
 def test_a_condition_number_of_one_row(monkeypatch: Patch) -> None:
     original = one_example.singular
-    monkeypatch.setattr(one_example, "singular", lambda m: dataclasses.replace(original(m), value=1.01))
+    monkeypatch.setattr(
+        one_example, "singular", lambda m: dataclasses.replace(original(m), value=1.01, lower=1.0, upper=1.1)
+    )
     failing(one_example.check_one_example(relu()), "has one row")

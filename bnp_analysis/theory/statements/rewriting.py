@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,9 @@ def rewritten(
         above, _, leaf = name.rpartition(".")
         parent = model.get_submodule(above)
         setattr(parent, leaf, make(getattr(parent, leaf)))
-    return _risk_of(model, risk, batches, output=risk.output, loss=loss)
+    # The modules put in may leave derivatives out on purpose, as BN does through its statistics.
+    derivatives = "surrogate" if replace else risk.derivatives
+    return _risk_of(model, risk, batches, output=risk.output, loss=loss, derivatives=derivatives)
 
 
 def _risk_of(
@@ -62,6 +64,7 @@ def _risk_of(
     *,
     output: Callable[[Any], Tensor] | None = None,
     loss: Loss | None = None,
+    derivatives: Literal["exact", "surrogate"] | None = None,
 ) -> EmpiricalRisk:
     """The risk of another network with the data of this one and, unless given another, its loss."""
 
@@ -73,7 +76,9 @@ def _risk_of(
         return risk.batches.weigh(Batch(x, y, float(tensors_of(x)[0].shape[0]), 0))
 
     data = [(batch.x, batch.y) for batch in (risk.batches if batches is None else batches)]
-    return EmpiricalRisk(model, loss or same, data, output=output, count=count, derivatives=risk.derivatives)
+    return EmpiricalRisk(
+        model, loss or same, data, output=output, count=count, derivatives=derivatives or risk.derivatives
+    )
 
 
 def with_squared_outputs(risk: EmpiricalRisk) -> EmpiricalRisk:
