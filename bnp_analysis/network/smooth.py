@@ -663,13 +663,13 @@ def _attention(
 
 
 def _tanh_unit(x: Tensor, state: list[Tensor], w: Tensor, u: Tensor, *b: Tensor) -> list[Tensor]:
-    return [_entrywise(torch.tanh, sum((F.linear(x, w), F.linear(state[0], u), *b)))]
+    return [_entrywise(torch.tanh, sum(b, F.linear(x, w) + F.linear(state[0], u)))]
 
 
-def _lstm_unit(x: Tensor, state: list[Tensor], w: Tensor, u: Tensor, *b: Tensor) -> list[Tensor]:
+def _lstm_unit(x: Tensor, state: list[Tensor], w: Tensor, u: Tensor, *b: Any) -> list[Tensor]:
     # The fifth weight, if there is one, projects what is put out.
     *biases, project = b if len(b) % 2 else (*b, None)
-    i, f, g, o = sum((F.linear(x, w), F.linear(state[0], u), *biases)).chunk(4, -1)
+    i, f, g, o = sum(biases, F.linear(x, w) + F.linear(state[0], u)).chunk(4, -1)
     kept = _entrywise(torch.sigmoid, f) * state[1]
     kept = kept + _entrywise(torch.sigmoid, i) * _entrywise(torch.tanh, g)
     out = _entrywise(torch.sigmoid, o) * _entrywise(torch.tanh, kept)
@@ -690,7 +690,7 @@ def _recurrent(unit: Callable[..., list[Tensor]], x: Tensor, *args: Any) -> list
     if dropout and train:
         return None
     axis = int(bool(first and first[0]))
-    steps = list(x.unbind(axis) if sizes is None else x.split(sizes))
+    steps = list(x.unbind(axis) if sizes is None else torch.split(x, sizes))
     states, ends, count = [hx] if isinstance(hx, Tensor) else [*hx], [], len(weights) // (layers * (1 + both))
     for layer in range(layers):
         outs = []
