@@ -343,5 +343,5 @@ def test_sparse_inputs_are_refused_and_a_sparse_buffer_is_not() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.mm(self.mixing, self.inner(x))
 
-    dense, sparse = (classify(Averaged(layout), (x, y)) for layout in (torch.strided, torch.sparse_coo))
+    dense, sparse = (classify(Averaged(layout).double(), (x, y)) for layout in (torch.strided, torch.sparse_coo))
     torch.testing.assert_close(bnp.hessian(sparse).to_dense(), bnp.hessian(dense).to_dense())
