@@ -243,7 +243,8 @@ def _saved_bytes(
 
     def pack(t: Tensor) -> Tensor:
         nonlocal total
-        if transformed(t) or t._is_zerotensor():  # Nothing of their own: the tensor inside is counted; zeros by rule.
+        # Nothing of their own: the tensor inside is counted; zeros by rule; a sparse matrix of the model.
+        if transformed(t) or t._is_zerotensor() or t.layout != torch.strided:
             return t.detach()
         storage = t.untyped_storage()
         given = storage.data_ptr() in data

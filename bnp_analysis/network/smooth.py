@@ -676,20 +676,14 @@ def _attention(
     return _valued(func, args, kwargs, p @ v)
 
 
-def _sum(first: Tensor, *others: Tensor) -> Tensor:
-    for t in others:
-        first = first + t
-    return first
-
-
 def _tanh_unit(x: Tensor, state: list[Tensor], w: Tensor, u: Tensor, *b: Tensor) -> list[Tensor]:
-    return [_entrywise(torch.tanh, _sum(F.linear(x, w), F.linear(state[0], u), *b))]
+    return [_entrywise(torch.tanh, sum(b, F.linear(x, w) + F.linear(state[0], u)))]
 
 
-def _lstm_unit(x: Tensor, state: list[Tensor], w: Tensor, u: Tensor, *b: Tensor) -> list[Tensor]:
+def _lstm_unit(x: Tensor, state: list[Tensor], w: Tensor, u: Tensor, *b: Any) -> list[Tensor]:
     # The fifth weight, if there is one, projects what is put out.
-    biases, project = (b[:-1], b[-1]) if len(b) % 2 else (b, None)
-    i, f, g, o = _sum(F.linear(x, w), F.linear(state[0], u), *biases).chunk(4, -1)
+    *biases, project = b if len(b) % 2 else (*b, None)
+    i, f, g, o = sum(biases, F.linear(x, w) + F.linear(state[0], u)).chunk(4, -1)
     kept = _entrywise(torch.sigmoid, f) * state[1]
     kept = kept + _entrywise(torch.sigmoid, i) * _entrywise(torch.tanh, g)
     out = _entrywise(torch.sigmoid, o) * _entrywise(torch.tanh, kept)

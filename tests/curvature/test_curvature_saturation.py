@@ -220,7 +220,7 @@ class Step(nn.Module):
             next(self.layer.parameters()).copy_(w)
 
     def forward(self, x: Tensor) -> Tensor:
-        found = self.layer(x) if isinstance(self.layer, nn.RNNCellBase) else self.layer(x.unsqueeze(1))[0][:, 0]
+        found = self.layer(x) if isinstance(self.layer, nn.RNNCellBase) else self.layer(x.unsqueeze(0))[0][0]
         return found[0] if isinstance(found, tuple) else found
 
 

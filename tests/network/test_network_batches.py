@@ -326,3 +326,22 @@ def test_overflow_of_the_cast_is_found() -> None:
     x[0, 0] = 1e300
     with pytest.raises(NonFiniteError, match="batch 0"):
         classify(mlp(), (x, y), dtype=torch.float32)
+
+
+def test_sparse_inputs_are_refused_and_a_sparse_buffer_is_not() -> None:
+    x, y = table(9)
+    with pytest.raises(InvalidInputError, match=r"batch 0 has a sparse .* t.to_dense\(\)"):
+        classify(mlp(), (x.to_sparse(), y))
+
+    class Averaged(nn.Module):
+        def __init__(self, layout: torch.layout) -> None:
+            super().__init__()
+            self.inner = mlp()
+            mixing = (torch.eye(9) + torch.eye(9).roll(1, 0)) / 2
+            self.register_buffer("mixing", mixing if layout == torch.strided else mixing.to_sparse())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.mm(self.mixing, self.inner(x))
+
+    dense, sparse = (classify(Averaged(layout).double(), (x, y)) for layout in (torch.strided, torch.sparse_coo))
+    torch.testing.assert_close(bnp.hessian(sparse).to_dense(), bnp.hessian(dense).to_dense())
