@@ -177,7 +177,7 @@ def test_what_a_reduced_factor_hides_is_measured_directly(rounding, generator):
     F = torch.randn(9, 4, generator=generator, dtype=torch.float64)
     own = GramOperator(MatrixOperator(F))
     P = DensePreconditioner(torch.eye(4, dtype=torch.float64))
-    careless = ReducedFactor(torch.linalg.qr(F)[1], F.norm(dim=0), rounding, 4, torch.float64)
+    careless = ReducedFactor(torch.linalg.qr(F)[1], F.norm(dim=0), rounding, 4, MatrixOperator(F))
     plain = condition_number(own)
 
     def measure(A, **words):

@@ -120,7 +120,8 @@ def _loss_doubt(risk: EmpiricalRisk) -> tuple[float, bool]:
             if bends.mixes():
                 # An entry of the product may cancel where no derivative does.
                 doubt, size = doubt.amax(dim=1), size.amax(dim=1)
-            rounding = max(rounding, _relative(doubt, size))
+            if bool(image.any()):  # else there is no curvature to know any digits of
+                rounding = max(rounding, _relative(doubt, size))
             vanished = vanished or bool(((image == 0) & (ordinary != 0)).any())
     return rounding, vanished
 

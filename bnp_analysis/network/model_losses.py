@@ -19,6 +19,7 @@ def reads_model(loss: Callable[..., Any]) -> bool:
     """Whether a loss takes the network: it has a third positional argument without a default.
 
     Example:
+        >>> import torch
         >>> reads_model(lambda output, y, model: output.mean()), reads_model(torch.nn.functional.cross_entropy)
         (True, False)
     """

@@ -227,6 +227,10 @@ class _Record(TorchDispatchMode):
         dtype = max(self.causes, key=lambda d: torch.finfo(d).eps)
         return Precision(dtype, self.causes[dtype][1])
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch would load its compiler
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = [t for t in tensors_of((args, kwargs or {})) if _has_digits(t)]
         for t in inputs:

@@ -24,6 +24,10 @@ class Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Whether finite numbers gave an infinite one: its reciprocal is a zero that means nothing.
         self.overflowed = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch would load its compiler
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         # Zeros without memory, which autograd makes, cannot be looked at.

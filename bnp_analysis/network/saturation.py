@@ -24,12 +24,12 @@ def product_eps(risk: EmpiricalRisk) -> float:
 
     Example:
         >>> import torch, bnp_analysis as bnp
-        >>> x, y = torch.tensor([[400.0]], dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+        >>> x, y = torch.tensor([[40.0]], dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
         >>> model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False, dtype=torch.float64), torch.nn.Tanh())
         >>> _ = torch.nn.init.ones_(model[0].weight)
         >>> risk = bnp.EmpiricalRisk(model, torch.nn.functional.mse_loss, (x, y))
         >>> product_eps(risk) / risk.eps
-        100.0
+        10.0
     """
 
     def amplification() -> Tensor:
