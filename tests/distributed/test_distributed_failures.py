@@ -30,7 +30,7 @@ EXPECTED = {
         "DistributedError",
         "rank 1: a product with Hessian",
         "DistributedError",
-        "rank 0: a product with Gauss",
+        "rank 0: the rounding of the loss's curvature",  # which the first product asks for
     ),
     "points": ("DistributedError", "with the point: they have different", "DistributedError", "the point"),
 }
