@@ -49,7 +49,7 @@ class Trial:
     `size`: to which the rounding of the loss is relative.
     """
 
-    risk: EmpiricalRisk
+    risk: Any  # an EmpiricalRisk, whose module imports this one
     batch: Batch
     loss: Tensor
     leaves: dict[str, Tensor]
@@ -65,7 +65,8 @@ class Trial:
         for name, t in self.risk.space.unflatten(self.risk.theta).items():
             noise = torch.randn(t.shape, generator=g, dtype=torch.float64).to(t)
             parts.append(noise * (_size(t) if names is None or name in names else 0.0))
-        return self.risk.space.flatten(parts)
+        found: Tensor = self.risk.space.flatten(parts)
+        return found
 
 
 def trial(risk: EmpiricalRisk) -> Trial | None:
