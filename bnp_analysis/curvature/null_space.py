@@ -131,7 +131,7 @@ def null_directions(
         {'softmax shift': 3}
     """
     began = time.perf_counter()
-    require_digits(risk.eps, str(risk.precision), "null directions")
+    require_digits(risk.eps, str(risk.precision), "null directions", cast=True)
     if block is not None:
         layer = block if isinstance(block, str) else block[0]
         inner = risk.restrict(risk.space.layer_names(layer))

@@ -244,7 +244,7 @@ def _measured(
     if dtype is not None:
         risk = risk.to(dtype, "cpu")
         P = None if P is None else P.to(dtype, "cpu")
-    require_digits(risk.eps, str(risk.precision), "the numbers of a table")
+    require_digits(risk.eps, str(risk.precision), "the numbers of a table", cast=True)
     return risk, bnp_preconditioner(risk) if P is None else P
 
 

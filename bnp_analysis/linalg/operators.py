@@ -194,25 +194,25 @@ def computed_in(operator: LinearOperator) -> str:
     return f"{own} ({inside} inside)" if inside else f"{own} (eps {operator.eps:.1g})"
 
 
-def require_digits(eps: float, computed: str, what: str) -> None:
+def require_digits(eps: float, computed: str, what: str, *, cast: bool) -> None:
     """Refuse a statement about a spectrum from products with fewer than four digits, as of bfloat16 and float16.
 
     Args:
         eps: the spacing of their numbers at 1.
         computed: the precision in words.
         what: would have been stated.
+        cast: whether a coarser dtype is the cause, and no cancellation.
 
     Raises:
         InvalidInputError: with the ways out.
 
     Example:
-        >>> require_digits(2.0**-23, "float32", "eigenvalues")
+        >>> require_digits(2.0**-23, "float32", "eigenvalues", cast=True)
     """
     if eps > _COARSEST:
-        lost = "(eps " in computed
         raise InvalidInputError(
             f"products are computed in {computed}, which keeps {max(-math.log10(eps), 0):.0f} digits, so {what} would "
-            f"be those of its rounding. {_CANCELLED if lost else _CAST}"
+            f"be those of its rounding. {_CAST if cast else _CANCELLED}"
         )
 
 

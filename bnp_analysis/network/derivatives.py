@@ -22,6 +22,7 @@ from bnp_analysis.errors import BNPAnalysisError, DerivativeError
 from bnp_analysis.network.batches import Batch, slice_batch, with_examples
 from bnp_analysis.network.kernels import recording
 from bnp_analysis.network.observation import Observer, custom_functions
+from bnp_analysis.network.precision import generic_point, size_of
 from bnp_analysis.network.randomness import random_state
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Trial:
         parts = []
         for name, t in self.risk.space.unflatten(self.risk.theta).items():
             noise = torch.randn(t.shape, generator=g, dtype=torch.float64).to(t)
-            parts.append(noise * (_size(t) if names is None or name in names else 0.0))
+            parts.append(noise * (size_of(t) if names is None or name in names else 0.0))
         found: Tensor = self.risk.space.flatten(parts)
         return found
 
@@ -84,7 +85,7 @@ def trial(risk: EmpiricalRisk) -> Trial | None:
         places.insert(0, one.to(torch.float64))
     for place in places:
         part = next(iter(place.batches))
-        for near in (_generic(place), place.theta):
+        for near in (generic_point(place), place.theta):
             observer, at = Observer(), place.at(near)
             try:
                 leaves = at.leaves()
@@ -102,17 +103,6 @@ def trial(risk: EmpiricalRisk) -> Trial | None:
                 found = Trial(at, part, loss, leaves, eps, rounded, *causes)
                 return found if max(eps, torch.finfo(at.precision.dtype).eps) < 1e-5 else None
     return None
-
-
-def _generic(risk: EmpiricalRisk) -> Tensor:
-    g = torch.Generator().manual_seed(0)
-    tensors = risk.space.unflatten(risk.theta).values()
-    noise = (0.01 * _size(t) * torch.randn(t.shape, generator=g, dtype=torch.float64).to(t) for t in tensors)
-    return risk.theta + risk.space.flatten(noise)
-
-
-def _size(t: Tensor) -> float:
-    return float(t.double().square().mean().sqrt()) or 1.0
 
 
 @recording()
@@ -209,7 +199,7 @@ def require_second(
 def _scaled(risk: EmpiricalRisk, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """In float64; derivatives by a tensor times its size, so that those by different tensors have one unit."""
     tensors = risk.space.unflatten(risk.theta)
-    return {n: t.detach().double() * (_size(tensors[n]) if n in tensors else 1.0) for n, t in parts.items()}
+    return {n: t.detach().double() * (size_of(tensors[n]) if n in tensors else 1.0) for n, t in parts.items()}
 
 
 def _norms(risk: EmpiricalRisk, name: str, *parts: Mapping[str, Tensor]) -> list[float]:

@@ -80,10 +80,19 @@ def find_precision(risk: EmpiricalRisk) -> Precision:
 
 
 def generic_point(risk: EmpiricalRisk) -> Tensor:
-    """A point near `theta` without its coincidences, such as a zero output layer that hides all below it."""
+    """A point 1 % from `theta` in every tensor, without its coincidences.
+
+    Such are biases of zero, which put layers on the kink of a ReLU, and a zero output layer, which hides all below it.
+    """
     g = torch.Generator().manual_seed(0)
-    noise = torch.randn(risk.space.dim, generator=g, dtype=torch.float64).to(risk.theta)
-    return risk.theta + 0.01 * (1 + risk.theta.abs()) * noise
+    tensors = risk.space.unflatten(risk.theta).values()
+    noise = (0.01 * size_of(t) * torch.randn(t.shape, generator=g, dtype=torch.float64).to(t) for t in tensors)
+    return risk.theta + risk.space.flatten(noise)
+
+
+def size_of(t: Tensor) -> float:
+    """The root mean square of a tensor's entries, 1 for zeros."""
+    return float(t.double().square().mean().sqrt()) or 1.0
 
 
 def _own_precision(risk: EmpiricalRisk) -> Precision:

@@ -84,11 +84,6 @@ def watching(*, structural: bool = False) -> Iterator[Watch]:
         _WATCH.reset(token)
 
 
-def current_watch() -> Watch | None:
-    """Who watches at the moment."""
-    return _WATCH.get()
-
-
 class Smooth(torch.autograd.Function):
     """`y = f(x)`, entry by entry."""
 
