@@ -8,13 +8,12 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.overrides import TorchFunctionMode
 
 from bnp_analysis.errors import BNPAnalysisError, InvalidInputError, NoDerivativeError
 from bnp_analysis.linalg.full_float32 import full_float32
@@ -59,22 +58,10 @@ def recording() -> Iterator[None]:
         yield
 
 
-class _Primitives(TorchFunctionMode):
-    """Weight normalization by its formula: the second derivative of torch's fused kernel is wrong (CPU, torch 2.13)."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (_weight_norm if func is torch._weight_norm else func)(*args, **(kwargs or {}))
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return v * (g / torch.norm_except_dim(v, 2, dim))
-
-
-def with_differentiable_kernels(run: Callable[[], Found], *, recurrent: bool, weight_norms: bool = False) -> Found:
+def with_differentiable_kernels(run: Callable[[], Found], *, recurrent: bool) -> Found:
     """`run()` by kernels that have a right second derivative, uncompiled.
 
-    Math attention, native recurrent layers (trap 12), weight normalization by its formula, smooth functions with
-    derivatives that keep their digits where they saturate.
+    Math attention, native recurrent layers (trap 12), and what `Accurate` puts in place of torch's functions.
 
     Which kernels torch takes belongs to the process: other threads wait, and an interrupt cannot leave it changed.
     """
@@ -96,10 +83,7 @@ def with_differentiable_kernels(run: Callable[[], Found], *, recurrent: bool, we
                 switch(i == 0)
             if dynamo is not None:
                 torch.compiler.set_stance("force_eager")
-            with (
-                Accurate(),
-                _Primitives() if weight_norms else nullcontext(),
-            ):
+            with Accurate():
                 return run()
         finally:
             try:

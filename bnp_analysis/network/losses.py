@@ -1,150 +1,105 @@
-"""Losses whose kernels in torch have no second derivative, written with operations that have all of them.
-
-The values are the same; so are the gradients, but for the one of torch's CTC in log-probabilities that are not
-normalized, which is the derivative of another function.
-"""
+"""Losses that depend on the parameters otherwise than through the outputs: penalties, residuals, features."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 
-# In place of log 0: sums of it stay finite, and no difference of two infinities arises.
-_LOG_ZERO = -1e30
-_REDUCTIONS = ("none", "mean", "sum")
+from bnp_analysis.distributed.nested import tensors_of
+from bnp_analysis.errors import DerivativeError
+from bnp_analysis.network.observation import Observer
+from bnp_analysis.network.snapshot import unwrap
 
 
-class SmoothLosses(TorchFunctionMode):
-    """The losses of torch that are called inside are computed in these forms."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        return _FORMS.get(func, func)(*args, **(kwargs or {}))
-
-
-def ctc_loss(
-    log_probs: Tensor,
-    targets: Tensor,
-    input_lengths: Tensor | Sequence[int],
-    target_lengths: Tensor | Sequence[int],
-    blank: int = 0,
-    reduction: str | int = "mean",
-    zero_infinity: bool = False,
-) -> Tensor:
-    """`-log p(targets)`, by the recursion over the places between and at the labels; arguments as in torch.
-
-    Source: Graves et al. 2006, section 4.1.
+def reads_model(loss: Callable[..., Any]) -> bool:
+    """Whether a loss takes the network: it has a third positional argument without a default.
 
     Example:
-        >>> y = torch.tensor([[1]])
-        >>> round(float(ctc_loss(torch.zeros(2, 1, 2), y, [2], [1]).exp()), 6)  # the paths 1-, -1 and 11
-        0.333333
+        >>> import torch
+        >>> reads_model(lambda output, y, model: output.mean()), reads_model(torch.nn.functional.cross_entropy)
+        (True, False)
     """
-    single = log_probs.ndim == 2
-    log_probs = log_probs.unsqueeze(1) if single else log_probs
-    steps, count, _ = log_probs.shape
-    lengths, sizes = (
-        torch.as_tensor(t, device=log_probs.device).reshape(-1).long() for t in (input_lengths, target_lengths)
-    )
-    if targets.ndim == 1:
-        targets = pad_sequence(list(_cut(targets, sizes.tolist())), batch_first=True)
-    targets = targets.to(log_probs.device).long()
-    # Labels with a blank before, between and behind them.
-    inside = torch.arange(targets.shape[1], device=targets.device) < sizes.unsqueeze(1)
-    labels = targets.new_full((count, 2 * targets.shape[1] + 1), blank)
-    labels[:, 1::2] = torch.where(inside, targets, blank)
-    skips = F.pad((labels[:, 2:] != blank) & (labels[:, 2:] != labels[:, :-2]), (min(2, labels.shape[1]), 0))
-    emitted = log_probs.gather(2, labels.expand(steps, -1, -1))
-    emitted = torch.where(emitted > _LOG_ZERO, emitted, _LOG_ZERO)
-    begins = torch.arange(labels.shape[1], device=labels.device) < 2
-    paths = torch.where(begins, emitted[0], _LOG_ZERO)
-    for t in range(1, steps):
-        stay, step, skip = paths, *(F.pad(paths, (k, 0), value=_LOG_ZERO)[:, : labels.shape[1]] for k in (1, 2))
-        longer = torch.stack([stay, step, torch.where(skips, skip, _LOG_ZERO)]).logsumexp(dim=0) + emitted[t]
-        paths = torch.where((t < lengths).unsqueeze(1), longer, paths)
-    ends = torch.stack([2 * sizes, (2 * sizes - 1).clamp_min(0)], dim=1)
-    last = torch.where(torch.stack([sizes >= 0, sizes > 0], dim=1), paths.gather(1, ends), _LOG_ZERO)
-    loss = -last.logsumexp(dim=1)
-    loss = torch.where(loss < -_LOG_ZERO / 2, loss, 0.0 if zero_infinity else torch.inf)
-    if reduction in ("mean", 1):
-        return (loss / sizes.clamp_min(1)).mean()
-    found = _reduced(loss, reduction)
-    return found.squeeze(0) if single and found.ndim else found
+    try:
+        parameters = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters.values()
+    except (TypeError, ValueError):  # written in C, without a signature
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters) == 3
 
 
-def multi_margin_loss(
-    input: Tensor,
-    target: Tensor,
-    p: int = 1,
-    margin: float = 1.0,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-) -> Tensor:
-    """`(1/C) sum_(i != y) w_y max(0, margin - x_y + x_i)^p` of each example; arguments as in torch.
+class WithModel(nn.Module):
+    """A loss as a function of the network's parameters too: `functional_call` exchanges them for both."""
 
-    Example:
-        >>> float(multi_margin_loss(torch.tensor([[1.0, 0.5]]), torch.tensor([0])))
-        0.25
+    def __init__(self, loss: Callable[..., Tensor], model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = (loss,)  # no submodule: its tensors are constants
+
+    def forward(self, outputs: Tensor, y: Any) -> Tensor:
+        return self._loss[0](outputs, y, self.model)
+
+
+def live_tensors(loss: Callable[..., Any], model: nn.Module) -> dict[int, str]:
+    """The parameters of the caller's model by identity, for `require_own_tensors`.
+
+    Raises:
+        DerivativeError: the loss holds some of them, of which the risk would make copies.
     """
-    x, y = input.reshape(-1, input.shape[-1]), target.reshape(-1)
-    own = F.one_hot(y, x.shape[1]).bool()
-    gaps = (margin - x.gather(1, y.unsqueeze(1)) + x).clamp_min(0).pow(p)
-    loss = torch.where(own, 0.0, gaps if weight is None else gaps * weight[y].unsqueeze(1)).sum(dim=1) / x.shape[1]
-    return _reduced(loss if input.ndim > 1 else loss.squeeze(0), _named(size_average, reduce, reduction))
+    live = {id(p): name for name, p in unwrap(model).named_parameters()}
+    _refuse([live[id(t)] for t in _held(loss) if id(t) in live])
+    return live
 
 
-def multilabel_margin_loss(
-    input: Tensor,
-    target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-) -> Tensor:
-    """`(1/C) sum_(j in y) sum_(i not in y) max(0, 1 - x_j + x_i)` of each example; arguments as in torch.
+def require_own_tensors(live: Mapping[int, str], observer: Observer, value: Tensor) -> None:
+    """Refuse a loss that reads parameters of the caller's model: those stay where they are when `theta` moves.
 
-    Example:
-        >>> float(multilabel_margin_loss(torch.tensor([[1.0, 0.5]]), torch.tensor([[0, -1]])))
-        0.25
+    Args:
+        live: from `live_tensors`.
+        observer: what the evaluation of the loss called.
+        value: the loss, recorded.
+
+    Raises:
+        DerivativeError: names them.
     """
-    x, y = (t.reshape(-1, t.shape[-1]) for t in (input, target))
-    valid = (y >= 0).cumprod(dim=1).bool()
-    own = torch.zeros_like(x).scatter_add(1, y.clamp_min(0), valid.to(x)).bool()
-    labels = x.gather(1, y.clamp_min(0))
-    gaps = (1 - labels.unsqueeze(2) + x.unsqueeze(1)).clamp_min(0)
-    loss = torch.where(valid.unsqueeze(2) & ~own.unsqueeze(1), gaps, 0.0).sum(dim=(1, 2)) / x.shape[1]
-    return _reduced(loss if input.ndim > 1 else loss.squeeze(0), _named(size_average, reduce, reduction))
+    _refuse([*dict.fromkeys([*observer.read, *(live[id(t)] for t in _leaves(value) if id(t) in live)])])
 
 
-def _cut(t: Tensor, sizes: Sequence[int]) -> Iterator[Tensor]:
-    ends = list(accumulate(sizes))
-    return (t[end - size : end] for end, size in zip(ends, sizes, strict=True))
+def _refuse(read: list[str]) -> None:
+    if read:
+        raise DerivativeError(
+            f"the loss reads parameters of the model itself ({_few(read)}), by a closure or an attribute: they keep "
+            "their values when theta moves, so the risk would lack that term's change, and its gradient and curvature "
+            "the term. Let the loss take the network as a third argument, loss(output, y, model), and use that: "
+            "model.parameters() for a penalty, model(points) for a residual"
+        )
 
 
-def _named(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
-    if size_average is None and reduce is None:
-        return reduction
-    # As torch reads its older arguments.
-    return "none" if reduce is False else "sum" if size_average is False else "mean"
+def _held(loss: Any) -> list[Tensor]:
+    """The tensors that a loss holds, of which the risk makes copies."""
+    if isinstance(loss, nn.Module):
+        return list(loss.parameters())
+    if isinstance(loss, functools.partial):
+        return tensors_of((loss.args, loss.keywords)) + _held(loss.func)
+    return []
 
 
-def _reduced(loss: Tensor, reduction: str | int) -> Tensor:
-    name = reduction if isinstance(reduction, str) else _REDUCTIONS[reduction]
-    return loss.mean() if name == "mean" else loss.sum() if name == "sum" else loss
+def _leaves(value: Tensor) -> list[Tensor]:
+    """The leaves of a recorded graph."""
+    found, seen, waiting = [], set(), [value.grad_fn]
+    while waiting:
+        node: Any = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+        if isinstance(leaf := getattr(node, "variable", None), Tensor):
+            found.append(leaf)
+    return found
 
 
-_FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.ctc_loss: ctc_loss,
-    torch.ctc_loss: ctc_loss,
-    F.multi_margin_loss: multi_margin_loss,
-    F.multilabel_margin_loss: multilabel_margin_loss,
-}
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -16,7 +16,7 @@ from bnp_analysis.errors import InvalidInputError, StochasticModelError
 from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.coupling import couples
 from bnp_analysis.network.kernels import recording
-from bnp_analysis.network.model_losses import require_own_tensors
+from bnp_analysis.network.losses import require_own_tensors
 from bnp_analysis.network.observation import Observer, held_objects
 from bnp_analysis.network.precision import generic_point
 from bnp_analysis.network.randomness import extreme_draws, random_state
@@ -72,7 +72,6 @@ def _couples_here(risk: EmpiricalRisk, live: Mapping[int, str]) -> tuple[bool, l
             tensors = risk.space.unflatten(risk.theta)
             drawn = _Draws(risk, partial(_outputs, risk, tensors, batch))
         outputs = drawn.value
-        risk.weight_norms = risk.weight_norms or "_weight_norm" in drawn.seen.names
         _require_determined_loss(risk, tensors, live, batch, outputs)
         found = None if coupled or random or drawn.any else couples(risk, tensors, batch, outputs)
         # Outputs that were the same beside other examples have been seen to be the same twice.

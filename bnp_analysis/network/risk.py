@@ -19,8 +19,7 @@ from bnp_analysis.network.batches import Batch, Batches, Count, arguments
 from bnp_analysis.network.derivatives import require_gradient
 from bnp_analysis.network.identity import fingerprint
 from bnp_analysis.network.kernels import LOCK, derivative, explained, recording, with_differentiable_kernels
-from bnp_analysis.network.losses import SmoothLosses
-from bnp_analysis.network.model_losses import WithModel, live_tensors, reads_model
+from bnp_analysis.network.losses import WithModel, live_tensors, reads_model
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.precision import find_precision
 from bnp_analysis.network.purity import require_mean_loss, require_pure
@@ -124,8 +123,8 @@ class EmpiricalRisk:
             if at is not None:
                 self._move(at)
             self._cache: dict[str, Tensor] = {}
-            # Found out by running it; and which second derivatives have been tried, for all risks made of this one.
-            self.weight_norms, self.tried = False, set[str]()
+            # Which second derivatives have been tried, for all risks made of this one.
+            self.tried = set[str]()
             self._require_finite_parameters()
             self.group.require_same(lambda: fingerprint(self._model, self._loss, self.theta), "the risk")
             self.precision = find_precision(self)
@@ -284,15 +283,13 @@ class EmpiricalRisk:
             buffers = {name: b.clone() for name, b in self._model.named_buffers()}
         values = {prefix + name: t for name, t in {**self._constants, **tensors, **buffers}.items()}
         return with_differentiable_kernels(
-            lambda: functional_call(module, values, args, kwargs),
-            recurrent=self._recurrent,
-            weight_norms=self.weight_norms,
+            lambda: functional_call(module, values, args, kwargs), recurrent=self._recurrent
         )
 
     def batch_loss(self, outputs: Tensor, batch: Batch, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
         """The loss of a batch from its outputs, a scalar; a loss that gets the network has it at `tensors`."""
         what = f"the loss of batch {batch.index}, of outputs {tuple(outputs.shape)},"
-        with explained(what), recording(), Accurate(), SmoothLosses():
+        with explained(what), recording(), Accurate():
             if self.with_model:
                 at = self.space.unflatten(self.theta) if tensors is None else tensors
                 value = self._call(WithModel(self._loss, self._model), at, (outputs, batch.y), {}, "model.")

@@ -28,6 +28,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode, handle_torch_function
 
 from bnp_analysis.distributed.nested import tensors_of
+from bnp_analysis.network.forms import FORMS
 
 _ROOT, _LN2 = math.sqrt(2 / math.pi), math.log(2)
 # A logit so far below the largest of its row is masked, not improbable.
@@ -779,7 +780,7 @@ COMPOSITE = {F.multi_head_attention_forward, F.multilabel_soft_margin_loss, F.so
 
 
 class Accurate(TorchFunctionMode):
-    """Smooth functions called inside have torch's values, and derivatives that keep their digits."""
+    """Functions called inside have torch's values, and derivatives of any order that keep their digits."""
 
     def __torch_function__(
         self,
@@ -789,9 +790,9 @@ class Accurate(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in COMPOSITE:
+        if func in COMPOSITE or func in FORMS:
             with self:
-                return opened(func)(*args, **kwargs)
+                return (FORMS.get(func) or opened(func))(*args, **kwargs)
         if (
             func in _REPLACED
             and (torch.is_grad_enabled() or _WATCH.get())

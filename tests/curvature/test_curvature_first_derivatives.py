@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 import bnp_analysis as bnp
 from bnp_analysis.errors import BNPAnalysisError, InvalidInputError
-from bnp_analysis.network import losses
+from bnp_analysis.network import forms
 
 
 class Distances(nn.Module):
@@ -148,22 +148,22 @@ def test_forms_of_losses_are_torchs(reduction: str) -> None:
     flat = torch.tensor([1, 1, 2, 3])
     for y in (targets, flat):
         pairs = [
-            f(logits.log_softmax(-1), y, lengths, sizes, reduction=reduction) for f in (F.ctc_loss, losses.ctc_loss)
+            f(logits.log_softmax(-1), y, lengths, sizes, reduction=reduction) for f in (F.ctc_loss, forms.ctc_loss)
         ]
         assert torch.allclose(*pairs, rtol=1e-13, atol=0)
         theirs, ours = (torch.autograd.grad(value.sum(), logits)[0] for value in pairs)
         assert torch.allclose(theirs, ours, rtol=1e-11, atol=1e-14)
     short = logits[:2, :1].detach().log_softmax(-1), torch.tensor([[1, 1]]), (2,), (2,)
     for zero in (False, True):
-        theirs, ours = (f(*short, reduction=reduction, zero_infinity=zero) for f in (F.ctc_loss, losses.ctc_loss))
+        theirs, ours = (f(*short, reduction=reduction, zero_infinity=zero) for f in (F.ctc_loss, forms.ctc_loss))
         assert torch.equal(theirs, ours)
     single = logits[:, 0].detach().log_softmax(-1), torch.tensor([1, 2]), torch.tensor(6), torch.tensor(2)
-    theirs, ours = (f(*single, reduction=reduction) for f in (F.ctc_loss, losses.ctc_loss))
+    theirs, ours = (f(*single, reduction=reduction) for f in (F.ctc_loss, forms.ctc_loss))
     assert theirs.shape == ours.shape
     assert torch.allclose(theirs, ours, rtol=1e-13)
     x, y, w = numbers(5, 4), classes(5, 4), numbers(4).abs()
     for how in ({"p": 1}, {"p": 2, "margin": 0.7, "weight": w}):
-        margins = [f(x, y, reduction=reduction, **how) for f in (F.multi_margin_loss, losses.multi_margin_loss)]
+        margins = [f(x, y, reduction=reduction, **how) for f in (F.multi_margin_loss, forms.multi_margin_loss)]
         assert torch.allclose(*margins, rtol=1e-13)
 
 
