@@ -3,6 +3,7 @@
 A figure is a module of `figures/` with
 
 * `TITLE`, `CLAIM` (what it claims), `SHOWS` (the statements of the theory),
+* `TIMED = True` where the claim is about times: whether it holds is a property of the machine, shown and not judged,
 * `PRESETS`: preset -> settings, plain data; a list under `"inputs"` names files, from the root of the checkout, that
   it reads,
 * `compute(settings, report) -> arrays`: the work; `report(fraction)` says how far it is,
@@ -92,7 +93,7 @@ def key(name: str, preset: str) -> str:
 def _is_presentation(node: ast.stmt) -> bool:
     if isinstance(node, ast.FunctionDef):
         return node.name in ("failure", "note", "draw")
-    words = ("TITLE", "CLAIM", "SHOWS", "PRESETS")  # settings are hashed as data, those of one preset
+    words = ("TITLE", "CLAIM", "SHOWS", "TIMED", "PRESETS")  # settings are hashed as data, those of one preset
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
     documentation = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     return documentation or any(isinstance(target, ast.Name) and target.id in words for target in targets)

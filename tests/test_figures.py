@@ -84,6 +84,23 @@ def test_an_interrupted_run_keeps_what_is_done(tmp_path: Path, monkeypatch: pyte
     assert CHEAP in (tmp_path / "index.md").read_text()
 
 
+@pytest.mark.parametrize("timed", [False, True])
+def test_only_claims_that_are_not_about_times_decide_the_exit_status(
+    timed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(frame.module(CHEAP), "failure", lambda data: "it is not so")
+    monkeypatch.setattr(frame.module(CHEAP), "TIMED", timed, raising=False)
+    assert runner.main([CHEAP, "--out", str(tmp_path)]) == (0 if timed else 1)
+    assert ("1 with times" in capsys.readouterr().out) is timed
+    assert "it is not so" in (tmp_path / "index.md").read_text()
+
+
+def test_the_figures_that_measure_times_say_so() -> None:
+    clocks = ("perf_counter", "process_time", "measure_cost")
+    reading = {n for n in frame.names() if any(c in (frame.HERE / "figures" / f"{n}.py").read_text() for c in clocks)}
+    assert reading == {name for name in frame.names() if runner.is_timed(name)}
+
+
 def test_an_unknown_figure_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert runner.main(["fig99", "--out", str(tmp_path)]) == runner.BAD_INPUT
     assert CHEAP in capsys.readouterr().err

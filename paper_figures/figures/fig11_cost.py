@@ -24,6 +24,7 @@ CLAIM = (
     "than three plain ones."
 )
 SHOWS = "T3"
+TIMED = True
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
         **{"batches": {"mlp": [1, 60, 512], "cnn": [16]}, "rounds": 10, "steps": 5, "repeats": 7, "seed": 0},

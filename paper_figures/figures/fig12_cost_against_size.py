@@ -23,6 +23,7 @@ CLAIM = (
     "gradient's does, and what a Lanczos step adds to its product no faster than its basis."
 )
 SHOWS = "T3"
+TIMED = True
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
         **{"examples": [64, 256, 1024], "widths": [64, 128, 256], "batch": 64, "steps": [8, 16, 32], "fixed": 512},

@@ -24,6 +24,7 @@ CLAIM = (
     "batch sizes 16, 256 and 512."
 )
 SHOWS = "T3, T9"
+TIMED = True
 BATCHES = (16, 256, 512)
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"batches": list(BATCHES), "rounds": 3, "steps": 5, "features": 64, "seed": 0},
