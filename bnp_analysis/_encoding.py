@@ -12,7 +12,6 @@ import base64
 import json
 import math
 import os
-import uuid
 from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy.typing as npt
 import torch
 
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.runtime.files import whole_file
 
 LIST_LIMIT = 10_000  # arrays up to this many entries are written as readable lists, larger ones as base64
 _INTEGERS = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -167,19 +167,10 @@ def write_json(path: str | os.PathLike[str], data: Any) -> Path:
     Raises:
         ValueError: `data` has a NaN or an infinity; nothing is written.
     """
-    target = Path(path)
     text = _dump(data, "\n") + "\n"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with partial.open("x", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
+    with whole_file(path) as file:
+        file.write(text.encode())
+    return Path(path)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

@@ -15,15 +15,15 @@ from bnp_analysis.curvature.factors import JacobianFactor, batch_roots
 from bnp_analysis.curvature.gauss_newton import require_output_curvature
 from bnp_analysis.curvature.output_curvature import OutputRoot, loss_gradient, output_root
 from bnp_analysis.distributed import over_processes
-from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
-from bnp_analysis.linalg.random import generator, uniform_at
 from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.purity import is_mean
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.smooth import watching
+from bnp_analysis.runtime.random import generator, uniform_at
+from bnp_analysis.runtime.trees import tensors_of
 
 Make = Callable[[EmpiricalRisk, Batch, Tensor], OutputRoot | None]
 KINDS = ("mc", "empirical")

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.matrices import MatrixOperator
-from bnp_analysis.linalg.memory import available_memory
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.linalg.scale import scaled
 from bnp_analysis.linalg.spectra.checks import norm_estimate
 from bnp_analysis.linalg.spectra.null import null_tolerance
 from bnp_analysis.network.candidates import Candidate, Part
+from bnp_analysis.runtime.memory import available_memory
 
 # Closer to the span of the others than this, relative, a direction does not count as new.
 _NEW = 5e-7

@@ -15,13 +15,13 @@ from bnp_analysis.curvature.null_basis import NullBasis, Verifier, most_columns
 from bnp_analysis.curvature.orbits import Orbit
 from bnp_analysis.curvature.output_curvature import output_root
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.linalg.operators import LinearOperator, require_digits
 from bnp_analysis.network.candidates import Candidate, Part
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.symmetries import candidate_directions
 from bnp_analysis.results import Result
+from bnp_analysis.runtime.memory import require_memory
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -10,7 +10,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.kernels import derivative, recording
@@ -18,6 +17,7 @@ from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.rounding import Perturbed
 from bnp_analysis.network.saturation import product_eps
 from bnp_analysis.network.smooth import SIGMOID, generic, watching
+from bnp_analysis.runtime.trees import tensors_of
 
 # Beyond this many numbers the per-example matrices are not formed.
 _LIMIT = 200_000_000

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from bnp_analysis.curvature.chains import Chain, read_chain
 from bnp_analysis.curvature.convolutions import TwiceDifferentiable
-from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.kernels import derivative, nodes_of, recording
 from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.runtime.trees import tensors_of
 
 # At most this many numbers of cotangents are pulled back together.
 TOGETHER = 2**22

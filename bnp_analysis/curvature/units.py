@@ -17,10 +17,8 @@ from torch import Tensor
 
 from bnp_analysis.curvature.null_basis import Verifier
 from bnp_analysis.curvature.output_curvature import ROUNDINGS, output_root
-from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.matrices import RowScaled
-from bnp_analysis.linalg.memory import available_memory
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.linalg.spectra.null import SomeNullDirections
 from bnp_analysis.network.candidates import Part
@@ -29,6 +27,8 @@ from bnp_analysis.network.kernels import derivative
 from bnp_analysis.network.layers import Coverage, Layer, products_only
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.saturation import has_vanished, product_eps
+from bnp_analysis.runtime.memory import available_memory
+from bnp_analysis.runtime.trees import tensors_of
 
 # Numbers in the rows of a layer's factor that are formed together.
 _TOGETHER = 2**23

@@ -22,13 +22,13 @@ from bnp_analysis.linalg import (
     condition_number,
 )
 from bnp_analysis.linalg.condition.reduction import reduced, reduced_parts, reducible
-from bnp_analysis.linalg.memory import available_memory
 from bnp_analysis.linalg.operators import LinearOperator
-from bnp_analysis.linalg.progress import Progress
 from bnp_analysis.linalg.spectra.null import HasBasis, SomeNullDirections
-from bnp_analysis.linalg.workers import each
 from bnp_analysis.network import EmpiricalRisk, Layer
 from bnp_analysis.precondition import NetworkPreconditioner
+from bnp_analysis.runtime.memory import available_memory
+from bnp_analysis.runtime.progress import Progress
+from bnp_analysis.runtime.threads import each
 
 Pair = tuple[ConditionNumber | None, ConditionNumber | None]
 # Parameters of a block beyond which tables do not search for all its null directions.

@@ -24,15 +24,15 @@ from bnp_analysis.linalg import (
     magnitude_condition_number,
     singular_condition_number,
 )
-from bnp_analysis.linalg.full_float32 import full_float32
 from bnp_analysis.linalg.operators import require_digits
-from bnp_analysis.linalg.progress import Progress, Update, reporting
-from bnp_analysis.linalg.random import generator, normal
 from bnp_analysis.network import Coverage, EmpiricalRisk, Layer, coverage
 from bnp_analysis.network.dependencies import null_vectors
 from bnp_analysis.network.inputs import input_triangles
 from bnp_analysis.network.moments import layer_moments
 from bnp_analysis.precondition import NetworkPreconditioner, bnp_preconditioner
+from bnp_analysis.runtime.float32 import full_float32
+from bnp_analysis.runtime.progress import Progress, Update, reporting
+from bnp_analysis.runtime.random import generator, normal
 
 
 @full_float32

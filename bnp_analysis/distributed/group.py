@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.distributed.link import Link
-from bnp_analysis.distributed.nested import map_tensors, tensors_of
 from bnp_analysis.errors import DistributedError, InvalidInputError
-from bnp_analysis.linalg.checkpoint import ReadOnlyPath
+from bnp_analysis.runtime.files import ReadOnlyPath
+from bnp_analysis.runtime.trees import map_tensors, tensors_of
 
 _MIX = 0x5851F42D4C957F2D
 

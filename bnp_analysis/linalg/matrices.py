@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, describe
-from bnp_analysis.linalg.random import generator
 from bnp_analysis.linalg.structure import structural_rank
+from bnp_analysis.runtime.random import generator
 
 
 class MatrixOperator(LinearOperator):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg.full_float32 import full_float32
+from bnp_analysis.runtime.float32 import full_float32
 
 _IDENTITY_CHUNK = 64
 # Coarser products than this have no digits left for a spectrum: float16 and TF32 have 2^-10, bfloat16 2^-7.

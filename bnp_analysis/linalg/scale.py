@@ -17,7 +17,7 @@ from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.derived import Derived, GramOperator, Restriction, Shifted
 from bnp_analysis.linalg.operators import LinearOperator, Product, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Congruence, Preconditioner
-from bnp_analysis.linalg.random import generator, normal
+from bnp_analysis.runtime.random import generator, normal
 
 # Binary exponents within which fourth powers of an operator's size, and squares of what it spans, stay in the floats.
 _COMFORTABLE = {torch.float64: 100, torch.float32: 28, torch.bfloat16: 28, torch.float16: 5}

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.distributed import ALONE, Group
-from bnp_analysis.distributed.nested import counterpart, map_tensors, tensors_of
 from bnp_analysis.errors import InconsistentDataError, InvalidInputError, NonFiniteError
-from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.network.hashing import MIX, add, hash_of, pieces
 from bnp_analysis.network.kernels import explained
-from bnp_analysis.network.randomness import apart, random_state
+from bnp_analysis.runtime.memory import require_memory
+from bnp_analysis.runtime.random import apart, random_state
+from bnp_analysis.runtime.trees import counterpart, map_tensors, tensors_of
 
 Count = Callable[..., float]
 

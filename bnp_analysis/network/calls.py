@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from bnp_analysis.distributed.nested import tensors_of
+from bnp_analysis.runtime.trees import tensors_of
 
 LAYERS = {F.linear: "linear", F.conv1d: "conv", F.conv2d: "conv", F.conv3d: "conv"}
 _COMPUTED = " with computed weights"

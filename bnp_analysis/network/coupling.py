@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from bnp_analysis.distributed.nested import map_tensors, tensors_of
 from bnp_analysis.network.batches import Batch, with_examples
 from bnp_analysis.network.kernels import recording
+from bnp_analysis.runtime.trees import map_tensors, tensors_of
 
 if TYPE_CHECKING:
     from bnp_analysis.network.risk import EmpiricalRisk

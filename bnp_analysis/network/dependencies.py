@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.network.candidates import Candidate, Chart, Part, Piece
 from bnp_analysis.network.graph import Graph, Node
 from bnp_analysis.network.layers import Layer, rows
+from bnp_analysis.runtime.memory import require_memory
 
 # Floating-point operations that the search in one layer may take.
 _MOST_WORK = 2e12

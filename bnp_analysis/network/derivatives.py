@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.errors import BNPAnalysisError, DerivativeError
 from bnp_analysis.network.batches import Batch, slice_batch, with_examples
 from bnp_analysis.network.kernels import recording
 from bnp_analysis.network.observation import Observer, custom_functions
 from bnp_analysis.network.precision import generic_point, size_of
-from bnp_analysis.network.randomness import random_state
+from bnp_analysis.runtime.random import random_state
+from bnp_analysis.runtime.trees import tensors_of
 
 if TYPE_CHECKING:
     from bnp_analysis.network.risk import EmpiricalRisk

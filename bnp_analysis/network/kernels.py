@@ -6,7 +6,6 @@ Everything of a user runs inside `explained`: forward, loss, `count=`, and the d
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bnp_analysis.errors import BNPAnalysisError, InvalidInputError, NoDerivativeError
-from bnp_analysis.linalg.full_float32 import full_float32
 from bnp_analysis.network.smooth import Accurate
+from bnp_analysis.runtime.float32 import full_float32
+from bnp_analysis.runtime.threads import LOCK
 
 _OTHERWISE = (
     "Replace it by operations of torch that have one (math attention, unfused recurrent cells, a lookup and a sum for "
@@ -34,10 +34,6 @@ _REMEDY = "Run model and loss on this batch by themselves, in the dtype of the m
 
 Found = TypeVar("Found")
 _Switch = tuple[Callable[[], bool], Callable[[bool], None]]
-
-# Kernels, the global random state and the hooks of a shared model belong to the process: threads take turns with them.
-# Never held while other processes are waited for.
-LOCK = threading.RLock()
 
 _KERNELS = ("math", "flash", "mem_efficient", "cudnn", "overrideable")
 _ATTENTION: list[_Switch] = [

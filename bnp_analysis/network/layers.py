@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.network.kernels import derivative
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.watching import transformed
+from bnp_analysis.runtime.trees import tensors_of
 
 Dense = nn.Linear
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d

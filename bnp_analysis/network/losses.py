@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.errors import DerivativeError
 from bnp_analysis.network.observation import Observer
 from bnp_analysis.network.snapshot import unwrap
+from bnp_analysis.runtime.trees import tensors_of
 
 
 def reads_model(loss: Callable[..., Any]) -> bool:

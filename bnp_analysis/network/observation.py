@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from bnp_analysis.distributed.nested import tensors_of
+from bnp_analysis.runtime.trees import tensors_of
 
 # Functions whose derivative torch takes to be zero, or the identity.
 _STEPS = {"round", "round_", "floor", "floor_", "ceil", "ceil_", "trunc", "trunc_", "sign", "sign_", "heaviside"}

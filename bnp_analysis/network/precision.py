@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.kernels import recording
-from bnp_analysis.network.randomness import random_state
+from bnp_analysis.runtime.random import random_state
+from bnp_analysis.runtime.trees import tensors_of
 
 if TYPE_CHECKING:
     from bnp_analysis.network.risk import EmpiricalRisk

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.errors import InvalidInputError, StochasticModelError
 from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.coupling import couples
@@ -19,7 +18,9 @@ from bnp_analysis.network.kernels import recording
 from bnp_analysis.network.losses import require_own_tensors
 from bnp_analysis.network.observation import Observer, held_objects
 from bnp_analysis.network.precision import generic_point
-from bnp_analysis.network.randomness import extreme_draws, random_state
+from bnp_analysis.network.randomness import extreme_draws
+from bnp_analysis.runtime.random import random_state
+from bnp_analysis.runtime.trees import tensors_of
 
 if TYPE_CHECKING:
     from bnp_analysis.network.risk import EmpiricalRisk

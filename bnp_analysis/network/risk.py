@@ -11,14 +11,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bnp_analysis.distributed import ALONE, Group
-from bnp_analysis.distributed.nested import counterpart, map_tensors
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
-from bnp_analysis.linalg.full_float32 import full_float32
 from bnp_analysis.linalg.operators import require_no_autocast
 from bnp_analysis.network.batches import Batch, Batches, Count, arguments
 from bnp_analysis.network.derivatives import require_gradient
 from bnp_analysis.network.identity import fingerprint
-from bnp_analysis.network.kernels import LOCK, derivative, explained, recording, with_differentiable_kernels
+from bnp_analysis.network.kernels import derivative, explained, recording, with_differentiable_kernels
 from bnp_analysis.network.losses import WithModel, live_tensors, reads_model
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.precision import find_precision
@@ -29,6 +27,9 @@ from bnp_analysis.network.smooth import Accurate
 from bnp_analysis.network.snapshot import brought, snapshot, snapshot_loss
 from bnp_analysis.network.state import point, with_tensors
 from bnp_analysis.network.watching import Visit, differentiable_part, untransformed, watched
+from bnp_analysis.runtime.float32 import full_float32
+from bnp_analysis.runtime.threads import LOCK
+from bnp_analysis.runtime.trees import counterpart, map_tensors
 
 Loss = Callable[..., Tensor]
 

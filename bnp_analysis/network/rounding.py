@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnp_analysis.distributed.nested import map_tensors, tensors_of
+from bnp_analysis.runtime.trees import map_tensors, tensors_of
 
 
 class Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]

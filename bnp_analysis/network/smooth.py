@@ -27,8 +27,8 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode, handle_torch_function
 
-from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.network.forms import FORMS
+from bnp_analysis.runtime.trees import tensors_of
 
 _ROOT, _LN2 = math.sqrt(2 / math.pi), math.log(2)
 # A logit so far below the largest of its row is masked, not improbable.

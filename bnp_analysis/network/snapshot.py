@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from bnp_analysis.distributed.nested import counterpart, map_tensors
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.names import clean_name
+from bnp_analysis.runtime.trees import counterpart, map_tensors
 
 __all__ = ["brought", "clean_name", "snapshot", "snapshot_loss", "unwrap"]
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.candidates import Candidate, Chart
 from bnp_analysis.network.dependencies import dependent_inputs, without_effect
@@ -21,6 +20,7 @@ from bnp_analysis.network.symmetry.gauge import scale_candidates
 from bnp_analysis.network.symmetry.mixing import Mixer, frames
 from bnp_analysis.network.symmetry.trace import Trace
 from bnp_analysis.network.symmetry.unread import unread
+from bnp_analysis.runtime.memory import require_memory
 
 # Importing them registers what operations mean.
 _RULES = (activations, arithmetic, norms, products, shapes)

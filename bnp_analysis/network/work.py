@@ -8,10 +8,10 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.layers import Coverage, output_rows
 from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.runtime.trees import tensors_of
 
 _FEW = 2
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from bnp_analysis.linalg import Preconditioner
-from bnp_analysis.linalg.progress import Progress, reporting
 from bnp_analysis.network import EmpiricalRisk
+from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.theory.check import Check, CheckTable
 from bnp_analysis.theory.sources import named
 from bnp_analysis.theory.statements.blocks import check_blocks

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnp_analysis.distributed.nested import map_tensors, tensors_of
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.runtime.trees import map_tensors, tensors_of
 
 
 class TensorBatches:

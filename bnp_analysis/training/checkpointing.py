@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from bnp_analysis.distributed.nested import map_tensors
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.runtime.files import whole_file
+from bnp_analysis.runtime.trees import map_tensors
 
 FORMAT = "bnp_analysis.training/1"
 
@@ -113,18 +113,8 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 
 def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """Write a state, atomically and to the disk: the old file or the whole new one, nothing between."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save({"format": FORMAT} | dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole_file(path) as file:
+        torch.save({"format": FORMAT} | dict(state), file)
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg.progress import Progress, reporting
 from bnp_analysis.results import Result
+from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.training.cost import measure_cost
 from bnp_analysis.training.experiment import Experiment, load
 from bnp_analysis.training.run import DIVERGED, FINISHED

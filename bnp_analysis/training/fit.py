@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bnp_analysis.errors import NonFiniteError
-from bnp_analysis.linalg.progress import Progress
+from bnp_analysis.runtime.progress import Progress
 from bnp_analysis.training.run import DIVERGED, SIGNALS
 from bnp_analysis.training.trainer import train
 

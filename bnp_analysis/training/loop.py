@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg.progress import Progress, Update, reporting
-from bnp_analysis.network.randomness import random_state
+from bnp_analysis.runtime.progress import Progress, Update, reporting
+from bnp_analysis.runtime.random import random_state
 from bnp_analysis.training import checkpointing
 from bnp_analysis.training.batches import begin_epoch
 from bnp_analysis.training.probes import Probe, period

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.network.batches import arguments
-from bnp_analysis.network.randomness import random_state
+from bnp_analysis.runtime.random import random_state
 from bnp_analysis.training.batches import generators, is_pair_of_tensors, moved
 
 _ROWS = 1000  # of one forward pass in an evaluation of data in memory

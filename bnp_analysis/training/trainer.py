@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg.progress import Progress
-from bnp_analysis.network.randomness import random_state
+from bnp_analysis.runtime.progress import Progress
+from bnp_analysis.runtime.random import random_state
 from bnp_analysis.training import checkpointing
 from bnp_analysis.training.batches import as_batches, generators, is_pair_of_tensors
 from bnp_analysis.training.loop import Loop

@@ -172,7 +172,7 @@ def test_memory_is_looked_at_before_the_basis_is_built(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(null_space, "NullBasis", never)
     # Enough for the rows of a layer, not for 26 columns of 58 numbers and what comes with them.
-    monkeypatch.setattr("bnp_analysis.linalg.memory.available_memory", lambda *_: 8 * 58 * 26)
+    monkeypatch.setattr("bnp_analysis.runtime.memory.available_memory", lambda *_: 8 * 58 * 26)
     monkeypatch.setattr("bnp_analysis.network.symmetries.require_memory", lambda *_, **__: None)
     monkeypatch.setattr("bnp_analysis.network.dependencies.require_memory", lambda *_, **__: None)
     with pytest.raises(MemoryLimitError, match="the candidate null directions"):

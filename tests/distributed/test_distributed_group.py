@@ -27,9 +27,9 @@ import bnp_analysis as bnp
 from bnp_analysis.cli import main
 from bnp_analysis.distributed import ALONE, Group
 from bnp_analysis.errors import DistributedError, InvalidInputError
-from bnp_analysis.linalg.checkpoint import ReadOnlyPath, save_state
-from bnp_analysis.linalg.random import uniform_at
 from bnp_analysis.network.moments import Accumulator
+from bnp_analysis.runtime.files import ReadOnlyPath, save_state
+from bnp_analysis.runtime.random import uniform_at
 
 
 def of(rank: int, size: int) -> Group:

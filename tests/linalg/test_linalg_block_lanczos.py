@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, MemoryLimitError, NonFiniteError
 from bnp_analysis.linalg import BlockTridiagonalization, DenseOperator, SymmetricOperator, block_lanczos
-from bnp_analysis.linalg import memory as memory_module
+from bnp_analysis.runtime import memory as memory_module
 from bnp_analysis.testing import KINDS, spectrum, symmetric_with_spectrum
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])

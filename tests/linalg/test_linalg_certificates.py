@@ -27,6 +27,7 @@ from bnp_analysis.linalg import (
     SymmetricOperator,
     lanczos,
 )
+from bnp_analysis.linalg.bases import orthonormal, project_out
 from bnp_analysis.linalg.condition.certificates import (
     apparent_rank,
     invariance_slack,
@@ -36,7 +37,6 @@ from bnp_analysis.linalg.condition.certificates import (
 )
 from bnp_analysis.linalg.forming import UNIT, entry_rounding, formed, norm_bound
 from bnp_analysis.linalg.krylov.lanczos import tridiagonal_eigh
-from bnp_analysis.linalg.random import orthonormal, project_out
 from bnp_analysis.linalg.spectra.checks import factor_rounding_norm, norm_estimate, rounding_norm
 from bnp_analysis.testing import random_orthogonal, spectrum, symmetric_with_spectrum
 

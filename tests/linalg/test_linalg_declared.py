@@ -25,8 +25,8 @@ from bnp_analysis.linalg import (
     eigenpairs,
     trace,
 )
+from bnp_analysis.linalg.bases import accurate_product, orthonormal
 from bnp_analysis.linalg.condition.reduction import reduced
-from bnp_analysis.linalg.random import accurate_product, orthonormal
 from bnp_analysis.linalg.spectra.null import SomeNullDirections
 
 E3 = torch.tensor([[0.0], [0.0], [1.0]], dtype=torch.float64)

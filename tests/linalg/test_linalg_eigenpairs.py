@@ -22,8 +22,8 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, MemoryLimitError, NonFiniteError, NullSpaceError
 from bnp_analysis.linalg import DenseOperator, DensePreconditioner, Eigenpairs, congruence, eigenpairs
-from bnp_analysis.linalg import memory as memory_module
 from bnp_analysis.linalg.derived import Restriction, Shifted
+from bnp_analysis.runtime import memory as memory_module
 from bnp_analysis.testing import random_orthogonal, spectrum, symmetric_with_spectrum
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])

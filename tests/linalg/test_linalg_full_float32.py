@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bnp_analysis.linalg import CallableOperator, condition_number, eigenpairs, spectral_density
-from bnp_analysis.linalg.full_float32 import full_float32
+from bnp_analysis.runtime.float32 import full_float32
 
 
 def setting() -> str:

@@ -3,7 +3,9 @@ in reserve there taken for used. The device is a stand-in: nothing is computed o
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch
 from bnp_analysis.errors import MemoryLimitError
 from bnp_analysis.linalg import CallableOperator, block_lanczos, choose_route, lanczos, routes
 from bnp_analysis.linalg.krylov.thick_restart import ThickRestart
-from bnp_analysis.linalg.memory import available_memory, require_memory
+from bnp_analysis.runtime.memory import _within_control_groups, available_memory, require_memory
 
 FREE = 3_000
 
@@ -50,3 +52,23 @@ def test_routes_follow_the_memory_of_the_operator(device: torch.device) -> None:
     here, there = (CallableOperator(lambda v: v, 30, device=where) for where in ("cpu", device))
     assert (choose_route(here), choose_route(there)) == ("dense", "lanczos")
     assert {r.method for r in routes(here) if r.applies} - {r.method for r in routes(there) if r.applies} >= {"dense"}
+
+
+def test_the_limits_of_a_container_count(tmp_path: Path) -> None:
+    """A process in `/a/b`: the outer group leaves 1000 - 600 + 150 bytes, the inner one more, the root is unlimited."""
+    for group, most, used, cache in (("a", "1000", 600, 150), ("a/b", "5000", 600, 0), (".", "max", 0, 0)):
+        (tmp_path / group).mkdir(exist_ok=True)
+        (tmp_path / group / "memory.max").write_text(f"{most}\n")
+        (tmp_path / group / "memory.current").write_text(f"{used}\n")
+        (tmp_path / group / "memory.stat").write_text(f"anon 3\ninactive_file {cache}\n")
+    own = tmp_path / "cgroup"
+    own.write_text("7:cpuset:/elsewhere\n0::/a/b\n")
+    assert _within_control_groups(tmp_path, own) == 1000 - 600 + 150
+    own.write_text("0::/not/there\n")
+    assert _within_control_groups(tmp_path, own) == sys.maxsize
+    (tmp_path / "memory" / "c").mkdir(parents=True)
+    (tmp_path / "memory" / "c" / "memory.limit_in_bytes").write_text("900")
+    (tmp_path / "memory" / "c" / "memory.usage_in_bytes").write_text("200")
+    (tmp_path / "memory" / "c" / "memory.stat").write_text("")
+    own.write_text("4:memory:/c\n")
+    assert _within_control_groups(tmp_path, own) == 700

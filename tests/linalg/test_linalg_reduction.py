@@ -37,7 +37,7 @@ from bnp_analysis.linalg.condition.reduction import reduced, reduced_parts, redu
 from bnp_analysis.linalg.forming import UNIT
 from bnp_analysis.linalg.matrices import ReducedFactor
 from bnp_analysis.linalg.structure import structural_rank
-from bnp_analysis.linalg.workers import each
+from bnp_analysis.runtime.threads import each
 from bnp_analysis.testing import check_symmetric_operator, random_orthogonal, spectrum
 
 

@@ -27,10 +27,10 @@ from bnp_analysis.linalg import (
     regularized_condition_number,
     routes,
 )
-from bnp_analysis.linalg import memory as memory_module
 from bnp_analysis.linalg import routes as routes_function
 from bnp_analysis.linalg.condition.inertia import confirm_ends, count_below
 from bnp_analysis.linalg.spectra.null import SomeNullDirections
+from bnp_analysis.runtime import memory as memory_module
 from bnp_analysis.testing import KINDS, random_orthogonal, spectrum, symmetric_with_spectrum
 
 FACTORED = ("factor-svd", "golub-kahan")

@@ -27,7 +27,7 @@ from bnp_analysis.linalg import (
     condition_number,
     golub_kahan,
 )
-from bnp_analysis.linalg import memory as memory_module
+from bnp_analysis.runtime import memory as memory_module
 from bnp_analysis.testing import random_orthogonal, spectrum, symmetric_with_spectrum
 
 # Exponents e of the singular values 2^-e: kappa is 4^max.

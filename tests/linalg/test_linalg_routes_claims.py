@@ -28,7 +28,7 @@ from bnp_analysis.linalg import (
 )
 from bnp_analysis.linalg.condition import inverse_route
 from bnp_analysis.linalg.condition.routes import METHODS
-from bnp_analysis.linalg.memory import available_memory
+from bnp_analysis.runtime.memory import available_memory
 from bnp_analysis.testing import random_orthogonal, spectrum, symmetric_with_spectrum
 
 MATRIX_FREE = ("golub-kahan", "lanczos", "inverse-lanczos")

@@ -11,8 +11,8 @@ import sys
 import pytest
 import torch
 
-from bnp_analysis.linalg import threads
 from bnp_analysis.linalg.krylov.rows import dots, length, orthogonalized
+from bnp_analysis.runtime import threads
 
 
 @pytest.mark.parametrize("equal", [False, True], ids=["random", "equal"])

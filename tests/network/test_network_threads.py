@@ -20,9 +20,8 @@ import torch
 from torch import nn
 
 import bnp_analysis as bnp
-from bnp_analysis.linalg.threads import one_blas_thread
-from bnp_analysis.linalg.workers import each
 from bnp_analysis.network import kernels, randomness, watching
+from bnp_analysis.runtime.threads import each, one_blas_thread
 
 
 def state() -> tuple[Any, ...]:

@@ -16,12 +16,12 @@ from bnp_analysis.linalg.condition.inertia import confirm_ends
 from bnp_analysis.linalg.condition.number import Extremes
 from bnp_analysis.linalg.forming import LEAST, UNIT, formed, formed_times, norm_bound
 from bnp_analysis.linalg.krylov.lanczos import Floats
-from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner, congruence
 from bnp_analysis.linalg.scale import scaled
 from bnp_analysis.linalg.spectra.checks import factor_rounding_norm, require_finite, rounding_norm
 from bnp_analysis.linalg.spectra.null import DeclaredNull, require_null
+from bnp_analysis.runtime.memory import require_memory
 
 
 def factor_svd(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNull) -> Extremes:

@@ -13,9 +13,9 @@ from bnp_analysis.linalg.forming import amplified
 from bnp_analysis.linalg.krylov.bidiagonal import Bidiagonalization, golub_kahan
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
-from bnp_analysis.linalg.progress import Progress
 from bnp_analysis.linalg.spectra.checks import factor_rounding_norm
 from bnp_analysis.linalg.spectra.null import NORM_STEPS, DeclaredNull, require_null
+from bnp_analysis.runtime.progress import Progress
 
 
 def golub_kahan_ends(

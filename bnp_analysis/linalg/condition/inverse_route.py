@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NotConvexError
+from bnp_analysis.linalg.bases import project_out
 from bnp_analysis.linalg.condition.certificates import invariance_slack, kuczynski_wozniakowski
 from bnp_analysis.linalg.condition.krylov_routes import conditioned, lanczos_ends
 from bnp_analysis.linalg.condition.number import Extremes
@@ -17,9 +18,8 @@ from bnp_analysis.linalg.krylov.lanczos import lanczos
 from bnp_analysis.linalg.matrices import CallableOperator
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
-from bnp_analysis.linalg.progress import Progress
-from bnp_analysis.linalg.random import project_out
 from bnp_analysis.linalg.spectra.null import DeclaredNull
+from bnp_analysis.runtime.progress import Progress
 
 # Lanczos steps on the pseudo-inverse: its top end stands apart, few are enough.
 _OUTER = 24

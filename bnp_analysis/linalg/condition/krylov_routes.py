@@ -21,14 +21,14 @@ from bnp_analysis.linalg.condition.number import Extremes
 from bnp_analysis.linalg.derived import Shifted
 from bnp_analysis.linalg.forming import amplified
 from bnp_analysis.linalg.krylov.lanczos import Floats, Tridiagonalization, lanczos, tridiagonal_eigh
-from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner, congruence
-from bnp_analysis.linalg.progress import Progress
-from bnp_analysis.linalg.random import generator, normal
 from bnp_analysis.linalg.scale import Scaled
 from bnp_analysis.linalg.spectra.checks import norm_estimate, require_symmetric, rounding_norm
 from bnp_analysis.linalg.spectra.null import NORM_STEPS, DeclaredNull, require_null
+from bnp_analysis.runtime.memory import require_memory
+from bnp_analysis.runtime.progress import Progress
+from bnp_analysis.runtime.random import generator, normal
 
 # Lanczos vectors that hold more than this of an undeclared null space support no bound.
 _CONTAMINATION = 1e-2

@@ -12,10 +12,10 @@ from bnp_analysis.linalg.condition.routes import FACTOR_WORK, choose_route, fact
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.forming import UNIT, amplified, entry_rounding
 from bnp_analysis.linalg.matrices import ReducedFactor
-from bnp_analysis.linalg.memory import available_memory
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.linalg.scale import comfortable, times_power
 from bnp_analysis.linalg.structure import rank_from_zeros
+from bnp_analysis.runtime.memory import available_memory
 
 # As many rows as columns, times this, are gathered before a QR factorization.
 _GATHERED = 4

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from bnp_analysis.linalg.memory import available_memory
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.results import Result
+from bnp_analysis.runtime.memory import available_memory
 
 METHODS = ("auto", "factor-svd", "golub-kahan", "dense", "inertia", "inverse-lanczos", "lanczos")
 # Operations of a singular value decomposition that "auto" takes on: about a minute of one processor core.

@@ -20,13 +20,13 @@ from bnp_analysis.linalg.condition.inverse_route import inverse_lanczos
 from bnp_analysis.linalg.condition.number import MAGNITUDE, SINGULAR, ConditionNumber, Extremes
 from bnp_analysis.linalg.condition.routes import LANCZOS_STEPS, METHODS, choose_route, next_route
 from bnp_analysis.linalg.derived import GramOperator, Shifted
-from bnp_analysis.linalg.full_float32 import full_float32
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, computed_in
 from bnp_analysis.linalg.preconditioner import Preconditioner, check_fits, congruence
-from bnp_analysis.linalg.progress import Progress
 from bnp_analysis.linalg.scale import exponent, scaled
 from bnp_analysis.linalg.spectra.checks import provenance, require_operator
 from bnp_analysis.linalg.spectra.null import HasBasis, read_null
+from bnp_analysis.runtime.float32 import full_float32
+from bnp_analysis.runtime.progress import Progress
 
 
 def singular_condition_number(F: LinearOperator, null: Tensor | None = None) -> ConditionNumber:

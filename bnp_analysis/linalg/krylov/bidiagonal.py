@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
-from bnp_analysis.linalg.checkpoint import Schedule, load_state, save_state
 from bnp_analysis.linalg.krylov.lanczos import Floats
-from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.linalg.operators import LinearOperator
-from bnp_analysis.linalg.progress import Progress, reporting
-from bnp_analysis.linalg.random import generator
 from bnp_analysis.linalg.scale import comfortable, exponent, in_floats, require_resolution, scaled
+from bnp_analysis.runtime.files import Schedule, load_state, save_state
+from bnp_analysis.runtime.memory import require_memory
+from bnp_analysis.runtime.progress import Progress, reporting
+from bnp_analysis.runtime.random import generator
 
 _CONTAMINATION = 1e-2
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
+from bnp_analysis.linalg.bases import project_out
 from bnp_analysis.linalg.krylov.lanczos import Floats
-from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.linalg.operators import SymmetricOperator
-from bnp_analysis.linalg.progress import Progress, reporting
-from bnp_analysis.linalg.random import generator, normal, project_out
 from bnp_analysis.linalg.scale import comfortable, exponent, in_floats, require_resolution, scaled, times_power
+from bnp_analysis.runtime.memory import require_memory
+from bnp_analysis.runtime.progress import Progress, reporting
+from bnp_analysis.runtime.random import generator, normal
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,14 +18,15 @@ from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
-from bnp_analysis.linalg.checkpoint import Schedule, load_state, save_state
+from bnp_analysis.linalg.bases import project_out
 from bnp_analysis.linalg.krylov.rows import dots, length, orthogonalized
-from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.linalg.operators import SymmetricOperator
-from bnp_analysis.linalg.progress import Progress, reporting
-from bnp_analysis.linalg.random import generator, normal, project_out
 from bnp_analysis.linalg.scale import comfortable, exponent, in_floats, require_resolution, scaled, times_power
-from bnp_analysis.linalg.threads import one_blas_thread
+from bnp_analysis.runtime.files import Schedule, load_state, save_state
+from bnp_analysis.runtime.memory import require_memory
+from bnp_analysis.runtime.progress import Progress, reporting
+from bnp_analysis.runtime.random import generator, normal
+from bnp_analysis.runtime.threads import one_blas_thread
 
 Floats = NDArray[np.float64]
 _SELDOM = 10  # steps between two looks at the numbers of a run, where looking means waiting for a device

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
-from bnp_analysis.linalg.checkpoint import Schedule
+from bnp_analysis.linalg.bases import project_out
 from bnp_analysis.linalg.krylov.lanczos import Floats
 from bnp_analysis.linalg.krylov.looks import products_that_show
 from bnp_analysis.linalg.krylov.rows import dots, length, orthogonalized
-from bnp_analysis.linalg.memory import require_memory
 from bnp_analysis.linalg.operators import SymmetricOperator
-from bnp_analysis.linalg.progress import Progress, reporting
-from bnp_analysis.linalg.random import generator, normal, project_out
-from bnp_analysis.linalg.threads import one_blas_thread
+from bnp_analysis.runtime.files import Schedule
+from bnp_analysis.runtime.memory import require_memory
+from bnp_analysis.runtime.progress import Progress, reporting
+from bnp_analysis.runtime.random import generator, normal
+from bnp_analysis.runtime.threads import one_blas_thread
 
 _LEAST_LOOK = 8
 _COLUMNS = 1 << 15

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import NonFiniteError
+from bnp_analysis.linalg.bases import project_out
 from bnp_analysis.linalg.krylov.lanczos import Floats
 from bnp_analysis.linalg.krylov.rows import dots, length
 from bnp_analysis.linalg.operators import SymmetricOperator
-from bnp_analysis.linalg.random import project_out
 from bnp_analysis.linalg.scale import exponent, in_floats, require_resolution, scaled
 
 

@@ -25,10 +25,10 @@ from bnp_analysis.linalg.operators import (
     require_digits,
 )
 from bnp_analysis.linalg.preconditioner import Congruence, Preconditioner, check_fits, congruence
-from bnp_analysis.linalg.random import generator, normal
 from bnp_analysis.linalg.scale import Scaled, ScaledSymmetric, scaled
 from bnp_analysis.linalg.spectra.null import NORM_STEPS, DeclaredNull, HasBasis, read_null, require_null
 from bnp_analysis.results import Result
+from bnp_analysis.runtime.random import generator, normal
 
 
 def norm_estimate(A: SymmetricOperator, seed: int = 0) -> float:

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg.checkpoint import load_state, save_state
-from bnp_analysis.linalg.full_float32 import full_float32
+from bnp_analysis.linalg.bases import project_out
 from bnp_analysis.linalg.krylov.thick_restart import ThickRestart
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
-from bnp_analysis.linalg.progress import Progress
-from bnp_analysis.linalg.random import project_out
 from bnp_analysis.linalg.scale import comfortable, exponent, in_floats, require_resolution, scaled, times_power
 from bnp_analysis.linalg.spectra.checks import measured, products_known_to, provenance
 from bnp_analysis.linalg.spectra.null import HasBasis
 from bnp_analysis.results import Result
+from bnp_analysis.runtime.files import load_state, save_state
+from bnp_analysis.runtime.float32 import full_float32
+from bnp_analysis.runtime.progress import Progress
 
 WHICH = ("largest", "smallest", "both")
 

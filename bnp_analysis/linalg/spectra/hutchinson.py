@@ -10,15 +10,15 @@ import numpy as np
 import torch
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
-from bnp_analysis.linalg.full_float32 import full_float32
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
-from bnp_analysis.linalg.progress import Progress, reporting
-from bnp_analysis.linalg.random import generator, rademacher
 from bnp_analysis.linalg.scale import exponent, in_floats, scaled
 from bnp_analysis.linalg.spectra.checks import measured, products_known_to, provenance
 from bnp_analysis.linalg.spectra.quadrature import standard_error
 from bnp_analysis.results import Result
+from bnp_analysis.runtime.float32 import full_float32
+from bnp_analysis.runtime.progress import Progress, reporting
+from bnp_analysis.runtime.random import generator, rademacher
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NullSpaceError
+from bnp_analysis.linalg.bases import orthonormal
 from bnp_analysis.linalg.forming import formed
 from bnp_analysis.linalg.matrices import ReducedFactor
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
-from bnp_analysis.linalg.random import orthonormal
 from bnp_analysis.linalg.scale import Scaled, exponent, precise
 
 NORM_STEPS = 8

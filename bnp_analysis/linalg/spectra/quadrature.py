@@ -14,19 +14,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg.checkpoint import load_state, save_state
+from bnp_analysis.linalg.bases import orthonormal, project_out
 from bnp_analysis.linalg.forming import amplified
-from bnp_analysis.linalg.full_float32 import full_float32
 from bnp_analysis.linalg.krylov.lanczos import Floats, lanczos, tridiagonal_eigh
 from bnp_analysis.linalg.krylov.three_term import three_term
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
-from bnp_analysis.linalg.progress import Progress, reporting
-from bnp_analysis.linalg.random import generator, normal, orthonormal, project_out
 from bnp_analysis.linalg.spectra.brackets import Estimate, chance, christoffel, shares, whole
 from bnp_analysis.linalg.spectra.checks import measured, products_known_to, provenance, rounding_norm
 from bnp_analysis.linalg.spectra.null import NORM_STEPS, HasBasis
 from bnp_analysis.results import Result
+from bnp_analysis.runtime.files import load_state, save_state
+from bnp_analysis.runtime.float32 import full_float32
+from bnp_analysis.runtime.progress import Progress, reporting
+from bnp_analysis.runtime.random import generator, normal
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg.full_float32 import full_float32
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
-from bnp_analysis.linalg.progress import Progress
 from bnp_analysis.linalg.spectra.checks import products_known_to, provenance
 from bnp_analysis.linalg.spectra.quadrature import spectral_density
 from bnp_analysis.results import Result
+from bnp_analysis.runtime.float32 import full_float32
+from bnp_analysis.runtime.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

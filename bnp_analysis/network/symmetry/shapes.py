@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.network.graph import Node
 from bnp_analysis.network.symmetry.signals import FIXED, ZERO, Known, Signal, Stored, Value
 from bnp_analysis.network.symmetry.trace import Trace, rule, values_in
+from bnp_analysis.runtime.trees import tensors_of
 
 _MOVES = (
     "view", "reshape", "flatten", "unflatten", "transpose", "permute", "movedim", "moveaxis", "swapaxes",

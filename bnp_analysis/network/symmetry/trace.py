@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.network.candidates import Chart
 from bnp_analysis.network.graph import Graph, Name, Node, Slot
 from bnp_analysis.network.symmetry.signals import FIXED, Known, Ledger, Signal, Stored, Value
+from bnp_analysis.runtime.trees import tensors_of
 
 Rule = Callable[["Trace", Node, dict[str, Any]], "list[Value] | None"]
 RULES: dict[str, Rule] = {}

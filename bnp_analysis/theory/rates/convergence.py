@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.preconditioner import Preconditioner
-from bnp_analysis.linalg.progress import Progress, reporting
 from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.theory.check import Check
 from bnp_analysis.theory.rates.fit import RateFit
 from bnp_analysis.theory.rates.minimizer import Minimizer

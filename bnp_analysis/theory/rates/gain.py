@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from bnp_analysis.linalg.progress import Progress
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.precondition.bnp import BNPPreconditioner
+from bnp_analysis.runtime.progress import Progress
 from bnp_analysis.theory.check import Check
 from bnp_analysis.theory.rates.convergence import ConvergenceCheck, check_convergence_rate
 from bnp_analysis.theory.rates.formulas import time_constant

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.network import EmpiricalRisk
+from bnp_analysis.runtime.trees import tensors_of
 
 # Where each of these is not differentiable; both sides are linear.
 _KINKS: dict[str, tuple[float, ...]] = {

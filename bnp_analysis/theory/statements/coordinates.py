@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from bnp_analysis.curvature import hessian
 from bnp_analysis.linalg import MatrixOperator, congruence, singular_condition_number
-from bnp_analysis.linalg.random import normal
 from bnp_analysis.network import Layer, coverage
 from bnp_analysis.precondition import BNPBlock, BNPPreconditioner, bnp_preconditioner
+from bnp_analysis.runtime.random import normal
 from bnp_analysis.theory.check import Check
 from bnp_analysis.theory.sources import Source
 from bnp_analysis.theory.statements.reference import block_of, damped, extended, first_unit, own_moments, scale

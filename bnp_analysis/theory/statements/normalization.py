@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.network import EmpiricalRisk, Layer
 from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.precondition import BlockDiagonal, bnp_preconditioner
+from bnp_analysis.runtime.trees import tensors_of
 from bnp_analysis.theory.check import Check
 from bnp_analysis.theory.sources import Source
 from bnp_analysis.theory.statements.reference import (

@@ -14,9 +14,9 @@ from bnp_analysis.curvature import gauss_newton, hessian
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg import ConditionNumber, MatrixOperator, Preconditioner, condition_number
 from bnp_analysis.linalg.derived import GramOperator
-from bnp_analysis.linalg.random import normal
 from bnp_analysis.network import EmpiricalRisk
 from bnp_analysis.precondition import bnp_preconditioner
+from bnp_analysis.runtime.random import normal
 from bnp_analysis.theory.check import Check
 from bnp_analysis.theory.sources import Source
 from bnp_analysis.theory.statements.generators import Scaling, scalings

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bnp_analysis.distributed.nested import tensors_of
 from bnp_analysis.linalg import Preconditioner
 from bnp_analysis.network import EmpiricalRisk
 from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.risk import Loss
+from bnp_analysis.runtime.trees import tensors_of
 
 Replace = Mapping[str, Callable[[nn.Module], nn.Module]]
 

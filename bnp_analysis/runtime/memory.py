@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -28,9 +29,42 @@ def available_memory(device: torch.device | None = None) -> int:
     if meminfo.exists():
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024 // sharers
+                return min(int(line.split()[1]) * 1024, _within_control_groups()) // sharers
     # Not Linux: half of what is built in.
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // sharers
+
+
+def _within_control_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """What the limits of a container leave: the least over this process's control groups, file caches being free."""
+    room = sys.maxsize
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return room
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top, names = (root, ("max", "current")) if not controllers else (root / "memory", _FIRST_VERSION)
+        for group in (top / path.lstrip("/"), *(top / path.lstrip("/")).parents):
+            room = min(room, _left(group, *names))
+            if group == top:
+                break
+    return room
+
+
+_FIRST_VERSION = ("limit_in_bytes", "usage_in_bytes")
+
+
+def _left(group: Path, limit: str, used: str) -> int:
+    try:
+        most = (group / f"memory.{limit}").read_text().strip()
+        if most == "max":
+            return sys.maxsize
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return max(0, int(most) - int((group / f"memory.{used}").read_text()) + int(stat.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        return sys.maxsize
 
 
 def require_memory(needed: int, what: str, advice: str = "", *, device: torch.device | None = None) -> None:

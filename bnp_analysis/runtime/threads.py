@@ -1,4 +1,4 @@
-"""Small eigenproblems on one thread.
+"""Threads: the one lock of the process's settings, settings that several threads want, BLAS on one thread, workers.
 
 NumPy's BLAS has threads of its own beside torch's. For matrices of a hundred rows they wait for one another, and for
 torch's, ten times longer than they compute.
@@ -7,10 +7,20 @@ torch's, ten times longer than they compute.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+# Kernels, the global random state and the hooks of a shared model belong to the process: threads take turns with them.
+# Never held while other processes are waited for.
+LOCK = threading.RLock()
 
 
 class Switch:
@@ -45,7 +55,7 @@ class Switch:
                     self._back()
 
 
-_BLAS = Switch()
+_BLAS, _TORCH = Switch(), Switch()
 
 # Rows up to which BLAS libraries do not divide an eigenproblem, and switching them takes longer than it.
 _ALONE = 16
@@ -78,3 +88,48 @@ def one_blas_thread(size: int | None = None) -> AbstractContextManager[Any]:
     if controller is None:
         return nullcontext()
     return _BLAS.turned(lambda: controller.limit(limits=1, user_api="blas").restore_original_limits)
+
+
+def each(
+    work: Callable[[Item], Found], items: Sequence[Item], workers: int, finished: Callable[[int], None]
+) -> list[Found]:
+    """`[work(item) for item in items]` by `workers` threads, which share out torch's threads.
+
+    Torch leaves Python's lock while it factorizes, and small factorizations gain more by running side by side than
+    by threads of their own. What torch's number of threads is for others changes while this runs.
+
+    Args:
+        work: must not change what another item's work reads.
+        items: the pieces.
+        workers: 1 does them one after the other, with all threads.
+        finished: gets how many are done, in the calling thread.
+
+    Raises:
+        What `work` raises; pieces not yet begun are dropped, also on Ctrl-C.
+
+    Example:
+        >>> each(lambda x: x + 1, [1, 2, 3], 2, lambda done: None)
+        [2, 3, 4]
+    """
+    if workers < 2:
+        found = []
+        for item in items:
+            found.append(work(item))
+            finished(len(found))
+        return found
+
+    def share() -> Callable[[], None]:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, threads // workers))
+        return lambda: torch.set_num_threads(threads)
+
+    with _TORCH.turned(share):
+        pool = ThreadPoolExecutor(workers)
+        try:
+            futures = [pool.submit(work, item) for item in items]
+            for count, future in enumerate(as_completed(futures), 1):
+                future.result()
+                finished(count)
+            return [future.result() for future in futures]
+        finally:
+            pool.shutdown(cancel_futures=True)

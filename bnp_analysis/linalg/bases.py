@@ -1,69 +1,11 @@
-"""Random vectors from local generators, drawn on the CPU so that every device sees the same ones."""
+"""Orthonormal bases and what is orthogonal to them."""
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from bnp_analysis.errors import InvalidInputError, NullSpaceError
-
-
-def generator(seed: int, stream: int = 0) -> torch.Generator:
-    """A local CPU generator, another for each `stream` of a seed; the global one is never touched."""
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise InvalidInputError(f"seed must be an integer, got {seed!r}")
-    if stream:
-        state = np.random.SeedSequence((abs(seed), int(seed < 0), stream)).generate_state(1, np.uint64)
-        seed = int(state[0] >> np.uint64(1))
-    return torch.Generator(device="cpu").manual_seed(seed)
-
-
-def normal(shape: tuple[int, ...], g: torch.Generator, like: Tensor) -> Tensor:
-    """Standard normal numbers, drawn in float64 and cast: one seed means one vector in every dtype."""
-    return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype=like.dtype, device=like.device)
-
-
-def rademacher(shape: tuple[int, ...], g: torch.Generator, like: Tensor) -> Tensor:
-    """Independent signs."""
-    signs = torch.randint(0, 2, shape, generator=g, dtype=torch.int64) * 2 - 1
-    return signs.to(dtype=like.dtype, device=like.device)
-
-
-def uniform_at(seed: int, example: Tensor, entry: Tensor) -> Tensor:
-    """Uniform numbers in (0, 1), one for each pair of an example and an entry of it, whatever else is drawn.
-
-    Args:
-        seed: of all of them.
-        example, entry: integers, broadcast.
-
-    Returns:
-        float64 on the CPU.
-
-    Source: the mixing of splitmix64 (Steele, Lea and Flood 2014), once for the example and once for the entry.
-
-    Example:
-        >>> every = uniform_at(0, torch.arange(4).view(4, 1), torch.arange(3))
-        >>> bool(every[2, 1] == uniform_at(0, torch.tensor(2), torch.tensor(1)))
-        True
-    """
-    start = np.random.SeedSequence((abs(seed), int(seed < 0))).generate_state(1, np.uint64).view(np.int64)
-    z = _mixed(_mixed(int(start[0]) + example.cpu().long() * _STEP) + entry.cpu().long() * _STEP)
-    return (_shifted(z, 12).double() + 0.5) * 2.0**-52
-
-
-_STEP, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
-
-
-def _mixed(z: Tensor) -> Tensor:
-    z = (z ^ _shifted(z, 30)) * _FIRST
-    z = (z ^ _shifted(z, 27)) * _SECOND
-    return z ^ _shifted(z, 31)
-
-
-def _shifted(z: Tensor, bits: int) -> Tensor:
-    """To the right, zeros coming in."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
+from bnp_analysis.errors import NullSpaceError
 
 
 def project_out(x: Tensor, basis: Tensor | None) -> Tensor:

@@ -1,19 +1,48 @@
-"""States of long runs on disk: written atomically, read only by the run that they belong to."""
+"""Files written whole or not at all, and states of long runs, read only by the run that they belong to."""
 
 from __future__ import annotations
 
 import os
-import tempfile
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PosixPath
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from bnp_analysis.errors import InvalidInputError
 
 _EVERY, _SECONDS = 50, 30.0
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A binary file to write, which becomes `path` on leaving: the old file or the whole new one, nothing between.
+
+    Args:
+        path: missing folders are made.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "runs" / "a.txt"
+        >>> with whole_file(path) as file:
+        ...     _ = file.write(b"done")
+        >>> path.read_bytes()
+        b'done'
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class Schedule:
@@ -38,16 +67,8 @@ def save_state(path: str | Path, key: str, state: Mapping[str, Any]) -> None:
     """Write tensors and numbers under a key that says what run they belong to; never half a file."""
     if isinstance(path, ReadOnlyPath):
         return
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save({"key": key, "state": dict(state)}, file)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole_file(path) as file:
+        torch.save({"key": key, "state": dict(state)}, file)
 
 
 def load_state(path: str | Path, key: str) -> dict[str, Any]:
