@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "bnp_analysis"
 ROOMS = (
-    *("errors", "_encoding", "results", "linalg", "testing", "distributed", "network", "curvature"),
+    *("errors", "runtime", "_encoding", "results", "linalg", "testing", "distributed", "network", "curvature"),
     *("precondition", "theory", "training", "diagnose", "plotting", "cli"),
 )
 LEFT_OF = {room: set(ROOMS[:place]) for place, room in enumerate(ROOMS)}
