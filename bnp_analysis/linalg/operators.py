@@ -317,6 +317,14 @@ class SymmetricOperator(LinearOperator):
         return None
 
     @property
+    def semidefinite(self) -> bool:
+        """Whether no eigenvalue is negative, so that `condition_number` refuses one that is (the default).
+
+        A matrix that may have negative eigenvalues, as a Hessian, says False: magnitudes are compared then.
+        """
+        return True
+
+    @property
     def start(self) -> Tensor | None:
         """A vector `(n,)` rich in the eigenvectors of the largest eigenvalues, where one is known without a product."""
         return None
