@@ -46,6 +46,11 @@ class Hessian(SymmetricOperator):
         return not (products_of_loss(self._risk)[1] or has_vanished(self._risk))
 
     @property
+    def semidefinite(self) -> bool:
+        """No: away from a minimum eigenvalues are negative."""
+        return False
+
+    @property
     def start(self) -> Tensor:
         """The risk's gradient, which the graphs hold: the same bits, whichever of them are kept."""
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -20,8 +20,6 @@ from bnp_analysis.linalg import (
     ConditionNumber,
     MatrixOperator,
     SymmetricOperator,
-    condition_number,
-    magnitude_condition_number,
     singular_condition_number,
 )
 from bnp_analysis.linalg.operators import require_digits
@@ -195,13 +193,11 @@ def compare(
     held: dict[str, Any] = {"engine": engine, "max_memory": max_memory}
     table = layer_table(risk, P, layers=layers, dtype=None, **held, max_flops=max_flops, seed=seed, progress=progress)
     network = {}
-    null = known_null(risk, None) if set(curvature) - {"hessian"} else None
+    null = cache(lambda: known_null(risk, None))
     for name in curvature:
         A = curvature_matrix(risk, name, seed, **held)
-        measure = magnitude_condition_number if name == "hessian" else condition_number
         # The symmetries of the network annihilate J, hence the Gauss-Newton and Fisher matrices; not the Hessian.
-        known = None if name == "hessian" else null
-        network[name] = pair(A, P, known, seed, measure=measure, progress=progress)
+        network[name] = pair(A, P, null() if A.semidefinite else None, seed, progress=progress)
     return Comparison(
         layers=table,
         network=network,
@@ -213,7 +209,12 @@ def compare(
     )
 
 
-CURVATURES = ("gauss-newton", "hessian", "fisher-mc", "fisher-empirical")
+CURVATURES: dict[str, Callable[..., SymmetricOperator]] = {
+    "gauss-newton": lambda risk, seed, **held: gauss_newton(risk, **held),
+    "hessian": lambda risk, seed, **held: hessian(risk, **held),
+    "fisher-mc": lambda risk, seed, **held: fisher(risk, "mc", seed=seed, **held),
+    "fisher-empirical": lambda risk, seed, **held: fisher(risk, "empirical", seed=seed, **held),
+}
 
 
 def curvature_matrix(
@@ -228,13 +229,9 @@ def curvature_matrix(
         >>> curvature_matrix(risk, "hessian").dim
         3
     """
-    if name == "gauss-newton":
-        return gauss_newton(risk, engine=engine, max_memory=max_memory)
-    if name == "hessian":
-        return hessian(risk, engine=engine, max_memory=max_memory)
     if name not in CURVATURES:
         raise InvalidInputError(f"unknown curvature {name!r}; there are: {', '.join(CURVATURES)}")
-    return fisher(risk, name.removeprefix("fisher-"), seed=seed, engine=engine, max_memory=max_memory)
+    return CURVATURES[name](risk, seed, engine=engine, max_memory=max_memory)
 
 
 def _measured(

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnp_analysis.errors import NonFiniteError
 from bnp_analysis.linalg import CallableOperator, DenseOperator, lanczos
-from bnp_analysis.linalg.krylov.rows import dots, length
+from bnp_analysis.linalg.bases import dots, length
 
 N = 60
 

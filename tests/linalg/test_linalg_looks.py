@@ -17,8 +17,8 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg import CallableOperator, DenseOperator, eigenpairs, lanczos, spectral_density
-from bnp_analysis.linalg.krylov.looks import products_that_show
-from bnp_analysis.linalg.krylov.three_term import three_term
+from bnp_analysis.linalg.krylov.lanczos import three_term
+from bnp_analysis.linalg.krylov.thick_restart import products_that_show
 from bnp_analysis.testing import symmetric_with_spectrum
 
 

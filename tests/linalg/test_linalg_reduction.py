@@ -34,8 +34,7 @@ from bnp_analysis.linalg import (
 from bnp_analysis.linalg.condition import factor_svd
 from bnp_analysis.linalg.condition.reduction import reduced, reduced_parts, reducible
 from bnp_analysis.linalg.forming import UNIT
-from bnp_analysis.linalg.matrices import ReducedFactor
-from bnp_analysis.linalg.structure import structural_rank
+from bnp_analysis.linalg.matrices import ReducedFactor, structural_rank
 from bnp_analysis.runtime.threads import each
 from bnp_analysis.testing import check_symmetric_operator, random_orthogonal, spectrum
 

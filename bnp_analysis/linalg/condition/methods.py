@@ -1,6 +1,6 @@
 """Methods for condition numbers: what a method is, the registry, what each would cost, and which one `auto` takes.
 
-A new method is one file that ends with `register(Method(...))`, and its name in the list of imports in `verbs`.
+A new method is one file that ends with `register(Method(...))`, and one line that imports it in `condition/__init__`.
 """
 
 from __future__ import annotations
@@ -237,6 +237,9 @@ def methods(A: SymmetricOperator, steps: int = LANCZOS_STEPS) -> list[Route]:
         )
         for method, price in prices
     ]
+
+
+routes = methods  # its name before
 
 
 def choose_method(A: SymmetricOperator, *, indefinite: bool = False) -> str:

@@ -12,10 +12,9 @@ from bnp_analysis.linalg.condition.factor_svd import FACTOR_SVD, affordable, fac
 from bnp_analysis.linalg.condition.methods import automatic
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.forming import UNIT, amplified, entry_rounding
-from bnp_analysis.linalg.matrices import ReducedFactor
+from bnp_analysis.linalg.matrices import ReducedFactor, rank_from_zeros
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.linalg.scale import comfortable, times_power
-from bnp_analysis.linalg.structure import rank_from_zeros
 from bnp_analysis.runtime.memory import available_memory
 
 # As many rows as columns, times this, are gathered before a QR factorization.

@@ -12,14 +12,6 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, ZeroOperatorError
-from bnp_analysis.linalg.condition import (  # noqa: F401 - each of these registers its method
-    dense,
-    factor_svd,
-    golub_kahan,
-    inertia,
-    inverse_lanczos,
-    lanczos,
-)
 from bnp_analysis.linalg.condition.methods import Problem, automatic, named
 from bnp_analysis.linalg.condition.number import MAGNITUDE, SINGULAR, ConditionNumber, Extremes
 from bnp_analysis.linalg.derived import GramOperator, Shifted

@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
-from bnp_analysis.linalg.derived import Derived, GramOperator
+from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.forming import amplified
 from bnp_analysis.linalg.krylov.lanczos import lanczos
 from bnp_analysis.linalg.matrices import CallableOperator
 from bnp_analysis.linalg.operators import (
+    Derived,
     LinearOperator,
     Product,
+    Stacked,
+    Sum,
     SymmetricOperator,
+    SymmetricSum,
     coarse,
     computed_in,
     require_digits,
@@ -51,7 +55,9 @@ def rounding_norm(A: SymmetricOperator, seed: int = 0) -> float:
         size = factor_rounding_norm(A.factor, seed)
         return size * size
     if isinstance(A, Derived) and isinstance(A.inner, SymmetricOperator) and amplified(A):
-        return rounding_norm(A.inner, seed) + A.added
+        return rounding_norm(A.inner, seed) * abs(A.times) + A.added
+    if isinstance(A, SymmetricSum):
+        return rounding_norm(A.left, seed) + rounding_norm(A.right, seed)
     return norm_estimate(A, seed)
 
 
@@ -62,7 +68,11 @@ def factor_rounding_norm(F: LinearOperator, seed: int = 0) -> float:
     if isinstance(F, Product):
         return factor_rounding_norm(F.left, seed) * factor_rounding_norm(F.right, seed)
     if isinstance(F, Derived) and amplified(F):
-        return math.hypot(factor_rounding_norm(F.inner, seed), F.added)
+        return math.hypot(factor_rounding_norm(F.inner, seed) * abs(F.times), F.added)
+    if isinstance(F, Sum):
+        return factor_rounding_norm(F.left, seed) + factor_rounding_norm(F.right, seed)
+    if isinstance(F, Stacked) and amplified(F):
+        return math.hypot(factor_rounding_norm(F.upper, seed), factor_rounding_norm(F.lower, seed))
     return math.sqrt(norm_estimate(GramOperator(F), seed))
 
 
