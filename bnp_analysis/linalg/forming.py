@@ -159,6 +159,15 @@ def amplified(operator: object) -> bool:
     return isinstance(operator, Product | Congruence | ReducedFactor | Sum)
 
 
+def cancels(operator: object) -> bool:
+    """Whether products end in a sum that may cancel, so that they round relative to more than what is left (T13)."""
+    if isinstance(operator, Derived):
+        return cancels(operator.inner)
+    if isinstance(operator, Congruence):
+        return cancels(operator.operator)
+    return isinstance(operator, Sum)
+
+
 def norm_bound(matrix: Tensor) -> float:
     """A bound of `|| |A| ||_2`, which is at least `|A|_2`: for `M = |A|` and any `x > 0`, `max_i (M^T M x)_i / x_i`.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.derived import GramOperator
-from bnp_analysis.linalg.forming import amplified
+from bnp_analysis.linalg.forming import amplified, cancels
 from bnp_analysis.linalg.krylov.lanczos import lanczos
 from bnp_analysis.linalg.matrices import CallableOperator
 from bnp_analysis.linalg.operators import (
@@ -59,6 +59,11 @@ def rounding_norm(A: SymmetricOperator, seed: int = 0) -> float:
     if isinstance(A, SymmetricSum):
         return rounding_norm(A.left, seed) + rounding_norm(A.right, seed)
     return norm_estimate(A, seed)
+
+
+def rounding_of_sums(A: SymmetricOperator, seed: int) -> tuple[float, int]:
+    """`eps` times what products round relative to where a sum may cancel, else 0; and the products spent."""
+    return (A.eps * rounding_norm(A, seed), 2 * NORM_STEPS) if cancels(A) else (0.0, 0)
 
 
 def factor_rounding_norm(F: LinearOperator, seed: int = 0) -> float:
@@ -125,8 +130,13 @@ def products_known_to(result: Result) -> str:
 
 
 def require_symmetric(A: SymmetricOperator, seed: int) -> None:
-    """Two random vectors: `u.Av = v.Au` up to rounding; a congruence or shift is as symmetric as what is inside."""
+    """Two random vectors: `u.Av = v.Au` up to rounding; a congruence, shift or sum is as symmetric as its parts."""
     A = _innermost(A)
+    inner = A.inner if isinstance(A, ScaledSymmetric) else A
+    if isinstance(inner, SymmetricSum):
+        for part in (inner.left, inner.right):
+            require_symmetric(scaled(part), seed)
+        return
     like = torch.empty(0, dtype=A.dtype, device=A.device)
     pair = normal((A.dim, 2), generator(seed), like)
     image = A @ pair

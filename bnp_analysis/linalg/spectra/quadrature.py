@@ -21,7 +21,7 @@ from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.scale import exponent, in_floats, scaled
 from bnp_analysis.linalg.spectra.brackets import Estimate, chance, christoffel, shares, whole
-from bnp_analysis.linalg.spectra.checks import measured, products_known_to, provenance, rounding_norm
+from bnp_analysis.linalg.spectra.checks import measured, products_known_to, provenance, rounding_norm, rounding_of_sums
 from bnp_analysis.linalg.spectra.null import NORM_STEPS, HasBasis
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.files import load_state, save_state
@@ -474,11 +474,12 @@ def trace(
                 raise
     values = np.array(samples)
     # Each of n terms v_i (A v)_i is known to a rounding; probes do not average it away.
-    rounding = operator.eps * math.sqrt(A.dim) * largest
+    rounded, extra = rounding_of_sums(operator, seed)
+    rounding = math.sqrt(A.dim) * (operator.eps * largest + math.sqrt(A.dim) * rounded)
     return Trace(
         value=in_floats(float(values.mean()), -exponent(operator), "the trace"),
         error=in_floats(math.hypot(standard_error(values), rounding), -exponent(operator), "the error of the trace"),
         dim=A.dim,
-        matvecs=len(samples),
+        matvecs=len(samples) + extra,
         **provenance(A, preconditioner, {"probes": probes}, seed, began),
     )
