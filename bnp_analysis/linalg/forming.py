@@ -83,17 +83,14 @@ def formed(operator: LinearOperator) -> Formed:
         return Formed(
             c * inner.matrix, abs(c) * inner.sizes(), inner.rounding + UNIT, operator.rank_bound, inner.exponent - power
         )
-    if isinstance(operator, Sum):
+    if isinstance(operator, Sum | Stacked):
         first, second, e = _alike(formed(operator.left), formed(operator.right))
-        rounding, rank = max(first.rounding, second.rounding) + UNIT, min(first.rank + second.rank, *operator.shape)
-        return Formed(first.matrix + second.matrix, first.sizes() + second.sizes(), rounding, rank, e)
-    if isinstance(operator, Stacked):
-        first, second, e = _alike(formed(operator.upper), formed(operator.lower))
         rounding, rank = max(first.rounding, second.rounding), min(first.rank + second.rank, *operator.shape)
-        matrix, sizes = (
-            torch.cat(pair) for pair in zip(*((x.matrix, x.sizes()) for x in (first, second)), strict=True)
-        )
-        return Formed(matrix, sizes, rounding, rank, e)
+        if isinstance(operator, Sum):
+            sizes = first.sizes() + second.sizes()
+            return Formed(first.matrix + second.matrix, sizes, rounding + UNIT, rank, e)
+        sizes = torch.cat([first.sizes(), second.sizes()])
+        return Formed(torch.cat([first.matrix, second.matrix]), sizes, rounding, rank, e)
     if isinstance(operator, Derived) and amplified(operator):
         inner = formed(operator.inner)
         e = inner.exponent
@@ -155,7 +152,7 @@ def amplified(operator: object) -> bool:
     if isinstance(operator, GramOperator):
         return amplified(operator.factor)
     if isinstance(operator, Stacked):
-        return amplified(operator.upper) or amplified(operator.lower)
+        return amplified(operator.left) or amplified(operator.right)
     return isinstance(operator, Product | Congruence | ReducedFactor | Sum)
 
 

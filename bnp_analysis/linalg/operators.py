@@ -276,60 +276,16 @@ class Transposed(LinearOperator):
         return self._operator.to_dense().T
 
 
-class Product(LinearOperator):
-    """The product `A B` of two operators; made by `A @ B`."""
+class OfTwo(LinearOperator):
+    """What is made of two operators `left`, `right`: it is as precise as the coarser one."""
 
-    def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
-        if left.shape[1] != right.shape[0]:
-            raise InvalidInputError(f"shapes {left.shape} and {right.shape} do not multiply")
-        _require_alike(left, right, "multiply")
-        super().__init__((left.shape[0], right.shape[1]), left.dtype, left.device)
-        self.left, self.right = left, right
-
-    @property
-    def rank_bound(self) -> int:
-        return min(self.left.rank_bound, self.right.rank_bound)
-
-    @property
-    def zeros_are_structural(self) -> bool:
-        """Never: entries of a product are sums, which may cancel or underflow to 0."""
-        return False
-
-    @property
-    def dense_cost(self) -> int:
-        return self.left.dense_cost
-
-    @property
-    def eps(self) -> float:
-        return max(self.left.eps, self.right.eps)
-
-    def _matmat(self, x: Tensor) -> Tensor:
-        return self.left._matmat(self.right._matmat(x))
-
-    def _rmatmat(self, y: Tensor) -> Tensor:
-        return self.right._rmatmat(self.left._rmatmat(y))
-
-    def to_dense(self) -> Tensor:
-        # (A B)^T = B^T A^T: the rows of A, each sent through B^T.
-        return self.right._rmatmat(self.left.to_dense().T).T
-
-
-def _require_alike(left: LinearOperator, right: LinearOperator, what: str) -> None:
-    if left.dtype != right.dtype or left.device != right.device:
-        raise InvalidInputError(
-            f"cannot {what} an operator in {left.dtype} on {left.device} "
-            f"with one in {right.dtype} on {right.device}; build both in one dtype on one device"
-        )
-
-
-class Sum(LinearOperator):
-    """The sum `A + B` of two operators; made by `A + B`."""
-
-    def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
-        if left.shape != right.shape:
-            raise InvalidInputError(f"shapes {left.shape} and {right.shape} do not add")
-        _require_alike(left, right, "add")
-        LinearOperator.__init__(self, left.shape, left.dtype, left.device)
+    def __init__(self, left: LinearOperator, right: LinearOperator, shape: tuple[int, int], what: str) -> None:
+        if left.dtype != right.dtype or left.device != right.device:
+            raise InvalidInputError(
+                f"cannot {what} an operator in {left.dtype} on {left.device} "
+                f"with one in {right.dtype} on {right.device}; build both in one dtype on one device"
+            )
+        LinearOperator.__init__(self, shape, left.dtype, left.device)
         self.left, self.right = left, right
 
     @property
@@ -338,7 +294,7 @@ class Sum(LinearOperator):
 
     @property
     def zeros_are_structural(self) -> bool:
-        """Never: entries are sums, which may cancel to 0."""
+        """Never: entries of a sum or a product are sums, which may cancel or underflow to 0."""
         return False
 
     @property
@@ -353,6 +309,42 @@ class Sum(LinearOperator):
     def record(self) -> Mapping[str, Any]:
         return {**self.right.record, **self.left.record}
 
+
+class Product(OfTwo):
+    """The product `A B` of two operators; made by `A @ B`."""
+
+    def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
+        if left.shape[1] != right.shape[0]:
+            raise InvalidInputError(f"shapes {left.shape} and {right.shape} do not multiply")
+        super().__init__(left, right, (left.shape[0], right.shape[1]), "multiply")
+
+    @property
+    def rank_bound(self) -> int:
+        return min(self.left.rank_bound, self.right.rank_bound)
+
+    @property
+    def dense_cost(self) -> int:
+        return self.left.dense_cost
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        return self.left._matmat(self.right._matmat(x))
+
+    def _rmatmat(self, y: Tensor) -> Tensor:
+        return self.right._rmatmat(self.left._rmatmat(y))
+
+    def to_dense(self) -> Tensor:
+        # (A B)^T = B^T A^T: the rows of A, each sent through B^T.
+        return self.right._rmatmat(self.left.to_dense().T).T
+
+
+class Sum(OfTwo):
+    """The sum `A + B` of two operators; made by `A + B`."""
+
+    def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
+        if left.shape != right.shape:
+            raise InvalidInputError(f"shapes {left.shape} and {right.shape} do not add")
+        super().__init__(left, right, left.shape, "add")
+
     def _matmat(self, x: Tensor) -> Tensor:
         return self.left._matmat(x) + self.right._matmat(x)
 
@@ -363,43 +355,29 @@ class Sum(LinearOperator):
         return self.left.to_dense() + self.right.to_dense()
 
 
-class Stacked(LinearOperator):
+class Stacked(OfTwo):
     """`[F; G]`, the factor of `F^T F + G^T G`."""
 
-    def __init__(self, upper: LinearOperator, lower: LinearOperator) -> None:
-        _require_alike(upper, lower, "stack")
-        super().__init__((upper.shape[0] + lower.shape[0], upper.shape[1]), upper.dtype, upper.device)
-        self.upper, self.lower = upper, lower
-
-    @property
-    def rank_bound(self) -> int:
-        return min(self.upper.rank_bound + self.lower.rank_bound, *self.shape)
+    def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
+        super().__init__(left, right, (left.shape[0] + right.shape[0], left.shape[1]), "stack")
 
     @property
     def zeros_are_structural(self) -> bool:
-        return self.upper.zeros_are_structural and self.lower.zeros_are_structural
-
-    @property
-    def dense_cost(self) -> int:
-        return self.upper.dense_cost + self.lower.dense_cost
+        return self.left.zeros_are_structural and self.right.zeros_are_structural
 
     @property
     def exact(self) -> bool:
-        return self.upper.exact and self.lower.exact
-
-    @property
-    def eps(self) -> float:
-        return max(self.upper.eps, self.lower.eps)
+        return self.left.exact and self.right.exact
 
     def _matmat(self, x: Tensor) -> Tensor:
-        return torch.cat([self.upper._matmat(x), self.lower._matmat(x)])
+        return torch.cat([self.left._matmat(x), self.right._matmat(x)])
 
     def _rmatmat(self, y: Tensor) -> Tensor:
-        rows = self.upper.shape[0]
-        return self.upper._rmatmat(y[:rows]) + self.lower._rmatmat(y[rows:])
+        rows = self.left.shape[0]
+        return self.left._rmatmat(y[:rows]) + self.right._rmatmat(y[rows:])
 
     def to_dense(self) -> Tensor:
-        return torch.cat([self.upper.to_dense(), self.lower.to_dense()])
+        return torch.cat([self.left.to_dense(), self.right.to_dense()])
 
 
 class Derived(LinearOperator):

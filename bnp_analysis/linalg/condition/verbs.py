@@ -235,8 +235,8 @@ def _measure(
         known = "" if A.eps <= torch.finfo(A.dtype).eps else f", its products being known to {A.eps:.1g} only"
         raise ZeroOperatorError(
             f"the operator is zero to rounding{known}, and a condition number compares nonzero eigenvalues; "
-            "look for saturated or dead units, a loss that does not depend on these parameters, or one whose derivative "
-            "is a difference of nearly equal numbers, as that of log(cosh(z)) is at large z"
+            "look for saturated or dead units, a loss that does not depend on these parameters, or one whose "
+            "derivative is a difference of nearly equal numbers, as that of log(cosh(z)) is at large z"
         )
     if ends.rank is None:  # nothing is counted: every declared direction is believed
         ends = dataclasses.replace(ends, on_your_word=ends.null_sources.get("declared", 0))

@@ -77,7 +77,7 @@ def factor_rounding_norm(F: LinearOperator, seed: int = 0) -> float:
     if isinstance(F, Sum):
         return factor_rounding_norm(F.left, seed) + factor_rounding_norm(F.right, seed)
     if isinstance(F, Stacked) and amplified(F):
-        return math.hypot(factor_rounding_norm(F.upper, seed), factor_rounding_norm(F.lower, seed))
+        return math.hypot(factor_rounding_norm(F.left, seed), factor_rounding_norm(F.right, seed))
     return math.sqrt(norm_estimate(GramOperator(F), seed))
 
 
