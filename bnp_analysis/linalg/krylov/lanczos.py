@@ -28,7 +28,7 @@ from bnp_analysis.runtime.random import generator, normal
 from bnp_analysis.runtime.threads import one_blas_thread
 
 Floats = NDArray[np.float64]
-_SELDOM = 10  # steps between two looks at the numbers of a run, where looking means waiting for a device
+_SELDOM = 10  # steps after which the numbers of a run are read, where reading means waiting for a device
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +208,7 @@ def _saved(A: SymmetricOperator, state: dict[str, Any]) -> Tridiagonalization:
 class _Run:
     """The state of a run; consistent after every step, so that an interrupt loses at most the step in hand.
 
-    `pending` are the numbers of the newest steps, not looked at yet; `coupling` is the last norm that was."""
+    `pending` are the numbers of the newest steps, not read yet; `coupling` is the last norm that was."""
 
     def __init__(
         self, A: SymmetricOperator, limit: int, null: Tensor | None, w: Tensor, resume: Tridiagonalization | None
@@ -239,7 +239,7 @@ class _Run:
 
     @property
     def norm(self) -> float | Tensor:
-        """Of the newest residual; one that nobody has looked at may be zero."""
+        """Of the newest residual; one that was not read may be zero."""
         return torch.where(self.pending[-1][1] > 0, self.pending[-1][1], 1.0) if self.pending else self.coupling
 
     @property
@@ -274,9 +274,9 @@ class _Run:
         self.pending.append(torch.stack([a, size]))
         self.w, self.matvecs = residual, self.matvecs + 1
         if len(self.pending) >= self.every or self.size == self.limit:
-            self.look()
+            self.read()
 
-    def look(self) -> None:
+    def read(self) -> None:
         """Read the numbers of the steps that are pending; those after an invariant subspace are dropped."""
         found = torch.stack(self.pending).tolist() if self.pending else []
         first, self.pending = self.matvecs - len(found), []
@@ -294,7 +294,7 @@ class _Run:
                 break
 
     def state(self) -> dict[str, Any]:
-        self.look()
+        self.read()
         return {
             "alpha": torch.tensor(self.alpha, dtype=torch.float64),
             "beta": torch.tensor(self.beta[: self.size - 1], dtype=torch.float64),
@@ -304,7 +304,7 @@ class _Run:
         }
 
     def snapshot(self, stop: str) -> Tridiagonalization:
-        self.look()
+        self.read()
         k = self.size
         w = torch.zeros_like(self.w) if stop == "invariant subspace" else self.w
         beta = np.array(self.beta[: k - 1])
@@ -344,7 +344,7 @@ def three_term(
         steps: largest size of the matrix.
         start: start vector `(n,)`.
         null: orthonormal `(n, r)`, projected out of every vector.
-        every: steps between two looks at the numbers; default 1 on the CPU, 10 where looking means waiting.
+        every: steps after which the numbers are read; default 1 on the CPU, 10 where reading means waiting.
 
     Returns:
         Diagonal `(k,)`; off-diagonal and, last, the norm of the residual, `(k,)`; the products spent. `k < steps` for

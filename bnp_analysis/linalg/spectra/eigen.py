@@ -36,9 +36,9 @@ class Eigenpairs(Result):
         residuals: `(k,)` float64, `|A y - theta y|`: some eigenvalue lies within it of each value (T13). Where products
             are less precise than vectors, their rounding `sqrt(n) eps |A|` is added, else `4 eps |A|`.
         converged: how many pairs meet the tolerance.
-        stop: `"converged"` (and, unless `multiplicity="trust"`, a look from another start found no further copies of
-            repeated eigenvalues), `"steps"`, `"interrupted"`, or `"rounding"` where products are too noisy for the
-            tolerance.
+        stop: `"converged"` (and, unless `multiplicity="trust"`, a multiplicity check from another start found no
+            further copies of repeated eigenvalues), `"steps"`, `"interrupted"`, or `"rounding"` where products are too
+            noisy for the tolerance.
     """
 
     values: Tensor
