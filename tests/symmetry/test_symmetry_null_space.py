@@ -18,9 +18,10 @@ from null_models import Case, hidden, net
 from torch import Tensor, nn
 
 import bnp_analysis as bnp
-from bnp_analysis.curvature import null_basis, null_space
 from bnp_analysis.errors import MemoryLimitError
-from bnp_analysis.network.candidates import Candidate, Part
+from bnp_analysis.linalg.spectra import null_checks
+from bnp_analysis.symmetry import from_data, null_space
+from bnp_analysis.symmetry.candidates import Candidate, Part
 
 every = pytest.mark.parametrize("name", CASES)
 
@@ -157,7 +158,7 @@ def test_products_decide_where_a_dense_factor_does_not_fit(monkeypatch: pytest.M
         risk = CASES[name].problem().risk()
         dense = bnp.null_directions(risk)
         with monkeypatch.context() as patch:
-            patch.setattr(null_basis, "available_memory", lambda *_: 0)
+            patch.setattr(null_checks, "available_memory", lambda *_: 0)
             products = bnp.null_directions(risk)
         assert products.sources == dense.sources
         assert products.matvecs > dense.basis.shape[1]
@@ -173,8 +174,14 @@ def test_memory_is_looked_at_before_the_basis_is_built(monkeypatch: pytest.Monke
     monkeypatch.setattr(null_space, "NullBasis", never)
     # Enough for the rows of a layer, not for 26 columns of 58 numbers and what comes with them.
     monkeypatch.setattr("bnp_analysis.runtime.memory.available_memory", lambda *_: 8 * 58 * 26)
-    monkeypatch.setattr("bnp_analysis.network.symmetries.require_memory", lambda *_, **__: None)
-    monkeypatch.setattr("bnp_analysis.network.dependencies.require_memory", lambda *_, **__: None)
+    require = null_space.require_memory
+
+    def only_the_basis(size: int, what: str, **options: object) -> None:
+        if "basis" in what:
+            require(size, what, **options)
+
+    monkeypatch.setattr(null_space, "require_memory", only_the_basis)
+    monkeypatch.setattr(from_data, "require_memory", only_the_basis)
     with pytest.raises(MemoryLimitError, match="the candidate null directions"):
         bnp.null_directions(risk)
 
