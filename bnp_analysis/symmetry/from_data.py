@@ -148,7 +148,7 @@ class _Search:
         """Vectors over `(weights, bias)` of unit `i`; None if there is none."""
         names = [self._first.parameters[role] for role in self.roles]
         places = [self._chart.positions(name)[i].reshape(-1) for name in names]
-        pieces = vectors.cpu().split([len(place) for place in places])
+        pieces = torch.split(vectors.cpu(), [len(place) for place in places])
         return self._chart.part(zip(names, places, pieces, strict=True)) if vectors.shape[1] else None
 
 

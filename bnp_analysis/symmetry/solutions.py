@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.sparse.csgraph import connected_components
+from torch import Tensor
 
 from bnp_analysis.symmetry.candidates import SCALES, SHIFTS, Candidate, Cause, Orbit, Part
 from bnp_analysis.symmetry.constraints import Constraints
@@ -44,16 +45,18 @@ class Moves:
 
     Attributes:
         tangents: `(n, unknowns)`.
+        exponents: the same for parameters of 1, which scales multiply by powers of `t` wherever they are.
         demands: `(equations, unknowns)`.
     """
 
     tangents: Sparse
+    exponents: Sparse
     demands: Sparse
 
 
 def parameter_moves(c: Constraints) -> Moves:
     """Each use says how its parameters must move; those that cannot, or in two ways, are demands."""
-    rows, entries = _expressions(c)
+    rows, entries = _expressions(c, c.theta)
     size = c.chart.dim
     stuck = (entries < 0) | (entries >= size) | np.isin(entries, np.concatenate([_EMPTY, *c.pinned]))
     free = np.flatnonzero(~stuck)
@@ -63,15 +66,16 @@ def parameter_moves(c: Constraints) -> Moves:
     again = np.setdiff1d(np.arange(len(order)), first)
     differ = csr_array(rows[order[again]] - rows[order[first[use[again]]]])
     onto = coo_array((np.ones(len(moved)), (moved, order[first])), shape=(size, len(entries))).tocsr()
-    return Moves(csr_array(onto @ rows), csr_array(vstack([rows[np.flatnonzero(stuck)], differ])))
+    exponents = onto @ _expressions(c, np.ones_like(c.theta))[0]
+    return Moves(csr_array(onto @ rows), csr_array(exponents), csr_array(vstack([rows[np.flatnonzero(stuck)], differ])))
 
 
-def _expressions(c: Constraints) -> tuple[Sparse, Ints]:
+def _expressions(c: Constraints, theta: Floats) -> tuple[Sparse, Ints]:
     """For each use of a parameter, what must become of it; missing biases are parameters -1 with the value 0."""
     found, entries = Equations(), [_EMPTY]
     for use in c.uses:
         out = np.broadcast_to(use.out[:, None], use.weight.shape)
-        w = c.theta[use.weight]
+        w = theta[use.weight]
         entries.append(use.weight.ravel())
         if use.table:
             found.add((2 * out.ravel(), w.ravel()), (2 * out.ravel() + 1, 1.0))
@@ -79,7 +83,7 @@ def _expressions(c: Constraints) -> tuple[Sparse, Ints]:
         source = use.source[use.group]
         found.add((2 * out.ravel(), w.ravel()), (2 * source.ravel(), -w.ravel()))
         bias = np.full(len(use.out), -1) if use.bias is None else use.bias
-        b = np.zeros(len(use.out)) if use.bias is None else c.theta[bias]
+        b = np.zeros(len(use.out)) if use.bias is None else theta[bias]
         moving = np.flatnonzero((use.source > 1).any(axis=0))
         found.add((2 * use.out, b), (2 * use.out + 1, 1.0), *((2 * source[:, k] + 1, -w[:, k]) for k in moving))
         entries.append(bias)
@@ -115,21 +119,33 @@ def _independent(vectors: list[Vector], wanted: Ints, size: int) -> list[Vector]
 
 
 def _candidates(c: Constraints, moves: Moves, vectors: list[Vector], *, exact: bool) -> list[Candidate]:
-    columns = (moves.tangents @ combined(vectors, 2 * c.count)).tocsc()
+    basis = combined(vectors, 2 * c.count)
+    tangents, exponents = (moves.tangents @ basis).tocsc(), (moves.exponents @ basis).tocsc()
     found: dict[Cause, list[tuple[Part, Orbit | None]]] = {}
     for k, (unknowns, _) in enumerate(vectors):
-        inside = slice(columns.indptr[k], columns.indptr[k + 1])
-        values, where = columns.data[inside], columns.indices[inside].astype(np.int64)
-        moving = values != 0
-        if moving.any():
-            part = Part(torch.from_numpy(where[moving]), torch.from_numpy(values[moving])[:, None])
+        where, values = _column(tangents, k)
+        if len(where):
             names = {c.causes[label] for label in (unknowns // 2).tolist() if label in c.causes}
-            cause = _cause(names, shifts=bool((unknowns % 2).all()), any_shift=bool((unknowns % 2).any()), exact=exact)
-            found.setdefault(cause, []).append((part, _orbit(c, cause, part, unknowns, names) if exact else None))
+            shifts = unknowns % 2
+            cause = _cause(names, shifts=bool(shifts.all()), any_shift=bool(shifts.any()), exact=exact)
+            orbit = None
+            # A unit that is linear on the data only, or a scale that only this batch makes up for, has none.
+            if exact and not shifts.any() and Cause.COMPENSATED_SCALE not in names:
+                orbit = Orbit(cause, *_column(exponents, k))
+            elif exact and shifts.all() and Cause.ALWAYS_ACTIVE not in names:
+                orbit = Orbit(cause, shifted=where, steps=values)
+            found.setdefault(cause, []).append((Part(where, values[:, None]), orbit))
     return [
         Candidate(cause, tuple(part for part, _ in mine), exact, tuple(orbit for _, orbit in mine) if exact else ())
         for cause, mine in found.items()
     ]
+
+
+def _column(columns: Sparse, k: int) -> tuple[Tensor, Tensor]:
+    """The positions and values of the nonzero entries of a column."""
+    inside = slice(columns.indptr[k], columns.indptr[k + 1])
+    values, where = columns.data[inside], columns.indices[inside].astype(np.int64)
+    return torch.from_numpy(where[values != 0]), torch.from_numpy(values[values != 0])
 
 
 def _cause(names: set[Cause], *, shifts: bool, any_shift: bool, exact: bool) -> Cause:
@@ -143,16 +159,6 @@ def _cause(names: set[Cause], *, shifts: bool, any_shift: bool, exact: bool) -> 
     if telling is Cause.ALWAYS_ACTIVE and not any_shift:
         return Cause.HOMOGENEITY
     return Cause.KEY_BIAS if telling is Cause.QUERY_KEY and shifts else telling
-
-
-def _orbit(c: Constraints, cause: Cause, part: Part, unknowns: Ints, names: set[Cause]) -> Orbit | None:
-    """Scales alone are powers of `t`, shifts alone translations; a unit that is linear on the data only is neither."""
-    shifts, values = unknowns % 2, part.values[:, 0]
-    if not shifts.any() and Cause.COMPENSATED_SCALE not in names:
-        return Orbit(cause, scaled=part.positions, exponents=values / torch.from_numpy(c.theta)[part.positions])
-    if shifts.all() and Cause.ALWAYS_ACTIVE not in names:
-        return Orbit(cause, shifted=part.positions, steps=values)
-    return None
 
 
 # Mixings.

@@ -52,7 +52,7 @@ class Verifier:
             return _norms(matrix[:, positions.to(matrix.device)] @ columns.to(matrix.device))
         self.matvecs += columns.shape[1]
         found = []
-        for some in columns.split(_TOGETHER, dim=1):
+        for some in torch.split(columns, _TOGETHER, dim=1):
             full = torch.zeros(operator.shape[1], some.shape[1], dtype=operator.dtype)
             full[positions] = some
             found.append(_norms(operator @ full.to(operator.device)))
