@@ -19,10 +19,12 @@ import bnp_analysis as bnp
 from bnp_analysis.linalg.spectra.null_checks import null_vectors
 from bnp_analysis.symmetry.candidates import Chart
 from bnp_analysis.symmetry.constraints import Constraints
+from bnp_analysis.symmetry.elementwise import rigid
 from bnp_analysis.symmetry.from_data import shift_invariant
-from bnp_analysis.symmetry.graph import Graph
+from bnp_analysis.symmetry.graph import Graph, Operation
 from bnp_analysis.symmetry.linear_system import solutions
 from bnp_analysis.symmetry.null_space import candidate_directions, follow
+from bnp_analysis.symmetry.operations import OPERATIONS
 from bnp_analysis.symmetry.recording import record_graph
 
 Forward = Callable[["Written", Tensor], Tensor]
@@ -169,6 +171,13 @@ def test_what_cannot_be_followed_is_named() -> None:
         model = Written(forward, a=nn.Linear(3, 4), b=nn.Linear(4, 4), out=nn.Linear(4, 2))
         _, skipped = candidate_directions(risk_of(model, numbers(7, 3)))
         assert word in "; ".join(skipped), (word, skipped)
+
+
+def test_a_new_operation_is_one_line_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Written(lambda m, x: m.out(F.hardswish(m.a(x))), a=nn.Linear(3, 4), out=nn.Linear(4, 2))
+    assert "passes through hardswish" in candidate_directions(risk_of(model, numbers(7, 3)))[1]
+    monkeypatch.setitem(OPERATIONS, "hardswish", Operation(rigid))
+    assert candidate_directions(risk_of(model, numbers(7, 3)))[1] == []
 
 
 def _overwritten(h: Tensor) -> Tensor:

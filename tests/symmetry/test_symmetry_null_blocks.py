@@ -19,7 +19,7 @@ import bnp_analysis as bnp
 
 LAYERED = (
     *("relu deep", "linear", "dead and always active", "constant features", "few rows", "ignored labels", "words"),
-    *("batch norm", "batch norm eval", "layer norm", "conv", "conv batch norm", "conv depthwise", "residual", "spare"),
+    *("batch norm", "batch norm eval", "layer norm", "conv", "conv depthwise", "residual", "spare"),
 )
 COMPLETE = [name for name in (*LAYERED, "functional", "tokens", "group norm") if CASES[name].unexplained == 0]
 

@@ -63,7 +63,7 @@ def test_causes_print_and_are_written_as_words(tmp_path: Path) -> None:
     assert str(dict(N.sources)) == "{'softmax shift': 6, 'homogeneity': 5}"
     assert N.sources[Cause.HOMOGENEITY] == N.sources["homogeneity"] == 5
     stored = json.loads(N.save(tmp_path / "null.json").read_text())
-    assert stored["sources"] == {"softmax shift": 6, "homogeneity": 5}
+    assert stored["fields"]["sources"] == {"softmax shift": 6, "homogeneity": 5}
 
 
 @pytest.mark.parametrize("norm", ["layer", "group", "batch"])
