@@ -80,13 +80,12 @@ def test_bounds_of_the_other_routes(kind: str, method: str, dtype: torch.dtype, 
     least = (1 - blur) / (1 / kappa + blur)
     most = (1 + blur) / (1 / kappa - blur)
     resolved = 0
-    for seed in range(3):
-        for steps in (10, 50):
-            k = condition_number(p.operator, null=p.null, method=method, steps=steps, seed=seed)
-            assert math.isnan(k.lower) or k.lower <= most
-            assert k.upper >= least
-            resolved += k.two_sided
-    assert resolved >= 2 or dtype == torch.float32
+    for steps in (10, 50):
+        k = condition_number(p.operator, null=p.null, method=method, steps=steps)
+        assert math.isnan(k.lower) or k.lower <= most
+        assert k.upper >= least
+        resolved += k.two_sided
+    assert resolved >= 1 or dtype == torch.float32
 
 
 @pytest.mark.parametrize("shift", [-5.0, -2.0, -1e-9, 0.5, 1.0 + 1e-9, 3.0, 99.0])
