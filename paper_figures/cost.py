@@ -15,7 +15,7 @@ import torch
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.runtime.memory import peak_memory
 from bnp_analysis.training.experiment import Experiment, build
-from bnp_analysis.training.state import Step
+from bnp_analysis.training.steps import Step
 
 Shape = tuple[int, ...]
 

@@ -3,10 +3,9 @@
 from typing import NoReturn
 
 from bnp_analysis.training.bnp import BNP
-from bnp_analysis.training.fit import fit
 from bnp_analysis.training.probes import ConditionProbe
 from bnp_analysis.training.run import Run
-from bnp_analysis.training.trainer import train
+from bnp_analysis.training.trainer import fit, train
 
 __all__ = ["BNP", "ConditionProbe", "Run", "fit", "train"]
 
