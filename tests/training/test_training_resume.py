@@ -122,6 +122,7 @@ def main(folder: Path) -> None:
     """Train in one process for each of `ENDS`, forked from one that has loaded torch, and note how each ended."""
     torch.set_num_threads(1)
     (folder / "modules").write_text("\n".join(sys.modules))
+    start(folder / "first", "loader", epochs=1)  # loads what optimizers import when they are used, once for all
     pids = {}
     for name, (kind, _) in ENDS.items():
         own = folder / name
