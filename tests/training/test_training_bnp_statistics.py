@@ -19,7 +19,7 @@ from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.layers import channels, rows
 from bnp_analysis.precondition.running import corrected_rho, update_moments
 from bnp_analysis.training.bnp import BNP
-from bnp_analysis.training.bnp.batch_moments import BatchMoments, batch_moments, pool_moments
+from bnp_analysis.training.bnp.moments import BatchMoments, batch_moments, pool_moments
 
 SIZES = st.lists(st.integers(1, 6), min_size=1, max_size=8)
 VALUES = st.floats(-100, 100)
@@ -215,7 +215,7 @@ def test_an_input_that_is_overwritten_afterwards_was_seen_before() -> None:
 
 @pytest.mark.parametrize("numbers", [1, 70, 10**6])
 def test_images_centred_in_parts_are_centred_whole(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bnp_analysis.training.bnp.batch_moments._PART", numbers)
+    monkeypatch.setattr("bnp_analysis.training.bnp.moments._PART", numbers)
     model, x, _ = network("padding", rows=7)
     found = batch_moments(BNP(model)._layers[0], x, "channel")
     mean, var = moments(x.movedim(1, -1).flatten(0, -2))

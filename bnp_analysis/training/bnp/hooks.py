@@ -1,14 +1,15 @@
-"""The hooks through which BNP sees what a layer sees."""
+"""The hooks of BNP: on layers, to see their inputs and the gradients at their outputs, and on an optimizer's step."""
 
 from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
@@ -54,9 +55,9 @@ class InputHook(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_dynamo_compiling():
             # A compiled model breaks its graph here: what follows counts, which a graph must not.
-            from bnp_analysis.training.bnp.outside_of_graphs import see
+            from bnp_analysis.training.bnp.eager import call
 
-            see(self, module, args, kwargs)
+            call(self.see, module, args, kwargs)
         else:
             self.see(module, args, kwargs)
 
@@ -86,9 +87,9 @@ class OutputHook(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_dynamo_compiling():
-            from bnp_analysis.training.bnp.outside_of_graphs import watch
+            from bnp_analysis.training.bnp.eager import call
 
-            watch(self, module, output)
+            call(self.watch, module, output)
         else:
             self.watch(module, output)
 
@@ -142,3 +143,40 @@ def _recomputed() -> bool:
             return False
         above = above.f_back
     return True
+
+
+def attach_to(optimizer: Optimizer, layers: Iterable[Layer], step: Callable[[], None]) -> RemovableHandle:
+    """Call `step` before each step of an optimizer, or after its closure where it is given one.
+
+    Raises:
+        InvalidInputError: not a torch optimizer, one that evaluates its closure several times, or one that holds no
+            weight of the layers.
+    """
+    # Wrappers of other libraries keep the optimizer that steps.
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(inner, Optimizer):
+        raise InvalidInputError(f"attach needs a torch optimizer, got {type(optimizer).__name__}; call step() yourself")
+    if isinstance(inner, LBFGS):
+        raise InvalidInputError("LBFGS searches along its own direction with several evaluations; BNP would break it")
+    held = {id(p) for group in inner.param_groups for p in group["params"]}
+    if not any(id(layer.module.weight) in held for layer in layers):
+        raise InvalidInputError(
+            "the optimizer holds no weight of a covered layer: it was made for another model, or from a copy"
+        )
+
+    def before(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            step()
+            return None
+
+        def closed() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            step()
+            return loss
+
+        # The optimizer itself is the first positional argument.
+        return args[:1], kwargs | {"closure": closed}
+
+    return inner.register_step_pre_hook(before)

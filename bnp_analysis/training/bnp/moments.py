@@ -1,18 +1,124 @@
-"""The running statistics of a model's layers, side by side in one flat tensor."""
+"""What layers see: moments of one forward pass (T4), and their running averages, side by side in one flat tensor."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnp_analysis.errors import NonFiniteError
-from bnp_analysis.precondition.running import without_start
-from bnp_analysis.training.bnp.batch_moments import BatchMoments
+from bnp_analysis.network.layers import Layer, channels, example_count, rows
+from bnp_analysis.precondition.running import update_moments, without_start
+from bnp_analysis.training.bnp.settings import Settings
+
+_PRECISE = (torch.float32, torch.float64)
+_PART = 2**19  # numbers that are centred together
+
+
+class BatchMoments(NamedTuple):
+    """Mean and biased variance of what a layer saw.
+
+    Attributes:
+        samples: the values behind each mean.
+        rows: `R`, rows of `H^`; the same for a dense layer, output positions for a convolution.
+        examples: `N`; less than the rows of a convolution, or of a dense layer on sequences.
+        mean, variance: `(width,)`, per feature, input channel or patch entry; no variance for that of one row, zero.
+    """
+
+    samples: int
+    rows: int
+    examples: int
+    mean: Tensor
+    variance: Tensor | None
+
+
+def pool_moments(a: BatchMoments, b: BatchMoments) -> BatchMoments:
+    """The moments of both together: micro-batches of one step, or several uses of a layer (T4)."""
+    total = a.samples + b.samples
+    one, two = (torch.zeros_like(m.mean) if m.variance is None else m.variance for m in (a, b))
+    mean, variance = update_moments(a.mean, one, b.mean, two, a.samples / total)
+    return BatchMoments(total, a.rows + b.rows, a.examples + b.examples, mean, variance)
+
+
+def layer_width(layer: Layer, statistics: str) -> int:
+    """How many means a layer has: per channel, or per entry of its patches, group by group."""
+    if statistics == "patch" or isinstance(layer.module, nn.Linear):
+        return layer.groups * layer.features
+    return layer.module.in_channels
+
+
+def batch_moments(layer: Layer, h: Tensor, kind: str) -> BatchMoments | None:
+    """The moments of one input of a layer, in float32 or better.
+
+    Args:
+        layer: the layer.
+        h: its input.
+        kind: `"channel"`, or `"patch"` for one pair per entry of a convolution's patch (T6).
+
+    Returns:
+        The moments, or None for an input without rows.
+    """
+    h = h.detach()
+    if h.dtype not in _PRECISE:
+        h = h.float()
+    # First what most often comes: its Python is a part of a small network's step that one sees.
+    if isinstance(layer.module, nn.Linear) and h.ndim == 2:
+        return _table_moments(h)
+    if h.numel() == 0:
+        return None
+    if isinstance(layer.module, nn.Linear) or kind == "patch":
+        found = _table_moments(rows(layer, h).flatten(1))
+        return None if found is None else found._replace(examples=example_count(layer, h))
+    h = h if h.ndim == layer.module.weight.ndim else h.unsqueeze(0)
+    found = _image_moments(h) if h.is_contiguous() and not h.is_cuda else _table_moments(channels(layer, h))
+    return None if found is None else found._replace(rows=h.shape[0] * _positions(layer, h), examples=h.shape[0])
+
+
+def _table_moments(table: Tensor) -> BatchMoments | None:
+    """Per column of `(R, d)`; the kernels differ by a factor of ten and more on CPU, see `benchmarks/bnp_step.py`."""
+    count, width = table.shape
+    if not count or not width:
+        return None
+    if count == 1:
+        # A copy: whoever gave the input may reuse its memory before the step.
+        return BatchMoments(1, 1, 1, table.clone().flatten(), None)
+    if table.is_cuda:
+        variance, mean = torch.var_mean(table, dim=0, correction=0)
+    else:
+        mean, variance = torch.batch_norm_update_stats(table, None, None, 0.0)
+    return BatchMoments(count, count, count, mean, variance)
+
+
+def _image_moments(h: Tensor) -> BatchMoments:
+    """Per channel of `(N, c, ...)`, contiguous."""
+    values = h.flatten(2)
+    mean = values.mean((0, 2))
+    column, squares = mean.unsqueeze(1), torch.zeros_like(mean)
+    # In parts that stay in the cache: less time, and no second copy of the input in memory.
+    for part in torch.split(values, max(1, _PART // max(values[0].numel(), 1))):
+        squares += torch.linalg.vector_norm(part - column, dim=2).square_().sum(0)
+    count = h.numel() // h.shape[1]
+    return BatchMoments(count, count, count, mean, squares / count)
+
+
+def _positions(layer: Layer, h: Tensor) -> int:
+    """Output positions of a convolution per example."""
+    module = layer.module
+    assert not isinstance(module, nn.Linear)
+    # Twice one entry per padded side, last dimension first, whatever form the user gave.
+    padding: list[int] = list(module._reversed_padding_repeated_twice)
+    count = 1
+    for d, size in enumerate(h.shape[2:]):
+        reverse = 2 * (len(module.kernel_size) - 1 - d)
+        full = size + padding[reverse] + padding[reverse + 1]
+        span = module.dilation[d] * (module.kernel_size[d] - 1) + 1
+        count *= (full - span) // module.stride[d] + 1
+    return count
 
 
 class Buffer:
@@ -39,12 +145,7 @@ class RunningMoments:
 
     Args:
         names, widths: of the layers, and how many means each has.
-        rho: weight of the past under constant `rho`.
-        corrected: whether the start `(0, 1)` is left out of the averages.
-        variance: `"total"`, the total one; `"within"`, the average of those within batches; `"paper"`, that with
-            `(h - mu)^2`, `mu` the mean before the step, as the variance within a batch of one value.
-        reference_rows: a batch of `R` rows leaves the past `rho^(R / reference_rows)`; None for `rho` at any size.
-        check_every: steps between reading the flag of non-finite values; None for 1 on CPU, 100 elsewhere.
+        settings: `rho`, `init`, `variance`, `reference_rows` and `check_every` of `BNP`.
 
     Attributes:
         now: the statistics; None before the first step.
@@ -53,20 +154,8 @@ class RunningMoments:
         step: steps committed.
     """
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        widths: Sequence[int],
-        *,
-        rho: float,
-        corrected: bool,
-        variance: str,
-        reference_rows: float | None,
-        check_every: int | None,
-    ) -> None:
-        self.names, self.widths = tuple(names), list(widths)
-        self.rho, self.corrected, self.variance = rho, corrected, variance
-        self.reference_rows, self.check_every = reference_rows, check_every
+    def __init__(self, names: Sequence[str], widths: Sequence[int], settings: Settings) -> None:
+        self.names, self.widths, self._settings = tuple(names), list(widths), settings
         ends = list(accumulate(self.widths))
         self._slices = [slice(end - width, end) for end, width in zip(ends, self.widths, strict=True)]
         self.now: Buffer | None = None
@@ -99,12 +188,12 @@ class RunningMoments:
         """
         batch = self._gather(found)
         counts = [[m.samples, m.rows, m.examples] if (m := found.get(i)) else [0] * 3 for i in range(len(self.names))]
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if distributed():
             values, counts = _all_reduced(batch.values, counts, self.widths)
             batch = Buffer(values, self.widths)
         samples, rows, examples = zip(*counts, strict=True)
         old, new = self._buffers(batch.values)
-        if self.variance == "paper" and 1 in samples:
+        if self._settings.variance == "paper" and 1 in samples:
             for i in (i for i, n in enumerate(samples) if n == 1):
                 torch.sub(batch.means[i], old.means[i], out=batch.variances[i]).square_()
         self._update(old, new, batch, self._past(rows, batch.values))
@@ -143,7 +232,7 @@ class RunningMoments:
         """`update_moments` for all layers at once, in few operations; `past` weighs what was seen before."""
         delta = batch.mean - old.mean
         torch.lerp(old.values, batch.values, 1 - past, out=new.values)
-        if self.variance != "total":
+        if self._settings.variance != "total":
             return
         if isinstance(past, float):
             new.variance.addcmul_(delta, delta, value=past * (1 - past))
@@ -152,20 +241,21 @@ class RunningMoments:
 
     def _past(self, rows: Sequence[int], like: Tensor) -> float | Tensor:
         """The weight of what was seen before: a number, or where layers differ one per entry."""
-        if self.reference_rows is None and all(rows) and self.start.count(self.start[0]) == len(rows):
+        if self._settings.reference_rows is None and all(rows) and self.start.count(self.start[0]) == len(rows):
             return self._weight(0, rows[0])
         weights = [self._weight(i, n) for i, n in enumerate(rows)]
         parts = [torch.full((n,), w, dtype=like.dtype) for w, n in zip(weights, self.widths, strict=True)]
         return torch.cat(parts).to(like.device, non_blocking=True)
 
     def _constant(self, rows: int) -> float:
-        return self.rho if self.reference_rows is None else float(self.rho ** (rows / self.reference_rows))
+        rho, reference = self._settings.rho, self._settings.reference_rows
+        return rho if reference is None else float(rho ** (rows / reference))
 
     def _weight(self, index: int, rows: int) -> float:
         if not rows:
             return 1.0
         rho = self._constant(rows)
-        return without_start(rho, self.start[index]) if self.corrected else rho
+        return without_start(rho, self.start[index]) if self._settings.init == "corrected" else rho
 
     def _gather(self, found: Mapping[int, BatchMoments]) -> Buffer:
         """What the layers saw, side by side; zeros, which weigh nothing, for those that did not run."""
@@ -194,7 +284,7 @@ class RunningMoments:
             self.set(self.now.values.to(batch))
             self._next = Buffer(torch.zeros_like(batch), self.widths)
             self._lengths = self._lengths.to(batch.device)
-            self._every = self.check_every or (1 if batch.device.type == "cpu" else 100)
+            self._every = self._settings.check_every or (1 if batch.device.type == "cpu" else 100)
         return self.now, self._next
 
     def _guard(self, old: Buffer, new: Buffer, step: int) -> None:
@@ -216,6 +306,11 @@ class RunningMoments:
             f"the input of layer {layers[0]!r} has NaN or infinite entries at step {step}, or some whose squares are"
             f"{others}. The statistics of that step were left out; lower the learning rate, or look at the data"
         )
+
+
+def distributed() -> bool:
+    """Whether training runs in several processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _all_reduced(batch: Tensor, own_counts: list[list[int]], widths: Sequence[int]) -> tuple[Tensor, list[list[int]]]:
