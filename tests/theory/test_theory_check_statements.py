@@ -11,7 +11,7 @@ import torch
 from theory_check_problems import AWKWARD, NETWORKS, checks, relu
 from torch import nn
 
-from bnp_analysis.theory.sources import Source
+from bnp_analysis.theory.check import Source
 from bnp_analysis.theory.statements.setting import Problem, Statement
 from bnp_analysis.theory.suite import STATEMENTS
 
@@ -83,8 +83,8 @@ def source(name: str) -> Statement:
 
 def test_the_counter_example_of_centering_is_recognized() -> None:
     """`H = [[10, 3], [-10, 3]]`: 3.16 becomes 10. Its constant feature is set aside; what is left is conditioned."""
-    from bnp_analysis.theory.statements.conditioning import Inputs, singular
-    from bnp_analysis.theory.statements.reference import extended
+    from bnp_analysis.theory.statements.conditioning import Inputs
+    from bnp_analysis.theory.statements.reference import extended, singular
     from bnp_analysis.theory.statements.setting import NotApplicable
 
     H = torch.tensor([[10.0, 3.0], [-10.0, 3.0]], dtype=torch.float64)
