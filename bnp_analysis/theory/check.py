@@ -89,7 +89,7 @@ class Check(Result):
         slack = tolerance * size if math.isfinite(size) else 0.0
         excess = observed - predicted if observed != predicted else 0.0
         holds = {"=": abs(excess) <= slack, "<=": excess <= slack, ">=": -excess <= slack}[relation]
-        numbers = {"predicted": float(predicted), "observed": float(observed), "tolerance": tolerance}
+        numbers: dict[str, Any] = {"predicted": float(predicted), "observed": float(observed), "tolerance": tolerance}
         return cls(statement=statement, source=str(source), holds=holds, relation=relation, **numbers, **more)
 
     @classmethod

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import bnp_analysis as bnp
 from bnp_analysis.theory import problems
 from bnp_analysis.theory.check import Check
-from bnp_analysis.theory.statements.setting import Statement
+from bnp_analysis.theory.statements.setting import Problem, Statement
 
 CLASSES = 3
 Make = Callable[[], nn.Module]
@@ -146,11 +146,7 @@ AWKWARD: dict[str, Callable[[], bnp.EmpiricalRisk]] = {
 }
 
 
-def checks(statement: Statement, risk: bnp.EmpiricalRisk, P: bnp.Preconditioner | None = None) -> tuple[Check, ...]:
-    found = statement(risk, P)
+def checks(statement: Statement, risk: bnp.EmpiricalRisk | Problem) -> tuple[Check, ...]:
+    found = statement(risk)
     assert found, "a statement always says something"
     return found
-
-
-def verdicts(found: tuple[Check, ...]) -> dict[str, bool | None]:
-    return {check.statement: check.holds for check in found}

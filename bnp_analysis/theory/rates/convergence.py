@@ -94,10 +94,6 @@ class RateOptions:
         if not min(self.tolerance, self.perturbation, self.max_iterations, self.max_parameters) > 0:
             raise InvalidInputError("tolerance, perturbation and the limits must be positive")
 
-    def as_settings(self) -> dict[str, Any]:
-        """As a plain dict."""
-        return asdict(self)
-
 
 #: Causes that hold at a point and not along an orbit: two equal units, for instance, make columns of a layer dependent.
 _AT_A_POINT = ("dependent inputs", "unread outputs")
@@ -479,7 +475,7 @@ def check_convergence_rate(
         "method": method,
         "seed": seed,
         "engine": risk.provenance,
-        "settings": options.as_settings() | {"step": step, "time_limit": time_limit},
+        "settings": asdict(options) | {"step": step, "time_limit": time_limit},
         "seconds": time.perf_counter() - began,
     }
     source = Source.T15 if method == "bnp" or preconditioner is not None else Source.T14

@@ -223,7 +223,8 @@ def per_unit(values: Tensor, layer: Layer) -> Tensor:
 
 def channel_axis(layer: Layer) -> int:
     """The axis of a layer's input that runs over features or channels, from the end."""
-    return -1 if dense(layer) else -1 - len(layer.module.kernel_size)
+    module: Any = layer.module
+    return -1 if dense(layer) else -1 - len(module.kernel_size)
 
 
 def channel_values(layer: Layer, h: Tensor) -> Tensor:

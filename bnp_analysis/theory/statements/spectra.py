@@ -76,7 +76,8 @@ def decided_rank(values: Tensor, floor: float, gap: float, what: str = "") -> in
 
 def singular_values(F: Tensor) -> Tensor:
     """Of a factor, by its triangle where it has more rows than columns."""
-    return torch.linalg.svdvals(torch.linalg.qr(F, mode="r")[1] if F.shape[0] > F.shape[1] else F)
+    values: Tensor = torch.linalg.svdvals(torch.linalg.qr(F, mode="r")[1] if F.shape[0] > F.shape[1] else F)
+    return values
 
 
 @statement(Source.T13, _T13)

@@ -119,7 +119,8 @@ class Connection:
         return torch.cat([self._start(r.node.parameters["weight"]) + r.entries(unit) for r in readers])
 
     def _start(self, name: str) -> int:
-        return self.chart.space.slice_of(name).start
+        start: int = self.chart.space.slice_of(name).start
+        return start
 
     def exponents(self, units: Sequence[int]) -> Tensor:
         """1 for what comes into some units, -1 for what goes out, 0 elsewhere, `(n,)`."""
