@@ -14,7 +14,7 @@ from theory_check_problems import AWKWARD, NETWORKS, checks, relu
 from torch import nn
 
 from bnp_analysis.theory.check import Source
-from bnp_analysis.theory.statements import layer_curvature, spectra, symmetry
+from bnp_analysis.theory.statements import conditioning, layer_curvature, spectra
 from bnp_analysis.theory.statements.setting import Problem, Statement
 from bnp_analysis.theory.suite import STATEMENTS
 
@@ -43,9 +43,10 @@ SEVERAL_LAYERS = {Source.THEOREM_3, Source.PROP_7, Source.T9, Source.T10, Source
 
 @pytest.fixture(autouse=True)
 def _smaller(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer examples in dense second derivatives, fewer points on orbits: the same code."""
-    monkeypatch.setattr(layer_curvature, "_MOST_OFFSETS", 250)
-    monkeypatch.setattr(symmetry, "TIMES", (1e-3, 1.0, 10.0, 1e3))
+    """Fewer examples in dense second derivatives, fewer random starts and scalings: the same code."""
+    monkeypatch.setattr(layer_curvature, "_MOST_OFFSETS", 150)
+    monkeypatch.setattr(spectra, "_STARTS", 12)
+    monkeypatch.setattr(conditioning, "_SEARCH", 40)
 
 
 @functools.cache

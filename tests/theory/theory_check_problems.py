@@ -129,8 +129,8 @@ def _squared(loss: Callable[..., Tensor]) -> bnp.EmpiricalRisk:
 
 # Where a careless check would give a wrong verdict.
 AWKWARD: dict[str, Callable[[], bnp.EmpiricalRisk]] = {
-    "at a minimizer with zero residual": lambda: problems.teacher_student().solved,
-    "at a minimizer of a linear chain": lambda: problems.linear_chain().solved,
+    "at a minimizer with zero residual": lambda: problems.teacher_student((4, 3, 2), n=60).solved,
+    "at a minimizer of a linear chain": lambda: problems.linear_chain((4, 3, 2), n=60).solved,
     "on a kink": _on_a_kink,
     "a layer that runs twice": lambda: risk_of(Reused, inputs(40, 6)),
     "a loader that shuffles": _shuffled,
