@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from bnp_analysis.curvature.hessian import hessian
-from bnp_analysis.curvature.null_space import null_directions
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.results import Result
+from bnp_analysis.symmetry import null_directions
 
 _UNIT = float(torch.finfo(torch.float64).eps)
 #: A Newton step below this, relative to the point, means that the point is known to about eight digits.

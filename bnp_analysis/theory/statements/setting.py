@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from bnp_analysis.curvature import NullDirections, gauss_newton, null_directions
+from bnp_analysis.curvature import gauss_newton
 from bnp_analysis.errors import BNPAnalysisError
 from bnp_analysis.linalg import Preconditioner, SymmetricOperator
 from bnp_analysis.network import Coverage, EmpiricalRisk, Layer, coverage, layer_rows
@@ -22,6 +22,7 @@ from bnp_analysis.network.parameters import Block
 from bnp_analysis.precondition import BNPPreconditioner, bnp_preconditioner
 from bnp_analysis.runtime.random import generator
 from bnp_analysis.runtime.trees import tensors_of
+from bnp_analysis.symmetry import NullDirections, null_directions
 from bnp_analysis.theory.check import Check, Source
 
 # Parameters of a dense reference matrix, and numbers in the factor that it is made of.

@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnp_analysis.curvature import NullDirections, hessian
+from bnp_analysis.curvature import hessian
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg import ConditionNumber, MatrixOperator, Preconditioner, condition_number
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.spectra.checks import norm_estimate
 from bnp_analysis.network import EmpiricalRisk, Layer
-from bnp_analysis.network.candidates import Chart, Part
-from bnp_analysis.network.graph import record_graph
-from bnp_analysis.network.links import Link, follow
-from bnp_analysis.network.symmetries import candidate_directions
 from bnp_analysis.precondition import bnp_preconditioner
 from bnp_analysis.runtime.random import normal
+from bnp_analysis.symmetry import NullDirections
+from bnp_analysis.symmetry.candidates import Cause, Chart, Part
+from bnp_analysis.symmetry.null_space import candidate_directions
+from bnp_analysis.symmetry.recording import record_graph
 from bnp_analysis.theory.check import Check, Source
+from bnp_analysis.theory.statements.channels import Link, follow
 from bnp_analysis.theory.statements.reference import first_examples, rewritten
 from bnp_analysis.theory.statements.setting import (
     NotApplicable,
@@ -111,7 +112,7 @@ class Connection:
         """Flat positions of a unit's weights and bias."""
         parameters = self.link.producer.parameters
         names = [parameters[role] for role in ("weight", "bias") if role in parameters]
-        return torch.cat([self._start(name) + self.chart.entries(name, unit) for name in names])
+        return torch.cat([self.chart.positions(name)[unit].reshape(-1) for name in names])
 
     def outgoing(self, unit: int) -> Tensor:
         """Flat positions of the weights that read a unit."""
@@ -148,8 +149,8 @@ def connections(risk: EmpiricalRisk) -> list[Connection]:
     chart = Chart(risk, graph)
     found = []
     for node in graph:
-        link = follow(graph, node)[0] if node.is_layer else None
-        if link is not None and link.inner:
+        link = follow(graph, node) if node.is_layer else None
+        if link is not None:
             names = [name for n in (node, *(r.node for r in link.readers)) for name in n.parameters.values()]
             if all(map(chart.movable, names)):
                 found.append(Connection(chart, link))
@@ -170,13 +171,13 @@ def generators(problem: Problem, each: int = 2) -> Iterator[Generator]:
             into = torch.cat([one.incoming(i), one.outgoing(j)])
             source = torch.cat([one.incoming(j), one.outgoing(i)])
             sign = _signs(one.incoming(i), one.outgoing(j), gradient)
-            yield Generator(f"linear layer: {one.name}, units {j} into {i}", into, source, sign)
+            yield Generator(f"{Cause.LINEAR_LAYER}: {one.name}, units {j} into {i}", into, source, sign)
 
 
 def _scale(one: Connection, unit: int, like: Tensor) -> Generator:
     into, out = one.incoming(unit), one.outgoing(unit)
     both = torch.cat([into, out])
-    return Generator(f"homogeneity: {one.name}, unit {unit}", both, both, _signs(into, out, like))
+    return Generator(f"{Cause.HOMOGENEITY}: {one.name}, unit {unit}", both, both, _signs(into, out, like))
 
 
 def _signs(plus: Tensor, minus: Tensor, like: Tensor) -> Tensor:
@@ -214,7 +215,7 @@ def logit_shifts(problem: Problem) -> Tensor:
     """Unit directions that add one number to a weight of every output, where the loss ignores it, `(n, c)`."""
     candidates, _ = candidate_directions(problem.risk)
     found = [problem.risk.theta.new_zeros(problem.risk.space.dim, 0)]
-    for part in (part for one in candidates if one.cause == "softmax shift" for part in one.parts):
+    for part in (part for one in candidates if one.cause == Cause.SOFTMAX_SHIFT for part in one.parts):
         if any(_is_translation(problem, layer, part) for layer in problem.layers):
             column = torch.zeros_like(problem.risk.theta)
             column[part.positions] = part.values[:, 0].to(column)
