@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bnp_analysis.network.candidates import Candidate, Chart, Part, Piece
 from bnp_analysis.network.graph import Graph, Node
-from bnp_analysis.network.layers import Layer, rows
+from bnp_analysis.network.layer_kinds import kind_of
 from bnp_analysis.runtime.memory import require_memory
 
 # Floating-point operations that the search in one layer may take.
@@ -170,8 +170,9 @@ def _layer_rows(node: Node) -> Tensor:
     module = kinds[len(shape)](
         shape[1] * groups, shape[0], tuple(shape[2:]), groups=groups, bias=False, device="meta", **settings
     )
-    features = torch.Size(shape[1:]).numel()
-    return rows(Layer("", module, "", None, shape[0], features, groups), h)
+    kind = kind_of(module)
+    assert kind is not None
+    return kind.of("", module).rows(h)
 
 
 def null_vectors(matrix: Tensor, slack: float = 1.0) -> Tensor:

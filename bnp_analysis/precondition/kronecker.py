@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any, overload
@@ -9,16 +10,15 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from bnp_analysis.curvature.output_curvature import root_cotangents
+from bnp_analysis.curvature.output_curvature import pulled_to_layers
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
-from bnp_analysis.network.kernels import derivative
-from bnp_analysis.network.layers import Coverage, by_unit
+from bnp_analysis.network.layers import Coverage
+from bnp_analysis.network.moments import second_moments
 from bnp_analysis.network.parameters import Block, ParameterSpace
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.precondition.blocks import BlockDiagonal, Entry, covered_layers, layer_positions
-from bnp_analysis.precondition.second_moments import second_moments
+from bnp_analysis.precondition.base import BlockDiagonal, Entry, covered_layers, layer_positions
 
 _NEEDS = "the loss is not convex in the outputs, or not separate over examples: K-FAC has no output factor"
 
@@ -68,7 +68,9 @@ class KroneckerBlock(Preconditioner):
         return self._solve(y)
 
     def absolute(self) -> LinearOperator:
-        return _KroneckerMagnitude(self)
+        other = copy.copy(self)
+        other._roots = tuple((root, inverse.abs()) for root, inverse in self._roots)
+        return other
 
     def _both_sides(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """`L Z R` for each group, the columns of `x` as matrices `Z` with a row per unit and the bias last."""
@@ -83,21 +85,6 @@ class KroneckerBlock(Preconditioner):
         if self._bias:
             flat = torch.cat([flat, z[..., features].reshape(k, units)], dim=1)
         return flat.T
-
-
-class _KroneckerMagnitude(LinearOperator):
-    """`|P| = |S^(-1/2)| (x) |A^(-1/2)|`."""
-
-    def __init__(self, P: KroneckerBlock) -> None:
-        super().__init__(P.shape, P.dtype, P.device)
-        self._P = P
-        self._sides = [inverse.abs() for _, inverse in P._roots]
-
-    def _matmat(self, x: Tensor) -> Tensor:
-        return self._P._both_sides(x, *self._sides)
-
-    def _rmatmat(self, y: Tensor) -> Tensor:
-        return self._matmat(y)
 
 
 def _roots(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
@@ -217,16 +204,8 @@ def output_moments(risk: EmpiricalRisk, layers: Coverage) -> dict[str, Tensor]:
 def _own_output_moments(risk: EmpiricalRisk, layers: Coverage, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
     """What this process's batches add, one layer behind the other."""
     sums = {name: torch.zeros(shape, dtype=torch.float64, device=risk.space.device) for name, shape in shapes.items()}
-    for batch in risk.batches:
-        outputs, seen = risk.record(batch, [layer.name for layer in layers])
-        weight = batch.count / risk.batches.total
-        owners = [name for name, parts in seen.items() for _ in parts]
-        leaves = [activation for parts in seen.values() for _, activation in parts]
-        for cotangent in root_cotangents(risk, batch, outputs, _NEEDS):
-            pulled = derivative(outputs, leaves, cotangent, retain_graph=True, what="the output factor of K-FAC")
-            for name, u in zip(owners, pulled, strict=True):
-                layer = layers[name]
-                g = by_unit(layer, u).double().view(-1, layer.groups, layer.units // layer.groups).transpose(0, 1)
-                gram = g.transpose(1, 2) @ g * weight
-                sums[name] += gram
+    for layer, weight, pulled in pulled_to_layers(risk, layers, _NEEDS):
+        g = pulled.view(-1, layer.groups, layer.units // layer.groups).transpose(0, 1)
+        gram = g.transpose(1, 2) @ g * weight
+        sums[layer.name] += gram
     return torch.cat([gram.reshape(-1) for gram in sums.values()])

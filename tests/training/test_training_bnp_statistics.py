@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.layers import channels, rows
-from bnp_analysis.precondition.running import corrected_rho, update_moments
+from bnp_analysis.network.moments import corrected_rho, update_moments
 from bnp_analysis.training.bnp import BNP
 from bnp_analysis.training.bnp.batch_moments import BatchMoments, batch_moments, pool_moments
 

@@ -140,10 +140,8 @@ def _formula(g: Tensor, layer: Layer, mean: Tensor, s2: Tensor, q: float) -> Ten
 def _invariance(problem: Problem, layer: Layer) -> Iterator[Check]:
     """The undamped step in a network whose layer sees `D h + c`, carried back."""
     words = f"the undamped step does not see a per-feature map h -> D h + c [{label(layer)}]"
-    module = layer.module
-    padded = not isinstance(module, nn.Linear) and module.padding_mode == "zeros" and _pads(module)
     constant = int(own_moments(problem, layer).constant.sum())
-    if padded:
+    if layer.pads_zeros:
         yield Check.not_applicable(words, Source.ALGORITHM_2, "zero padding: padded entries are not mapped")
         return
     if problem.activations.on_kink:
@@ -160,14 +158,13 @@ def _invariance(problem: Problem, layer: Layer) -> Iterator[Check]:
     d = torch.where(held, torch.ones_like(d), d)
     owner = torch.arange(layer.units) // (layer.units // layer.groups)
     D, C = (t.repeat_interleave(layer.patch).view(layer.groups, layer.features)[owner] for t in (d, c))
-    axis = -1 if isinstance(module, nn.Linear) else -1 - len(module.kernel_size)
 
     def moved(own: nn.Module) -> nn.Module:
         with torch.no_grad():
             w = own.get_parameter("weight")
             w.copy_((w.flatten(1) / D).view_as(w))
             own.get_parameter("bias").sub_((w.flatten(1) * C).sum(dim=1))
-        return nn.Sequential(Affine(d, c, axis), own)
+        return nn.Sequential(Affine(d, c, layer.channel_axis), own)
 
     other = rewritten(problem.risk, {layer.name: moved})
     cut = layer.units * layer.features
@@ -185,11 +182,6 @@ def _invariance(problem: Problem, layer: Layer) -> Iterator[Check]:
         hypotheses={"undamped": True, "bias": True, "no zero padding": True},
         details={"D from": float(d.min()), "D to": float(d.max()), "constant features, not scaled": constant},
     )
-
-
-def _pads(module: nn.Module) -> bool:
-    padding: Any = getattr(module, "padding", (0,))
-    return padding != "valid" if isinstance(padding, str) else any(padding)
 
 
 @statement(Source.T5, _T5)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from bnp_analysis.network import Layer
 from bnp_analysis.precondition import BNPBlock
@@ -174,7 +173,7 @@ def check_cost(problem: Problem) -> Iterator[Check]:
 
 def _own(problem: Problem, layer: Layer) -> Iterator[Check]:
     """What the formula says of a layer: numbers, no verdict."""
-    if not isinstance(layer.module, nn.Linear):
+    if layer.spatial:
         raise NotApplicable("the count is of dense layers")
     n, n_out, N = layer.features, layer.units, len(problem.rows[layer.name])
     ours, theirs = formula(n, n_out, N), 32 * n * N + 4 * n

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnp_analysis.curvature import gauss_newton, hessian
 from bnp_analysis.curvature.output_curvature import output_root
@@ -139,7 +139,7 @@ def _unit_blocks(problem: Problem, layer: Layer) -> Iterator[Check]:
 
 
 def _source(layer: Layer) -> Source:
-    return Source.PROP_2 if isinstance(layer.module, nn.Linear) else Source.PROP_9
+    return Source.PROP_9 if layer.spatial else Source.PROP_2
 
 
 def _outputs_per_example(problem: Problem, layer: Layer) -> int:
@@ -149,8 +149,7 @@ def _outputs_per_example(problem: Problem, layer: Layer) -> int:
 def _by_unit(layer: Layer, shape: torch.Size) -> Tensor:
     """The flat positions of an output, unit after unit, each in the order of the rows."""
     grid = torch.arange(shape.numel()).view(shape)
-    axis = -1 if isinstance(layer.module, nn.Linear) else len(shape) - 1 - len(layer.module.kernel_size)
-    return grid.movedim(axis, 0).reshape(-1)
+    return grid.movedim(layer.channel_axis, 0).reshape(-1)
 
 
 def _assembled(layer: Layer, rows: Tensor, S: Tensor) -> Tensor:

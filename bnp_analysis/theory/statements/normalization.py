@@ -17,7 +17,6 @@ from bnp_analysis.theory.check import Check
 from bnp_analysis.theory.sources import Source
 from bnp_analysis.theory.statements.reference import (
     LayerMoments,
-    channel_axis,
     channel_values,
     moments_of,
     own_moments,
@@ -70,14 +69,6 @@ class InputOffset(nn.Module):
         return h + self.offset
 
 
-def zero_padded(layer: Layer) -> bool:
-    """Whether a convolution pads with zeros, which BN in front of it does not normalize."""
-    module: Any = layer.module
-    if isinstance(module, nn.Linear) or module.padding_mode != "zeros":
-        return False
-    return module.padding != "valid" if isinstance(module.padding, str) else any(module.padding)
-
-
 class _Map:
     """`z = P^-1 theta` and back for some layers, `q = 1`, written out: `w = z_w / sigma`, `b = z_b - w . mu`."""
 
@@ -115,7 +106,7 @@ def _sigma(moments: LayerMoments) -> Tensor:
 def _fixed(problem: Problem, layer: Layer) -> FixedNorm:
     moments, channels = own_moments(problem, layer), layer.groups * layer.features // layer.patch
     mean, variance = (t.reshape(channels, layer.patch)[:, 0] for t in (moments.mean, _sigma(moments).square()))
-    return FixedNorm(mean.clone(), variance.clone(), channel_axis(layer))
+    return FixedNorm(mean.clone(), variance.clone(), layer.channel_axis)
 
 
 @statement(Source.T9, _T9)
@@ -137,7 +128,7 @@ def check_batch_norm(problem: Problem) -> Iterator[Check]:
             yield Check.not_applicable(
                 f"{_T9} [{label(layer)}]", Source.T9, "no free bias: BN's centering has no place to go"
             )
-        elif zero_padded(layer):
+        elif layer.pads_zeros:
             gap, details = _trajectories(problem, [layer])
             why = f"zero padding: BN pads with the mean, BNP with zero; measured, trajectories differ by {gap:.3g}"
             yield Check.not_applicable(f"{_T9} [{label(layer)}]", Source.T9, why, details=details)
@@ -147,7 +138,7 @@ def check_batch_norm(problem: Problem) -> Iterator[Check]:
 
 def _chosen(problem: Problem) -> list[Layer]:
     """The layers in front of which BN is BNP: with a bias, without zero padding."""
-    return [layer for layer in problem.layers if layer.bias is not None and not zero_padded(layer)]
+    return [layer for layer in problem.layers if layer.bias is not None and not layer.pads_zeros]
 
 
 @statement(Source.PROP_7, _PROP_7)
@@ -219,7 +210,7 @@ class _Pair:
         self.problem = Problem(rewritten(problem.risk, batches=[batch]), limit=problem.limit)
         self.layers = [self.problem.layers[name] for name in names]
         self.own_chart = _Map(self.problem, self.layers)
-        norms = {one.name: _front(LiveNorm(channel_axis(one), through=False)) for one in self.layers}
+        norms = {one.name: _front(LiveNorm(one.channel_axis, through=False)) for one in self.layers}
         self.with_bn = rewritten(self.problem.risk, norms)
 
     def chart_at(self, z: Tensor) -> _Map:
@@ -281,7 +272,7 @@ def _require_live(problem: Problem, layer: Layer) -> None:
     problem.require_once(layer)
     if layer.bias is None:
         raise NotApplicable("no free bias")
-    if zero_padded(layer):
+    if layer.pads_zeros:
         raise NotApplicable("zero padding: BN pads with the mean, BNP with zero")
     if problem.risk.coupled:
         raise NotApplicable("batch-coupled layers in the network already")
@@ -292,7 +283,7 @@ def _require_live(problem: Problem, layer: Layer) -> None:
 def _own_gradient(problem: Problem, layer: Layer) -> Iterator[Check]:
     _require_live(problem, layer)
     risk, chart = problem.risk, _Map(problem, [layer])
-    live = rewritten(risk, {layer.name: _front(LiveNorm(channel_axis(layer)))}).at(chart.to_z(risk.theta))
+    live = rewritten(risk, {layer.name: _front(LiveNorm(layer.channel_axis))}).at(chart.to_z(risk.theta))
     positions, P = bnp_preconditioner(risk, q=1.0).blocks[layer.name]
     found, expected = live.gradient[positions], P.apply_transpose(risk.gradient[positions])
     yield agreement(
@@ -310,7 +301,7 @@ def _below(problem: Problem, layer: Layer) -> Iterator[Check]:
     risk, z = problem.risk, _Map(problem, [layer]).to_z(problem.risk.theta)
     seen: list[Tensor] = []
     risk.capture(lambda name, module, args, out: seen.append(args[0].clone()), [layer.name])
-    axis = channel_axis(layer)
+    axis = layer.channel_axis
     gradients: dict[str, tuple[Tensor, Tensor]] = {}
     for kind, norm in (("live", LiveNorm(axis)), ("fixed", _fixed(problem, layer))):
         other = rewritten(risk, {layer.name: _front(nn.Sequential(InputOffset(seen[0]), norm))})

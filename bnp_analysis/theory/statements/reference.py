@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnp_analysis.network import Layer
 from bnp_analysis.precondition import BlockDiagonal, BNPBlock, BNPPreconditioner
@@ -26,7 +26,7 @@ class LayerMoments:
 
 def own_moments(problem: Problem, layer: Layer, statistics: str = "channel") -> LayerMoments:
     """The moments from all values at once: of each entry of a patch, or of each input channel, repeated."""
-    if statistics == "patch" or isinstance(layer.module, nn.Linear):
+    if statistics == "patch" or not layer.spatial:
         values = problem.rows[layer.name]
     else:
         seen: list[Tensor] = []
@@ -49,14 +49,9 @@ def moments_of(values: Tensor, layer: Layer) -> LayerMoments:
     return LayerMoments(mean, variance, constant)
 
 
-def channel_axis(layer: Layer) -> int:
-    """The axis of a layer's input that runs over features or channels, from the end."""
-    return -1 if isinstance(layer.module, nn.Linear) else -1 - len(layer.module.kernel_size)
-
-
 def channel_values(layer: Layer, h: Tensor) -> Tensor:
     """The values of each feature or channel of a layer's input or output, `(R, channels)`."""
-    return h.movedim(channel_axis(layer), -1).reshape(-1, h.shape[channel_axis(layer)])
+    return h.movedim(layer.channel_axis, -1).reshape(-1, h.shape[layer.channel_axis])
 
 
 def damped(moments: LayerMoments, settings: Mapping[str, Any]) -> Tensor:
@@ -84,7 +79,8 @@ def block_of(P: object, layer: Layer) -> BNPBlock:
         NotApplicable: it is not BNP's.
     """
     found = P.blocks.get(layer.name, (None, None))[1] if isinstance(P, BlockDiagonal) else None
-    if not isinstance(P, BNPPreconditioner) or not isinstance(found, BNPBlock):
+    scaled = isinstance(found, BNPBlock) and found.output_scales is not None
+    if not isinstance(P, BNPPreconditioner) or not isinstance(found, BNPBlock) or scaled:
         raise NotApplicable(f"the preconditioner is {type(P).__name__}, not BNP's")
     return found
 

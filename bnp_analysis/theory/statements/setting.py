@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnp_analysis.curvature import NullDirections, gauss_newton, hessian, null_directions
 from bnp_analysis.errors import BNPAnalysisError
@@ -70,12 +70,14 @@ class Problem:
 
     @cached_property
     def layers(self) -> Coverage:
-        """The covered layers.
+        """The covered layers of torch's own types, whose parameters the statements write out.
 
         Raises:
             NotApplicable: there is none.
         """
-        found = coverage(self.risk)
+        every = coverage(self.risk)
+        others = {layer.weight: "of a registered type" for layer in every if not layer.kind.builtin}
+        found = Coverage(tuple(layer for layer in every if layer.kind.builtin), every.uncovered | others)
         if not found.covered:
             why = "; ".join(f"{n}: {reason}" for n, reason in found.uncovered.items())
             raise NotApplicable(f"no covered layer ({why})")
@@ -285,7 +287,7 @@ def each_layer(
 ) -> Iterator[Check]:
     """The checks of every covered layer, or of the dense ones or convolutions; a refusal is that layer's alone."""
     for layer in problem.layers:
-        if dense is not None and dense != isinstance(layer.module, nn.Linear):
+        if dense is not None and dense != (not layer.spatial):
             continue
         try:
             yield from attempt(problem, layer)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from bnp_analysis.linalg import MatrixOperator, condition_number, singular_condition_number
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.network import Layer
+from bnp_analysis.network.moments import corrected_rho, update_moments
 from bnp_analysis.precondition import BNPBlock, bnp_preconditioner
-from bnp_analysis.precondition.running import corrected_rho, update_moments
 from bnp_analysis.theory.check import Check
 from bnp_analysis.theory.sources import Source
 from bnp_analysis.theory.statements.reference import damped, extended, own_moments
@@ -97,13 +97,13 @@ def _mixture(batches: Sequence[Tensor], rhos: Sequence[float], *, start: bool) -
 @statement(Source.T6, _T6)
 def check_patch_statistics(problem: Problem) -> Iterator[Check]:
     """T6: convolutions only; dense layers do not distinguish the two."""
-    if all(isinstance(layer.module, nn.Linear) for layer in problem.layers):
+    if not any(layer.spatial for layer in problem.layers):
         raise NotApplicable("no convolution")
     yield from each_layer(problem, _T6, Source.T6, _patches)
 
 
 def _patches(problem: Problem, layer: Layer) -> Iterator[Check]:
-    if isinstance(layer.module, nn.Linear):
+    if not layer.spatial:
         return
     name, rows = label(layer), problem.rows[layer.name]
     G = {which: _normalized(problem, layer, which) for which in ("channel", "patch")}
@@ -226,8 +226,9 @@ def _padded(problem: Problem, layer: Layer) -> Iterator[Check]:
 def _positions(problem: Problem, layer: Layer) -> int:
     """Values of one input channel."""
     counts: list[int] = []
-    channels = layer.groups * layer.features // layer.patch
-    problem.risk.capture(lambda name, module, args, out: counts.append(args[0].numel() // channels), [layer.name])
+    problem.risk.capture(
+        lambda name, module, args, out: counts.append(args[0].numel() // layer.channel_count), [layer.name]
+    )
     return sum(counts)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bnp_analysis.network.layers import Layer, channels, example_count, rows
-from bnp_analysis.precondition.running import update_moments
+from bnp_analysis.network.moments import update_moments
 
 _PRECISE = (torch.float32, torch.float64)
 _PART = 2**19  # numbers that are centred together

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bnp_analysis.network.layers import Layer, by_unit
-from bnp_analysis.precondition.running import without_start
+from bnp_analysis.network.moments import without_start
 
 
 class OutputScales:

@@ -12,7 +12,7 @@ from torch import Tensor
 from bnp_analysis.network.layers import Layer
 from bnp_analysis.network.moments import Moments
 from bnp_analysis.network.parameters import ParameterSpace
-from bnp_analysis.precondition.blocks import layer_positions
+from bnp_analysis.precondition.base import layer_positions
 from bnp_analysis.precondition.bnp import (
     BNPPreconditioner,
     damped_variance,
@@ -21,7 +21,7 @@ from bnp_analysis.precondition.bnp import (
 )
 from bnp_analysis.precondition.bnp_block import BNPBlock
 from bnp_analysis.precondition.output_scale import UnitScaled
-from bnp_analysis.precondition.scale import RULES, scale_square, surviving_mean
+from bnp_analysis.precondition.bnp import RULES, scale_square, surviving_mean
 from bnp_analysis.training.bnp.direction import divide_units_, with_bias_, without_bias_
 from bnp_analysis.training.bnp.gradients import Gradients
 from bnp_analysis.training.bnp.layers import has_free_bias

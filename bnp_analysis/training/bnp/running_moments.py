@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bnp_analysis.errors import NonFiniteError
-from bnp_analysis.precondition.running import without_start
+from bnp_analysis.network.moments import without_start
 from bnp_analysis.training.bnp.batch_moments import BatchMoments
 
 
