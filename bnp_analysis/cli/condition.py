@@ -8,7 +8,8 @@ from typing import Any
 
 from bnp_analysis.cli.problem import PRECONDITIONERS, engine_of, engine_options, figure_option, problem_options, risk_of
 from bnp_analysis.cli.processes import in_processes, process_options
-from bnp_analysis.diagnose import CURVATURES, MOST_WORK, Comparison, compare
+from bnp_analysis.curvature import CURVATURES
+from bnp_analysis.diagnose import MOST_WORK, Comparison, compare
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from bnp_analysis.cli.problem import PRECONDITIONERS, engine_of, engine_options, figure_option, problem_options, risk_of
 from bnp_analysis.cli.processes import in_processes, process_options
-from bnp_analysis.diagnose import CURVATURES, curvature_matrix
+from bnp_analysis.curvature import CURVATURES
+from bnp_analysis.diagnose import curvature_matrix
 from bnp_analysis.linalg import eigenpairs, spectral_density
 
 

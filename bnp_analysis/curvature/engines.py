@@ -291,7 +291,7 @@ def _size(count: float) -> str:
 class EngineOperator(SymmetricOperator, Generic[G]):
     """A curvature matrix of a risk: a sum over its batches of products with their recorded graphs.
 
-    A new curvature gives `product`, and what it knows of its precision; it is registered in `CURVATURES`.
+    A new curvature gives `product`, and what it knows of its precision; the file that has it adds it to `CURVATURES`.
 
     Args:
         risk: the empirical risk.
@@ -332,6 +332,23 @@ class EngineOperator(SymmetricOperator, Generic[G]):
             return self.product(graph, b, vectors[k], retain)
 
         return self._engine.total(x.shape[1], product)
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """A kind of curvature matrix.
+
+    Attributes:
+        build: makes the operator from a risk and `seed=`, `engine=`, `max_memory=`.
+        semidefinite: whether it is positive semidefinite, and null where the Jacobian is, for every risk.
+    """
+
+    build: Callable[..., SymmetricOperator]
+    semidefinite: bool = True
+
+
+#: Name -> kind; the file of each adds it.
+CURVATURES: dict[str, Curvature] = {}
 
 
 def restricted(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from bnp_analysis.curvature.engines import EngineOperator, restricted
+from bnp_analysis.curvature.engines import CURVATURES, Curvature, EngineOperator, restricted
 from bnp_analysis.curvature.factors import JacobianFactor, batch_roots
 from bnp_analysis.curvature.gauss_newton import require_output_curvature
 from bnp_analysis.curvature.output_curvature import OutputRoot, loss_gradient, output_root
@@ -96,10 +97,17 @@ def fisher(
     if samples < 1:
         raise InvalidInputError(f"samples must be at least 1, got {samples}")
     require_output_curvature(risk, "fisher")
-    if kind == "empirical":
-        return restricted(risk, block, lambda r: Fisher(r, _empirical, engine, max_memory))
-    # The sampler is made for every operator: a block and the whole see the same targets.
-    return restricted(risk, block, lambda r: Fisher(r, _sampler(samples, seed), engine, max_memory))
+
+    def build(r: EmpiricalRisk) -> Fisher:
+        # A sampler for every operator: a block and the whole see the same targets.
+        make = _empirical if kind == "empirical" else _sampler(samples, seed)
+        return Fisher(r, make, engine, max_memory)
+
+    return restricted(risk, block, build)
+
+
+for _kind in KINDS:
+    CURVATURES[f"fisher-{_kind}"] = Curvature(partial(fisher, kind=_kind))
 
 
 def _empirical(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> OutputRoot | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bnp_analysis.curvature.engines import Engine, EngineOperator, restricted
+from bnp_analysis.curvature.engines import CURVATURES, Curvature, Engine, EngineOperator, restricted
 from bnp_analysis.curvature.output_curvature import products_of_loss
 from bnp_analysis.curvature.products import ChainGradient, GradientGraph, gradient_graph
 from bnp_analysis.linalg.operators import SymmetricOperator
@@ -74,6 +74,9 @@ def hessian(
     """
     require_second(risk, "Hessian", _product, _gradient)
     return restricted(risk, block, lambda r: Hessian(r, engine, max_memory))
+
+
+CURVATURES["hessian"] = Curvature(lambda risk, seed, **engine: hessian(risk, **engine), semidefinite=False)
 
 
 def _product(risk: EmpiricalRisk, batch: Batch, v: list[Tensor]) -> dict[str, Tensor]:

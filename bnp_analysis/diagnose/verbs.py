@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnp_analysis.curvature import fisher, gauss_newton, hessian
+from bnp_analysis.curvature import CURVATURES, gauss_newton, hessian
 from bnp_analysis.curvature.units import unit_blocks
 from bnp_analysis.diagnose.blocks import block_numbers, known_null, pair
 from bnp_analysis.diagnose.price import MOST_WORK, require_work, table_work
@@ -27,8 +27,7 @@ from bnp_analysis.linalg import (
 from bnp_analysis.linalg.operators import require_digits
 from bnp_analysis.network import Coverage, EmpiricalRisk, Layer, coverage
 from bnp_analysis.network.dependencies import null_vectors
-from bnp_analysis.network.inputs import input_triangles
-from bnp_analysis.network.moments import layer_moments
+from bnp_analysis.network.moments import input_triangles, layer_moments
 from bnp_analysis.precondition import NetworkPreconditioner, bnp_preconditioner
 from bnp_analysis.runtime.float32 import full_float32
 from bnp_analysis.runtime.progress import Progress, Update, reporting
@@ -195,12 +194,13 @@ def compare(
     held: dict[str, Any] = {"engine": engine, "max_memory": max_memory}
     table = layer_table(risk, P, layers=layers, dtype=None, **held, max_flops=max_flops, seed=seed, progress=progress)
     network = {}
-    null = known_null(risk, None) if set(curvature) - {"hessian"} else None
+    # The symmetries of the network annihilate J, hence the Gauss-Newton and Fisher matrices; not the Hessian.
+    null = known_null(risk, None) if any(CURVATURES[name].semidefinite for name in curvature) else None
     for name in curvature:
         A = curvature_matrix(risk, name, seed, **held)
-        measure = magnitude_condition_number if name == "hessian" else condition_number
-        # The symmetries of the network annihilate J, hence the Gauss-Newton and Fisher matrices; not the Hessian.
-        known = None if name == "hessian" else null
+        semidefinite = CURVATURES[name].semidefinite
+        measure = condition_number if semidefinite else magnitude_condition_number
+        known = null if semidefinite else None
         network[name] = pair(A, P, known, seed, measure=measure, progress=progress)
     return Comparison(
         layers=table,
@@ -211,9 +211,6 @@ def compare(
         matvecs=table.matvecs + _products([k for both in network.values() for k in both]),
         seconds=time.perf_counter() - began,
     )
-
-
-CURVATURES = ("gauss-newton", "hessian", "fisher-mc", "fisher-empirical")
 
 
 def curvature_matrix(
@@ -228,13 +225,9 @@ def curvature_matrix(
         >>> curvature_matrix(risk, "hessian").dim
         3
     """
-    if name == "gauss-newton":
-        return gauss_newton(risk, engine=engine, max_memory=max_memory)
-    if name == "hessian":
-        return hessian(risk, engine=engine, max_memory=max_memory)
     if name not in CURVATURES:
         raise InvalidInputError(f"unknown curvature {name!r}; there are: {', '.join(CURVATURES)}")
-    return fisher(risk, name.removeprefix("fisher-"), seed=seed, engine=engine, max_memory=max_memory)
+    return CURVATURES[name].build(risk, seed=seed, engine=engine, max_memory=max_memory)
 
 
 def _measured(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,7 @@ def coverage(risk: EmpiricalRisk) -> Coverage:
         >>> [layer.name for layer in found], sorted(found.uncovered)
         (['0', '2'], ['1.bias', '1.weight'])
     """
-    layers, reasons = layers_of(risk.modules(), risk.space)
+    layers, reasons = layers_of(risk.modules(), risk.space.__contains__)
     runs: set[str] = set()
     other: dict[str, str] = {}
     for own_runs, own_other in risk.group.share(lambda: _own_forward_uses(risk, layers), "which layers run"):
@@ -82,13 +82,13 @@ def coverage(risk: EmpiricalRisk) -> Coverage:
 
 
 def layers_of(
-    modules: Iterable[tuple[str, nn.Module]], free: Container[str] | None = None
+    modules: Iterable[tuple[str, nn.Module]], free: Callable[[str], bool] = lambda name: True
 ) -> tuple[list[Layer], dict[str, str]]:
     """The layers that the structure of a model allows to be covered: of a known kind, with a weight of their own.
 
     Args:
         modules: those of the model, under their names.
-        free: the names of the parameters that count; default all.
+        free: whether a parameter of this name counts; default all.
 
     Returns:
         The layers in the order of the modules; and parameter name -> why it would belong to none of them, for all.
@@ -102,7 +102,7 @@ def layers_of(
     for name, module in modules:
         for leaf, parameter in module.named_parameters(recurse=False):
             full = f"{name}.{leaf}" if name else leaf
-            if free is None or full in free:
+            if free(full):
                 holders.setdefault(id(parameter), []).append(name)
                 owners[full] = module, holders[id(parameter)]
     layers = []
@@ -148,9 +148,8 @@ def _own_forward_uses(risk: EmpiricalRisk, layers: list[Layer]) -> tuple[set[str
             elif not layer.kind.builtin:
                 if not _is_product(layer, args[0], output):
                     other[name] = f"{type(module).__name__} does not compute the product that it was registered for"
-            elif layer.kind.changes_product(module):
-                if not any(h is args[0] and w is weight for h, w in calls.products):
-                    other[name] = changed_product(module)
+            elif layer.kind.changes_product(module) and not calls.multiply(args[0], weight):
+                other[name] = changed_product(module)
         if not name:
             calls.products.clear()
 
@@ -192,6 +191,10 @@ class _Calls(TorchFunctionMode):
             for t in tensors_of((list(args), kwargs)):
                 self._uses[id(t)] = weakref.ref(t), self.uses_of(t) + 1
         return out
+
+    def multiply(self, h: Tensor, weight: Tensor) -> bool:
+        """Whether one of the products was that of these two."""
+        return any(x is h and w is weight for x, w in self.products)
 
     def uses_of(self, t: Tensor) -> int:
         """How many functions that give a tensor were given this one."""

@@ -104,9 +104,8 @@ class BNPBlock(SplitsByUnit):
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Self:
         """Made anew from the moments, which keep their precision."""
         where = self.device if device is None else torch.device(device)
-        moved = (None if t is None else t.to(where) for t in (self.mean, self.variance, self.output_scales))
-        mean, variance, scales = moved
-        assert mean is not None and variance is not None
+        mean, variance = self.mean.to(where), self.variance.to(where)
+        scales = None if self.output_scales is None else self.output_scales.to(where)
         return type(self)(
             mean, variance, self.q, units=self.units, bias=self.bias, output_scales=scales, dtype=dtype
         )  # fmt: skip

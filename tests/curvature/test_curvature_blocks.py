@@ -19,7 +19,6 @@ import bnp_analysis as bnp
 from bnp_analysis.curvature.units import unit_blocks
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network import coverage
-from bnp_analysis.network.layers import ones_column, rows
 
 BUILDS: dict[str, Callable[..., Any]] = {
     "hessian": bnp.hessian,
@@ -202,7 +201,8 @@ def test_unit_blocks_are_inputs_around_the_curvature_of_pre_activations(
     found = coverage(risk)[layer]
     inputs: list[Tensor] = []
     risk.capture(lambda name, module, args, output: inputs.append(args[0]), [layer])
-    H = ones_column(rows(found, inputs[0]).squeeze(1))
+    h = found.rows(inputs[0]).squeeze(1)
+    H = torch.cat([h.new_ones(len(h), 1), h], dim=1)
     H = torch.cat([H[:, 1:], H[:, :1]], dim=1)  # torch: weights first
     S = pre_activation_hessian(problem, layer, unit)
     assert H.shape == (len(S), found.features + 1)

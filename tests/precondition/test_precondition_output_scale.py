@@ -20,7 +20,7 @@ import bnp_analysis as bnp
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network import coverage
 from bnp_analysis.precondition import BNPBlock
-from bnp_analysis.precondition.output_scale import UnitScaled, output_scales
+from bnp_analysis.precondition.bnp import output_scales
 from bnp_analysis.testing import check_preconditioner
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -201,12 +201,14 @@ def test_a_word_is_not_taken_for_true() -> None:
 
 
 def test_scales_that_do_not_fit_are_refused() -> None:
-    block = BNPBlock(torch.zeros(1, 2), torch.ones(1, 2), 1.0, units=3, bias=True)
+    def block(scales: Tensor) -> BNPBlock:
+        return BNPBlock(torch.zeros(1, 2), torch.ones(1, 2), 1.0, units=3, bias=True, output_scales=scales)
+
     for scales in (torch.ones(2), torch.tensor([1.0, 0.0, 1.0]), torch.tensor([1.0, torch.inf, 1.0])):
         with pytest.raises(InvalidInputError, match="3 positive and finite"):
-            UnitScaled(block, scales)
+            block(scales)
     with pytest.raises(InvalidInputError, match=r"in torch\.float32"):
-        UnitScaled(block, torch.tensor([1.0, 1e-200, 1.0], dtype=torch.float64))
+        block(torch.tensor([1.0, 1e-200, 1.0], dtype=torch.float64))
 
 
 # Along the rescaling orbit of ReLU units (T12)

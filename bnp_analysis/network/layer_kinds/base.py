@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,9 @@ class Layer(ABC):
         groups: of a convolution, else 1; units and features are split evenly among them.
     """
 
+    #: Whether an input `(R, m)` is its own table of rows.
+    rows_are_inputs: ClassVar[bool] = False
+
     name: str
     module: Any
     kind: LayerKind
@@ -137,6 +140,12 @@ class Layer(ABC):
         """The parameter of the module, free or not."""
         return getattr(self.module, self.kind.bias, None)
 
+    @property
+    def trains(self) -> bool:
+        """Whether the weight requires a gradient; not where it was replaced by something computed."""
+        weight = self.module._parameters.get(self.kind.weight)
+        return weight is not None and weight.requires_grad
+
     def matrix(self, weight: Tensor) -> Tensor:
         """A tensor in the shape of the weight, as a view with its units first."""
         return weight.mT if self.kind.transposed else weight
@@ -188,6 +197,13 @@ def kind_of(module: nn.Module) -> LayerKind | None:
         ('Linear', None)
     """
     return next((KINDS[above] for above in type(module).__mro__ if above in KINDS), None)
+
+
+def transposed_weights(model: nn.Module) -> list[str]:
+    """Names of the weights that are stored with their units last."""
+    kinds = {name: kind_of(module) for name, module in model.named_modules()}
+    names = [(name, kind.weight) for name, kind in kinds.items() if kind is not None and kind.transposed]
+    return [f"{name}.{weight}" if name else weight for name, weight in names]
 
 
 def register_layer(

@@ -8,7 +8,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.layer_kinds.base import KINDS, Layer, LayerKind
 
 
@@ -20,15 +19,10 @@ class ConvolutionLayer(Layer):
         return int(module.groups)
 
     @classmethod
-    def require_like(cls, module_type: type[nn.Module], like: type[nn.Module], *, transposed: bool) -> None:
-        if transposed or not issubclass(module_type, like):
-            why = (
-                "stored transposed" if transposed else f"no subclass of {like.__name__}, whose geometry would be known"
-            )
-            raise InvalidInputError(
-                f"{module_type.__name__} is {why}: write a subclass of Layer that says how its inputs become rows, and "
-                "register the type like that"
-            )
+    def unlike(cls, module_type: type[nn.Module], like: type[nn.Module], *, transposed: bool) -> str:
+        if transposed:
+            return "a convolution that is stored transposed"
+        return "" if issubclass(module_type, like) else f"no subclass of {like.__name__}, whose geometry would be known"
 
     @property
     def spatial(self) -> int:

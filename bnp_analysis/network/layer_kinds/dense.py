@@ -10,6 +10,8 @@ from bnp_analysis.network.layer_kinds.base import KINDS, Layer, LayerKind
 class DenseLayer(Layer):
     """`nn.Linear`, with any leading dimensions."""
 
+    rows_are_inputs = True
+
     def rows(self, h: Tensor) -> Tensor:
         """Every leading position of `h (..., m)`."""
         return h.reshape(-1, 1, self.features)

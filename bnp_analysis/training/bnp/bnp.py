@@ -1,4 +1,4 @@
-"""BNP in a training loop: `.grad` becomes `P P^T .grad`."""
+"""BNP in a training loop: its options, and `.grad` that becomes `P P^T .grad`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.network.names import clean_name
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.snapshot import unwrap
 from bnp_analysis.precondition.bnp import BNPPreconditioner
-from bnp_analysis.training.bnp.attach import attach_to
-from bnp_analysis.training.bnp.batch_moments import BatchMoments, batch_moments, pool_moments
-from bnp_analysis.training.bnp.gradients import Marks, find_gradients, marks, unchanged
-from bnp_analysis.training.bnp.hooks import add_hooks
+from bnp_analysis.training.bnp.hooks import add_hooks, attach_to
 from bnp_analysis.training.bnp.layers import (
     Names,
     find_candidates,
@@ -29,12 +27,11 @@ from bnp_analysis.training.bnp.layers import (
     trainable_space,
     uncovered,
 )
-from bnp_analysis.training.bnp.output_scale import OutputScales
-from bnp_analysis.training.bnp.rule import Rule
-from bnp_analysis.training.bnp.running_moments import RunningMoments
+from bnp_analysis.training.bnp.moments import BatchMoments, RunningMoments, batch_moments, layer_width, pool_moments
 from bnp_analysis.training.bnp.settings import Settings
-from bnp_analysis.training.bnp.spread import layer_width
-from bnp_analysis.training.bnp.state import read_state, write_state
+from bnp_analysis.training.bnp.update import Marks, OutputScales, Update, find_gradients, marks, unchanged
+
+_STATE_VERSION = 1
 
 
 class BNP:
@@ -123,7 +120,7 @@ class BNP:
         self._pending: dict[int, BatchMoments] = {}
         self._inputs: dict[int, list[Tensor]] = {}
         self._outputs = OutputScales(self._layers, rho, eps1) if output_scale == "estimated" else None
-        self._rule = Rule(self.settings, self._layers, self._running, self._outputs)
+        self._rule = Update(self.settings, self._layers, self._running, self._outputs)
         self._marks: Marks = {}
         self._attached: RemovableHandle | None = None
         self._closed, self._quiet = False, torch.inference_mode()  # made once: a percent of a small network's step
@@ -162,9 +159,7 @@ class BNP:
         """Names of the layers it acts on: those whose weight trains and, after the first step, that were seen."""
         rows, before = self._running.rows, not self._running.step
         return tuple(
-            layer.name
-            for i, layer in enumerate(self._layers)
-            if layer.module.weight.requires_grad and (rows[i] or before)
+            layer.name for i, layer in enumerate(self._layers) if layer.own_weight.requires_grad and (rows[i] or before)
         )
 
     @property
@@ -244,7 +239,7 @@ class BNP:
     def state_dict(self) -> dict[str, Any]:
         """Statistics, steps and scales; options and rows since the last step are not part of it."""
         self._running.check()
-        return write_state(self._running, self._rule.q2, self._outputs)
+        return _write_state(self._running, self._rule.q2, self._outputs)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`.
@@ -252,7 +247,7 @@ class BNP:
         Raises:
             InvalidInputError: it comes from another architecture, or is none.
         """
-        self._rule.q2 = read_state(state, self._running, self._outputs)
+        self._rule.q2 = _read_state(state, self._running, self._outputs)
         self._forget()
         self._marks = {}
 
@@ -300,8 +295,7 @@ class BNP:
     def receive(self, index: int, h: Tensor) -> None:
         """Take in an input of a layer, from its hook."""
         layer = self._layers[index]
-        weight = layer.module._parameters["weight"]
-        if weight is None or not weight.requires_grad:
+        if not layer.trains:
             return
         seen = batch_moments(layer, h, self.settings.statistics)
         if seen is None:
@@ -319,3 +313,62 @@ class BNP:
                 f"variance='within' on one row: the variance within the batch of layer {single[0]!r} is 0 and would "
                 "drive sigma to 0. Use variance='total', right at any batch size, variance='paper', or larger batches"
             )
+
+
+def _write_state(running: RunningMoments, q2: Mapping[int, float], outputs: OutputScales | None) -> dict[str, Any]:
+    """Tensors and numbers only, so that `torch.load(weights_only=True)` reads it."""
+    layers: dict[str, dict[str, Any]] = {}
+    for i, (name, width) in enumerate(zip(running.names, running.widths, strict=True)):
+        mean, variance = (torch.zeros(width), torch.ones(width)) if running.now is None else running.of(i)
+        layers[name] = {
+            "mean": mean.clone(),
+            "variance": variance.clone(),
+            "rows": running.rows[i],
+            "examples": running.examples[i],
+            "start": running.start[i],
+            "q2": q2.get(i, 1.0),
+        }
+        if outputs is not None:
+            layers[name] |= outputs.state(i)
+    return {"version": _STATE_VERSION, "step": running.step, "layers": layers}
+
+
+def _read_state(state: Mapping[str, Any], running: RunningMoments, outputs: OutputScales | None) -> dict[int, float]:
+    """Put a state into the running statistics; nothing changes unless all of it fits.
+
+    Returns:
+        `q^2` of the layers seen.
+
+    Raises:
+        InvalidInputError: no such state, other layers, or other widths.
+    """
+    if (
+        not isinstance(state, Mapping)
+        or not {"step", "layers"} <= state.keys()
+        or state.get("version") != _STATE_VERSION
+    ):
+        raise InvalidInputError(f"this is no state of BNP, version {_STATE_VERSION}")
+    layers = {clean_name(name): entry for name, entry in state["layers"].items()}
+    misfit = [f"missing: {n}" for n in running.names if n not in layers]
+    misfit += [f"unknown: {n}" for n in layers if n not in running.names]
+    for name, width in zip(running.names, running.widths, strict=True):
+        if name in layers and tuple(layers[name]["mean"].shape) != (width,):
+            misfit.append(f"{name!r} has {tuple(layers[name]['mean'].shape)} means, expected {(width,)}")
+    if outputs is not None and any("output_squares" not in entry for entry in layers.values()):
+        misfit.append("it was saved without output_scale='estimated'")
+    if misfit:
+        raise InvalidInputError(
+            f"the state does not fit: {'; '.join(misfit)}. It comes from another architecture, or from other "
+            "include=, exclude= or statistics="
+        )
+    ordered = [layers[name] for name in running.names]
+    if outputs is not None:
+        outputs.load(ordered)
+    like = None if running.now is None else running.now.values.device
+    moments = [torch.cat([entry[key] for entry in ordered]) for key in ("mean", "variance")]
+    running.set(torch.stack(moments).to(like) if state["step"] else None)
+    running.rows = [int(entry["rows"]) for entry in ordered]
+    running.examples = [int(entry.get("examples", entry["rows"])) for entry in ordered]
+    running.start = [float(entry["start"]) for entry in ordered]
+    running.step = int(state["step"])
+    return {i: float(entry["q2"]) for i, entry in enumerate(ordered) if entry["rows"]}
