@@ -218,7 +218,7 @@ def test_an_uneven_curvature_may_make_it_worse() -> None:
     assert conditioned < raw / 2, "with an even curvature it helps"
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_bound_for_softmax_whose_curvature_is_singular(seed: int) -> None:
     """The null space of `S` is one shift of the logits for every example, so the bound holds for `kappa*`."""
     H = inputs(seed, 25, 3, 1.0, 2.0)
