@@ -153,6 +153,11 @@ class Engine(Generic[G]):
         self.each(add)
         return sums.to(space.dtype).T
 
+    def matmat(self, x: Tensor, product: Callable[[G, int, list[Tensor], bool], list[Tensor]]) -> Tensor:
+        """The sum over the batches of `product(graph, b, column, retain)` for each column of `x (n, k)`, flattened."""
+        vectors = tensors_of_columns(self._risk.space, x)
+        return self.total(x.shape[1], lambda graph, b, k, retain: product(graph, b, vectors[k], retain))
+
     def _make_plan(self) -> Plan:
         free = available_memory(self._risk.space.device)
         limit = free if self.max_memory is None else self.max_memory
@@ -326,12 +331,7 @@ class EngineOperator(SymmetricOperator, Generic[G]):
 
     def _own_matmat(self, x: Tensor) -> Tensor:
         """The product with this process's part."""
-        vectors = tensors_of_columns(self._risk.space, x)
-
-        def product(graph: G, b: int, k: int, retain: bool) -> list[Tensor]:
-            return self.product(graph, b, vectors[k], retain)
-
-        return self._engine.total(x.shape[1], product)
+        return self._engine.matmat(x, self.product)
 
 
 @dataclass(frozen=True)

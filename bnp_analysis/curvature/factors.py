@@ -147,15 +147,6 @@ class JacobianFactor(LinearOperator):
         part = _project(self._roots[b], graph.jvp(v, retain=retain)) * graph.weight
         return graph.vjp(_cotangent(self._roots[b], part, graph), retain=retain)
 
-    def own_gram_times(self, x: Tensor) -> Tensor:
-        """`F^T F x` with the rows of this process's batches."""
-        vectors = tensors_of_columns(self._risk.space, x)
-
-        def product(graph: OutputGraph, b: int, k: int, retain: bool) -> list[Tensor]:
-            return self.gram_product(graph, b, vectors[k], retain)
-
-        return self.graphs.total(x.shape[1], product)
-
     def to_dense(self) -> Tensor:
         return self.group.gather(self._own_dense, "the rows of a factor")
 

@@ -65,7 +65,9 @@ class GaussNewton(EngineOperator[_Recorded]):
         return lost and self.factor is not None and self.factor.eps < eps
 
     def _own_matmat(self, x: Tensor) -> Tensor:
-        return self.factor.own_gram_times(x) if self._by_factor and self.factor else super()._own_matmat(x)
+        if self._by_factor and self.factor is not None:
+            return self.factor.graphs.matmat(x, self.factor.gram_product)
+        return super()._own_matmat(x)
 
 
 def _with_loss(risk: EmpiricalRisk, batch: Batch) -> _Recorded:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,10 @@ from bnp_analysis.network.layers import Coverage, coverage
 from bnp_analysis.network.risk import EmpiricalRisk
 
 STATISTICS = ("channel", "patch")
+
+
+# Tensors or numbers.
+T = TypeVar("T", Tensor, float)
 
 
 @dataclass(frozen=True)
@@ -293,19 +297,7 @@ def _own_triangles(risk: EmpiricalRisk, moments: dict[str, Moments], layers: Cov
     return {name: [[t.cpu() for t in triangles] for triangles in groups] for name, groups in partial.items()}
 
 
-@overload
-def update_moments(
-    mean: Tensor, var: Tensor, batch_mean: Tensor, batch_var: Tensor, rho: float | Tensor
-) -> tuple[Tensor, Tensor]: ...
-@overload
-def update_moments(mean: float, var: float, batch_mean: float, batch_var: float, rho: float) -> tuple[float, float]: ...
-def update_moments(
-    mean: Tensor | float,
-    var: Tensor | float,
-    batch_mean: Tensor | float,
-    batch_var: Tensor | float,
-    rho: float | Tensor,
-) -> tuple[Tensor | float, Tensor | float]:
+def update_moments(mean: T, var: T, batch_mean: T, batch_var: T, rho: Any) -> tuple[T, T]:
     """The law of total variance for running statistics, exact for any `rho` and any batch size, one row included (T4).
 
     `mu' = rho mu + (1-rho) mu_batch`,

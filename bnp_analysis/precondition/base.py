@@ -53,6 +53,8 @@ class BlockDiagonal(NetworkPreconditioner):
         blocks: name -> (positions, preconditioner of that many variables).
         dtype, device: of the parameter vector.
         space: the chart, which `block(name)` and `block((name, unit))` need.
+        settings: what the blocks were made from.
+        uncovered: parameter name -> why it is left alone.
 
     Raises:
         InvalidInputError: positions that overlap, lie outside or do not fit their block.
@@ -72,8 +74,12 @@ class BlockDiagonal(NetworkPreconditioner):
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         space: ParameterSpace | None = None,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        uncovered: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(dim, dtype, device)
+        self.settings, self.uncovered = dict(settings or {}), dict(uncovered or {})
         self.blocks = dict(blocks)
         self._space = space
         for name, (positions, block) in self.blocks.items():

@@ -63,8 +63,9 @@ class BNPPreconditioner(BlockDiagonal):
         extensions: Mapping[str, str] | None = None,
     ) -> None:
         entries: dict[str, Entry] = dict(blocks)
-        super().__init__(space.dim, entries, space.dtype, space.device, space)
-        self.settings, self.uncovered = dict(settings), dict(uncovered)
+        super().__init__(
+            space.dim, entries, space.dtype, space.device, space, settings=settings, uncovered=uncovered
+        )  # fmt: skip
         self.constant_features = dict(constant_features)
         self.flat_units, self.extensions = dict(flat_units or {}), dict(extensions or {})
         self.q = {name: block.q for name, (_, block) in blocks.items()}

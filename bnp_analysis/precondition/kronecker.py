@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.network.layers import Coverage
 from bnp_analysis.network.moments import second_moments
-from bnp_analysis.network.parameters import Block, ParameterSpace
+from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.precondition.base import BlockDiagonal, Entry, covered_layers, layer_positions
 
@@ -101,25 +101,7 @@ def _roots(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
 
 
 class KroneckerPreconditioner(BlockDiagonal):
-    """The K-FAC preconditioner of a network, with what it was built from.
-
-    Args:
-        space: the chart of the parameters.
-        blocks: layer name -> (positions, `KroneckerBlock`).
-        settings: the damping.
-        uncovered: parameter name -> why it is left alone.
-    """
-
-    def __init__(
-        self,
-        space: ParameterSpace,
-        blocks: Mapping[str, Entry],
-        *,
-        settings: Mapping[str, Any],
-        uncovered: Mapping[str, str],
-    ) -> None:
-        super().__init__(space.dim, blocks, space.dtype, space.device, space)
-        self.settings, self.uncovered = dict(settings), dict(uncovered)
+    """The K-FAC preconditioner of a network: a `KroneckerBlock` for each layer."""
 
 
 @overload
@@ -175,7 +157,10 @@ def kfac_preconditioner(
         except InvalidInputError as error:
             raise InvalidInputError(f"layer {layer.name!r}: {error}") from error
         blocks[layer.name] = (layer_positions(layer, risk.space), inner)
-    P = KroneckerPreconditioner(risk.space, blocks, settings={"damping": damping}, uncovered=layers.uncovered)
+    space, settings = risk.space, {"damping": damping}
+    P = KroneckerPreconditioner(
+        space.dim, blocks, space.dtype, space.device, space, settings=settings, uncovered=layers.uncovered
+    )  # fmt: skip
     return P if block is None else P.block(block)
 
 

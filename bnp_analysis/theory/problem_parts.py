@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from bnp_analysis.data import load
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.network.layer_kinds import kind_of
 
 _GRID = 49
 _DECADES = 3.0
@@ -74,20 +76,16 @@ def teach(model: nn.Sequential, x: Tensor, generator: torch.Generator, *, margin
     Returns:
         The network's outputs.
     """
-    layers = list(model)
+    layers: list[Any] = list(model)
     with torch.no_grad():
         for k, module in enumerate(layers):
-            if isinstance(module, nn.Linear | nn.Conv2d):
+            if kind_of(module) is not None:
                 flat = torch.randn(module.weight.flatten(1).shape, generator=generator, dtype=x.dtype)
                 U, _, Vt = torch.linalg.svd(flat, full_matrices=False)
                 module.weight.copy_((math.sqrt(2) * U @ Vt).view_as(module.weight))
-                assert module.bias is not None
                 module.bias.zero_()
-                if (
-                    margins
-                    and k + 1 < len(layers)
-                    and not isinstance(layers[k + 1], nn.Linear | nn.Conv2d | nn.Flatten)
-                ):
+                bends = k + 1 < len(layers) and kind_of(layers[k + 1]) is None
+                if margins and bends and not isinstance(layers[k + 1], nn.Flatten):
                     a = module(x)
                     columns = a if a.ndim == 2 else a.movedim(1, -1).flatten(0, -2)
                     module.bias.copy_(-torch.stack([_gap(column) for column in columns.T]))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from precondition_networks import NETWORKS, classification, network, one_layer, relative, uneven
+from precondition_networks import classification, network, one_layer, relative, uneven
 from torch import Tensor, nn
 
 import bnp_analysis as bnp

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from precondition_networks import NETWORKS, classification, relative
+from precondition_networks import classification, relative
 from torch import Tensor, nn
 
 import bnp_analysis as bnp

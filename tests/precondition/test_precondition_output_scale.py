@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from precondition_networks import NETWORKS, classification, network, relative, uneven
+from precondition_networks import classification, network, relative, uneven
 from torch import Tensor, nn
 
 import bnp_analysis as bnp
