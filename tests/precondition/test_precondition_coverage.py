@@ -55,7 +55,7 @@ def test_every_parameter_is_covered_or_named() -> None:
 
 
 def test_a_layer_whose_forward_never_runs() -> None:
-    """Trap 16: the output projection of attention gets a gradient though its forward never runs."""
+    """The output projection of attention gets a gradient though its forward never runs."""
 
     class Attention(nn.Module):
         def __init__(self) -> None:
@@ -156,7 +156,7 @@ def test_a_part_of_the_parameters_and_another_point() -> None:
 
 @pytest.mark.parametrize("kind", ["dense", "groups"])
 def test_a_measurement_changes_nothing(kind: str) -> None:
-    """Trap 2: parameters, gradients, flags and random states are bit-identical before and after."""
+    """Parameters, gradients, flags and random states are bit-identical before and after."""
     model, x, y = network(kind)
     nn.functional.cross_entropy(model(x), y).backward()
     before = copy.deepcopy(model.state_dict()), [p.grad.clone() for p in model.parameters()], torch.get_rng_state()

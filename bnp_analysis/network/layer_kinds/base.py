@@ -193,7 +193,7 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     """The registered kind of a module's type, or of the nearest type above it; None where there is none.
 
     Example:
-        >>> kind_of(nn.Linear(2, 1)).type.__name__, kind_of(nn.ReLU())
+        >>> kind_of(nn.Linear(2, 1)).module_type.__name__, kind_of(nn.ReLU())
         ('Linear', None)
     """
     return next((KINDS[above] for above in type(module).__mro__ if above in KINDS), None)
