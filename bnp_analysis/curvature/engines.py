@@ -360,12 +360,4 @@ def restricted(
     layer = block if isinstance(block, str) else block[0]
     inner = risk.restrict(risk.space.layer_names(layer))
     operator = build(inner)
-    if isinstance(block, str):
-        return operator
-    return Restriction(operator, block_positions(risk, block))
-
-
-def block_positions(risk: EmpiricalRisk, block: Block) -> torch.Tensor:
-    """Positions of a block inside its own layer's flat vector."""
-    layer = block if isinstance(block, str) else block[0]
-    return risk.space.restrict(risk.space.layer_names(layer)).indices(block)
+    return operator if isinstance(block, str) else Restriction(operator, inner.space.indices(block))

@@ -30,7 +30,7 @@ from bnp_analysis.network.dependencies import null_vectors
 from bnp_analysis.network.moments import input_triangles, layer_moments
 from bnp_analysis.precondition import NetworkPreconditioner, bnp_preconditioner
 from bnp_analysis.runtime.float32 import full_float32
-from bnp_analysis.runtime.progress import Progress, Update, reporting
+from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.runtime.random import generator, normal
 
 
@@ -98,7 +98,7 @@ def layer_table(
         for layer in found:
             forms = (triangles[layer.name].raw, triangles[layer.name].centered, triangles[layer.name].normalized)
             worst = [max((_singular(t, risk.eps) for t in form), key=lambda k: k.value) for form in forms]
-            advance = partial(_advance, update, done)
+            advance = partial(lambda before, count: update(before + count), done)
             blocks = block_numbers(risk, layer, P, units.get(layer.name), held, seed, advance)
             done += layer.units + 2
             update(done)
@@ -239,10 +239,6 @@ def _measured(
         P = None if P is None else P.to(dtype, "cpu")
     require_digits(risk.eps, str(risk.precision), "the numbers of a table", cast=True)
     return risk, bnp_preconditioner(risk) if P is None else P
-
-
-def _advance(update: Update, before: int, count: int) -> None:
-    update(before + count)
 
 
 def _singular(triangle: Tensor, eps: float) -> ConditionNumber:
