@@ -37,7 +37,7 @@ from .linalg import (
     spectral_density,
     trace,
 )
-from .network import EmpiricalRisk, ParameterSpace
+from .network import EmpiricalRisk, ParameterSpace, register_layer
 from .precondition import (
     bnp_preconditioner,
     diagonal_preconditioner,
@@ -100,6 +100,7 @@ __all__ = [
     "null_directions",
     "plotting",
     "precondition",
+    "register_layer",
     "regularized_condition_number",
     "routes",
     "spectral_density",

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from bnp_analysis.cli.options import PRECONDITIONERS, engine_of, in_processes, operator_options, risk_of, write
-from bnp_analysis.diagnose import CURVATURES, MOST_WORK, Comparison, compare
+from bnp_analysis.curvature import CURVATURES
+from bnp_analysis.diagnose import MOST_WORK, Comparison, compare
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from bnp_analysis.cli.options import PRECONDITIONERS, engine_of, in_processes, operator_options, risk_of, write
-from bnp_analysis.diagnose import CURVATURES, curvature_matrix
+from bnp_analysis.curvature import CURVATURES
+from bnp_analysis.diagnose import curvature_matrix
 from bnp_analysis.linalg import eigenpairs, spectral_density
 
 

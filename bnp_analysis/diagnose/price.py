@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from bnp_analysis.curvature import gauss_newton
 from bnp_analysis.diagnose.blocks import SEARCHED
 from bnp_analysis.errors import WorkLimitError
@@ -60,7 +58,7 @@ def _layer_work(risk: EmpiricalRisk, layer: Layer, rows: float, factor: LinearOp
     formed, (reduce, small) = factor.dense_cost * product, work_to_reduce((r, dim))
     own = krylov if small is None else reduce + 2 * small
     # Units without and with P: of a dense layer from its inputs, else from the layer's factor.
-    dense = isinstance(layer.module, torch.nn.Linear) and rows == risk.batches.examples and not risk.coupled
+    dense = not layer.spatial and rows == risk.batches.examples and not risk.coupled
     if dense:
         units = 2 * factor_work((int(rows), width))
         formed = 0.0

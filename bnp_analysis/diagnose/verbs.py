@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bnp_analysis.curvature import fisher, gauss_newton, hessian
+from bnp_analysis.curvature import CURVATURES, gauss_newton, hessian
 from bnp_analysis.curvature.units import unit_blocks
 from bnp_analysis.diagnose.blocks import block_numbers, known_null, pair
 from bnp_analysis.diagnose.price import MOST_WORK, require_work, table_work
@@ -25,11 +25,10 @@ from bnp_analysis.linalg import (
 from bnp_analysis.linalg.operators import require_digits
 from bnp_analysis.linalg.spectra.null_checks import null_vectors
 from bnp_analysis.network import Coverage, EmpiricalRisk, Layer, coverage
-from bnp_analysis.network.inputs import input_triangles
-from bnp_analysis.network.moments import layer_moments
+from bnp_analysis.network.moments import input_triangles, layer_moments
 from bnp_analysis.precondition import NetworkPreconditioner, bnp_preconditioner
 from bnp_analysis.runtime.float32 import full_float32
-from bnp_analysis.runtime.progress import Progress, Update, reporting
+from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.runtime.random import generator, normal
 
 
@@ -97,7 +96,7 @@ def layer_table(
         for layer in found:
             forms = (triangles[layer.name].raw, triangles[layer.name].centered, triangles[layer.name].normalized)
             worst = [max((_singular(t, risk.eps) for t in form), key=lambda k: k.value) for form in forms]
-            advance = partial(_advance, update, done)
+            advance = partial(lambda before, count: update(before + count), done)
             blocks = block_numbers(risk, layer, P, units.get(layer.name), held, seed, advance)
             done += layer.units + 2
             update(done)
@@ -209,14 +208,6 @@ def compare(
     )
 
 
-CURVATURES: dict[str, Callable[..., SymmetricOperator]] = {
-    "gauss-newton": lambda risk, seed, **held: gauss_newton(risk, **held),
-    "hessian": lambda risk, seed, **held: hessian(risk, **held),
-    "fisher-mc": lambda risk, seed, **held: fisher(risk, "mc", seed=seed, **held),
-    "fisher-empirical": lambda risk, seed, **held: fisher(risk, "empirical", seed=seed, **held),
-}
-
-
 def curvature_matrix(
     risk: EmpiricalRisk, name: str, seed: int = 0, *, engine: str = "auto", max_memory: int | None = None
 ) -> SymmetricOperator:
@@ -231,7 +222,7 @@ def curvature_matrix(
     """
     if name not in CURVATURES:
         raise InvalidInputError(f"unknown curvature {name!r}; there are: {', '.join(CURVATURES)}")
-    return CURVATURES[name](risk, seed, engine=engine, max_memory=max_memory)
+    return CURVATURES[name].build(risk, seed=seed, engine=engine, max_memory=max_memory)
 
 
 def _measured(
@@ -243,10 +234,6 @@ def _measured(
         P = None if P is None else P.to(dtype, "cpu")
     require_digits(risk.eps, str(risk.precision), "the numbers of a table", cast=True)
     return risk, bnp_preconditioner(risk) if P is None else P
-
-
-def _advance(update: Update, before: int, count: int) -> None:
-    update(before + count)
 
 
 def _singular(triangle: Tensor, eps: float) -> ConditionNumber:

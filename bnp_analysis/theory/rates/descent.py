@@ -14,11 +14,10 @@ from torch import Tensor
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.network.layers import coverage
-from bnp_analysis.network.moments import Moments, layer_moments
+from bnp_analysis.network.moments import Moments, layer_moments, update_moments
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.precondition.blocks import BlockDiagonal, layer_positions
+from bnp_analysis.precondition.base import BlockDiagonal, layer_positions
 from bnp_analysis.precondition.bnp import BNPPreconditioner, layer_block
-from bnp_analysis.precondition.running import update_moments
 from bnp_analysis.theory.rates import formulas
 from bnp_analysis.theory.rates.formulas import RateFit, expected_bias, fit_rate
 from bnp_analysis.theory.rates.limit_point import Spectrum

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from bnp_analysis.linalg import MatrixOperator, condition_number
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.network import Layer
+from bnp_analysis.network.moments import corrected_rho, update_moments
 from bnp_analysis.precondition import BNPBlock, bnp_preconditioner
-from bnp_analysis.precondition.running import corrected_rho, update_moments
 from bnp_analysis.theory.check import Check, Source
 from bnp_analysis.theory.statements.reference import channels, extended, own_moments, singular
 from bnp_analysis.theory.statements.setting import (

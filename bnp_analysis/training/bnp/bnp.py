@@ -152,9 +152,7 @@ class BNP:
         """Names of the layers it acts on: those whose weight trains and, after the first step, that were seen."""
         rows, before = self._running.rows, not self._running.step
         return tuple(
-            layer.name
-            for i, layer in enumerate(self._layers)
-            if layer.module.weight.requires_grad and (rows[i] or before)
+            layer.name for i, layer in enumerate(self._layers) if layer.own_weight.requires_grad and (rows[i] or before)
         )
 
     @property
@@ -290,8 +288,7 @@ class BNP:
     def receive(self, index: int, h: Tensor) -> None:
         """Take in an input of a layer, from its hook."""
         layer = self._layers[index]
-        weight = layer.module._parameters["weight"]
-        if weight is None or not weight.requires_grad:
+        if not layer.trains:
             return
         seen = batch_moments(layer, h, self.settings.statistics)
         if seen is None:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.network.layers import Layer
+from bnp_analysis.network.layer_kinds import Layer
 
 
 class _NoScriptError(InvalidInputError, AttributeError):
@@ -70,20 +70,20 @@ class InputHook(_Hook):
             return
         owner = self._owner()
         if owner is not None:
-            owner.receive(self._index, args[0] if args else kwargs["input"])
+            owner.receive(self._index, args[0] if args else next(iter(kwargs.values())))
 
 
 class OutputHook(_Hook):
     """A forward hook that has the gradient at a layer's output handed on when it passes.
 
     Args:
-        module: the layer.
+        layer: the layer.
         owner: what collects, by a weak reference.
         index: of the layer, for its owner.
     """
 
-    def __init__(self, module: nn.Module, owner: weakref.ref[Any], index: int) -> None:
-        self._module, self._owner, self._index = module, owner, index
+    def __init__(self, layer: Layer, owner: weakref.ref[Any], index: int) -> None:
+        self._layer, self._owner, self._index = layer, owner, index
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_dynamo_compiling():
@@ -96,9 +96,9 @@ class OutputHook(_Hook):
     def watch(self, module: nn.Module, output: Tensor) -> None:
         """Register for the gradient at an output in training."""
         # A forward pass that activation checkpointing repeats gets a hook that is never called.
-        if not module.training or module is not self._module or not output.requires_grad:
+        if not module.training or module is not self._layer.module or not output.requires_grad:
             return
-        if module._parameters["weight"] is not None and module._parameters["weight"].requires_grad:
+        if self._layer.trains:
             owner, index = self._owner, self._index
 
             def passed(gradient: Tensor) -> None:
@@ -116,7 +116,7 @@ def add_hooks(layers: Sequence[Layer], owner: weakref.ref[Any], outputs: Any) ->
         module = layer.module
         handles.append(module.register_forward_pre_hook(InputHook(module, owner, i), with_kwargs=True))
         if outputs is not None:
-            handles.append(module.register_forward_hook(OutputHook(module, weakref.ref(outputs), i)))
+            handles.append(module.register_forward_hook(OutputHook(layer, weakref.ref(outputs), i)))
     return handles
 
 
@@ -159,7 +159,7 @@ def attach_to(optimizer: Optimizer, layers: Iterable[Layer], step: Callable[[], 
     if isinstance(inner, LBFGS):
         raise InvalidInputError("LBFGS searches along its own direction with several evaluations; BNP would break it")
     held = {id(p) for group in inner.param_groups for p in group["params"]}
-    if not any(id(layer.module.weight) in held for layer in layers):
+    if not any(id(layer.own_weight) in held for layer in layers):
         raise InvalidInputError(
             "the optimizer holds no weight of a covered layer: it was made for another model, or from a copy"
         )

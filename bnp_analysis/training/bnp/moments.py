@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnp_analysis.errors import NonFiniteError
-from bnp_analysis.network.layers import Layer, channels, example_count, rows
-from bnp_analysis.precondition.running import update_moments, without_start
+from bnp_analysis.network.layer_kinds import Layer
+from bnp_analysis.network.moments import update_moments, without_start
 from bnp_analysis.training.bnp.settings import Settings
 
 _PRECISE = (torch.float32, torch.float64)
@@ -47,9 +47,7 @@ def pool_moments(a: BatchMoments, b: BatchMoments) -> BatchMoments:
 
 def layer_width(layer: Layer, statistics: str) -> int:
     """How many means a layer has: per channel, or per entry of its patches, group by group."""
-    if statistics == "patch" or isinstance(layer.module, nn.Linear):
-        return layer.groups * layer.features
-    return layer.module.in_channels
+    return layer.groups * layer.features if statistics == "patch" else layer.channel_count
 
 
 def batch_moments(layer: Layer, h: Tensor, kind: str) -> BatchMoments | None:
@@ -67,16 +65,16 @@ def batch_moments(layer: Layer, h: Tensor, kind: str) -> BatchMoments | None:
     if h.dtype not in _PRECISE:
         h = h.float()
     # First what most often comes: its Python is a part of a small network's step that one sees.
-    if isinstance(layer.module, nn.Linear) and h.ndim == 2:
+    if layer.rows_are_inputs and h.ndim == 2:
         return _table_moments(h)
     if h.numel() == 0:
         return None
-    if isinstance(layer.module, nn.Linear) or kind == "patch":
-        found = _table_moments(rows(layer, h).flatten(1))
-        return None if found is None else found._replace(examples=example_count(layer, h))
-    h = h if h.ndim == layer.module.weight.ndim else h.unsqueeze(0)
-    found = _image_moments(h) if h.is_contiguous() and not h.is_cuda else _table_moments(channels(layer, h))
-    return None if found is None else found._replace(rows=h.shape[0] * _positions(layer, h), examples=h.shape[0])
+    if kind == "patch" or not layer.spatial:
+        found = _table_moments(layer.rows(h).flatten(1))
+        return None if found is None else found._replace(examples=layer.example_count(h))
+    h = h if h.ndim == layer.spatial + 2 else h.unsqueeze(0)
+    found = _image_moments(h) if h.is_contiguous() and not h.is_cuda else _table_moments(layer.channels(h))
+    return None if found is None else found._replace(rows=h.shape[0] * layer.positions(h), examples=h.shape[0])
 
 
 def _table_moments(table: Tensor) -> BatchMoments | None:
@@ -104,21 +102,6 @@ def _image_moments(h: Tensor) -> BatchMoments:
         squares += torch.linalg.vector_norm(part - column, dim=2).square_().sum(0)
     count = h.numel() // h.shape[1]
     return BatchMoments(count, count, count, mean, squares / count)
-
-
-def _positions(layer: Layer, h: Tensor) -> int:
-    """Output positions of a convolution per example."""
-    module = layer.module
-    assert not isinstance(module, nn.Linear)
-    # Twice one entry per padded side, last dimension first, whatever form the user gave.
-    padding: list[int] = list(module._reversed_padding_repeated_twice)
-    count = 1
-    for d, size in enumerate(h.shape[2:]):
-        reverse = 2 * (len(module.kernel_size) - 1 - d)
-        full = size + padding[reverse] + padding[reverse + 1]
-        span = module.dilation[d] * (module.kernel_size[d] - 1) + 1
-        count *= (full - span) // module.stride[d] + 1
-    return count
 
 
 class Buffer:

@@ -13,20 +13,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.network.layers import Layer, by_unit, expand_channels, rows
-from bnp_analysis.network.moments import Moments
+from bnp_analysis.network.layer_kinds import Layer
+from bnp_analysis.network.moments import Moments, without_start
 from bnp_analysis.network.parameters import ParameterSpace
-from bnp_analysis.precondition.blocks import layer_positions
+from bnp_analysis.precondition.base import layer_positions
 from bnp_analysis.precondition.bnp import (
+    RULES,
     BNPPreconditioner,
     damped_variance,
     extensions,
     layer_block,
+    scale_square,
+    surviving_mean,
 )
 from bnp_analysis.precondition.bnp_block import BNPBlock
-from bnp_analysis.precondition.output_scale import UnitScaled
-from bnp_analysis.precondition.running import without_start
-from bnp_analysis.precondition.scale import RULES, scale_square, surviving_mean
 from bnp_analysis.training.bnp.layers import has_free_bias
 from bnp_analysis.training.bnp.moments import Buffer, RunningMoments, distributed
 from bnp_analysis.training.bnp.settings import Settings
@@ -53,8 +53,8 @@ def find_gradients(layers: Sequence[Layer], seen: Container[int], rows: Sequence
     missing: list[str] = []
     for i, layer in enumerate(layers):
         # Attributes of modules are slow; each is looked up once.
-        held = layer.module._parameters
-        owner, own = held["weight"], held["bias"] if layer.bias is not None else None
+        held, kind = layer.module._parameters, layer.kind
+        owner, own = held[kind.weight], held[kind.bias] if layer.bias is not None else None
         if owner is None or not owner.requires_grad or not (rows[i] or i in seen):
             continue
         free = own is not None and own.requires_grad
@@ -179,7 +179,7 @@ class DampedMoments:
         source, begin = [], 0
         for layer, width, channelwise in zip(layers, widths, self._channelwise, strict=True):
             own = torch.arange(begin, begin + width)
-            source.append(expand_channels(layer, own).flatten() if channelwise else own)
+            source.append(layer.expand(own).flatten() if channelwise else own)
             begin += width
         self._owner, self._source = owner, torch.cat(source)
         self._eps1, self._floor, self._repeats = eps1, eps2, any(self._channelwise)
@@ -215,7 +215,7 @@ class DampedMoments:
     def one(self, index: int, values: Tensor) -> Tensor:
         """The values of one layer's statistics, `(groups, m)`."""
         layer = self._layers[index]
-        return expand_channels(layer, values) if self._channelwise[index] else values.view(layer.groups, -1)
+        return layer.expand(values) if self._channelwise[index] else values.view(layer.groups, -1)
 
     def _split(self, flat: Tensor) -> list[Tensor]:
         parts = torch.split(flat, self._sizes)
@@ -237,7 +237,7 @@ class MeasuredScale:
         shrink = 1 - 1 / torch.hypot(torch.ones_like(norm), norm)
         parts = []
         for h in inputs:
-            g = rows(layer, h.to(mean.dtype))
+            g = layer.rows(h.to(mean.dtype))
             if layer.bias is not None:
                 g = torch.cat([(g - mean) / s2.sqrt(), g.new_ones(*g.shape[:2], 1)], dim=2)
             else:
@@ -296,7 +296,7 @@ class OutputScales:
         """Take in the gradient at an output of a layer, from its hook."""
         g = gradient.detach()
         g = g.float() if g.dtype in (torch.float16, torch.bfloat16) else g
-        total = by_unit(self._layers[index], g).square().sum(dim=0)
+        total = self._layers[index].by_unit(g).square().sum(dim=0)
         before = self._sums.get(index)
         self._sums[index] = total if before is None else before + total
 
@@ -384,7 +384,8 @@ class Update:
                 q2 = self._square(i, own, mean, s2, inputs.get(i, ()))
             self.q2[i] = q2
             # In the statistics' precision where the gradient's is lower.
-            w = weight if weight.dtype is kind and weight.is_contiguous() else weight.to(kind).contiguous()
+            stored = layer.matrix(weight)
+            w = stored if stored.dtype is kind and stored.is_contiguous() else stored.to(kind).contiguous()
             b = bias if bias is None or bias.dtype is kind else bias.to(kind)
             if b is None:
                 without_bias_(w, mean, s2, q2)
@@ -392,8 +393,8 @@ class Update:
                 with_bias_(w, b, mean, s2, q2)
             if outputs is not None:
                 divide_units_(w, b, outputs.squares(i))
-            if w is not weight:
-                weight.copy_(w)
+            if w is not stored:
+                stored.copy_(w)
             if bias is not None and b is not None and b is not bias:
                 bias.copy_(b)
 
@@ -444,10 +445,13 @@ class Update:
         mean, variance = self._running.of(index)
         return self._damped.one(index, mean), self._damped.one(index, variance)
 
-    def _block(self, layer: Layer, i: int, space: ParameterSpace) -> tuple[BNPBlock | UnitScaled, Tensor]:
+    def _block(self, layer: Layer, i: int, space: ParameterSpace) -> tuple[BNPBlock, Tensor]:
         mean, variance = (m.detach().to(space.device, torch.float64, copy=True) for m in self._moments(i))
         moments = Moments(mean, variance, variance == 0, self._running.rows[i], self._running.examples[i])
         chosen = self._settings
+        scales = None
+        if self._outputs is not None:
+            scales = self._outputs.squares(i).to(space.device, torch.float64).sqrt()
         block = layer_block(
             layer,
             moments,
@@ -455,9 +459,7 @@ class Update:
             eps2=chosen.eps2,
             q=math.sqrt(self.q2[i]),
             bias_free=chosen.bias_free,
+            output_scales=scales,
             dtype=space.dtype,
         )
-        if self._outputs is None:
-            return block, moments.constant
-        scales = self._outputs.squares(i).to(space.device, torch.float64).sqrt()
-        return UnitScaled(block, scales), moments.constant
+        return block, moments.constant

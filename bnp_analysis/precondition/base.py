@@ -1,9 +1,11 @@
-"""Preconditioners that act on parts of the parameter vector."""
+"""Preconditioners of a network's parameters, block by block."""
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,8 @@ from torch import Tensor
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
-from bnp_analysis.network.layers import Coverage, Layer, coverage
+from bnp_analysis.network.layer_kinds import KINDS, Layer
+from bnp_analysis.network.layers import Coverage, coverage
 from bnp_analysis.network.parameters import Block, ParameterSpace
 from bnp_analysis.network.risk import EmpiricalRisk
 
@@ -50,6 +53,8 @@ class BlockDiagonal(NetworkPreconditioner):
         blocks: name -> (positions, preconditioner of that many variables).
         dtype, device: of the parameter vector.
         space: the chart, which `block(name)` and `block((name, unit))` need.
+        settings: what the blocks were made from.
+        uncovered: parameter name -> why it is left alone.
 
     Raises:
         InvalidInputError: positions that overlap, lie outside or do not fit their block.
@@ -69,8 +74,12 @@ class BlockDiagonal(NetworkPreconditioner):
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         space: ParameterSpace | None = None,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        uncovered: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(dim, dtype, device)
+        self.settings, self.uncovered = dict(settings or {}), dict(uncovered or {})
         self.blocks = dict(blocks)
         self._space = space
         for name, (positions, block) in self.blocks.items():
@@ -84,7 +93,9 @@ class BlockDiagonal(NetworkPreconditioner):
             raise InvalidInputError(f"positions of blocks must lie in 0..{dim - 1}")
         if used.numel() != torch.unique(used).numel():
             raise InvalidInputError("blocks overlap: a parameter would be preconditioned twice")
-        self._parts = [(_as_slice(positions, self.device), block) for positions, block in self.blocks.values()]
+        self._parts: list[tuple[slice | Tensor, Any]] = [
+            (_as_slice(positions, self.device), block) for positions, block in self.blocks.values()
+        ]
 
     def block(self, block: Block) -> Preconditioner:
         if self._space is None:
@@ -102,7 +113,7 @@ class BlockDiagonal(NetworkPreconditioner):
                 parts[name] = (target[inside], _unit_inside(name, inner, block, inside))
         return BlockDiagonal(wanted.numel(), parts, self.dtype, self.device)
 
-    def _each(self, x: Tensor, act: Callable[[Preconditioner, Tensor], Tensor]) -> Tensor:
+    def _each(self, x: Tensor, act: Callable[[Any, Tensor], Tensor]) -> Tensor:
         out = x.clone()
         for part, block in self._parts:
             out[part] = act(block, x[part])
@@ -125,27 +136,10 @@ class BlockDiagonal(NetworkPreconditioner):
         return max((block.roundings for _, block in self._parts), default=0)
 
     def absolute(self) -> LinearOperator:
-        return _BlockDiagonalMagnitude(self)
-
-
-class _BlockDiagonalMagnitude(LinearOperator):
-    """`|P|` block by block."""
-
-    def __init__(self, P: BlockDiagonal) -> None:
-        super().__init__(P.shape, P.dtype, P.device)
-        self._parts = [(part, block.absolute()) for part, block in P._parts]
-
-    def _matmat(self, x: Tensor) -> Tensor:
-        out = x.clone()
-        for part, block in self._parts:
-            out[part] = block._matmat(x[part])
-        return out
-
-    def _rmatmat(self, y: Tensor) -> Tensor:
-        out = y.clone()
-        for part, block in self._parts:
-            out[part] = block._rmatmat(y[part])
-        return out
+        other = copy.copy(self)
+        # Only ever multiplied with: the blocks need not be invertible.
+        other._parts = [(part, block.absolute()) for part, block in self._parts]
+        return other
 
 
 def _unit_inside(name: str, inner: Preconditioner, block: Block, inside: Tensor) -> Preconditioner:
@@ -176,17 +170,17 @@ def covered_layers(risk: EmpiricalRisk, method: str) -> Coverage:
     """
     layers = coverage(risk)
     if not layers.covered:
+        known = ", ".join(kind.__name__ for kind in KINDS)
         listed = "; ".join(f"{n}: {why}" for n, why in layers.uncovered.items())
-        raise InvalidInputError(
-            f"no layer that {method} covers (Linear, Conv1d, Conv2d, Conv3d) among the parameters: {listed}"
-        )
+        raise InvalidInputError(f"no layer that {method} covers ({known}) among the parameters: {listed}")
     return layers
 
 
 def layer_positions(layer: Layer, space: ParameterSpace) -> Tensor:
-    """Flat positions of a layer's weight and free bias, in this order."""
+    """Flat positions of a layer's weights, unit after unit, and then of its free bias."""
     names = [layer.weight] + ([layer.bias] if layer.bias is not None else [])
-    return torch.cat([torch.arange(space.slice_of(n).start, space.slice_of(n).stop) for n in names])
+    weight, *bias = (torch.arange(space.slice_of(n).start, space.slice_of(n).stop) for n in names)
+    return torch.cat([layer.matrix(weight.view(layer.own_weight.shape)).reshape(-1), *bias])
 
 
 def identity_preconditioner(over: EmpiricalRisk | ParameterSpace) -> BlockDiagonal:
