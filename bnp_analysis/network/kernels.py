@@ -50,6 +50,10 @@ _RECURRENT: list[_Switch] = [
 @contextmanager
 def recording() -> Iterator[None]:
     """Derivatives are recorded even where the caller has turned that off, with `no_grad` or `inference_mode`."""
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        with full_float32:
+            yield
+        return
     with full_float32, torch.inference_mode(False), torch.enable_grad():
         yield
 

@@ -29,8 +29,7 @@ class Observer(TorchFunctionMode):
     Attributes:
         read: names of the watched tensors that were arguments.
         generators: random generators that were passed on purpose.
-        names: of all functions that were called.
-        eps: the spacing of the coarsest floating-point numbers that were made.
+        dtypes: of all tensors that were made.
         stops: where a gradient was cut, a step function or a padding index used, `"detach at net.py:12"`.
     """
 
@@ -39,9 +38,13 @@ class Observer(TorchFunctionMode):
         self._watched = watched or {}
         self.read: dict[str, None] = {}
         self.generators: dict[int, torch.Generator] = {}
-        self.names: set[str] = set()
-        self.eps = 0.0
+        self.dtypes: set[torch.dtype] = set()
         self.stops: dict[str, None] = {}
+
+    @property
+    def eps(self) -> float:
+        """The spacing of the coarsest floating-point numbers that were made."""
+        return max((torch.finfo(d).eps for d in self.dtypes if d.is_floating_point), default=0.0)
 
     def __enter__(self) -> Observer:
         # What torch warns of would be said to come from here.
@@ -57,17 +60,17 @@ class Observer(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = tensors_of((list(args), kwargs))
-        self.read |= {self._watched[id(t)]: None for t in given if id(t) in self._watched}
+        given = tensors_of((args, kwargs) if kwargs else args)
+        if self._watched:
+            self.read |= {self._watched[id(t)]: None for t in given if id(t) in self._watched}
         self.generators |= {id(g): g for g in (*args, *kwargs.values()) if isinstance(g, torch.Generator)}
         out = func(*args, **kwargs)
+        made = tensors_of(out) if isinstance(out, Tensor | tuple | list) else []
+        self.dtypes |= {t.dtype for t in made}
         name = str(getattr(func, "__name__", func))
-        name = str(getattr(func.__self__, "__name__", name)) if name == "__get__" else name
-        self.names.add(name)
-        made = [t for t in tensors_of(out if isinstance(out, Tensor | tuple | list) else ()) if t.is_floating_point()]
-        self.eps = max([self.eps, *(torch.finfo(t.dtype).eps for t in made)])
-        cut = any(t.requires_grad for t in given) and any(not t.requires_grad for t in made)
+        cut = any(t.requires_grad for t in given) and any(t.is_floating_point() and not t.requires_grad for t in made)
         if cut or name in _STEPS or kwargs.get("padding_idx") is not None:
+            name = str(getattr(func.__self__, "__name__", name)) if name == "__get__" else name
             self.stops[_caller(name)] = None
         return out
 

@@ -15,7 +15,7 @@ from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.names import clean_name
 from bnp_analysis.runtime.trees import counterpart, map_tensors
 
-__all__ = ["brought", "clean_name", "snapshot", "snapshot_loss", "unwrap"]
+__all__ = ["brought", "clean_name", "snapshot", "snapshot_loss", "tied_names", "unwrap"]
 
 
 def snapshot(model: nn.Module, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Module:
@@ -134,6 +134,19 @@ def snapshot_loss(loss: Callable[..., Any], dtype: torch.dtype, device: torch.de
             snapshot_loss(loss.func, dtype, device), *map_tensors(loss.args, own), **map_tensors(loss.keywords, own)
         )
     return loss
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Further names of parameters and buffers that have several -> the first.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> tied_names(nn.Sequential(layer, layer))
+        {'1.weight': '0.weight', '1.bias': '0.bias'}
+    """
+    first: dict[int, str] = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: first[id(t)] for name, t in named if first.setdefault(id(t), name) != name}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
