@@ -20,9 +20,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from bnp_analysis.curvature.products import saved_tensors
 from bnp_analysis.errors import InvalidInputError, MemoryLimitError
 from bnp_analysis.network.batches import Batch, slice_batch
+from bnp_analysis.network.observation import transformed
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.network.watching import transformed
 from bnp_analysis.runtime.float32 import full_float32
 from bnp_analysis.runtime.memory import available_memory
 from bnp_analysis.runtime.threads import LOCK

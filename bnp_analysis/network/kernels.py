@@ -157,16 +157,16 @@ def derivative(
     return found
 
 
-def nodes_of(tensors: Tensor | Iterable[Tensor]) -> set[torch.autograd.graph.Node]:
+def nodes_of(tensors: Tensor | Iterable[Tensor]) -> list[Any]:
     """The recorded operations behind some tensors."""
-    found: set[torch.autograd.graph.Node] = set()
+    found: dict[torch.autograd.graph.Node, None] = {}
     waiting = [t.grad_fn for t in ([tensors] if isinstance(tensors, Tensor) else tensors)]
     while waiting:
         node = waiting.pop()
         if node is not None and node not in found:
-            found.add(node)
+            found[node] = None
             waiting += [following for following, _ in node.next_functions]
-    return found
+    return [*found]
 
 
 def _once(node: torch.autograd.graph.Node) -> bool:

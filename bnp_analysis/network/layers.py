@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bnp_analysis.network.kernels import derivative
+from bnp_analysis.network.observation import transformed
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.network.watching import transformed
 from bnp_analysis.runtime.trees import tensors_of
 
 Dense = nn.Linear

@@ -15,18 +15,23 @@ from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.operators import require_no_autocast
 from bnp_analysis.network.batches import Batch, Batches, Count, arguments
 from bnp_analysis.network.derivatives import Trial, require_gradient
-from bnp_analysis.network.identity import fingerprint
 from bnp_analysis.network.kernels import derivative, explained, recording, with_differentiable_kernels
-from bnp_analysis.network.losses import WithModel, live_tensors, reads_model
+from bnp_analysis.network.observation import (
+    Visit,
+    WithModel,
+    differentiable_part,
+    live_tensors,
+    reads_model,
+    untransformed,
+    watched,
+)
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.precision import Precision, find_precision
 from bnp_analysis.network.purity import require_mean_loss, require_pure
 from bnp_analysis.network.reading import Inputs, one_tensor
 from bnp_analysis.network.selection import choose_parameters
 from bnp_analysis.network.smooth import Accurate
-from bnp_analysis.network.snapshot import brought, snapshot, snapshot_loss, tied_names
-from bnp_analysis.network.state import point, with_tensors
-from bnp_analysis.network.watching import Visit, differentiable_part, untransformed, watched
+from bnp_analysis.network.snapshot import brought, fingerprint, point, snapshot, snapshot_loss, tied_names, with_tensors
 from bnp_analysis.runtime.threads import LOCK
 from bnp_analysis.runtime.trees import counterpart, map_tensors
 

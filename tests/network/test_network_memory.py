@@ -12,7 +12,7 @@ from torch import Tensor
 
 import bnp_analysis as bnp
 from bnp_analysis.network import hashing
-from bnp_analysis.network.hashing import hash_of
+from bnp_analysis.network.batches import hash_of
 
 PEAK = """
 import re, sys, torch
