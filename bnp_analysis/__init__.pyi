@@ -11,10 +11,11 @@ from . import (
     network,
     plotting,
     precondition,
+    symmetry,
     theory,
     training,
 )
-from .curvature import NullDirections, fisher, gauss_newton, hessian, null_directions
+from .curvature import fisher, gauss_newton, hessian
 from .diagnose import Comparison, LayerRow, LayerTable, compare, layer_table
 from .linalg import (
     CallableOperator,
@@ -45,6 +46,7 @@ from .precondition import (
     kfac_preconditioner,
 )
 from .results import Result
+from .symmetry import NullDirections, null_directions
 from .theory import Check, CheckTable, ConvergenceCheck, check_convergence_rate, check_theory
 from .training import BNP, Run, train
 
@@ -103,6 +105,7 @@ __all__ = [
     "regularized_condition_number",
     "routes",
     "spectral_density",
+    "symmetry",
     "theory",
     "trace",
     "train",

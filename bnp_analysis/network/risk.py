@@ -16,6 +16,7 @@ from bnp_analysis.linalg.operators import require_no_autocast
 from bnp_analysis.network.batches import Batch, Batches, Count, arguments
 from bnp_analysis.network.derivatives import Trial, require_gradient
 from bnp_analysis.network.kernels import derivative, explained, recording, with_differentiable_kernels
+from bnp_analysis.network.model_io import Inputs, one_tensor
 from bnp_analysis.network.observation import (
     Visit,
     WithModel,
@@ -28,7 +29,6 @@ from bnp_analysis.network.observation import (
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.precision import Precision, find_precision
 from bnp_analysis.network.purity import require_mean_loss, require_pure
-from bnp_analysis.network.reading import Inputs, one_tensor
 from bnp_analysis.network.selection import choose_parameters
 from bnp_analysis.network.smooth import Accurate
 from bnp_analysis.network.snapshot import brought, fingerprint, point, snapshot, snapshot_loss, tied_names, with_tensors
