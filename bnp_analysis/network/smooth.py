@@ -150,13 +150,33 @@ def _bell(x: Tensor) -> Tensor:
     return _sigmoid(x) * _sigmoid(-x)
 
 
+def _mostly(plain: Entrywise, exact: Entrywise, far: Entrywise, x: Tensor) -> Tensor:
+    """`exact(x)`, by cheaper operations but in the few places where those lose digits."""
+    if is_functorch_wrapped_tensor(x) or (x.requires_grad and torch.is_grad_enabled()):
+        return exact(x)
+    found, places = plain(x), far(x).nonzero(as_tuple=True)
+    if len(places[0]):
+        found[places] = exact(x[places])
+    return found
+
+
 def _density(x: Tensor) -> Tensor:
-    """The normal density; its exponent in two parts, of which the larger is exact."""
+    """The normal density."""
+    return _mostly(lambda z: torch.exp(-z * z / 2) / math.sqrt(2 * math.pi), _far_density, lambda z: z.abs() > 2, x)
+
+
+def _far_density(x: Tensor) -> Tensor:
+    """Its exponent in two parts, of which the larger is exact."""
     coarse = (x.detach().clamp(-64, 64) * 16).round() / 16
     return torch.exp(-coarse * coarse / 2) * torch.exp(-(x - coarse) * (x + coarse) / 2) / math.sqrt(2 * math.pi)
 
 
 def _gelu_slope(x: Tensor) -> Tensor:
+    plain = torch.ops.aten.gelu_backward
+    return _mostly(lambda z: plain(torch.ones_like(z), z), _gelu_far_slope, lambda z: z < GELU.low, x)
+
+
+def _gelu_far_slope(x: Tensor) -> Tensor:
     size = x.abs()
     tail = _density(size) * (torch.special.erfcx(size / math.sqrt(2)) / _ROOT - size)
     return torch.where(x < 0, tail, 1 - tail)
