@@ -15,10 +15,11 @@ from . import (
     training,
 )
 from .curvature import NullDirections, fisher, gauss_newton, hessian, null_directions
-from .diagnose import Comparison, LayerRow, LayerTable, compare, layer_table
+from .diagnose import Comparison, Conditioning, LayerRow, LayerTable, compare, condition, layer_table
 from .linalg import (
     CallableOperator,
     ConditionNumber,
+    ConditionProfile,
     DenseOperator,
     DensePreconditioner,
     Eigenpairs,
@@ -27,6 +28,7 @@ from .linalg import (
     SpectralDensity,
     SymmetricOperator,
     condition_number,
+    condition_profile,
     congruence,
     eigenpairs,
     lanczos,
@@ -57,6 +59,8 @@ __all__ = [
     "CheckTable",
     "Comparison",
     "ConditionNumber",
+    "ConditionProfile",
+    "Conditioning",
     "ConvergenceCheck",
     "DenseOperator",
     "DensePreconditioner",
@@ -76,7 +80,9 @@ __all__ = [
     "check_convergence_rate",
     "check_theory",
     "compare",
+    "condition",
     "condition_number",
+    "condition_profile",
     "congruence",
     "curvature",
     "data",

@@ -6,6 +6,7 @@ eigenpairs, `quadrature` densities, `hutchinson` traces.
 """
 
 from bnp_analysis.linalg.condition.number import ConditionNumber
+from bnp_analysis.linalg.condition.profile import ConditionProfile, condition_profile
 from bnp_analysis.linalg.condition.routes import Route, choose_route, routes
 from bnp_analysis.linalg.condition.verbs import (
     condition_number,
@@ -38,6 +39,7 @@ __all__ = [
     "CallableOperator",
     "ColumnSubset",
     "ConditionNumber",
+    "ConditionProfile",
     "Congruence",
     "DenseOperator",
     "DensePreconditioner",
@@ -60,6 +62,7 @@ __all__ = [
     "block_lanczos",
     "choose_route",
     "condition_number",
+    "condition_profile",
     "congruence",
     "eigenpairs",
     "golub_kahan",

@@ -24,8 +24,29 @@ from bnp_analysis.linalg.spectra.null import DeclaredNull, require_null
 from bnp_analysis.runtime.memory import require_memory
 
 
-def factor_svd(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNull) -> Extremes:
-    """Singular values of the dense factor `F P`, by QR when tall, then SVD in float64; never the Gram matrix."""
+@dataclass(frozen=True, eq=False)
+class SingularValues:
+    """All singular values of a dense factor `F P` divided by `scale`, descending, and how well they are known.
+
+    Attributes:
+        values: `(min(r, n),)`, those of zero rows and columns left out.
+        radius: no value is farther from its computed one, in units of `scale`.
+        noise: the size of one rounding, in the same units.
+        structural: how many structure allows to be nonzero.
+        exponent: they are those of `2^exponent F P`.
+    """
+
+    values: Floats
+    scale: float
+    radius: float
+    noise: float
+    structural: int
+    exponent: int
+    matvecs: int
+
+
+def singular_values(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNull) -> SingularValues | None:
+    """Singular values of the dense factor `F P`, by QR when tall, then SVD in float64; None for the zero matrix."""
     factor = A.factor
     if factor is None:
         raise InvalidInputError(
@@ -35,7 +56,6 @@ def factor_svd(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNul
     require_memory(
         8 * 4 * factor.shape[0] * factor.shape[1], f"factor-svd of a {factor.shape} factor", device=factor.device
     )
-    matvecs = factor.dense_cost + null.cost
     if null.dim:
         checked = scaled(factor)
         require_null(checked, null, factor_rounding_norm(checked), "F")
@@ -45,7 +65,7 @@ def factor_svd(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNul
     require_finite(rows.matrix, "the factor")
     scale = float(rows.matrix.abs().max()) if rows.matrix.numel() else 0.0
     if scale == 0.0:
-        return zero_matrix(null, matvecs)
+        return None
     sigma = torch.linalg.svdvals(_square_root_of_gram(rows.matrix / scale)).cpu().numpy()
     size = norm_bound(rows.sizes()) / scale
     forming = rows.rounding * size + max(factor.shape) * LEAST / scale
@@ -54,10 +74,25 @@ def factor_svd(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNul
     if A.dim - null.dim < sigma.size:
         radius = max(radius, float(sigma[A.dim - null.dim]))
     noise = size * (UNIT if factor.exact else A.eps)
-    found = factor_extremes(
-        A, null, sigma, radius=radius, noise=noise, structural=rows.rank, scale=scale, matvecs=matvecs
+    return SingularValues(sigma, scale, radius, noise, rows.rank, rows.exponent, factor.dense_cost + null.cost)
+
+
+def factor_svd(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNull) -> Extremes:
+    """The ends of the spectrum from the singular values of the dense factor `F P`; never from the Gram matrix."""
+    found = singular_values(A, P, null)
+    if found is None:
+        return zero_matrix(null, (0 if A.factor is None else A.factor.dense_cost) + null.cost)
+    ends = factor_extremes(
+        A,
+        null,
+        found.values,
+        radius=found.radius,
+        noise=found.noise,
+        structural=found.structural,
+        scale=found.scale,
+        matvecs=found.matvecs,
     )
-    return found.times_power(-2 * rows.exponent)
+    return ends.times_power(-2 * found.exponent)
 
 
 def _square_root_of_gram(rows: Tensor) -> Tensor:
@@ -72,8 +107,8 @@ def _square_root_of_gram(rows: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class _Spectrum:
-    """All eigenvalues of a dense `P^T A P` divided by `scale`, and the radius within which they are known."""
+class Spectrum:
+    """All eigenvalues of a dense `P^T A P` divided by `scale`, ascending, and within which radius they are known."""
 
     matrix: Tensor
     scale: float
@@ -85,7 +120,7 @@ class _Spectrum:
     exponent: int
 
 
-def _spectrum(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNull) -> _Spectrum | None:
+def spectrum(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNull) -> Spectrum | None:
     """The spectrum in float64; None for the zero matrix."""
     require_memory(8 * 6 * A.dim**2, f"the dense {A.dim} x {A.dim} matrix and its eigenvalues", device=A.device)
     if null.dim:
@@ -113,14 +148,14 @@ def _spectrum(A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNull
     # Declared directions are zero by evidence: what is left of them measures the rounding from below.
     radius = max(radius, float(np.sort(np.abs(values))[null.dim - 1])) if null.dim else radius
     spent = operator.dense_cost + null.cost
-    return _Spectrum(matrix, scale, values, radius, rounding, spent, found.rank, found.exponent)
+    return Spectrum(matrix, scale, values, radius, rounding, spent, found.rank, found.exponent)
 
 
 def dense_symmetric(
     A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNull, *, indefinite: bool, inertia: bool = False
 ) -> Extremes:
     """All eigenvalues of the dense `P^T A P` in float64; with `inertia` the two ends are decided by counts instead."""
-    found = _spectrum(A, P, null)
+    found = spectrum(A, P, null)
     if found is None:
         return zero_matrix(null, A.dense_cost + null.cost)
     values, radius, scale = found.values, found.radius, found.scale
@@ -167,7 +202,7 @@ def dense_symmetric(
     return ends_found.times_power(-found.exponent)
 
 
-def _confirmed(found: _Spectrum, bottom: float, top: float, zeros: int) -> tuple[float, float, float, float] | None:
+def _confirmed(found: Spectrum, bottom: float, top: float, zeros: int) -> tuple[float, float, float, float] | None:
     """Both ends by inertia counts, widened by what forming the matrix rounded; None where a count disagrees."""
     tolerance = max(1e-9, 2 * found.radius / bottom)
     if tolerance >= 0.5:

@@ -2,38 +2,266 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from bnp_analysis.errors import InvalidInputError, NotConvexError, ZeroOperatorError
+from bnp_analysis.errors import InvalidInputError, ZeroOperatorError
 from bnp_analysis.linalg.bases import project_out
 from bnp_analysis.linalg.condition.certificates import (
     invariance_slack,
     kuczynski_wozniakowski,
     require_probability,
 )
+from bnp_analysis.linalg.condition.dense_routes import singular_values, spectrum
+from bnp_analysis.linalg.condition.extremes import unexplained_zeros
 from bnp_analysis.linalg.condition.krylov_routes import conditioned
+from bnp_analysis.linalg.condition.routes import choose_route
 from bnp_analysis.linalg.krylov.lanczos import Floats, Tridiagonalization, lanczos, tridiagonal_eigh
 from bnp_analysis.linalg.operators import SymmetricOperator, computed_in
-from bnp_analysis.linalg.preconditioner import Preconditioner
-from bnp_analysis.linalg.scale import exponent, scaled
+from bnp_analysis.linalg.preconditioner import Preconditioner, check_fits
+from bnp_analysis.linalg.scale import exponent, in_floats, scaled
 from bnp_analysis.linalg.spectra.checks import products_known_to, provenance, require_operator
-from bnp_analysis.linalg.spectra.null import HasBasis, read_null
+from bnp_analysis.linalg.spectra.null import DeclaredNull, HasBasis, read_null
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.float32 import full_float32
 from bnp_analysis.runtime.progress import Progress
 from bnp_analysis.runtime.random import generator, rademacher
 
+METHODS = ("auto", "factor-svd", "dense", "lanczos")
+_LADDER = (2, 5, 10, 20, 50, 100, 200, 500)
+# Ranks that Lanczos goes up to unless told otherwise.
+_DEFAULT = 100
 # A rung whose eigenvalue is known to no better than this factor is left out.
 _KNOWN = 2.0
 # Searches from new random vectors that may add what the first has missed.
 _ROUNDS = 3
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ConditionProfile(Result):
+    """The ratios `lambda_1 / lambda_r` of a matrix for a ladder of ranks `r`, each an interval.
+
+    Attributes:
+        ranks: `(k,)` int64, ascending; a rung whose eigenvalue is not known to within a factor of 2 is left out.
+        value, lower, upper: `(k,)` float64, the ratio at each rank and bounds that hold for that very rank.
+        lambda_max, lambda_max_lower, lambda_max_upper: the largest `|lambda|` and its bounds.
+        rank: the number of nonzero eigenvalues where it is certain, so that the last rung is `kappa*`; else None.
+        effective_rank, effective_rank_error: `trace / lambda_1`, and its standard error (0 for a dense matrix).
+        thresholds: `(t,)` float64, fractions of `lambda_1`.
+        at_least, at_most: `(t,)` int64, bounds of the number of eigenvalues whose size is at least that fraction of
+            `lambda_1`; `at_most` is the dimension where no bound is known.
+        negative: how many of the eigenvalues looked at are negative; the ratios are then those of magnitudes.
+        method: `"factor-svd"`, `"dense"` or `"lanczos"`.
+        failure_probability: of all bounds together, over random starts; 0 for a dense matrix.
+        dim, dtype, stop: size, precision of the products, why the run ended.
+    """
+
+    ranks: NDArray[np.int64]
+    value: Floats
+    lower: Floats
+    upper: Floats
+    lambda_max: float
+    lambda_max_lower: float
+    lambda_max_upper: float
+    rank: int | None
+    effective_rank: float
+    effective_rank_error: float
+    thresholds: Floats
+    at_least: NDArray[np.int64]
+    at_most: NDArray[np.int64]
+    negative: int
+    method: str
+    failure_probability: float
+    dim: int
+    dtype: str
+    stop: str
+
+    def summary(self) -> str:
+        """One line: three rungs, the effective rank, how it is known."""
+        name = "|lambda|_1/|lambda|_r" if self.negative else "lambda_1/lambda_r"
+        chosen = sorted({0, (len(self.ranks) - 1) // 2, len(self.ranks) - 1}) if len(self.ranks) else []
+        rungs = ", ".join(
+            f"{self.value[i]:.4g} ({self.lower[i]:.4g} .. {self.upper[i]:.4g}) at rank {self.ranks[i]}" for i in chosen
+        )
+        last = " = kappa*" if self.rank is not None and len(self.ranks) and self.ranks[-1] == self.rank else ""
+        error = f" +- {self.effective_rank_error:.2g}" if self.effective_rank_error else ""
+        chance = f", fails with probability <= {self.failure_probability:g}" if self.failure_probability else ""
+        return (
+            f"{name} = {rungs or 'not known at any rank'}{last}; effective rank {self.effective_rank:.4g}{error}; "
+            f"{self.method} {self.dtype}, {self.matvecs} products{products_known_to(self)}{chance}"
+        )
+
+    def records(self) -> list[dict[str, object]]:
+        """One row per rank."""
+        columns = zip(self.ranks.tolist(), self.value, self.lower, self.upper, strict=True)
+        return [{"rank": r, "value": float(v), "lower": float(a), "upper": float(b)} for r, v, a, b in columns]
+
+
+@full_float32
+def condition_profile(
+    A: SymmetricOperator,
+    *,
+    preconditioner: Preconditioner | None = None,
+    null: Tensor | HasBasis | None = None,
+    ranks: Sequence[int] | None = None,
+    steps: int | None = None,
+    method: str = "auto",
+    thresholds: Sequence[float] = (1e-2, 1e-4, 1e-6),
+    probes: int = 16,
+    failure_probability: float = 1e-3,
+    seed: int = 0,
+    progress: Progress = False,
+) -> ConditionProfile:
+    """The ratios `lambda_1 / lambda_r` of `P^T A P` for a ladder of ranks `r`, each with bounds, at any size.
+
+    The last ratio of all, `kappa*`, is often beyond double precision, and out of reach of a Krylov method; how the
+    ratio grows with the rank is neither. For an indefinite operator the ratios are those of magnitudes.
+
+    Args:
+        A: symmetric operator on `R^n`.
+        preconditioner: `P` with `theta = P z`; the operator measured is `P^T A P`.
+        null: known null directions in the coordinates of `A`; zero eigenvalues are no rungs in any case, declared ones
+            need not be found.
+        ranks: the ladder, integers from 2 to `n`; default 2, 5, 10, 20, 50, 100 with Lanczos, up to the rank of a dense
+            matrix.
+        steps: of Lanczos, default three for each rank, at least 100.
+        method: `"auto"`: a dense matrix where `condition_number` would take one, else Lanczos. Or `"factor-svd"`,
+            `"dense"`, `"lanczos"`.
+        thresholds: fractions of `lambda_1` for which eigenvalues are counted.
+        probes: random vectors for the part of the trace that Lanczos has not resolved, at least 2.
+        failure_probability: of all bounds together, where they rest on random starts.
+        seed: of the random starts.
+        progress: True draws a bar, a callable gets `(done, total)`.
+
+    Returns:
+        A `ConditionProfile`. Rungs that are not reached are left out.
+
+    Raises:
+        InvalidInputError: ranks that do not fit the operator, an unknown method, a zero operator; NullSpaceError,
+        NonFiniteError, MemoryLimitError: as for `condition_number`.
+
+    Source: T13; Cauchy's interlacing and the theorem of Courant and Fischer; Kuczynski and Wozniakowski 1992.
+
+    Example:
+        >>> import torch, bnp_analysis as bnp
+        >>> A = bnp.DenseOperator(torch.diag(0.5 ** torch.arange(40, dtype=torch.float64)))
+        >>> profile = bnp.condition_profile(A, ranks=[2, 3, 11], method="lanczos")
+        >>> [round(x, 6) for x in profile.value.tolist()]
+        [2.0, 4.0, 1024.0]
+        >>> bool((profile.lower <= profile.value).all() and (profile.value <= profile.upper).all())
+        True
+    """
+    require_operator(A)
+    require_probability(failure_probability)
+    if method not in METHODS:
+        raise InvalidInputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if probes < 2:
+        raise InvalidInputError(f"an error bar needs at least two probes, got {probes}")
+    if preconditioner is not None:
+        check_fits(A, preconditioner)
+    began = time.perf_counter()
+    declared = read_null(null, A)
+    wanted = _ladder(ranks, A.dim)
+    chosen = choose_route(A) if method == "auto" else method
+    if chosen == "lanczos":
+        count = max(wanted or [_DEFAULT])
+        count = min(count, A.dim - declared.dim)
+        taken = max(100, 3 * count) if steps is None else steps
+        B, P = scaled(A), None if preconditioner is None else scaled(preconditioner)
+        operator, basis, noise, spent = conditioned(B, P, declared, taken, seed)
+        found = krylov_magnitudes(
+            operator,
+            basis,
+            count,
+            steps=taken,
+            noise=noise,
+            failure_probability=failure_probability,
+            probes=probes,
+            seed=seed,
+            progress=progress,
+        )
+        found = dataclasses.replace(found, matvecs=found.matvecs + spent)
+        power = -exponent(operator)
+    else:
+        found, power = dense_magnitudes(A, preconditioner, declared, chosen)
+    if not found.value.size or found.value[0] <= found.upper[0] - found.value[0]:
+        raise ZeroOperatorError(
+            "the operator is zero to rounding, and a profile compares nonzero eigenvalues; look for saturated or dead "
+            "units, or a loss that does not depend on these parameters"
+        )
+    return _profile(
+        found,
+        wanted,
+        power,
+        thresholds=np.array(sorted(thresholds, reverse=True)),
+        method=chosen,
+        dim=A.dim,
+        dtype=computed_in(A),
+        **provenance(
+            A,
+            preconditioner,
+            {"ranks": ranks and list(ranks), "steps": steps, "method": method, "probes": probes}
+            | {"failure_probability": failure_probability},
+            seed,
+            began,
+        ),
+    )
+
+
+def _ladder(ranks: Sequence[int] | None, dim: int) -> list[int]:
+    if ranks is None:
+        return []
+    wrong = [r for r in ranks if isinstance(r, bool) or not isinstance(r, int | np.integer) or not 2 <= r <= dim]
+    if wrong or not len(ranks):
+        raise InvalidInputError(
+            f"ranks must be integers from 2 to the dimension {dim}, got {wrong or 'none'}; leave them out for a ladder"
+        )
+    return sorted({int(r) for r in ranks})
+
+
+def _profile(found: Magnitudes, wanted: list[int], power: int, *, thresholds: Floats, **about: Any) -> ConditionProfile:
+    reached = np.flatnonzero((found.lower > 0) & (found.upper <= _KNOWN * found.lower)) + 1
+    ladder = wanted or [*_LADDER, *(10**k * m for k in range(3, 8) for m in (1, 2, 5))]
+    if found.rank is not None and not wanted:
+        ladder = [*(r for r in ladder if r < found.rank), found.rank]
+    known = set(reached.tolist())
+    ranks = np.array([r for r in ladder if r in known and r > 1], dtype=np.int64)
+    top, bottom, first = found.upper[0], found.lower[0], found.value[0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        lower = np.maximum(bottom / found.upper[ranks - 1], 1.0)
+        upper = top / found.lower[ranks - 1]
+        value = np.clip(first / found.value[ranks - 1], lower, upper)
+    sure = [int((found.lower >= t * top).sum()) for t in thresholds]
+    most = [int((found.upper >= t * bottom).sum()) if found.rest < t * bottom else about["dim"] for t in thresholds]
+    return ConditionProfile(
+        ranks=ranks,
+        value=value,
+        lower=lower,
+        upper=upper,
+        lambda_max=in_floats(float(first), power, "the largest eigenvalue"),
+        lambda_max_lower=in_floats(float(bottom), power, "the largest eigenvalue"),
+        lambda_max_upper=in_floats(float(top), power, "the largest eigenvalue"),
+        rank=found.rank,
+        effective_rank=found.trace / float(first),
+        effective_rank_error=found.trace_error / float(first),
+        thresholds=thresholds,
+        at_least=np.array(sure, dtype=np.int64),
+        at_most=np.array(most, dtype=np.int64),
+        negative=found.negative,
+        failure_probability=found.failure_probability,
+        stop=found.stop,
+        matvecs=found.matvecs,
+        **about,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +287,45 @@ class Magnitudes:
     matvecs: int
     failure_probability: float = 0.0
     stop: str = "done"
+
+
+def dense_magnitudes(
+    A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNull, method: str
+) -> tuple[Magnitudes, int]:
+    """All `|lambda|` of a dense matrix within the radius of its rounding, and the power of two that they lack.
+
+    Weyl's theorem bounds each value by itself, so a radius of singular values or eigenvalues holds at every rank.
+    """
+    empty = np.zeros(0)
+    nothing = Magnitudes(
+        value=empty, lower=empty, upper=empty, rest=0.0, rank=0, trace=0.0, trace_error=0.0, negative=0, matvecs=0
+    )
+    if method == "factor-svd":
+        F = singular_values(A, P, null)
+        if F is None:
+            return nothing, 0
+        sigma, radius, power, spent = F.values, F.radius, -2 * F.exponent, F.matvecs
+        low, high, signed, unit = np.maximum(sigma - radius, 0.0) ** 2, (sigma + radius) ** 2, sigma**2, F.scale**2
+        structural, negative, resolved = F.structural, 0, int((sigma > radius).sum())
+    else:
+        S = spectrum(A, P, null)
+        if S is None:
+            return nothing, 0
+        signed, radius, power, spent = S.values[np.argsort(-np.abs(S.values))], S.radius, -S.exponent, S.matvecs
+        low, high, unit = np.maximum(np.abs(signed) - radius, 0.0), np.abs(signed) + radius, S.scale
+        structural, negative, resolved = S.rank, int((signed < -radius).sum()), int((np.abs(signed) > radius).sum())
+    unresolved, on_word = unexplained_zeros(resolved, structural, null, A)
+    return Magnitudes(
+        value=np.abs(signed) * unit,
+        lower=low * unit,
+        upper=high * unit,
+        rest=0.0,
+        rank=None if unresolved or on_word else resolved,
+        trace=float(signed.sum()) * unit,
+        trace_error=0.0,
+        negative=negative,
+        matvecs=spent,
+    ), power
 
 
 def krylov_magnitudes(
