@@ -193,7 +193,7 @@ def centered(offset: float) -> Callable[[Tensor, torch.dtype], Tensor]:
     return normalize
 
 
-@pytest.mark.parametrize("offset", [1.0, 1e2, 1e3])
+@pytest.mark.parametrize("offset", [1.0, 1e2, 2e2])
 def test_what_cancels_after_a_cast_counts(offset: float) -> None:
     for seed in range(2):
         rough, exact = problem(centered(offset), SINGLE, seed), problem(centered(0.0), DOUBLE, seed)

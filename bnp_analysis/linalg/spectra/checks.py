@@ -76,7 +76,7 @@ def require_operator(A: object) -> None:
     inside = _innermost(A)
     if inside.exact or isinstance(inside, CallableOperator):
         return
-    found = A.record.get("precision")
+    found = inside.record.get("precision")
     cast = found is not None or not coarse(inside)
     require_digits(A.eps, found or computed_in(A), "its eigenvalues and their ratios", cast=cast)
 
