@@ -11,10 +11,11 @@ from . import (
     network,
     plotting,
     precondition,
+    symmetry,
     theory,
     training,
 )
-from .curvature import NullDirections, fisher, gauss_newton, hessian, null_directions
+from .curvature import fisher, gauss_newton, hessian
 from .diagnose import Comparison, Conditioning, LayerRow, LayerTable, compare, condition, layer_table
 from .linalg import (
     CallableOperator,
@@ -47,6 +48,7 @@ from .precondition import (
     kfac_preconditioner,
 )
 from .results import Result
+from .symmetry import NullDirections, null_directions
 from .theory import Check, CheckTable, ConvergenceCheck, check_convergence_rate, check_theory
 from .training import BNP, Run, train
 
@@ -109,6 +111,7 @@ __all__ = [
     "regularized_condition_number",
     "routes",
     "spectral_density",
+    "symmetry",
     "theory",
     "trace",
     "train",

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "bnp_analysis"
 ROOMS = (
     *("errors", "runtime", "_encoding", "results", "linalg", "testing", "distributed", "network", "curvature"),
-    *("precondition", "theory", "training", "diagnose", "plotting", "cli"),
+    *("symmetry", "precondition", "theory", "training", "diagnose", "plotting", "cli"),
 )
 LEFT_OF = {room: set(ROOMS[:place]) for place, room in enumerate(ROOMS)}
 LEFT_OF |= {"data": {"errors"}, "models": {"errors"}, "__main__": {"cli"}}

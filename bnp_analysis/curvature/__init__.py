@@ -3,6 +3,5 @@
 from bnp_analysis.curvature.fisher import fisher
 from bnp_analysis.curvature.gauss_newton import gauss_newton
 from bnp_analysis.curvature.hessian import hessian
-from bnp_analysis.curvature.null_space import NullDirections, null_directions
 
-__all__ = ["NullDirections", "fisher", "gauss_newton", "hessian", "null_directions"]
+__all__ = ["fisher", "gauss_newton", "hessian"]

@@ -15,14 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnp_analysis.curvature.null_basis import Verifier
 from bnp_analysis.curvature.output_curvature import ROUNDINGS, output_root
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.matrices import RowScaled
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.linalg.spectra.null import SomeNullDirections
-from bnp_analysis.network.candidates import Part
-from bnp_analysis.network.dependencies import null_vectors
+from bnp_analysis.linalg.spectra.null_checks import Verifier, null_vectors
 from bnp_analysis.network.kernels import derivative
 from bnp_analysis.network.layers import Coverage, Layer, products_only
 from bnp_analysis.network.risk import EmpiricalRisk
@@ -150,7 +148,7 @@ class UnitBlocks:
             vectors = self._common = _null_rows(self.rows) if self._common is None else self._common
         if vectors.shape[1]:
             verifier = Verifier(factor, vectors.shape[1])
-            vectors = vectors[:, verifier.sizes(Part(torch.arange(len(vectors)), vectors)) <= verifier.tolerance]
+            vectors = vectors[:, verifier.sizes(torch.arange(len(vectors)), vectors) <= verifier.tolerance]
         return SomeNullDirections(vectors.to(self.rows), {"dependent inputs": vectors.shape[1]})
 
 

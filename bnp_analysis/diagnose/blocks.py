@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bnp_analysis.curvature import NullDirections, gauss_newton, null_directions
+from bnp_analysis.curvature import gauss_newton
 from bnp_analysis.curvature.units import UnitBlocks
 from bnp_analysis.errors import InvalidInputError, MemoryLimitError, ZeroOperatorError
 from bnp_analysis.linalg import (
@@ -29,6 +29,7 @@ from bnp_analysis.precondition import NetworkPreconditioner
 from bnp_analysis.runtime.memory import available_memory
 from bnp_analysis.runtime.progress import Progress
 from bnp_analysis.runtime.threads import each
+from bnp_analysis.symmetry import NullDirections, null_directions
 
 Pair = tuple[ConditionNumber | None, ConditionNumber | None]
 # Parameters of a block beyond which tables do not search for all its null directions.

@@ -25,8 +25,8 @@ from bnp_analysis.linalg import (
     singular_condition_number,
 )
 from bnp_analysis.linalg.operators import require_digits
+from bnp_analysis.linalg.spectra.null_checks import null_vectors
 from bnp_analysis.network import Coverage, EmpiricalRisk, Layer, coverage
-from bnp_analysis.network.dependencies import null_vectors
 from bnp_analysis.network.inputs import input_triangles
 from bnp_analysis.network.moments import layer_moments
 from bnp_analysis.precondition import NetworkPreconditioner, bnp_preconditioner

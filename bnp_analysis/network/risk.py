@@ -18,10 +18,10 @@ from bnp_analysis.network.derivatives import require_gradient
 from bnp_analysis.network.identity import fingerprint
 from bnp_analysis.network.kernels import derivative, explained, recording, with_differentiable_kernels
 from bnp_analysis.network.losses import WithModel, live_tensors, reads_model
+from bnp_analysis.network.model_io import Inputs, one_tensor
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.precision import find_precision
 from bnp_analysis.network.purity import require_mean_loss, require_pure
-from bnp_analysis.network.reading import Inputs, one_tensor
 from bnp_analysis.network.selection import choose_parameters
 from bnp_analysis.network.smooth import Accurate
 from bnp_analysis.network.snapshot import brought, snapshot, snapshot_loss

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnp_analysis.curvature import gauss_newton, null_directions
+from bnp_analysis.curvature import gauss_newton
 from bnp_analysis.errors import InvalidInputError, MemoryLimitError, ZeroOperatorError
 from bnp_analysis.linalg import ConditionNumber, condition_number
 from bnp_analysis.network import EmpiricalRisk
 from bnp_analysis.precondition import bnp_preconditioner
+from bnp_analysis.symmetry import null_directions
 
 Probe = Callable[[int, nn.Module], Mapping[str, Any]]
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import bnp_analysis as bnp
 from bnp_analysis.curvature.units import UnitBlocks, unit_blocks
 from bnp_analysis.linalg.derived import Shifted
-from bnp_analysis.network.candidates import Candidate, Part
 from bnp_analysis.precondition import BNPBlock, BNPPreconditioner
+from bnp_analysis.symmetry.candidates import Candidate, Part
 from bnp_analysis.theory.rates.convergence import ConvergenceCheck
 from bnp_analysis.theory.statements import blocks as whitening
 from bnp_analysis.theory.statements import (

@@ -292,8 +292,8 @@ def _measure(
         known = "" if A.eps <= torch.finfo(A.dtype).eps else f", its products being known to {A.eps:.1g} only"
         raise ZeroOperatorError(
             f"the operator is zero to rounding{known}, and a condition number compares nonzero eigenvalues; "
-            "look for saturated or dead units, a loss that does not depend on these parameters, or one whose derivative "
-            "is a difference of nearly equal numbers, as that of log(cosh(z)) is at large z"
+            "look for saturated or dead units, a loss that does not depend on these parameters, or one whose "
+            "derivative is a difference of nearly equal numbers, as that of log(cosh(z)) is at large z"
         )
     value = ends.lambda_max / ends.lambda_min if ends.lambda_min > 0 else math.inf
     note = ends.note + (next_route(A) if route == "lanczos" and not math.isfinite(ends.upper) else "")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.curvature.hessian import hessian
-from bnp_analysis.curvature.null_space import null_directions
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.symmetry import null_directions
 
 _UNIT = float(torch.finfo(torch.float64).eps)
 

@@ -14,6 +14,7 @@ from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.precondition.bnp import BNPPreconditioner, bnp_preconditioner
+from bnp_analysis.symmetry import Cause
 from bnp_analysis.theory.rates.descent import (
     DIVERGED,
     DONE,
@@ -45,7 +46,7 @@ from bnp_analysis.theory.rates.observation import (
 from bnp_analysis.theory.rates.options import NotPredictable, RateOptions
 
 #: Causes that hold at a point and not along an orbit: two equal units, for instance, make columns of a layer dependent.
-_AT_A_POINT = ("dependent inputs", "unread outputs")
+_AT_A_POINT = (Cause.DEPENDENT_INPUTS, Cause.UNREAD_OUTPUTS)
 _SHIFT = 0.005  # by how much the move of the limit point may change the prediction
 _LENGTH = 5.0  # time constants that a run has at least
 _NONLINEAR = 0.1

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.network import Layer
-from bnp_analysis.network.candidates import Chart, Part
-from bnp_analysis.network.graph import Node, record_graph
-from bnp_analysis.network.links import Link, follow
-from bnp_analysis.network.symmetries import candidate_directions
+from bnp_analysis.symmetry.candidates import Cause, Chart, Part
+from bnp_analysis.symmetry.graph import Node
+from bnp_analysis.symmetry.null_space import candidate_directions
+from bnp_analysis.symmetry.recording import record_graph
+from bnp_analysis.theory.statements.channels import Link, follow
 from bnp_analysis.theory.statements.setting import NotApplicable, Problem
 
 # Channels of a layer among which generators are chosen.
@@ -72,8 +73,8 @@ def _links(problem: Problem) -> tuple[Chart, list[Link]]:
     chart = Chart(risk, graph)
     found = []
     for node in graph:
-        link = follow(graph, node)[0] if node.is_layer else None
-        if link is not None and link.inner and all(_movable(chart, n) for n in (node, *(r.node for r in link.readers))):
+        link = follow(graph, node) if node.is_layer else None
+        if link is not None and all(_movable(chart, n) for n in (node, *(r.node for r in link.readers))):
             found.append(link)
     return chart, found
 
@@ -85,7 +86,7 @@ def _movable(chart: Chart, node: Node) -> bool:
 def _incoming(chart: Chart, link: Link, unit: int) -> Tensor:
     """Flat positions of a unit's weights and bias."""
     names = [link.producer.parameters[role] for role in ("weight", "bias") if role in link.producer.parameters]
-    return torch.cat([chart.space.slice_of(name).start + chart.entries(name, unit) for name in names])
+    return torch.cat([chart.positions(name)[unit].reshape(-1) for name in names])
 
 
 def _outgoing(chart: Chart, link: Link, unit: int) -> Tensor:
@@ -110,14 +111,14 @@ def generators(problem: Problem, per_layer: int = 2) -> Iterator[Generator]:
             count = len(_incoming(chart, link, i))
             sign = torch.ones(len(into)).to(problem.risk.theta)
             sign[count:] = -1
-            yield Generator("linear layer", f"{link.producer.layer}, units {j} into {i}", into, source, sign)
+            yield Generator(Cause.LINEAR_LAYER, f"{link.producer.layer}, units {j} into {i}", into, source, sign)
 
 
 def _scale(chart: Chart, link: Link, unit: int, like: Tensor) -> Generator:
     into, out = _incoming(chart, link, unit), _outgoing(chart, link, unit)
     both = torch.cat([into, out])
     sign = torch.cat([torch.ones(len(into)), -torch.ones(len(out))]).to(like)
-    return Generator("homogeneity", f"{link.producer.layer}, unit {unit}", both, both, sign)
+    return Generator(Cause.HOMOGENEITY, f"{link.producer.layer}, unit {unit}", both, both, sign)
 
 
 def scalings(problem: Problem) -> list[Scaling]:
@@ -178,7 +179,7 @@ def logit_shifts(problem: Problem) -> Tensor:
     """Unit directions that add one number to a weight of every output, where the loss ignores it, `(n, c)`."""
     candidates, _ = candidate_directions(problem.risk)
     found = []
-    for part in (part for one in candidates if one.cause == "softmax shift" for part in one.parts):
+    for part in (part for one in candidates if one.cause == Cause.SOFTMAX_SHIFT for part in one.parts):
         if any(_is_translation(problem, layer, part) for layer in problem.layers):
             column = torch.zeros(problem.risk.space.dim, dtype=problem.risk.theta.dtype)
             column[part.positions] = part.values[:, 0].to(column)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnp_analysis.curvature import NullDirections, gauss_newton, hessian, null_directions
+from bnp_analysis.curvature import gauss_newton, hessian
 from bnp_analysis.errors import BNPAnalysisError
 from bnp_analysis.linalg import Preconditioner, SymmetricOperator
 from bnp_analysis.network import Coverage, EmpiricalRisk, Layer, coverage, layer_rows
@@ -19,6 +19,7 @@ from bnp_analysis.network.layers import products_only
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.precondition import BNPPreconditioner, bnp_preconditioner
 from bnp_analysis.runtime.random import generator
+from bnp_analysis.symmetry import NullDirections, null_directions
 from bnp_analysis.theory.check import Check
 from bnp_analysis.theory.sources import Source
 from bnp_analysis.theory.statements.activations import Activations, activations

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bnp_analysis.curvature import NullDirections, hessian, null_directions
+from bnp_analysis.curvature import hessian
 from bnp_analysis.linalg.spectra.checks import norm_estimate
 from bnp_analysis.network import Layer
+from bnp_analysis.symmetry import NullDirections, null_directions
 from bnp_analysis.theory.check import Check
 from bnp_analysis.theory.sources import Source
 from bnp_analysis.theory.statements.generators import generators, logit_shifts

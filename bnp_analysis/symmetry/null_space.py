@@ -1,27 +1,35 @@
-"""Known null directions of the Gauss-Newton matrix: candidates from the structure, each verified."""
+"""Known null directions of the Gauss-Newton matrix: candidates from structure and data, each verified by a product."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from bnp_analysis.curvature.gauss_newton import gauss_newton
-from bnp_analysis.curvature.null_basis import NullBasis, Verifier, most_columns
-from bnp_analysis.curvature.orbits import Orbit
 from bnp_analysis.curvature.output_curvature import output_root
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator, require_digits
-from bnp_analysis.network.candidates import Candidate, Part
+from bnp_analysis.linalg.spectra.null_checks import Verifier
+from bnp_analysis.network.batches import slice_batch
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.network.symmetries import candidate_directions
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.memory import require_memory
+from bnp_analysis.runtime.trees import tensors_of
+from bnp_analysis.symmetry.basis import NullBasis, most_columns
+from bnp_analysis.symmetry.candidates import Candidate, Chart, Orbit, Part
+from bnp_analysis.symmetry.constraints import Activation, Constant, Constraints, Parameters, Value, fixed, values_in
+from bnp_analysis.symmetry.from_data import Counted, dependent_inputs, unread_outputs, without_effect
+from bnp_analysis.symmetry.graph import Graph, Node, Slot
+from bnp_analysis.symmetry.recording import arguments_by_name, record_graph
+from bnp_analysis.symmetry.solutions import Mixer, frames, scale_candidates
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -89,10 +97,12 @@ class NullDirections(Result):
 
         They are null directions of the principal block at these coordinates, for instance of one unit.
         """
+        return self.basis[positions][:, self._alone(positions)]
+
+    def _alone(self, positions: Tensor) -> Tensor:
         outside = torch.ones(self.basis.shape[0], dtype=torch.bool, device=self.basis.device)
         outside[positions] = False
-        alone = (self.basis[outside] == 0).all(dim=0)
-        return self.basis[positions][:, alone]
+        return (self.basis[outside] == 0).all(dim=0)
 
 
 def null_directions(
@@ -154,8 +164,8 @@ def null_directions(
         book = rejected if candidate.exact else approximate
         parts = [_verified(candidate, part, verifier, book) for part in candidate.parts]
         basis.add(candidate.cause, [part for part in parts if part.count])
-        kept = zip(parts, candidate.moves, strict=False)
-        orbits += [Orbit(candidate.cause, move) for part, move in kept if part.count and move is not None]
+        kept = zip(parts, candidate.orbits, strict=False)
+        orbits += [orbit for part, orbit in kept if part.count and orbit is not None]
     found = NullDirections(
         basis=basis.dense(risk.theta),
         sources=basis.counts(),
@@ -174,7 +184,7 @@ def null_directions(
 def _verified(candidate: Candidate, part: Part, verifier: Verifier, book: dict[str, tuple[int, float]]) -> Part:
     """The columns of a part that are null; the others go into the book, and all that are not exact."""
     values = part.values[:, part.values.norm(dim=0) > 0]
-    sizes = verifier.sizes(Part(part.positions, values))
+    sizes = verifier.sizes(part.positions, values)
     null = (sizes <= verifier.tolerance) & candidate.exact
     if not bool(null.all()):
         known, worst = book.get(candidate.cause, (0, 0.0))
@@ -205,22 +215,130 @@ def _counted(risk: EmpiricalRisk) -> list[Tensor | None] | None:
 
 
 def _unit(found: NullDirections, positions: Tensor, began: float) -> NullDirections:
-    outside = torch.ones(found.basis.shape[0], dtype=torch.bool)
-    outside[positions] = False
+    """Of the directions of a layer, those of one unit."""
+    basis, inside = found.inside(positions), found._alone(positions).tolist()
     causes = [cause for cause, count in found.sources.items() for _ in range(count)]
-    alone = (found.basis[outside.to(found.basis.device)] == 0).all(dim=0).tolist()
-    counts: dict[str, int] = {}
-    for cause, inside in zip(causes, alone, strict=True):
-        if inside:
-            counts[cause] = counts.get(cause, 0) + 1
-    return NullDirections(
-        basis=found.inside(positions),
-        sources=counts,
-        approximate=found.approximate,
-        rejected=found.rejected,
-        not_analysed=found.not_analysed,
-        settings=found.settings,
-        engine=found.engine,
-        matvecs=found.matvecs,
-        seconds=time.perf_counter() - began,
-    )
+    sources = Counter(cause for cause, mine in zip(causes, inside, strict=True) if mine)
+    return replace(found, basis=basis, sources=dict(sources), seconds=time.perf_counter() - began)
+
+
+# The search.
+
+
+def candidate_directions(risk: EmpiricalRisk, counted: Counted = None) -> tuple[list[Candidate], list[str]]:
+    """Candidates of every cause, the most local first, and what could not be analysed.
+
+    Inside one unit: parameters without effect, dependent inputs, inactive rows, dead units. Inside one layer: what
+    nothing reads, because a norm, a layer behind or the loss takes it out. Across layers: scales, shifts and mixings
+    of channels, wherever they are made and read. Nothing here is believed before it is verified.
+
+    Args:
+        risk: the empirical risk; its data are run once, and what layers and norms receive and return is held.
+        counted: for each batch, which outputs the loss looks at; default all.
+
+    Returns:
+        The candidates in `risk.space`, and words for what was left out.
+
+    Raises:
+        MemoryLimitError: the activations do not fit.
+
+    Source: T11.
+    """
+    graphs = _graphs(risk, counted)
+    graph, skipped = graphs[0], list[str]()
+    if not all(graph.same_operations(other) for other in graphs):
+        return [], ["the operations depend on the batch"]
+    chart = Chart(risk, graph)
+    found = [without_effect(chart, graphs), *dependent_inputs(chart, graphs, skipped)]
+    if graph.transformed:
+        return [c for c in found if c.count], [*skipped, "passes through transforms of torch.func"]
+    constraints, unfollowed = follow(Constraints(chart, _with_calls(risk, graph), graphs))
+    found += unread_outputs(risk, chart, graph, constraints.uses, counted)
+    found += scale_candidates(constraints)
+    mixer = Mixer(constraints)
+    for frame in frames(constraints):
+        found += mixer.candidates(frame)
+    skipped += [*constraints.skipped, *(f"{name}: used by {kind}" for name, kind in unfollowed if name in chart.space)]
+    return [c for c in sorted(found, key=lambda c: not c.exact) if c.count], list(dict.fromkeys(skipped))
+
+
+def _graphs(risk: EmpiricalRisk, counted: Counted) -> list[Graph]:
+    graphs: list[Graph] = []
+    for batch in risk.batches:
+        graphs.append(record_graph(risk, batch, None if counted is None else counted[batch.index]))
+        if len(graphs) == 1:
+            tensors = [t for n in graphs[0] for t in (n.received, n.output, n.reach, n.signs) if t is not None]
+            held = sum(t.numel() * t.element_size() for t in tensors)
+            where = tensors[0].device if tensors else None
+            require_memory(int(held * risk.batches.total / batch.count), "what the layers receive", device=where)
+    return graphs
+
+
+def _with_calls(risk: EmpiricalRisk, graph: Graph) -> Graph:
+    """The same operations on two examples, where they do the same; else on the first batch."""
+    batch = next(iter(risk.batches))
+    few = slice_batch(batch, 0, 2)
+    if few is not None:
+        # A model may be written for one size of batch.
+        with suppress(RuntimeError, ValueError, IndexError):
+            found = record_graph(risk, few, calls=True)
+            if found.same_operations(graph):
+                return found
+    return record_graph(risk, batch, calls=True)
+
+
+def follow(constraints: Constraints) -> tuple[Constraints, list[tuple[str, str]]]:
+    """Let every operation write its demands.
+
+    Returns:
+        The constraints, and the parameters with the kinds of operations that use them in ways that are not followed.
+    """
+    c, unfollowed = constraints, list[tuple[str, str]]()
+    for node in c.graph:
+        found = _outcome(c, node)
+        if found is None:
+            moving = [value for value in _operands(c, node) if _moves(value)]
+            for value in moving:
+                c.pin(value)
+            unfollowed += [(name, node.kind) for name in node.parameters.values()]
+            if any(isinstance(value, Activation) for value in moving):
+                c.skipped.append(f"passes through {node.kind}")
+            found = fixed(node.shape)
+        made = found if isinstance(found, list) else [found] * node.outputs
+        c.values |= {Slot(node.index, position): value for position, value in enumerate(made)}
+    if c.graph.output is not None:
+        c.pin(c.values[c.graph.output])
+    return c, unfollowed
+
+
+def _operands(c: Constraints, node: Node) -> Iterator[Value]:
+    return values_in(c.value(arguments_by_name(node)))
+
+
+def _moves(value: Value) -> bool:
+    return isinstance(value, Parameters) or (isinstance(value, Activation) and bool((value.labels > 1).any()))
+
+
+def _outcome(c: Constraints, node: Node) -> Value | list[Value] | None:
+    """What an operation makes; None where it is not followed."""
+    call, effect = node.call, node.operation.effect
+    assert call is not None
+    # What fails here is an operation like those without a rule; equations that it left behind only forbid more.
+    with suppress(Exception):
+        if all(isinstance(value, Constant) for value in _operands(c, node)):
+            out = call.function(*_numbers(c.value(call.positional)), **_numbers(c.value(call.keywords)))
+            return [Constant(t.detach()) for t in tensors_of(out)]
+        found: Value | list[Value] | None = (
+            None if effect is None else effect(c, node, c.value(arguments_by_name(node)))
+        )
+        return found
+    return None
+
+
+def _numbers(given: Any) -> Any:
+    """Constants as tensors again, copied: some operations write into what they read."""
+    if isinstance(given, Constant):
+        return given.value.clone()
+    if isinstance(given, dict):
+        return {key: _numbers(part) for key, part in given.items()}
+    return type(given)(_numbers(part) for part in given) if isinstance(given, list | tuple) else given

@@ -213,6 +213,15 @@ def test_orbits_of_every_kind_are_offered_and_no_others() -> None:
         ORBITS["softmax"][1].orbit("homogeneity").apply(risk.theta, 0.0)
 
 
+def test_a_scale_moves_parameters_that_are_zero_where_it_was_found() -> None:
+    model = spread(nn.Sequential(nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 2)))
+    model[0].bias.data.zero_()
+    risk = bnp.EmpiricalRisk(model, F.mse_loss, (ROWS[:30], numbers(30, 2, seed=9)))
+    orbit = bnp.null_directions(risk).orbit("homogeneity", 1)
+    elsewhere = risk.theta + 0.5
+    assert float(risk(orbit.apply(elsewhere, 7.0)) - risk(elsewhere)) == pytest.approx(0.0, abs=1e-12)
+
+
 def test_what_is_not_followed_is_named_and_nothing_is_invented() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache
+
 import torch
 import torch.nn.functional as F
-from curvature_reference import classes, numbers
+from curvature_reference import Problem, classes, numbers
 from null_models import (
     Case,
     Functional,
@@ -19,7 +22,9 @@ from null_models import (
     hidden,
     net,
 )
-from torch import nn
+from torch import Tensor, nn
+
+import bnp_analysis as bnp
 
 X, Y = numbers(60, 4), classes(60, 3)
 IMAGES, LABELS = numbers(80, 1, 8, 8, seed=2), classes(80, 3)
@@ -239,3 +244,22 @@ CASES: dict[str, Case] = {
         net(hidden(nn.ReLU())(), nn.LogSoftmax(dim=1)), (X, Y), {"softmax shift": 6, "homogeneity": 5}
     ),
 }
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A case with its dense factor and Gauss-Newton matrix and its null directions, made once for all tests."""
+
+    problem: Problem
+    risk: bnp.EmpiricalRisk
+    factor: Tensor
+    matrix: Tensor
+    null: bnp.NullDirections
+
+
+@cache
+def solved(name: str) -> Solved:
+    problem = CASES[name].problem()
+    risk = problem.risk()
+    factor = bnp.gauss_newton(risk).factor.to_dense()
+    return Solved(problem, risk, factor, problem.gauss_newton(), bnp.null_directions(risk))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -11,63 +10,11 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from bnp_analysis.linalg.derived import GramOperator
-from bnp_analysis.linalg.matrices import MatrixOperator
-from bnp_analysis.linalg.operators import LinearOperator
-from bnp_analysis.linalg.scale import scaled
-from bnp_analysis.linalg.spectra.checks import norm_estimate
-from bnp_analysis.linalg.spectra.null import null_tolerance
-from bnp_analysis.network.candidates import Candidate, Part
-from bnp_analysis.runtime.memory import available_memory
+from bnp_analysis.linalg.spectra.null_checks import Verifier
+from bnp_analysis.symmetry.candidates import Candidate, Part
 
 # Closer to the span of the others than this, relative, a direction does not count as new.
 _NEW = 5e-7
-# Columns that are multiplied together by an operator without a matrix.
-_TOGETHER = 32
-
-
-class Verifier:
-    """`|F t| / |F| |t|` of candidates: by a dense `F` where that is cheaper than one product for each.
-
-    Args:
-        operator: the factor, or the matrix where there is none.
-        count: how many candidates there are.
-    """
-
-    def __init__(self, operator: LinearOperator, count: int) -> None:
-        rows, columns = operator.shape
-        self.matvecs, self.tolerance = 8, null_tolerance(operator)
-        # Only ratios count: squares of what is far from 1 leave the floats.
-        self._operator = scaled(operator)
-        if count > operator.dense_cost and 4 * rows * columns * operator.dtype.itemsize < available_memory(
-            operator.device
-        ):
-            self.matvecs += operator.dense_cost
-            self._operator = MatrixOperator(self._operator.to_dense(), exact=False, eps=operator.eps)
-        self._scale = math.sqrt(norm_estimate(GramOperator(self._operator)))
-
-    def sizes(self, part: Part) -> Tensor:
-        """The sizes of the images of nonzero columns, relative."""
-        norms = _norms(part.values)
-        if self._scale == 0 or part.count == 0:
-            return torch.zeros_like(norms)
-        values = (part.values / norms).to(self._operator.dtype)
-        return self._image_norms(part.positions, values) / self._scale
-
-    def _image_norms(self, positions: Tensor, values: Tensor) -> Tensor:
-        operator = self._operator
-        if isinstance(operator, MatrixOperator):
-            matrix = operator.to_dense()
-            image = matrix[:, positions.to(matrix.device)] @ values.to(matrix.device)
-            return _norms(image)
-        self.matvecs += values.shape[1]
-        found = []
-        for begin in range(0, values.shape[1], _TOGETHER):
-            some = values[:, begin : begin + _TOGETHER]
-            columns = torch.zeros(operator.shape[1], some.shape[1], dtype=operator.dtype)
-            columns[positions] = some
-            found.append(_norms(operator @ columns.to(operator.device)))
-        return torch.cat(found)
 
 
 class NullBasis:
@@ -96,7 +43,7 @@ class NullBasis:
                 # What is left of nearly dependent columns is their rounding, enlarged: cleaned and verified once more.
                 fresh = Part(component.positions, _span(component.values))
                 clean = torch.linalg.qr(self._without_known(_dense(self._dim, [fresh]))[fresh.positions])[0]
-                null = self._verifier.sizes(Part(fresh.positions, clean)) <= self._verifier.tolerance
+                null = self._verifier.sizes(fresh.positions, clean) <= self._verifier.tolerance
                 self._keep(cause, fresh.positions, clean[:, null])
 
     def _keep(self, cause: str, positions: Tensor, values: Tensor) -> None:
@@ -143,11 +90,6 @@ def most_columns(candidates: Sequence[Candidate]) -> int:
             covered[part.positions] = True
         total, most = total + candidate.count, max(most, overlapping)
     return total + 4 * most
-
-
-def _norms(columns: Tensor) -> Tensor:
-    sizes: Tensor = torch.linalg.vector_norm(columns, dim=0).cpu().double()
-    return sizes
 
 
 def _span(columns: Tensor) -> Tensor:

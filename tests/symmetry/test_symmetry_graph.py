@@ -16,13 +16,16 @@ from scipy.sparse import csr_array
 from torch import Tensor, nn
 
 import bnp_analysis as bnp
-from bnp_analysis.network.candidates import Chart
-from bnp_analysis.network.dependencies import null_vectors
-from bnp_analysis.network.graph import Graph, record_graph
-from bnp_analysis.network.symmetries import candidate_directions
-from bnp_analysis.network.symmetry.system import solutions
-from bnp_analysis.network.symmetry.trace import Trace
-from bnp_analysis.network.symmetry.unread import shift_invariant
+from bnp_analysis.linalg.spectra.null_checks import null_vectors
+from bnp_analysis.symmetry.candidates import Chart
+from bnp_analysis.symmetry.constraints import Constraints
+from bnp_analysis.symmetry.elementwise import rigid
+from bnp_analysis.symmetry.from_data import shift_invariant
+from bnp_analysis.symmetry.graph import Graph, Operation
+from bnp_analysis.symmetry.linear_system import solutions
+from bnp_analysis.symmetry.null_space import candidate_directions, follow
+from bnp_analysis.symmetry.operations import OPERATIONS
+from bnp_analysis.symmetry.recording import record_graph
 
 Forward = Callable[["Written", Tensor], Tensor]
 
@@ -83,20 +86,20 @@ def test_every_spelling_of_relu_is_one(spelling: str) -> None:
     assert torch.equal(graph.nodes[2].received, graph.nodes[0].output.relu())
 
 
-def trace_of(model: nn.Module, x: Tensor) -> Trace:
+def constraints_of(model: nn.Module, x: Tensor) -> Constraints:
     risk = risk_of(model, x)
     batch = next(iter(risk.batches))
     graph = record_graph(risk, batch, calls=True)
-    return Trace(Chart(risk, graph), graph, [graph])
+    return follow(Constraints(Chart(risk, graph), graph, [graph]))[0]
 
 
 def columns(model: nn.Module, x: Tensor) -> list[list[int]]:
     """For each label that the first layer makes, the input features of the second that show it."""
-    ledger = trace_of(model, x).ledger
-    first, second = [use for use in ledger.uses if not use.table][:2]
+    found = constraints_of(model, x)
+    first, second = [use for use in found.uses if not use.table][:2]
     made = [[int(first.out[i])] for i in range(len(first.out))]
     # An activation that is linear on the data gives its channels new labels.
-    names = {int(new): i for new, old in ledger.aligned for new, old in zip(new, old, strict=True) for i, m in
+    names = {int(new): i for new, old in found.aligned for new, old in zip(new, old, strict=True) for i, m in
              enumerate(made) if int(old) in m} | {m[0]: i for i, m in enumerate(made)}  # fmt: skip
     return [[k for k, label in enumerate(second.source[0]) if names.get(int(label)) == i] for i in range(len(made))]
 
@@ -149,10 +152,10 @@ def test_scales_shifts_and_their_sums() -> None:
         lambda m, x: m.out((h := m.a(x)) * 2 + 1 + m.b(torch.tanh(h * 0))),
         a=nn.Linear(3, 2), b=nn.Linear(2, 2), out=nn.Linear(2, 2),
     )  # fmt: skip
-    ledger = trace_of(model, numbers(7, 3)).ledger
-    first, last = ledger.uses[0].out, ledger.uses[-1].source[0]
-    assert ledger.gain(first).tolist() == [1.0, 1.0]
-    assert ledger.gain(last).tolist() == [2.0, 2.0]
+    found = constraints_of(model, numbers(7, 3))
+    first, last = found.uses[0].out, found.uses[-1].source[0]
+    assert found.gain(first).tolist() == [1.0, 1.0]
+    assert found.gain(last).tolist() == [2.0, 2.0]
 
 
 def test_what_cannot_be_followed_is_named() -> None:
@@ -168,6 +171,13 @@ def test_what_cannot_be_followed_is_named() -> None:
         model = Written(forward, a=nn.Linear(3, 4), b=nn.Linear(4, 4), out=nn.Linear(4, 2))
         _, skipped = candidate_directions(risk_of(model, numbers(7, 3)))
         assert word in "; ".join(skipped), (word, skipped)
+
+
+def test_a_new_operation_is_one_line_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Written(lambda m, x: m.out(F.hardswish(m.a(x))), a=nn.Linear(3, 4), out=nn.Linear(4, 2))
+    assert "passes through hardswish" in candidate_directions(risk_of(model, numbers(7, 3)))[1]
+    monkeypatch.setitem(OPERATIONS, "hardswish", Operation(rigid))
+    assert candidate_directions(risk_of(model, numbers(7, 3)))[1] == []
 
 
 def _overwritten(h: Tensor) -> Tensor:
@@ -227,10 +237,10 @@ def test_moved_parameters_are_those_with_an_effect() -> None:
 def test_units_that_act_linearly_pass_shifts_with_their_slope() -> None:
     model = Written(lambda m, x: m.out(F.leaky_relu(m.a(x), 0.25)), a=nn.Linear(3, 3), out=nn.Linear(3, 2))
     model.a.bias.data = torch.tensor([50.0, 0.0, -50.0], dtype=torch.float64)
-    ledger = trace_of(model, numbers(9, 3)).ledger
-    made, read = ledger.uses[0].out, ledger.uses[1].source[0]
+    found = constraints_of(model, numbers(9, 3))
+    made, read = found.uses[0].out, found.uses[1].source[0]
     assert read[1] == made[1]
-    assert ledger.gain(read).tolist() == [1.0, 1.0, 0.25]
+    assert found.gain(read).tolist() == [1.0, 1.0, 0.25]
 
 
 def test_equations_leave_what_they_leave() -> None:
