@@ -87,9 +87,7 @@ class Conditioning(Result):
         )
         if self.uncovered:
             names = ", ".join(list(self.uncovered)[:3]) + (", ..." if len(self.uncovered) > 3 else "")
-            text.append(
-                f"{self.preconditioner} leaves {len(self.uncovered)} parameters or layers as they are ({names})."
-            )
+            text.append(f"{self.preconditioner} leaves as they are: {names}.")
         return " ".join(text)
 
     def records(self) -> list[dict[str, object]]:

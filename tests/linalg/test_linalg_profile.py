@@ -123,9 +123,9 @@ def test_the_dense_profile_ends_in_the_condition_number() -> None:
 
 def test_a_preconditioner_and_a_scale_change_what_they_should() -> None:
     M = torch.diag(torch.logspace(0, -6, 30, dtype=torch.float64))
-    P = bnp.DensePreconditioner(torch.diag(torch.logspace(0, 3, 30, dtype=torch.float64)))
-    flat = bnp.condition_profile(bnp.DenseOperator(M), preconditioner=P, ranks=[2, 10, 30], method="lanczos")
-    assert flat.upper.max() < 1 + 1e-6
+    P = bnp.DensePreconditioner(torch.diag(torch.logspace(0, 1, 30, dtype=torch.float64)))
+    flatter = bnp.condition_profile(bnp.DenseOperator(M), preconditioner=P, ranks=[2, 10, 30], method="lanczos")
+    assert flatter.value == pytest.approx([10 ** (4 * (r - 1) / 29) for r in (2, 10, 30)], rel=1e-9)
     plain = bnp.condition_profile(bnp.DenseOperator(M), ranks=[2, 10], method="lanczos")
     for power in (-700, 400):
         other = bnp.condition_profile(bnp.DenseOperator(M * 2.0**power), ranks=[2, 10], method="lanczos")
@@ -141,7 +141,8 @@ def test_single_precision_says_what_it_knows() -> None:
         profile = bnp.condition_profile(A, ranks=range(2, 60), method=method)
         truth = ratios(torch.linalg.eigvalsh(A.to_dense().double()).numpy())
         assert_true(profile, truth)
-        assert profile.ranks[-1] < 59
+        # Entries that are given are exact, products in single precision are not.
+        assert (profile.ranks[-1] == 59) is (method == "dense")
 
 
 def test_bad_input_is_answered() -> None:

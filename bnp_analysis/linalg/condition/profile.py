@@ -193,7 +193,7 @@ def condition_profile(
         power = -exponent(operator)
     else:
         found, power = dense_magnitudes(A, preconditioner, declared, chosen)
-    if not found.value.size or found.value[0] <= found.upper[0] - found.value[0]:
+    if not found.value.size or not found.lower[0] > 0:
         raise ZeroOperatorError(
             "the operator is zero to rounding, and a profile compares nonzero eigenvalues; look for saturated or dead "
             "units, or a loss that does not depend on these parameters"
@@ -296,21 +296,17 @@ def dense_magnitudes(
 
     Weyl's theorem bounds each value by itself, so a radius of singular values or eigenvalues holds at every rank.
     """
-    empty = np.zeros(0)
-    nothing = Magnitudes(
-        value=empty, lower=empty, upper=empty, rest=0.0, rank=0, trace=0.0, trace_error=0.0, negative=0, matvecs=0
-    )
     if method == "factor-svd":
         F = singular_values(A, P, null)
         if F is None:
-            return nothing, 0
+            return _nothing(0), 0
         sigma, radius, power, spent = F.values, F.radius, -2 * F.exponent, F.matvecs
         low, high, signed, unit = np.maximum(sigma - radius, 0.0) ** 2, (sigma + radius) ** 2, sigma**2, F.scale**2
         structural, negative, resolved = F.structural, 0, int((sigma > radius).sum())
     else:
         S = spectrum(A, P, null)
         if S is None:
-            return nothing, 0
+            return _nothing(0), 0
         signed, radius, power, spent = S.values[np.argsort(-np.abs(S.values))], S.radius, -S.exponent, S.matvecs
         low, high, unit = np.maximum(np.abs(signed) - radius, 0.0), np.abs(signed) + radius, S.scale
         structural, negative, resolved = S.rank, int((signed < -radius).sum()), int((np.abs(signed) > radius).sum())
@@ -326,6 +322,14 @@ def dense_magnitudes(
         negative=negative,
         matvecs=spent,
     ), power
+
+
+def _nothing(matvecs: int) -> Magnitudes:
+    """Of the zero matrix."""
+    none = np.zeros(0)
+    return Magnitudes(
+        value=none, lower=none, upper=none, rest=0.0, rank=0, trace=0.0, trace_error=0.0, negative=0, matvecs=matvecs
+    )
 
 
 def krylov_magnitudes(
@@ -365,6 +369,8 @@ def krylov_magnitudes(
     values, vectors = run.ritz()[0], run.ritz_vectors()
     last = tridiagonal_eigh(run.alpha, run.beta)[1][-1]
     scale = float(np.abs(values).max())
+    if scale == 0.0:
+        return _nothing(run.matvecs)
     pick = np.argsort(-np.abs(values), kind="stable")[:count]
     theta, Y = values[pick], vectors[:, torch.from_numpy(pick.copy()).to(vectors.device)]
     coupling: Floats = run.residual_norm * np.abs(last[pick])
