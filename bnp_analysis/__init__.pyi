@@ -16,10 +16,11 @@ from . import (
     training,
 )
 from .curvature import fisher, gauss_newton, hessian
-from .diagnose import Comparison, LayerRow, LayerTable, compare, layer_table
+from .diagnose import Comparison, Conditioning, LayerRow, LayerTable, compare, condition, layer_table
 from .linalg import (
     CallableOperator,
     ConditionNumber,
+    ConditionProfile,
     DenseOperator,
     DensePreconditioner,
     Eigenpairs,
@@ -28,6 +29,7 @@ from .linalg import (
     SpectralDensity,
     SymmetricOperator,
     condition_number,
+    condition_profile,
     congruence,
     eigenpairs,
     lanczos,
@@ -58,6 +60,8 @@ __all__ = [
     "CheckTable",
     "Comparison",
     "ConditionNumber",
+    "ConditionProfile",
+    "Conditioning",
     "ConvergenceCheck",
     "DenseOperator",
     "DensePreconditioner",
@@ -77,7 +81,9 @@ __all__ = [
     "check_convergence_rate",
     "check_theory",
     "compare",
+    "condition",
     "condition_number",
+    "condition_profile",
     "congruence",
     "curvature",
     "data",

@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from bnp_analysis.diagnose import Comparison, LayerTable
-from bnp_analysis.linalg import ConditionNumber, SpectralDensity
+from bnp_analysis.diagnose import Comparison, Conditioning, LayerTable
+from bnp_analysis.linalg import ConditionNumber, ConditionProfile, SpectralDensity
 
 # Okabe and Ito 2008: told apart by colour-blind readers, and in grey.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -106,6 +106,43 @@ def plot_spectral_density(
     ax.set_xlabel(r"$\log_{10}|\lambda|$" if logarithmic else r"eigenvalue $\lambda$")
     ax.set_ylabel("density")
     if label is not None:
+        ax.legend(frameon=False)
+    return ax
+
+
+def plot_profile(
+    result: Conditioning | ConditionProfile, ax: Axes | None = None, *, label: str | None = None, color: str = BLUE
+) -> Axes:
+    """The ratio of the largest eigenvalue to the r-th against `r`, with its bounds as a band.
+
+    Args:
+        result: from `condition` (two curves, without and with `P`) or `condition_profile` (one).
+        ax: axes to draw on; default new ones.
+        label, color: of a single curve.
+
+    Returns:
+        The axes.
+    """
+    ax = _axes(ax)
+    if isinstance(result, Conditioning):
+        sides = [
+            (result.without_P, "without $P$", BLUE),
+            (result.with_P, f"with $P$ ({result.preconditioner})", ORANGE),
+        ]
+    else:
+        sides = [(result, label, color)]
+    negative = False
+    for profile, name, colour in sides:
+        if profile is None:
+            continue
+        negative = negative or profile.negative > 0
+        ax.loglog(profile.ranks, profile.value, "o-", markersize=3, color=colour, label=name)
+        ax.fill_between(profile.ranks, profile.lower, profile.upper, color=colour, alpha=0.25, linewidth=0)
+        if profile.rank is not None and profile.rank in profile.ranks:
+            ax.loglog(profile.ranks[-1:], profile.value[-1:], "s", markersize=5, color=colour)
+    ax.set_xlabel("rank $r$ (square: the last nonzero eigenvalue)")
+    ax.set_ylabel(r"$|\lambda|_1/|\lambda|_r$" if negative else r"$\lambda_1/\lambda_r$")
+    if any(name for _, name, _ in sides):
         ax.legend(frameon=False)
     return ax
 

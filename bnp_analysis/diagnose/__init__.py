@@ -1,5 +1,6 @@
 """The verbs a notebook wants: compositions, no new mathematics."""
 
+from bnp_analysis.diagnose.conditioning import Conditioning, condition
 from bnp_analysis.diagnose.price import MOST_WORK
 from bnp_analysis.diagnose.tables import Comparison, LayerRow, LayerTable, cell, spread
 from bnp_analysis.diagnose.verbs import compare, curvature_matrix, layer_table
@@ -7,10 +8,12 @@ from bnp_analysis.diagnose.verbs import compare, curvature_matrix, layer_table
 __all__ = [
     "MOST_WORK",
     "Comparison",
+    "Conditioning",
     "LayerRow",
     "LayerTable",
     "cell",
     "compare",
+    "condition",
     "curvature_matrix",
     "layer_table",
     "spread",

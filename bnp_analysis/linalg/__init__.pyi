@@ -2,6 +2,7 @@
 
 from .condition.methods import Method, Price, Problem, Route, choose_method, methods, register, routes
 from .condition.number import ConditionNumber
+from .condition.profile import ConditionProfile, condition_profile
 from .condition.verbs import (
     condition_number,
     magnitude_condition_number,
@@ -28,6 +29,7 @@ __all__ = [
     "CallableOperator",
     "ColumnSubset",
     "ConditionNumber",
+    "ConditionProfile",
     "Congruence",
     "DenseOperator",
     "DensePreconditioner",
@@ -51,6 +53,7 @@ __all__ = [
     "Tridiagonalization",
     "choose_method",
     "condition_number",
+    "condition_profile",
     "congruence",
     "eigenpairs",
     "golub_kahan",

@@ -38,12 +38,19 @@ class Spectrum:
         values: ascending.
         radius: within which they are known.
         rounding: what forming the matrix has rounded.
+        scale, exponent: they are those of `2^exponent P^T A P / scale`.
+        structural: how many structure allows to be nonzero.
+        matvecs: products spent.
     """
 
     matrix: Tensor
     values: Floats
     radius: float
     rounding: float
+    scale: float
+    exponent: int
+    structural: int
+    matvecs: int
 
 
 def within_radius(found: Spectrum, bottom: float, top: float, zeros: int) -> Ends | None:
@@ -63,21 +70,12 @@ def dense_ends(
             it cannot confirm them.
     """
     A, null = problem.A, problem.null
-    require_memory(8 * 6 * A.dim**2, f"the dense {A.dim} x {A.dim} matrix and its eigenvalues", device=A.device)
-    if null.dim:
-        checked = scaled(A)
-        require_null(checked, null, rounding_norm(checked), "A")
-    operator = A if problem.P is None else congruence(A, problem.P)
-    dense = formed(operator)
-    matvecs = operator.dense_cost + null.cost
-    require_finite(dense.matrix, "the matrix")
-    scale = float(dense.matrix.abs().max())
-    if scale == 0.0:
-        return zero_matrix(null, matvecs)
-    found = _spectrum(problem, dense.matrix / scale, dense.rounding, norm_bound(dense.sizes()) / scale, LEAST / scale)
-    values, radius = found.values, found.radius
+    found = spectrum(problem)
+    if found is None:
+        return zero_matrix(null, A.dense_cost + null.cost)
+    values, radius, scale = found.values, found.radius, found.scale
     if problem.semidefinite and values[0] < -radius:
-        units = f", both in units of 2^{-dense.exponent}" if dense.exponent else ""
+        units = f", both in units of 2^{-found.exponent}" if found.exponent else ""
         raise NotConvexError(
             f"the operator is indefinite: its smallest eigenvalue is {values[0] * scale:.4g}, rounding explains "
             f"{radius * scale:.2g}{units}. kappa* compares the nonzero eigenvalues of a semidefinite matrix; use "
@@ -86,8 +84,8 @@ def dense_ends(
     sizes = np.sort(np.abs(values))
     rank = int((sizes > radius).sum())
     if rank == 0:
-        return zero_matrix(null, matvecs)
-    unresolved, on_your_word = unexplained_zeros(rank, dense.rank, null, A)
+        return zero_matrix(null, found.matvecs)
+    unresolved, on_your_word = unexplained_zeros(rank, found.structural, null, A)
     zeros = A.dim - rank
     top, bottom, zero = float(sizes[-1]), float(sizes[zeros]), float(sizes[zeros - 1]) if zeros else 0.0
     ends = decided(found, bottom, top, zeros)
@@ -109,15 +107,26 @@ def dense_ends(
         noise_floor=radius * scale,
         residual_max=radius * scale,
         residual_min=radius * scale,
-        matvecs=matvecs,
+        matvecs=found.matvecs,
         note=note,
     )
-    return extremes.times_power(-dense.exponent)
+    return extremes.times_power(-found.exponent)
 
 
-def _spectrum(problem: Problem, matrix: Tensor, rounding: float, size: float, least: float) -> Spectrum:
-    """The eigenvalues of a matrix whose entries are known to `rounding` of a matrix of norm `size`, and to `least`."""
+def spectrum(problem: Problem) -> Spectrum | None:
+    """All eigenvalues of the dense `P^T A P` in float64; None for the zero matrix."""
     A, null = problem.A, problem.null
+    require_memory(8 * 6 * A.dim**2, f"the dense {A.dim} x {A.dim} matrix and its eigenvalues", device=A.device)
+    if null.dim:
+        checked = scaled(A)
+        require_null(checked, null, rounding_norm(checked), "A")
+    operator = A if problem.P is None else congruence(A, problem.P)
+    dense = formed(operator)
+    require_finite(dense.matrix, "the matrix")
+    scale = float(dense.matrix.abs().max())
+    if scale == 0.0:
+        return None
+    matrix, size = dense.matrix / scale, norm_bound(dense.sizes()) / scale
     asymmetry = float((matrix - matrix.T).norm()) / 2
     if asymmetry > 1e3 * A.dim * A.eps * size:
         raise InvalidInputError(
@@ -126,11 +135,12 @@ def _spectrum(problem: Problem, matrix: Tensor, rounding: float, size: float, le
         )
     matrix = (matrix + matrix.T) / 2
     values = np.sort(torch.linalg.eigvalsh(matrix).cpu().numpy())
-    rounding = asymmetry + rounding * size + A.dim * least
+    rounding = asymmetry + dense.rounding * size + A.dim * LEAST / scale
     radius = A.dim * UNIT * float(np.abs(values).max()) + rounding
     # Declared directions are zero by evidence: what is left of them measures the rounding from below.
     radius = max(radius, float(np.sort(np.abs(values))[null.dim - 1])) if null.dim else radius
-    return Spectrum(matrix, values, radius, rounding)
+    matvecs = operator.dense_cost + null.cost
+    return Spectrum(matrix, values, radius, rounding, scale, dense.exponent, dense.rank, matvecs)
 
 
 def _price(A: SymmetricOperator, steps: int) -> Price:

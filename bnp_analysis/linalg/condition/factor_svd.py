@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from bnp_analysis.linalg.condition.certificates import factor_extremes, singular
 from bnp_analysis.linalg.condition.methods import Method, Price, Problem, register
 from bnp_analysis.linalg.condition.number import Extremes
 from bnp_analysis.linalg.forming import LEAST, UNIT, formed, formed_times, norm_bound
+from bnp_analysis.linalg.krylov.lanczos import Floats
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.scale import scaled
 from bnp_analysis.linalg.spectra.checks import factor_rounding_norm, require_finite
@@ -42,12 +45,32 @@ def affordable(shape: tuple[int, int]) -> bool:
     return factor_work(shape) <= FACTOR_WORK
 
 
-def factor_svd(problem: Problem) -> Extremes:
-    """Singular values of the dense factor `F P`, by QR when tall, then SVD in float64."""
+@dataclass(frozen=True, eq=False)
+class SingularValues:
+    """All singular values of a dense factor `F P`.
+
+    Attributes:
+        values: those of `2^exponent F P / scale`, descending; zero rows and columns are left out.
+        radius: within which they are known.
+        noise: the size of one rounding in them.
+        structural: how many structure allows to be nonzero.
+        matvecs: products spent.
+    """
+
+    values: Floats
+    radius: float
+    noise: float
+    scale: float
+    exponent: int
+    structural: int
+    matvecs: int
+
+
+def singular_values(problem: Problem) -> SingularValues | None:
+    """Singular values of the dense factor `F P`, by QR when tall, then SVD in float64; None for the zero matrix."""
     A, P, null = problem.A, problem.P, problem.null
     factor = problem.factor("factor-svd")
     require_memory(_memory(factor.shape), f"factor-svd of a {factor.shape} factor", device=factor.device)
-    matvecs = factor.dense_cost + null.cost
     if null.dim:
         checked = scaled(factor)
         require_null(checked, null, factor_rounding_norm(checked), "F")
@@ -57,7 +80,7 @@ def factor_svd(problem: Problem) -> Extremes:
     require_finite(rows.matrix, "the factor")
     scale = float(rows.matrix.abs().max()) if rows.matrix.numel() else 0.0
     if scale == 0.0:
-        return zero_matrix(null, matvecs)
+        return None
     sigma = torch.linalg.svdvals(_square_root_of_gram(rows.matrix / scale)).cpu().numpy()
     size = norm_bound(rows.sizes()) / scale
     forming = rows.rounding * size + max(factor.shape) * LEAST / scale
@@ -66,10 +89,25 @@ def factor_svd(problem: Problem) -> Extremes:
     if A.dim - null.dim < sigma.size:
         radius = max(radius, float(sigma[A.dim - null.dim]))
     noise = size * (UNIT if factor.exact else A.eps)
-    found = factor_extremes(
-        A, null, sigma, radius=radius, noise=noise, structural=rows.rank, scale=scale, matvecs=matvecs
+    return SingularValues(sigma, radius, noise, scale, rows.exponent, rows.rank, factor.dense_cost + null.cost)
+
+
+def factor_svd(problem: Problem) -> Extremes:
+    """The ends of the spectrum from the singular values of the dense factor `F P`."""
+    found = singular_values(problem)
+    if found is None:
+        return zero_matrix(problem.null, problem.factor("factor-svd").dense_cost + problem.null.cost)
+    ends = factor_extremes(
+        problem.A,
+        problem.null,
+        found.values,
+        radius=found.radius,
+        noise=found.noise,
+        structural=found.structural,
+        scale=found.scale,
+        matvecs=found.matvecs,
     )
-    return found.times_power(-2 * rows.exponent)
+    return ends.times_power(-2 * found.exponent)
 
 
 def _square_root_of_gram(rows: Tensor) -> Tensor:
