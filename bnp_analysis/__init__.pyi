@@ -32,13 +32,12 @@ from .linalg import (
     eigenpairs,
     lanczos,
     magnitude_condition_number,
-    rank_estimate,
     regularized_condition_number,
     routes,
     spectral_density,
     trace,
 )
-from .network import EmpiricalRisk, ParameterSpace
+from .network import EmpiricalRisk, ParameterSpace, register_layer
 from .precondition import (
     bnp_preconditioner,
     diagonal_preconditioner,
@@ -101,7 +100,7 @@ __all__ = [
     "null_directions",
     "plotting",
     "precondition",
-    "rank_estimate",
+    "register_layer",
     "regularized_condition_number",
     "routes",
     "spectral_density",

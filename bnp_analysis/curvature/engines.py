@@ -1,13 +1,15 @@
-"""Who holds the graphs of the batches: kept for all products, rebuilt in every one, or some of each.
+"""Curvature operators made of graphs of the batches: kept for all products, rebuilt in every one, or some of each.
 
-An operator asks its engine to use the graph of every batch in turn. *Retained* graphs cost memory once and time never;
-*recompute* holds one graph at a time, used for all columns of a block and then dropped; *auto* keeps what fits. What a
-graph takes is measured on a few examples before the first whole one is recorded.
+A curvature is an `EngineOperator`: it says how the graph of one batch is recorded and multiplied with. Its engine hands
+it the graph of every batch in turn. *Retained* graphs cost memory once and time never; *recompute* holds one graph at a
+time, used for all columns of a block and then dropped; *auto* keeps what fits. What a graph takes is measured on a few
+examples before the first whole one is recorded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import accumulate
@@ -18,10 +20,13 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from bnp_analysis.curvature.products import saved_tensors
+from bnp_analysis.distributed import over_processes
 from bnp_analysis.errors import InvalidInputError, MemoryLimitError
+from bnp_analysis.linalg.derived import Restriction
+from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.observation import transformed
-from bnp_analysis.network.parameters import ParameterSpace
+from bnp_analysis.network.parameters import Block, ParameterSpace
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.runtime.float32 import full_float32
 from bnp_analysis.runtime.memory import available_memory
@@ -147,6 +152,11 @@ class Engine(Generic[G]):
 
         self.each(add)
         return sums.to(space.dtype).T
+
+    def matmat(self, x: Tensor, product: Callable[[G, int, list[Tensor], bool], list[Tensor]]) -> Tensor:
+        """The sum over the batches of `product(graph, b, column, retain)` for each column of `x (n, k)`, flattened."""
+        vectors = tensors_of_columns(self._risk.space, x)
+        return self.total(x.shape[1], lambda graph, b, k, retain: product(graph, b, vectors[k], retain))
 
     def _make_plan(self) -> Plan:
         free = available_memory(self._risk.space.device)
@@ -281,3 +291,73 @@ def tensors_of_columns(space: ParameterSpace, x: Tensor) -> list[list[Tensor]]:
 
 def _size(count: float) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+class EngineOperator(SymmetricOperator, Generic[G]):
+    """A curvature matrix of a risk: a sum over its batches of products with their recorded graphs.
+
+    A new curvature gives `product`, and what it knows of its precision; the file that has it adds it to `CURVATURES`.
+
+    Args:
+        risk: the empirical risk.
+        engine: holds the graphs.
+    """
+
+    def __init__(self, risk: EmpiricalRisk, engine: Engine[G]) -> None:
+        super().__init__(risk.space.dim, risk.space.dtype, risk.space.device, risk.eps)
+        self._risk, self.group, self._engine = risk, risk.group, engine
+
+    @abstractmethod
+    def product(self, graph: G, batch: int, v: list[Tensor], retain: bool) -> list[Tensor]:
+        """What one batch, the `batch`-th of this process, adds to the product with `v`, per tensor."""
+
+    @property
+    def engine(self) -> Plan:
+        """How products are computed, and their estimated memory."""
+        return self._engine.plan
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        return self._engine.record
+
+    @property
+    def start(self) -> Tensor:
+        """The risk's gradient."""
+        return self._risk.gradient
+
+    @over_processes
+    def _matmat(self, x: Tensor) -> Tensor:
+        return self._own_matmat(x)
+
+    def _own_matmat(self, x: Tensor) -> Tensor:
+        """The product with this process's part."""
+        return self._engine.matmat(x, self.product)
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """A kind of curvature matrix.
+
+    Attributes:
+        build: makes the operator from a risk and `seed=`, `engine=`, `max_memory=`.
+        semidefinite: whether it is positive semidefinite, and null where the Jacobian is, for every risk.
+    """
+
+    build: Callable[..., SymmetricOperator]
+    semidefinite: bool = True
+
+
+#: Name -> kind; the file of each adds it.
+CURVATURES: dict[str, Curvature] = {}
+
+
+def restricted(
+    risk: EmpiricalRisk, block: Block | None, build: Callable[[EmpiricalRisk], SymmetricOperator]
+) -> SymmetricOperator:
+    """`build(risk)`, or its diagonal block; only the block's tensors are differentiated."""
+    if block is None:
+        return build(risk)
+    layer = block if isinstance(block, str) else block[0]
+    inner = risk.restrict(risk.space.layer_names(layer))
+    operator = build(inner)
+    return operator if isinstance(block, str) else Restriction(operator, inner.space.indices(block))

@@ -74,16 +74,16 @@ class JacobianFactor(LinearOperator):
         self._begin = int(sum(counts[: self.group.rank]))
         self._rank, self._dense_cost = int(sum(ranks)), int(max(costs))
         self._root_rounding, self._root_vanished = float(max(doubts)), any(gone)
-        self._engine = Engine(risk, output_graph, engine, max_memory)
+        self.graphs = Engine(risk, output_graph, engine, max_memory)
 
     @property
     def engine(self) -> Plan:
         """How products are computed, and their estimated memory."""
-        return self._engine.plan
+        return self.graphs.plan
 
     @property
     def record(self) -> Mapping[str, Any]:
-        return self._engine.record
+        return self.graphs.record
 
     @property
     def rank_bound(self) -> int:
@@ -128,7 +128,7 @@ class JacobianFactor(LinearOperator):
                 image = graph.jvp(v, retain=retain or k + 1 < len(vectors))
                 product[ends[b] - self._rows[b] : ends[b], k] = _project(self._roots[b], image) * graph.weight**0.5
 
-        self._engine.each(project)
+        self.graphs.each(project)
         return product
 
     def own_columns_times(self, y: Tensor) -> Tensor:
@@ -140,7 +140,12 @@ class JacobianFactor(LinearOperator):
             u = _cotangent(self._roots[b], part * graph.weight**0.5, graph)
             return graph.vjp(u, retain=retain)
 
-        return self._engine.total(y.shape[1], pull)
+        return self.graphs.total(y.shape[1], pull)
+
+    def gram_product(self, graph: OutputGraph, b: int, v: list[Tensor], retain: bool) -> list[Tensor]:
+        """What the `b`-th batch adds to `F^T F v`, per tensor."""
+        part = _project(self._roots[b], graph.jvp(v, retain=retain)) * graph.weight
+        return graph.vjp(_cotangent(self._roots[b], part, graph), retain=retain)
 
     def to_dense(self) -> Tensor:
         return self.group.gather(self._own_dense, "the rows of a factor")

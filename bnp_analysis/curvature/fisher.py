@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from bnp_analysis.curvature.blocks import restricted
-from bnp_analysis.curvature.engines import Plan
+from bnp_analysis.curvature.engines import CURVATURES, Curvature, EngineOperator, restricted
 from bnp_analysis.curvature.factors import JacobianFactor, batch_roots
 from bnp_analysis.curvature.gauss_newton import require_output_curvature
 from bnp_analysis.curvature.output_curvature import OutputRoot, loss_gradient, output_root
-from bnp_analysis.distributed import over_processes
+from bnp_analysis.curvature.products import OutputGraph
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.network.batches import Batch, slice_batch
@@ -29,45 +28,29 @@ Make = Callable[[EmpiricalRisk, Batch, Tensor], OutputRoot | None]
 KINDS = ("mc", "empirical")
 
 
-class Fisher(SymmetricOperator):
+class Fisher(EngineOperator[OutputGraph]):
     """`F^T F` with rows that are scaled gradients; made by `fisher`."""
 
     def __init__(self, risk: EmpiricalRisk, make: Make, engine: str = "auto", max_memory: int | None = None) -> None:
-        super().__init__(risk.space.dim, risk.space.dtype, risk.space.device, risk.eps)
         made = batch_roots(risk, make)
         if made is None:
             raise InvalidInputError(
                 "the Fisher matrix needs one gradient per example, so a loss that is separate over examples, and data "
                 "that keep their order: give list(loader) or a loader without shuffle"
             )
-        self._risk, self.group = risk, risk.group
         self._factor = JacobianFactor(risk, made, engine, max_memory)
+        super().__init__(risk, self._factor.graphs)
 
-    @property
-    def engine(self) -> Plan:
-        """How products are computed, and their estimated memory."""
-        return self._factor.engine
-
-    @property
-    def record(self) -> Mapping[str, Any]:
-        return self._factor.record
+    def product(self, graph: OutputGraph, batch: int, v: list[Tensor], retain: bool) -> list[Tensor]:
+        return self._factor.gram_product(graph, batch, v, retain)
 
     @property
     def eps(self) -> float:
         return self._factor.eps
 
     @property
-    def start(self) -> Tensor:
-        """The risk's gradient, the mean of the rows' examples."""
-        return self._risk.gradient
-
-    @property
     def factor(self) -> LinearOperator:
         return self._factor
-
-    @over_processes
-    def _matmat(self, x: Tensor) -> Tensor:
-        return self._factor.own_columns_times(self._factor.own_rows_times(x))
 
 
 def fisher(
@@ -114,10 +97,17 @@ def fisher(
     if samples < 1:
         raise InvalidInputError(f"samples must be at least 1, got {samples}")
     require_output_curvature(risk, "fisher")
-    if kind == "empirical":
-        return restricted(risk, block, lambda r: Fisher(r, _empirical, engine, max_memory))
-    # The sampler is made for every operator: a block and the whole see the same targets.
-    return restricted(risk, block, lambda r: Fisher(r, _sampler(samples, seed), engine, max_memory))
+
+    def build(r: EmpiricalRisk) -> Fisher:
+        # A sampler for every operator: a block and the whole see the same targets.
+        make = _empirical if kind == "empirical" else _sampler(samples, seed)
+        return Fisher(r, make, engine, max_memory)
+
+    return restricted(risk, block, build)
+
+
+for _kind in KINDS:
+    CURVATURES[f"fisher-{_kind}"] = Curvature(partial(fisher, kind=_kind))
 
 
 def _empirical(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> OutputRoot | None:

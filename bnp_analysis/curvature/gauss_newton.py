@@ -8,13 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from bnp_analysis.curvature.blocks import restricted
-from bnp_analysis.curvature.engines import Engine, Plan, tensors_of_columns
+from bnp_analysis.curvature.engines import CURVATURES, Curvature, Engine, EngineOperator, restricted
 from bnp_analysis.curvature.factors import JacobianFactor, batch_roots
 from bnp_analysis.curvature.output_curvature import hessian_product, loss_gradient, output_root, products_of_loss
 from bnp_analysis.curvature.products import OutputGraph, output_graph
-from bnp_analysis.distributed import over_processes
-from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
+from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.derivatives import require_second
 from bnp_analysis.network.parameters import Block
@@ -25,18 +23,19 @@ from bnp_analysis.network.saturation import has_vanished, product_eps
 _LOST = 100
 
 
-class GaussNewton(SymmetricOperator):
+_Recorded = tuple[OutputGraph, Tensor, Tensor]
+
+
+class GaussNewton(EngineOperator[_Recorded]):
     """`J^T S J` of a risk; made by `gauss_newton`."""
 
     def __init__(self, risk: EmpiricalRisk, engine: str = "auto", max_memory: int | None = None) -> None:
-        super().__init__(risk.space.dim, risk.space.dtype, risk.space.device, risk.eps)
-        self._risk, self.group = risk, risk.group
-        self._engine = Engine(risk, _with_loss, engine, max_memory)
+        super().__init__(risk, Engine(risk, _with_loss, engine, max_memory))
 
-    @property
-    def engine(self) -> Plan:
-        """How products are computed, and their estimated memory."""
-        return self._engine.plan
+    def product(self, graph: _Recorded, batch: int, v: list[Tensor], retain: bool) -> list[Tensor]:
+        outputs, z, g = graph
+        u = hessian_product(z, g, outputs.jvp(v, retain=retain)) * outputs.weight
+        return outputs.vjp(u, retain=retain)
 
     @property
     def record(self) -> Mapping[str, Any]:
@@ -44,15 +43,9 @@ class GaussNewton(SymmetricOperator):
         own, factor = self._engine.record, vars(self).get("factor")
         return own if factor is None or "engine" in own else factor.record
 
-    @property
-    def start(self) -> Tensor:
-        """The risk's gradient."""
-        return self._risk.gradient
-
     @cached_property
-    def factor(self) -> LinearOperator | None:
+    def factor(self) -> JacobianFactor | None:
         """`F = S^(1/2) J`, where the loss is convex and separate over examples in the outputs."""
-
         made = batch_roots(self._risk, partial(output_root, positions=True))
         return None if made is None else JacobianFactor(self._risk, made, self._engine.name, self._engine.max_memory)
 
@@ -71,21 +64,10 @@ class GaussNewton(SymmetricOperator):
         lost = eps > _LOST * product_eps(self._risk)
         return lost and self.factor is not None and self.factor.eps < eps
 
-    @over_processes
-    def _matmat(self, x: Tensor) -> Tensor:
-        if self._by_factor and isinstance(self.factor, JacobianFactor):
-            return self.factor.own_columns_times(self.factor.own_rows_times(x))
-        vectors = tensors_of_columns(self._risk.space, x)
-
-        def product(recorded: _Recorded, _: int, k: int, retain: bool) -> list[Tensor]:
-            graph, z, g = recorded
-            u = hessian_product(z, g, graph.jvp(vectors[k], retain=retain)) * graph.weight
-            return graph.vjp(u, retain=retain)
-
-        return self._engine.total(x.shape[1], product)
-
-
-_Recorded = tuple[OutputGraph, Tensor, Tensor]
+    def _own_matmat(self, x: Tensor) -> Tensor:
+        if self._by_factor and self.factor is not None:
+            return self.factor.graphs.matmat(x, self.factor.gram_product)
+        return super()._own_matmat(x)
 
 
 def _with_loss(risk: EmpiricalRisk, batch: Batch) -> _Recorded:
@@ -126,6 +108,9 @@ def gauss_newton(
     """
     require_output_curvature(risk, "gauss_newton")
     return restricted(risk, block, lambda r: GaussNewton(r, engine, max_memory))
+
+
+CURVATURES["gauss-newton"] = Curvature(lambda risk, seed, **engine: gauss_newton(risk, **engine))
 
 
 def require_output_curvature(risk: EmpiricalRisk, what: str) -> None:

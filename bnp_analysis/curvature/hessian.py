@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import Tensor
 
-from bnp_analysis.curvature.blocks import restricted
-from bnp_analysis.curvature.engines import Engine, Plan, tensors_of_columns
+from bnp_analysis.curvature.engines import CURVATURES, Curvature, Engine, EngineOperator, restricted
 from bnp_analysis.curvature.output_curvature import products_of_loss
 from bnp_analysis.curvature.products import ChainGradient, GradientGraph, gradient_graph
-from bnp_analysis.distributed import over_processes
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.derivatives import require_second
@@ -20,22 +15,14 @@ from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.saturation import has_vanished
 
 
-class Hessian(SymmetricOperator):
+class Hessian(EngineOperator[GradientGraph | ChainGradient]):
     """`Hess L(theta)` of a risk; made by `hessian`."""
 
     def __init__(self, risk: EmpiricalRisk, engine: str = "auto", max_memory: int | None = None) -> None:
-        super().__init__(risk.space.dim, risk.space.dtype, risk.space.device, risk.eps)
-        self._risk, self._space, self.group = risk, risk.space, risk.group
-        self._engine = Engine(risk, gradient_graph, engine, max_memory)
+        super().__init__(risk, Engine(risk, gradient_graph, engine, max_memory))
 
-    @property
-    def engine(self) -> Plan:
-        """How products are computed, and their estimated memory."""
-        return self._engine.plan
-
-    @property
-    def record(self) -> Mapping[str, Any]:
-        return self._engine.record
+    def product(self, graph: GradientGraph | ChainGradient, batch: int, v: list[Tensor], retain: bool) -> list[Tensor]:
+        return graph.product(v, retain=retain)
 
     @property
     def eps(self) -> float:
@@ -46,6 +33,11 @@ class Hessian(SymmetricOperator):
         return not (products_of_loss(self._risk)[1] or has_vanished(self._risk))
 
     @property
+    def semidefinite(self) -> bool:
+        """No: away from a minimum eigenvalues are negative."""
+        return False
+
+    @property
     def start(self) -> Tensor:
         """The risk's gradient, which the graphs hold: the same bits, whichever of them are kept."""
 
@@ -53,15 +45,6 @@ class Hessian(SymmetricOperator):
             return [g.detach() for g in graph.gradients]
 
         return self.group.sum(lambda: self._engine.total(1, gradients)[:, 0], "the gradient", of=self._risk.theta)
-
-    @over_processes
-    def _matmat(self, x: Tensor) -> Tensor:
-        vectors = tensors_of_columns(self._space, x)
-
-        def product(graph: GradientGraph | ChainGradient, _: int, k: int, retain: bool) -> list[Tensor]:
-            return graph.product(vectors[k], retain=retain)
-
-        return self._engine.total(x.shape[1], product)
 
 
 def hessian(
@@ -96,6 +79,9 @@ def hessian(
     """
     require_second(risk, "Hessian", _product, _gradient)
     return restricted(risk, block, lambda r: Hessian(r, engine, max_memory))
+
+
+CURVATURES["hessian"] = Curvature(lambda risk, seed, **engine: hessian(risk, **engine), semidefinite=False)
 
 
 def _product(risk: EmpiricalRisk, batch: Batch, v: list[Tensor]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.kernels import derivative, recording
+from bnp_analysis.network.layer_kinds import Layer
 from bnp_analysis.network.precision import Perturbed
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.saturation import product_eps
@@ -168,6 +169,33 @@ def root_cotangents(risk: EmpiricalRisk, batch: Batch, outputs: Tensor, needed: 
             cotangent = torch.zeros_like(root[:, :, 0])
             cotangent[:, position] = root[:, position, r]
             yield found.in_outputs(cotangent, outputs.shape)
+
+
+def pulled_to_layers(
+    risk: EmpiricalRisk, layers: Iterable[Layer], needed: str
+) -> Iterator[tuple[Layer, float, Tensor]]:
+    """The rows of the output root pulled back to the outputs of layers, over this process's batches.
+
+    Args:
+        risk: the empirical risk.
+        layers: the covered layers.
+        needed: says for what there should be a root.
+
+    Returns:
+        For every use of a layer and every row: the layer, the batch's weight, and cotangents `(R, units)` in float64.
+    """
+    layers = list(layers)
+    for batch in risk.batches:
+        outputs, seen = risk.record(batch, [layer.name for layer in layers])
+        weight = batch.count / risk.batches.total
+        uses = [(layer, a) for layer in layers for _, a in seen[layer.name] if a.requires_grad]
+        if not (uses and outputs.requires_grad):
+            continue
+        for cotangent in root_cotangents(risk, batch, outputs, needed):
+            activations = [a for _, a in uses]
+            pulled = derivative(outputs, activations, cotangent, retain_graph=True, what="the loss by layers' outputs")
+            for (layer, _), g in zip(uses, pulled, strict=True):
+                yield layer, weight, layer.by_unit(g).double()
 
 
 @dataclass(frozen=True)

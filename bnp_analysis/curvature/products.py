@@ -1,7 +1,7 @@
 """The only derivative products of the package: Hessian-vector, Jacobian-vector and its transpose.
 
 All are reverse mode over reverse mode: torch's fused BatchNorm, LayerNorm and InstanceNorm give silently wrong
-second derivatives under `grad(jvp)` and nested `jvp`, and `jvp(grad)` fails for some losses (trap 1). The
+second derivatives under `grad(jvp)` and nested `jvp`, and `jvp(grad)` fails for some losses. The
 graph of a batch is recorded once; then a Hessian product costs one backward pass through it, and a Jacobian product
 one through the graph of `u -> J^T u`, which is linear in `u`. Its last use need not `retain` it: what was saved is
 freed on the way. Where the outputs are a chain of dense layers, both are written out instead (`chains`).

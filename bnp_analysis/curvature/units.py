@@ -22,7 +22,9 @@ from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.linalg.spectra.null import SomeNullDirections
 from bnp_analysis.linalg.spectra.null_checks import Verifier, null_vectors
 from bnp_analysis.network.kernels import derivative
-from bnp_analysis.network.layers import Coverage, Layer, products_only
+from bnp_analysis.network.layer_kinds import Layer
+from bnp_analysis.network.layers import Coverage, products_only
+from bnp_analysis.network.moments import extended
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.saturation import has_vanished, product_eps
 from bnp_analysis.runtime.memory import available_memory
@@ -165,7 +167,7 @@ def unit_blocks(risk: EmpiricalRisk, layers: Coverage) -> dict[str, UnitBlocks]:
 
     Source: T1, T13.
     """
-    dense = [layer for layer in layers if isinstance(layer.module, torch.nn.Linear)]
+    dense = [layer for layer in layers if not layer.spatial]
     if risk.coupled or not dense or not risk.batches.ordered:
         return {}
     own: dict[str, _Own] = {}
@@ -185,9 +187,11 @@ def unit_blocks(risk: EmpiricalRisk, layers: Coverage) -> dict[str, UnitBlocks]:
         if layer.name in kept:
             mine, what = own[layer.name], f"the rows of {layer.name}"
             inputs, scales = (risk.group.gather(partial(getattr, mine, part), what) for part in ("inputs", "scales"))
-            rows = _with_bias(layer, inputs)
+            rows = extended(layer, inputs)[:, 0]
             facts = {"eps": eps, "zeros_are_structural": structural}
-            whole = mine.layer_block(rows, bias=layer.bias is not None, **facts)
+            # The rows of a factor list the weights unit after unit.
+            ordered = not layer.kind.transposed
+            whole = mine.layer_block(rows, bias=layer.bias is not None, **facts) if ordered else None
             found[layer.name] = UnitBlocks(rows, scales, whole, **facts)
     return found
 
@@ -213,7 +217,7 @@ def _own_rows(risk: EmpiricalRisk, layers: list[Layer]) -> dict[str, _Own]:
     """One sweep over this process's batches, for layers that run once per example."""
     dense = {layer.name: layer for layer in layers}
     none = risk.theta.new_zeros
-    inputs = {name: [none(0, layer.features)] for name, layer in dense.items()}
+    inputs = {name: [none(0, 1, layer.features)] for name, layer in dense.items()}
     scales = {name: [none(0, layer.units)] for name, layer in dense.items()}
     cotangents: dict[str, list[Tensor]] = {name: [] for name in dense}
     kept, rank, rounding, vanished = risk.group.size == 1, 0, 0.0, False
@@ -242,7 +246,7 @@ def _own_rows(risk: EmpiricalRisk, layers: list[Layer]) -> dict[str, _Own]:
             for one, g in zip(pulled, grads, strict=True):
                 one.extend([g.detach()] if kept else [])
         for name, one, total in zip(dense, pulled, norms, strict=True):
-            inputs[name].append(seen[name][0][0])
+            inputs[name].append(dense[name].rows(seen[name][0][0]))
             scales[name].append(total.detach())
             cotangents[name] += [torch.stack(one, dim=1)] if kept else []
     return {
@@ -267,7 +271,3 @@ def _null_rows(rows: Tensor) -> Tensor:
     """The null space of rows at length one, on the CPU: a row counts however small it is."""
     size = rows.double().norm(dim=1, keepdim=True)
     return null_vectors(rows.double() / torch.where(size > 0, size, 1.0)).cpu()
-
-
-def _with_bias(layer: Layer, h: Tensor) -> Tensor:
-    return h if layer.bias is None else torch.cat([h, h.new_ones(h.shape[0], 1)], dim=1)

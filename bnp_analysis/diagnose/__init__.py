@@ -2,10 +2,9 @@
 
 from bnp_analysis.diagnose.price import MOST_WORK
 from bnp_analysis.diagnose.tables import Comparison, LayerRow, LayerTable, cell, spread
-from bnp_analysis.diagnose.verbs import CURVATURES, compare, curvature_matrix, layer_table
+from bnp_analysis.diagnose.verbs import compare, curvature_matrix, layer_table
 
 __all__ = [
-    "CURVATURES",
     "MOST_WORK",
     "Comparison",
     "LayerRow",

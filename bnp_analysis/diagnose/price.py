@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-
 from bnp_analysis.curvature import gauss_newton
 from bnp_analysis.diagnose.blocks import SEARCHED
 from bnp_analysis.errors import WorkLimitError
+from bnp_analysis.linalg.condition.factor_svd import factor_work
+from bnp_analysis.linalg.condition.methods import LANCZOS_STEPS
 from bnp_analysis.linalg.condition.reduction import work_to_reduce
-from bnp_analysis.linalg.condition.routes import LANCZOS_STEPS, factor_work
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.network import Coverage, EmpiricalRisk, Layer
 from bnp_analysis.network.work import work_of_an_example
@@ -59,7 +58,7 @@ def _layer_work(risk: EmpiricalRisk, layer: Layer, rows: float, factor: LinearOp
     formed, (reduce, small) = factor.dense_cost * product, work_to_reduce((r, dim))
     own = krylov if small is None else reduce + 2 * small
     # Units without and with P: of a dense layer from its inputs, else from the layer's factor.
-    dense = isinstance(layer.module, torch.nn.Linear) and rows == risk.batches.examples and not risk.coupled
+    dense = not layer.spatial and rows == risk.batches.examples and not risk.coupled
     if dense:
         units = 2 * factor_work((int(rows), width))
         formed = 0.0

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bnp_analysis.curvature import fisher, gauss_newton, hessian
+from bnp_analysis.curvature import CURVATURES, gauss_newton, hessian
 from bnp_analysis.curvature.units import unit_blocks
 from bnp_analysis.diagnose.blocks import block_numbers, known_null, pair
 from bnp_analysis.diagnose.price import MOST_WORK, require_work, table_work
@@ -20,18 +20,15 @@ from bnp_analysis.linalg import (
     ConditionNumber,
     MatrixOperator,
     SymmetricOperator,
-    condition_number,
-    magnitude_condition_number,
     singular_condition_number,
 )
 from bnp_analysis.linalg.operators import require_digits
 from bnp_analysis.linalg.spectra.null_checks import null_vectors
 from bnp_analysis.network import Coverage, EmpiricalRisk, Layer, coverage
-from bnp_analysis.network.inputs import input_triangles
-from bnp_analysis.network.moments import layer_moments
+from bnp_analysis.network.moments import input_triangles, layer_moments
 from bnp_analysis.precondition import NetworkPreconditioner, bnp_preconditioner
 from bnp_analysis.runtime.float32 import full_float32
-from bnp_analysis.runtime.progress import Progress, Update, reporting
+from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.runtime.random import generator, normal
 
 
@@ -99,7 +96,7 @@ def layer_table(
         for layer in found:
             forms = (triangles[layer.name].raw, triangles[layer.name].centered, triangles[layer.name].normalized)
             worst = [max((_singular(t, risk.eps) for t in form), key=lambda k: k.value) for form in forms]
-            advance = partial(_advance, update, done)
+            advance = partial(lambda before, count: update(before + count), done)
             blocks = block_numbers(risk, layer, P, units.get(layer.name), held, seed, advance)
             done += layer.units + 2
             update(done)
@@ -195,13 +192,11 @@ def compare(
     held: dict[str, Any] = {"engine": engine, "max_memory": max_memory}
     table = layer_table(risk, P, layers=layers, dtype=None, **held, max_flops=max_flops, seed=seed, progress=progress)
     network = {}
-    null = known_null(risk, None) if set(curvature) - {"hessian"} else None
+    null = cache(lambda: known_null(risk, None))
     for name in curvature:
         A = curvature_matrix(risk, name, seed, **held)
-        measure = magnitude_condition_number if name == "hessian" else condition_number
         # The symmetries of the network annihilate J, hence the Gauss-Newton and Fisher matrices; not the Hessian.
-        known = None if name == "hessian" else null
-        network[name] = pair(A, P, known, seed, measure=measure, progress=progress)
+        network[name] = pair(A, P, null() if A.semidefinite else None, seed, progress=progress)
     return Comparison(
         layers=table,
         network=network,
@@ -211,9 +206,6 @@ def compare(
         matvecs=table.matvecs + _products([k for both in network.values() for k in both]),
         seconds=time.perf_counter() - began,
     )
-
-
-CURVATURES = ("gauss-newton", "hessian", "fisher-mc", "fisher-empirical")
 
 
 def curvature_matrix(
@@ -228,13 +220,9 @@ def curvature_matrix(
         >>> curvature_matrix(risk, "hessian").dim
         3
     """
-    if name == "gauss-newton":
-        return gauss_newton(risk, engine=engine, max_memory=max_memory)
-    if name == "hessian":
-        return hessian(risk, engine=engine, max_memory=max_memory)
     if name not in CURVATURES:
         raise InvalidInputError(f"unknown curvature {name!r}; there are: {', '.join(CURVATURES)}")
-    return fisher(risk, name.removeprefix("fisher-"), seed=seed, engine=engine, max_memory=max_memory)
+    return CURVATURES[name].build(risk, seed=seed, engine=engine, max_memory=max_memory)
 
 
 def _measured(
@@ -246,10 +234,6 @@ def _measured(
         P = None if P is None else P.to(dtype, "cpu")
     require_digits(risk.eps, str(risk.precision), "the numbers of a table", cast=True)
     return risk, bnp_preconditioner(risk) if P is None else P
-
-
-def _advance(update: Update, before: int, count: int) -> None:
-    update(before + count)
 
 
 def _singular(triangle: Tensor, eps: float) -> ConditionNumber:

@@ -1,6 +1,7 @@
 """What a model is to us: its parameters, its risk, the rows that its layers see."""
 
-from bnp_analysis.network.layers import Coverage, Layer, coverage
+from bnp_analysis.network.layer_kinds import Layer, register_layer
+from bnp_analysis.network.layers import Coverage, coverage
 from bnp_analysis.network.moments import Moments, layer_moments, layer_rows
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.risk import EmpiricalRisk
@@ -14,4 +15,5 @@ __all__ = [
     "coverage",
     "layer_moments",
     "layer_rows",
+    "register_layer",
 ]

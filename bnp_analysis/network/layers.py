@@ -1,61 +1,27 @@
-"""How the input of a layer becomes the rows `h` that multiply its weights.
-
-A covered layer computes `a_i = w_i . h + b_i` for every row `h`: a dense layer has one row per example (and
-position), a convolution one per output position, the patch under its kernel.
-"""
+"""Which layers of a model are covered: by its structure, and by what its forward passes do with their weights."""
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
+from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.kernels import derivative
-from bnp_analysis.network.observation import transformed
+from bnp_analysis.network.layer_kinds import Layer, kind_of
+from bnp_analysis.network.observation import transformed, untransformed
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.runtime.trees import tensors_of
 
-Dense = nn.Linear
-Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
-CoveredLayer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
-COVERED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-_METHODS = {name: {getattr(kind, name, None) for kind in COVERED} for name in ("forward", "_conv_forward")}
+# The functions by which torch's own layers multiply with their weights.
 _FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A covered layer of a risk, and where its tensors lie in the flat vector.
-
-    Attributes:
-        name: of the module; empty for a bare layer as root.
-        module: the snapshot's module.
-        weight, bias: names in the parameter space; `bias` is None without one, or when it is frozen.
-        units: output units `n`.
-        features: inputs of one unit, `m`; `k^d c / groups` for a convolution.
-        groups: of a convolution, else 1; units and features are split evenly among them.
-    """
-
-    name: str
-    module: CoveredLayer
-    weight: str
-    bias: str | None
-    units: int
-    features: int
-    groups: int
-
-    @property
-    def patch(self) -> int:
-        """Entries of a patch that come from one channel; 1 for a dense layer."""
-        return 1 if isinstance(self.module, nn.Linear) else math.prod(self.module.kernel_size)
 
 
 @dataclass(frozen=True)
@@ -98,69 +64,75 @@ def coverage(risk: EmpiricalRisk) -> Coverage:
         >>> [layer.name for layer in found], sorted(found.uncovered)
         (['0', '2'], ['1.bias', '1.weight'])
     """
-    modules = dict(risk.modules())
-    owners = _owners(risk)
-    runs, other = _forward_uses(risk)
-    covered, reasons = [], {}
-    for name, module in modules.items():
-        weight = f"{name}.weight" if name else "weight"
-        if not isinstance(module, COVERED) or weight not in risk.space:
-            continue
-        canonical = risk.space.canonical(weight)
-        if name not in runs:
-            reasons[canonical] = f"the forward of {name or type(module).__name__} never runs"
-        elif len(owners[canonical]) > 1:
-            reasons[canonical] = _tied(owners[canonical])
-        elif name in other:
-            reasons[canonical] = other[name]
-        else:
-            covered.append(_layer(name, module, canonical, risk, owners))
-    taken = {name for layer in covered for name in (layer.weight, layer.bias) if name is not None}
-    left = [name for name in risk.space.names if name not in taken]
-    return Coverage(tuple(covered), {name: reasons.get(name) or _reason(name, owners, modules) for name in left})
-
-
-def _owners(risk: EmpiricalRisk) -> dict[str, list[str]]:
-    """Parameter name -> the modules that hold it; several for a tied one."""
-    owners: dict[str, list[str]] = {}
-    for name, module in risk.modules():
-        for leaf, _ in module.named_parameters(recurse=False):
-            full = f"{name}.{leaf}" if name else leaf
-            if full in risk.space:
-                owners.setdefault(risk.space.canonical(full), []).append(name)
-    return owners
-
-
-def _reason(name: str, owners: dict[str, list[str]], modules: dict[str, nn.Module]) -> str:
-    held = owners.get(name, [])
-    if len(held) > 1:
-        return _tied(held)
-    owner = modules[held[0]] if held else None
-    kind = "no module" if owner is None else type(owner).__name__
-    weighted = f"{kind} whose weight is frozen or not covered"
-    return weighted if isinstance(owner, COVERED) else f"{kind} is not a covered layer type"
-
-
-def _tied(owners: list[str]) -> str:
-    return f"tied: shared by {', '.join(owners)}, whose inputs differ"
-
-
-def _overridden(module: nn.Module) -> bool:
-    own = any(getattr(type(module), name, None) not in known for name, known in _METHODS.items())
-    return isinstance(module, COVERED) and (own or "forward" in vars(module))
-
-
-def _forward_uses(risk: EmpiricalRisk) -> tuple[set[str], dict[str, str]]:
-    """Whose forward runs, on any process; and why some layers are more, or less, than a product with their weight."""
+    layers, reasons = layers_of(risk.modules(), risk.space.__contains__)
     runs: set[str] = set()
     other: dict[str, str] = {}
-    for own_runs, own_other in risk.group.share(lambda: _own_forward_uses(risk), "which layers run"):
-        runs, other = runs | own_runs.keys(), own_other | other
-    return runs, other
+    for own_runs, own_other in risk.group.share(lambda: _own_forward_uses(risk, layers), "which layers run"):
+        runs, other = runs | own_runs, own_other | other
+    covered = []
+    for layer in layers:
+        if layer.name not in runs:
+            reasons[layer.weight] = f"the forward of {layer.name or type(layer.module).__name__} never runs"
+        elif layer.name in other:
+            reasons[layer.weight] = other[layer.name]
+        else:
+            covered.append(layer)
+    taken = {name for layer in covered for name in (layer.weight, layer.bias)}
+    return Coverage(tuple(covered), {name: reasons[name] for name in risk.space.names if name not in taken})
 
 
-def _own_forward_uses(risk: EmpiricalRisk) -> tuple[dict[str, int], dict[str, str]]:
-    """The same on this process's batches, and how often."""
+def layers_of(
+    modules: Iterable[tuple[str, nn.Module]], free: Callable[[str], bool] = lambda name: True
+) -> tuple[list[Layer], dict[str, str]]:
+    """The layers that the structure of a model allows to be covered: of a known kind, with a weight of their own.
+
+    Args:
+        modules: those of the model, under their names.
+        free: whether a parameter of this name counts; default all.
+
+    Returns:
+        The layers in the order of the modules; and parameter name -> why it would belong to none of them, for all.
+
+    Raises:
+        InvalidInputError: a lazy layer that has no shape yet.
+    """
+    modules = list(modules)
+    holders: dict[int, list[str]] = {}
+    owners: dict[str, tuple[nn.Module, list[str]]] = {}
+    for name, module in modules:
+        for leaf, parameter in module.named_parameters(recurse=False):
+            full = f"{name}.{leaf}" if name else leaf
+            if free(full):
+                holders.setdefault(id(parameter), []).append(name)
+                owners[full] = module, holders[id(parameter)]
+    layers = []
+    for name, module in modules:
+        kind, prefix = kind_of(module), f"{name}." if name else ""
+        if kind is None or len(owners.get(f"{prefix}{kind.weight}", (None, ()))[1]) != 1:
+            continue
+        if isinstance(getattr(module, kind.weight), UninitializedParameter):
+            raise InvalidInputError(f"lazy layer {name!r} has no shape yet: run one forward pass first")
+        layers.append(kind.of(name, module, bias=len(owners.get(f"{prefix}{kind.bias}", (None, ()))[1]) == 1))
+    return layers, {name: _reason(module, held) for name, (module, held) in owners.items()}
+
+
+def _reason(owner: nn.Module, held: list[str]) -> str:
+    if len(held) > 1:
+        return f"tied: shared by {', '.join(held)}, whose inputs differ"
+    known = kind_of(owner) is not None
+    return (
+        f"{type(owner).__name__} {'whose weight is frozen or not covered' if known else 'is not a covered layer type'}"
+    )
+
+
+def changed_product(module: nn.Module) -> str:
+    """The reason for which a layer is left out whose rows are not its input, or whose weights are others."""
+    return f"{type(module).__name__} computes something else with its weight or its input"
+
+
+def _own_forward_uses(risk: EmpiricalRisk, layers: list[Layer]) -> tuple[set[str], dict[str, str]]:
+    """Which layers run on this process's batches; why some are more, or less, than a product with their weight."""
+    known = {layer.name: layer for layer in layers}
     runs: dict[str, int] = {}
     other: dict[str, str] = {}
     weights: dict[str, Tensor] = {}
@@ -168,22 +140,36 @@ def _own_forward_uses(risk: EmpiricalRisk) -> tuple[dict[str, int], dict[str, st
     stored = risk.theta.untyped_storage().data_ptr()
 
     def visit(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        runs[name] = runs.get(name, 0) + 1
-        if isinstance(module, COVERED):
-            weights[name] = module.weight
-            if transformed(module.weight) or module.weight.untyped_storage().data_ptr() != stored:
+        if (layer := known.get(name)) is not None:
+            runs[name] = runs.get(name, 0) + 1
+            weight = weights[name] = layer.own_weight
+            if transformed(weight) or weight.untyped_storage().data_ptr() != stored:
                 other[name] = "its forward runs with other weights than its own (torch.func inside forward())"
-            elif _overridden(module) and not any(h is args[0] and w is module.weight for h, w in calls.products):
-                other[name] = f"{type(module).__name__} computes something else with its weight or its input"
+            elif not layer.kind.builtin:
+                if not _is_product(layer, args[0], output):
+                    other[name] = f"{type(module).__name__} does not compute the product that it was registered for"
+            elif layer.kind.changes_product(module) and not calls.multiply(args[0], weight):
+                other[name] = changed_product(module)
         if not name:
             calls.products.clear()
 
     with calls:
-        risk.capture(visit, numbers=False)
+        risk.capture(visit, {*known, ""}, numbers=False)
     for name, w in weights.items():
         if calls.uses_of(w) > runs[name]:
             other.setdefault(name, "its weight is also used outside of its own product")
-    return runs, other
+    return {*runs}, other
+
+
+def _is_product(layer: Layer, h: Tensor, output: Tensor) -> bool:
+    """Whether an output is the product of the layer's rows and weights, to half of the digits."""
+    with torch._C.DisableTorchFunction():
+        seen = untransformed(output).detach()
+        try:
+            product, size = layer.product(untransformed(h).detach())
+            return bool(((layer.by_unit(seen) - product).abs() <= torch.finfo(size.dtype).eps ** 0.5 * size).all())
+        except RuntimeError:  # shapes that do not fit
+            return False
 
 
 class _Calls(TorchFunctionMode):
@@ -206,65 +192,14 @@ class _Calls(TorchFunctionMode):
                 self._uses[id(t)] = weakref.ref(t), self.uses_of(t) + 1
         return out
 
+    def multiply(self, h: Tensor, weight: Tensor) -> bool:
+        """Whether one of the products was that of these two."""
+        return any(x is h and w is weight for x, w in self.products)
+
     def uses_of(self, t: Tensor) -> int:
         """How many functions that give a tensor were given this one."""
         reference, count = self._uses.get(id(t), (None, 0))
         return count if reference is not None and reference() is t else 0
-
-
-def _layer(name: str, module: CoveredLayer, weight: str, risk: EmpiricalRisk, owners: dict[str, list[str]]) -> Layer:
-    bias = f"{name}.bias" if name else "bias"
-    free = module.bias is not None and owners.get(bias) == [name]
-    groups = 1 if isinstance(module, nn.Linear) else module.groups
-    shape = module.weight.shape
-    return Layer(name, module, weight, bias if free else None, shape[0], math.prod(shape[1:]), groups)
-
-
-def rows(layer: Layer, h: Tensor) -> Tensor:
-    """The rows that multiply the weights, `(R, groups, m)`.
-
-    Dense: every leading position of `h (..., m)`. Convolution: the patch under the kernel for each output
-    position of `h (N, c, ...)`, with the layer's padding, stride and dilation, in the order of the weight.
-    """
-    module = layer.module
-    if isinstance(module, nn.Linear):
-        return h.reshape(-1, 1, layer.features)
-    spatial = len(module.kernel_size)
-    h = _images(h, spatial)
-    h = _padded(module, h)
-    for d, (size, stride, dilation) in enumerate(
-        zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
-    ):
-        span = dilation * (size - 1) + 1
-        h = h.unfold(d, span, stride)[..., ::dilation]
-    # (N, c, out..., k...) -> (N, out..., c, k...)
-    positions = list(range(2, 2 + spatial))
-    kernel = list(range(2 + spatial, 2 + 2 * spatial))
-    h = h.permute(0, *positions, 1, *kernel)
-    return h.reshape(-1, layer.groups, layer.features)
-
-
-def example_count(layer: Layer, h: Tensor) -> int:
-    """The number `N` of examples in an input `(N, ...)`, 1 for an input without that dimension."""
-    single = 1 if isinstance(layer.module, nn.Linear) else len(layer.module.kernel_size) + 1
-    return h.shape[0] if h.ndim > single else 1
-
-
-def channels(layer: Layer, h: Tensor) -> Tensor:
-    """The values of each input channel, `(samples, c)`, before padding; features for a dense layer."""
-    if isinstance(layer.module, nn.Linear):
-        return h.reshape(-1, layer.features)
-    spatial = len(layer.module.kernel_size)
-    h = _images(h, spatial)
-    return h.movedim(1, -1).reshape(-1, h.shape[1])
-
-
-def by_unit(layer: Layer, g: Tensor) -> Tensor:
-    """A tensor in the shape of the layer's output as `(R, units)`."""
-    if not isinstance(layer.module, nn.Linear):
-        # Channels come before the places of an image.
-        g = g.movedim(1 - layer.module.weight.ndim, -1)
-    return g.reshape(-1, layer.units)
 
 
 def products_only(
@@ -289,42 +224,14 @@ def products_only(
     found = iter(derivative(outputs, wanted, u, retain_graph=True, what="the derivatives by a layer's outputs"))
     wholes = [next(found) for _ in layers]
     alone = set()
-    for layer, whole in zip(layers, wholes, strict=True):
+    for layer, stored in zip(layers, wholes, strict=True):
+        whole = layer.matrix(stored)
         total, bound = torch.zeros_like(whole), torch.zeros_like(whole)
         for h, _ in seen[layer.name]:
-            r, g = rows(layer, h), by_unit(layer, next(found))
+            r, g = layer.rows(h), layer.by_unit(next(found))
             g = g.reshape(len(g), layer.groups, -1)
             total += torch.einsum("rgu,rgm->gum", g, r).reshape(whole.shape)
             bound += torch.einsum("rgu,rgm->gum", g.abs(), r.abs()).reshape(whole.shape)
         if bool(((whole - total).abs() <= torch.finfo(whole.dtype).eps ** 0.5 * bound).all()):
             alone.add(layer.name)
     return alone
-
-
-def _images(h: Tensor, spatial: int) -> Tensor:
-    """`(N, c, ...)` from one image, or from the batches of a vmap."""
-    return h.reshape(-1, *h.shape[-1 - spatial :])
-
-
-def expand_channels(layer: Layer, per_channel: Tensor) -> Tensor:
-    """A value per input channel `(c,)` repeated over each patch, `(groups, m)`."""
-    return per_channel.repeat_interleave(layer.patch).view(layer.groups, layer.features)
-
-
-def output_rows(layer: Layer, output: Tensor) -> int:
-    """The number `R` of rows behind an output of the layer."""
-    return output.numel() // layer.units
-
-
-def _padded(module: Convolution, h: Tensor) -> Tensor:
-    # torch keeps the padding that F.pad needs, last dimension first, whatever form the user gave.
-    reversed_padding = cast(Any, module)._reversed_padding_repeated_twice
-    if not any(reversed_padding):
-        return h
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return F.pad(h, reversed_padding, mode=mode)
-
-
-def ones_column(h: Tensor) -> Tensor:
-    """`H^ = [e, H]` for rows `(R, m)`."""
-    return torch.cat([h.new_ones(h.shape[0], 1), h], dim=1)

@@ -1,28 +1,25 @@
-"""Means and variances of the inputs of each layer, over all rows of the data."""
+"""Means, variances and second moments of the inputs of each layer, over all rows of the data; and running ones."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
-from bnp_analysis.network.layers import (
-    Coverage,
-    Layer,
-    channels,
-    coverage,
-    example_count,
-    expand_channels,
-    output_rows,
-    rows,
-)
+from bnp_analysis.network.layer_kinds import Layer
+from bnp_analysis.network.layers import Coverage, coverage
 from bnp_analysis.network.risk import EmpiricalRisk
 
 STATISTICS = ("channel", "patch")
+
+
+# Tensors or numbers.
+T = TypeVar("T", Tensor, float)
 
 
 @dataclass(frozen=True)
@@ -138,35 +135,37 @@ def _own_moments(
     sums = {layer.name: Accumulator() for layer in layers}
     counts = dict.fromkeys(sums, (0, 0))
 
-    def visit(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        layer = layers[name]
-        values = _columns(layer, args[0], statistics)
+    def see(layer: Layer, h: Tensor, output: Tensor) -> None:
+        values = layer.channels(h) if statistics == "channel" else layer.rows(h).flatten(start_dim=1)
         if not bool(torch.isfinite(values).all()):
-            raise NonFiniteError(f"the input of layer {name!r} has NaN or infinite entries")
-        sums[name].add(values)
-        counts[name] = _added(counts[name], (output_rows(layer, output), example_count(layer, args[0])))
+            raise NonFiniteError(f"the input of layer {layer.name!r} has NaN or infinite entries")
+        sums[layer.name].add(values)
+        counts[layer.name] = _added(counts[layer.name], (layer.output_rows(output), layer.example_count(h)))
 
-    risk.capture(visit, sums)
+    _each_input(risk, layers, see)
     return {name: found.to("cpu") for name, found in sums.items()}, counts
+
+
+def _each_input(risk: EmpiricalRisk, layers: Iterable[Layer], see: Callable[[Layer, Tensor, Tensor], None]) -> None:
+    """`see(layer, input, output)` for every time that one of the layers runs on this process's batches."""
+    known = {layer.name: layer for layer in layers}
+
+    def visit(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        see(known[name], args[0], output)
+
+    risk.capture(visit, known)
 
 
 def _added(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
     return a[0] + b[0], a[1] + b[1]
 
 
-def _columns(layer: Layer, h: Tensor, statistics: str) -> Tensor:
-    if statistics == "channel":
-        return channels(layer, h)
-    return rows(layer, h).flatten(start_dim=1)
-
-
 def _moments(layer: Layer, found: Accumulator, count: tuple[int, int], statistics: str) -> Moments:
-    shape = (layer.groups, layer.features)
     columns = (found.mean, found.variance, found.constant)
-    if statistics == "channel" and layer.patch > 1:
-        mean, variance, constant = (expand_channels(layer, column) for column in columns)
+    if statistics == "channel":
+        mean, variance, constant = (layer.expand(column) for column in columns)
     else:
-        mean, variance, constant = (column.view(shape) for column in columns)
+        mean, variance, constant = (column.view(layer.groups, layer.features) for column in columns)
     return Moments(mean, variance, constant, *count)
 
 
@@ -180,11 +179,165 @@ def layer_rows(risk: EmpiricalRisk, layers: Coverage | None = None) -> dict[str,
     # Something to join also where this process has no batch.
     found = {layer.name: [risk.theta.new_zeros(0, layer.groups, layer.features)] for layer in layers}
 
-    def visit(name: str, module: nn.Module, args: Any, output: Any) -> None:
+    def see(layer: Layer, h: Tensor, output: Tensor) -> None:
         # A copy: rows of a dense layer are its input, and what follows may write into that.
-        found[name].append(rows(layers[name], args[0]).clone())
+        found[layer.name].append(layer.rows(h).clone())
 
     with risk.group.together("a pass over the rows of layers"):
-        risk.capture(visit, found)
+        _each_input(risk, layers, see)
     own = {name: torch.cat(parts) for name, parts in found.items()}
-    return {name: risk.group.gather(partial(own.__getitem__, name), f"rows of {name}") for name in own}
+    return {name: risk.group.gather(functools.partial(own.__getitem__, name), f"rows of {name}") for name in own}
+
+
+def extended(layer: Layer, h: Tensor) -> Tensor:
+    """The rows `[h, 1]` in torch's order, weights first; `h` where the layer has no free bias."""
+    return h if layer.bias is None else torch.cat([h, h.new_ones(*h.shape[:2], 1)], dim=2)
+
+
+def second_moments(
+    risk: EmpiricalRisk, layers: Coverage, transform: Callable[[Layer, Tensor], Tensor] = extended
+) -> dict[str, Tensor]:
+    """`(1/R) sum_r t_r t_r^T` of the transformed rows of each layer, over the data of a risk.
+
+    Args:
+        risk: the empirical risk, whose inputs are seen at its `theta`.
+        layers: the covered layers.
+        transform: `(layer, rows (R, groups, m)) -> (R, groups, d)`; by default the extended rows themselves.
+
+    Returns:
+        Layer name -> `(groups, d, d)`, float64.
+    """
+    parts = risk.group.share(lambda: _own_sums(risk, layers, transform), "second moments")
+    means = {}
+    for name in (layer.name for layer in layers):
+        mine = [part[name] for part in parts if name in part]
+        total = functools.reduce(torch.add, (gram.to(risk.space.device) for gram, _ in mine))
+        means[name] = total / sum(count for _, count in mine)
+    return means
+
+
+def _own_sums(
+    risk: EmpiricalRisk, layers: Coverage, transform: Callable[[Layer, Tensor], Tensor]
+) -> dict[str, tuple[Tensor, int]]:
+    """The sums and numbers of rows over this process's batches, for layers that ran."""
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys((layer.name for layer in layers), 0)
+
+    def see(layer: Layer, h: Tensor, output: Tensor) -> None:
+        t = transform(layer, layer.rows(h).double()).transpose(0, 1)
+        gram = t.transpose(1, 2) @ t
+        sums[layer.name] = sums[layer.name] + gram if layer.name in sums else gram
+        counts[layer.name] += t.shape[1]
+
+    _each_input(risk, layers, see)
+    return {name: (total.cpu(), counts[name]) for name, total in sums.items()}
+
+
+@dataclass(frozen=True)
+class InputTriangles:
+    """Triangular factors, per group, with the singular values of the three forms of a layer's inputs.
+
+    Constant features are set aside first: they are collinear with the bias column, and centring would hide
+    it. Attributes are lists over groups of `(k, k)` float64 matrices.
+    """
+
+    raw: list[Tensor]
+    centered: list[Tensor]
+    normalized: list[Tensor]
+
+
+def input_triangles(risk: EmpiricalRisk, moments: dict[str, Moments], layers: Coverage) -> dict[str, InputTriangles]:
+    """QR triangles of `H^ = [e, H]`, `H^U = [e, H - e mu^T]` and `G^ = [e, (H - e mu^T)/sigma]` for every layer.
+
+    Each is formed directly and streamed over batches, so the rows of a convolution are never held at once.
+    Layers without a free bias keep the column `e`: the inputs are judged, not the parameters.
+
+    Args:
+        risk: the empirical risk.
+        moments: exact means and variances, from `layer_moments`.
+        layers: the covered layers.
+
+    Returns:
+        Layer name -> `InputTriangles`.
+
+    Source: T7, T13.
+    """
+    parts = risk.group.share(lambda: _own_triangles(risk, moments, layers), "the triangles of layers' inputs")
+    return {layer.name: _joined([part[layer.name] for part in parts], risk.space.device) for layer in layers}
+
+
+def _joined(parts: list[list[list[Tensor]]], device: torch.device) -> InputTriangles:
+    """The triangles of all rows from those of several pieces; none where a piece has no row."""
+    forms: tuple[list[Tensor], ...] = ([], [], [])
+    for groups in zip(*parts, strict=True):
+        for form, found in enumerate(forms):
+            pieces = [triangles[form].to(device) for triangles in groups if triangles]
+            found.append(pieces[0] if len(pieces) == 1 else torch.linalg.qr(torch.cat(pieces), mode="r")[1])
+    return InputTriangles(*forms)
+
+
+def _own_triangles(risk: EmpiricalRisk, moments: dict[str, Moments], layers: Coverage) -> dict[str, list[list[Tensor]]]:
+    """For each layer and group the three triangles of this process's rows, formed batch by batch."""
+    partial: dict[str, list[list[Tensor]]] = {layer.name: [[] for _ in range(layer.groups)] for layer in layers}
+
+    def see(layer: Layer, h: Tensor, output: Tensor) -> None:
+        known, all_rows = moments[layer.name], layer.rows(h).double()
+        for group, triangles in enumerate(partial[layer.name]):
+            kept = ~known.constant[group]
+            h = all_rows[:, group, kept]
+            centered = h - known.mean[group, kept]
+            normalized = centered / known.variance[group, kept].sqrt()
+            e = h.new_ones(h.shape[0], 1)
+            fresh = [torch.cat([e, part], dim=1) for part in (h, centered, normalized)]
+            if triangles:
+                fresh = [torch.cat([old, new]) for old, new in zip(triangles, fresh, strict=True)]
+            triangles[:] = [torch.linalg.qr(part, mode="r")[1] for part in fresh]
+
+    _each_input(risk, layers, see)
+    return {name: [[t.cpu() for t in triangles] for triangles in groups] for name, groups in partial.items()}
+
+
+def update_moments(mean: T, var: T, batch_mean: T, batch_var: T, rho: Any) -> tuple[T, T]:
+    """The law of total variance for running statistics, exact for any `rho` and any batch size, one row included (T4).
+
+    `mu' = rho mu + (1-rho) mu_batch`,
+    `sigma'^2 = rho sigma^2 + (1-rho) sigma_batch^2 + rho (1-rho) (mu_batch - mu)^2`: mean and variance of the mixture
+    of what was seen (weight `rho`) and the batch (weight `1-rho`).
+
+    Args:
+        mean, var: of what was seen before.
+        batch_mean, batch_var: of the batch, the variance biased (1/R).
+        rho: weight of what was seen before, a number or a value per entry.
+
+    Returns:
+        The new mean and variance.
+
+    Example:
+        >>> update_moments(0.0, 0.0, 2.0, 0.0, 0.5)
+        (1.0, 1.0)
+    """
+    delta = batch_mean - mean
+    new_var = var + (1 - rho) * ((batch_var - var) + rho * delta * delta)
+    return mean + (1 - rho) * delta, new_var
+
+
+def corrected_rho(rho: float, k: int) -> float:
+    """The weight that step `k >= 1` gives to the past when the start is to weigh nothing, `(rho - rho^k)/(1 - rho^k)`.
+
+    Step 1 forgets the start (0); later every batch weighs as under constant `rho`, divided by the sum of the weights.
+
+    Raises:
+        InvalidInputError: `rho` outside `[0, 1)` or `k < 1`.
+
+    Example:
+        >>> [round(corrected_rho(0.99, k), 4) for k in (1, 2, 3, 10_000)]
+        [0.0, 0.4975, 0.6633, 0.99]
+    """
+    if not 0 <= rho < 1 or k < 1:
+        raise InvalidInputError(f"0 <= rho < 1 and k >= 1 are needed, got rho={rho}, k={k}")
+    return without_start(rho, rho ** (k - 1))
+
+
+def without_start(rho: float, start: float) -> float:
+    """The weight of the past, the start left out: `start` is the product of all earlier `rho` (T4)."""
+    return rho * (1 - start) / (1 - rho * start) if start < 1 else 0.0

@@ -19,6 +19,7 @@ class ParameterSpace:
         shapes: name -> shape, in the order of `named_parameters()`.
         dtype, device: of every flat vector.
         aliases: other names of the same tensors (tied parameters) -> the name in `shapes`.
+        transposed: names of weights whose output units are their columns; of all others they are the rows.
 
     Example:
         >>> space = ParameterSpace({"weight": (2, 3), "bias": (2,)})
@@ -32,11 +33,13 @@ class ParameterSpace:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         aliases: Mapping[str, str] | None = None,
+        transposed: Iterable[str] = (),
     ) -> None:
         self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
         self.names = tuple(self.shapes)
         self.dtype, self.device = dtype, torch.device(device)
         self.aliases = {other: name for other, name in (aliases or {}).items() if name in self.shapes}
+        self.transposed = frozenset(transposed) & self.shapes.keys()
         self._slices: dict[str, slice] = {}
         begin = 0
         for name, shape in self.shapes.items():
@@ -99,7 +102,7 @@ class ParameterSpace:
         return tuple(name for name in self.names if name in found)
 
     def indices(self, block: Block) -> Tensor:
-        """Flat positions of a layer, or of one output unit `(layer, i)`: row `i` of its tensors.
+        """Flat positions of a layer, or of one output unit `(layer, i)`: its row (column) of every tensor.
 
         Raises:
             InvalidInputError: no such layer or unit.
@@ -110,11 +113,12 @@ class ParameterSpace:
             shape, begin = self.shapes[name], self._slices[name].start
             grid = torch.arange(begin, begin + shape.numel())
             if unit is not None:
-                if len(shape) == 0 or not 0 <= unit < shape[0]:
+                grid = grid.view(shape).mT if name in self.transposed else grid.view(shape)
+                if len(shape) == 0 or not 0 <= unit < len(grid):
                     raise InvalidInputError(
                         f"{layer!r} has no output unit {unit}: its parameter {name!r} has shape {tuple(shape)}"
                     )
-                grid = grid.view(shape[0], -1)[unit]
+                grid = grid[unit].reshape(-1)
             parts.append(grid)
         return torch.cat(parts)
 
@@ -122,7 +126,7 @@ class ParameterSpace:
         """The space of some of the tensors, in the order of this one."""
         wanted = {self.canonical(name) for name in names}
         kept = {name: shape for name, shape in self.shapes.items() if name in wanted}
-        return ParameterSpace(kept, self.dtype, self.device, self.aliases)
+        return ParameterSpace(kept, self.dtype, self.device, self.aliases, self.transposed)
 
     def __repr__(self) -> str:
         return f"<ParameterSpace {self.dim} in {len(self.names)} tensors, {self.dtype} on {self.device}>"

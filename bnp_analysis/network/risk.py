@@ -226,7 +226,7 @@ class EmpiricalRisk:
         other = copy.copy(self)
         other._model = brought(copy.deepcopy(self._model), dtype, where)
         other._loss = snapshot_loss(self._loss, dtype, where)
-        other.space = ParameterSpace(self.space.shapes, dtype, where, self.space.aliases)
+        other.space = ParameterSpace(self.space.shapes, dtype, where, self.space.aliases, self.space.transposed)
         other.theta = self.theta.to(dtype=dtype, device=where)
         other._constants = {n: t.to(device=where, dtype=counterpart(t, dtype)) for n, t in self._constants.items()}
         other.batches = self.batches.to(dtype, where)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.network.layer_kinds.base import transposed_weights
 from bnp_analysis.network.names import NameIndex
 from bnp_analysis.network.parameters import ParameterSpace
 
@@ -51,4 +52,6 @@ def choose_parameters(
     mixed = {named[n].dtype for n in chosen}
     if len(mixed) > 1:
         raise InvalidInputError(f"parameters of several dtypes: {mixed}; choose with dtype=")
-    return ParameterSpace({n: named[n].shape for n in chosen}, first.dtype, first.device, aliases)
+    return ParameterSpace(
+        {n: named[n].shape for n in chosen}, first.dtype, first.device, aliases, transposed_weights(model)
+    )  # fmt: skip

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from bnp_analysis.network.batches import Batch, slice_batch
-from bnp_analysis.network.layers import Coverage, output_rows
+from bnp_analysis.network.layers import Coverage
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.runtime.trees import tensors_of
 
@@ -64,7 +64,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch d
 def _counted(risk: EmpiricalRisk, batch: Batch, layers: Coverage) -> tuple[float, dict[str, float]]:
     size = tensors_of(batch.x)[0].shape[0]
     _, seen = risk.record(batch, [layer.name for layer in layers])
-    rows = {layer.name: sum(output_rows(layer, output) for _, output in seen[layer.name]) / size for layer in layers}
+    rows = {layer.name: sum(layer.output_rows(output) for _, output in seen[layer.name]) / size for layer in layers}
     with _Operations() as counter:  # type: ignore[no-untyped-call]
         tensors = risk.leaves()
         risk.pullback(risk.batch_loss(risk.batch_outputs(tensors, batch), batch, tensors), tensors)

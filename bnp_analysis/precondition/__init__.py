@@ -1,6 +1,6 @@
 """Preconditioners of networks: BNP and what it is compared with."""
 
-from bnp_analysis.precondition.blocks import (
+from bnp_analysis.precondition.base import (
     BlockDiagonal,
     NetworkPreconditioner,
     SplitsByUnit,

@@ -9,18 +9,23 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from bnp_analysis.curvature.output_curvature import pulled_to_layers
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.preconditioner import Preconditioner
-from bnp_analysis.network.layers import Layer
-from bnp_analysis.network.moments import Moments, layer_moments
+from bnp_analysis.network.layer_kinds import Layer
+from bnp_analysis.network.layers import Coverage
+from bnp_analysis.network.moments import Moments, layer_moments, second_moments
 from bnp_analysis.network.parameters import Block, ParameterSpace
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.precondition.blocks import BlockDiagonal, Entry, covered_layers, layer_positions
+from bnp_analysis.precondition.base import BlockDiagonal, Entry, covered_layers, layer_positions
 from bnp_analysis.precondition.bnp_block import BNPBlock
-from bnp_analysis.precondition.output_scale import UnitScaled, output_scales, unit_scaled
-from bnp_analysis.precondition.scale import RULES, beyond_paper, scale_square, surviving_mean
-from bnp_analysis.precondition.second_moments import second_moments
 
+_NEEDS = (
+    "output_scale needs the curvature of the loss in the outputs, which must be convex there, a mean over examples, "
+    "and small enough to be formed; leave output_scale off"
+)
+#: Rules for `q^2` that know shapes alone; "auto" is the default, at present that of "rows".
+RULES = ("auto", "rows", "paper")
 BIAS_FREE = ("rank-one", "diagonal")
 #: Preset -> options: "exact", undamped, as the theory needs; "paper", those of the published algorithms.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -34,7 +39,7 @@ class BNPPreconditioner(BlockDiagonal):
 
     Args:
         space: the chart of the parameters.
-        blocks: layer name -> (positions, `BNPBlock`, or `UnitScaled` with output scaling).
+        blocks: layer name -> (positions, `BNPBlock`).
         settings: damping, rule for `q`, statistics, form without a bias, output scaling.
         constant_features: layer name -> input features with zero variance, group by group.
         uncovered: parameter name -> why it is left alone.
@@ -49,7 +54,7 @@ class BNPPreconditioner(BlockDiagonal):
     def __init__(
         self,
         space: ParameterSpace,
-        blocks: Mapping[str, tuple[Tensor, BNPBlock | UnitScaled]],
+        blocks: Mapping[str, tuple[Tensor, BNPBlock]],
         *,
         settings: Mapping[str, Any],
         constant_features: Mapping[str, tuple[int, ...]],
@@ -58,12 +63,14 @@ class BNPPreconditioner(BlockDiagonal):
         extensions: Mapping[str, str] | None = None,
     ) -> None:
         entries: dict[str, Entry] = dict(blocks)
-        super().__init__(space.dim, entries, space.dtype, space.device, space)
-        self.settings, self.uncovered = dict(settings), dict(uncovered)
+        super().__init__(
+            space.dim, entries, space.dtype, space.device, space, settings=settings, uncovered=uncovered
+        )  # fmt: skip
         self.constant_features = dict(constant_features)
         self.flat_units, self.extensions = dict(flat_units or {}), dict(extensions or {})
         self.q = {name: block.q for name, (_, block) in blocks.items()}
-        self.output_scales = {name: b.scales for name, (_, b) in blocks.items() if isinstance(b, UnitScaled)}
+        scales = {name: block.output_scales for name, (_, block) in blocks.items()}
+        self.output_scales = {name: s for name, s in scales.items() if s is not None}
 
 
 def damped_variance(variance: Tensor, eps1: float, eps2: float) -> Tensor:
@@ -77,6 +84,42 @@ def damped_variance(variance: Tensor, eps1: float, eps2: float) -> Tensor:
     return torch.where(damped > 0, damped, torch.ones_like(damped))
 
 
+def scale_square(rule: str, features: int, rows: int, examples: int) -> float:
+    """`q^2` of a layer from its shapes.
+
+    `"rows"`: `max(m/R, 1)`, the order of `|G^|^2/R` of independent inputs (T8). `"paper"`: `max(m/N, sqrt(R/N))`,
+    which is `max(n/N, 1)` for a dense layer and `max(c k^2/N, sqrt(r s))` for a convolution with `r x s` output
+    positions.
+
+    Args:
+        rule: one of `RULES`.
+        features: `m`, inputs of one unit; `c k^2` for a convolution with `c` channels in a group.
+        rows: `R`, rows of `H^` in the step: examples times output positions.
+        examples: `N`, examples in the step.
+
+    Source: Lange, Helfrich and Ye 2022, Algorithm 2 (p. 11) and Algorithm 3 (p. 19). One or three spatial dimensions
+    (the root of the number of positions), stride, dilation and groups (the same with the layer's own output positions
+    and `c` of one group) and dense layers on sequences (convolutions with `k = 1`) are this project's extension.
+
+    Example:
+        >>> [scale_square("paper", 27, 64 * n, n) for n in (2, 128)], scale_square("rows", 27, 128, 2)
+        ([13.5, 8.0], 1.0)
+    """
+    if rule == "paper":
+        return max(features / examples, math.sqrt(rows / examples))
+    return max(features / rows, 1.0)
+
+
+def surviving_mean(mean: Tensor, second: Tensor) -> float:
+    """`sum_j mu_j^2/rms_j^2` of the worst group: what the diagonal form without a bias adds to `q^2` (T5).
+
+    Args:
+        mean, second: first and second moments, `(groups, m)`.
+    """
+    share = torch.where(second > 0, mean.square() / second, torch.zeros_like(second))
+    return float(share.sum(dim=1).max())
+
+
 def layer_block(
     layer: Layer,
     moments: Moments,
@@ -85,6 +128,7 @@ def layer_block(
     eps2: float,
     q: str | float = "auto",
     bias_free: str = "rank-one",
+    output_scales: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> BNPBlock:
     """The block of one layer from the moments of its inputs, damped; what is measured and what trains.
@@ -96,6 +140,7 @@ def layer_block(
         q: the layer's scale, or one of `RULES` for it, to whose `q^2` the diagonal form without a bias adds
             `sum_j mu_j^2 / rms_j^2`.
         bias_free: without a bias, `"rank-one"` or `"diagonal"`.
+        output_scales: of its units (T10); 1 in place of a 0.
         dtype: of the parameters, default that of the moments.
 
     Returns:
@@ -110,7 +155,10 @@ def layer_block(
         mean = torch.zeros_like(mean)
     scale = math.sqrt(square) if isinstance(q, str) else float(q)
     damped = damped_variance(variance, eps1, eps2)
-    return BNPBlock(mean, damped, scale, units=layer.units, bias=layer.bias is not None, dtype=dtype)
+    scales = None if output_scales is None else torch.where(output_scales > 0, output_scales, 1.0)
+    return BNPBlock(
+        mean, damped, scale, units=layer.units, bias=layer.bias is not None, output_scales=scales, dtype=dtype
+    )  # fmt: skip
 
 
 @overload
@@ -204,22 +252,22 @@ def bnp_preconditioner(
     rule = settings["q"]
     form = {name: settings[name] for name in ("eps1", "eps2", "bias_free")}
 
-    def build(layer: Layer, q: str | float, dtype: torch.dtype) -> BNPBlock:
-        return layer_block(layer, moments[layer.name], **form, q=q, dtype=dtype)
+    def build(layer: Layer, q: str | float, dtype: torch.dtype, scales: Tensor | None = None) -> BNPBlock:
+        return layer_block(layer, moments[layer.name], **form, q=q, output_scales=scales, dtype=dtype)
 
-    scales: dict[str, str | float]
+    q_of: dict[str, str | float] = {layer.name: rule for layer in layers}
     if rule == "measured":
         unscaled = {layer.name: build(layer, 1.0, torch.float64) for layer in layers}
         grams = second_moments(risk, layers, lambda layer, h: unscaled[layer.name].normalized(h))
-        scales = {name: math.sqrt(float(torch.linalg.eigvalsh(g)[:, -1].max())) for name, g in grams.items()}
-    else:
-        scales = {layer.name: rule for layer in layers}
+        q_of = {name: math.sqrt(float(torch.linalg.eigvalsh(g)[:, -1].max())) for name, g in grams.items()}
     curved = output_scales(risk, layers) if output_scale else {}
-    blocks: dict[str, tuple[Tensor, BNPBlock | UnitScaled]] = {}
-    for layer in layers:
-        own = build(layer, scales[layer.name], risk.space.dtype)
-        found = unit_scaled(own, curved[layer.name]) if output_scale else own
-        blocks[layer.name] = layer_positions(layer, risk.space), found
+    blocks = {
+        layer.name: (
+            layer_positions(layer, risk.space),
+            build(layer, q_of[layer.name], risk.space.dtype, curved.get(layer.name)),
+        )
+        for layer in layers
+    }
     P = BNPPreconditioner(
         risk.space,
         blocks,
@@ -251,14 +299,53 @@ def require_options(eps1: float, eps2: float, q: str | float, bias_free: str) ->
 
 
 def extensions(rule: str | float, counts: Mapping[Layer, tuple[int, int]]) -> dict[str, str]:
-    """Layer name -> what of it is beyond the paper, where the paper's rule was asked for; from rows and examples."""
+    """Layer name -> what of it the paper does not speak of, where its rule was asked for; from rows and examples.
+
+    The paper's own are dense layers on one vector an example, and two-dimensional convolutions with stride 1, odd
+    kernels and zero padding that keeps the size; all with a bias.
+    """
     if rule != "paper":
         return {}
-    return {
-        layer.name: said for layer, (rows, examples) in counts.items() if (said := beyond_paper(layer, rows, examples))
-    }
+    found = {}
+    for layer, (rows, examples) in counts.items():
+        said = layer.beyond_paper(rows, examples)
+        said += [] if layer.bias is not None else ["no free bias, with the q of a layer that has one"]
+        if said:
+            found[layer.name] = "; ".join(said)
+    return found
 
 
 def _places(true: Tensor) -> tuple[int, ...]:
     """Where a mask is true, counted through all its entries."""
     return tuple(torch.nonzero(true.flatten()).flatten().tolist())
+
+
+def output_scales(risk: EmpiricalRisk, layers: Coverage) -> dict[str, Tensor]:
+    """`s_i = sqrt(sum_r d^2 L / da_ir^2)` of each unit of each layer, by the Gauss-Newton matrix of the loss.
+
+    The sum is over all rows of the layer: examples, positions and uses. For a dense layer that runs once per example
+    it is `mean_j d^2 l_j / da_ij^2`; for a convolution the diagonal is summed over output positions.
+
+    Args:
+        risk: the empirical risk; its loss convex in the outputs, and a mean over examples (or positions).
+        layers: the covered layers.
+
+    Returns:
+        Layer name -> `(units,)`, float64; 0 for a unit without curvature.
+
+    Raises:
+        InvalidInputError: a loss without a square root of its output Hessian.
+
+    Source: T10. Exact; one backward pass per output, and per example where a batch couples its examples.
+    """
+    total = risk.group.sum(lambda: torch.cat(_own_squares(risk, layers)), "output scales")
+    parts = torch.split(total, [layer.units for layer in layers])
+    return {layer.name: part.sqrt() for layer, part in zip(layers, parts, strict=True)}
+
+
+def _own_squares(risk: EmpiricalRisk, layers: Coverage) -> list[Tensor]:
+    """The sum over this process's batches, layer by layer."""
+    squares = {layer.name: torch.zeros(layer.units, dtype=torch.float64, device=risk.space.device) for layer in layers}
+    for layer, weight, g in pulled_to_layers(risk, layers, _NEEDS):
+        squares[layer.name] += weight * g.square().sum(dim=0)
+    return list(squares.values())

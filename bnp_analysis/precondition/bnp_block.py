@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Self
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator
-from bnp_analysis.precondition.blocks import SplitsByUnit
+from bnp_analysis.precondition.base import SplitsByUnit
 
 
 class BNPBlock(SplitsByUnit):
@@ -19,7 +20,7 @@ class BNPBlock(SplitsByUnit):
     With a bias, `U = [[1, -mu^T], [0, I]]` and `D = diag(1, 1/sigma)` for each unit (T2). Without one,
     `P P^T = (diag sigma^2 + mu mu^T)^-1 / q^2` by one rank-one correction (T5):
     `P = diag(1/sigma) (I - b u u^T) / q` with `v = mu/sigma`, `u = v/|v|`, `b = 1 - 1/sqrt(1 + |v|^2)`; with `mu = 0`
-    this is diagonal.
+    this is diagonal. With output scales `s` the columns of unit `i` are divided by `s_i`, `P diag(1/s)` (T10).
 
     Args:
         mean: `mu`, `(groups, m)`.
@@ -27,10 +28,11 @@ class BNPBlock(SplitsByUnit):
         q: the scale of the layer.
         units: output units `n`; split evenly among the groups.
         bias: whether the last `units` variables are the bias.
+        output_scales: `s > 0`, one per unit; None for 1.
         dtype: of the variables, default that of the moments; these may be more precise.
 
     Raises:
-        InvalidInputError: shapes that do not fit, a variance or `q` that is not positive and finite.
+        InvalidInputError: shapes that do not fit, a variance, `q` or a scale that is not positive and finite.
 
     Example:
         >>> P = BNPBlock(torch.tensor([[3.0]]), torch.tensor([[4.0]]), 1.0, units=1, bias=True)
@@ -39,7 +41,15 @@ class BNPBlock(SplitsByUnit):
     """
 
     def __init__(
-        self, mean: Tensor, variance: Tensor, q: float, *, units: int, bias: bool, dtype: torch.dtype | None = None
+        self,
+        mean: Tensor,
+        variance: Tensor,
+        q: float,
+        *,
+        units: int,
+        bias: bool,
+        output_scales: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if mean.shape != variance.shape or mean.ndim != 2 or not mean.shape[0] or units % mean.shape[0]:
             raise InvalidInputError(
@@ -65,6 +75,19 @@ class BNPBlock(SplitsByUnit):
         self._grow = self._against_weights(norm * (norm / (root + 1)))
         if not bool((self._scale > 0).all()) or not bool(torch.isfinite(self._scale).all()):
             raise InvalidInputError(f"a scale q sigma is zero or infinite in {self.dtype}; measure in float64")
+        self.output_scales, self._divisors = output_scales, None
+        if output_scales is not None:
+            self._divisors = self._per_variable(output_scales)
+
+    def _per_variable(self, scales: Tensor) -> Tensor:
+        """The scale of each variable's unit, `(n, 1)`."""
+        if scales.shape != (self.units,) or not bool((scales > 0).all() and torch.isfinite(scales).all()):
+            raise InvalidInputError(f"scales must be {self.units} positive and finite numbers, one for each unit")
+        one = scales.to(self.dtype)
+        spread = torch.cat([one.repeat_interleave(self.features), *([one] if self.bias else [])]).unsqueeze(1)
+        if not bool((spread > 0).all() and torch.isfinite(spread).all()):
+            raise InvalidInputError(f"a scale is zero or infinite in {self.dtype}; measure in float64")
+        return spread
 
     def unit_positions(self, i: int) -> Tensor:
         weights = torch.arange(i * self.features, (i + 1) * self.features)
@@ -75,16 +98,20 @@ class BNPBlock(SplitsByUnit):
             raise InvalidInputError(f"the layer has units 0..{self.units - 1}, not {i}")
         group = i // (self.units // self.groups)
         mean, variance = self.mean[group : group + 1], self.variance[group : group + 1]
-        return BNPBlock(mean, variance, self.q, units=1, bias=self.bias, dtype=self.dtype)
+        scales = None if self.output_scales is None else self.output_scales[i : i + 1]
+        return BNPBlock(mean, variance, self.q, units=1, bias=self.bias, output_scales=scales, dtype=self.dtype)
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Self:
         """Made anew from the moments, which keep their precision."""
         where = self.device if device is None else torch.device(device)
         mean, variance = self.mean.to(where), self.variance.to(where)
-        return type(self)(mean, variance, self.q, units=self.units, bias=self.bias, dtype=dtype)
+        scales = None if self.output_scales is None else self.output_scales.to(where)
+        return type(self)(
+            mean, variance, self.q, units=self.units, bias=self.bias, output_scales=scales, dtype=dtype
+        )  # fmt: skip
 
     def normalized(self, rows: Tensor) -> Tensor:
-        """The rows of `H^ P`, which are those of `G^ / q` for undamped moments of the same rows.
+        """The rows of `H^ P` without output scales: those of `G^ / q` for undamped moments of the same rows.
 
         Args:
             rows: `(R, groups, m)`.
@@ -117,7 +144,7 @@ class BNPBlock(SplitsByUnit):
         return flat if bias is None else torch.cat([flat, bias.reshape(self.units, bias.shape[-1])])
 
     def _matmat(self, x: Tensor) -> Tensor:
-        w, b = self._split(x)
+        w, b = self._split(x if self._divisors is None else x / self._divisors)
         if self.bias:
             w = w / self._scale
             return self._join(w, b / self.q - (w * self._mu).sum(dim=2, keepdim=True))
@@ -126,17 +153,21 @@ class BNPBlock(SplitsByUnit):
     def _rmatmat(self, y: Tensor) -> Tensor:
         g, gb = self._split(y)
         if self.bias:
-            return self._join((g - gb * self._mu) / self._scale, gb / self.q)
-        return self._join(self._rank_one(g / self._scale, -self._shrink))
+            out = self._join((g - gb * self._mu) / self._scale, gb / self.q)
+        else:
+            out = self._join(self._rank_one(g / self._scale, -self._shrink))
+        return out if self._divisors is None else out / self._divisors
 
     def _solve(self, x: Tensor) -> Tensor:
         w, b = self._split(x)
         if self.bias:
-            return self._join(w * self._scale, self.q * (b + (w * self._mu).sum(dim=2, keepdim=True)))
-        return self._join(self._rank_one(w * self._scale, self._grow))
+            out = self._join(w * self._scale, self.q * (b + (w * self._mu).sum(dim=2, keepdim=True)))
+        else:
+            out = self._join(self._rank_one(w * self._scale, self._grow))
+        return out if self._divisors is None else out * self._divisors
 
     def _rsolve(self, y: Tensor) -> Tensor:
-        g, gb = self._split(y)
+        g, gb = self._split(y if self._divisors is None else y * self._divisors)
         if self.bias:
             return self._join(self._scale * g + self.q * self._mu * gb, self.q * gb)
         return self._join(self._rank_one(g, self._grow) * self._scale)
@@ -149,34 +180,11 @@ class BNPBlock(SplitsByUnit):
     def roundings(self) -> int:
         # With a bias: product, difference, quotient, sigma, q sigma and its cast. Without one: sums over the features
         # in u.w and in |v|, which u has twice and the shrinkage up to twice, and a few for what they are made of.
-        return 6 if self.bias else 5 * self.features + 24
+        # Output scales divide once more, and are cast.
+        return (6 if self.bias else 5 * self.features + 24) + (0 if self._divisors is None else 2)
 
     def absolute(self) -> LinearOperator:
-        return _BNPMagnitude(self)
-
-
-class _BNPMagnitude(LinearOperator):
-    """Entries at least `|P_ij|` of a `BNPBlock`: the same sums with nothing cancelling."""
-
-    def __init__(self, P: BNPBlock) -> None:
-        super().__init__(P.shape, P.dtype, P.device)
-        self._P = P
-
-    def _rank_one(self, w: Tensor) -> Tensor:
-        u = self._P._u.abs()
-        return w + self._P._shrink * u * (u * w).sum(dim=2, keepdim=True)
-
-    def _matmat(self, x: Tensor) -> Tensor:
-        P = self._P
-        w, b = P._split(x)
-        if P.bias:
-            w = w / P._scale
-            return P._join(w, b / P.q + (w * P._mu.abs()).sum(dim=2, keepdim=True))
-        return P._join(self._rank_one(w) / P._scale)
-
-    def _rmatmat(self, y: Tensor) -> Tensor:
-        P = self._P
-        g, gb = P._split(y)
-        if P.bias:
-            return P._join((g + gb * P._mu.abs()) / P._scale, gb / P.q)
-        return P._join(self._rank_one(g / P._scale))
+        # The same sums with nothing cancelling; only products of it are used.
+        other = copy.copy(self)
+        other._mu, other._u, other._shrink = -self._mu.abs(), self._u.abs(), -self._shrink
+        return other

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Tensor
 
-from bnp_analysis.curvature.output_curvature import root_cotangents
+from bnp_analysis.curvature.output_curvature import pulled_to_layers
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
-from bnp_analysis.network.kernels import derivative
-from bnp_analysis.network.layers import Coverage, by_unit
-from bnp_analysis.network.parameters import Block, ParameterSpace
+from bnp_analysis.network.layers import Coverage
+from bnp_analysis.network.moments import second_moments
+from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.precondition.blocks import BlockDiagonal, Entry, covered_layers, layer_positions
-from bnp_analysis.precondition.second_moments import second_moments
+from bnp_analysis.precondition.base import BlockDiagonal, Entry, covered_layers, layer_positions
 
 _NEEDS = "the loss is not convex in the outputs, or not separate over examples: K-FAC has no output factor"
 
@@ -68,7 +68,9 @@ class KroneckerBlock(Preconditioner):
         return self._solve(y)
 
     def absolute(self) -> LinearOperator:
-        return _KroneckerMagnitude(self)
+        other = copy.copy(self)
+        other._roots = tuple((root, inverse.abs()) for root, inverse in self._roots)
+        return other
 
     def _both_sides(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """`L Z R` for each group, the columns of `x` as matrices `Z` with a row per unit and the bias last."""
@@ -85,21 +87,6 @@ class KroneckerBlock(Preconditioner):
         return flat.T
 
 
-class _KroneckerMagnitude(LinearOperator):
-    """`|P| = |S^(-1/2)| (x) |A^(-1/2)|`."""
-
-    def __init__(self, P: KroneckerBlock) -> None:
-        super().__init__(P.shape, P.dtype, P.device)
-        self._P = P
-        self._sides = [inverse.abs() for _, inverse in P._roots]
-
-    def _matmat(self, x: Tensor) -> Tensor:
-        return self._P._both_sides(x, *self._sides)
-
-    def _rmatmat(self, y: Tensor) -> Tensor:
-        return self._matmat(y)
-
-
 def _roots(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
     """`M^(1/2)` and `M^(-1/2)` of each matrix of a stack, from eigenvectors."""
     values, vectors = torch.linalg.eigh(matrix)
@@ -114,25 +101,7 @@ def _roots(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
 
 
 class KroneckerPreconditioner(BlockDiagonal):
-    """The K-FAC preconditioner of a network, with what it was built from.
-
-    Args:
-        space: the chart of the parameters.
-        blocks: layer name -> (positions, `KroneckerBlock`).
-        settings: the damping.
-        uncovered: parameter name -> why it is left alone.
-    """
-
-    def __init__(
-        self,
-        space: ParameterSpace,
-        blocks: Mapping[str, Entry],
-        *,
-        settings: Mapping[str, Any],
-        uncovered: Mapping[str, str],
-    ) -> None:
-        super().__init__(space.dim, blocks, space.dtype, space.device, space)
-        self.settings, self.uncovered = dict(settings), dict(uncovered)
+    """The K-FAC preconditioner of a network: a `KroneckerBlock` for each layer."""
 
 
 @overload
@@ -188,7 +157,10 @@ def kfac_preconditioner(
         except InvalidInputError as error:
             raise InvalidInputError(f"layer {layer.name!r}: {error}") from error
         blocks[layer.name] = (layer_positions(layer, risk.space), inner)
-    P = KroneckerPreconditioner(risk.space, blocks, settings={"damping": damping}, uncovered=layers.uncovered)
+    space, settings = risk.space, {"damping": damping}
+    P = KroneckerPreconditioner(
+        space.dim, blocks, space.dtype, space.device, space, settings=settings, uncovered=layers.uncovered
+    )  # fmt: skip
     return P if block is None else P.block(block)
 
 
@@ -217,16 +189,8 @@ def output_moments(risk: EmpiricalRisk, layers: Coverage) -> dict[str, Tensor]:
 def _own_output_moments(risk: EmpiricalRisk, layers: Coverage, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
     """What this process's batches add, one layer behind the other."""
     sums = {name: torch.zeros(shape, dtype=torch.float64, device=risk.space.device) for name, shape in shapes.items()}
-    for batch in risk.batches:
-        outputs, seen = risk.record(batch, [layer.name for layer in layers])
-        weight = batch.count / risk.batches.total
-        owners = [name for name, parts in seen.items() for _ in parts]
-        leaves = [activation for parts in seen.values() for _, activation in parts]
-        for cotangent in root_cotangents(risk, batch, outputs, _NEEDS):
-            pulled = derivative(outputs, leaves, cotangent, retain_graph=True, what="the output factor of K-FAC")
-            for name, u in zip(owners, pulled, strict=True):
-                layer = layers[name]
-                g = by_unit(layer, u).double().view(-1, layer.groups, layer.units // layer.groups).transpose(0, 1)
-                gram = g.transpose(1, 2) @ g * weight
-                sums[name] += gram
+    for layer, weight, pulled in pulled_to_layers(risk, layers, _NEEDS):
+        g = pulled.view(-1, layer.groups, layer.units // layer.groups).transpose(0, 1)
+        gram = g.transpose(1, 2) @ g * weight
+        sums[layer.name] += gram
     return torch.cat([gram.reshape(-1) for gram in sums.values()])

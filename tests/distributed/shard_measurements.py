@@ -13,8 +13,7 @@ import bnp_analysis as bnp
 from bnp_analysis.curvature.units import unit_blocks
 from bnp_analysis.distributed import Group
 from bnp_analysis.network import coverage, layer_rows
-from bnp_analysis.network.inputs import input_triangles
-from bnp_analysis.network.moments import layer_moments
+from bnp_analysis.network.moments import input_triangles, layer_moments
 
 cross_entropy, mse = nn.functional.cross_entropy, nn.functional.mse_loss
 Found = dict[str, Any]

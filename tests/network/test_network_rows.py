@@ -16,15 +16,14 @@ from torch import Tensor, nn
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.network import Layer, coverage, layer_moments, layer_rows
-from bnp_analysis.network.inputs import input_triangles
-from bnp_analysis.network.layers import channels, expand_channels, ones_column, output_rows, rows
+from bnp_analysis.network.moments import input_triangles
 
 
 def product_of_rows(layer: Layer, h: Tensor) -> Tensor:
     """`rows @ weight^T + bias`, `(R, units)`, group by group."""
     module = layer.module
     weights = module.weight.detach().view(layer.groups, layer.units // layer.groups, layer.features)
-    out = torch.einsum("rgm,gum->rgu", rows(layer, h), weights).flatten(1)
+    out = torch.einsum("rgm,gum->rgu", layer.rows(h), weights).flatten(1)
     return out if module.bias is None else out + module.bias.detach()
 
 
@@ -69,9 +68,9 @@ def test_rows_times_weights_are_the_layers_output(name: str) -> None:
     layer = next(iter(coverage(risk_of(module, x))))
     output = module(x)
     torch.testing.assert_close(product_of_rows(layer, x), as_rows(output, layer.units))
-    assert rows(layer, x).shape == (output.numel() // layer.units, layer.groups, layer.features)
-    assert output_rows(layer, output) == len(rows(layer, x))
-    torch.testing.assert_close(rows(layer, x[0]), rows(layer, x[:1]))  # an unbatched input
+    assert layer.rows(x).shape == (output.numel() // layer.units, layer.groups, layer.features)
+    assert layer.output_rows(output) == len(layer.rows(x))
+    torch.testing.assert_close(layer.rows(x[0]), layer.rows(x[:1]))  # an unbatched input
 
 
 @given(
@@ -98,13 +97,8 @@ def test_rows_of_a_dense_layer_are_its_positions() -> None:
     module, x = drawn(lambda: nn.Linear(3, 2)), numbers(4, 5, 6, 3)
     layer = next(iter(coverage(risk_of(module, x))))
     torch.testing.assert_close(product_of_rows(layer, x), module(x).detach().view(-1, 2))
-    assert rows(layer, x).shape == (4 * 5 * 6, 1, 3)
-    assert rows(layer, x[0, 0, 0]).shape == (1, 1, 3)
-
-
-def test_the_column_of_ones_comes_first() -> None:
-    assert ones_column(numbers(3, 2))[:, 0].tolist() == [1, 1, 1]
-    assert torch.equal(ones_column(numbers(3, 2))[:, 1:], numbers(3, 2))
+    assert layer.rows(x).shape == (4 * 5 * 6, 1, 3)
+    assert layer.rows(x[0, 0, 0]).shape == (1, 1, 3)
 
 
 # moments
@@ -138,7 +132,7 @@ def test_channel_moments_are_those_of_the_channels(name: str) -> None:
     shaped = (layer.groups, layer.features)
     np.testing.assert_allclose(found.mean, np.repeat(mean, patch).reshape(shaped), rtol=1e-12)
     np.testing.assert_allclose(found.variance, np.repeat(variance, patch).reshape(shaped), rtol=1e-12)
-    np.testing.assert_allclose(channels(layer, x).mean(dim=0), mean, rtol=1e-12)
+    np.testing.assert_allclose(layer.channels(x).mean(dim=0), mean, rtol=1e-12)
     assert found.rows == len(layer_rows(risk)[""])
 
 
@@ -196,7 +190,7 @@ def test_a_constant_channel_is_constant_in_its_patches_only_without_zero_padding
 
 def test_expanded_channels_follow_groups() -> None:
     layer = next(iter(coverage(risk_of(drawn(conv1d(4, 4, 3, groups=2)), numbers(3, 4, 6)))))
-    found = expand_channels(layer, torch.arange(4.0))
+    found = layer.expand(torch.arange(4.0))
     assert found.tolist() == [[0, 0, 0, 1, 1, 1], [2, 2, 2, 3, 3, 3]]
 
 
@@ -285,7 +279,7 @@ def test_triangles_have_the_singular_values_of_the_inputs(name: str) -> None:
         mean, deviation = h.mean(dim=0), h.std(dim=0, correction=0)
         forms = (h, h - mean, (h - mean) / deviation)
         for triangles, form in zip((found.raw, found.centered, found.normalized), forms, strict=True):
-            expected = torch.linalg.svdvals(ones_column(form))
+            expected = torch.linalg.svdvals(torch.cat([form.new_ones(len(form), 1), form], dim=1))
             torch.testing.assert_close(torch.linalg.svdvals(triangles[g]), expected)
 
 

@@ -51,16 +51,16 @@ NETWORKS: dict[str, Callable[[bool], tuple[nn.Module, Tensor]]] = {
     "sequence": _sequence,
     "conv": _convolutional(lambda bias: nn.Conv2d(2, 3, 3, bias=bias), (6, 2, 5, 5)),
     "stride": _convolutional(lambda bias: nn.Conv2d(2, 3, (3, 2), stride=(2, 1), bias=bias), (6, 2, 5, 4)),
-    "padding": _convolutional(lambda bias: nn.Conv2d(2, 3, 3, padding=1, bias=bias), (6, 2, 4, 4)),
-    "same": _convolutional(lambda bias: nn.Conv2d(2, 3, (2, 3), padding="same", bias=bias), (6, 2, 4, 4)),
+    "padding": _convolutional(lambda bias: nn.Conv2d(2, 3, 3, padding=1, bias=bias), (6, 2, 3, 3)),
+    "same": _convolutional(lambda bias: nn.Conv2d(2, 3, (2, 3), padding="same", bias=bias), (6, 2, 3, 3)),
     "circular": _convolutional(
-        lambda bias: nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular", bias=bias), (6, 2, 4, 4)
+        lambda bias: nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular", bias=bias), (6, 2, 3, 3)
     ),
     "reflect": _convolutional(
-        lambda bias: nn.Conv2d(2, 3, 3, padding=(1, 2), padding_mode="reflect", bias=bias), (6, 2, 4, 4)
+        lambda bias: nn.Conv2d(2, 3, 3, padding=(1, 2), padding_mode="reflect", bias=bias), (6, 2, 3, 3)
     ),
     "dilation": _convolutional(lambda bias: nn.Conv2d(2, 3, 2, dilation=(2, 3), bias=bias), (6, 2, 5, 5)),
-    "groups": _convolutional(lambda bias: nn.Conv2d(4, 6, 2, groups=2, padding=1, bias=bias), (6, 4, 3, 3)),
+    "groups": _convolutional(lambda bias: nn.Conv2d(4, 6, 2, 2, 1, groups=2, bias=bias), (6, 4, 3, 3)),
     "depthwise": _convolutional(lambda bias: nn.Conv2d(3, 6, 3, groups=3, bias=bias), (6, 3, 4, 4)),
     "1d": _convolutional(lambda bias: nn.Conv1d(3, 4, 3, padding=1, stride=2, bias=bias), (6, 3, 7)),
     "3d": _convolutional(lambda bias: nn.Conv3d(2, 2, 2, dilation=(1, 1, 2), bias=bias), (6, 2, 3, 3, 4)),

@@ -83,7 +83,7 @@ def test_centering_of_the_whole_matrix_of_a_layer() -> None:
 
 
 def test_without_full_column_rank_centering_may_hurt() -> None:
-    """Trap 9: two rows, `kappa*` 3.162 becomes 10."""
+    """Two rows, `kappa*` 3.162 becomes 10."""
     H = torch.tensor([[10.0, 3.0], [-10.0, 3.0]], dtype=torch.float64)
     assert torch.linalg.matrix_rank(extended(H)) == H.shape[1], "not H.shape[1] + 1: the hypothesis fails"
     assert kappa(extended(H), 2) == pytest.approx(10**0.5, rel=1e-12)
@@ -218,7 +218,7 @@ def test_an_uneven_curvature_may_make_it_worse() -> None:
     assert conditioned < raw / 2, "with an even curvature it helps"
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_bound_for_softmax_whose_curvature_is_singular(seed: int) -> None:
     """The null space of `S` is one shift of the logits for every example, so the bound holds for `kappa*`."""
     H = inputs(seed, 25, 3, 1.0, 2.0)

@@ -126,9 +126,12 @@ def both(kind: str, bias: bool, which: str) -> tuple[bnp.EmpiricalRisk, bnp.Empi
     return bnp.EmpiricalRisk(model, loss, (x, y)), bnp.EmpiricalRisk(again, loss, (x, y))
 
 
-@pytest.mark.parametrize("which", ["channel", "patch"])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kind", NETWORKS)
+# Each geometry once, with biases and statistics in turn; all four where there are groups.
+CASES = [(kind, i % 2 == 0, ("channel", "patch")[i // 2 % 2]) for i, kind in enumerate(NETWORKS)]
+CASES += [("groups", bias, which) for bias in (True, False) for which in ("channel", "patch")]
+
+
+@pytest.mark.parametrize(("kind", "bias", "which"), sorted(set(CASES)))
 def test_congruence_is_the_gauss_newton_matrix_of_the_network_in_z(kind: str, bias: bool, which: str) -> None:
     risk, in_z = both(kind, bias, which)
     P = bnp.bnp_preconditioner(risk, statistics=which)
@@ -137,11 +140,11 @@ def test_congruence_is_the_gauss_newton_matrix_of_the_network_in_z(kind: str, bi
     assert relative(found, expected) < 1e-10
     assert relative(P.apply(in_z.theta), risk.theta) < 1e-11, "theta = P z"
     assert relative(P.apply_transpose(risk.gradient), in_z.gradient) < 1e-10, "the gradient in z is P^T g"
-    spectrum = torch.linalg.eigvalsh(bnp.congruence(bnp.gauss_newton(risk), P).to_dense())
+    spectrum = torch.linalg.eigvalsh(found)
     assert float((spectrum - torch.linalg.eigvalsh(expected)).abs().max()) < 1e-11 * float(spectrum[-1])
 
 
-@pytest.mark.parametrize("kind", ["dense", "groups", "stride"])
+@pytest.mark.parametrize("kind", ["dense", "groups"])
 def test_congruence_is_the_hessian_of_the_network_in_z(kind: str) -> None:
     risk, in_z = both(kind, True, "channel")
     P = bnp.bnp_preconditioner(risk)
@@ -157,7 +160,7 @@ def test_small_batches_scale_by_q() -> None:
     assert P.q["3"] == (model[3].weight.shape[1] / rows[1]) ** 0.5 > 1
 
 
-@pytest.mark.parametrize("kind", ["dense", "conv", "groups"])
+@pytest.mark.parametrize("kind", ["dense", "groups"])
 def test_a_step_of_gradient_descent_in_z_is_a_preconditioned_step(kind: str) -> None:
     """`w <- w - alpha P P^T g` is gradient descent in `z`, and the forward pass is unchanged."""
     risk, in_z = both(kind, True, "channel")

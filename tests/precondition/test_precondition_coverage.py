@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from precondition_networks import NETWORKS, classification, network, one_layer, relative, uneven
+from precondition_networks import classification, network, one_layer, relative, uneven
 from torch import Tensor, nn
 
 import bnp_analysis as bnp
@@ -55,7 +55,7 @@ def test_every_parameter_is_covered_or_named() -> None:
 
 
 def test_a_layer_whose_forward_never_runs() -> None:
-    """Trap 16: the output projection of attention gets a gradient though its forward never runs."""
+    """The output projection of attention gets a gradient though its forward never runs."""
 
     class Attention(nn.Module):
         def __init__(self) -> None:
@@ -154,9 +154,9 @@ def test_a_part_of_the_parameters_and_another_point() -> None:
     assert relative(moved.block("2").to_dense(), whole.block("2").to_dense()) > 0.1
 
 
-@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("kind", ["dense", "groups"])
 def test_a_measurement_changes_nothing(kind: str) -> None:
-    """Trap 2: parameters, gradients, flags and random states are bit-identical before and after."""
+    """Parameters, gradients, flags and random states are bit-identical before and after."""
     model, x, y = network(kind)
     nn.functional.cross_entropy(model(x), y).backward()
     before = copy.deepcopy(model.state_dict()), [p.grad.clone() for p in model.parameters()], torch.get_rng_state()

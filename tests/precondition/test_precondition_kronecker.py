@@ -214,7 +214,7 @@ def test_factored_damping() -> None:
 
 
 def test_the_scale_of_the_loss_and_of_the_inputs_only_scales_p() -> None:
-    """Damping is relative: no absolute number decides (trap 5)."""
+    """Damping is relative: no absolute number decides."""
     x = uneven((20, 4), 1)
     plain = kfac_preconditioner(one_layer(x, 2, bias=False)).to_dense()
     tiny = kfac_preconditioner(one_layer(1e-6 * x, 2, bias=False)).to_dense()

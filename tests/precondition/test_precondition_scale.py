@@ -63,7 +63,7 @@ def test_both_bounds_are_attained() -> None:
     assert squared_norm(one_layer(square)) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("rows", [32, 128, 512, 2048])
+@pytest.mark.parametrize("rows", [32, 512])
 def test_q_removes_the_factor_of_independent_inputs(rows: int) -> None:
     """About `(1 + sqrt(m/R))^2`, in `[q^2, 4 q^2]`: with `q` the largest eigenvalue is between 1 and 4."""
     features = 256
@@ -82,8 +82,7 @@ def test_q_removes_the_factor_of_independent_inputs(rows: int) -> None:
     [{}, {"statistics": "patch"}, {"eps1": 0.1, "eps2": 0.3}, {"bias_free": "diagonal"}],
     ids=["channel", "patch", "damped", "diagonal"],
 )
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kind", ["dense", "sequence", "padding", "groups", "stride"])
+@pytest.mark.parametrize(("kind", "bias"), [("dense", True), ("sequence", False), ("groups", True), ("groups", False)])
 def test_the_measured_q_is_the_dense_norm(kind: str, bias: bool, options: dict[str, Any]) -> None:
     risk = classification(kind, bias=bias)
     measured = bnp.bnp_preconditioner(risk, q="measured", **options)

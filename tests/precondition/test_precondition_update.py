@@ -127,7 +127,7 @@ def test_one_common_scale_is_exact_only_without_eps2(damping: tuple[float, float
 
 
 def test_damping_breaks_the_invariance_to_the_scale_of_one_feature() -> None:
-    """Trap 10: a theory check with damping would blame BNP. One feature measured in other units, factor 100."""
+    """A theory check with damping would blame BNP. One feature measured in other units, factor 100."""
     x = rows(11, 60, 5) @ (torch.eye(5, dtype=torch.float64) + 0.1 * rows(12, 5, 5)) + 2
     D = torch.tensor([100.0, 1, 1, 1, 1], dtype=torch.float64)
 

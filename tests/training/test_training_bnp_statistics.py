@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.network.layers import channels, rows
-from bnp_analysis.precondition.running import corrected_rho, update_moments
+from bnp_analysis.network.moments import corrected_rho, update_moments
 from bnp_analysis.training.bnp import BNP
-from bnp_analysis.training.bnp.batch_moments import BatchMoments, batch_moments, pool_moments
+from bnp_analysis.training.bnp.moments import BatchMoments, batch_moments, pool_moments
 
 SIZES = st.lists(st.integers(1, 6), min_size=1, max_size=8)
 VALUES = st.floats(-100, 100)
@@ -173,14 +172,14 @@ def test_the_kernels(kind: str, statistics: str, layout: str, batch: int) -> Non
     h = x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" and x.ndim == 4 else x
     found = batch_moments(layer, h, statistics)
     assert found is not None
-    table = rows(layer, x).flatten(1) if statistics == "patch" else channels(layer, x)
+    table = layer.rows(x).flatten(1) if statistics == "patch" else layer.channels(x)
     mean, var = moments(table)
     torch.testing.assert_close(found.mean, mean, rtol=1e-12, atol=1e-13)
     variance = torch.zeros_like(var) if found.variance is None else found.variance
     torch.testing.assert_close(variance, var, rtol=1e-12, atol=1e-13)
     assert (found.variance is None) == (found.samples == 1)
     assert found.samples == table.shape[0]
-    assert found.rows == rows(layer, x).shape[0]
+    assert found.rows == layer.rows(x).shape[0]
     stepped(model, h, y, pre)
     assert pre.state_dict()["layers"]["0"]["rows"] == found.rows
 
@@ -215,7 +214,7 @@ def test_an_input_that_is_overwritten_afterwards_was_seen_before() -> None:
 
 @pytest.mark.parametrize("numbers", [1, 70, 10**6])
 def test_images_centred_in_parts_are_centred_whole(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bnp_analysis.training.bnp.batch_moments._PART", numbers)
+    monkeypatch.setattr("bnp_analysis.training.bnp.moments._PART", numbers)
     model, x, _ = network("padding", rows=7)
     found = batch_moments(BNP(model)._layers[0], x, "channel")
     mean, var = moments(x.movedim(1, -1).flatten(0, -2))

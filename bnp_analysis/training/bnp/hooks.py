@@ -1,19 +1,20 @@
-"""The hooks through which BNP sees what a layer sees."""
+"""The hooks of BNP: on layers, to see their inputs and the gradients at their outputs, and on an optimizer's step."""
 
 from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.network.layers import Layer
+from bnp_analysis.network.layer_kinds import Layer
 
 
 class _NoScriptError(InvalidInputError, AttributeError):
@@ -54,9 +55,9 @@ class InputHook(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_dynamo_compiling():
             # A compiled model breaks its graph here: what follows counts, which a graph must not.
-            from bnp_analysis.training.bnp.outside_of_graphs import see
+            from bnp_analysis.training.bnp.eager import call
 
-            see(self, module, args, kwargs)
+            call(self.see, module, args, kwargs)
         else:
             self.see(module, args, kwargs)
 
@@ -69,35 +70,35 @@ class InputHook(_Hook):
             return
         owner = self._owner()
         if owner is not None:
-            owner.receive(self._index, args[0] if args else kwargs["input"])
+            owner.receive(self._index, args[0] if args else next(iter(kwargs.values())))
 
 
 class OutputHook(_Hook):
     """A forward hook that has the gradient at a layer's output handed on when it passes.
 
     Args:
-        module: the layer.
+        layer: the layer.
         owner: what collects, by a weak reference.
         index: of the layer, for its owner.
     """
 
-    def __init__(self, module: nn.Module, owner: weakref.ref[Any], index: int) -> None:
-        self._module, self._owner, self._index = module, owner, index
+    def __init__(self, layer: Layer, owner: weakref.ref[Any], index: int) -> None:
+        self._layer, self._owner, self._index = layer, owner, index
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_dynamo_compiling():
-            from bnp_analysis.training.bnp.outside_of_graphs import watch
+            from bnp_analysis.training.bnp.eager import call
 
-            watch(self, module, output)
+            call(self.watch, module, output)
         else:
             self.watch(module, output)
 
     def watch(self, module: nn.Module, output: Tensor) -> None:
         """Register for the gradient at an output in training."""
         # A forward pass that activation checkpointing repeats gets a hook that is never called.
-        if not module.training or module is not self._module or not output.requires_grad:
+        if not module.training or module is not self._layer.module or not output.requires_grad:
             return
-        if module._parameters["weight"] is not None and module._parameters["weight"].requires_grad:
+        if self._layer.trains:
             owner, index = self._owner, self._index
 
             def passed(gradient: Tensor) -> None:
@@ -115,7 +116,7 @@ def add_hooks(layers: Sequence[Layer], owner: weakref.ref[Any], outputs: Any) ->
         module = layer.module
         handles.append(module.register_forward_pre_hook(InputHook(module, owner, i), with_kwargs=True))
         if outputs is not None:
-            handles.append(module.register_forward_hook(OutputHook(module, weakref.ref(outputs), i)))
+            handles.append(module.register_forward_hook(OutputHook(layer, weakref.ref(outputs), i)))
     return handles
 
 
@@ -142,3 +143,40 @@ def _recomputed() -> bool:
             return False
         above = above.f_back
     return True
+
+
+def attach_to(optimizer: Optimizer, layers: Iterable[Layer], step: Callable[[], None]) -> RemovableHandle:
+    """Call `step` before each step of an optimizer, or after its closure where it is given one.
+
+    Raises:
+        InvalidInputError: not a torch optimizer, one that evaluates its closure several times, or one that holds no
+            weight of the layers.
+    """
+    # Wrappers of other libraries keep the optimizer that steps.
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(inner, Optimizer):
+        raise InvalidInputError(f"attach needs a torch optimizer, got {type(optimizer).__name__}; call step() yourself")
+    if isinstance(inner, LBFGS):
+        raise InvalidInputError("LBFGS searches along its own direction with several evaluations; BNP would break it")
+    held = {id(p) for group in inner.param_groups for p in group["params"]}
+    if not any(id(layer.own_weight) in held for layer in layers):
+        raise InvalidInputError(
+            "the optimizer holds no weight of a covered layer: it was made for another model, or from a copy"
+        )
+
+    def before(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            step()
+            return None
+
+        def closed() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            step()
+            return loss
+
+        # The optimizer itself is the first positional argument.
+        return args[:1], kwargs | {"closure": closed}
+
+    return inner.register_step_pre_hook(before)

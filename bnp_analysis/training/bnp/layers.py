@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.network.layers import COVERED, CoveredLayer, Layer
+from bnp_analysis.network.layer_kinds import KINDS, Layer
+from bnp_analysis.network.layers import changed_product, layers_of
 from bnp_analysis.network.names import clean_name
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.selection import choose_parameters
@@ -59,26 +58,10 @@ def find_candidates(model: nn.Module, include: Names | None, exclude: Names | No
     Raises:
         InvalidInputError: names that match no layer, lazy layers without shapes, or nothing is left.
     """
-    owners = _owners(model)
-    layers: list[Layer] = []
-    reasons = {}
-    for name, owner in owners.items():
-        module, kind = owner[0][1], type(owner[0][1]).__name__
-        left = "whose weight is not its own parameter or not covered" if isinstance(module, COVERED) else ""
-        reasons[name] = f"{kind} {left or 'is not a covered layer type'}"
-        if len(owner) > 1:
-            reasons[name] = f"tied: shared by {', '.join(n for n, _ in owner)}, whose inputs differ"
-    for raw, module in model.named_modules():
-        name = clean_name(raw)
-        weight = f"{name}.weight" if name else "weight"
-        if not isinstance(module, COVERED) or weight not in owners or len(owners[weight]) > 1:
-            continue
-        if isinstance(module.weight, UninitializedParameter):
-            raise InvalidInputError(f"lazy layer {name!r} has no shape yet: run one forward pass first")
-        if _overridden(module):
-            reasons[weight] = f"{type(module).__name__} computes something else with its weight or its input"
-            continue
-        layers.append(_layer(name, module, owners))
+    layers, reasons = layers_of((clean_name(raw), module) for raw, module in model.named_modules())
+    changed = [layer for layer in layers if layer.kind.changes_product(layer.module)]
+    reasons.update({layer.weight: changed_product(layer.module) for layer in changed})
+    layers = [layer for layer in layers if layer not in changed]
     chosen = _select(layers, include, exclude)
     for layer in layers:
         for tensor in (layer.weight, layer.bias):
@@ -88,38 +71,12 @@ def find_candidates(model: nn.Module, include: Names | None, exclude: Names | No
         for tensor in (layer.weight, layer.bias):
             reasons.pop(tensor or "", None)
     if not chosen:
+        known = ", ".join(kind.__name__ for kind in KINDS)
         listed = "; ".join(f"{n}: {why}" for n, why in reasons.items()) or "it has no parameters"
         raise InvalidInputError(
-            f"there is nothing to precondition: no Linear or convolution among the parameters: {listed}"
+            f"there is nothing to precondition: no layer that BNP covers ({known}) among the parameters: {listed}"
         )
     return Candidates(tuple(chosen), reasons)
-
-
-def _owners(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
-    """Parameter name -> the modules that hold it; a tied one is listed under each of its names."""
-    holders: dict[int, list[tuple[str, nn.Module]]] = {}
-    names: dict[str, int] = {}
-    for raw, module in model.named_modules():
-        name = clean_name(raw)
-        for leaf, parameter in module.named_parameters(recurse=False):
-            holders.setdefault(id(parameter), []).append((name, module))
-            names[f"{name}.{leaf}" if name else leaf] = id(parameter)
-    return {name: holders[key] for name, key in names.items()}
-
-
-def _overridden(module: CoveredLayer) -> bool:
-    base = next(kind for kind in COVERED if isinstance(module, kind))
-    methods = ("forward", "_conv_forward")
-    changed = any(getattr(type(module), m, None) is not getattr(base, m, None) for m in methods)
-    return changed or "forward" in vars(module)
-
-
-def _layer(name: str, module: CoveredLayer, owners: dict[str, list[tuple[str, nn.Module]]]) -> Layer:
-    prefix = f"{name}." if name else ""
-    bias = f"{prefix}bias" if module.bias is not None and len(owners.get(f"{prefix}bias", ())) == 1 else None
-    groups = 1 if isinstance(module, nn.Linear) else module.groups
-    shape = module.weight.shape
-    return Layer(name, module, f"{prefix}weight", bias, shape[0], math.prod(shape[1:]), groups)
 
 
 def _select(layers: list[Layer], include: Names | None, exclude: Names | None) -> list[Layer]:
@@ -154,7 +111,7 @@ def uncovered(layers: Iterable[Layer], others: Mapping[str, str], covered: Conta
     reasons = dict(others)
     for layer in layers:
         if layer.name not in covered:
-            frozen = not layer.module.weight.requires_grad
+            frozen = not layer.own_weight.requires_grad
             why = "its weight is frozen" if frozen else "its forward never ran in training"
             names = [n for n in (layer.weight, layer.bias) if n is not None]
             reasons.update(dict.fromkeys(names, f"{layer.name or type(layer.module).__name__}: {why}"))
@@ -165,7 +122,7 @@ def uncovered(layers: Iterable[Layer], others: Mapping[str, str], covered: Conta
 
 def has_free_bias(layer: Layer) -> bool:
     """Whether the layer has a bias of its own that trains."""
-    bias = layer.module.bias
+    bias = layer.own_bias
     return layer.bias is not None and bias is not None and bias.requires_grad
 
 
@@ -174,4 +131,4 @@ def trainable_space(model: nn.Module) -> ParameterSpace:
     space = choose_parameters(model, None)
     shapes = {clean_name(name): shape for name, shape in space.shapes.items()}
     aliases = {clean_name(other): clean_name(name) for other, name in space.aliases.items()}
-    return ParameterSpace(shapes, space.dtype, space.device, aliases)
+    return ParameterSpace(shapes, space.dtype, space.device, aliases, map(clean_name, space.transposed))

@@ -1,0 +1,7 @@
+"""The registry of layer kinds: each file says how one kind turns inputs into rows; nothing outside asks for types."""
+
+from bnp_analysis.network.layer_kinds.base import KINDS, Layer, LayerKind, kind_of, register_layer
+from bnp_analysis.network.layer_kinds.convolution import ConvolutionLayer
+from bnp_analysis.network.layer_kinds.dense import DenseLayer
+
+__all__ = ["KINDS", "ConvolutionLayer", "DenseLayer", "Layer", "LayerKind", "kind_of", "register_layer"]

@@ -1,0 +1,262 @@
+"""What a kind of layer has to say, and the registry of those that are known.
+
+A covered layer computes `a_i = w_i . h + b_i` for every row `h` that it makes of its input. Its kind says how inputs
+become rows, how many units, features and groups there are, and how the layer's parameters are called and stored.
+Statistics, preconditioners, curvature factors, tables and training ask these questions and know no type of layer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from bnp_analysis.errors import InvalidInputError
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """How the layers of one type are read.
+
+    Attributes:
+        module_type: of the modules.
+        layer: the class that answers for one of them.
+        weight, bias: names of the parameters in the module.
+        transposed: whether the weight is stored with its units last, `(m, n)` in place of `(n, m)`.
+        builtin: whether `forward` is known to be the product; a user's type is tried on the data instead.
+    """
+
+    module_type: type[nn.Module]
+    layer: type[Layer]
+    weight: str = "weight"
+    bias: str = "bias"
+    transposed: bool = False
+    builtin: bool = False
+
+    def changes_product(self, module: nn.Module) -> bool:
+        """Whether a subclass, or the module itself, computes its output in another way than the type does."""
+        own = any(getattr(type(module), m, None) is not getattr(self.module_type, m, None) for m in _FORWARD)
+        return own or "forward" in vars(module)
+
+    def of(self, name: str, module: nn.Module, *, bias: bool = True) -> Layer:
+        """The layer that a module of this type is, under its name; without its bias where that is not free."""
+        weight: Any = getattr(module, self.weight)
+        if weight.ndim < 2 or (self.transposed and weight.ndim != 2):
+            raise InvalidInputError(
+                f"layer {name!r} ({type(module).__name__}) has a weight {self.weight!r} of shape "
+                f"{tuple(weight.shape)}, which is no matrix of units and features"
+            )
+        units = weight.shape[-1 if self.transposed else 0]
+        prefix = f"{name}." if name else ""
+        bias_name = f"{prefix}{self.bias}" if bias and getattr(module, self.bias, None) is not None else None
+        return self.layer(
+            name, module, self, f"{prefix}{self.weight}", bias_name, units, weight.numel() // units,
+            self.layer.groups_of(module),
+        )  # fmt: skip
+
+
+_FORWARD = ("forward", "_conv_forward")
+KINDS: dict[type[nn.Module], LayerKind] = {}
+
+
+@dataclass(frozen=True)
+class Layer(ABC):
+    """One layer of a model, and where its tensors lie among the parameters: what every kind can be asked.
+
+    A new kind is a subclass in a file of its own, with `rows`, and `register_layer`.
+
+    Attributes:
+        name: of the module; empty for a bare layer as root.
+        module: of the model, or of a risk's snapshot.
+        kind: its entry in the registry.
+        weight, bias: names in the parameter space; `bias` is None without one, or when it is frozen.
+        units: output units `n`.
+        features: inputs of one unit, `m`; `k^d c / groups` for a convolution.
+        groups: of a convolution, else 1; units and features are split evenly among them.
+    """
+
+    #: Whether an input `(R, m)` is its own table of rows.
+    rows_are_inputs: ClassVar[bool] = False
+
+    name: str
+    module: Any
+    kind: LayerKind
+    weight: str
+    bias: str | None
+    units: int
+    features: int
+    groups: int
+
+    @abstractmethod
+    def rows(self, h: Tensor) -> Tensor:
+        """The rows that multiply the weights, `(R, groups, m)`, of an input of the layer."""
+
+    @staticmethod
+    def groups_of(module: Any) -> int:
+        """Into how many groups units and features are split."""
+        return 1
+
+    @classmethod
+    def unlike(cls, module_type: type[nn.Module], like: type[nn.Module], *, transposed: bool) -> str:
+        """Why modules of a type cannot be read as those that they are said to be like; empty if they can."""
+        return ""
+
+    @property
+    def spatial(self) -> int:
+        """Dimensions of an image behind the channels of an input; 0 where features come last, as in a dense layer."""
+        return 0
+
+    @property
+    def patch(self) -> int:
+        """Entries of a row that come from one channel; 1 where features are channels."""
+        return 1
+
+    @property
+    def channel_count(self) -> int:
+        """Input channels of all groups together; features where each is a channel of its own."""
+        return self.groups * self.features // self.patch
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis of an input, or of an output, that runs over channels (units), from the end."""
+        return -1 - self.spatial
+
+    @property
+    def pads_zeros(self) -> bool:
+        """Whether rows have entries that are zero because they lie outside of the input."""
+        return False
+
+    @property
+    def own_weight(self) -> Tensor:
+        """The parameter of the module."""
+        weight: Tensor = getattr(self.module, self.kind.weight)
+        return weight
+
+    @property
+    def own_bias(self) -> Tensor | None:
+        """The parameter of the module, free or not."""
+        return getattr(self.module, self.kind.bias, None)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the weight requires a gradient; not where it was replaced by something computed."""
+        weight = self.module._parameters.get(self.kind.weight)
+        return weight is not None and weight.requires_grad
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A tensor in the shape of the weight, as a view with its units first."""
+        return weight.mT if self.kind.transposed else weight
+
+    def example_count(self, h: Tensor) -> int:
+        """The number `N` of examples in an input `(N, ...)`, 1 for an input without that dimension."""
+        return h.shape[0] if h.ndim > self.spatial + 1 else 1
+
+    def positions(self, h: Tensor) -> int:
+        """Rows of one example of an input `(N, ...)`."""
+        return self.rows(h[:1]).shape[0]
+
+    def channels(self, h: Tensor) -> Tensor:
+        """The values of each input channel, `(samples, c)`, before padding; features where each is a channel."""
+        return self.rows(h).flatten(1)
+
+    def expand(self, per_channel: Tensor) -> Tensor:
+        """A value per input channel `(c,)` repeated over each patch, `(groups, m)`."""
+        return per_channel.repeat_interleave(self.patch).view(self.groups, self.features)
+
+    def by_unit(self, g: Tensor) -> Tensor:
+        """A tensor in the shape of the layer's output as `(R, units)`."""
+        return g.movedim(self.channel_axis, -1).reshape(-1, self.units)
+
+    def output_rows(self, output: Tensor) -> int:
+        """The number `R` of rows behind an output of the layer."""
+        return output.numel() // self.units
+
+    def product(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """`a = rows . w + b`, `(R, units)`, from the parameters of the module; and the sums of the terms' sizes."""
+        rows = self.rows(h).to(self.own_weight.dtype)
+        weights = self.matrix(self.own_weight.detach()).reshape(self.groups, -1, self.features)
+        out, size = (
+            torch.einsum("rgm,gum->rgu", r, w).flatten(1) for r, w in ((rows, weights), (rows.abs(), weights.abs()))
+        )
+        bias = self.own_bias
+        return (out, size) if bias is None else (out + bias.detach(), size + bias.detach().abs())
+
+    def beyond_paper(self, rows: int, examples: int) -> list[str]:
+        """What of the layer the paper's rule for `q` does not speak of, in words, for so many rows and examples."""
+        return [f"{type(self.module).__name__}, by its rows"]
+
+
+def kind_of(module: nn.Module) -> LayerKind | None:
+    """The registered kind of a module's type, or of the nearest type above it; None where there is none.
+
+    Example:
+        >>> kind_of(nn.Linear(2, 1)).module_type.__name__, kind_of(nn.ReLU())
+        ('Linear', None)
+    """
+    return next((KINDS[above] for above in type(module).__mro__ if above in KINDS), None)
+
+
+def transposed_weights(model: nn.Module) -> list[str]:
+    """Names of the weights that are stored with their units last."""
+    kinds = {name: kind_of(module) for name, module in model.named_modules()}
+    names = [(name, kind.weight) for name, kind in kinds.items() if kind is not None and kind.transposed]
+    return [f"{name}.{weight}" if name else weight for name, weight in names]
+
+
+def register_layer(
+    module_type: type[nn.Module],
+    *,
+    like: type[nn.Module] | type[Layer],
+    weight: str = "weight",
+    bias: str = "bias",
+    transposed: bool = False,
+) -> None:
+    """Let a type of layer of one's own be covered: in moments, `P`, tables, curvature factors and training.
+
+    Its output must be the product of its weight with the rows of its input, plus its bias, as those of the layer that
+    it is like. A risk tries this on its data: layers that compute something else are left out, and named with the
+    reason in `uncovered`.
+
+    Args:
+        module_type: of the modules; a later call for the same type replaces the earlier one.
+        like: a registered type, such as `nn.Linear`, whose rows it has; or a subclass of
+            `bnp_analysis.network.layer_kinds.Layer`, which says how inputs become rows.
+        weight, bias: names of the parameters in the module; a module without that bias has none.
+        transposed: whether the weight is stored with its units last, `(m, n)` in place of `(n, m)`.
+
+    Raises:
+        InvalidInputError: `like` is not registered, a convolution that is stored transposed, or a type like a
+            convolution that is no subclass of it, whose geometry would not be known.
+
+    Example:
+        >>> import torch, bnp_analysis as bnp
+        >>> class Transposed(torch.nn.Module):
+        ...     def __init__(self, m, n):
+        ...         super().__init__()
+        ...         self.w, self.b = torch.nn.Parameter(torch.ones(m, n)), torch.nn.Parameter(torch.zeros(n))
+        ...
+        ...     def forward(self, x):
+        ...         return x @ self.w + self.b
+        >>> bnp.register_layer(Transposed, like=torch.nn.Linear, weight="w", bias="b", transposed=True)
+        >>> risk = bnp.EmpiricalRisk(Transposed(3, 2), torch.nn.functional.mse_loss, (torch.eye(3), torch.ones(3, 2)))
+        >>> [layer.weight for layer in bnp.network.coverage(risk)]
+        ['w']
+    """
+    if not issubclass(module_type, nn.Module):
+        raise InvalidInputError(f"register_layer needs a type of modules, got {module_type!r}")
+    if like in KINDS:
+        layer = KINDS[like].layer
+        if why := layer.unlike(module_type, like, transposed=transposed):
+            raise InvalidInputError(
+                f"{module_type.__name__} is {why}: write a subclass of Layer that says how its inputs become rows, and "
+                "register the type like that"
+            )
+    elif issubclass(like, Layer):
+        layer = like
+    else:
+        known = ", ".join(kind.__name__ for kind in KINDS)
+        raise InvalidInputError(f"like={like.__name__} is no registered layer ({known}) and no subclass of Layer")
+    KINDS[module_type] = LayerKind(module_type, layer, weight, bias, transposed)
