@@ -24,7 +24,10 @@ Node = Any  # of autograd: what it saves has no types
 _DENSE = {"AddmmBackward0", "MmBackward0"}
 # Operations that act entry by entry, piecewise linear or not, and those that only give the entries another shape.
 _STRAIGHT = {f"{name}Backward0" for name in ("Relu", "LeakyRelu", "Threshold", "Hardtanh", "Softshrink", "Hardshrink")}
-_CURVED = {f"{name}Backward0" for name in ("Elu", "Celu", "Hardswish")}
+_CURVED = {
+    f"{name}Backward0"
+    for name in ("Tanh", "Sigmoid", "LogSigmoid", "Softplus", "Silu", "Gelu", "Mish", "Elu", "Celu", "Hardswish")
+}
 _RESHAPING = {f"{name}Backward{k}" for name, k in (("View", 0), ("UnsafeView", 0), ("Squeeze", 1), ("Unsqueeze", 0))}
 
 
