@@ -124,6 +124,7 @@ def plot_profile(
         The axes.
     """
     ax = _axes(ax)
+    sides: list[tuple[ConditionProfile | None, str | None, str]]
     if isinstance(result, Conditioning):
         sides = [
             (result.without_P, "without $P$", BLUE),
