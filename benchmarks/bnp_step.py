@@ -33,8 +33,8 @@ import torch
 from torch import Tensor, nn
 
 from bnp_analysis.models import cnn, mlp, resnet
+from bnp_analysis.runtime.memory import peak_memory
 from bnp_analysis.training import BNP
-from bnp_analysis.training.cost import peak_memory
 
 WIDTHS = [784, 100, 100, 100, 10]
 NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bnp_analysis.training.comparison import MethodComparison, compare_methods
 from bnp_analysis.training.experiment import Experiment
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, it finds its neighbours alone
+from paper_figures.comparison import MethodComparison, compare_methods
 
 SIXTH = 1 / 6
 #: Name -> (what the methods share, epochs of the search, part held out in it). BatchNorm cannot end on a batch of one.

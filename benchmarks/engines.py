@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, linearize
 
 import bnp_analysis as bnp
-from bnp_analysis.training.cost import peak_memory
+from bnp_analysis.runtime.memory import peak_memory
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "MLP 784-100-100-100-10, N 2048": (lambda: bnp.models.mlp([784, 100, 100, 100, 10]), (2048, 784)),

@@ -43,7 +43,7 @@ from torch import Tensor
 
 import bnp_analysis as bnp
 from bnp_analysis.errors import BNPAnalysisError
-from bnp_analysis.training.cost import peak_memory
+from bnp_analysis.runtime.memory import peak_memory
 
 #: Whose memory is measured: a process each takes its time.
 WEIGHED = (OURS, "torch, double backward", "torch.func.linearize", "hessian-eigenthings")

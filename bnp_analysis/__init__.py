@@ -10,6 +10,17 @@ print(bnp.condition_number(A), bnp.condition_number(A, preconditioner=P))
 # use (figures, data sets, theory) costs it no time.
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+_SUCCESSORS = {
+    "rank_estimate": "condition_number(A).rank, which is decided, or n * (1 - spectral_density(A).mass(-x, x).value)",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _SUCCESSORS:
+        raise AttributeError(f"{__name__}.{name} is gone; use {_SUCCESSORS[name]}")
+    return _load(name)
+
 
 __version__ = "0.1.0"

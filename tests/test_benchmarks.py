@@ -16,7 +16,7 @@ import mpmath
 import pytest
 import torch
 
-from bnp_analysis.linalg.condition import dense_routes, golub_kahan_route
+from bnp_analysis.linalg.condition import factor_svd, golub_kahan
 from bnp_analysis.testing import random_orthogonal, spectrum
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,14 +63,14 @@ def test_the_quick_suite_finds_no_false_claim(tmp_path: Path) -> None:
 def test_a_false_claim_is_found(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its `|P|` term the certificate misses the truth (trap 11), and the suite says so."""
     if method == "factor-svd":
-        true_radius = dense_routes.singular_value_radius
+        true_radius = factor_svd.singular_value_radius
         monkeypatch.setattr(
-            dense_routes,
+            factor_svd,
             "singular_value_radius",
             lambda largest, shape, forming: 0.01 * true_radius(largest, shape, 0.0),
         )
     else:
-        monkeypatch.setattr(golub_kahan_route, "factor_rounding_norm", lambda F, seed=0: 0.0)
+        monkeypatch.setattr(golub_kahan, "factor_rounding_norm", lambda F, seed=0: 0.0)
     status, record = run("dense P, |P| 1e+05", tmp_path)
     assert status == 1
     assert record["totals"]["two_sided_violations"] > 0

@@ -7,7 +7,6 @@ that depends on how many threads there are; a layer's Jacobian computed again fo
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 
 import pytest
@@ -27,7 +26,7 @@ from bnp_analysis.linalg import (
     MatrixOperator,
     condition_number,
 )
-from bnp_analysis.linalg.condition import reduction
+from bnp_analysis.linalg.condition import dense, factor_svd
 from bnp_analysis.linalg.matrices import ReducedFactor, RowScaled
 from bnp_analysis.network import coverage
 
@@ -97,11 +96,8 @@ def test_convolutions_have_the_numbers_of_their_blocks(images):
 def test_units_of_a_layer_too_large_by_itself_are_still_two_sided(images, data, monkeypatch):
     risks = (images, perceptron(*data))
     known = [dict(numbers(bnp.layer_table(risk))) for risk in risks]
-    # The function of the same name hides the module from an import.
-    routes = importlib.import_module("bnp_analysis.linalg.condition.routes")
-    for module in (reduction, routes):
-        monkeypatch.setattr(module, "FACTOR_WORK", 1e5)
-    monkeypatch.setattr(routes, "DENSE_LIMIT", 20)
+    monkeypatch.setattr(factor_svd, "FACTOR_WORK", 1e5)
+    monkeypatch.setattr(dense, "DENSE_LIMIT", 20)
     monkeypatch.setattr(blocks, "SEARCHED", 0)
     for risk, before in zip(risks, known, strict=True):
         for block, found in numbers(bnp.layer_table(risk)):

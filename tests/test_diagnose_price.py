@@ -17,7 +17,7 @@ import bnp_analysis as bnp
 from bnp_analysis.diagnose import verbs
 from bnp_analysis.diagnose.price import MOST_WORK, table_work
 from bnp_analysis.errors import WorkLimitError
-from bnp_analysis.linalg import CallableOperator, GramOperator, LinearOperator, choose_route
+from bnp_analysis.linalg import CallableOperator, GramOperator, LinearOperator, choose_method
 from bnp_analysis.linalg.condition.reduction import reducible
 from bnp_analysis.network import coverage
 
@@ -134,10 +134,10 @@ def test_a_factor_is_decomposed_where_that_takes_a_minute(
     shape: tuple[int, int], route: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     A = GramOperator(Shaped(*shape))
-    for module in ("routes", "reduction"):
+    for module in ("methods", "reduction"):
         where = __import__("sys").modules[f"bnp_analysis.linalg.condition.{module}"]
         monkeypatch.setattr(where, "available_memory", lambda *_: 10**12)
-    assert choose_route(A) == route
+    assert choose_method(A) == route
     # A tall one is decomposed after a reduction, which many numbers share.
     assert reducible(A) == (route == "factor-svd" or shape == (100_000, 4_900))
-    assert choose_route(CallableOperator(lambda v: v, 9_000)) == "lanczos"
+    assert choose_method(CallableOperator(lambda v: v, 9_000)) == "lanczos"

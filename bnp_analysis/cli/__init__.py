@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from bnp_analysis.cli.checkout import run_in_checkout
-from bnp_analysis.errors import BNPAnalysisError
+from bnp_analysis.errors import BNPAnalysisError, InvalidInputError
 
 #: Every command: its module in this folder, and what it does. A module has `configure(parser)`, which adds the options
 #: and the default `run`; those of `checkout` run programs that only a checkout has.
@@ -39,14 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             _overview().parse_args(words)
-        # Commands need torch, an overview of them does not.
-        from bnp_analysis.cli.processes import require_one_process
-
         if COMMANDS[command][0] == "checkout":
-            require_one_process(command)
+            _require_one_process(command)
             return run_in_checkout(command, words[1:])
         arguments = parser_of(command).parse_args(words[1:])
-        require_one_process(command, arguments)
+        if not hasattr(arguments, "group"):
+            _require_one_process(command)
         return int(arguments.run(arguments))
     except (BNPAnalysisError, ImportError, FileNotFoundError) as error:
         print(f"bnp-analysis: error: {error}", file=sys.stderr)
@@ -83,3 +81,15 @@ def _overview() -> argparse.ArgumentParser:
     for name, (_, words) in COMMANDS.items():
         commands.add_parser(name, help=words)
     return parser
+
+
+def _require_one_process(command: str) -> None:
+    """Refuse several processes for a command that would do everything in each of them."""
+    # Commands need torch, an overview of them does not.
+    from bnp_analysis.distributed import launched
+
+    if launched() > 1:
+        raise InvalidInputError(
+            f"{launched()} processes were launched, but {command} does not share its work among them: each would do "
+            f"all of it and write the same files. Start it without torchrun; condition and spectrum run in several"
+        )

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from bnp_analysis.cli.problem import checked_problem, problem_options
+from bnp_analysis.cli.options import PRECONDITIONERS, problem_options, risk_of, write
 from bnp_analysis.theory.check import Check, CheckTable
 from bnp_analysis.theory.sources import Source, named
 from bnp_analysis.theory.statements.rates import rates_of
@@ -32,18 +32,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "130 interrupted (the checks made are kept)."
     )
     problem_options(parser)
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        metavar="NAME",
-        help="only these statements, by the paper's names or by T-numbers (quoted, or without spaces: prop10): "
-        + ", ".join(Source),
-    )
-    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="begin no further statement after this")
-    parser.add_argument(
-        "--rates", type=float, metavar="SECONDS", help="observe rates on this network as well, so long for each"
-    )
-    parser.add_argument("--verbose", action="store_true", help="print hypotheses and details of every check")
+    add = parser.add_argument
+    names = "only these statements, by the paper's names or by T-numbers (quoted, or without spaces: prop10): "
+    add("--only", nargs="+", metavar="NAME", help=names + ", ".join(Source))
+    add("--time-limit", type=float, metavar="SECONDS", help="begin no further statement after this")
+    add("--rates", type=float, metavar="SECONDS", help="observe rates on this network as well, so long for each")
+    add("--verbose", action="store_true", help="print hypotheses and details of every check")
     parser.set_defaults(run=_check, **SMALL)
 
 
@@ -51,7 +45,8 @@ def _check(arguments: argparse.Namespace) -> int:
     """Run the command; the exit status is the verdict."""
     if arguments.only is not None:
         named(arguments.only)
-    risk, preconditioner = checked_problem(arguments)
+    risk, name = risk_of(arguments), arguments.preconditioner
+    preconditioner = None if name == "bnp" else PRECONDITIONERS[name](risk)  # that of BNP is check_theory's own
 
     def line(check: Check) -> None:
         print(check, flush=True)
@@ -73,8 +68,7 @@ def _check(arguments: argparse.Namespace) -> int:
         rates = rates_of(risk, preconditioner, seed=arguments.seed, time_limit=arguments.rates)
         table = _with(table, rates, line)
     print(f"{table}; {table.seconds:.1f} s")
-    if arguments.json:
-        print(f"wrote {table.save(arguments.json)}")
+    write(table, arguments.json)
     return exit_status(table)
 
 

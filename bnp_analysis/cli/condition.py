@@ -6,18 +6,14 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from bnp_analysis.cli.problem import PRECONDITIONERS, engine_of, engine_options, figure_option, problem_options, risk_of
-from bnp_analysis.cli.processes import in_processes, process_options
+from bnp_analysis.cli.options import PRECONDITIONERS, engine_of, in_processes, operator_options, risk_of, write
 from bnp_analysis.curvature import CURVATURES
 from bnp_analysis.diagnose import MOST_WORK, Comparison, compare
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    problem_options(parser)
-    process_options(parser)
-    engine_options(parser)
-    figure_option(parser)
+    operator_options(parser)
     parser.add_argument("--layers", nargs="+", metavar="NAME", help="only these layers in the table")
     parser.add_argument(
         "--curvature", nargs="+", choices=CURVATURES, default=["gauss-newton", "hessian"], help="of the whole network"
@@ -42,9 +38,7 @@ def _condition(arguments: argparse.Namespace) -> int:
         progress=not arguments.quiet,
     )
     print(report(result))
-    if arguments.json:
-        result.save(arguments.json)
-        print(f"wrote {arguments.json}")
+    write(result, arguments.json)
     if arguments.figure:
         from bnp_analysis.plotting import save_comparison
 
@@ -61,14 +55,11 @@ def report(result: Comparison) -> str:
         "k(.) are sigma_max/sigma_min+ of the layer's inputs, constant features set aside: raw, centred, normalized.",
         "units: the median of the units' blocks (the worst in brackets). >= marks a lower bound.",
     ]
-    if all(row.is_hessian for row in result.layers.layers):
-        lines.append(
-            "Unit and layer blocks of the Gauss-Newton matrix are the Hessian's here: piecewise linear layers."
-        )
-    else:
-        lines.append(
-            "Unit and layer blocks are those of the Gauss-Newton matrix; the Hessian's differ where it says no."
-        )
+    lines += [
+        "Unit and layer blocks of the Gauss-Newton matrix are the Hessian's here: piecewise linear layers."
+        if all(row.is_hessian for row in result.layers.layers)
+        else "Unit and layer blocks are those of the Gauss-Newton matrix; the Hessian's differ where it says no."
+    ]
     lines += ["", "Layer blocks"]
     for row in result.layers.layers:
         lines += [f"  {row.layer:<8} without P  {row.block}", f"  {'':<8} with P     {row.block_with_P}"]

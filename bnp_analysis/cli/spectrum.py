@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bnp_analysis.cli.problem import PRECONDITIONERS, engine_of, engine_options, figure_option, problem_options, risk_of
-from bnp_analysis.cli.processes import in_processes, process_options
+from bnp_analysis.cli.options import PRECONDITIONERS, engine_of, in_processes, operator_options, risk_of, write
 from bnp_analysis.curvature import CURVATURES
 from bnp_analysis.diagnose import curvature_matrix
 from bnp_analysis.linalg import eigenpairs, spectral_density
@@ -14,17 +13,14 @@ from bnp_analysis.linalg import eigenpairs, spectral_density
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    problem_options(parser)
-    process_options(parser)
-    engine_options(parser)
-    figure_option(parser)
-    parser.add_argument("--curvature", choices=CURVATURES, default="hessian", help="the matrix")
-    parser.add_argument("--top", type=int, default=5, metavar="K", help="eigenvalues to print")
-    parser.add_argument("--probes", type=int, default=8, help="random vectors of the density")
-    parser.add_argument("--steps", type=int, default=64, help="Lanczos steps of each")
-    parser.add_argument(
-        "--no-reorthogonalization", action="store_true", help="keep three vectors of a density's run, not all of them"
-    )
+    operator_options(parser)
+    add = parser.add_argument
+    add("--curvature", choices=CURVATURES, default="hessian", help="the matrix")
+    add("--top", type=int, default=5, metavar="K", help="eigenvalues to print")
+    add("--probes", type=int, default=8, help="random vectors of the density")
+    add("--steps", type=int, default=64, help="Lanczos steps of each")
+    few = "keep three vectors of a density's run, not all of them"
+    add("--no-reorthogonalization", action="store_true", help=few)
     parser.set_defaults(run=_spectrum)
 
 
@@ -52,9 +48,7 @@ def _spectrum(arguments: argparse.Namespace) -> int:
             base = Path(arguments.json)
             suffix = "" if factor is None else "-with-P"
             for name, result in (("eigenpairs", pairs), ("density", density)):
-                path = base.with_name(f"{base.stem}-{name}{suffix}{base.suffix or '.json'}")
-                result.save(path)
-                print(f"wrote {path}")
+                write(result, base.with_name(f"{base.stem}-{name}{suffix}{base.suffix or '.json'}"))
     if arguments.figure:
         from bnp_analysis.plotting import save_densities
 

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from bnp_analysis import models
-from bnp_analysis.cli.problem import network_options
+from bnp_analysis.cli.options import experiment_of, network_options, write
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.training.experiment import OPTIMIZERS, PRECONDITIONERS, SCHEDULES, Experiment, load, run_experiment
+from bnp_analysis.training.experiment import OPTIMIZERS, PRECONDITIONERS, SCHEDULES, load, run_experiment
 from bnp_analysis.training.probes import ConditionProbe
 from bnp_analysis.training.run import Run
 
@@ -20,34 +20,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Exit status: 0 finished, 1 diverged, 2 bad input, 130 and 143 stopped by SIGINT and SIGTERM (saved)."
     )
-    network_options(parser, samples=None, hidden=[100, 100, 100])
+    network_options(parser, samples=None, hidden=[100, 100, 100], lr=0.1)
     add = parser.add_argument
     add("--norm-at", choices=list(models.NORM_PLACES), default="preactivation", help="place of the normalization")
     add("--preconditioner", choices=PRECONDITIONERS, default="none", help="of the gradients, beside any normalization")
     add("--bnp", nargs="+", default=[], metavar="OPTION=VALUE", help="options of bnp, such as rho=0.9 q=measured")
-    _run_options(parser)
-    parser.set_defaults(run=run_train)
-
-
-def _run_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
     add("--optimizer", choices=list(OPTIMIZERS), default="sgd", help="momentum is sgd with 0.9")
-    add("--lr", type=float, default=0.1, help="learning rate")
     add("--weight-decay", type=float, default=0.0, help="of the optimizer")
     add("--schedule", choices=SCHEDULES, default="constant", help="cosine goes to 0, step divides by 10 twice")
     add("--batch-size", type=int, default=60, help="1 is allowed, but not with batch and renorm")
     add("--epochs", type=int, default=10, help="in all, those before a resumed checkpoint included")
-    add("--seed", type=int, default=0, help="of initialization, order and random layers")
-    add("--device", default="cpu", help="where to train")
     add("--probe", nargs="+", default=[], metavar="LAYER", help="measure the condition number of these layers")
     add("--probe-every", type=int, default=100, metavar="STEPS", help="steps between measurements")
     add("--probe-samples", type=int, default=200, metavar="N", help="training examples measured")
-    add("--json", metavar="FILE", help="write the result with its settings")
     add("--log", metavar="FILE", help="write metrics of each step, epoch and probe as JSON lines")
     add("--checkpoint", metavar="FILE", help="save here each epoch, at SIGINT and SIGTERM, and at the end")
     add("--checkpoint-every", type=int, metavar="STEPS", help="save also after this many steps")
     add("--resume", action="store_true", help="go on from the checkpoint, or start where there is none yet")
-    add("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=run_train)
 
 
 def run_train(arguments: argparse.Namespace) -> int:
@@ -75,28 +65,8 @@ def run_train(arguments: argparse.Namespace) -> int:
         f"{experiment.data}: {len(examples)} examples; {experiment.model}, {experiment.label}, {experiment.optimizer}"
     )
     print(report(run))
-    if arguments.json:
-        run.save(arguments.json)
-        print(f"wrote {arguments.json}")
+    write(run, arguments.json)
     return EXIT[run.stopped]
-
-
-def experiment_of(arguments: argparse.Namespace) -> Experiment:
-    """The experiment that the options describe."""
-    given = vars(arguments)
-    names = set(Experiment.__dataclass_fields__) & given.keys() - {"hidden", "bnp"}
-    options = dict(_option(word) for word in arguments.bnp)
-    return Experiment(**{n: given[n] for n in names}, hidden=tuple(arguments.hidden), bnp=options)
-
-
-def _option(word: str) -> tuple[str, str | float]:
-    name, equals, value = word.partition("=")
-    if not (name and equals and value):
-        raise InvalidInputError(f"--bnp takes OPTION=VALUE, not {word!r}")
-    try:
-        return name, float(value)
-    except ValueError:
-        return name, value
 
 
 def report(run: Run) -> str:

@@ -110,7 +110,6 @@ def pair(
     null: HasBasis | None,
     seed: int,
     *,
-    measure: Callable[..., ConditionNumber] = condition_number,
     progress: Progress = False,
     direct: SymmetricOperator | None = None,
 ) -> Pair:
@@ -121,18 +120,17 @@ def pair(
         P: the preconditioner of its variables.
         null: known null directions.
         seed: of random starts.
-        measure: the kind of number.
         progress: of a Krylov run.
         direct: the operator that `A` was reduced from, to which a number with `P` returns that the reduction blurs.
     """
     try:
-        plain = measure(A, null=null, seed=seed, progress=progress)
+        plain = condition_number(A, null=null, seed=seed, progress=progress)
     except ZeroOperatorError:
         return None, None
     found: ConditionNumber | None = None
     for operator in [] if P is None else [A] if direct is None or direct is A else [A, direct]:
         try:
-            other = measure(operator, preconditioner=P, null=null, seed=seed, progress=progress)
+            other = condition_number(operator, preconditioner=P, null=null, seed=seed, progress=progress)
         except ZeroOperatorError:
             continue
         found = other if found is None else min(found, other, key=_doubt)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from bnp_analysis.curvature import gauss_newton
 from bnp_analysis.diagnose.blocks import SEARCHED
 from bnp_analysis.errors import WorkLimitError
+from bnp_analysis.linalg.condition.factor_svd import factor_work
+from bnp_analysis.linalg.condition.methods import LANCZOS_STEPS
 from bnp_analysis.linalg.condition.reduction import work_to_reduce
-from bnp_analysis.linalg.condition.routes import LANCZOS_STEPS, factor_work
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.network import Coverage, EmpiricalRisk, Layer
 from bnp_analysis.network.work import work_of_an_example

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -20,8 +20,6 @@ from bnp_analysis.linalg import (
     ConditionNumber,
     MatrixOperator,
     SymmetricOperator,
-    condition_number,
-    magnitude_condition_number,
     singular_condition_number,
 )
 from bnp_analysis.linalg.operators import require_digits
@@ -194,14 +192,11 @@ def compare(
     held: dict[str, Any] = {"engine": engine, "max_memory": max_memory}
     table = layer_table(risk, P, layers=layers, dtype=None, **held, max_flops=max_flops, seed=seed, progress=progress)
     network = {}
-    # The symmetries of the network annihilate J, hence the Gauss-Newton and Fisher matrices; not the Hessian.
-    null = known_null(risk, None) if any(CURVATURES[name].semidefinite for name in curvature) else None
+    null = cache(lambda: known_null(risk, None))
     for name in curvature:
         A = curvature_matrix(risk, name, seed, **held)
-        semidefinite = CURVATURES[name].semidefinite
-        measure = condition_number if semidefinite else magnitude_condition_number
-        known = null if semidefinite else None
-        network[name] = pair(A, P, known, seed, measure=measure, progress=progress)
+        # The symmetries of the network annihilate J, hence the Gauss-Newton and Fisher matrices; not the Hessian.
+        network[name] = pair(A, P, null() if A.semidefinite else None, seed, progress=progress)
     return Comparison(
         layers=table,
         network=network,
@@ -227,7 +222,7 @@ def curvature_matrix(
     """
     if name not in CURVATURES:
         raise InvalidInputError(f"unknown curvature {name!r}; there are: {', '.join(CURVATURES)}")
-    return CURVATURES[name].build(risk, seed=seed, engine=engine, max_memory=max_memory)
+    return CURVATURES[name](risk, seed=seed, engine=engine, max_memory=max_memory)
 
 
 def _measured(

@@ -1,75 +1,24 @@
 """Numerical linear algebra on flat vectors; it knows no networks.
 
-`operators` are matrices known by their products, `preconditioner` the invertible maps `P` and `P^T A P`,
-`lanczos` the process, `condition` the condition number with its routes and certificates, `eigen` a few
-eigenpairs, `quadrature` densities, `hutchinson` traces.
+`operators` are matrices known by their products, `preconditioner` the invertible maps `P` and `P^T A P`, `krylov` the
+processes, `spectra` eigenpairs, densities and traces, `condition` the condition number with its methods.
 """
 
-from bnp_analysis.linalg.condition.number import ConditionNumber
-from bnp_analysis.linalg.condition.routes import Route, choose_route, routes
-from bnp_analysis.linalg.condition.verbs import (
-    condition_number,
-    magnitude_condition_number,
-    regularized_condition_number,
-    singular_condition_number,
-)
-from bnp_analysis.linalg.derived import ColumnSubset, GramOperator, Restriction, Shifted
-from bnp_analysis.linalg.host import on_host
-from bnp_analysis.linalg.krylov.bidiagonal import Bidiagonalization, golub_kahan
-from bnp_analysis.linalg.krylov.block_lanczos import BlockTridiagonalization, block_lanczos
-from bnp_analysis.linalg.krylov.lanczos import Tridiagonalization, lanczos
-from bnp_analysis.linalg.matrices import CallableOperator, DenseOperator, MatrixOperator, RowScaled
-from bnp_analysis.linalg.operators import LinearOperator, Product, SymmetricOperator
-from bnp_analysis.linalg.preconditioner import (
-    Congruence,
-    DensePreconditioner,
-    IdentityPreconditioner,
-    Preconditioner,
-    congruence,
-)
-from bnp_analysis.linalg.spectra.eigen import Eigenpairs, eigenpairs
-from bnp_analysis.linalg.spectra.hutchinson import Trace, trace
-from bnp_analysis.linalg.spectra.quadrature import SpectralDensity, spectral_density
-from bnp_analysis.linalg.spectra.rank import RankEstimate, rank_estimate
+import lazy_loader
 
-__all__ = [
-    "Bidiagonalization",
-    "BlockTridiagonalization",
-    "CallableOperator",
-    "ColumnSubset",
-    "ConditionNumber",
-    "Congruence",
-    "DenseOperator",
-    "DensePreconditioner",
-    "Eigenpairs",
-    "GramOperator",
-    "IdentityPreconditioner",
-    "LinearOperator",
-    "MatrixOperator",
-    "Preconditioner",
-    "Product",
-    "RankEstimate",
-    "Restriction",
-    "Route",
-    "RowScaled",
-    "Shifted",
-    "SpectralDensity",
-    "SymmetricOperator",
-    "Trace",
-    "Tridiagonalization",
-    "block_lanczos",
-    "choose_route",
-    "condition_number",
-    "congruence",
-    "eigenpairs",
-    "golub_kahan",
-    "lanczos",
-    "magnitude_condition_number",
-    "on_host",
-    "rank_estimate",
-    "regularized_condition_number",
-    "routes",
-    "singular_condition_number",
-    "spectral_density",
-    "trace",
-]
+# What is public stands in `__init__.pyi`, as for the package: each name is imported when it is first used.
+_load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+_SUCCESSORS = {
+    "block_lanczos": "eigenpairs(A, k), which finds repeated eigenvalues with their multiplicity",
+    "BlockTridiagonalization": "Eigenpairs, which eigenpairs returns",
+    "rank_estimate": "condition_number(A).rank, which is decided, or n * (1 - spectral_density(A).mass(-x, x).value)",
+    "RankEstimate": "ConditionNumber.rank",
+    "choose_route": "choose_method",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _SUCCESSORS:
+        raise AttributeError(f"{__name__}.{name} is gone; use {_SUCCESSORS[name]}")
+    return _load(name)

@@ -1,9 +1,8 @@
-"""Operators made from other operators: Gram matrices, shifts, parts."""
+"""Operators made from other operators: Gram matrices, shifts, parts, the same with vectors on the host."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,33 +10,7 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, describe
-
-
-class Derived(ABC):
-    """What is made of the entries of one other operator: its rounding is what that operator rounds (T13)."""
-
-    @property
-    def added(self) -> float:
-        """The size of what is added to the entries of `inner`."""
-        return 0.0
-
-    @property
-    @abstractmethod
-    def inner(self) -> LinearOperator:
-        """The other operator."""
-
-    @property
-    def eps(self) -> float:
-        return self.inner.eps
-
-    @property
-    def zeros_are_structural(self) -> bool:
-        return self.inner.zeros_are_structural
-
-    @abstractmethod
-    def of(self, matrix: Tensor, exponent: int = 0) -> Tensor:
-        """The same made of a matrix: `2^exponent to_dense()` where that is `2^exponent inner.to_dense()`."""
+from bnp_analysis.linalg.operators import Derived, LinearOperator, SymmetricOperator, describe
 
 
 class GramOperator(SymmetricOperator):
@@ -91,140 +64,159 @@ class Shifted(Derived, SymmetricOperator):
                 [0.0000, 1.5000]])
     """
 
+    inner: SymmetricOperator
+
     def __init__(self, operator: SymmetricOperator, delta: float) -> None:
-        super().__init__(operator.dim, operator.dtype, operator.device)
-        self._operator, self.delta = operator, float(delta)
+        SymmetricOperator.__init__(self, operator.dim, operator.dtype, operator.device)
+        self.inner, self.delta = operator, float(delta)
 
     @property
     def added(self) -> float:
         return abs(self.delta)
 
     @property
-    def inner(self) -> SymmetricOperator:
-        return self._operator
+    def semidefinite(self) -> bool:
+        return self.delta >= 0 and self.inner.semidefinite
+
+    @property
+    def start(self) -> Tensor | None:
+        return self.inner.start
+
+    @property
+    def factor(self) -> LinearOperator | None:
+        inner = self.inner.factor
+        return None if inner is None or self.delta < 0 else WithMultipleOfIdentity(inner, self.delta**0.5)
 
     def of(self, matrix: Tensor, exponent: int = 0) -> Tensor:
         return matrix + math.ldexp(self.delta, exponent) * torch.eye(self.dim, dtype=matrix.dtype, device=self.device)
 
-    @property
-    def start(self) -> Tensor | None:
-        return self._operator.start
-
-    @property
-    def factor(self) -> LinearOperator | None:
-        inner = self._operator.factor
-        return None if inner is None or self.delta < 0 else WithMultipleOfIdentity(inner, self.delta**0.5)
-
-    @property
-    def dense_cost(self) -> int:
-        return self._operator.dense_cost
-
     def _matmat(self, x: Tensor) -> Tensor:
-        return self._operator._matmat(x) + self.delta * x
-
-    def to_dense(self) -> Tensor:
-        return self.of(self._operator.to_dense())
+        return self.inner._matmat(x) + self.delta * x
 
 
-class WithMultipleOfIdentity(Derived, LinearOperator):
+class WithMultipleOfIdentity(Derived):
     """`[F; c I]`, the factor of `F^T F + c^2 I`."""
 
     def __init__(self, factor: LinearOperator, c: float) -> None:
         super().__init__((factor.shape[0] + factor.shape[1], factor.shape[1]), factor.dtype, factor.device)
-        self._factor, self._c = factor, c
+        self.inner, self._c = factor, c
 
     @property
     def added(self) -> float:
         return self._c
 
-    @property
-    def inner(self) -> LinearOperator:
-        return self._factor
-
     def of(self, matrix: Tensor, exponent: int = 0) -> Tensor:
         c = math.ldexp(self._c, exponent)
         return torch.cat([matrix, c * torch.eye(self.shape[1], dtype=matrix.dtype, device=self.device)])
 
-    @property
-    def dense_cost(self) -> int:
-        return self._factor.dense_cost
-
     def _matmat(self, x: Tensor) -> Tensor:
-        return torch.cat([self._factor._matmat(x), self._c * x])
+        return torch.cat([self.inner._matmat(x), self._c * x])
 
     def _rmatmat(self, y: Tensor) -> Tensor:
-        return self._factor._rmatmat(y[: self._factor.shape[0]]) + self._c * y[self._factor.shape[0] :]
-
-    def to_dense(self) -> Tensor:
-        return self.of(self._factor.to_dense())
+        rows = self.inner.shape[0]
+        return self.inner._rmatmat(y[:rows]) + self._c * y[rows:]
 
 
-class Restriction(Derived, SymmetricOperator):
-    """The principal submatrix `A[indices, indices]`, for instance one unit inside its layer."""
-
-    def __init__(self, operator: SymmetricOperator, indices: Tensor) -> None:
-        check_positions(indices, operator.dim)
-        super().__init__(indices.numel(), operator.dtype, operator.device)
-        self._operator = operator
-        self.indices = indices.to(operator.device)
-
-    @property
-    def inner(self) -> SymmetricOperator:
-        return self._operator
-
-    def of(self, matrix: Tensor, exponent: int = 0) -> Tensor:
-        return matrix[self.indices][:, self.indices]
-
-    @property
-    def start(self) -> Tensor | None:
-        inner = self._operator.start
-        return None if inner is None else inner[self.indices]
-
-    @property
-    def factor(self) -> LinearOperator | None:
-        inner = self._operator.factor
-        return None if inner is None else ColumnSubset(inner, self.indices)
-
-    def _matmat(self, x: Tensor) -> Tensor:
-        full = x.new_zeros(self._operator.dim, x.shape[1])
-        full[self.indices] = x
-        return self._operator._matmat(full)[self.indices]
-
-
-class ColumnSubset(Derived, LinearOperator):
+class ColumnSubset(Derived):
     """The columns `F[:, indices]` of an operator."""
 
     def __init__(self, operator: LinearOperator, indices: Tensor) -> None:
         check_positions(indices, operator.shape[1])
-        super().__init__((operator.shape[0], indices.numel()), operator.dtype, operator.device)
-        self._operator = operator
-        self._indices = indices.to(operator.device)
-
-    @property
-    def inner(self) -> LinearOperator:
-        return self._operator
-
-    def of(self, matrix: Tensor, exponent: int = 0) -> Tensor:
-        return matrix[:, self._indices]
+        LinearOperator.__init__(self, (operator.shape[0], indices.numel()), operator.dtype, operator.device)
+        self.inner, self.indices = operator, indices.to(operator.device)
 
     @property
     def rank_bound(self) -> int:
-        return min(self._operator.rank_bound, self.shape[1])
+        return min(self.inner.rank_bound, self.shape[1])
+
+    def of(self, matrix: Tensor, exponent: int = 0) -> Tensor:
+        return matrix[:, self.indices]
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        full = x.new_zeros(self.inner.shape[1], x.shape[1])
+        full[self.indices] = x
+        return self.inner._matmat(full)
+
+    def _rmatmat(self, y: Tensor) -> Tensor:
+        return self.inner._rmatmat(y)[self.indices]
+
+
+class Restriction(ColumnSubset, SymmetricOperator):
+    """The principal submatrix `A[indices, indices]`, for instance one unit inside its layer."""
+
+    inner: SymmetricOperator
+
+    def __init__(self, operator: SymmetricOperator, indices: Tensor) -> None:
+        super().__init__(operator, indices)
+        self.shape = (indices.numel(), indices.numel())
+
+    @property
+    def start(self) -> Tensor | None:
+        inner = self.inner.start
+        return None if inner is None else inner[self.indices]
+
+    @property
+    def factor(self) -> LinearOperator | None:
+        inner = self.inner.factor
+        return None if inner is None else ColumnSubset(inner, self.indices)
 
     @property
     def dense_cost(self) -> int:
-        return self._operator.dense_cost
+        return self.dim
+
+    def of(self, matrix: Tensor, exponent: int = 0) -> Tensor:
+        return matrix[self.indices][:, self.indices]
 
     def _matmat(self, x: Tensor) -> Tensor:
-        full = x.new_zeros(self._operator.shape[1], x.shape[1])
-        full[self._indices] = x
-        return self._operator._matmat(full)
+        return super()._matmat(x)[self.indices]
 
     def _rmatmat(self, y: Tensor) -> Tensor:
-        return self._operator._rmatmat(y)[self._indices]
+        return self._matmat(y)
 
     def to_dense(self) -> Tensor:
-        return self.of(self._operator.to_dense())
+        """By products, as many as there are positions."""
+        return LinearOperator.to_dense(self)
+
+
+class OnHost(Derived):
+    """An operator whose vectors are in host memory though it computes elsewhere: they come and go, it stays."""
+
+    def __init__(self, operator: LinearOperator) -> None:
+        LinearOperator.__init__(self, operator.shape, operator.dtype, "cpu")
+        self.inner = operator
+
+    @property
+    def rank_bound(self) -> int:
+        return self.inner.rank_bound
+
+    @property
+    def exact(self) -> bool:
+        return self.inner.exact
+
+    def of(self, matrix: Tensor, exponent: int = 0) -> Tensor:
+        return matrix.cpu()
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        return self.inner._matmat(x.to(self.inner.device)).cpu()
+
+    def _rmatmat(self, y: Tensor) -> Tensor:
+        return self.inner._rmatmat(y.to(self.inner.device)).cpu()
+
+
+class SymmetricOnHost(OnHost, SymmetricOperator):
+    """The same of a symmetric operator; made by `on_host`."""
+
+    inner: SymmetricOperator
+
+    @property
+    def factor(self) -> LinearOperator | None:
+        inner = self.inner.factor
+        return None if inner is None else OnHost(inner)
+
+    @property
+    def start(self) -> Tensor | None:
+        inner = self.inner.start
+        return None if inner is None else inner.cpu()
 
 
 def check_positions(indices: Tensor, n: int) -> None:
@@ -234,3 +226,31 @@ def check_positions(indices: Tensor, n: int) -> None:
     distinct = bool((indices.sort().values.diff() > 0).all())
     if not distinct or (indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < n):
         raise InvalidInputError(f"positions must be distinct and lie in 0..{n - 1}, got {indices.tolist()[:20]}")
+
+
+def on_host(A: SymmetricOperator) -> SymmetricOperator:
+    """The operator `A` with vectors and everything made of them in host memory; products stay where they are.
+
+    A Krylov basis holds `k` vectors of `n` numbers, which an accelerator may have no room for beside the network. Each
+    product then sends one vector there and one back, and reorthogonalization runs on the host.
+
+    Args:
+        A: symmetric operator on any device. A preconditioner is part of it: `on_host(congruence(A, P))`.
+
+    Returns:
+        A `SymmetricOperator` on the CPU; `A` itself if it is there already.
+
+    Raises:
+        InvalidInputError: not an operator.
+
+    Source: none; a convenience.
+
+    Example:
+        >>> import torch, bnp_analysis as bnp
+        >>> A = bnp.DenseOperator(torch.diag(torch.tensor([1.0, 2.0, 5.0])))
+        >>> round(bnp.eigenpairs(bnp.linalg.on_host(A), k=1).values.item(), 4)
+        5.0
+    """
+    if not isinstance(A, SymmetricOperator):
+        raise InvalidInputError(f"on_host moves a SymmetricOperator, got {describe(A)}; wrap a matrix in DenseOperator")
+    return A if A.device.type == "cpu" else SymmetricOnHost(A)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from bnp_analysis.linalg.derived import Derived, GramOperator
-from bnp_analysis.linalg.matrices import ReducedFactor, RowScaled
-from bnp_analysis.linalg.operators import LinearOperator, Product, SymmetricOperator
+from bnp_analysis.linalg.derived import GramOperator
+from bnp_analysis.linalg.matrices import ReducedFactor, RowScaled, rank_from_zeros
+from bnp_analysis.linalg.operators import (
+    Derived,
+    LinearOperator,
+    Multiple,
+    Product,
+    Stacked,
+    Sum,
+    SymmetricOperator,
+)
 from bnp_analysis.linalg.preconditioner import Congruence, Preconditioner
-from bnp_analysis.linalg.scale import comfortable, exponent, scaled_preconditioner, times_power
-from bnp_analysis.linalg.structure import rank_from_zeros
+from bnp_analysis.linalg.scale import binary_exponent, comfortable, exponent, scaled_preconditioner, times_power
 
 UNIT = torch.finfo(torch.float64).eps
 # A product of numbers may be off by this by underflow.
@@ -71,6 +78,19 @@ def formed(operator: LinearOperator) -> Formed:
         matrix, magnitude = _right(_right(inner.matrix, P).T, P).T, _right(_right(inner.sizes(), absolute).T, absolute)
         rounding, e = inner.rounding + P.roundings * UNIT, inner.exponent + 2 * exponent(P)
         return Formed(matrix, magnitude.T, rounding, inner.rank, e)
+    if isinstance(operator, Multiple):
+        inner, (c, power) = formed(operator.inner), math.frexp(operator.times)
+        return Formed(
+            c * inner.matrix, abs(c) * inner.sizes(), inner.rounding + UNIT, operator.rank_bound, inner.exponent - power
+        )
+    if isinstance(operator, Sum | Stacked):
+        first, second, e = _alike(formed(operator.left), formed(operator.right))
+        rounding, rank = max(first.rounding, second.rounding), min(first.rank + second.rank, *operator.shape)
+        if isinstance(operator, Sum):
+            sizes = first.sizes() + second.sizes()
+            return Formed(first.matrix + second.matrix, sizes, rounding + UNIT, rank, e)
+        sizes = torch.cat([first.sizes(), second.sizes()])
+        return Formed(torch.cat([first.matrix, second.matrix]), sizes, rounding, rank, e)
     if isinstance(operator, Derived) and amplified(operator):
         inner = formed(operator.inner)
         e = inner.exponent
@@ -90,6 +110,17 @@ def formed(operator: LinearOperator) -> Formed:
     rank = rank_from_zeros(operator, int(nonzero.any(dim=1).sum()), int(nonzero.any(dim=0).sum()))
     matrix, e = comfortable(dense.double())
     return Formed(matrix, None, entry_rounding(operator), rank, e)
+
+
+def _alike(first: Formed, second: Formed) -> tuple[Formed, Formed, int]:
+    """Both in the units of the one whose entries are larger, so that no entry overflows; and their exponent."""
+    sizes = [binary_exponent(x.matrix) - x.exponent for x in (first, second)]
+    e = first.exponent if sizes[0] >= sizes[1] else second.exponent
+    parts = []
+    for x in (first, second):
+        matrix, magnitude = times_power(x.matrix, e - x.exponent), times_power(x.sizes(), e - x.exponent)
+        parts.append(replace(x, matrix=matrix, magnitude=magnitude, exponent=e))
+    return parts[0], parts[1], e
 
 
 def formed_times(left: LinearOperator, inner: Formed, P: Preconditioner) -> Formed:
@@ -120,7 +151,18 @@ def amplified(operator: object) -> bool:
         return amplified(operator.inner)
     if isinstance(operator, GramOperator):
         return amplified(operator.factor)
-    return isinstance(operator, Product | Congruence | ReducedFactor)
+    if isinstance(operator, Stacked):
+        return amplified(operator.left) or amplified(operator.right)
+    return isinstance(operator, Product | Congruence | ReducedFactor | Sum)
+
+
+def cancels(operator: object) -> bool:
+    """Whether products end in a sum that may cancel, so that they round relative to more than what is left (T13)."""
+    if isinstance(operator, Derived):
+        return cancels(operator.inner)
+    if isinstance(operator, Congruence):
+        return cancels(operator.operator)
+    return isinstance(operator, Sum)
 
 
 def norm_bound(matrix: Tensor) -> float:

@@ -1,7 +1,7 @@
 """Matrix-free linear operators on flat vectors.
 
 One gate, `A @ v`, checks every argument; the formulas behind it (`_matmat`, `_rmatmat`) are clean.
-A class here is either abstract or final.
+Operators add, scale and compose: `A + B`, `A - B`, `2 * A`, `A @ B`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,15 @@ class LinearOperator(ABC):
 
     Vectors have shape `(n,)`, blocks of vectors `(n, k)`. Vectors of another dtype or device are
     refused: a silent cast would change the precision that the results claim.
+
+    `A @ B`, `A + B`, `A - B`, `c * A` and `-A` are operators again, symmetric where `A` and `B` are and what is made of
+    them is. Their precision `eps` is that of the coarser part, a sum of operators with factors `F`, `G` has the factor
+    `[F; G]`, and `c A` with `c >= 0` has `sqrt(c) F`. Bounds count what the parts round: of `A - B` relative to
+    `|A| + |B|`, however small the difference is.
     """
+
+    # So that `numpy.float64(2) * A` asks `A`.
+    __array_ufunc__ = None
 
     def __init__(
         self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str, eps: float | None = None
@@ -113,6 +121,21 @@ class LinearOperator(ABC):
         if isinstance(other, LinearOperator):
             return Product(self, other)
         return gate(self, other, self.shape[1], self._matmat)
+
+    def __add__(self, other: LinearOperator) -> LinearOperator:
+        return Sum(self, other) if isinstance(other, LinearOperator) else NotImplemented
+
+    def __sub__(self, other: LinearOperator) -> LinearOperator:
+        return self + (-other) if isinstance(other, LinearOperator) else NotImplemented
+
+    def __mul__(self, c: float) -> LinearOperator:
+        return Multiple(self, c)
+
+    def __rmul__(self, c: float) -> LinearOperator:
+        return self * c
+
+    def __neg__(self) -> LinearOperator:
+        return self * -1.0
 
     def to_dense(self) -> Tensor:
         """The `(m, n)` matrix, by products with the identity along the shorter side."""
@@ -253,36 +276,55 @@ class Transposed(LinearOperator):
         return self._operator.to_dense().T
 
 
-class Product(LinearOperator):
+class OfTwo(LinearOperator):
+    """What is made of two operators `left`, `right`: it is as precise as the coarser one."""
+
+    def __init__(self, left: LinearOperator, right: LinearOperator, shape: tuple[int, int], what: str) -> None:
+        if left.dtype != right.dtype or left.device != right.device:
+            raise InvalidInputError(
+                f"cannot {what} an operator in {left.dtype} on {left.device} "
+                f"with one in {right.dtype} on {right.device}; build both in one dtype on one device"
+            )
+        LinearOperator.__init__(self, shape, left.dtype, left.device)
+        self.left, self.right = left, right
+
+    @property
+    def rank_bound(self) -> int:
+        return min(self.left.rank_bound + self.right.rank_bound, *self.shape)
+
+    @property
+    def zeros_are_structural(self) -> bool:
+        """Never: entries of a sum or a product are sums, which may cancel or underflow to 0."""
+        return False
+
+    @property
+    def dense_cost(self) -> int:
+        return self.left.dense_cost + self.right.dense_cost
+
+    @property
+    def eps(self) -> float:
+        return max(self.left.eps, self.right.eps)
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        return {**self.right.record, **self.left.record}
+
+
+class Product(OfTwo):
     """The product `A B` of two operators; made by `A @ B`."""
 
     def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
         if left.shape[1] != right.shape[0]:
             raise InvalidInputError(f"shapes {left.shape} and {right.shape} do not multiply")
-        if left.dtype != right.dtype or left.device != right.device:
-            raise InvalidInputError(
-                f"cannot multiply an operator in {left.dtype} on {left.device} "
-                f"with one in {right.dtype} on {right.device}; build both in one dtype on one device"
-            )
-        super().__init__((left.shape[0], right.shape[1]), left.dtype, left.device)
-        self.left, self.right = left, right
+        super().__init__(left, right, (left.shape[0], right.shape[1]), "multiply")
 
     @property
     def rank_bound(self) -> int:
         return min(self.left.rank_bound, self.right.rank_bound)
 
     @property
-    def zeros_are_structural(self) -> bool:
-        """Never: entries of a product are sums, which may cancel or underflow to 0."""
-        return False
-
-    @property
     def dense_cost(self) -> int:
         return self.left.dense_cost
-
-    @property
-    def eps(self) -> float:
-        return max(self.left.eps, self.right.eps)
 
     def _matmat(self, x: Tensor) -> Tensor:
         return self.left._matmat(self.right._matmat(x))
@@ -293,6 +335,117 @@ class Product(LinearOperator):
     def to_dense(self) -> Tensor:
         # (A B)^T = B^T A^T: the rows of A, each sent through B^T.
         return self.right._rmatmat(self.left.to_dense().T).T
+
+
+class Sum(OfTwo):
+    """The sum `A + B` of two operators; made by `A + B`."""
+
+    def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
+        if left.shape != right.shape:
+            raise InvalidInputError(f"shapes {left.shape} and {right.shape} do not add")
+        super().__init__(left, right, left.shape, "add")
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        return self.left._matmat(x) + self.right._matmat(x)
+
+    def _rmatmat(self, y: Tensor) -> Tensor:
+        return self.left._rmatmat(y) + self.right._rmatmat(y)
+
+    def to_dense(self) -> Tensor:
+        return self.left.to_dense() + self.right.to_dense()
+
+
+class Stacked(OfTwo):
+    """`[F; G]`, the factor of `F^T F + G^T G`."""
+
+    def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
+        super().__init__(left, right, (left.shape[0] + right.shape[0], left.shape[1]), "stack")
+
+    @property
+    def zeros_are_structural(self) -> bool:
+        return self.left.zeros_are_structural and self.right.zeros_are_structural
+
+    @property
+    def exact(self) -> bool:
+        return self.left.exact and self.right.exact
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        return torch.cat([self.left._matmat(x), self.right._matmat(x)])
+
+    def _rmatmat(self, y: Tensor) -> Tensor:
+        rows = self.left.shape[0]
+        return self.left._rmatmat(y[:rows]) + self.right._rmatmat(y[rows:])
+
+    def to_dense(self) -> Tensor:
+        return torch.cat([self.left.to_dense(), self.right.to_dense()])
+
+
+class Derived(LinearOperator):
+    """What is made of the entries of one other operator: its rounding is what that operator rounds (T13).
+
+    Attributes:
+        inner: the other operator.
+        times: a number that its entries are multiplied by.
+    """
+
+    inner: LinearOperator
+    times = 1.0
+
+    @property
+    def added(self) -> float:
+        """The size of what is added to the entries of `inner`."""
+        return 0.0
+
+    @property
+    def eps(self) -> float:
+        return self.inner.eps
+
+    @property
+    def zeros_are_structural(self) -> bool:
+        return self.inner.zeros_are_structural
+
+    @property
+    def dense_cost(self) -> int:
+        return self.inner.dense_cost
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        return self.inner.record
+
+    @property
+    def semidefinite(self) -> bool:
+        """As of a symmetric operator; what is made of a rectangular one is not asked."""
+        return isinstance(self.inner, SymmetricOperator) and self.inner.semidefinite
+
+    @abstractmethod
+    def of(self, matrix: Tensor, exponent: int = 0) -> Tensor:
+        """The same made of a matrix: `2^exponent to_dense()` where that is `2^exponent inner.to_dense()`."""
+
+    def to_dense(self) -> Tensor:
+        return self.of(self.inner.to_dense())
+
+
+class Multiple(Derived):
+    """`c A`; made by `c * A`."""
+
+    def __init__(self, inner: LinearOperator, c: float) -> None:
+        if not isinstance(c, int | float) or not math.isfinite(c):
+            raise InvalidInputError(f"an operator is multiplied by a finite number, not {describe(c)} {c}")
+        LinearOperator.__init__(self, inner.shape, inner.dtype, inner.device)
+        self.inner, self.times = inner, float(c)
+
+    @property
+    def rank_bound(self) -> int:
+        return self.inner.rank_bound if self.times else 0
+
+    def of(self, matrix: Tensor, exponent: int = 0) -> Tensor:
+        return self.times * matrix
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        return self.times * self.inner._matmat(x)
+
+    def _rmatmat(self, y: Tensor) -> Tensor:
+        return self.times * self.inner._rmatmat(y)
 
 
 class SymmetricOperator(LinearOperator):
@@ -317,6 +470,14 @@ class SymmetricOperator(LinearOperator):
         return None
 
     @property
+    def semidefinite(self) -> bool:
+        """Whether no eigenvalue is negative, so that `condition_number` refuses one that is (the default).
+
+        A matrix that may have negative eigenvalues, as a Hessian, says False: magnitudes are compared then.
+        """
+        return True
+
+    @property
     def start(self) -> Tensor | None:
         """A vector `(n,)` rich in the eigenvectors of the largest eigenvalues, where one is known without a product."""
         return None
@@ -324,6 +485,29 @@ class SymmetricOperator(LinearOperator):
     @property
     def T(self) -> Self:
         return self
+
+    @overload
+    def __add__(self, other: SymmetricOperator) -> SymmetricOperator: ...
+    @overload
+    def __add__(self, other: LinearOperator) -> LinearOperator: ...
+    def __add__(self, other: LinearOperator) -> LinearOperator:
+        return SymmetricSum(self, other) if isinstance(other, SymmetricOperator) else super().__add__(other)
+
+    @overload
+    def __sub__(self, other: SymmetricOperator) -> SymmetricOperator: ...
+    @overload
+    def __sub__(self, other: LinearOperator) -> LinearOperator: ...
+    def __sub__(self, other: LinearOperator) -> LinearOperator:
+        return super().__sub__(other)
+
+    def __mul__(self, c: float) -> SymmetricOperator:
+        return SymmetricMultiple(self, c)
+
+    def __rmul__(self, c: float) -> SymmetricOperator:
+        return self * c
+
+    def __neg__(self) -> SymmetricOperator:
+        return self * -1.0
 
     def _rmatmat(self, y: Tensor) -> Tensor:
         return self._matmat(y)
@@ -349,6 +533,45 @@ class SymmetricOperator(LinearOperator):
         return ScipyLinearOperator(
             self.shape, matvec=matmat, rmatvec=matmat, matmat=matmat, rmatmat=matmat, dtype=numpy_dtype
         )
+
+
+class SymmetricSum(Sum, SymmetricOperator):
+    """The sum of two symmetric operators."""
+
+    left: SymmetricOperator
+    right: SymmetricOperator
+
+    @property
+    def factor(self) -> LinearOperator | None:
+        upper, lower = self.left.factor, self.right.factor
+        return None if upper is None or lower is None else Stacked(upper, lower)
+
+    @property
+    def semidefinite(self) -> bool:
+        return self.left.semidefinite and self.right.semidefinite
+
+    @property
+    def start(self) -> Tensor | None:
+        return self.right.start if self.left.start is None else self.left.start
+
+
+class SymmetricMultiple(Multiple, SymmetricOperator):
+    """A multiple of a symmetric operator."""
+
+    inner: SymmetricOperator
+
+    @property
+    def factor(self) -> LinearOperator | None:
+        inner = self.inner.factor
+        return None if inner is None or self.times < 0 else math.sqrt(self.times) * inner
+
+    @property
+    def semidefinite(self) -> bool:
+        return self.times >= 0 and self.inner.semidefinite
+
+    @property
+    def start(self) -> Tensor | None:
+        return self.inner.start if self.times > 0 else None
 
 
 def describe(value: object) -> str:

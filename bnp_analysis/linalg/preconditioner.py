@@ -215,6 +215,10 @@ class Congruence(SymmetricOperator):
         return None if inner is None else inner @ self.preconditioner
 
     @property
+    def semidefinite(self) -> bool:
+        return self.operator.semidefinite
+
+    @property
     def start(self) -> Tensor | None:
         inner = self.operator.start
         return None if inner is None else self.preconditioner._rmatmat(inner.unsqueeze(1)).squeeze(1)

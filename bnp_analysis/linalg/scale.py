@@ -7,15 +7,15 @@ norm is near 1, and multiplies its results by `2^-e`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg.derived import Derived, GramOperator, Restriction, Shifted
-from bnp_analysis.linalg.operators import LinearOperator, Product, SymmetricOperator
+from bnp_analysis.linalg.derived import GramOperator, Restriction, Shifted
+from bnp_analysis.linalg.operators import Derived, LinearOperator, Product, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Congruence, Preconditioner
 from bnp_analysis.runtime.random import generator, normal
 
@@ -63,17 +63,13 @@ def precise(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype.itemsize >= 4 else torch.float32
 
 
-class Scaled(Derived, LinearOperator):
+class Scaled(Derived):
     """`2^e F` with vectors in at least single precision; the first product says which `e`, most often 0."""
 
     def __init__(self, operator: LinearOperator) -> None:
         LinearOperator.__init__(self, operator.shape, precise(operator.dtype), operator.device)
-        self._operator = operator
+        self.inner = operator
         self._exponent: int | None = None
-
-    @property
-    def inner(self) -> LinearOperator:
-        return self._operator
 
     @property
     def exponent(self) -> int:
@@ -86,33 +82,22 @@ class Scaled(Derived, LinearOperator):
 
     @property
     def rank_bound(self) -> int:
-        return self._operator.rank_bound
-
-    @property
-    def dense_cost(self) -> int:
-        return self._operator.dense_cost
+        return self.inner.rank_bound
 
     @property
     def exact(self) -> bool:
-        return self._operator.exact
-
-    @property
-    def record(self) -> Mapping[str, Any]:
-        return self._operator.record
+        return self.inner.exact
 
     def _matmat(self, x: Tensor) -> Tensor:
-        return self._times(self._operator._matmat, x)
+        return self._times(self.inner._matmat, x)
 
     def _rmatmat(self, y: Tensor) -> Tensor:
-        return self._times(self._operator._rmatmat, y)
-
-    def to_dense(self) -> Tensor:
-        return self.of(self._operator.to_dense())
+        return self._times(self.inner._rmatmat, y)
 
     def _times(self, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if self._exponent is None:
             image = self._at(product, x, 0)
-            near = abs(binary_exponent(image)) <= _COMFORTABLE[self._operator.dtype]
+            near = abs(binary_exponent(image)) <= _COMFORTABLE[self.inner.dtype]
             self._exponent = 0 if near or not x.numel() else self._found()
             # What is 0 or infinite for another reason is left as it is.
             if self._exponent == 0:
@@ -120,7 +105,7 @@ class Scaled(Derived, LinearOperator):
         return self._at(product, x, self._exponent)
 
     def _at(self, product: Callable[[Tensor], Tensor], x: Tensor, exponent: int) -> Tensor:
-        dtype = self._operator.dtype
+        dtype = self.inner.dtype
         # An exponent beyond the floats is divided between the vector and its image.
         most = -math.frexp(torch.finfo(dtype).tiny)[1] - 8
         first = max(-most, min(most, exponent))
@@ -128,37 +113,27 @@ class Scaled(Derived, LinearOperator):
 
     def _found(self) -> int:
         """The exponent by products with one random vector, made longer or shorter where its image is 0 or infinite."""
-        v = normal((self._operator.shape[1], 1), generator(0), torch.empty(0, dtype=self.dtype, device=self.device))
-        far = -3 * math.frexp(torch.finfo(self._operator.dtype).tiny)[1] // 4
+        v = normal((self.inner.shape[1], 1), generator(0), torch.empty(0, dtype=self.dtype, device=self.device))
+        far = -3 * math.frexp(torch.finfo(self.inner.dtype).tiny)[1] // 4
         for shift in (0, far, -far):
-            size = binary_exponent(self._at(self._operator._matmat, v, shift)) - binary_exponent(v) - shift
+            size = binary_exponent(self._at(self.inner._matmat, v, shift)) - binary_exponent(v) - shift
             if math.isfinite(size):
-                return 0 if abs(size) <= _COMFORTABLE[self._operator.dtype] else -int(size)
+                return 0 if abs(size) <= _COMFORTABLE[self.inner.dtype] else -int(size)
         return 0
 
     def __repr__(self) -> str:
-        return repr(self._operator)
+        return repr(self.inner)
 
 
 class ScaledSymmetric(Scaled, SymmetricOperator):
     """The same of a symmetric operator, whose factor has a scale of its own and is left out."""
 
-    def __init__(self, operator: SymmetricOperator) -> None:
-        Scaled.__init__(self, operator)
-
-    _operator: SymmetricOperator
-
-    @property
-    def inner(self) -> SymmetricOperator:
-        return self._operator
+    inner: SymmetricOperator
 
     @property
     def start(self) -> Tensor | None:
-        inner = self._operator.start
-        if inner is None:
-            return None
-        start, _ = comfortable(inner.to(self.dtype))
-        return start
+        inner = self.inner.start
+        return None if inner is None else comfortable(inner.to(self.dtype))[0]
 
 
 class ScaledShift(Shifted):
@@ -167,16 +142,16 @@ class ScaledShift(Shifted):
     @property
     def exponent(self) -> int:
         # What is added stays in the floats.
-        return min(exponent(self._operator), 900 - math.frexp(self.delta)[1])
+        return min(exponent(self.inner), 900 - math.frexp(self.delta)[1])
 
     @property
     def added(self) -> float:
         return abs(math.ldexp(self.delta, self.exponent))
 
     def _matmat(self, x: Tensor) -> Tensor:
-        image = self._operator._matmat(x)
+        image = self.inner._matmat(x)
         e = self.exponent
-        return times_power(image, e - exponent(self._operator)) + math.ldexp(self.delta, e) * x
+        return times_power(image, e - exponent(self.inner)) + math.ldexp(self.delta, e) * x
 
 
 class ScaledPreconditioner(Preconditioner):

@@ -1,11 +1,8 @@
 """Networks of the experiments, each with a choice of activation, normalization and its place."""
 
-from bnp_analysis.models.activations import ACTIVATIONS
-from bnp_analysis.models.convolutional import cnn
+from bnp_analysis.models.networks import MODELS, build, build_for, cnn, mlp, resnet
 from bnp_analysis.models.normalization import NORM_PLACES, NORMS
-from bnp_analysis.models.perceptron import mlp
-from bnp_analysis.models.registry import MODELS, build, build_for
-from bnp_analysis.models.residual import resnet
+from bnp_analysis.models.parts import ACTIVATIONS
 from bnp_analysis.models.transformer import transformer
 
 __all__ = ["ACTIVATIONS", "MODELS", "NORMS", "NORM_PLACES", "build", "build_for", "cnn", "mlp", "resnet", "transformer"]

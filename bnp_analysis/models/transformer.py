@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.models.activations import check_activation, make_activation
-from bnp_analysis.models.construction import check_size, seeded
+from bnp_analysis.models.parts import check_activation, check_size, make_activation, seeded
 
 _NORMS = ("layer", "none")
 

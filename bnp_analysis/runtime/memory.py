@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -81,3 +83,21 @@ def require_memory(needed: int, what: str, advice: str = "", *, device: torch.de
             + (advice or "Use fewer steps, fewer samples, a smaller block, or float32")
             + ("; linalg.on_host(A) keeps the vectors of a Krylov run in host memory" if where and not advice else "")
         )
+
+
+def peak_memory(device: str, *, reset: bool = False) -> float:
+    """The largest memory so far in MB; with `reset` from now on, where the system can forget the past."""
+    if device.startswith("cuda"):
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if not status.exists():
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    if reset:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+    # ru_maxrss would count what the parent had when it started this process.
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**10

@@ -1,10 +1,19 @@
-"""Training: BNP for any loop, a reference trainer, and fair comparisons of methods."""
+"""Training: BNP for any loop, and a reference trainer that can be stopped and resumed."""
+
+from typing import NoReturn
 
 from bnp_analysis.training.bnp import BNP
-from bnp_analysis.training.comparison import MethodComparison, compare_methods
-from bnp_analysis.training.fit import fit
 from bnp_analysis.training.probes import ConditionProbe
 from bnp_analysis.training.run import Run
-from bnp_analysis.training.trainer import train
+from bnp_analysis.training.trainer import fit, train
 
-__all__ = ["BNP", "ConditionProbe", "MethodComparison", "Run", "compare_methods", "fit", "train"]
+__all__ = ["BNP", "ConditionProbe", "Run", "fit", "train"]
+
+_MOVED = ("MethodComparison", "compare_methods")
+
+
+def __getattr__(name: str) -> NoReturn:
+    moved = (
+        ": it is in paper_figures.comparison of a checkout" if name in ("MethodComparison", "compare_methods") else ""
+    )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{moved}")

@@ -15,7 +15,7 @@ from bnp_analysis import data, models
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.training.bnp import BNP
 from bnp_analysis.training.run import Run
-from bnp_analysis.training.state import StepsGradients
+from bnp_analysis.training.steps import StepsGradients
 from bnp_analysis.training.trainer import train
 
 Pair = tuple[Tensor, Tensor]

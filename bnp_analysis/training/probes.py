@@ -15,6 +15,7 @@ from bnp_analysis.linalg import ConditionNumber, condition_number
 from bnp_analysis.network import EmpiricalRisk
 from bnp_analysis.precondition import bnp_preconditioner
 from bnp_analysis.symmetry import null_directions
+from bnp_analysis.training.steps import kept_modes
 
 Probe = Callable[[int, nn.Module], Mapping[str, Any]]
 
@@ -111,13 +112,8 @@ class ConditionProbe:
     def __call__(self, step: int, model: nn.Module) -> dict[str, Any]:
         if self.loss is None:
             raise InvalidInputError("ConditionProbe needs loss= outside of a training run")
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
-            risk = EmpiricalRisk(model, self.loss, self.data, dtype=torch.float64, device="cpu")
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        with kept_modes(model):
+            risk = EmpiricalRisk(model.eval(), self.loss, self.data, dtype=torch.float64, device="cpu")
         A = gauss_newton(risk, block=self.layer)
         try:
             null = null_directions(risk, block=self.layer)

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
-from collections.abc import Callable, Sequence
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.runtime.progress import Progress
+from bnp_analysis.errors import InvalidInputError, NonFiniteError
+from bnp_analysis.runtime.progress import Progress, Update, reporting
 from bnp_analysis.runtime.random import random_state
 from bnp_analysis.training import checkpointing
-from bnp_analysis.training.batches import as_batches, generators, is_pair_of_tensors
-from bnp_analysis.training.loop import Loop
-from bnp_analysis.training.probes import Probe, bound
-from bnp_analysis.training.run import Run
-from bnp_analysis.training.state import Step, StepsGradients
+from bnp_analysis.training.probes import Probe, bound, period
+from bnp_analysis.training.run import DIVERGED, FINISHED, SIGNALS, Log, Run
+from bnp_analysis.training.steps import (
+    Step,
+    StepsGradients,
+    as_batches,
+    begin_epoch,
+    evaluate,
+    generators,
+    is_pair_of_tensors,
+    kept_modes,
+)
+
+READ_EVERY = 50  # steps between reads of the loss on an accelerator, and between copies of the last good state
 
 
 def train(
@@ -95,16 +114,68 @@ def train(
     parts = checkpointing.Parts(model, {n: o for n, o in others.items() if o is not None}, generators(source))
     settings = _settings(loss, source, parts, {"schedule_by": schedule_by, "seed": seed})
     step = Step(model, loss, optimizer, preconditioner, device)
-    loop = Loop(step, parts, settings, source, [bound(p, loss, preconditioner) for p in probes])
-    loop.eval_data, loop.epochs, loop.by_step = eval_data, epochs, schedule_by == "step"
-    loop.path, loop.save_every = None if checkpoint is None else Path(checkpoint), checkpoint_every
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with random_state(seed=seed, device=device):
-            return loop.run(log, progress, seed)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    loop = _Loop(
+        step,
+        parts,
+        settings,
+        source,
+        [bound(p, loss, preconditioner) for p in probes],
+        eval_data,
+        epochs=epochs,
+        by_step=schedule_by == "step",
+        path=None if checkpoint is None else Path(checkpoint),
+        save_every=checkpoint_every,
+    )
+    with kept_modes(model), random_state(seed=seed, device=device):
+        return loop.run(log, progress, seed)
+
+
+def fit(
+    model: nn.Module,
+    loss: Callable[[Tensor, Any], Tensor],
+    data: tuple[Tensor, Tensor],
+    *,
+    epochs: int = 5,
+    batch_size: int = 32,
+    lr: float = 0.1,
+    momentum: float = 0.9,
+    seed: int = 0,
+    progress: Progress = False,
+) -> list[float]:
+    """Train a model in place by stochastic gradient descent with momentum; `train` with nothing else.
+
+    Args:
+        model: trained in place, left in the mode it was in.
+        loss: `loss(output, y)`, the mean over the batch.
+        data: `(x, y)`, `(N, ...)` each.
+        epochs: passes over the data; 0 leaves the model as it is.
+        batch_size: rows of a mini-batch; the last one of an epoch may be smaller.
+        lr, momentum: of the optimizer.
+        seed: of the order of the examples; the global random state is as before afterwards.
+        progress: True draws a bar, a callable gets `(done, total)`.
+
+    Returns:
+        The mean loss of each epoch.
+
+    Raises:
+        InvalidInputError: sizes that do not fit; NonFiniteError: the loss diverged, with the step and the rate.
+        KeyboardInterrupt: interrupted.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> x = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        >>> losses = fit(model, torch.nn.functional.mse_loss, (x, x[:, :1]), epochs=20, batch_size=2)
+        >>> losses[-1] < losses[0]
+        True
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    run = train(model, loss, data, optimizer, epochs=epochs, batch_size=batch_size, seed=seed, progress=progress)
+    if run.stopped == DIVERGED:
+        raise NonFiniteError(run.message)
+    if run.stopped in SIGNALS:
+        raise KeyboardInterrupt(run.message)
+    return [float(row["train_loss"]) for row in run.epochs]
 
 
 def _settings(
@@ -125,3 +196,338 @@ def _settings(
         own["schedule"] = checkpointing.plain_settings(scheduler.state_dict())
     shapes = {name: [list(p.shape), str(p.dtype)] for name, p in parts.model.named_parameters()}
     return own | {"parameters": shapes} | given
+
+
+@dataclass
+class _Loop:
+    """A run under way: the parts, where it is, and what becomes of it."""
+
+    step: Step
+    parts: checkpointing.Parts
+    settings: dict[str, Any]
+    source: Iterable[Any]
+    probes: list[Probe]
+    eval_data: Any
+    epochs: int
+    by_step: bool
+    path: Path | None
+    save_every: int | None
+    good: dict[str, Any] | None = None
+    candidate: dict[str, Any] | None = None
+    order: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.at, self.log = _Progressed(), Log(None)
+        self.read_every = 1 if self.step.device.type == "cpu" else READ_EVERY
+
+    def run(self, log: str | os.PathLike[str] | None, progress: Progress, seed: int) -> Run:
+        resumed = self._resume()
+        self.log = Log(log, self.at.log_bytes)
+        if not resumed:
+            self.log.write(kind="start", seed=seed, settings=self.settings)
+        length = len(self.source) if isinstance(self.source, Sized) else 0
+        try:
+            with _stop_requests() as request, reporting(progress, self.epochs * length, "training") as update:
+                self.at.began = time.perf_counter()
+                if self.at.step == 0 and not self.at.probes:
+                    self._probe()
+                while self.at.epoch < self.epochs and not self.at.stopped and request.signal is None:
+                    self._epoch(lambda: request.signal, update)
+                self._stop(request.signal)
+            return self._result(seed)
+        finally:
+            self.log.close()
+
+    def _resume(self) -> bool:
+        if self.path is None or not self.path.exists():
+            return False
+        state = checkpointing.load(self.path)
+        checkpointing.require_same(self.path, state["settings"], self.settings)
+        if state["progress"]["stopped"] == DIVERGED:
+            raise InvalidInputError(
+                f"{self.path} holds a run that diverged ({state['progress']['message']}); going on would repeat it. "
+                "Start with a lower learning rate and another checkpoint=, or delete the file. Its last good "
+                "parameters are torch.load(FILE)['model']"
+            )
+        self.at = _Progressed.from_state(state["progress"])
+        self.parts.put_back(state)
+        if self.at.batch == 0:
+            self.parts.set_order(state["order"])
+        self.order = state["order"]
+        return True
+
+    def _epoch(self, asked: Callable[[], str | None], update: Update) -> None:
+        """The rest of an epoch, from where the run stands."""
+        self.step.model.train()
+        begin_epoch(self.source, self.at.epoch)
+        now = checkpointing.random_states()
+        if self.at.batch:
+            self.parts.set_order(self.order)
+        else:
+            self.order = self.parts.order()
+        batches = iter(self.source)
+        if self.at.batch:
+            skipped = sum(1 for _ in itertools.islice(batches, self.at.batch))
+            if skipped < self.at.batch:
+                raise InvalidInputError(
+                    f"the loader has {skipped} batches, the checkpoint was saved after {self.at.batch} of them"
+                )
+            checkpointing.set_random_states(now)
+        for pair in batches:
+            if not self._one(pair, update):
+                return
+            if asked() is not None:
+                return
+        if self.at.batch == 0:
+            raise InvalidInputError("the loader has no batch: with drop_last=True one shorter than a batch is empty")
+        self._read()
+        if not self.at.stopped:
+            self._end_epoch()
+
+    def _one(self, pair: Any, update: Update) -> bool:
+        """One step with what hangs on it; False where the run diverged."""
+        if self.at.step % READ_EVERY == 0:
+            # Promoted to the good state when the loss of this step is known to be finite.
+            self.candidate = checkpointing.copied(self.parts.take()) | {"after": self.at.step}
+        rate = float(self.step.optimizer.param_groups[0]["lr"])
+        value, count, problem = self.step.take(pair, check=self.read_every == 1)
+        self.at.note(value, count, rate)
+        if problem or self.at.step % self.read_every == 0:
+            self._read(problem)
+        if self.at.stopped:
+            return False
+        if self.by_step and "scheduler" in self.parts.others:
+            scheduler: Any = self.parts.others["scheduler"]
+            scheduler.step()
+        update(self.at.step)
+        self._probe()
+        if self.save_every and self.at.step % self.save_every == 0:
+            self._save()
+        return True
+
+    def _read(self, problem: str = "") -> None:
+        """Fetch the losses that the device still holds, log them, and notice divergence."""
+        for step, loss, rate in self.at.read():
+            self.log.write(kind="step", step=step, epoch=self.at.epoch + 1, loss=loss, lr=rate)
+            if not math.isfinite(loss) or (problem and step == self.at.step):
+                self._diverged(step, loss, rate, problem)
+                return
+        if self.candidate is not None:
+            self.good, self.candidate = self.candidate, None
+
+    def _diverged(self, step: int, loss: float, rate: float, problem: str) -> None:
+        self.at.stopped = DIVERGED
+        where = "the run diverged at its start; the model is as the failing step left it"
+        if self.good is not None:
+            self.parts.put_back(self.good)
+            where = f"the model is back in its last good state, after {self.good['after']} steps"
+        what = problem or f"the loss is {loss}"
+        self.at.message = f"{what} at step {step}, learning rate {rate:g}; {where}. Lower the learning rate"
+
+    def _end_epoch(self) -> None:
+        row = self.at.end_epoch(float(self.step.optimizer.param_groups[0]["lr"]))
+        with self.at.paused():
+            if self.eval_data is not None:
+                row |= evaluate(self.step, self.eval_data)
+        if not self.by_step and "scheduler" in self.parts.others:
+            scheduler: Any = self.parts.others["scheduler"]
+            plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+            scheduler.step(*([row.get("eval_loss", row["train_loss"])] if plateau else []))
+        self.at.epochs.append(row)
+        self.log.write(kind="epoch", **row, seconds=self.at.epoch_seconds[-1])
+        self.order = self.parts.order()
+        self._save()
+
+    def _probe(self) -> None:
+        due = [probe for probe in self.probes if self.at.step % period(probe) == 0]
+        if not due:
+            return
+        with self.at.paused(), random_state(device=self.step.device), kept_modes(self.step.model):
+            self.step.model.eval()
+            for probe in due:
+                found = probe(self.at.step, self.step.model)
+                name = getattr(probe, "name", getattr(probe, "__name__", type(probe).__name__))
+                row = {"probe": str(name), "step": self.at.step} | dict(found)
+                self.at.probes.append(row)
+                self.log.write(kind="probe", **row)
+
+    def _state(self) -> dict[str, Any]:
+        self.at.log_bytes = self.log.size
+        return {"order": self.order, "settings": self.settings, "progress": self.at.state()}
+
+    def _save(self) -> None:
+        if self.path is None:
+            return
+        with self.at.paused():
+            self._read()
+            if not self.at.stopped:
+                checkpointing.save(self.path, self.parts.take() | self._state())
+
+    def _stop(self, signal: str | None) -> None:
+        """The last words and the last save."""
+        with self.at.paused():
+            if self.at.stopped == DIVERGED:
+                if self.path is not None and self.good is not None:
+                    checkpointing.save(self.path, self.good | self._state())
+                    self.at.message += f"; saved in {self.path}"
+            elif signal is not None and self.at.epoch < self.epochs:
+                if not self.order:
+                    self.order = self.parts.order()
+                self._save()
+                self.at.stopped = signal
+                saved = f"saved in {self.path}; the same call goes on from there" if self.path else "nothing was saved"
+                self.at.message = f"{signal} after step {self.at.step}: {saved}"
+            else:
+                self.at.stopped, self.at.message = FINISHED, f"{self.at.epoch} epochs done"
+                if not self.order:
+                    self.order = self.parts.order()
+                    self._save()
+            self.log.write(kind="end", stopped=self.at.stopped, message=self.at.message, step=self.at.step)
+
+    def _result(self, seed: int) -> Run:
+        return Run(
+            loss=self.at.series("loss"),
+            lr=self.at.series("lr"),
+            epochs=tuple(self.at.epochs),
+            epoch_seconds=tuple(self.at.epoch_seconds),
+            probes=tuple(self.at.probes),
+            stopped=self.at.stopped,
+            message=self.at.message,
+            checkpoint=None if self.path is None else str(self.path),
+            settings=self.settings,
+            seed=seed,
+            seconds=self.at.seconds,
+        )
+
+
+@dataclass
+class _Progressed:
+    """Where a run is, and its metrics.
+
+    Args:
+        epoch: finished epochs.
+        batch: batches of the next epoch that are done.
+        step: updates in all.
+        total, count: sum of the loss over the examples of this epoch, and their number.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    total: float = 0.0
+    count: int = 0
+    loss: list[float] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    epoch_seconds: list[float] = field(default_factory=list)
+    probes: list[dict[str, Any]] = field(default_factory=list)
+    stopped: str = ""
+    message: str = ""
+    log_bytes: int = 0
+    spent: float = 0.0
+    began: float = 0.0
+    pending: list[tuple[Tensor, int]] = field(default_factory=list)
+
+    def note(self, loss: Tensor, count: int, rate: float) -> None:
+        """Count a step; its loss stays on the device until it is read."""
+        self.pending.append((loss, count))
+        self.lr.append(rate)
+        self.step += 1
+        self.batch += 1
+
+    def read(self) -> list[tuple[int, float, float]]:
+        """Fetch the losses noted since the last read: step, loss and learning rate of each."""
+        values = [] if not self.pending else torch.stack([loss for loss, _ in self.pending]).double().tolist()
+        counts = [count for _, count in self.pending]
+        self.pending.clear()
+        first = len(self.loss)
+        for value, count in zip(values, counts, strict=True):
+            self.loss.append(value)
+            self.total += value * count
+            self.count += count
+        return [(first + i + 1, value, self.lr[first + i]) for i, value in enumerate(values)]
+
+    def end_epoch(self, rate: float) -> dict[str, Any]:
+        """Close an epoch and return its row."""
+        row = {"epoch": self.epoch + 1, "step": self.step, "train_loss": self.total / self.count, "lr": rate}
+        self.epoch, self.batch, self.total, self.count = self.epoch + 1, 0, 0.0, 0
+        self.epoch_seconds.append(self.seconds)
+        return row
+
+    @property
+    def seconds(self) -> float:
+        """Training time, resumed parts included, without what was done while paused."""
+        return self.spent + time.perf_counter() - self.began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count as training time."""
+        self.spent, self.began = self.seconds, time.perf_counter()
+        try:
+            yield
+        finally:
+            self.began = time.perf_counter()
+
+    def state(self) -> dict[str, Any]:
+        """Everything but the clock, as tensors, numbers and words."""
+        kept = {n: v for n, v in vars(self).items() if n not in ("began", "pending", "loss", "lr", "spent")}
+        series = {
+            "loss": torch.tensor(self.loss, dtype=torch.float64),
+            "lr": torch.tensor(self.lr, dtype=torch.float64),
+        }
+        return kept | series | {"spent": self.seconds}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> _Progressed:
+        """The run that `state` describes, on its way again."""
+        own = dict(state) | {"loss": state["loss"].tolist(), "lr": state["lr"].tolist()}
+        return cls(**own | {"stopped": "", "message": ""})
+
+    def series(self, name: str) -> npt.NDArray[np.float64]:
+        """The values of `loss` or `lr`, one per step."""
+        return np.array(getattr(self, name), dtype=np.float64)
+
+
+class _Request:
+    """Whether, and by which signal, the computation was asked to stop."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+
+
+@contextmanager
+def _stop_requests() -> Iterator[_Request]:
+    """SIGINT and SIGTERM set a flag in place of ending the process; a second one acts as it did before.
+
+    Handlers are those of before afterwards. Outside the main thread, where no handler can be set, signals keep
+    their meaning.
+
+    Example:
+        >>> with _stop_requests() as request:
+        ...     signal.raise_signal(signal.SIGTERM)
+        >>> request.signal
+        'SIGTERM'
+    """
+    request = _Request()
+    before: dict[signal.Signals, Any] = {}
+
+    def restore() -> None:
+        while before:
+            signum, handler = before.popitem()
+            signal.signal(signum, handler)
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        request.signal = signal.Signals(signum).name
+        restore()
+
+    if threading.current_thread() is threading.main_thread():
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(signum)
+            # None: set by another language, and not to be put back from here.
+            if handler is not None:
+                before[signum] = handler
+                signal.signal(signum, note)
+    try:
+        yield request
+    finally:
+        restore()

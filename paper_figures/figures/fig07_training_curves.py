@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from bnp_analysis.errors import DataNotFoundError
-from bnp_analysis.training.comparison import MethodComparison
 from paper_figures import style
+from paper_figures.comparison import MethodComparison
 from paper_figures.frame import ROOT, FigureData, Report, Settings
 
 TITLE = "Training curves, each method at its own best learning rate"

@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bnp_analysis.errors import DataNotFoundError
-from bnp_analysis.training.comparison import MethodComparison
 from paper_figures import style
+from paper_figures.comparison import MethodComparison
 from paper_figures.frame import ROOT, FigureData, Report, Settings
 
 TITLE = "Final accuracy against the size of the batch"

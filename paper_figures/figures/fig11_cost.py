@@ -13,9 +13,9 @@ import torch
 from matplotlib.figure import Figure
 
 import bnp_analysis as bnp
-from bnp_analysis.training.cost import measure_cost
 from bnp_analysis.training.experiment import Experiment
 from paper_figures import style
+from paper_figures.cost import measure_cost
 from paper_figures.frame import FigureData, Report, Settings
 
 TITLE = "Cost of a training step and of a product with a curvature matrix"

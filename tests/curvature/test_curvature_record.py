@@ -36,7 +36,6 @@ def test_every_result_of_products_carries_the_plan(engine: str, kept: int, tmp_p
         bnp.eigenpairs(H, 1, preconditioner=P),
         bnp.spectral_density(H, probes=1, steps=3),
         bnp.trace(bnp.congruence(A, P), probes=2),
-        bnp.rank_estimate(A, probes=1, steps=3),
         bnp.magnitude_condition_number(H, method="lanczos", steps=5),
         bnp.regularized_condition_number(fisher, 0.1, method="lanczos"),
         bnp.condition_number(bnp.gauss_newton(problem, engine=engine, max_memory=10**8), method="golub-kahan"),

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import bnp_analysis as bnp
 from bnp_analysis.curvature.engines import ENGINES
-from bnp_analysis.training.fit import fit
+from bnp_analysis.training.trainer import fit
 
 
 @pytest.mark.parametrize("engine", [*ENGINES, "mixed"])

@@ -182,7 +182,7 @@ def test_an_unknown_pickle_is_not_opened(
     def never(*_: object) -> None:
         raise AssertionError("parsed before its checksum agreed")
 
-    monkeypatch.setattr("bnp_analysis.data.loading.parse_cifar_batch", never)
+    monkeypatch.setattr("bnp_analysis.data.dataset.parse_cifar_batch", never)
     with pytest.raises(ChecksumError, match="not the published test_batch"):
         data.load("cifar10", split="test", data_dir=tmp_path)
     assert not target.exists()
@@ -203,6 +203,6 @@ def test_wrong_sizes_with_a_right_checksum_are_refused(
     ]
     for bad_images, bad_labels, message in cases:
         arrays = iter([bad_images, bad_labels])
-        monkeypatch.setattr("bnp_analysis.data.loading.parse_idx", lambda *_, a=arrays: next(a))
+        monkeypatch.setattr("bnp_analysis.data.dataset.parse_idx", lambda *_, a=arrays: next(a))
         with pytest.raises(InvalidInputError, match=message):
             data.load("mnist", data_dir=tmp_path)

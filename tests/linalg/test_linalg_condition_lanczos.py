@@ -72,15 +72,15 @@ def test_the_number_of_steps_that_it_asks_for_suffices(generator: torch.Generato
 
 @DTYPES
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rank", [60, 45, 8])
+@pytest.mark.parametrize("rank", [60, 8])
 def test_bounds_hold_for_every_spectrum(kind: str, rank: int, dtype: torch.dtype, generator: torch.Generator) -> None:
     kappa = 1.0 if kind == "flat" else (1e6 if dtype == torch.float64 else 1e3)
     p = symmetric_with_spectrum(spectrum(kind, 60, kappa, rank=rank), generator, dtype=dtype)
     # Forming the matrix moved its eigenvalues by this much.
     blur = 60 * torch.finfo(dtype).eps
     least, most = (1 - blur) / (1 / kappa + blur), (1 + blur) / (1 / kappa - blur)
-    for steps in (3, 10, 25, 60):
-        for seed in range(3):
+    for steps in (3, 10, 60):
+        for seed in range(2):
             for null in (None, p.null):
                 k = condition_number(p.operator, null=null, method="lanczos", steps=steps, seed=seed)
                 assert k.lower <= most

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnp_analysis.errors import NonFiniteError
 from bnp_analysis.linalg import CallableOperator, DenseOperator, lanczos
-from bnp_analysis.linalg.krylov.rows import dots, length
+from bnp_analysis.linalg.bases import dots, length
 
 N = 60
 
@@ -78,8 +78,8 @@ def count_reads(steps: int, seldom: pytest.MonkeyPatch) -> int:
     return reads.count + lists[0]
 
 
-def test_between_looks_nothing_is_read(seldom: pytest.MonkeyPatch) -> None:
-    """Ten steps more are one look more; at the start a few numbers say whether there is a start, and the scale."""
+def test_between_readings_nothing_is_read(seldom: pytest.MonkeyPatch) -> None:
+    """Ten steps more are one reading more; at the start a few numbers say whether there is a start, and the scale."""
     few, more = count_reads(20, seldom), count_reads(50, seldom)
     assert more - few == 3
     assert few <= 9

@@ -38,8 +38,8 @@ def test_golub_kahan_finds_all_singular_values(kind: str, generator: torch.Gener
             assert float((basis.T @ basis - torch.eye(basis.shape[1])).abs().max()) <= 1e-14
 
 
-@pytest.mark.parametrize("kappa", [1e2, 1e6, 1e8])
-@pytest.mark.parametrize("kind", ["log", "isolated", "clustered", "two-scale"])
+@pytest.mark.parametrize("kappa", [1e2, 1e8])
+@pytest.mark.parametrize("kind", ["log", "clustered"])
 def test_an_undeclared_null_space_takes_few_columns(kind: str, kappa: float, generator: torch.Generator) -> None:
     """Each column that rounding puts into the null space is a product spent on nothing."""
     rank = 350

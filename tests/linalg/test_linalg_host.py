@@ -19,7 +19,7 @@ from bnp_analysis.linalg import (
     eigenpairs,
     on_host,
 )
-from bnp_analysis.linalg.host import HostOperator
+from bnp_analysis.linalg.derived import SymmetricOnHost
 from bnp_analysis.linalg.spectra.checks import rounding_norm
 from bnp_analysis.testing import random_orthogonal, spectrum, symmetric_with_spectrum
 
@@ -57,7 +57,7 @@ def test_results_and_bounds_are_those_of_the_operator(generator: torch.Generator
     p = symmetric_with_spectrum(spectrum("log", 30, 1e4, rank=27), generator, factor_rows=40)
     P = DensePreconditioner(random_orthogonal(30, generator) * spectrum("log", 30, 1e2))
     A = congruence(p.operator, P)
-    B = HostOperator(A)
+    B = SymmetricOnHost(A)
     null = P.transport(p.null)
     assert rounding_norm(B) == rounding_norm(A)
     assert eigenpairs(B, 3, null=null).values.tolist() == eigenpairs(A, 3, null=null).values.tolist()

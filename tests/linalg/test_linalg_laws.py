@@ -28,7 +28,7 @@ from bnp_analysis.linalg import (
     SymmetricOperator,
     congruence,
 )
-from bnp_analysis.linalg.host import HostFactor, HostOperator
+from bnp_analysis.linalg.derived import OnHost, SymmetricOnHost
 from bnp_analysis.testing import (
     check_linear_operator,
     check_preconditioner,
@@ -75,7 +75,7 @@ RECTANGULAR: dict[str, Made] = {
     "factor times preconditioner": lambda g, t: MatrixOperator(matrix(g, t, 9, 7)) @ invertible(g, t),
     "columns of a matrix": lambda g, t: ColumnSubset(MatrixOperator(matrix(g, t, 9, 7)), SOME),
     "columns of a product": lambda g, t: ColumnSubset(MatrixOperator(matrix(g, t, 4, 7)) @ invertible(g, t), SOME),
-    "factor on the host": lambda g, t: HostFactor(MatrixOperator(matrix(g, t, 9, 4))),
+    "factor on the host": lambda g, t: OnHost(MatrixOperator(matrix(g, t, 9, 4))),
     "scaled rows": lambda g, t: RowScaled(
         matrix(g, t, 6, 1).squeeze(1) * torch.tensor([1, 0, 1, 1, 1, 1]), matrix(g, t, 6, 5)
     ),
@@ -101,7 +101,7 @@ SYMMETRIC: dict[str, Made] = {
     "congruence of a congruence": lambda g, t: congruence(
         congruence(dense(g, t, rows=9), invertible(g, t)), invertible(g, t)
     ),
-    "on the host": lambda g, t: HostOperator(dense(g, t, rows=9)),
+    "on the host": lambda g, t: SymmetricOnHost(dense(g, t, rows=9)),
     "restriction of a congruence": lambda g, t: Restriction(congruence(dense(g, t, rows=9), invertible(g, t)), SOME),
 }
 PRECONDITIONERS: dict[str, Callable[[torch.Generator, torch.dtype], Preconditioner]] = {

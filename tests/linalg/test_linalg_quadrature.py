@@ -54,7 +54,7 @@ def test_mass_of_an_interval_within_its_error(generator: torch.Generator) -> Non
     p = symmetric_with_spectrum(values, generator)
     inside = 0
     for seed in range(30):
-        mass, error = spectral_density(p.operator, probes=8, steps=40, seed=seed).mass(2.0, 5.0)
+        mass, error = spectral_density(p.operator, probes=8, steps=40, seed=seed, points=10).mass(2.0, 5.0)
         inside += abs(mass - 0.25) <= 2 * error
         assert 0.001 < error < 0.05
     # Student's t with 7 degrees of freedom: 92 % lie within two standard errors.
@@ -63,7 +63,7 @@ def test_mass_of_an_interval_within_its_error(generator: torch.Generator) -> Non
 
 def test_error_bars_shrink_with_the_probes(generator: torch.Generator) -> None:
     p = symmetric_with_spectrum(spectrum("log", 100, 100.0), generator)
-    few, many = (spectral_density(p.operator, probes=n, steps=20).error.mean() for n in (10, 160))
+    few, many = (spectral_density(p.operator, probes=n, steps=20, points=100).error.mean() for n in (10, 160))
     assert 2.5 < few / many < 6.5
     single = spectral_density(p.operator, probes=1, steps=20)
     assert np.isnan(single.error).all()

@@ -8,7 +8,6 @@ fractions.
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Iterator
 from fractions import Fraction
@@ -32,11 +31,10 @@ from bnp_analysis.linalg import (
     RowScaled,
     condition_number,
 )
-from bnp_analysis.linalg.condition import reduction
+from bnp_analysis.linalg.condition import factor_svd
 from bnp_analysis.linalg.condition.reduction import reduced, reduced_parts, reducible
 from bnp_analysis.linalg.forming import UNIT
-from bnp_analysis.linalg.matrices import ReducedFactor
-from bnp_analysis.linalg.structure import structural_rank
+from bnp_analysis.linalg.matrices import ReducedFactor, structural_rank
 from bnp_analysis.runtime.threads import each
 from bnp_analysis.testing import check_symmetric_operator, random_orthogonal, spectrum
 
@@ -198,8 +196,7 @@ def test_what_cannot_be_reduced_is_refused(generator, monkeypatch):
         reduced(CallableOperator(lambda v: v, 3, dtype=torch.float64))
     assert not reducible(GramOperator(MatrixOperator(F) @ P))
     assert reducible(GramOperator(MatrixOperator(F)))
-    monkeypatch.setattr(importlib.import_module("bnp_analysis.linalg.condition.routes"), "FACTOR_WORK", 100)
-    monkeypatch.setattr(reduction, "FACTOR_WORK", 100)
+    monkeypatch.setattr(factor_svd, "FACTOR_WORK", 100)
     assert not reducible(GramOperator(MatrixOperator(F)))
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 import bnp_analysis as bnp
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg import CallableOperator, checkpoint, lanczos
+from bnp_analysis.linalg import CallableOperator, lanczos
 from bnp_analysis.linalg.krylov.bidiagonal import golub_kahan
+from bnp_analysis.runtime import files
 
 N = 120
 
@@ -104,9 +105,9 @@ def test_slow_products_are_saved_before_there_are_fifty(
 ) -> None:
     """Every 30 seconds by a clock that a product moves on by 11, so after every third; and at the end."""
     now, saved = [0.0], []
-    save = checkpoint.torch.save
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(checkpoint.torch, "save", lambda *a: saved.append(now[0]) or save(*a))
+    save = files.torch.save
+    monkeypatch.setattr(files.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(files.torch, "save", lambda *a: saved.append(now[0]) or save(*a))
 
     def slow(v: Tensor) -> Tensor:
         now[0] += 11.0

@@ -21,13 +21,13 @@ from bnp_analysis.linalg import (
     DensePreconditioner,
     GramOperator,
     MatrixOperator,
-    choose_route,
+    choose_method,
     condition_number,
     magnitude_condition_number,
     regularized_condition_number,
     routes,
 )
-from bnp_analysis.linalg import routes as routes_function
+from bnp_analysis.linalg.condition import methods as methods_module
 from bnp_analysis.linalg.condition.inertia import confirm_ends, count_below
 from bnp_analysis.linalg.spectra.null import SomeNullDirections
 from bnp_analysis.runtime import memory as memory_module
@@ -80,13 +80,12 @@ def test_bounds_of_the_other_routes(kind: str, method: str, dtype: torch.dtype, 
     least = (1 - blur) / (1 / kappa + blur)
     most = (1 + blur) / (1 / kappa - blur)
     resolved = 0
-    for seed in range(3):
-        for steps in (10, 50):
-            k = condition_number(p.operator, null=p.null, method=method, steps=steps, seed=seed)
-            assert math.isnan(k.lower) or k.lower <= most
-            assert k.upper >= least
-            resolved += k.two_sided
-    assert resolved >= 2 or dtype == torch.float32
+    for steps in (10, 50):
+        k = condition_number(p.operator, null=p.null, method=method, steps=steps)
+        assert math.isnan(k.lower) or k.lower <= most
+        assert k.upper >= least
+        resolved += k.two_sided
+    assert resolved >= 1 or dtype == torch.float32
 
 
 @pytest.mark.parametrize("shift", [-5.0, -2.0, -1e-9, 0.5, 1.0 + 1e-9, 3.0, 99.0])
@@ -213,16 +212,16 @@ def test_the_route_follows_size_factor_and_memory(monkeypatch: pytest.MonkeyPatc
     p = symmetric_with_spectrum(spectrum("log", 30, 10.0), generator, factor_rows=40)
     gram = GramOperator(MatrixOperator(torch.randn(4, 200, generator=generator)))
     large = CallableOperator(lambda v: v, 4000)
-    assert choose_route(p.operator) == "factor-svd"
-    assert choose_route(p.operator, indefinite=True) == "dense"
-    assert choose_route(DenseOperator(p.operator.to_dense())) == "dense"
-    assert choose_route(gram) == "factor-svd"
-    assert choose_route(large) == "lanczos"
-    for module in (memory_module, routes_module()):
+    assert choose_method(p.operator) == "factor-svd"
+    assert choose_method(p.operator, indefinite=True) == "dense"
+    assert choose_method(DenseOperator(p.operator.to_dense())) == "dense"
+    assert choose_method(gram) == "factor-svd"
+    assert choose_method(large) == "lanczos"
+    for module in (memory_module, methods_module):
         monkeypatch.setattr(module, "available_memory", lambda *_: 60_000)
-    assert choose_route(gram) == "factor-svd"
-    assert choose_route(DenseOperator(p.operator.to_dense())) == "dense"
-    assert choose_route(Wide(60)) == "lanczos"
+    assert choose_method(gram) == "factor-svd"
+    assert choose_method(DenseOperator(p.operator.to_dense())) == "dense"
+    assert choose_method(Wide(60)) == "lanczos"
     with pytest.raises(MemoryLimitError, match=r"GiB.*available"):
         condition_number(Wide(60), method="dense")
     assert condition_number(Wide(60), steps=20).method == "lanczos"
@@ -241,12 +240,6 @@ def test_memory_is_asked_for_before_the_probes(method: str, monkeypatch: pytest.
     with pytest.raises(MemoryLimitError, match="32 vectors of length 1000 for 20 Lanczos steps"):
         condition_number(A, null=torch.zeros(1000, 0), method=method, steps=20)
     assert not asked
-
-
-def routes_module() -> object:
-    import sys
-
-    return sys.modules[routes_function.__module__]
 
 
 class Wide(CallableOperator):

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from bnp_analysis.linalg.krylov.rows import dots, length, orthogonalized
+from bnp_analysis.linalg.bases import dots, length, orthogonalized
 from bnp_analysis.runtime import threads
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from bnp_analysis import models
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.models.residual import PadShortcut
+from bnp_analysis.models.networks import PadShortcut
 
 SMALL: dict[str, Callable[..., nn.Module]] = {
     "mlp": lambda **kw: models.mlp([6, 5, 8, 3], **kw),

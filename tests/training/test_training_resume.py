@@ -18,7 +18,7 @@ from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.training.run import Run
 from bnp_analysis.training.trainer import train
 
-# Also run as a program: `python this_file folder source` trains until it is done or killed.
+# Also run as a program: `python this_file folder` trains until it is done or killed, see `main`.
 
 
 class Scale:
@@ -111,61 +111,89 @@ def assert_same(found: tuple, wanted: tuple) -> None:
     assert found[2] == wanted[2]
 
 
-def hold(step: int) -> None:
-    """Slow down from step 17 on, so that a signal meets a step between two checkpoints."""
-    if step == 17:
-        Path(sys.argv[1], "reached").touch()
-    if step >= 17:
-        time.sleep(0.5)
+ENDS = {
+    "killed": ("tensors", signal.SIGKILL),
+    "lost": ("loader", signal.SIGKILL),
+    "stopped": ("tensors", signal.SIGTERM),
+}
 
 
-def child(folder: Path, kind: str) -> subprocess.Popen:
-    root = Path(__file__).parents[2]
-    process = subprocess.Popen(
-        [sys.executable, __file__, str(folder), kind],
-        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-    )
-    limit = time.monotonic() + 60
-    while not (folder / "reached").exists():
-        assert process.poll() is None
-        assert time.monotonic() < limit
-        time.sleep(0.02)
-    return process
+def main(folder: Path) -> None:
+    """Train in one process for each of `ENDS`, forked from one that has loaded torch, and note how each ended."""
+    torch.set_num_threads(1)
+    (folder / "modules").write_text("\n".join(sys.modules))
+    start(folder / "first", "loader", epochs=1)  # loads what optimizers import when they are used, once for all
+    pids = {}
+    for name, (kind, _) in ENDS.items():
+        own = folder / name
+        own.mkdir()
+        pids[name] = os.fork()
+        if not pids[name]:
+
+            def hold(step: int, own: Path = own) -> None:
+                """Slow down from step 17 on, so that a signal meets a step between two checkpoints."""
+                if step == 17:
+                    (own / "reached").write_text(str(os.getpid()))
+                if step >= 17:
+                    time.sleep(0.5)
+
+            os._exit(0 if start(own, kind, probe=hold)[0].finished else 42)
+    for name, pid in pids.items():
+        (folder / name / "status").write_text(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
 
 
-@pytest.mark.parametrize("kind", ["tensors", "loader"])
-def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, kind):
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    killed.mkdir()
-    process = child(killed, kind)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of runs that got their signals in the middle of an epoch."""
+    folder = tmp_path_factory.mktemp("ended")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, __file__, str(folder)], env=environment)
+    limit = time.monotonic() + 200
+    for name, (_, sent) in ENDS.items():
+        reached = folder / name / "reached"
+        while not (reached.exists() and reached.read_text()):
+            assert process.poll() is None
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        os.kill(int(reached.read_text()), sent)
+    assert process.wait() == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", ["killed", "lost"])
+def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, ended, name):
+    killed, kind = ended / name, ENDS[name][0]
+    assert (killed / "status").read_text() == str(-signal.SIGKILL)
     saved = torch.load(killed / "run.pt", weights_only=True)["progress"]
     assert saved["step"] == 15, "the last checkpoint lies in the middle of an epoch, before the kill"
     assert len(lines(killed)) > 15, "the log has lines that belong to no checkpoint"
-    found, wanted = start(killed, kind), start(whole, kind)
+    found, wanted = start(killed, kind), start(tmp_path, kind)
     assert_same(found, wanted)
     assert found[0].finished
     assert len(found[0].loss) == 28
-    assert lines(killed) == lines(whole)
+    assert lines(killed) == lines(tmp_path)
     assert_same(start(killed, kind), wanted)
 
 
-def test_sigterm_saves_and_leaves_and_the_rest_equals_the_uninterrupted_run(tmp_path):
-    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    stopped.mkdir()
-    process = child(stopped, "tensors")
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() == 42
+def test_sigterm_saves_and_leaves_and_the_rest_equals_the_uninterrupted_run(tmp_path, ended):
+    stopped = ended / "stopped"
+    assert (stopped / "status").read_text() == "42"
     saved = torch.load(stopped / "run.pt", weights_only=True)["progress"]
     assert saved["step"] in (17, 18), "saved where the signal met it, not at the last regular checkpoint"
     assert '"stopped": "SIGTERM"' in lines(stopped)[-1]
-    assert_same(start(stopped, "tensors"), start(whole, "tensors"))
-    assert lines(stopped) == lines(whole)
+    assert_same(start(stopped, "tensors"), start(tmp_path, "tensors"))
+    assert lines(stopped) == lines(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("at", [0, 7, 12])
+def test_importing_the_training_room_does_not_load_the_compiler(ended):
+    """It takes longer than torch itself."""
+    loaded = (ended / "modules").read_text().split()
+    assert "bnp_analysis.training.trainer" in loaded
+    assert "bnp_analysis.training.bnp.bnp" in loaded
+    assert "torch._dynamo" not in loaded
+
+
+@pytest.mark.parametrize(("name", "at"), [("SIGINT", 0), ("SIGTERM", 7), ("SIGINT", 12)])
 def test_signals_are_stop_reasons_and_handlers_come_back(tmp_path, name, at):
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     asked = []
@@ -205,5 +233,4 @@ def test_files_of_other_runs_and_damaged_ones_are_refused(tmp_path):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    raise SystemExit(0 if start(Path(sys.argv[1]), sys.argv[2], probe=hold)[0].finished else 42)
+    main(Path(sys.argv[1]))

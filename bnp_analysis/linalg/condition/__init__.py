@@ -1,1 +1,11 @@
-"""Condition numbers: the verbs, the routes that answer them, and what each route may claim."""
+"""Condition numbers: the verbs, the methods they choose among, and what may be claimed."""
+
+# Each of these registers its method.
+from bnp_analysis.linalg.condition import (  # noqa: F401
+    dense,
+    factor_svd,
+    golub_kahan,
+    inertia,
+    inverse_lanczos,
+    lanczos,
+)

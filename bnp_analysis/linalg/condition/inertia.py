@@ -1,11 +1,15 @@
-"""Eigenvalue counts by LDL^T factorizations: an independent certificate of a dense spectrum's ends (T13)."""
+"""The method inertia: the ends of a dense spectrum decided by counts of LDL^T factorizations (T13)."""
 
 from __future__ import annotations
 
 import numpy as np
 from scipy.linalg import ldl
 
+from bnp_analysis.linalg.condition.dense import Ends, Spectrum, dense_ends
+from bnp_analysis.linalg.condition.methods import Method, Price, Problem, register
+from bnp_analysis.linalg.condition.number import Extremes
 from bnp_analysis.linalg.krylov.lanczos import Floats
+from bnp_analysis.linalg.operators import SymmetricOperator
 
 
 def count_below(matrix: Floats, shift: float) -> tuple[int, float]:
@@ -46,9 +50,7 @@ def _blocks_below(diagonal: Floats) -> int:
     return int(pairs.sum() + (np.diagonal(diagonal)[single] < 0).sum())
 
 
-def confirm_ends(
-    matrix: Floats, bottom: float, top: float, zeros: int, tolerance: float
-) -> tuple[float, float, float, float] | None:
+def confirm_ends(matrix: Floats, bottom: float, top: float, zeros: int, tolerance: float) -> Ends | None:
     """Intervals of `min|lambda|` over the nonzero eigenvalues and of `max|lambda|`, decided by counts.
 
     Exactly `zeros` eigenvalues must lie within `bottom (1 - tolerance)` of zero, more within `bottom (1 + tolerance)`;
@@ -88,3 +90,34 @@ def confirm_ends(
         top * (1 - tolerance) - r3,
         top * (1 + tolerance) + r4,
     )
+
+
+def _confirmed(found: Spectrum, bottom: float, top: float, zeros: int) -> Ends | None:
+    """Both ends by counts, widened by what forming the matrix rounded; None where a count disagrees."""
+    tolerance = max(1e-9, 2 * found.radius / bottom)
+    ends = None if tolerance >= 0.5 else confirm_ends(found.matrix.cpu().numpy(), bottom, top, zeros, tolerance)
+    if ends is None:
+        return None
+    extra = found.rounding
+    return ends[0] - extra, ends[1] + extra, ends[2] - extra, ends[3] + extra
+
+
+def inertia_ends(problem: Problem) -> Extremes:
+    """All eigenvalues of the dense `P^T A P`; its two ends are decided by counts."""
+    return dense_ends(problem, _confirmed)
+
+
+def _price(A: SymmetricOperator, steps: int) -> Price:
+    return Price(float(A.dense_cost), 8 * 8 * A.dim**2, 12.0 * A.dim**3)
+
+
+INERTIA = register(
+    Method(
+        name="inertia",
+        claim="both ends decided by counts",
+        price=_price,
+        solve=inertia_ends,
+        indefinite=True,
+        order=40,
+    )
+)

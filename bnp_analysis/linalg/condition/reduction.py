@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg.condition.routes import FACTOR_WORK, choose_route, factor_work
+from bnp_analysis.linalg.condition.factor_svd import FACTOR_SVD, affordable, factor_work
+from bnp_analysis.linalg.condition.methods import automatic
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.forming import UNIT, amplified, entry_rounding
-from bnp_analysis.linalg.matrices import ReducedFactor
+from bnp_analysis.linalg.matrices import ReducedFactor, rank_from_zeros
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.linalg.scale import comfortable, times_power
-from bnp_analysis.linalg.structure import rank_from_zeros
 from bnp_analysis.runtime.memory import available_memory
 
 # As many rows as columns, times this, are gathered before a QR factorization.
@@ -68,7 +68,7 @@ def reducible(A: SymmetricOperator) -> bool:
     rows, columns = factor.shape
     held = 8 * 3 * min(rows, (_GATHERED + 1) * columns) * columns
     fits = held < available_memory(factor.device) and work_to_reduce((rows, columns))[1] is not None
-    return choose_route(A) == "factor-svd" or fits
+    return automatic(A) is FACTOR_SVD or fits
 
 
 def work_to_reduce(shape: tuple[int, int]) -> tuple[float, float | None]:
@@ -80,7 +80,7 @@ def work_to_reduce(shape: tuple[int, int]) -> tuple[float, float | None]:
     """
     small = min(shape)
     reduce, singular = 2.0 * shape[0] * shape[1] * small, factor_work((small, shape[1]))
-    return reduce, singular if singular <= FACTOR_WORK and reduce < _MOST_WORK else None
+    return reduce, singular if affordable((small, shape[1])) and reduce < _MOST_WORK else None
 
 
 def reduced_parts(factor: LinearOperator, parts: Sequence[Tensor | slice]) -> list[SymmetricOperator]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,11 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, ZeroOperatorError
-from bnp_analysis.linalg.condition import dense_routes, krylov_routes
-from bnp_analysis.linalg.condition.certificates import kuczynski_wozniakowski
-from bnp_analysis.linalg.condition.golub_kahan_route import golub_kahan_ends
-from bnp_analysis.linalg.condition.inverse_route import inverse_lanczos
+from bnp_analysis.linalg.condition.methods import Problem, automatic, named
 from bnp_analysis.linalg.condition.number import MAGNITUDE, SINGULAR, ConditionNumber, Extremes
-from bnp_analysis.linalg.condition.routes import LANCZOS_STEPS, METHODS, choose_route, next_route
 from bnp_analysis.linalg.derived import GramOperator, Shifted
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, computed_in
 from bnp_analysis.linalg.preconditioner import Preconditioner, check_fits, congruence
-from bnp_analysis.linalg.scale import exponent, scaled
 from bnp_analysis.linalg.spectra.checks import provenance, require_operator
 from bnp_analysis.linalg.spectra.null import HasBasis, read_null
 from bnp_analysis.runtime.float32 import full_float32
@@ -116,32 +110,8 @@ def condition_number(
         >>> round(k.value, 12), k.rank, k.two_sided
         (2.0, 2, True)
     """
-    settings = {"steps": steps, "failure_probability": failure_probability}
-    krylov = LANCZOS_STEPS if steps is None else steps
-
-    def solve(route: str) -> Extremes:
-        declared = read_null(null, A)
-        if route == "factor-svd":
-            return dense_routes.factor_svd(A, preconditioner, declared)
-        if route in ("dense", "inertia"):
-            return dense_routes.dense_symmetric(
-                A, preconditioner, declared, indefinite=False, inertia=route == "inertia"
-            )
-        P = None if preconditioner is None else scaled(preconditioner)
-        if route == "golub-kahan":
-            B = GramOperator(scaled(_factor(A, route)))
-            ends = golub_kahan_ends(B, P, declared, steps=steps, seed=seed, checkpoint=checkpoint, progress=progress)
-        elif route == "inverse-lanczos":
-            B = scaled(A)
-            ends = inverse_lanczos(
-                B, P, declared, steps=krylov, failure_probability=failure_probability, seed=seed, progress=progress
-            )
-        else:
-            B = scaled(A)
-            ends = krylov_routes.lanczos_ends(B, P, declared, krylov, failure_probability, seed, checkpoint, progress)
-        return _in_units_of(ends, B, P)
-
-    return _measure(A, preconditioner, method, settings, seed, solve, indefinite=False)
+    problem: dict[str, Any] = {"steps": steps, "failure_probability": failure_probability}
+    return _measure(A, preconditioner, null, method, problem, seed, checkpoint=checkpoint, progress=progress)
 
 
 def regularized_condition_number(
@@ -180,27 +150,9 @@ def regularized_condition_number(
     if not (delta > 0 and math.isfinite(delta)):
         raise InvalidInputError(f"delta must be positive and finite, got {delta}; for delta = 0 use condition_number")
     B = Shifted(A if preconditioner is None else congruence(A, preconditioner), delta)
-    found = condition_number(
-        B,
-        null=torch.zeros(B.dim, 0, dtype=B.dtype, device=B.device),
-        method=method,
-        steps=steps,
-        failure_probability=failure_probability,
-        seed=seed,
-        progress=progress,
-    )
-    unit = math.ldexp(delta, -found.exponent)
-    if found.method == "lanczos" and found.lambda_min < unit - found.noise_floor:
-        found = dataclasses.replace(found, note=f"A is indefinite, delta bounds nothing; {found.note}".rstrip("; "))
-    elif not found.two_sided and found.method == "lanczos" and found.stop != "interrupted":
-        # Both sides of the top end; the bottom end is at least delta because A is semidefinite.
-        taken = LANCZOS_STEPS if steps is None else steps
-        high, _ = kuczynski_wozniakowski(found.lambda_max, 0.0, taken, B.dim, failure_probability)
-        upper = (high + found.noise_floor) / unit
-        sure = math.isfinite(upper)
-        found = dataclasses.replace(
-            found, upper=upper, two_sided=sure, note="" if sure else found.note, failure_probability=failure_probability
-        )
+    none = torch.zeros(B.dim, 0, dtype=B.dtype, device=B.device)
+    problem: dict[str, Any] = {"steps": steps, "failure_probability": failure_probability}
+    found = _measure(B, None, none, method, problem, seed, semidefinite=True, least=delta, progress=progress)
     name = "P^T A P" if preconditioner is not None else "A"
     return dataclasses.replace(found, quantity=f"kappa({name} + {delta:g} I)")
 
@@ -237,57 +189,48 @@ def magnitude_condition_number(
         >>> round(k.value, 12), k.negative
         (4.0, 1)
     """
-    settings = {"steps": steps}
-    if method in ("factor-svd", "golub-kahan", "inverse-lanczos"):
-        raise InvalidInputError(f"{method} is for semidefinite operators; use condition_number, or method='dense'")
-
-    def solve(route: str) -> Extremes:
-        declared = read_null(null, A)
-        if route in ("dense", "inertia"):
-            return dense_routes.dense_symmetric(
-                A, preconditioner, declared, indefinite=True, inertia=route == "inertia"
-            )
-        B, P = scaled(A), None if preconditioner is None else scaled(preconditioner)
-        return _in_units_of(krylov_routes.lanczos_magnitudes(B, P, declared, steps, seed, progress), B, P)
-
-    return _measure(A, preconditioner, method, settings, seed, solve, indefinite=True)
-
-
-def _factor(A: SymmetricOperator, route: str) -> LinearOperator:
-    if A.factor is None:
-        raise InvalidInputError(
-            f"{A!r} has no factor, so {route} cannot run; use method='dense' or 'lanczos', or a Gauss-Newton operator, "
-            "whose factor is known"
-        )
-    return A.factor
-
-
-def _in_units_of(ends: Extremes, A: SymmetricOperator, P: Preconditioner | None) -> Extremes:
-    """What was found of `scaled(A)` and `scaled(P)`, in the units of `P^T A P`."""
-    return ends.times_power(-exponent(A) - (0 if P is None else 2 * exponent(P)))
+    return _measure(A, preconditioner, null, method, {"steps": steps}, seed, semidefinite=False, progress=progress)
 
 
 @full_float32
 def _measure(
     A: SymmetricOperator,
-    preconditioner: Preconditioner | None,
+    P: Preconditioner | None,
+    null: Tensor | HasBasis | None,
     method: str,
     settings: dict[str, Any],
     seed: int,
-    solve: Callable[[str], Extremes],
     *,
-    indefinite: bool,
+    semidefinite: bool | None = None,
+    least: float = 0.0,
+    checkpoint: str | Path | None = None,
+    progress: Progress = False,
 ) -> ConditionNumber:
+    """What a method finds, as a result; by default magnitudes are compared where `A` may have negative eigenvalues."""
     require_operator(A)
     if A.dim == 0:
         raise InvalidInputError("an operator on R^0 has no eigenvalues, hence no condition number")
-    if method not in METHODS:
-        raise InvalidInputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if preconditioner is not None:
-        check_fits(A, preconditioner)
-    route = choose_route(A, indefinite=indefinite) if method == "auto" else method
+    semidefinite = A.semidefinite if semidefinite is None else semidefinite
+    chosen = automatic(A, indefinite=not semidefinite) if method == "auto" else named(method)
+    if not (semidefinite or chosen.indefinite):
+        other = "condition_number, or " if A.semidefinite else ""
+        raise InvalidInputError(f"{method} is for semidefinite operators; use {other}method='dense'")
+    if P is not None:
+        check_fits(A, P)
     began = time.perf_counter()
-    ends = solve(route)
+    ends = chosen.solve(
+        Problem(
+            A=A,
+            P=P,
+            null=read_null(null, A),
+            semidefinite=semidefinite,
+            least=least,
+            seed=seed,
+            checkpoint=checkpoint,
+            progress=progress,
+            **settings,
+        )
+    )
     if ends.lambda_max == 0.0:
         known = "" if A.eps <= torch.finfo(A.dtype).eps else f", its products being known to {A.eps:.1g} only"
         raise ZeroOperatorError(
@@ -295,18 +238,17 @@ def _measure(
             "look for saturated or dead units, a loss that does not depend on these parameters, or one whose "
             "derivative is a difference of nearly equal numbers, as that of log(cosh(z)) is at large z"
         )
-    value = ends.lambda_max / ends.lambda_min if ends.lambda_min > 0 else math.inf
-    note = ends.note + (next_route(A) if route == "lanczos" and not math.isfinite(ends.upper) else "")
     if ends.rank is None:  # nothing is counted: every declared direction is believed
         ends = dataclasses.replace(ends, on_your_word=ends.null_sources.get("declared", 0))
-    bounds = {"note": note, "failure_probability": ends.failure_probability if math.isfinite(ends.upper) else 0.0}
+    two_sided = math.isfinite(ends.upper) and math.isfinite(ends.lower)
+    chance = ends.failure_probability if math.isfinite(ends.upper) else 0.0
     return ConditionNumber(
-        **(vars(ends) | bounds),
-        value=value,
-        two_sided=math.isfinite(ends.upper) and math.isfinite(ends.lower),
-        method=route,
+        **(vars(ends) | {"failure_probability": chance}),
+        value=ends.lambda_max / ends.lambda_min if ends.lambda_min > 0 else math.inf,
+        two_sided=two_sided,
+        method=chosen.name,
         dim=A.dim,
         dtype=computed_in(A),
-        quantity=MAGNITUDE if indefinite else "kappa*",
-        **provenance(A, preconditioner, {"method": method} | settings, seed, began),
+        quantity="kappa*" if semidefinite else MAGNITUDE,
+        **provenance(A, P, {"method": method} | settings, seed, began),
     )

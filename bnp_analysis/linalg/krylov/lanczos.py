@@ -1,4 +1,4 @@
-"""The Lanczos process with full reorthogonalization.
+"""The Lanczos process with full reorthogonalization, and its three-term recurrence alone.
 
 What a run leaves is data: a tridiagonal matrix, its basis, residual, products, the reason it stopped.
 """
@@ -18,8 +18,7 @@ from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
-from bnp_analysis.linalg.bases import project_out
-from bnp_analysis.linalg.krylov.rows import dots, length, orthogonalized
+from bnp_analysis.linalg.bases import dots, length, orthogonalized, project_out
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.scale import comfortable, exponent, in_floats, require_resolution, scaled, times_power
 from bnp_analysis.runtime.files import Schedule, load_state, save_state
@@ -29,7 +28,7 @@ from bnp_analysis.runtime.random import generator, normal
 from bnp_analysis.runtime.threads import one_blas_thread
 
 Floats = NDArray[np.float64]
-_SELDOM = 10  # steps between two looks at the numbers of a run, where looking means waiting for a device
+_SELDOM = 10  # steps after which the numbers of a run are read, where reading means waiting for a device
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +208,7 @@ def _saved(A: SymmetricOperator, state: dict[str, Any]) -> Tridiagonalization:
 class _Run:
     """The state of a run; consistent after every step, so that an interrupt loses at most the step in hand.
 
-    `pending` are the numbers of the newest steps, not looked at yet; `coupling` is the last norm that was."""
+    `pending` are the numbers of the newest steps, not read yet; `coupling` is the last norm that was."""
 
     def __init__(
         self, A: SymmetricOperator, limit: int, null: Tensor | None, w: Tensor, resume: Tridiagonalization | None
@@ -240,7 +239,7 @@ class _Run:
 
     @property
     def norm(self) -> float | Tensor:
-        """Of the newest residual; one that nobody has looked at may be zero."""
+        """Of the newest residual; one that was not read may be zero."""
         return torch.where(self.pending[-1][1] > 0, self.pending[-1][1], 1.0) if self.pending else self.coupling
 
     @property
@@ -275,9 +274,9 @@ class _Run:
         self.pending.append(torch.stack([a, size]))
         self.w, self.matvecs = residual, self.matvecs + 1
         if len(self.pending) >= self.every or self.size == self.limit:
-            self.look()
+            self.read()
 
-    def look(self) -> None:
+    def read(self) -> None:
         """Read the numbers of the steps that are pending; those after an invariant subspace are dropped."""
         found = torch.stack(self.pending).tolist() if self.pending else []
         first, self.pending = self.matvecs - len(found), []
@@ -295,7 +294,7 @@ class _Run:
                 break
 
     def state(self) -> dict[str, Any]:
-        self.look()
+        self.read()
         return {
             "alpha": torch.tensor(self.alpha, dtype=torch.float64),
             "beta": torch.tensor(self.beta[: self.size - 1], dtype=torch.float64),
@@ -305,7 +304,7 @@ class _Run:
         }
 
     def snapshot(self, stop: str) -> Tridiagonalization:
-        self.look()
+        self.read()
         k = self.size
         w = torch.zeros_like(self.w) if stop == "invariant subspace" else self.w
         beta = np.array(self.beta[: k - 1])
@@ -330,3 +329,74 @@ def _start(A: SymmetricOperator, start: Tensor | None, null: Tensor | None, seed
             "leave start=None for a random one"
         )
     return projected / norm
+
+
+def three_term(
+    A: SymmetricOperator, steps: int, start: Tensor, null: Tensor, *, every: int | None = None
+) -> tuple[Floats, Floats, int]:
+    """The tridiagonal matrix of a run that stores three vectors.
+
+    Rounding brings back directions that have converged: their eigenvalues come again, as *ghosts*. The weights of a
+    value's copies add up to its own, so quadrature stays right; single Ritz values, their number and vectors do not.
+
+    Args:
+        A: symmetric operator on `R^n`.
+        steps: largest size of the matrix.
+        start: start vector `(n,)`.
+        null: orthonormal `(n, r)`, projected out of every vector.
+        every: steps after which the numbers are read; default 1 on the CPU, 10 where reading means waiting.
+
+    Returns:
+        Diagonal `(k,)`; off-diagonal and, last, the norm of the residual, `(k,)`; the products spent. `k < steps` for
+        an invariant subspace, whose residual is rounding and given as zero.
+
+    Raises:
+        NonFiniteError: a product with NaN or infinity.
+
+    Source: Greenbaum 1989; Golub and Strakos 1994.
+
+    Example:
+        >>> import torch
+        >>> from bnp_analysis.linalg import DenseOperator
+        >>> A = DenseOperator(torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64)))
+        >>> alpha, beta, products = three_term(A, 2, torch.ones(2).double(), torch.zeros(2, 0).double())
+        >>> alpha.round(6).tolist(), beta.round(6).tolist(), products
+        ([2.0, 2.0], [1.0, 0.0], 2)
+    """
+    given, A = A, scaled(A)
+    require_resolution(A, A.dim)
+    start, null = start.to(A.dtype), null.to(A.dtype)
+    coefficients = torch.zeros(2, steps, dtype=torch.float64, device=A.device)
+    alpha, beta = coefficients
+    v = project_out(start.unsqueeze(1), null).squeeze(1)
+    v, previous = v / length(v), torch.zeros_like(v)
+    every = every or (1 if A.device.type == "cpu" else 10)
+    eps = A.eps
+    for k in range(steps):
+        w = A @ v
+        alpha[k] = dots(v[None], w)[0]
+        w = w - alpha[k] * v
+        if k:
+            w = w - beta[k - 1] * previous
+        w = project_out(w.unsqueeze(1), null).squeeze(1)
+        beta[k] = length(w)
+        if (k + 1) % every == 0 or k + 1 == steps:
+            found = coefficients[:, : k + 1].cpu().numpy()
+            scale = np.maximum.accumulate(np.abs(found).max(axis=0))  # NaN from the first one on
+            small = (found[1] <= 10 * math.sqrt(A.dim) * eps * scale).nonzero()[0]
+            if small.size:  # an invariant subspace; what was computed after it is of no use
+                last = int(small[0]) + 1
+                kept = np.stack([found[0, :last], np.append(found[1, : last - 1], 0.0)])
+                return *_in_units(kept, exponent(given) - exponent(A)), k + 1
+            if not np.isfinite(scale[-1]):
+                raise NonFiniteError(
+                    f"one of the first {k + 1} products with {A!r} has NaN or infinite entries; look at the "
+                    "parameters, the loss and the dtype"
+                )
+        previous, v = v, w / beta[k]
+    return *_in_units(found, exponent(given) - exponent(A)), steps
+
+
+def _in_units(found: Floats, power: int) -> tuple[Floats, Floats]:
+    in_floats(float(np.abs(found).max()), power, "the tridiagonal matrix")
+    return np.ldexp(found[0], power), np.ldexp(found[1], power)

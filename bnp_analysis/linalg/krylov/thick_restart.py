@@ -1,4 +1,4 @@
-"""The search for a few eigenpairs by thick-restart Lanczos, with a second look for repeated eigenvalues."""
+"""The search for a few eigenpairs by thick-restart Lanczos, with a multiplicity check for repeated eigenvalues."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
-from bnp_analysis.linalg.bases import project_out
+from bnp_analysis.linalg.bases import dots, length, orthogonalized, project_out
 from bnp_analysis.linalg.krylov.lanczos import Floats
-from bnp_analysis.linalg.krylov.looks import products_that_show
-from bnp_analysis.linalg.krylov.rows import dots, length, orthogonalized
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.runtime.files import Schedule
 from bnp_analysis.runtime.memory import require_memory
@@ -22,15 +20,15 @@ from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.runtime.random import generator, normal
 from bnp_analysis.runtime.threads import one_blas_thread
 
-_LEAST_LOOK = 8
+_LEAST_VERIFICATION = 8
 _COLUMNS = 1 << 15
 
 
 class ThickRestart:
     """The state of one search: `A V^T = V^T H + sum_c r_c g_c^T`, rows of `V` orthonormal and orthogonal to each `r_c`.
 
-    A Krylov space has one residual; a look in a new direction leaves another one open. They give the residual of every
-    Ritz pair without further products, and what symmetry says of the next product.
+    A Krylov space has one residual; a multiplicity check, in a new direction, leaves another one open. They give the
+    residual of every Ritz pair without further products, and what symmetry says of the next product.
     """
 
     def __init__(
@@ -41,13 +39,13 @@ class ThickRestart:
         which: str,
         tol: float,
         seed: int,
-        looks: bool = True,
+        verify: bool = True,
         start: Tensor | None = None,
     ) -> None:
         self.A, self.null, self.k, self.which, self.tol = A, null, k, which, tol
         self.upper = {"largest": k, "smallest": 0}.get(which, (k + 1) // 2)  # how many of the upper end
         # A second copy of the value at an end does not change that value.
-        self.looks = looks and max(self.upper, k - self.upper) > 1
+        self.verify = verify and max(self.upper, k - self.upper) > 1
         room = A.dim - null.shape[1]
         # The small end of a spectrum converges slowly: a wider basis restarts less often.
         self.width = min(room, max(5 * k, 40) if which == "largest" else max(5 * k + 10, 90))
@@ -61,8 +59,8 @@ class ThickRestart:
         self.checks = 0  # products that compared saved searches with the operator
         self.scale = self.noise = self.drift = 0.0
         self.full = self.width == room
-        self.seen: Floats | None = None  # the wanted values before the look that goes on
-        self.longest_look, self.look_until = 0, 0
+        self.seen: Floats | None = None  # the wanted values before the multiplicity check that goes on
+        self.longest_verification, self.verify_until = 0, 0
         self.V[0] = self._fresh()
         if start is not None:
             # With a random vector as long: it meets what the start does not, and costs what it knows a factor of two.
@@ -70,7 +68,7 @@ class ThickRestart:
             self.V[0] = self._unit(self.V[0] + v / v.norm())
 
     def run(self, max_matvecs: int, progress: Progress, save: Callable[[], None] = lambda: None) -> None:
-        """Search until the wanted pairs have converged and a look in a new direction finds no others.
+        """Search until the wanted pairs have converged and a check in a new direction finds no others.
 
         `save` is called every 50 products or 30 seconds, at the end and on Ctrl-C.
         """
@@ -88,7 +86,7 @@ class ThickRestart:
             "open": [(r.cpu(), g.cpu()) for r, g in self.open],
             "chain": self.chain,
             "seen": None if self.seen is None else torch.from_numpy(np.asarray(self.seen).copy()),
-            "counts": [self.size, self.matvecs, self.checks, self.longest_look, self.look_until],
+            "counts": [self.size, self.matvecs, self.checks, self.longest_verification, self.verify_until],
             "sizes": [self.scale, self.noise, self.drift],
             "generator": self.g.get_state(),
         }
@@ -104,7 +102,7 @@ class ThickRestart:
         self.open = [(r.to(self.V), g.to(self.H)) for r, g in state["open"]]
         self.chain = state["chain"]
         self.seen = None if state["seen"] is None else state["seen"].numpy()
-        self.size, self.matvecs, self.checks, self.longest_look, self.look_until = state["counts"]
+        self.size, self.matvecs, self.checks, self.longest_verification, self.verify_until = state["counts"]
         self.scale, self.noise, self.drift = state["sizes"]
         self.g.set_state(state["generator"])
         first = torch.eye(self.size, 1, dtype=self.H.dtype, device=self.H.device)
@@ -136,7 +134,7 @@ class ThickRestart:
                         if self._confirmed():
                             self.stop = "converged"
                             return
-                        self._look()
+                        self._verify()
                     elif self.matvecs >= max(max_matvecs, self.k):
                         return
                     elif self.size == self.width:
@@ -221,8 +219,8 @@ class ThickRestart:
         return norms
 
     def _settled(self) -> bool:
-        """Whether the wanted pairs meet the tolerance, and the look that goes on has been long enough."""
-        if self.size < self.k or self.matvecs < self.look_until:
+        """Whether the wanted pairs meet the tolerance, and the multiplicity check that goes on has been long enough."""
+        if self.size < self.k or self.matvecs < self.verify_until:
             return False
         values, vectors, wanted = self._decompose()
         residuals = self._residual_norms(self._coefficients(vectors, wanted)).cpu().numpy()
@@ -233,16 +231,16 @@ class ThickRestart:
         return tolerance
 
     def _confirmed(self) -> bool:
-        """Whether a look from another start left the wanted values as they were; if not, say how long the next must be.
+        """Whether a check from another start left the wanted values as they were; if not, say how long the next is.
 
         One start vector meets one copy of a repeated eigenvalue.
         """
         values, vectors, wanted = self._decompose()
         found, seen = values[wanted], self.seen
-        if not self.looks or (seen is not None and bool(np.all(np.abs(found - seen) <= 2 * self._tolerance(found)))):
+        if not self.verify or (seen is not None and bool(np.all(np.abs(found - seen) <= 2 * self._tolerance(found)))):
             return True
         self.seen = found
-        self.longest_look = self.longest_look or max(_LEAST_LOOK, self.matvecs // 2)
+        self.longest_verification = self.longest_verification or max(_LEAST_VERIFICATION, self.matvecs // 2)
         rest = [i for i in range(self.size) if i not in wanted]
         norms = self.H.new_tensor([float(r.norm()) for r, _ in self.open])
         spread = (norms @ self._shares(self._coefficients(vectors, rest)).abs()).cpu().numpy()
@@ -252,12 +250,12 @@ class ThickRestart:
             products_that_show(found[: self.upper], low, high, *sizes),
             products_that_show(-found[self.upper :], -high, -low, *sizes),
         )
-        self.look_until = self.matvecs + int(min(need, self.longest_look))
+        self.verify_until = self.matvecs + int(min(need, self.longest_verification))
         return False
 
-    def _look(self) -> None:
+    def _verify(self) -> None:
         """Go on in a random direction."""
-        if self.size + self.look_until - self.matvecs < self.width:
+        if self.size + self.verify_until - self.matvecs < self.width:
             self.V[self.size] = self._fresh()
             self.chain = False
         else:
@@ -297,3 +295,46 @@ class ThickRestart:
             self.open[place] = (r, turned)
         self.size, self.chain = size, False
         self.V[self.size] = following
+
+
+#: The chance that a multiplicity check misses a copy, by Chebyshev's bound.
+OVERLOOKED = 1e-3
+
+
+def products_that_show(levels: Floats, low: Floats, high: Floats, dim: int, tol: float, noise: float) -> float:
+    """Products after which a random direction shows a further copy of a wanted value, but for a rare chance.
+
+    The hardest to see is a copy of the last wanted value but one; one of the last itself changes no value. A Chebyshev
+    polynomial of degree `d` for the other eigenvalues enlarges the direction's part along the copy, which is less than
+    `delta / sqrt(n)` with probability `delta sqrt(2 / pi)`, `cosh(d acosh(1 + 2 gap / width))` times; a Rayleigh
+    quotient above the last wanted value then shows it.
+
+    Args:
+        levels: the wanted values of an upper end, largest first.
+        low, high: between which each of the other eigenvalues lies.
+        dim: `n`.
+        tol: what counts as a difference, relative to a wanted value.
+        noise: what counts as one at all.
+
+    Returns:
+        The number of products; infinite where the copy would not stand out.
+
+    Example:
+        >>> import numpy as np
+        >>> products_that_show(np.array([9.0, 8.0, 7.0]), np.array([0.0]), np.array([1.0]), 10**5, 1e-3, 1e-12)
+        6.0
+    """
+    if levels.size < 2:
+        return 0.0
+    level, last = float(levels[-2]), float(levels[-1])
+    gap = level - float(high.max(initial=-math.inf))
+    if low.size == 0 or gap <= 0:
+        return math.inf
+    least = float(low.min())
+    above = max(level - last, tol * abs(level), noise)
+    if above <= 0:
+        return math.inf
+    delta = OVERLOOKED * math.sqrt(math.pi / 2)
+    wanted = math.sqrt(dim * max(last - least, above) / above) / delta
+    width = max(float(high.max()) - least, 1e-6 * gap)
+    return 1.0 + math.ceil(math.acosh(wanted) / math.acosh(1 + 2 * gap / width))

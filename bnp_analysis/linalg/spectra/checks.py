@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
-from bnp_analysis.linalg.derived import Derived, GramOperator
-from bnp_analysis.linalg.forming import amplified
+from bnp_analysis.linalg.derived import GramOperator
+from bnp_analysis.linalg.forming import amplified, cancels
 from bnp_analysis.linalg.krylov.lanczos import lanczos
 from bnp_analysis.linalg.matrices import CallableOperator
 from bnp_analysis.linalg.operators import (
+    Derived,
     LinearOperator,
     Product,
+    Stacked,
+    Sum,
     SymmetricOperator,
+    SymmetricSum,
     coarse,
     computed_in,
     require_digits,
@@ -51,8 +55,15 @@ def rounding_norm(A: SymmetricOperator, seed: int = 0) -> float:
         size = factor_rounding_norm(A.factor, seed)
         return size * size
     if isinstance(A, Derived) and isinstance(A.inner, SymmetricOperator) and amplified(A):
-        return rounding_norm(A.inner, seed) + A.added
+        return rounding_norm(A.inner, seed) * abs(A.times) + A.added
+    if isinstance(A, SymmetricSum):
+        return rounding_norm(A.left, seed) + rounding_norm(A.right, seed)
     return norm_estimate(A, seed)
+
+
+def rounding_of_sums(A: SymmetricOperator, seed: int) -> tuple[float, int]:
+    """`eps` times what products round relative to where a sum may cancel, else 0; and the products spent."""
+    return (A.eps * rounding_norm(A, seed), 2 * NORM_STEPS) if cancels(A) else (0.0, 0)
 
 
 def factor_rounding_norm(F: LinearOperator, seed: int = 0) -> float:
@@ -62,7 +73,11 @@ def factor_rounding_norm(F: LinearOperator, seed: int = 0) -> float:
     if isinstance(F, Product):
         return factor_rounding_norm(F.left, seed) * factor_rounding_norm(F.right, seed)
     if isinstance(F, Derived) and amplified(F):
-        return math.hypot(factor_rounding_norm(F.inner, seed), F.added)
+        return math.hypot(factor_rounding_norm(F.inner, seed) * abs(F.times), F.added)
+    if isinstance(F, Sum):
+        return factor_rounding_norm(F.left, seed) + factor_rounding_norm(F.right, seed)
+    if isinstance(F, Stacked) and amplified(F):
+        return math.hypot(factor_rounding_norm(F.left, seed), factor_rounding_norm(F.right, seed))
     return math.sqrt(norm_estimate(GramOperator(F), seed))
 
 
@@ -115,8 +130,13 @@ def products_known_to(result: Result) -> str:
 
 
 def require_symmetric(A: SymmetricOperator, seed: int) -> None:
-    """Two random vectors: `u.Av = v.Au` up to rounding; a congruence or shift is as symmetric as what is inside."""
+    """Two random vectors: `u.Av = v.Au` up to rounding; a congruence, shift or sum is as symmetric as its parts."""
     A = _innermost(A)
+    inner = A.inner if isinstance(A, ScaledSymmetric) else A
+    if isinstance(inner, SymmetricSum):
+        for part in (inner.left, inner.right):
+            require_symmetric(scaled(part), seed)
+        return
     like = torch.empty(0, dtype=A.dtype, device=A.device)
     pair = normal((A.dim, 2), generator(seed), like)
     image = A @ pair

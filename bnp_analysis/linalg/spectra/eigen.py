@@ -16,7 +16,7 @@ from bnp_analysis.linalg.krylov.thick_restart import ThickRestart
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.scale import comfortable, exponent, in_floats, require_resolution, scaled, times_power
-from bnp_analysis.linalg.spectra.checks import measured, products_known_to, provenance
+from bnp_analysis.linalg.spectra.checks import measured, products_known_to, provenance, rounding_of_sums
 from bnp_analysis.linalg.spectra.null import HasBasis
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.files import load_state, save_state
@@ -36,9 +36,9 @@ class Eigenpairs(Result):
         residuals: `(k,)` float64, `|A y - theta y|`: some eigenvalue lies within it of each value (T13). Where products
             are less precise than vectors, their rounding `sqrt(n) eps |A|` is added, else `4 eps |A|`.
         converged: how many pairs meet the tolerance.
-        stop: `"converged"` (and, unless `multiplicity="trust"`, a look from another start found no further copies of
-            repeated eigenvalues), `"steps"`, `"interrupted"`, or `"rounding"` where products are too noisy for the
-            tolerance.
+        stop: `"converged"` (and, unless `multiplicity="trust"`, a multiplicity check from another start found no
+            further copies of repeated eigenvalues), `"steps"`, `"interrupted"`, or `"rounding"` where products are too
+            noisy for the tolerance.
     """
 
     values: Tensor
@@ -148,6 +148,8 @@ def eigenpairs(
         residuals = residuals + search.noise / 10
     elif A.dim > 1:  # of a whole space the residual is 0, the values are still rounded
         residuals = residuals + 4 * operator.eps * search.scale
+    rounded, extra = rounding_of_sums(operator, seed)
+    residuals, spent = residuals + math.sqrt(A.dim) * rounded, spent + extra
     power = -exponent(operator)
     in_floats(float(values.abs().max()), power, "the largest of the eigenvalues asked for")
     if power:  # an error may be too small for a float, but is not zero

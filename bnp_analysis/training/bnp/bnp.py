@@ -108,19 +108,12 @@ class BNP:
         self._choice: dict[str, Any] = {"include": frozen_names(include), "exclude": frozen_names(exclude)}
         found = find_candidates(unwrap(model), **self._choice)
         self._layers, self._reasons = found.layers, found.reasons
-        self._running = RunningMoments(
-            [layer.name for layer in self._layers],
-            [layer_width(layer, statistics) for layer in self._layers],
-            rho=rho,
-            corrected=init == "corrected",
-            variance=variance,
-            reference_rows=reference_rows,
-            check_every=check_every,
-        )
+        widths = [layer_width(layer, statistics) for layer in self._layers]
+        self._running = RunningMoments([layer.name for layer in self._layers], widths, self.settings)
         self._pending: dict[int, BatchMoments] = {}
         self._inputs: dict[int, list[Tensor]] = {}
         self._outputs = OutputScales(self._layers, rho, eps1) if output_scale == "estimated" else None
-        self._rule = Update(self.settings, self._layers, self._running, self._outputs)
+        self._update = Update(self.settings, self._layers, self._running, self._outputs)
         self._marks: Marks = {}
         self._attached: RemovableHandle | None = None
         self._closed, self._quiet = False, torch.inference_mode()  # made once: a percent of a small network's step
@@ -202,7 +195,7 @@ class BNP:
             self._running.commit(pending)
             if self._outputs is not None:
                 self._outputs.commit()
-            self._rule.apply(found, inputs)
+            self._update.apply(found, inputs)
         self._marks = marks(found)
 
     def attach(self, optimizer: Optimizer) -> Self:
@@ -234,12 +227,12 @@ class BNP:
         if not self._running.step:
             raise InvalidInputError("there is no P before the first step()")
         space = trainable_space(unwrap(self.model)) if space is None else space
-        return self._rule.preconditioner(space, self.covered, self.uncovered)
+        return self._update.preconditioner(space, self.covered, self.uncovered)
 
     def state_dict(self) -> dict[str, Any]:
         """Statistics, steps and scales; options and rows since the last step are not part of it."""
         self._running.check()
-        return _write_state(self._running, self._rule.q2, self._outputs)
+        return _write_state(self._running, self._update.q2, self._outputs)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`.
@@ -247,7 +240,7 @@ class BNP:
         Raises:
             InvalidInputError: it comes from another architecture, or is none.
         """
-        self._rule.q2 = _read_state(state, self._running, self._outputs)
+        self._update.q2 = _read_state(state, self._running, self._outputs)
         self._forget()
         self._marks = {}
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from bnp_analysis.errors import NonFiniteError
 from bnp_analysis.network.layer_kinds import Layer
 from bnp_analysis.network.moments import update_moments, without_start
+from bnp_analysis.training.bnp.settings import Settings
 
 _PRECISE = (torch.float32, torch.float64)
 _PART = 2**19  # numbers that are centred together
@@ -127,12 +128,7 @@ class RunningMoments:
 
     Args:
         names, widths: of the layers, and how many means each has.
-        rho: weight of the past under constant `rho`.
-        corrected: whether the start `(0, 1)` is left out of the averages.
-        variance: `"total"`, the total one; `"within"`, the average of those within batches; `"paper"`, that with
-            `(h - mu)^2`, `mu` the mean before the step, as the variance within a batch of one value.
-        reference_rows: a batch of `R` rows leaves the past `rho^(R / reference_rows)`; None for `rho` at any size.
-        check_every: steps between reading the flag of non-finite values; None for 1 on CPU, 100 elsewhere.
+        settings: `rho`, `init`, `variance`, `reference_rows` and `check_every` of `BNP`.
 
     Attributes:
         now: the statistics; None before the first step.
@@ -141,20 +137,8 @@ class RunningMoments:
         step: steps committed.
     """
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        widths: Sequence[int],
-        *,
-        rho: float,
-        corrected: bool,
-        variance: str,
-        reference_rows: float | None,
-        check_every: int | None,
-    ) -> None:
-        self.names, self.widths = tuple(names), list(widths)
-        self.rho, self.corrected, self.variance = rho, corrected, variance
-        self.reference_rows, self.check_every = reference_rows, check_every
+    def __init__(self, names: Sequence[str], widths: Sequence[int], settings: Settings) -> None:
+        self.names, self.widths, self._settings = tuple(names), list(widths), settings
         ends = list(accumulate(self.widths))
         self._slices = [slice(end - width, end) for end, width in zip(ends, self.widths, strict=True)]
         self.now: Buffer | None = None
@@ -187,12 +171,12 @@ class RunningMoments:
         """
         batch = self._gather(found)
         counts = [[m.samples, m.rows, m.examples] if (m := found.get(i)) else [0] * 3 for i in range(len(self.names))]
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if distributed():
             values, counts = _all_reduced(batch.values, counts, self.widths)
             batch = Buffer(values, self.widths)
         samples, rows, examples = zip(*counts, strict=True)
         old, new = self._buffers(batch.values)
-        if self.variance == "paper" and 1 in samples:
+        if self._settings.variance == "paper" and 1 in samples:
             for i in (i for i, n in enumerate(samples) if n == 1):
                 torch.sub(batch.means[i], old.means[i], out=batch.variances[i]).square_()
         self._update(old, new, batch, self._past(rows, batch.values))
@@ -231,7 +215,7 @@ class RunningMoments:
         """`update_moments` for all layers at once, in few operations; `past` weighs what was seen before."""
         delta = batch.mean - old.mean
         torch.lerp(old.values, batch.values, 1 - past, out=new.values)
-        if self.variance != "total":
+        if self._settings.variance != "total":
             return
         if isinstance(past, float):
             new.variance.addcmul_(delta, delta, value=past * (1 - past))
@@ -240,20 +224,21 @@ class RunningMoments:
 
     def _past(self, rows: Sequence[int], like: Tensor) -> float | Tensor:
         """The weight of what was seen before: a number, or where layers differ one per entry."""
-        if self.reference_rows is None and all(rows) and self.start.count(self.start[0]) == len(rows):
+        if self._settings.reference_rows is None and all(rows) and self.start.count(self.start[0]) == len(rows):
             return self._weight(0, rows[0])
         weights = [self._weight(i, n) for i, n in enumerate(rows)]
         parts = [torch.full((n,), w, dtype=like.dtype) for w, n in zip(weights, self.widths, strict=True)]
         return torch.cat(parts).to(like.device, non_blocking=True)
 
     def _constant(self, rows: int) -> float:
-        return self.rho if self.reference_rows is None else float(self.rho ** (rows / self.reference_rows))
+        rho, reference = self._settings.rho, self._settings.reference_rows
+        return rho if reference is None else float(rho ** (rows / reference))
 
     def _weight(self, index: int, rows: int) -> float:
         if not rows:
             return 1.0
         rho = self._constant(rows)
-        return without_start(rho, self.start[index]) if self.corrected else rho
+        return without_start(rho, self.start[index]) if self._settings.init == "corrected" else rho
 
     def _gather(self, found: Mapping[int, BatchMoments]) -> Buffer:
         """What the layers saw, side by side; zeros, which weigh nothing, for those that did not run."""
@@ -282,7 +267,7 @@ class RunningMoments:
             self.set(self.now.values.to(batch))
             self._next = Buffer(torch.zeros_like(batch), self.widths)
             self._lengths = self._lengths.to(batch.device)
-            self._every = self.check_every or (1 if batch.device.type == "cpu" else 100)
+            self._every = self._settings.check_every or (1 if batch.device.type == "cpu" else 100)
         return self.now, self._next
 
     def _guard(self, old: Buffer, new: Buffer, step: int) -> None:
@@ -304,6 +289,11 @@ class RunningMoments:
             f"the input of layer {layers[0]!r} has NaN or infinite entries at step {step}, or some whose squares are"
             f"{others}. The statistics of that step were left out; lower the learning rate, or look at the data"
         )
+
+
+def distributed() -> bool:
+    """Whether training runs in several processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _all_reduced(batch: Tensor, own_counts: list[list[int]], widths: Sequence[int]) -> tuple[Tensor, list[list[int]]]:

@@ -28,7 +28,7 @@ from bnp_analysis.precondition.bnp import (
 )
 from bnp_analysis.precondition.bnp_block import BNPBlock
 from bnp_analysis.training.bnp.layers import has_free_bias
-from bnp_analysis.training.bnp.moments import Buffer, RunningMoments
+from bnp_analysis.training.bnp.moments import Buffer, RunningMoments, distributed
 from bnp_analysis.training.bnp.settings import Settings
 
 # A layer's place among all, the layer, and the gradients of its weight and of its bias, None where that is not free.
@@ -246,7 +246,7 @@ class MeasuredScale:
             parts.append(g.transpose(0, 1))
         G = torch.cat(parts, dim=1)
         count = torch.tensor(float(G.shape[1]), dtype=G.dtype, device=G.device)
-        _reduce(count)
+        _sum_over_processes(count)
         return self._iterate(G, count)
 
     def _iterate(self, G: Tensor, count: Tensor) -> float:
@@ -259,14 +259,15 @@ class MeasuredScale:
         for _ in range(_POWER_STEPS):
             x = x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(torch.finfo(G.dtype).tiny)
             x = G.transpose(1, 2) @ (G @ x)
-            _reduce(x)
+            _sum_over_processes(x)
             size = torch.linalg.vector_norm(x, dim=1, keepdim=True)
         self.vector = x
         return float(size.max() / count) or 1.0
 
 
-def _reduce(x: Tensor) -> None:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+def _sum_over_processes(x: Tensor) -> None:
+    """In place, where training is distributed."""
+    if distributed():
         dist.all_reduce(x)
 
 
@@ -311,8 +312,7 @@ class OutputScales:
         some = next(iter(found.values()))
         parts = [found[i] if i in found else some.new_zeros(n) for i, n in enumerate(self._units)]
         sums = torch.cat(parts)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(sums)
+        _sum_over_processes(sums)
         old = torch.ones_like(sums) if self.values is None else self.values.to(sums)
         mean = sums.sum() / sum(self._units[i] for i in found)
         # Overflowed or vanished gradients say nothing: what was known goes on.
@@ -371,14 +371,14 @@ class Update:
         assert now is not None
         means, damped = self._damped(now)
         kind, q = now.values.dtype, self._settings.q
-        rule = q if isinstance(q, str) and q in RULES else ""
+        by_shape = q if isinstance(q, str) and q in RULES else ""
         diagonal = self._settings.bias_free == "diagonal"
         for i, layer, weight, bias in found:
             mean, s2 = means[i], damped[i]
             if bias is None and diagonal:
                 mean, s2 = self._diagonal(i)
-            if rule and (bias is not None or not diagonal):
-                q2 = scale_square(rule, layer.features, rows[i], examples[i])
+            if by_shape and (bias is not None or not diagonal):
+                q2 = scale_square(by_shape, layer.features, rows[i], examples[i])
             else:
                 own = layer if bias is not None else replace(layer, bias=None)
                 q2 = self._square(i, own, mean, s2, inputs.get(i, ()))

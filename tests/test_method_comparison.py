@@ -14,11 +14,10 @@ from dataclasses import replace
 import pytest
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.training import comparison, store
-from bnp_analysis.training.comparison import MethodComparison, compare_methods
-from bnp_analysis.training.cost import measure_cost
 from bnp_analysis.training.experiment import Experiment, run_experiment, split
-from bnp_analysis.training.store import Store, key_of, run_record
+from paper_figures import comparison
+from paper_figures.comparison import MethodComparison, Store, compare_methods, key_of, run_record
+from paper_figures.cost import measure_cost
 
 BASE = Experiment(samples=120, hidden=(8,), epochs=2, batch_size=20)
 METHODS = {"vanilla": {}, "BNP+GN": {"preconditioner": "bnp", "norm": "group"}}
@@ -66,7 +65,7 @@ def test_a_stopped_comparison_goes_on_where_it_was(tmp_path, monkeypatch):
         return run_record(experiment, data_dir)
 
     whole = compare_methods(BASE, METHODS, **CALL)
-    monkeypatch.setattr(store, "run_record", counted)
+    monkeypatch.setattr(comparison, "run_record", counted)
     path = tmp_path / "runs.jsonl"
     with pytest.raises(KeyboardInterrupt):
         compare_methods(BASE, METHODS, results=path, **CALL)

@@ -1,4 +1,4 @@
-"""Inverse Lanczos with an inner conjugate gradient: a matrix-free statement about both ends (T13)."""
+"""The method inverse-lanczos, with an inner conjugate gradient: a matrix-free statement about both ends (T13)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from torch import Tensor
 from bnp_analysis.errors import InvalidInputError, NotConvexError
 from bnp_analysis.linalg.bases import project_out
 from bnp_analysis.linalg.condition.certificates import invariance_slack, kuczynski_wozniakowski
-from bnp_analysis.linalg.condition.krylov_routes import conditioned, lanczos_ends
+from bnp_analysis.linalg.condition.lanczos import conditioned, lanczos_ends
+from bnp_analysis.linalg.condition.methods import Method, Price, Problem, register
 from bnp_analysis.linalg.condition.number import Extremes
 from bnp_analysis.linalg.krylov.lanczos import lanczos
 from bnp_analysis.linalg.matrices import CallableOperator
 from bnp_analysis.linalg.operators import SymmetricOperator
-from bnp_analysis.linalg.preconditioner import Preconditioner
-from bnp_analysis.linalg.spectra.null import DeclaredNull
-from bnp_analysis.runtime.progress import Progress
 
 # Lanczos steps on the pseudo-inverse: its top end stands apart, few are enough.
 _OUTER = 24
@@ -70,28 +68,20 @@ class _Solver:
         return project_out(v.unsqueeze(1), self.null.double()).squeeze(1)
 
 
-def inverse_lanczos(
-    A: SymmetricOperator,
-    P: Preconditioner | None,
-    null: DeclaredNull,
-    *,
-    steps: int,
-    failure_probability: float,
-    seed: int,
-    progress: Progress,
-) -> Extremes:
+def inverse_lanczos(problem: Problem) -> Extremes:
     """Bounds of `lambda_max` from Lanczos on `B`, of `1/lambda_min+` from Lanczos on its pseudo-inverse.
 
     Both ends by Kuczynski and Wozniakowski, each with half of the failure probability; an inner residual `rho` adds
     the relative perturbation `2 rho sqrt(k)` to the second. Where an inner solve does not converge, what Lanczos alone
     allows is returned with the reason.
     """
+    A, null, steps, seed = problem.A, problem.null, problem.krylov_steps, problem.seed
     if not null.complete:
         raise InvalidInputError(
             "inverse-lanczos inverts the operator, so its whole null space must be declared, by a tensor: (n, 0) for a "
             "nonsingular operator, null_directions(risk).basis where you know that nothing is missing"
         )
-    B, basis, noise, checks = conditioned(A, P, null, steps, seed)
+    B, basis, noise, checks = conditioned(problem)
     dim = A.dim - null.dim
     top_run = lanczos(B, min(steps, dim), seed=seed, null=basis)
     if top_run.stop == "interrupted":
@@ -110,15 +100,15 @@ def inverse_lanczos(
         seed=seed + 1,
         null=basis,
         until=lambda _: bool(solve.failed),
-        progress=progress,
+        progress=problem.progress,
     )
     spent = top_run.matvecs + solve.products + checks
     if solve.failed:
-        found = lanczos_ends(A, P, null, steps, failure_probability, seed, None, False)
+        found = lanczos_ends(replace(problem, checkpoint=None, progress=False))
         note = f"inverse-lanczos refused: {solve.failed}" + (f"; {found.note}" if found.note else "")
         return replace(found, note=note, matvecs=found.matvecs + spent)
     # Two ends, and two bounds of each.
-    chance = failure_probability / 4
+    chance = problem.failure_probability / 4
     high, _ = kuczynski_wozniakowski(float(values[-1]), min(float(values[0]), 0.0), len(top_run.alpha), dim, chance)
     theta = float(np.max(run.ritz()[0]))
     raw, _ = kuczynski_wozniakowski(theta, 0.0, len(run.alpha), dim, chance)
@@ -139,7 +129,7 @@ def inverse_lanczos(
         null_dim=null.dim,
         null_sources=null.sources,
         noise_floor=floor,
-        failure_probability=failure_probability,
+        failure_probability=problem.failure_probability,
         matvecs=spent,
         stop=run.stop,
         note=""
@@ -147,3 +137,23 @@ def inverse_lanczos(
         else f"after {len(top_run.alpha)} and {len(run.alpha)} steps the bound of Kuczynski and "
         "Wozniakowski is still infinite, or lambda_min+ is below the noise of a product",
     )
+
+
+def _solve(problem: Problem) -> Extremes:
+    inner = problem.scaled()
+    return inner.in_units(inverse_lanczos(inner))
+
+
+def _price(A: SymmetricOperator, steps: int) -> Price:
+    return Price(math.nan, 8 * (steps + 30) * A.dim, 4.0 * steps**2 * A.dim)
+
+
+INVERSE_LANCZOS = register(
+    Method(
+        name="inverse-lanczos",
+        claim="both sides but for a stated probability; needs the whole null space, and inner solves that converge",
+        price=_price,
+        solve=_solve,
+        order=50,
+    )
+)

@@ -1,9 +1,9 @@
-"""The Krylov routes: what Ritz values allow one to claim (T13)."""
+"""The method lanczos: what Ritz values allow one to claim (T13)."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,43 +11,36 @@ from torch import Tensor
 
 from bnp_analysis.errors import NotConvexError, ZeroOperatorError
 from bnp_analysis.linalg.condition.certificates import (
+    incomplete,
     invariance_slack,
     kuczynski_wozniakowski,
     null_contamination,
     require_probability,
+    zero_matrix,
 )
-from bnp_analysis.linalg.condition.extremes import incomplete, zero_matrix
+from bnp_analysis.linalg.condition.methods import Method, Price, Problem, next_method, register
 from bnp_analysis.linalg.condition.number import Extremes
 from bnp_analysis.linalg.derived import Shifted
 from bnp_analysis.linalg.forming import amplified
 from bnp_analysis.linalg.krylov.lanczos import Floats, Tridiagonalization, lanczos, tridiagonal_eigh
 from bnp_analysis.linalg.operators import SymmetricOperator
-from bnp_analysis.linalg.preconditioner import Preconditioner, congruence
+from bnp_analysis.linalg.preconditioner import congruence
 from bnp_analysis.linalg.scale import Scaled
 from bnp_analysis.linalg.spectra.checks import norm_estimate, require_symmetric, rounding_norm
-from bnp_analysis.linalg.spectra.null import NORM_STEPS, DeclaredNull, require_null
+from bnp_analysis.linalg.spectra.null import NORM_STEPS, require_null
 from bnp_analysis.runtime.memory import require_memory
-from bnp_analysis.runtime.progress import Progress
 from bnp_analysis.runtime.random import generator, normal
 
 # Lanczos vectors that hold more than this of an undeclared null space support no bound.
 _CONTAMINATION = 1e-2
 
 
-def lanczos_ends(
-    A: SymmetricOperator,
-    P: Preconditioner | None,
-    null: DeclaredNull,
-    steps: int,
-    failure_probability: float,
-    seed: int,
-    checkpoint: str | Path | None,
-    progress: Progress,
-) -> Extremes:
+def lanczos_ends(problem: Problem) -> Extremes:
     """Ritz values: a lower bound where T13 allows one, an upper one if the whole null space is declared."""
+    A, null, failure_probability = problem.A, problem.null, problem.failure_probability
     require_probability(failure_probability)
-    operator, basis, noise, spent = conditioned(A, P, null, steps, seed)
-    run, extra = _run(operator, basis, null.complete, steps, seed, checkpoint, progress)
+    operator, basis, noise, spent = conditioned(problem)
+    run, extra = _run(problem, operator, basis)
     values, residuals = run.ritz()
     floor = noise * float(np.abs(values).max())
     if values[0] < -floor:
@@ -95,21 +88,15 @@ def lanczos_ends(
     )
 
 
-def lanczos_magnitudes(
-    A: SymmetricOperator,
-    P: Preconditioner | None,
-    null: DeclaredNull,
-    steps: int,
-    seed: int,
-    progress: Progress,
-) -> Extremes:
+def lanczos_magnitudes(problem: Problem) -> Extremes:
     """A lower bound of `max|lambda| / min|lambda|`: interior eigenvalues have no one-sided Ritz bound but this.
 
     For `x` in the range, `min|lambda| <= |A x| / |x|`; the least such ratio on the space searched is the
     smallest singular value of the tridiagonal matrix extended by its residual row.
     """
-    operator, basis, noise, spent = conditioned(A, P, null, steps, seed)
-    run, extra = _run(operator, basis, null.complete, steps, seed, None, progress)
+    null = problem.null
+    operator, basis, noise, spent = conditioned(problem)
+    run, extra = _run(problem, operator, basis)
     values, residuals = run.ritz()
     top = float(np.abs(values).max())
     floor = noise * top
@@ -135,13 +122,12 @@ def lanczos_magnitudes(
     )
 
 
-def conditioned(
-    A: SymmetricOperator, P: Preconditioner | None, null: DeclaredNull, steps: int, seed: int
-) -> tuple[SymmetricOperator, Tensor, float, int]:
+def conditioned(problem: Problem) -> tuple[SymmetricOperator, Tensor, float, int]:
     """The operator measured, its null basis, the relative noise of its eigenvalues, products spent.
 
     Memory is asked for first: the probes alone are a dozen vectors.
     """
+    A, P, null, seed, steps = problem.A, problem.P, problem.null, problem.seed, problem.krylov_steps
     vectors = min(steps, A.dim) + 12
     require_memory(
         vectors * A.dim * A.dtype.itemsize,
@@ -164,20 +150,12 @@ def conditioned(
     return operator, basis, noise * worse, spent + 2 * NORM_STEPS
 
 
-def _run(
-    operator: SymmetricOperator,
-    basis: Tensor,
-    declared: bool,
-    steps: int,
-    seed: int,
-    checkpoint: str | Path | None,
-    progress: Progress,
-) -> tuple[Tridiagonalization, int]:
+def _run(problem: Problem, operator: SymmetricOperator, basis: Tensor) -> tuple[Tridiagonalization, int]:
     """A random start where the null space is declared; else one in the range, `A g` (T13, trap 7)."""
     start, extra = None, 0
-    if not declared:
+    if not problem.null.complete:
         like = torch.empty(0, dtype=operator.dtype, device=operator.device)
-        start = operator @ normal((operator.dim,), generator(seed), like)
+        start = operator @ normal((operator.dim,), generator(problem.seed), like)
         extra = 1
         if float(start.double().norm()) == 0.0:
             raise ZeroOperatorError("the operator maps a random vector to zero: it is the zero operator")
@@ -186,11 +164,18 @@ def _run(
         values, residuals = run.ritz()
         return bool(residuals[0] <= 1e-10 * abs(values[0]) and residuals[-1] <= 1e-10 * abs(values[-1]))
 
-    steps = min(steps, operator.dim - basis.shape[1])
+    steps = min(problem.krylov_steps, operator.dim - basis.shape[1])
     # With a declared null space more steps tighten the probabilistic bound even after convergence.
-    until = None if declared else converged
+    until = None if problem.null.complete else converged
     run = lanczos(
-        operator, steps, start=start, seed=seed, null=basis, until=until, checkpoint=checkpoint, progress=progress
+        operator,
+        steps,
+        start=start,
+        seed=problem.seed,
+        null=basis,
+        until=until,
+        checkpoint=problem.checkpoint,
+        progress=problem.progress,
     )
     return run, extra
 
@@ -218,3 +203,42 @@ def _certified_smallest(values: Floats, residuals: Floats, floor: float) -> floa
     """The least `theta + residual` of a Ritz pair that certifies a nonzero eigenvalue, `inf` if there is none."""
     certain = values - residuals > floor
     return float((values + residuals)[certain].min()) if certain.any() else math.inf
+
+
+def _with_least(ends: Extremes, problem: Problem) -> Extremes:
+    """The same where no eigenvalue is below `problem.least` if `A` is semidefinite: that bounds the bottom end."""
+    least = math.ldexp(problem.least, -ends.exponent)
+    if ends.lambda_min < least - ends.noise_floor:
+        return replace(ends, note=f"A is indefinite, delta bounds nothing; {ends.note}".rstrip("; "))
+    if math.isfinite(ends.upper) or ends.stop == "interrupted":
+        return ends
+    high, _ = kuczynski_wozniakowski(
+        ends.lambda_max, 0.0, problem.krylov_steps, problem.A.dim, problem.failure_probability
+    )
+    upper = (high + ends.noise_floor) / least
+    return replace(ends, upper=upper, note="" if math.isfinite(upper) else ends.note)
+
+
+def _solve(problem: Problem) -> Extremes:
+    inner = problem.scaled()
+    ends = inner.in_units(lanczos_ends(inner) if problem.semidefinite else lanczos_magnitudes(inner))
+    if not math.isfinite(ends.upper):
+        ends = replace(ends, note=ends.note + next_method(problem.A))
+    return _with_least(ends, problem) if problem.least else ends
+
+
+def _price(A: SymmetricOperator, steps: int) -> Price:
+    return Price(float(steps + 3), (steps + 1) * A.dim * A.dtype.itemsize, 4.0 * steps**2 * A.dim)
+
+
+LANCZOS = register(
+    Method(
+        name="lanczos",
+        claim="a lower bound",
+        price=_price,
+        solve=_solve,
+        automatic=lambda A: True,
+        indefinite=True,
+        order=60,
+    )
+)

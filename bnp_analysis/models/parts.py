@@ -1,4 +1,4 @@
-"""What building any of the networks shares: a seed of its own, one layer with its norm, checks of sizes."""
+"""What the networks share: activations, a layer with its norm, a seed of their own, checks of sizes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,57 @@ import torch
 from torch import nn
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.models.activations import make_activation
 from bnp_analysis.models.normalization import Normalization
+
+#: Name to factory.
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "softplus": nn.Softplus,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "identity": nn.Identity,
+}
+
+
+def check_activation(name: str) -> None:
+    """Refuse a name that is no key of `ACTIVATIONS`.
+
+    Args:
+        name: the name.
+
+    Raises:
+        InvalidInputError: listing the known names.
+
+    Example:
+        >>> check_activation("relu")
+    """
+    if name not in ACTIVATIONS:
+        raise InvalidInputError(f"unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
+
+
+def make_activation(name: str) -> nn.Module:
+    """Build an activation by name.
+
+    Args:
+        name: a key of `ACTIVATIONS`.
+
+    Returns:
+        A new module without parameters.
+
+    Raises:
+        InvalidInputError: for an unknown name.
+
+    Example:
+        >>> make_activation("tanh")
+        Tanh()
+    """
+    check_activation(name)
+    return ACTIVATIONS[name]()
+
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import resource
+import multiprocessing
 import statistics
-import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.runtime.memory import peak_memory
 from bnp_analysis.training.experiment import Experiment, build
-from bnp_analysis.training.state import Step
-from bnp_analysis.training.store import fresh_processes, one_thread
+from bnp_analysis.training.steps import Step
 
 Shape = tuple[int, ...]
 
@@ -80,24 +79,6 @@ def _memory(experiment: Experiment, input_shape: Shape, num_classes: int, steps:
         return peak_memory(experiment.device) - before
 
 
-def peak_memory(device: str, *, reset: bool = False) -> float:
-    """The largest memory so far in MB; with `reset` from now on, where the system can forget the past."""
-    if device.startswith("cuda"):
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status")
-    if not status.exists():
-        unit = 2**20 if sys.platform == "darwin" else 2**10
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    if reset:
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-    # ru_maxrss would count what the parent had when it started this process.
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 2**10
-
-
 class _Runner:
     """Training steps on one batch of random numbers."""
 
@@ -125,3 +106,19 @@ class _Runner:
             self.step.take(self.pair, check=False)
         if self.step.device.type == "cuda":
             torch.cuda.synchronize(self.step.device)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch computes on one thread: sums add up in the same order, and processes do not compete."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def fresh_processes(number: int) -> ProcessPoolExecutor:
+    """Processes that start from nothing: a forked one would inherit torch's threads in an unknown state."""
+    return ProcessPoolExecutor(number, mp_context=multiprocessing.get_context("spawn"))

@@ -1,0 +1,165 @@
+"""What commands share: options, each declared once, the network and risk that they describe, and several processes."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bnp_analysis import data, models, precondition
+from bnp_analysis.curvature.engines import ENGINES
+from bnp_analysis.distributed import ALONE, initialize
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.network import EmpiricalRisk
+from bnp_analysis.results import Result
+from bnp_analysis.training import fit
+from bnp_analysis.training.experiment import Experiment, build
+
+Command = Callable[[argparse.Namespace], int]
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+PRECONDITIONERS: dict[str, Callable[[EmpiricalRisk], Any]] = {
+    "bnp": precondition.bnp_preconditioner,
+    "bnp-damped": lambda risk: precondition.bnp_preconditioner(risk, eps1=1e-2, eps2=1e-4),
+    "diagonal": lambda risk: precondition.diagonal_preconditioner(risk, damping=1e-6),
+    "kfac": precondition.kfac_preconditioner,
+}
+
+
+def network_options(parser: argparse.ArgumentParser, *, samples: int | None, hidden: list[int], lr: float) -> None:
+    """The options of every command: data and network, with their defaults (`samples` None takes all), and output."""
+    add = parser.add_argument
+    add("--data", choices=data.names(), default="digits", help="data set; digits is embedded")
+    add("--data-dir", metavar="DIR", help="where its files are; default: the variable BNP_ANALYSIS_DATA")
+    add("--download", action="store_true", help="fetch missing files (needs the extra 'download')")
+    add("--samples", type=int, default=samples, metavar="N", help="training examples used; all if not given")
+    add("--standardize", action="store_true", help="standardize the inputs instead of raw pixels in [0, 1]")
+    add("--model", choices=list(models.MODELS), default="mlp", help="network")
+    add("--hidden", type=int, nargs="+", default=hidden, metavar="WIDTH", help="hidden widths of the mlp")
+    add("--activation", choices=list(models.ACTIVATIONS), default="relu", help="activation")
+    add("--norm", choices=list(models.NORMS), default="none", help="normalization layers")
+    add("--lr", type=float, default=lr, help="learning rate of the training")
+    add("--device", default="cpu", help="of the training by train, else of the measurement")
+    add("--seed", type=int, default=0, help="of subset, initialization, training and random starts")
+    add("--json", metavar="FILE", help="write the result with its settings")
+    add("--quiet", action="store_true", help="no progress bars")
+
+
+def problem_options(parser: argparse.ArgumentParser) -> None:
+    """The options that describe what is measured: data, network, point, preconditioner, precision."""
+    network_options(parser, samples=1000, hidden=[16, 12], lr=0.05)
+    add = parser.add_argument
+    add("--checkpoint", metavar="FILE", help="state dict to measure at; implies --epochs 0 unless given")
+    add("--epochs", type=int, help="epochs of plain SGD before measuring (default: 3, or 0 with a checkpoint)")
+    add("--preconditioner", choices=list(PRECONDITIONERS), default="bnp", help="P")
+    add("--dtype", choices=list(DTYPES), default="float64", help="precision of the measurement")
+
+
+def operator_options(parser: argparse.ArgumentParser) -> None:
+    """Those of commands that measure operators: a problem, how products are computed, several processes, a figure."""
+    problem_options(parser)
+    add = parser.add_argument
+    add("--engine", choices=ENGINES, default="auto", help="keep recorded graphs, or recompute them")
+    add("--max-memory", type=float, metavar="MIB", help="that kept graphs and a product may take")
+    late = "under torchrun: how late a process may be before the others end with an error"
+    add("--timeout", type=float, default=600.0, metavar="SECONDS", help=late)
+    add("--figure", metavar="FILE", help="write the figure; the suffix says the format")
+    parser.set_defaults(group=ALONE)
+
+
+def engine_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keywords `engine` and `max_memory` of operators."""
+    limit = None if arguments.max_memory is None else int(2**20 * arguments.max_memory)
+    return {"engine": arguments.engine, "max_memory": limit}
+
+
+def experiment_of(arguments: argparse.Namespace, **given: Any) -> Experiment:
+    """The experiment that the options describe, but for what is given."""
+    named = {name: value for name, value in vars(arguments).items() if name in Experiment.__dataclass_fields__}
+    bnp = dict(_option(word) for word in named.get("bnp", ()))
+    return Experiment(**{**named, "hidden": tuple(arguments.hidden), "bnp": bnp, **given})
+
+
+def _option(word: str) -> tuple[str, str | float]:
+    name, equals, value = word.partition("=")
+    if not (name and equals and value):
+        raise InvalidInputError(f"--bnp takes OPTION=VALUE, not {word!r}")
+    try:
+        return name, float(value)
+    except ValueError:
+        return name, value
+
+
+def risk_of(arguments: argparse.Namespace) -> EmpiricalRisk:
+    """Data, network, a little training, and the risk at the point reached."""
+    group = getattr(arguments, "group", ALONE)
+    if arguments.download and group.size > 1:
+        raise InvalidInputError(
+            "--download in several processes would fetch the same files several times at once; fetch them first, "
+            "without torchrun"
+        )
+    epochs = arguments.epochs if arguments.epochs is not None else (0 if arguments.checkpoint else 3)
+    experiment = experiment_of(arguments, preconditioner="none", epochs=epochs, device="cpu")
+    found = data.load(
+        experiment.data,
+        n=experiment.samples,
+        seed=experiment.seed,
+        standardize=experiment.standardize,
+        flatten=experiment.model == "mlp",
+        data_dir=arguments.data_dir,
+        download=arguments.download,
+    )
+    made = build(experiment, found.input_shape, found.num_classes)
+    if arguments.checkpoint:
+        _load(made.model, Path(arguments.checkpoint))
+    losses = fit(made.model, made.loss, found.tensors, epochs=epochs, lr=experiment.lr, seed=experiment.seed)
+    made.model.eval()
+    # Every process has trained on all of it; on unlike machines not to the same bits.
+    made.model.load_state_dict(group.from_first(made.model.state_dict(), "the trained parameters"))
+    shard, dtype = group.shard(found.tensors), DTYPES[arguments.dtype]
+    risk = EmpiricalRisk(made.model, made.loss, shard, dtype=dtype, device=arguments.device, group=group)
+    trained = f"{epochs} epochs, loss {losses[0]:.3f} -> {losses[-1]:.3f}" if losses else "not trained here"
+    print(f"{arguments.data}: {len(found)} examples; {arguments.model}, {risk.space.dim} parameters; {trained}")
+    return risk
+
+
+def _load(model: torch.nn.Module, path: Path) -> None:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state.get("model", state) if isinstance(state, dict) else state)
+    except FileNotFoundError as error:
+        raise InvalidInputError(f"no checkpoint at {path}") from error
+    except Exception as error:
+        raise InvalidInputError(
+            f"the checkpoint {path} does not fit {type(model).__name__}: {error}. Give the --model and --hidden that "
+            "it was saved from; files with arbitrary pickled objects are not read"
+        ) from error
+
+
+def write(result: Result, path: str | Path | None) -> None:
+    """Save a result and say so, where a file is given."""
+    if path is not None:
+        print(f"wrote {result.save(path)}")
+
+
+def in_processes(run: Command) -> Command:
+    """Let a command run in all processes that `torchrun` launched; the first one prints and writes."""
+
+    @functools.wraps(run)
+    def over_all(arguments: argparse.Namespace) -> int:
+        with initialize(timeout=arguments.timeout) as group:
+            arguments.group = group
+            if group.rank == 0:
+                return run(arguments)
+            arguments.json = arguments.figure = None
+            arguments.quiet = True
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+                return run(arguments)
+
+    return over_all

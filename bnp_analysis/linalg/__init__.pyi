@@ -1,0 +1,67 @@
+"""The public names; `__init__.py` imports each one when it is first asked for."""
+
+from .condition.methods import Method, Price, Problem, Route, choose_method, methods, register, routes
+from .condition.number import ConditionNumber
+from .condition.verbs import (
+    condition_number,
+    magnitude_condition_number,
+    regularized_condition_number,
+    singular_condition_number,
+)
+from .derived import ColumnSubset, GramOperator, Restriction, Shifted, on_host
+from .krylov.bidiagonal import Bidiagonalization, golub_kahan
+from .krylov.lanczos import Tridiagonalization, lanczos
+from .matrices import CallableOperator, DenseOperator, MatrixOperator, RowScaled
+from .operators import LinearOperator, Product, SymmetricOperator
+from .preconditioner import (
+    Congruence,
+    DensePreconditioner,
+    IdentityPreconditioner,
+    Preconditioner,
+    congruence,
+)
+from .spectra.eigen import Eigenpairs, eigenpairs
+from .spectra.quadrature import SpectralDensity, Trace, spectral_density, trace
+
+__all__ = [
+    "Bidiagonalization",
+    "CallableOperator",
+    "ColumnSubset",
+    "ConditionNumber",
+    "Congruence",
+    "DenseOperator",
+    "DensePreconditioner",
+    "Eigenpairs",
+    "GramOperator",
+    "IdentityPreconditioner",
+    "LinearOperator",
+    "MatrixOperator",
+    "Method",
+    "Preconditioner",
+    "Price",
+    "Problem",
+    "Product",
+    "Restriction",
+    "Route",
+    "RowScaled",
+    "Shifted",
+    "SpectralDensity",
+    "SymmetricOperator",
+    "Trace",
+    "Tridiagonalization",
+    "choose_method",
+    "condition_number",
+    "congruence",
+    "eigenpairs",
+    "golub_kahan",
+    "lanczos",
+    "magnitude_condition_number",
+    "methods",
+    "on_host",
+    "register",
+    "regularized_condition_number",
+    "routes",
+    "singular_condition_number",
+    "spectral_density",
+    "trace",
+]

@@ -1,0 +1,151 @@
+"""The method dense: all eigenvalues of the dense matrix (T13)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnp_analysis.errors import InvalidInputError, NotConvexError
+from bnp_analysis.linalg.condition.certificates import unexplained, unexplained_zeros, zero_matrix
+from bnp_analysis.linalg.condition.methods import Method, Price, Problem, register
+from bnp_analysis.linalg.condition.number import Extremes
+from bnp_analysis.linalg.forming import LEAST, UNIT, formed, norm_bound
+from bnp_analysis.linalg.krylov.lanczos import Floats
+from bnp_analysis.linalg.operators import SymmetricOperator
+from bnp_analysis.linalg.preconditioner import congruence
+from bnp_analysis.linalg.scale import scaled
+from bnp_analysis.linalg.spectra.checks import require_finite, rounding_norm
+from bnp_analysis.linalg.spectra.null import require_null
+from bnp_analysis.runtime.memory import require_memory
+
+DENSE_LIMIT = 3_000
+
+#: `(bottom_low, bottom_high, top_low, top_high)`, intervals of the least nonzero magnitude and of the largest one.
+Ends = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """All eigenvalues of a dense symmetric matrix, its magnitudes of about 1.
+
+    Attributes:
+        matrix: in float64.
+        values: ascending.
+        radius: within which they are known.
+        rounding: what forming the matrix has rounded.
+    """
+
+    matrix: Tensor
+    values: Floats
+    radius: float
+    rounding: float
+
+
+def within_radius(found: Spectrum, bottom: float, top: float, zeros: int) -> Ends | None:
+    """The ends as far as the radius knows them."""
+    radius = found.radius
+    return bottom - radius, bottom + radius, top - radius, top + radius
+
+
+def dense_ends(
+    problem: Problem, decided: Callable[[Spectrum, float, float, int], Ends | None] = within_radius
+) -> Extremes:
+    """All eigenvalues of the dense `P^T A P` in float64.
+
+    Args:
+        problem: what is asked.
+        decided: gives intervals of the computed ends `bottom`, `top` of a spectrum with so many zeros, or None where
+            it cannot confirm them.
+    """
+    A, null = problem.A, problem.null
+    require_memory(8 * 6 * A.dim**2, f"the dense {A.dim} x {A.dim} matrix and its eigenvalues", device=A.device)
+    if null.dim:
+        checked = scaled(A)
+        require_null(checked, null, rounding_norm(checked), "A")
+    operator = A if problem.P is None else congruence(A, problem.P)
+    dense = formed(operator)
+    matvecs = operator.dense_cost + null.cost
+    require_finite(dense.matrix, "the matrix")
+    scale = float(dense.matrix.abs().max())
+    if scale == 0.0:
+        return zero_matrix(null, matvecs)
+    found = _spectrum(problem, dense.matrix / scale, dense.rounding, norm_bound(dense.sizes()) / scale, LEAST / scale)
+    values, radius = found.values, found.radius
+    if problem.semidefinite and values[0] < -radius:
+        units = f", both in units of 2^{-dense.exponent}" if dense.exponent else ""
+        raise NotConvexError(
+            f"the operator is indefinite: its smallest eigenvalue is {values[0] * scale:.4g}, rounding explains "
+            f"{radius * scale:.2g}{units}. kappa* compares the nonzero eigenvalues of a semidefinite matrix; use "
+            "magnitude_condition_number(A) for max|lambda|/min|lambda|, or the Gauss-Newton matrix"
+        )
+    sizes = np.sort(np.abs(values))
+    rank = int((sizes > radius).sum())
+    if rank == 0:
+        return zero_matrix(null, matvecs)
+    unresolved, on_your_word = unexplained_zeros(rank, dense.rank, null, A)
+    zeros = A.dim - rank
+    top, bottom, zero = float(sizes[-1]), float(sizes[zeros]), float(sizes[zeros - 1]) if zeros else 0.0
+    ends = decided(found, bottom, top, zeros)
+    note = unexplained(unresolved, null, A) or ("" if ends else "the inertia counts do not confirm the computed ends")
+    low, high, top_low, top_high = ends or (0.0, bottom + radius, top - radius, math.inf)
+    extremes = Extremes(
+        lambda_max=top * scale,
+        lambda_min=bottom * scale,
+        lower=max(top_low, 0.0) / high,
+        upper=top_high / low if unresolved == 0 and low > 0 else math.inf,
+        rank=rank,
+        null_dim=null.dim,
+        null_sources=null.sources,
+        on_your_word=on_your_word,
+        unresolved=unresolved,
+        negative=int((values < -radius).sum()),
+        zero=zeros,
+        gap_ratio=bottom / zero if zero > 0 else math.inf,
+        noise_floor=radius * scale,
+        residual_max=radius * scale,
+        residual_min=radius * scale,
+        matvecs=matvecs,
+        note=note,
+    )
+    return extremes.times_power(-dense.exponent)
+
+
+def _spectrum(problem: Problem, matrix: Tensor, rounding: float, size: float, least: float) -> Spectrum:
+    """The eigenvalues of a matrix whose entries are known to `rounding` of a matrix of norm `size`, and to `least`."""
+    A, null = problem.A, problem.null
+    asymmetry = float((matrix - matrix.T).norm()) / 2
+    if asymmetry > 1e3 * A.dim * A.eps * size:
+        raise InvalidInputError(
+            f"{A!r} is not symmetric: |A - A^T|/2 = {asymmetry:.3g} relative to its largest entry. Eigenvalues "
+            "would be those of another matrix; check the products with two random vectors"
+        )
+    matrix = (matrix + matrix.T) / 2
+    values = np.sort(torch.linalg.eigvalsh(matrix).cpu().numpy())
+    rounding = asymmetry + rounding * size + A.dim * least
+    radius = A.dim * UNIT * float(np.abs(values).max()) + rounding
+    # Declared directions are zero by evidence: what is left of them measures the rounding from below.
+    radius = max(radius, float(np.sort(np.abs(values))[null.dim - 1])) if null.dim else radius
+    return Spectrum(matrix, values, radius, rounding)
+
+
+def _price(A: SymmetricOperator, steps: int) -> Price:
+    return Price(float(A.dense_cost), 8 * 6 * A.dim**2, 4.0 / 3 * A.dim**3)
+
+
+DENSE = register(
+    Method(
+        name="dense",
+        claim="both sides, to n u |A|",
+        price=_price,
+        solve=dense_ends,
+        automatic=lambda A: A.dim <= DENSE_LIMIT,
+        decides=True,
+        indefinite=True,
+        order=30,
+    )
+)
