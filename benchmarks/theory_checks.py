@@ -24,11 +24,10 @@ from torch import Tensor, nn
 import bnp_analysis as bnp
 from bnp_analysis.linalg import condition_number
 from bnp_analysis.network.moments import layer_moments
-from bnp_analysis.theory.statements.blocks import Whitened, check_blocks, random_case
-from bnp_analysis.theory.statements.generators import scalings
-from bnp_analysis.theory.statements.orbits import orbit_curve
 from bnp_analysis.theory.statements.setting import NotApplicable, Problem
+from bnp_analysis.theory.statements.spectra import Whitened, check_blocks, random_case
 from bnp_analysis.theory.statements.statistics import check_patch_statistics
+from bnp_analysis.theory.statements.symmetry import orbit_curve, scalings
 from bnp_analysis.training import fit
 
 cross_entropy = nn.functional.cross_entropy

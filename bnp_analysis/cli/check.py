@@ -9,8 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from bnp_analysis.cli.options import PRECONDITIONERS, problem_options, risk_of, write
-from bnp_analysis.theory.check import Check, CheckTable
-from bnp_analysis.theory.sources import Source, named
+from bnp_analysis.theory.check import Check, CheckTable, Source, named
 from bnp_analysis.theory.statements.rates import rates_of
 from bnp_analysis.theory.suite import check_theory
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from bnp_analysis.network.watching import transformed
+from bnp_analysis.network.observation import transformed
 
 # stride, padding, dilation, transposed, output padding, groups
 Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]

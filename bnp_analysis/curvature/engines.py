@@ -25,9 +25,9 @@ from bnp_analysis.errors import InvalidInputError, MemoryLimitError
 from bnp_analysis.linalg.derived import Restriction
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.network.batches import Batch, slice_batch
+from bnp_analysis.network.observation import transformed
 from bnp_analysis.network.parameters import Block, ParameterSpace
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.network.watching import transformed
 from bnp_analysis.runtime.float32 import full_float32
 from bnp_analysis.runtime.memory import available_memory
 from bnp_analysis.runtime.threads import LOCK

@@ -14,8 +14,8 @@ from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.kernels import derivative, recording
 from bnp_analysis.network.layer_kinds import Layer
+from bnp_analysis.network.precision import Perturbed
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.network.rounding import Perturbed
 from bnp_analysis.network.saturation import product_eps
 from bnp_analysis.network.smooth import SIGMOID, generic, watching
 from bnp_analysis.runtime.trees import tensors_of

@@ -10,7 +10,7 @@ another: those say nothing, and other steps are tried. A refusal needs two direc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,8 @@ _CANCELLED = 1e-6
 # Steps, as multiples of the best one for a smooth function.
 _STEPS = (1.0, 1 / 32, 1 / 1024)
 _MOST_TENSORS = 48
+# Of so few parameters the place of a trial is kept for the next: a copy of the model and of a few examples.
+_KEPT = 2**18
 
 Quotient = Callable[[float], dict[str, Tensor]]
 
@@ -100,8 +102,10 @@ def trial(risk: EmpiricalRisk) -> Trial | None:
                 # A loss in which the outputs cancel, as of saturated logits, is known to their rounding only.
                 rounded = value if value > _CANCELLED * width else width
                 causes = tuple(observer.stops), tuple(custom_functions(loss))
-                found = Trial(at, part, loss, leaves, eps, rounded, *causes)
-                return found if max(eps, torch.finfo(at.precision.dtype).eps) < 1e-5 else None
+                # Calls of functions show every cast, unless values leave torch or something is known to lower them.
+                hidden = place is one or risk.precision.outside or bool(risk.precision.cause)
+                coarsest = max(eps, torch.finfo(at.precision.dtype).eps if hidden else 0.0)
+                return Trial(at, part, loss, leaves, eps, rounded, *causes) if coarsest < 1e-5 else None
     return None
 
 
@@ -133,6 +137,8 @@ def require_gradient(risk: EmpiricalRisk) -> None:
             return compare(found, claimed, lambda h: {"": _slope(at, v, h)}, scale, spread + found.size)
 
         if any(agrees(found.direction(seed)) is not False for seed in (1, 2)):
+            if at.space.dim <= _KEPT:
+                risk.place = replace(found, loss=found.loss.detach(), leaves={})
             return
         names = list(at.space.names)
         wrong = [n for n in names[:_MOST_TENSORS] if agrees(found.direction(3, {n})) is False]
@@ -160,7 +166,8 @@ def require_second(
         return
     risk.tried.add(what)
     with random_state(device=risk.space.device):
-        found = trial(risk)
+        known = risk.place if risk.place is not None and risk.place.risk.space.names == risk.space.names else None
+        found = known or trial(risk)
         if found is None:
             return
         at, batch = found.risk, found.batch

@@ -50,6 +50,10 @@ _RECURRENT: list[_Switch] = [
 @contextmanager
 def recording() -> Iterator[None]:
     """Derivatives are recorded even where the caller has turned that off, with `no_grad` or `inference_mode`."""
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        with full_float32:
+            yield
+        return
     with full_float32, torch.inference_mode(False), torch.enable_grad():
         yield
 
@@ -153,16 +157,16 @@ def derivative(
     return found
 
 
-def nodes_of(tensors: Tensor | Iterable[Tensor]) -> set[torch.autograd.graph.Node]:
+def nodes_of(tensors: Tensor | Iterable[Tensor]) -> list[Any]:
     """The recorded operations behind some tensors."""
-    found: set[torch.autograd.graph.Node] = set()
+    found: dict[torch.autograd.graph.Node, None] = {}
     waiting = [t.grad_fn for t in ([tensors] if isinstance(tensors, Tensor) else tensors)]
     while waiting:
         node = waiting.pop()
         if node is not None and node not in found:
-            found.add(node)
+            found[node] = None
             waiting += [following for following, _ in node.next_functions]
-    return found
+    return [*found]
 
 
 def _once(node: torch.autograd.graph.Node) -> bool:

@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.kernels import derivative
 from bnp_analysis.network.layer_kinds import Layer, kind_of
+from bnp_analysis.network.observation import transformed, untransformed
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.network.watching import transformed, untransformed
 from bnp_analysis.runtime.trees import tensors_of
 
 # The functions by which torch's own layers multiply with their weights.

@@ -1,18 +1,25 @@
-"""What a pass uses beside its arguments: tensors of the caller's model, random numbers, what stops a gradient."""
+"""What a pass uses and shows: modules at work, random numbers, what stops a gradient, parameters read by a loss."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch
 from torch.overrides import TorchFunctionMode
 
+from bnp_analysis.errors import DerivativeError, InvalidInputError
+from bnp_analysis.network.kernels import nodes_of
+from bnp_analysis.network.snapshot import unwrap
 from bnp_analysis.runtime.trees import tensors_of
 
 # Functions whose derivative torch takes to be zero, or the identity.
@@ -29,8 +36,7 @@ class Observer(TorchFunctionMode):
     Attributes:
         read: names of the watched tensors that were arguments.
         generators: random generators that were passed on purpose.
-        names: of all functions that were called.
-        eps: the spacing of the coarsest floating-point numbers that were made.
+        dtypes: of all tensors that were made.
         stops: where a gradient was cut, a step function or a padding index used, `"detach at net.py:12"`.
     """
 
@@ -39,9 +45,13 @@ class Observer(TorchFunctionMode):
         self._watched = watched or {}
         self.read: dict[str, None] = {}
         self.generators: dict[int, torch.Generator] = {}
-        self.names: set[str] = set()
-        self.eps = 0.0
+        self.dtypes: set[torch.dtype] = set()
         self.stops: dict[str, None] = {}
+
+    @property
+    def eps(self) -> float:
+        """The spacing of the coarsest floating-point numbers that were made."""
+        return max((torch.finfo(d).eps for d in self.dtypes if d.is_floating_point), default=0.0)
 
     def __enter__(self) -> Observer:
         # What torch warns of would be said to come from here.
@@ -57,17 +67,17 @@ class Observer(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = tensors_of((list(args), kwargs))
-        self.read |= {self._watched[id(t)]: None for t in given if id(t) in self._watched}
+        given = tensors_of((args, kwargs) if kwargs else args)
+        if self._watched:
+            self.read |= {self._watched[id(t)]: None for t in given if id(t) in self._watched}
         self.generators |= {id(g): g for g in (*args, *kwargs.values()) if isinstance(g, torch.Generator)}
         out = func(*args, **kwargs)
+        made = tensors_of(out) if isinstance(out, Tensor | tuple | list) else []
+        self.dtypes |= {t.dtype for t in made}
         name = str(getattr(func, "__name__", func))
-        name = str(getattr(func.__self__, "__name__", name)) if name == "__get__" else name
-        self.names.add(name)
-        made = [t for t in tensors_of(out if isinstance(out, Tensor | tuple | list) else ()) if t.is_floating_point()]
-        self.eps = max([self.eps, *(torch.finfo(t.dtype).eps for t in made)])
-        cut = any(t.requires_grad for t in given) and any(not t.requires_grad for t in made)
+        cut = any(t.requires_grad for t in given) and any(t.is_floating_point() and not t.requires_grad for t in made)
         if cut or name in _STEPS or kwargs.get("padding_idx") is not None:
+            name = str(getattr(func.__self__, "__name__", name)) if name == "__get__" else name
             self.stops[_caller(name)] = None
         return out
 
@@ -89,18 +99,8 @@ def _caller(name: str) -> str:
 
 def custom_functions(outputs: Tensor) -> list[str]:
     """The names of the `autograd.Function`s in a recorded graph."""
-    found: dict[str, None] = {}
-    seen: set[Any] = set()
-    waiting = [outputs.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        waiting += [following for following, _ in node.next_functions]
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            found[node.name().removesuffix("Backward")] = None
-    return [*found]
+    custom = [node.name() for node in nodes_of(outputs) if hasattr(node, "_forward_cls")]
+    return [*dict.fromkeys(name.removesuffix("Backward") for name in custom)]
 
 
 def held_objects(roots: Iterable[Any], wanted: tuple[type, ...], depth: int = 6) -> Iterator[Any]:
@@ -150,3 +150,152 @@ def _empty(cell: Any) -> bool:
     except ValueError:
         return True
     return False
+
+
+Visit = Callable[[str, nn.Module, Any, Any], Tensor | None]
+
+
+@contextmanager
+def watched(model: nn.Module, visit: Visit, names: Iterable[str] | None) -> Iterator[None]:
+    """Meanwhile every forward pass of the named modules, default all, calls `visit(name, module, inputs, output)`."""
+    wanted = None if names is None else set(names)
+    handles: list[Any] = []
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    try:
+        for name, module in model.named_modules():
+            if wanted is None or name in wanted:
+
+                def hook(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> Any:
+                    return visit(name, module, (*args, *kwargs.values()), output)
+
+                handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        try:
+            remove()
+        except KeyboardInterrupt:
+            remove()
+            raise
+
+
+def transformed(t: Tensor) -> bool:
+    """Whether a tensor belongs to a transform of `torch.func` that runs at the moment."""
+    return _functorch.is_functorch_wrapped_tensor(t)
+
+
+def differentiable_part(t: Tensor) -> Tensor:
+    """The tensor inside transforms of `torch.func`, as it lies in the recorded graph outside of them.
+
+    Raises:
+        InvalidInputError: a batch of `vmap` that does not come first.
+    """
+    found = untransformed(t)
+    while transformed(t):
+        t = _functorch.get_unwrapped(t)
+    if t is not found:
+        raise InvalidInputError(
+            "a layer gives vmap its examples along another axis than the first, so they cannot be told apart in what "
+            "is recorded. Let vmap inside forward() have in_dims=0, or give the layer whole batches"
+        )
+    return t
+
+
+def untransformed(t: Tensor) -> Tensor:
+    """The numbers of a tensor inside transforms of `torch.func`, recorded where they are: batches of `vmap` come first.
+
+    Example:
+        >>> import torch
+        >>> seen = []
+        >>> def f(row):
+        ...     seen.append(untransformed(row))
+        ...     return row.sum()
+        >>> _ = torch.func.vmap(torch.func.grad(f))(torch.ones(3, 2))
+        >>> seen[0].shape
+        torch.Size([3, 2])
+    """
+    while transformed(t):
+        batch = _functorch.maybe_get_bdim(t) if _functorch.is_batchedtensor(t) else 0
+        t = _functorch.get_unwrapped(t)
+        t = t if batch == 0 else t.movedim(batch, 0)
+    return t
+
+
+def reads_model(loss: Callable[..., Any]) -> bool:
+    """Whether a loss takes the network: it has a third positional argument without a default.
+
+    Example:
+        >>> import torch
+        >>> reads_model(lambda output, y, model: output.mean()), reads_model(torch.nn.functional.cross_entropy)
+        (True, False)
+    """
+    try:
+        parameters = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters.values()
+    except (TypeError, ValueError):  # written in C, without a signature
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters) == 3
+
+
+class WithModel(nn.Module):
+    """A loss as a function of the network's parameters too: `functional_call` exchanges them for both."""
+
+    def __init__(self, loss: Callable[..., Tensor], model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = (loss,)  # no submodule: its tensors are constants
+
+    def forward(self, outputs: Tensor, y: Any) -> Tensor:
+        return self._loss[0](outputs, y, self.model)
+
+
+def live_tensors(loss: Callable[..., Any], model: nn.Module) -> dict[int, str]:
+    """The parameters of the caller's model by identity, for `require_own_tensors`.
+
+    Raises:
+        DerivativeError: the loss holds some of them, of which the risk would make copies.
+    """
+    live = {id(p): name for name, p in unwrap(model).named_parameters()}
+    _refuse([live[id(t)] for t in _held(loss) if id(t) in live])
+    return live
+
+
+def require_own_tensors(live: Mapping[int, str], observer: Observer, value: Tensor) -> None:
+    """Refuse a loss that reads parameters of the caller's model: those stay where they are when `theta` moves.
+
+    Args:
+        live: from `live_tensors`.
+        observer: what the evaluation of the loss called.
+        value: the loss, recorded.
+
+    Raises:
+        DerivativeError: names them.
+    """
+    leaves = [node.variable for node in nodes_of(value) if hasattr(node, "variable")]
+    _refuse([*dict.fromkeys([*observer.read, *(live[id(t)] for t in leaves if id(t) in live)])])
+
+
+def _refuse(read: list[str]) -> None:
+    if read:
+        raise DerivativeError(
+            f"the loss reads parameters of the model itself ({_few(read)}), by a closure or an attribute: they keep "
+            "their values when theta moves, so the risk would lack that term's change, and its gradient and curvature "
+            "the term. Let the loss take the network as a third argument, loss(output, y, model), and use that: "
+            "model.parameters() for a penalty, model(points) for a residual"
+        )
+
+
+def _held(loss: Any) -> list[Tensor]:
+    """The tensors that a loss holds, of which the risk makes copies."""
+    if isinstance(loss, nn.Module):
+        return list(loss.parameters())
+    if isinstance(loss, functools.partial):
+        return tensors_of((loss.args, loss.keywords)) + _held(loss.func)
+    return []
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

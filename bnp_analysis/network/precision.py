@@ -1,4 +1,4 @@
-"""In which precision a risk and its products are really computed, whatever the dtype of its parameters says."""
+"""In which precision a risk and its products are really computed, and how far rounding moves them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.kernels import recording
 from bnp_analysis.runtime.random import random_state
-from bnp_analysis.runtime.trees import tensors_of
+from bnp_analysis.runtime.trees import map_tensors, tensors_of
 
 if TYPE_CHECKING:
     from bnp_analysis.network.risk import EmpiricalRisk
@@ -40,6 +40,7 @@ class Precision:
         dtype: that dtype.
         cause: the operation and the module that lowered it; empty where it is the risk's own.
         noise: what was measured of a coarser dtype's rounding, relative: more where what it rounded cancels.
+        outside: whether values came from outside of torch, which may have passed through anything.
 
     Example:
         >>> print(Precision(torch.float32, "softmax in block.2"), Precision(torch.float64).eps == 2.0**-52)
@@ -49,6 +50,7 @@ class Precision:
     dtype: torch.dtype
     cause: str = ""
     noise: float = 0.0
+    outside: bool = False
 
     @property
     def eps(self) -> float:
@@ -84,10 +86,14 @@ def generic_point(risk: EmpiricalRisk) -> Tensor:
 
     Such are biases of zero, which put layers on the kink of a ReLU, and a zero output layer, which hides all below it.
     """
-    g = torch.Generator().manual_seed(0)
-    tensors = risk.space.unflatten(risk.theta).values()
-    noise = (0.01 * size_of(t) * torch.randn(t.shape, generator=g, dtype=torch.float64).to(t) for t in tensors)
-    return risk.theta + risk.space.flatten(noise)
+
+    def point() -> Tensor:
+        g = torch.Generator().manual_seed(0)
+        tensors = risk.space.unflatten(risk.theta).values()
+        noise = (0.01 * size_of(t) * torch.randn(t.shape, generator=g, dtype=torch.float64).to(t) for t in tensors)
+        return risk.theta + risk.space.flatten(noise)
+
+    return risk.remembered("generic point", point)
 
 
 def size_of(t: Tensor) -> float:
@@ -227,28 +233,28 @@ class _Record(TorchDispatchMode):
         self._constants: set[StorageWeakRef] = set()
         # Where a value came from outside of torch whose digits do not tell what it was rounded to.
         self.unknown = ""
+        self.outside = False
         self.causes: dict[torch.dtype, tuple[bool, str]] = {}
 
     def coarsest(self) -> Precision:
         """What was found."""
-        if not self.causes:
-            return Precision(self._own)
-        dtype = max(self.causes, key=lambda d: torch.finfo(d).eps)
-        return Precision(dtype, self.causes[dtype][1])
+        dtype = max(self.causes, key=lambda d: torch.finfo(d).eps, default=self._own)
+        return Precision(dtype, self.causes.get(dtype, (False, ""))[1], outside=self.outside)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # or torch would load its compiler
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = [t for t in tensors_of((args, kwargs or {})) if _has_digits(t)]
-        for t in inputs:
-            self._look(t)
-        dependent = any(_storage(t) in self._dependent for t in inputs)
+        inputs = [t for t in tensors_of((args, kwargs) if kwargs else args) if _has_digits(t)]
+        places = [_storage(t) for t in inputs]
+        for t, ref in zip(inputs, places, strict=True):
+            if ref is not None and ref not in self._seen:
+                self._look(t, ref)
         name = func.overloadpacket.__name__
         out = func(*args, **(kwargs or {}))
-        dependent = dependent and not (name.endswith("_like") or name.startswith("new_"))
-        foreign = {ref for t in inputs if (ref := _storage(t)) not in self._seen}
+        dependent = not (self._dependent.isdisjoint(places) or name.endswith("_like") or name.startswith("new_"))
+        foreign = {ref for ref in places if ref not in self._seen}
         for t in tensors_of(out):
             ref = _storage(t)
             if ref is None or not _has_digits(t):
@@ -267,16 +273,16 @@ class _Record(TorchDispatchMode):
             self._dependent.add(ref)
         return out
 
-    def _look(self, t: Tensor) -> None:
+    def _look(self, t: Tensor, ref: StorageWeakRef) -> None:
         """A tensor that no kernel has made came from outside; if a derivative goes through it, it is a value."""
-        ref = _storage(t)
-        if ref is None or ref in self._seen or (self.backward and (t.ndim == 0 or ref in self._constants)):
+        if self.backward and (t.ndim == 0 or ref in self._constants):
             return
         if not self.backward and (t._base if t._base is not None else t).is_leaf:
             self._constants.add(ref)
             return
         self._seen.add(ref)
         self._dependent.add(ref)
+        self.outside = True
         values = t.detach()
         for dtype in (t.dtype,) if self._coarse(t.dtype) else filter(self._coarse, _COARSE):
             # Whole numbers are masks, signs and counts.
@@ -311,3 +317,51 @@ def _storage(t: Tensor) -> StorageWeakRef | None:
     with suppress(RuntimeError):
         return StorageWeakRef(t.untyped_storage())  # type: ignore[no-untyped-call]
     return None
+
+
+class Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Every number that an operation computes is moved by one unit roundoff, up or down at random (CESTAC).
+
+    Source: Vignes 1993.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._generator = torch.Generator().manual_seed(seed)
+        # Whether finite numbers gave an infinite one: its reciprocal is a zero that means nothing.
+        self.overflowed = False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch would load its compiler
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        # Zeros without memory, which autograd makes, cannot be looked at.
+        inputs = [t for t in tensors_of((list(args), kwargs or {})) if not (t._is_zerotensor() or t.is_meta)]
+        given = {id(t) for t in inputs}
+        if any(bool(t.isinf().any()) for t in tensors_of([out]) if _has_numbers(t)):
+            numbers = [a for a in args if isinstance(a, float)]
+            finite = all(map(math.isfinite, numbers)) and not any(bool(t.isinf().any()) for t in inputs)
+            self.overflowed = self.overflowed or finite
+        if any(r.alias_info is not None for r in func._schema.returns) or not given:
+            return out
+        product = func.overloadpacket in (torch.ops.aten.mul, torch.ops.aten.div)
+        factors = [t for t in inputs if t.ndim] if product else []
+
+        def moved(t: Tensor) -> Tensor:
+            if id(t) in given or not _has_numbers(t):
+                return t
+            signs = torch.randint(0, 2, t.shape, generator=self._generator, dtype=torch.int8).to(t.device) * 2 - 1
+            number = torch.finfo(t.dtype)
+            # What underflows has an error as large as the least number, which a large factor may bring back.
+            lost = t.abs() < number.tiny
+            for factor in factors:
+                lost = lost & (factor != 0)
+            return t + signs * (t * number.eps + number.tiny * lost.to(t) * bool(factors))
+
+        return map_tensors(out, moved)
+
+
+def _has_numbers(t: Tensor) -> bool:
+    return t.is_floating_point() and not t._is_zerotensor() and not t.is_meta

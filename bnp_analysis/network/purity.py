@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnp_analysis.errors import InvalidInputError, StochasticModelError
-from bnp_analysis.network.batches import Batch, slice_batch
-from bnp_analysis.network.coupling import couples
+from bnp_analysis.network.batches import Batch, slice_batch, with_examples
 from bnp_analysis.network.kernels import recording
-from bnp_analysis.network.losses import require_own_tensors
-from bnp_analysis.network.observation import Observer, held_objects
+from bnp_analysis.network.observation import Observer, held_objects, require_own_tensors
 from bnp_analysis.network.precision import generic_point
-from bnp_analysis.network.randomness import extreme_draws
 from bnp_analysis.runtime.random import random_state
-from bnp_analysis.runtime.trees import tensors_of
+from bnp_analysis.runtime.trees import map_tensors, tensors_of
 
 if TYPE_CHECKING:
     from bnp_analysis.network.risk import EmpiricalRisk
@@ -312,3 +314,195 @@ def is_mean(risk: EmpiricalRisk, batch: Batch) -> bool | None:
         if abs(mean - float(whole)) <= max(1e-5, risk.eps**0.6) * scale:
             return True
     return False
+
+
+def couples(risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch, whole: Tensor) -> bool | None:
+    """Whether some example's output depends on another example; None where examples cannot be exchanged.
+
+    First the outputs of a random half beside copies of one of them, which shows batch statistics and decisions without
+    derivative that many examples take part in. Then any two examples, by derivatives: for independent ones, whose
+    Jacobian `J` has blocks on its diagonal alone, weights `a` of the examples come back as they are,
+    `J^T (a r) = a J^T r` for cotangents `r`, and with random weights for no others. Inputs without derivative (tokens)
+    are looked at where they first become numbers with one. Where this does not show independence (outputs in another
+    order, nothing to differentiate by), examples are replaced by others, all pairs told apart by the binary digits of
+    their index.
+    """
+    size = tensors_of(batch.x)[0].shape[0]
+    rows = [whole, *(t for t in tensors_of(batch.y) if t.ndim)]
+    if size < 2 or whole.ndim == 0 or any(t.shape[0] % size for t in rows) or not bool(torch.isfinite(whole).all()):
+        return None
+    index = torch.arange(size)
+    half = torch.randperm(size, generator=torch.Generator().manual_seed(0))[: (size + 1) // 2]
+    alone = torch.full((size,), int(half[0])).scatter(0, half, half)
+    if _changes(risk, tensors, batch, whole, alone, len(half)):
+        return True
+    with suppress(RuntimeError, ValueError, TypeError):  # an operation without derivative, or that refuses a gradient
+        if _apart(risk, tensors, batch, whole, size):
+            return False
+    for bit in range((size - 1).bit_length()):
+        for side in (0, 1):
+            partner = index ^ (1 << bit)
+            stays = (((index >> bit) & 1) == side) | (partner >= size)
+            if _changes(risk, tensors, batch, whole, torch.where(stays, index, partner), int(stays.sum())):
+                return True
+    return False
+
+
+def _changes(
+    risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch, whole: Tensor, index: Tensor, kept: int
+) -> bool:
+    """Whether the outputs of the `kept` examples change when others are replaced.
+
+    Rows of outputs may be in any order (examples may have several): as many must stay as belong to the kept ones.
+    """
+    with torch.no_grad():
+        mixed = risk.batch_outputs(tensors, with_examples(batch, index))
+    if mixed.shape != whole.shape:
+        return True
+    stays = (mixed - whole).abs() <= float(whole.abs().max()) * torch.finfo(whole.dtype).eps ** 0.5
+    whole_rows = stays.reshape(whole.shape[0], -1).all(dim=1)
+    return int(whole_rows.sum()) * len(index) < kept * whole.shape[0]
+
+
+class _Entrances(TorchFunctionMode):
+    """Finds where data first become floating-point numbers with one entry per example, and records from there on."""
+
+    def __init__(self, data: list[Tensor], size: int) -> None:
+        super().__init__()
+        self.found: list[Tensor] = []
+        self._size = size
+        self._alive = data  # a freed tensor's identity would be given to another
+        self._integers = {id(t) for t in data}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = tensors_of((list(args), kwargs))
+        entering = any(id(t) in self._integers for t in given) and not any(t.requires_grad for t in given)
+        out = func(*args, **kwargs)
+        if entering and isinstance(out, Tensor) and out.ndim and out.shape[0] == self._size:
+            if out.is_floating_point():
+                self.found.append(out.requires_grad_())
+            else:
+                self._integers.add(id(out))
+            self._alive.append(out)
+        return out
+
+
+@recording()
+def _apart(risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch, whole: Tensor, size: int) -> bool:
+    """Whether `J^T (a r) = a J^T r` for random `a` and `r`; False if there is nothing to differentiate by."""
+    own: list[Tensor] = []
+    integers: list[Tensor] = []
+
+    def given(t: Tensor) -> Tensor:
+        # Data are large: a copy only for a model that writes into them.
+        t = t.clone() if risk.inputs.written else t.detach()
+        if t.ndim and t.shape[0] == size:
+            (own if t.is_floating_point() else integers).append(t)
+        if not t.is_floating_point():
+            return t
+        t.requires_grad_()
+        return t.view_as(t) if risk.inputs.written else t
+
+    part = replace(batch, x=map_tensors(batch.x, given), own=True)
+    entrances = _Entrances(integers, size)
+    with entrances, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what the model does with inputs that have a derivative
+        outputs = risk.batch_outputs({name: t.detach() for name, t in tensors.items()}, part)
+    sources = [*own, *entrances.found]
+    if not sources or not outputs.requires_grad or outputs.shape != whole.shape:
+        return False
+    g = torch.Generator().manual_seed(0)
+    r = torch.randn(outputs.shape, generator=g, dtype=torch.float64).to(outputs)
+    a = (torch.rand(size, generator=g, dtype=torch.float64) + 0.5).to(outputs)
+    directions = [torch.randn(t[0].numel(), generator=g, dtype=torch.float64).to(t) for t in sources]
+
+    def pulled(u: Tensor) -> list[Tensor]:
+        """`J^T u` along a direction, one number per example for each source."""
+        found = torch.autograd.grad(outputs, sources, u, retain_graph=True, allow_unused=True)
+        return [
+            d.new_zeros(size) if t is None else t.reshape(size, -1) @ d for t, d in zip(found, directions, strict=True)
+        ]
+
+    plain = pulled(r)
+    if not any(bool(t.any()) for t in plain):
+        return False
+    each, tolerance = outputs.shape[0] // size, torch.finfo(outputs.dtype).eps ** 0.5
+    # Rows of outputs example by example, or position by position.
+    for weights in {1: [a]}.get(each, [a.repeat_interleave(each), a.repeat(each)]):
+        u = r * weights.view(-1, *[1] * (r.ndim - 1))
+        pairs = zip(pulled(u), plain, strict=True)
+        if all(float((p - a.to(q) * q).abs().max()) <= tolerance * float(q.abs().max()) for p, q in pairs):
+            return True
+    return False
+
+
+# Words of a generator's state that are chosen; the others are random, so that loops which reject draws come to an end.
+_CHOSEN, _WORDS = 480, 624
+
+
+@contextmanager
+def extreme_draws(which: int, device: torch.device | None = None) -> Iterator[None]:
+    """Meanwhile the global generators draw their smallest numbers (`which` 0), their largest (1) or a mixture (2, ...).
+
+    A decision `draw < p` falls both ways, however small `p` is: for Python, NumPy and torch on the CPU, whose
+    generators are Mersenne twisters with a state that can be chosen. On the first 480 words (240 numbers in float64).
+
+    Example:
+        >>> import random
+        >>> with extreme_draws(0):
+        ...     random.random() < 1e-12
+        True
+    """
+    own = np.random.RandomState(which)
+    words = own.randint(0, 2**32, _WORDS, dtype=np.uint64)
+    ends = np.array([0, 2**32 - 1], dtype=np.uint64)
+    pick = np.full(_CHOSEN, which) if which < 2 else own.randint(0, 3, _CHOSEN)
+    words[:_CHOSEN] = np.where(pick < 2, ends[np.minimum(pick, 1)], words[:_CHOSEN])
+    state = _untempered(words)
+    with random_state(seed=which, device=device), _Bernoulli(which):
+        random.setstate((3, (*(int(w) for w in state), 0), None))
+        np.random.set_state(("MT19937", state.astype(np.uint32), 0, 0, 0.0))  # noqa: NPY002
+        torch.set_rng_state(_torch_state(state))
+        yield
+
+
+def _untempered(y: np.ndarray) -> np.ndarray:
+    """The state words from which a Mersenne twister makes these numbers."""
+    y = y ^ (y >> np.uint64(18))
+    y = y ^ ((y << np.uint64(15)) & np.uint64(0xEFC60000))
+    x = y
+    for _ in range(4):
+        x = y ^ ((x << np.uint64(7)) & np.uint64(0x9D2C5680))
+    y = x
+    for _ in range(2):
+        x = y ^ (x >> np.uint64(11))
+    return x & np.uint64(0xFFFFFFFF)
+
+
+def _torch_state(words: np.ndarray) -> Tensor:
+    """A state of torch's generator: seed, numbers left, seeded, next, the words, normal numbers kept for later."""
+    state = torch.Generator().manual_seed(0).get_state().numpy()
+    state[8:12].view(np.int32)[0] = _WORDS
+    state[16:24].view(np.uint64)[0] = 0
+    state[24 : 24 + 8 * _WORDS].view(np.uint64)[:] = words
+    return torch.from_numpy(state)
+
+
+class _Bernoulli(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Masks of dropout, drawn by other generators than the states above, at one of their two ends."""
+
+    def __init__(self, which: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._which = which
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch would load its compiler
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self._which < 2 and func.overloadpacket is torch.ops.aten.bernoulli_ and len(args) > 1:
+            p = args[1]
+            out.copy_(torch.as_tensor(p > 0 if self._which else p >= 1))
+        return out

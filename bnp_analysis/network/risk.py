@@ -14,20 +14,24 @@ from bnp_analysis.distributed import ALONE, Group
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.operators import require_no_autocast
 from bnp_analysis.network.batches import Batch, Batches, Count, arguments
-from bnp_analysis.network.derivatives import require_gradient
-from bnp_analysis.network.identity import fingerprint
+from bnp_analysis.network.derivatives import Trial, require_gradient
 from bnp_analysis.network.kernels import derivative, explained, recording, with_differentiable_kernels
-from bnp_analysis.network.losses import WithModel, live_tensors, reads_model
 from bnp_analysis.network.model_io import Inputs, one_tensor
+from bnp_analysis.network.observation import (
+    Visit,
+    WithModel,
+    differentiable_part,
+    live_tensors,
+    reads_model,
+    untransformed,
+    watched,
+)
 from bnp_analysis.network.parameters import ParameterSpace
-from bnp_analysis.network.precision import find_precision
+from bnp_analysis.network.precision import Precision, find_precision
 from bnp_analysis.network.purity import require_mean_loss, require_pure
 from bnp_analysis.network.selection import choose_parameters
 from bnp_analysis.network.smooth import Accurate
-from bnp_analysis.network.snapshot import brought, snapshot, snapshot_loss
-from bnp_analysis.network.state import point, with_tensors
-from bnp_analysis.network.watching import Visit, differentiable_part, untransformed, watched
-from bnp_analysis.runtime.float32 import full_float32
+from bnp_analysis.network.snapshot import brought, fingerprint, point, snapshot, snapshot_loss, tied_names, with_tensors
 from bnp_analysis.runtime.threads import LOCK
 from bnp_analysis.runtime.trees import counterpart, map_tensors
 
@@ -112,6 +116,7 @@ class EmpiricalRisk:
         with group.together("the construction of a risk"):
             self._model = snapshot(model, dtype, device)
             self.output, self.inputs = output, Inputs()
+            self._tied = tied_names(self._model)
             self._recurrent = any(isinstance(m, nn.RNNBase) for m in self._model.modules())
             self.space = choose_parameters(self._model, params)
             self._model.requires_grad_(False)
@@ -124,11 +129,12 @@ class EmpiricalRisk:
             if at is not None:
                 self._move(at)
             self._cache: dict[str, Tensor] = {}
-            # Which second derivatives have been tried, for all risks made of this one.
+            # Which second derivatives have been tried, for all risks made of this one, and where gradients were.
             self.tried = set[str]()
+            self.place: Trial | None = None
             self._require_finite_parameters()
             self.group.require_same(lambda: fingerprint(self._model, self._loss, self.theta), "the risk")
-            self.precision = find_precision(self)
+            self._precision: Precision | None = find_precision(self)
             self.coupled = require_pure(self, live)
             _ = self.value
             self.inputs.settle()
@@ -225,8 +231,16 @@ class EmpiricalRisk:
         other._constants = {n: t.to(device=where, dtype=counterpart(t, dtype)) for n, t in self._constants.items()}
         other.batches = self.batches.to(dtype, where)
         other._cache = {}
-        other.precision = find_precision(other)
+        # Found when it is asked for; over several processes now, since all of them take part.
+        other._precision = None if other.group.size == 1 else find_precision(other)
         return other
+
+    @property
+    def precision(self) -> Precision:
+        """The coarsest dtype that the loss and its derivatives pass through, and what lowered it."""
+        if self._precision is None:
+            self._precision = find_precision(self)
+        return self._precision
 
     @property
     def eps(self) -> float:
@@ -264,7 +278,6 @@ class EmpiricalRisk:
         """Every parameter of the model at `theta`, free or constant, under its name."""
         return {**self._constants, **self.space.unflatten(self.theta)}
 
-    @full_float32
     def batch_outputs(self, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """`f(x; theta)` for a batch, at named tensors."""
         require_no_autocast(self.space.dtype, self.space.device, "the outputs of the model")
@@ -282,9 +295,11 @@ class EmpiricalRisk:
         # Copies, no operations of the network: batch statistics write into buffers (trap 2).
         with torch._C.DisableTorchFunction():
             buffers = {name: b.clone() for name, b in self._model.named_buffers()}
-        values = {prefix + name: t for name, t in {**self._constants, **tensors, **buffers}.items()}
+        values = {**self._constants, **tensors, **buffers}
+        values |= {other: values[name] for other, name in self._tied.items() if name in values}
+        values = {prefix + name: t for name, t in values.items()} if prefix else values
         return with_differentiable_kernels(
-            lambda: functional_call(module, values, args, kwargs), recurrent=self._recurrent
+            lambda: functional_call(module, values, args, kwargs, tie_weights=False), recurrent=self._recurrent
         )
 
     def batch_loss(self, outputs: Tensor, batch: Batch, tensors: Mapping[str, Tensor] | None = None) -> Tensor:

@@ -12,13 +12,13 @@ derivatives replaced by numbers of ordinary size: what is then zero is zero by a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode, handle_torch_function
+from torch.utils._python_dispatch import _disable_current_modes
 
 from bnp_analysis.network.forms import FORMS
 from bnp_analysis.runtime.trees import tensors_of
@@ -36,16 +37,20 @@ _MASKED = 1e4
 # Derivatives down to this are good to 32 roundings as `1 - y^2` and `y (1 - y)`, which every entry is granted.
 _COARSEST = 1 / 32
 
-Function = Callable[[Tensor], Tensor]
+Entrywise = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Rule:
-    """A function with its first two derivatives, entry by entry."""
+class Rule(NamedTuple):
+    """A function with its first two derivatives, entry by entry.
 
-    value: Function
-    slope: Function
-    curvature: Function
+    From `low` to `high` torch's own derivatives keep their digits, and its kernels are used.
+    """
+
+    value: Entrywise
+    slope: Entrywise
+    curvature: Entrywise
+    low: float = math.inf
+    high: float = -math.inf
 
 
 @dataclass(eq=False)
@@ -85,61 +90,51 @@ def watching(*, structural: bool = False) -> Iterator[Watch]:
         _WATCH.reset(token)
 
 
-class Smooth(torch.autograd.Function):
-    """`y = f(x)`, entry by entry."""
+class Function(torch.autograd.Function):
+    """Without what torch does at every call for defaults and transforms, where there are none."""
 
     generate_vmap_rule = True
 
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)  # type: ignore[no-untyped-call]
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
+
+class Smooth(Function):
+    """A derivative of a rule, entry by entry: of order 0 the function itself."""
+
     @staticmethod
-    def forward(x: Tensor, rule: Rule) -> Tensor:
-        return rule.value(x)
+    def forward(x: Tensor, rule: Rule, order: int) -> Tensor:
+        return rule[order](x)  # type: ignore[operator]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.rule = inputs
+        x, ctx.rule, ctx.order = inputs
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
-        (x,) = ctx.saved_tensors
-        return cotangents[0] * Slope.apply(x, ctx.rule), None  # type: ignore[no-untyped-call]
+        return cotangents[0] * Smooth.next(ctx), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
+        return tangents[0] * Smooth.next(ctx)
+
+    @staticmethod
+    def next(ctx: Any) -> Tensor:
+        """The derivative of the next order; the last one is made of torch's operations."""
         (x,) = ctx.saved_tensors
-        return tangents[0] * Slope.apply(x, ctx.rule)  # type: ignore[no-untyped-call]
-
-
-class Slope(torch.autograd.Function):
-    """`f'(x)`, entry by entry."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, rule: Rule) -> Tensor:
-        return rule.slope(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.rule = inputs
-        ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Any) -> Any:
-        (x,) = ctx.saved_tensors
-        return cotangents[0] * ctx.rule.curvature(x), None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        (x,) = ctx.saved_tensors
-        return tangents[0] * ctx.rule.curvature(x)
+        if ctx.order == 1 or not (torch.is_grad_enabled() or is_functorch_wrapped_tensor(x)):
+            return ctx.rule[ctx.order + 1](x)  # type: ignore[no-any-return]
+        return cast(Tensor, Smooth.apply(x, ctx.rule, ctx.order + 1))
 
 
 def smooth(x: Tensor, rule: Rule) -> Tensor:
     """`f(x)` with the derivatives of its rule."""
-    return cast(Tensor, Smooth.apply(x, rule))  # type: ignore[no-untyped-call]
+    return cast(Tensor, Smooth.apply(x, rule, 0))
 
 
 def _sigmoid(x: Tensor) -> Tensor:
@@ -155,13 +150,33 @@ def _bell(x: Tensor) -> Tensor:
     return _sigmoid(x) * _sigmoid(-x)
 
 
+def _mostly(plain: Entrywise, exact: Entrywise, far: Entrywise, x: Tensor) -> Tensor:
+    """`exact(x)`, by cheaper operations but in the few places where those lose digits."""
+    if is_functorch_wrapped_tensor(x) or (x.requires_grad and torch.is_grad_enabled()):
+        return exact(x)
+    found, places = plain(x), far(x).nonzero(as_tuple=True)
+    if len(places[0]):
+        found[places] = exact(x[places])
+    return found
+
+
 def _density(x: Tensor) -> Tensor:
-    """The normal density; its exponent in two parts, of which the larger is exact."""
+    """The normal density."""
+    return _mostly(lambda z: torch.exp(-z * z / 2) / math.sqrt(2 * math.pi), _far_density, lambda z: z.abs() > 2, x)
+
+
+def _far_density(x: Tensor) -> Tensor:
+    """Its exponent in two parts, of which the larger is exact."""
     coarse = (x.detach().clamp(-64, 64) * 16).round() / 16
     return torch.exp(-coarse * coarse / 2) * torch.exp(-(x - coarse) * (x + coarse) / 2) / math.sqrt(2 * math.pi)
 
 
 def _gelu_slope(x: Tensor) -> Tensor:
+    plain = torch.ops.aten.gelu_backward
+    return _mostly(lambda z: plain(torch.ones_like(z), z), _gelu_far_slope, lambda z: z < GELU.low, x)
+
+
+def _gelu_far_slope(x: Tensor) -> Tensor:
     size = x.abs()
     tail = _density(size) * (torch.special.erfcx(size / math.sqrt(2)) / _ROOT - size)
     return torch.where(x < 0, tail, 1 - tail)
@@ -202,32 +217,38 @@ def _mish_curvature(x: Tensor) -> Tensor:
     return d * (2 + x * (_sigmoid(-x) - 2 * t * _sigmoid(x)))
 
 
-SIGMOID = Rule(torch.sigmoid, _bell, lambda x: -_bell(x) * _tanh(x / 2))
-TANH = Rule(torch.tanh, lambda x: 4 * _bell(2 * x), lambda x: -8 * _bell(2 * x) * _tanh(x))
-LOGSIGMOID = Rule(F.logsigmoid, lambda x: _sigmoid(-x), lambda x: -_bell(x))
+_ALL = -math.inf, math.inf
+SIGMOID = Rule(torch.sigmoid, _bell, lambda x: -_bell(x) * _tanh(x / 2), -math.inf, 2.5)
+TANH = Rule(torch.tanh, lambda x: 4 * _bell(2 * x), lambda x: -8 * _bell(2 * x) * _tanh(x), -2.0, 2.0)
+LOGSIGMOID = Rule(F.logsigmoid, lambda x: _sigmoid(-x), lambda x: -_bell(x), -math.inf, 2.5)
 SILU = Rule(
-    F.silu, lambda x: _sigmoid(x) * (1 + x * _sigmoid(-x)), lambda x: _bell(x) * (2 - x * _tanh(x / 2))
-)  # fmt: skip
-MISH = Rule(F.mish, _mish_slope, _mish_curvature)
-GELU = Rule(F.gelu, _gelu_slope, lambda x: _density(x) * (2 - x * x))
-GELU_TANH = Rule(partial(F.gelu, approximate="tanh"), _gelu_tanh_slope, _gelu_tanh_curvature)
-EXP = Rule(torch.exp, torch.exp, torch.exp)
-ERF = Rule(torch.erf, _erf_slope, lambda x: -2 * x * _erf_slope(x))
-EXPM1 = Rule(torch.expm1, torch.exp, torch.exp)
-EXP2 = Rule(torch.exp2, lambda x: _LN2 * torch.exp2(x), lambda x: _LN2**2 * torch.exp2(x))
-ERFC = Rule(torch.erfc, lambda x: -_erf_slope(x), lambda x: 2 * x * _erf_slope(x))
-NDTR = Rule(torch.special.ndtr, _density, lambda x: -x * _density(x))
-SOFTSIGN = Rule(F.softsign, lambda x: (1 + x.abs()) ** -2, lambda x: -2 * x.sign() * (1 + x.abs()) ** -3)
+    F.silu,
+    lambda x: _sigmoid(x) * (1 + x * _sigmoid(-x)),
+    lambda x: _bell(x) * (2 - x * _tanh(x / 2)),
+    -math.inf,
+    2.5,
+)
+MISH = Rule(F.mish, _mish_slope, _mish_curvature, -2.0, 2.0)
+GELU = Rule(F.gelu, _gelu_slope, lambda x: _density(x) * (2 - x * x), -2.0, math.inf)
+GELU_TANH = Rule(partial(F.gelu, approximate="tanh"), _gelu_tanh_slope, _gelu_tanh_curvature, -2.0, 2.0)
+EXP = Rule(torch.exp, torch.exp, torch.exp, *_ALL)
+ERF = Rule(torch.erf, _erf_slope, lambda x: -2 * x * _erf_slope(x), *_ALL)
+EXPM1 = Rule(torch.expm1, torch.exp, torch.exp, -3.0, math.inf)
+EXP2 = Rule(torch.exp2, lambda x: _LN2 * torch.exp2(x), lambda x: _LN2**2 * torch.exp2(x), *_ALL)
+ERFC = Rule(torch.erfc, lambda x: -_erf_slope(x), lambda x: 2 * x * _erf_slope(x), *_ALL)
+NDTR = Rule(torch.special.ndtr, _density, lambda x: -x * _density(x), *_ALL)
+SOFTSIGN = Rule(F.softsign, lambda x: (1 + x.abs()) ** -2, lambda x: -2 * x.sign() * (1 + x.abs()) ** -3, -8.0, 8.0)
 TANHSHRINK = Rule(F.tanhshrink, lambda x: _tanh(x) ** 2, lambda x: 8 * _tanh(x) * _bell(2 * x))
 
 
 def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Rule:
     # torch goes over to x where the difference is rounding; the second derivative has not gone yet.
     value = partial(F.softplus, beta=beta, threshold=threshold)
-    return Rule(value, lambda x: _sigmoid(beta * x), lambda x: beta * _bell(beta * x))
+    high = 2.5 / beta if beta > 0 else -math.inf
+    return Rule(value, lambda x: _sigmoid(beta * x), lambda x: beta * _bell(beta * x), -math.inf, high)
 
 
-def _exponential(scale: float, alpha: float, width: float, value: Function) -> Rule:
+def _exponential(scale: float, alpha: float, width: float, value: Entrywise) -> Rule:
     """`scale x` above zero, `scale alpha (exp(x / width) - 1)` below."""
 
     def below(x: Tensor) -> Tensor:
@@ -237,6 +258,7 @@ def _exponential(scale: float, alpha: float, width: float, value: Function) -> R
         value,
         lambda x: torch.where(x > 0, scale, below(x)),
         lambda x: torch.where(x > 0, 0.0, below(x) / width),
+        *_ALL,
     )
 
 
@@ -292,10 +314,6 @@ for _name, _make in {
     "selu": _selu,
 }.items():
     _RULES |= dict.fromkeys(_all(_name), _make)
-# Accurate in torch, where they do not write over their argument.
-_ACCURATE = {
-    f for name in ("elu", "celu", "selu", "exp", "exp2", "erf", "erfc", "ndtr") for f in _all(name, inplace=False)
-}
 
 
 def generic(x: Tensor) -> Tensor:
@@ -308,10 +326,24 @@ def _structural(rule: Rule) -> Rule:
     return Rule(rule.value, generic, lambda x: generic(x) + 0.25)
 
 
-class Softmax(torch.autograd.Function):
-    """The softmax along an axis; cotangents are taken relative to that of the largest entry, so nothing cancels."""
+def _ordinary(x: Tensor, low: float, high: float) -> bool:
+    """Whether torch's derivatives may be used: none is asked for, or all entries lie between bounds."""
+    if is_functorch_wrapped_tensor(x):  # whose numbers cannot be looked at
+        return low == -math.inf and high == math.inf
+    if not x.requires_grad or not x.numel():
+        return True
+    with _unseen():
+        z = x.detach()
+        return (low == -math.inf or float(z.amin()) >= low) and (high == math.inf or float(z.amax()) <= high)
 
-    generate_vmap_rule = True
+
+def _unseen() -> AbstractContextManager[Any]:
+    """What chooses between two ways of computing is no part of what is recorded, or tried with other roundings."""
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
+
+
+class Softmax(Function):
+    """The softmax along an axis; cotangents are taken relative to that of the largest entry, so nothing cancels."""
 
     @staticmethod
     def forward(x: Tensor, dim: int, structural: bool) -> Tensor:
@@ -335,10 +367,8 @@ class Softmax(torch.autograd.Function):
         return p * _centred(tangents[0], p, ctx.dim)
 
 
-class LogSoftmax(torch.autograd.Function):
+class LogSoftmax(Function):
     """The logarithm of the softmax along an axis."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, dim: int, structural: bool) -> Tensor:
@@ -359,19 +389,17 @@ class LogSoftmax(torch.autograd.Function):
                 p = _unsaturated(x, ctx.dim) if ctx.structural else logarithms.exp()
                 ctx.kept = _Probabilities.of(p, ctx.dim)
             return ctx.kept.pull(cotangents[0]), None, None
-        return LogSoftmaxPullback.apply(cotangents[0], x, ctx.dim, ctx.structural), None, None  # type: ignore[no-untyped-call]
+        return LogSoftmaxPullback.apply(cotangents[0], x, ctx.dim, ctx.structural), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         (x,) = ctx.saved_tensors
-        p = Softmax.apply(x, ctx.dim, ctx.structural)  # type: ignore[no-untyped-call]
+        p = Softmax.apply(x, ctx.dim, ctx.structural)
         return _centred(tangents[0], p, ctx.dim)
 
 
-class LogSoftmaxPullback(torch.autograd.Function):
+class LogSoftmaxPullback(Function):
     """`g - p sum g`, the first derivative of `LogSoftmax`."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(g: Tensor, x: Tensor, dim: int, structural: bool) -> Tensor:
@@ -388,7 +416,7 @@ class LogSoftmaxPullback(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Any) -> Any:
         g, x = ctx.saved_tensors
         if torch.is_grad_enabled() or any(is_functorch_wrapped_tensor(t) for t in (g, x)):
-            p = Softmax.apply(x, ctx.dim, ctx.structural)  # type: ignore[no-untyped-call]
+            p = Softmax.apply(x, ctx.dim, ctx.structural)
             top, scale = p.argmax(ctx.dim, keepdim=True), -g.sum(ctx.dim, keepdim=True) * p
         else:  # a kept graph is run backwards many times, with the same softmax
             if ctx.kept is None:
@@ -434,37 +462,8 @@ def _unsaturated(x: Tensor, dim: int) -> Tensor:
     return torch.softmax(torch.zeros_like(x).masked_fill(masked, -math.inf), dim)
 
 
-class LogSumExp(torch.autograd.Function):
-    """The logarithm of the sum of exponentials along an axis; its derivative is the softmax."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, dim: int, structural: bool) -> Tensor:
-        return torch.logsumexp(x, dim, keepdim=True)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.dim, ctx.structural = inputs
-        ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Any) -> Any:
-        (x,) = ctx.saved_tensors
-        return cotangents[0] * Softmax.apply(x, ctx.dim, ctx.structural), None, None  # type: ignore[no-untyped-call]
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        (x,) = ctx.saved_tensors
-        p = Softmax.apply(x, ctx.dim, ctx.structural)  # type: ignore[no-untyped-call]
-        return (tangents[0] * p).sum(ctx.dim, keepdim=True)
-
-
-class Valued(torch.autograd.Function):
+class Valued(Function):
     """The value of one computation with the derivatives of another."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(value: Tensor, formula: Tensor) -> Tensor:
@@ -486,7 +485,7 @@ class Valued(torch.autograd.Function):
 def _valued(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], formula: Tensor) -> Tensor:
     with torch.no_grad():
         value = func(*args, **kwargs)
-    return cast(Tensor, Valued.apply(value.detach(), formula))  # type: ignore[no-untyped-call]
+    return cast(Tensor, Valued.apply(value.detach(), formula))
 
 
 def _entrywise(func: Any, x: Tensor, *rest: Any, inplace: bool = False, **kwargs: Any) -> Tensor:
@@ -494,9 +493,9 @@ def _entrywise(func: Any, x: Tensor, *rest: Any, inplace: bool = False, **kwargs
     if rest and isinstance(rest[-1], bool):
         *rest, inplace = rest  # type: ignore[assignment]
     inplace = inplace or func.__name__.endswith("_")
-    if func in _ACCURATE and watch is None and not inplace:
-        return cast(Tensor, func(x, *rest, **kwargs))
     rule = _RULES[func](*rest, **kwargs)
+    if watch is None and not inplace and _ordinary(x, rule.low, rule.high):
+        return cast(Tensor, func(x, *rest, **kwargs))
     if watch is not None:
         _note(watch, x, rule)
         rule = _structural(rule) if watch.structural else rule
@@ -531,7 +530,12 @@ def _softmaxed(made: Any, func: Any, x: Tensor, dim: int | None = None, *rest: A
     if dim is None or x.ndim == 0:
         return cast(Tensor, func(x, dim, *rest, **kwargs))
     x = x if dtype is None else x.to(dtype)
-    if watch is not None:
+    if watch is None:
+        if not is_functorch_wrapped_tensor(x):
+            found = cast(Tensor, func(x, dim))
+            if not (x.requires_grad and _nearly_certain(x.detach(), found.detach(), dim, made is not Softmax)):
+                return found
+    else:
         with torch.no_grad():
             if x.requires_grad:
                 watch.edges.append(get_gradient_edge(x))
@@ -544,11 +548,23 @@ def _softmaxed(made: Any, func: Any, x: Tensor, dim: int | None = None, *rest: A
     return cast(Tensor, made.apply(x, dim, watch is not None and watch.structural))
 
 
+def _nearly_certain(x: Tensor, p: Tensor, dim: int, log: bool) -> bool:
+    """Whether some softmax of logits `x`, `p` or its logarithm, is nearly 1, and by no mask that leaves one alone."""
+    most = math.log1p(-_COARSEST) if log else 1 - _COARSEST
+    with _unseen():
+        if not p.numel() or bool(p.max() <= most):
+            return False
+        return not bool((p.amax(dim) <= most).logical_or((x > -math.inf).sum(dim) == 1).all())
+
+
 def _log_sum_exp(func: Any, x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
     if not isinstance(dim, int) or x.ndim == 0 or not bool(torch.isfinite(x).all()):
         return cast(Tensor, func(x, dim, keepdim))
-    out = _softmaxed(LogSumExp, func, x, dim)
-    return out if keepdim else out.squeeze(dim)
+    logs = _softmaxed(LogSoftmax, torch.log_softmax, x, dim)
+    # Of the largest entry, so that the difference has the softmax for its derivative, without cancellation.
+    top = x.detach().argmax(dim, keepdim=True)
+    formula = x.gather(dim, top) - logs.gather(dim, top)
+    return _valued(func, (x, dim, keepdim), {}, formula if keepdim else formula.squeeze(dim))
 
 
 def _log_add_exp(func: Any, a: Tensor, b: Tensor) -> Tensor:
@@ -570,7 +586,8 @@ def _binary_cross_entropy(
 ) -> Tensor:
     given = {k: v for k, v in kwargs.items() if v is not None}
     args = (z, y, weight)
-    if old or given.keys() - {"reduction", "pos_weight"} or y.requires_grad:
+    plain = _WATCH.get() is None and _ordinary(z, -2.5, 2.5)
+    if plain or old or given.keys() - {"reduction", "pos_weight"} or y.requires_grad:
         return cast(Tensor, func(*args, *old, **kwargs))
     ups = y if given.get("pos_weight") is None else y * given["pos_weight"]
     loss = (1 - y) * _softplus_of(z) + ups * _softplus_of(-z)
@@ -650,13 +667,11 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    kwargs = {"scale": scale, "enable_gqa": enable_gqa}
-    args = (q, k, v, attn_mask, dropout_p, is_causal)
-    if dropout_p:
-        return cast(Tensor, func(*args, **kwargs))
-    root = (scale if scale is not None else 1 / math.sqrt(q.shape[-1])) ** 0.5 if (scale or 1) > 0 else None
-    if root is None or q.is_nested:
-        return cast(Tensor, func(*args, **kwargs))
+    if dropout_p or q.is_nested or (scale is not None and scale <= 0):
+        given = {"scale": scale, "enable_gqa": enable_gqa}
+        return cast(Tensor, func(q, k, v, attn_mask, dropout_p, is_causal, **given))
+    # As torch's math kernel computes it, whose values these are.
+    root = math.sqrt(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     if enable_gqa:
         k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
     logits = (q * root) @ (k * root).transpose(-2, -1)
@@ -669,7 +684,7 @@ def _attention(
     if mask is not None:
         # A row with nothing to attend to gives zeros.
         p = torch.where((logits == -math.inf).all(-1, keepdim=True), 0.0, p)
-    return _valued(func, args, kwargs, p @ v)
+    return p @ v
 
 
 def _tanh_unit(x: Tensor, state: list[Tensor], w: Tensor, u: Tensor, *b: Tensor) -> list[Tensor]:
@@ -737,7 +752,7 @@ def _gated(make: Callable[..., list[Tensor] | None], func: Any, *args: Any) -> A
         return _valued(func, args, {}, formulas[0])
     with torch.no_grad():
         values = func(*args)
-    return tuple(Valued.apply(v.detach(), f) for v, f in zip(values, formulas, strict=True))  # type: ignore[no-untyped-call]
+    return tuple(Valued.apply(v.detach(), f) for v, f in zip(values, formulas, strict=True))
 
 
 def _named(func: Any, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -775,33 +790,21 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
     },
     F.scaled_dot_product_attention: _named(F.scaled_dot_product_attention, _attention),
 }
-# Read through to the calls inside.
-COMPOSITE = {F.multi_head_attention_forward, F.multilabel_soft_margin_loss, F.softmin}
 
 
 class Accurate(TorchFunctionMode):
     """Functions called inside have torch's values, and derivatives of any order that keep their digits."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in COMPOSITE or func in FORMS:
+        if (replacement := _REPLACED.get(func)) is not None:
+            if (torch.is_grad_enabled() or _WATCH.get()) and _plain(args) and kwargs.get("out") is None:
+                if torch._C._len_torch_function_stack():
+                    return handle_torch_function(replacement, (args[0],), *args, **kwargs)
+                return replacement(*args, **kwargs)
+        elif (inside := _INSIDE.get(func)) is not None:
             with self:
-                return (FORMS.get(func) or opened(func))(*args, **kwargs)
-        if (
-            func in _REPLACED
-            and (torch.is_grad_enabled() or _WATCH.get())
-            and _plain(args)
-            and kwargs.get("out") is None
-        ):
-            if torch._C._len_torch_function_stack():
-                return handle_torch_function(_REPLACED[func], (args[0],), *args, **kwargs)
-            return _REPLACED[func](*args, **kwargs)
+                return inside(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -817,3 +820,8 @@ def opened(func: Any) -> Any:
     copy = FunctionType(func.__code__, space, func.__name__, func.__defaults__, func.__closure__)
     copy.__kwdefaults__ = func.__kwdefaults__
     return copy
+
+
+# Read through to the calls inside.
+COMPOSITE = {F.multi_head_attention_forward, F.multilabel_soft_margin_loss, F.softmin}
+_INSIDE = {func: opened(func) for func in COMPOSITE} | FORMS

@@ -1,4 +1,4 @@
-"""A private copy of a user's model: nothing done to it reaches the original, and the other way round."""
+"""A private copy of a user's model: nothing done to it reaches the original; its state, and what identifies it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from bnp_analysis.distributed.group import digest
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.network.names import clean_name
+from bnp_analysis.network.names import NameIndex, clean_name
+from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.runtime.trees import counterpart, map_tensors
 
-__all__ = ["brought", "clean_name", "snapshot", "snapshot_loss", "unwrap"]
+__all__ = ["brought", "clean_name", "snapshot", "snapshot_loss", "tied_names", "unwrap"]
 
 
 def snapshot(model: nn.Module, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Module:
@@ -136,6 +138,19 @@ def snapshot_loss(loss: Callable[..., Any], dtype: torch.dtype, device: torch.de
     return loss
 
 
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Further names of parameters and buffers that have several -> the first.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> tied_names(nn.Sequential(layer, layer))
+        {'1.weight': '0.weight', '1.bias': '0.bias'}
+    """
+    first: dict[int, str] = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: first[id(t)] for name, t in named if first.setdefault(id(t), name) != name}
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
     while True:
@@ -158,3 +173,108 @@ def _unwrap_children(module: nn.Module) -> None:
         if inner is not child:
             setattr(module, name, inner)
         _unwrap_children(inner)
+
+
+_MISFIT = "It comes from another architecture, or under other names"
+
+
+def fit_state(
+    state: Mapping[str, Any], model: nn.Module, space: ParameterSpace
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Sort a state dict by the tensors of a model: those of the space, and the rest (constants, buffers).
+
+    Names lose wrappers (`module.`, `_orig_mod.`); the names of a tied tensor count as one.
+
+    Raises:
+        InvalidInputError: missing, unknown or ambiguous names, other shapes, tied tensors that differ.
+    """
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    first: dict[int, str] = {}
+    canonical = {name: first.setdefault(id(t), name) for name, t in tensors.items()}
+    index = NameIndex(tensors)
+    found: dict[str, Tensor] = {}
+    unknown = []
+    for given, value in state.items():
+        name = index.find(given)
+        if name is None or not isinstance(value, Tensor):
+            if not given.endswith("_extra_state"):
+                unknown.append(given)
+            continue
+        listed = space.canonical(name) if name in space else canonical[name]
+        if value.shape != tensors[name].shape:
+            shapes = f"{tuple(value.shape)} in the state, {tuple(tensors[name].shape)} in the model"
+            raise InvalidInputError(f"{name} has shape {shapes}. {_MISFIT}")
+        if listed in found and not torch.equal(found[listed], value):
+            raise InvalidInputError(f"{given} is tied to {listed} in the model, but the state has two values for them")
+        found[listed] = value.detach()
+    missing = [name for name in space.names if name not in found]
+    if unknown or missing:
+        raise InvalidInputError(
+            "the state does not fit the model. "
+            + (f"Missing: {', '.join(missing)}. " if missing else "")
+            + (f"Unknown: {', '.join(unknown)}. " if unknown else "")
+            + _MISFIT
+        )
+    return (
+        {name: t for name, t in found.items() if name in space},
+        {name: t.clone() for name, t in found.items() if name not in space},
+    )
+
+
+def point(
+    at: Tensor | Mapping[str, Tensor], model: nn.Module, space: ParameterSpace
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A point `(n,)` of the space, from a flat vector or a state dict; and the rest of the state."""
+    if isinstance(at, Tensor):
+        if at.shape != (space.dim,):
+            raise InvalidInputError(f"theta must be ({space.dim},), got {tuple(at.shape)}")
+        return at.detach().to(dtype=space.dtype, device=space.device).clone(), {}
+    if not isinstance(at, Mapping):
+        raise InvalidInputError(f"a point is a flat tensor or a state dict, not {type(at).__name__}")
+    free, rest = fit_state(at, model, space)
+    return space.flatten(free).to(dtype=space.dtype, device=space.device).clone(), rest
+
+
+def with_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the model with other values in some of its parameters and buffers."""
+    other = copy.deepcopy(model)
+    tensors = dict(other.named_parameters()) | dict(other.named_buffers())
+    with torch.no_grad():
+        for name, t in values.items():
+            tensors[name].copy_(t)
+    return other
+
+
+def fingerprint(model: nn.Module, loss: Callable[..., Any], theta: Tensor) -> dict[str, Any]:
+    """Name -> a value to compare: of the model, its tensors and modes, the loss, and the point.
+
+    What functions close over stays unseen.
+    """
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {
+        "the model": f"{model!r} {_settings(model)}",
+        "the train flags": "".join("te"[not m.training] for m in model.modules()),
+        "the names and shapes of tensors": {name: tuple(t.shape) for name, t in tensors.items()},
+        "the dtype and kind of device": f"{theta.dtype} on {theta.device.type}",
+        "the loss": _described(loss),
+        "the point theta": digest(theta),
+        "what the tensors hold": [digest(t) for t in tensors.values()],
+    }
+
+
+def _described(loss: Callable[..., Any]) -> str:
+    if isinstance(loss, nn.Module):
+        return f"{_settings(loss)} {[digest(t) for t in loss.state_dict().values() if isinstance(t, Tensor)]}"
+    if isinstance(loss, functools.partial):
+        held = [digest(v) if isinstance(v, Tensor) else repr(v) for v in (*loss.args, *loss.keywords.values())]
+        return f"{_described(loss.func)} {held} {[*loss.keywords]}"
+    return str(getattr(loss, "__qualname__", type(loss).__qualname__))
+
+
+def _settings(root: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:
+    """The numbers and words that modules hold beside their tensors: not all of them are in their `repr`."""
+    plain = (bool, int, float, str, type(None))
+    return [
+        (name, type(m).__qualname__, {k: v for k, v in vars(m).items() if isinstance(v, plain) and k != "training"})
+        for name, m in root.named_modules()
+    ]

@@ -38,10 +38,16 @@ def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
 def tensors_of(value: Any) -> list[Tensor]:
     """Every tensor inside tuples, lists and dicts, in order."""
     found: list[Tensor] = []
-
-    def note(t: Tensor) -> Tensor:
-        found.append(t)
-        return t
-
-    map_tensors(value, note)
+    _collect(value, found)
     return found
+
+
+def _collect(value: Any, found: list[Tensor]) -> None:
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif isinstance(value, tuple | list):
+        for part in value:
+            _collect(part, found)
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            _collect(part, found)

@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.kernels import derivative, recording
+from bnp_analysis.network.observation import transformed
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.smooth import COMPOSITE, opened, watching
-from bnp_analysis.network.watching import transformed
 from bnp_analysis.runtime.trees import map_tensors, tensors_of
 from bnp_analysis.symmetry.graph import Call, Graph, Name, Node, Operation, Slot
 from bnp_analysis.symmetry.operations import ARGUMENTS, OPERATIONS

@@ -1,10 +1,10 @@
 """The convergence theory as checks: what a statement predicts, what is observed, and whether it holds."""
 
+from __future__ import annotations
+
 from bnp_analysis.theory import problems
 from bnp_analysis.theory.check import Check, CheckTable
-from bnp_analysis.theory.rates.convergence import ConvergenceCheck, check_convergence_rate
-from bnp_analysis.theory.rates.gain import check_bnp_gain
-from bnp_analysis.theory.rates.options import RateOptions
+from bnp_analysis.theory.rates.convergence import ConvergenceCheck, RateOptions, check_bnp_gain, check_convergence_rate
 from bnp_analysis.theory.suite import check_theory
 
 __all__ = [

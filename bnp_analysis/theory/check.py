@@ -1,17 +1,20 @@
-"""What a checked statement leaves: prediction, observation, verdict, and the hypotheses under which it speaks."""
+"""What a checked statement leaves, prediction, observation and verdict; and which statements there are, by name."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.results import Result
 
 NOT_APPLICABLE = "not applicable"
-RELATIONS = {"=": "equals", "<=": "is at most", ">=": "is at least"}
+RELATIONS = ("=", "<=", ">=")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -24,7 +27,7 @@ class Check(Result):
 
     Attributes:
         statement: the statement in words, one sentence.
-        source: its name in the paper or number in the theory, `"Theorem 4 (T7)"`; see `theory.sources.Source`.
+        source: its name in the paper or number in the theory, `"Theorem 4 (T7)"`; see `theory.check.Source`.
         holds: True, False, or None for *not applicable*.
         predicted, observed: what is compared, NaN where not applicable.
         relation: what is claimed, `observed = predicted`, `<=` or `>=`.
@@ -86,16 +89,8 @@ class Check(Result):
         slack = tolerance * size if math.isfinite(size) else 0.0
         excess = observed - predicted if observed != predicted else 0.0
         holds = {"=": abs(excess) <= slack, "<=": excess <= slack, ">=": -excess <= slack}[relation]
-        return cls(
-            statement=statement,
-            source=str(source),
-            holds=holds,
-            predicted=float(predicted),
-            observed=float(observed),
-            relation=relation,
-            tolerance=tolerance,
-            **more,
-        )
+        numbers: dict[str, Any] = {"predicted": float(predicted), "observed": float(observed), "tolerance": tolerance}
+        return cls(statement=statement, source=str(source), holds=holds, relation=relation, **numbers, **more)
 
     @classmethod
     def not_applicable(cls, statement: str, source: str, reason: str, **more: Any) -> Check:
@@ -125,17 +120,8 @@ class Check(Result):
 
     def records(self) -> list[dict[str, Any]]:
         """The check as a row of a table."""
-        return [
-            {
-                "source": self.source,
-                "statement": self.statement,
-                "verdict": self.verdict,
-                "predicted": self.predicted,
-                "observed": self.observed,
-                "tolerance": self.tolerance,
-                "reason": self.reason,
-            }
-        ]
+        columns = ("source", "statement", "verdict", "predicted", "observed", "tolerance", "reason")
+        return [{name: getattr(self, name) for name in columns}]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -163,12 +149,87 @@ class CheckTable(Result):
 
     def summary(self) -> str:
         """How many hold, fail, do not apply."""
-        counts = {True: 0, False: 0, None: 0}
-        for check in self.checks:
-            counts[check.holds] += 1
+        counts = Counter(check.holds for check in self.checks)
         line = f"{counts[True]} hold, {counts[False]} fail, {counts[None]} not applicable"
         return line if self.stop == "done" else f"{line}; {self.stop}"
 
     def records(self) -> list[dict[str, Any]]:
         """One row per check."""
         return [row for check in self.checks for row in check.records()]
+
+
+class Source(StrEnum):
+    """A statement of Lange, Helfrich and Ye 2022, then one of this project's; its value is what tables print.
+
+    Attributes:
+        names: every name under which it can be asked for; one T-number may cover several statements.
+        page: where the paper has it, empty where it does not.
+
+    Example:
+        >>> print(Source.THEOREM_4, "|", Source.THEOREM_4.page, "|", Source.T10)
+        Theorem 4 (T7) | p. 9, 29 | T10
+    """
+
+    names: tuple[str, ...]
+    page: str
+
+    def __new__(cls, name: str, number: str = "", page: str = "", *also: str) -> Source:
+        made = str.__new__(cls, f"{name} ({number})" if number else name)
+        made._value_ = str.__str__(made)
+        made.names, made.page = tuple(one for one in (name, number, *also) if one), page
+        return made
+
+    THEOREM_1 = "Theorem 1", "T14", "p. 7, 27"
+    PROP_2 = "Prop. 2", "T1", "p. 7"
+    THEOREM_3 = "Theorem 3", "T2", "p. 6, 9", "eq. 8"
+    THEOREM_4 = "Theorem 4", "T7", "p. 9, 29"
+    PROP_5 = "Prop. 5", "T8", "p. 11"
+    ALGORITHM_2 = "Algorithm 2", "T3", "p. 11, 19", "Algorithm 3"
+    PROP_6 = "Prop. 6", "", "p. 11-12"
+    PROP_7 = "Prop. 7", "T9", "p. 13"
+    PROP_9 = "Prop. 9", "T1", "p. 16", "Lemma 8"
+    PROP_10 = "Prop. 10", "T6", "p. 17-18"
+    ONE_EXAMPLE = "p. 20", "", "p. 20", "one example"
+    PROP_11 = "Prop. 11", "T7", "p. 34"
+    T1_PRIME = ("T1'",)
+    T4 = ("T4",)
+    T5 = ("T5",)
+    T6 = ("T6",)
+    T7 = ("T7",)
+    T8 = ("T8",)
+    T9 = ("T9",)
+    T10 = ("T10",)
+    T11 = ("T11",)
+    T12 = ("T12",)
+    T13 = ("T13",)
+    T14 = "T14", "", "p. 5", "eq. 5-6"
+    T15 = ("T15",)
+    T16 = ("T16",)
+
+
+def named(names: Sequence[str]) -> frozenset[Source]:
+    """The statements with these names, in any spelling: `"Prop. 10"`, `"proposition 10"` and `"prop10"` are one.
+
+    Args:
+        names: names of the paper's, or T-numbers; a T-number means every statement under it.
+
+    Returns:
+        The sources.
+
+    Raises:
+        InvalidInputError: an unknown name, or none.
+
+    Example:
+        >>> sorted(map(str, named(["T7", "theorem 1"])))
+        ['Prop. 11 (T7)', 'T7', 'Theorem 1 (T14)', 'Theorem 4 (T7)']
+    """
+    found = {name: frozenset(s for s in Source if _plain(name) in map(_plain, (s, *s.names))) for name in names}
+    unknown = [name for name, sources in found.items() if not sources]
+    if unknown or not found:
+        raise InvalidInputError(f"no statement {', '.join(unknown) or 'named'}; there are: {', '.join(Source)}")
+    return frozenset().union(*found.values())
+
+
+def _plain(name: str) -> str:
+    short = re.sub(r"[\s.()_-]", "", name.lower())
+    return re.sub("^(proposition|thm)", lambda found: {"thm": "theorem"}.get(found[0], "prop"), short)

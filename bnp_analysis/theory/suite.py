@@ -10,65 +10,23 @@ import torch
 from bnp_analysis.linalg import Preconditioner
 from bnp_analysis.network import EmpiricalRisk
 from bnp_analysis.runtime.progress import Progress, reporting
-from bnp_analysis.theory.check import Check, CheckTable
-from bnp_analysis.theory.sources import named
-from bnp_analysis.theory.statements.blocks import check_blocks
-from bnp_analysis.theory.statements.conditioning import (
-    check_centering,
-    check_conditioning,
-    check_scale,
-    check_through_curvature,
+from bnp_analysis.theory.check import Check, CheckTable, Source, named
+
+# Each module registers its statements when it is imported.
+from bnp_analysis.theory.statements import (  # noqa: F401
+    conditioning,
+    coordinates,
+    layer_curvature,
+    normalization,
+    rates,
+    spectra,
+    statistics,
+    symmetry,
 )
-from bnp_analysis.theory.statements.coordinates import check_coordinates, check_update, check_without_bias
-from bnp_analysis.theory.statements.cost import check_cost
-from bnp_analysis.theory.statements.floating_point import check_floating_point
-from bnp_analysis.theory.statements.layer_curvature import (
-    check_convolution_blocks,
-    check_dense_blocks,
-    check_hessian_is_gauss_newton,
-)
-from bnp_analysis.theory.statements.normalization import check_batch_norm, check_one_step
-from bnp_analysis.theory.statements.one_example import check_one_example
-from bnp_analysis.theory.statements.orbits import check_orbits, check_output_scaling
-from bnp_analysis.theory.statements.random_matrices import check_independent_entries
-from bnp_analysis.theory.statements.rates import check_descent, check_every_step, check_preconditioned_descent
-from bnp_analysis.theory.statements.setting import Problem, Statement
-from bnp_analysis.theory.statements.statistics import (
-    check_padded_means,
-    check_patch_statistics,
-    check_running_statistics,
-)
-from bnp_analysis.theory.statements.symmetry import check_null_directions
+from bnp_analysis.theory.statements.setting import REGISTRY, Problem, Statement
 
 #: The paper's statements in its order, then this project's.
-STATEMENTS: tuple[Statement, ...] = (
-    check_every_step,
-    check_dense_blocks,
-    check_coordinates,
-    check_centering,
-    check_independent_entries,
-    check_update,
-    check_cost,
-    check_one_step,
-    check_convolution_blocks,
-    check_padded_means,
-    check_one_example,
-    check_through_curvature,
-    check_hessian_is_gauss_newton,
-    check_running_statistics,
-    check_without_bias,
-    check_patch_statistics,
-    check_conditioning,
-    check_scale,
-    check_batch_norm,
-    check_output_scaling,
-    check_null_directions,
-    check_orbits,
-    check_floating_point,
-    check_descent,
-    check_preconditioned_descent,
-    check_blocks,
-)
+STATEMENTS: tuple[Statement, ...] = tuple(REGISTRY[source] for source in Source)
 
 
 def check_theory(
@@ -92,7 +50,7 @@ def check_theory(
         risk: the empirical risk.
         preconditioner: over `risk.space`; default the undamped BNP one. Statements about BNP itself use their own.
         only: the statements wanted by the paper's names or by T-numbers, such as `["Theorem 4", "Prop. 10", "T11"]`; a
-            T-number means all statements under it. Default all; `theory.sources.Source` has the names.
+            T-number means all statements under it. Default all; `theory.check.Source` has the names.
         seed: of random choices.
         dtype: in which to measure; None for the risk's own (in float32 nothing applies).
         progress: True draws a bar, a callable gets `(done, total)` statements.
@@ -115,7 +73,8 @@ def check_theory(
         >>> bnp.check_theory(risk, only=["Prop. 2"]).holds
         True
     """
-    wanted = _wanted(only)
+    chosen = None if only is None else named(only)
+    wanted = [one for one in STATEMENTS if chosen is None or one.source in chosen]
     risk.require_loss_of_outputs("what the theory speaks of")
     began = time.perf_counter()
     if dtype is not None:
@@ -124,11 +83,15 @@ def check_theory(
     problem = Problem(risk, preconditioner, seed=seed)
     checks: list[Check] = []
     stop = "done"
+
+    def from_here(i: int) -> str:
+        return ", ".join(one.source for one in wanted[i:])
+
     with reporting(progress, len(wanted), "statements") as update:
         try:
             for i, one in enumerate(wanted):
                 if time_limit is not None and time.perf_counter() - began > time_limit:
-                    stop = f"stopped after {time_limit:g} s; not tried: {_sources(wanted[i:])}"
+                    stop = f"stopped after {time_limit:g} s; not tried: {from_here(i)}"
                     break
                 for check in one.run(problem):
                     checks.append(check)
@@ -136,7 +99,7 @@ def check_theory(
                         report(check)
                 update(i + 1)
         except KeyboardInterrupt:
-            stop = f"interrupted in {one.source}; not finished: {_sources(wanted[i:])}"
+            stop = f"interrupted in {one.source}; not finished: {from_here(i)}"
     return CheckTable(
         checks=tuple(checks),
         stop=stop,
@@ -151,12 +114,3 @@ def check_theory(
         seed=seed,
         seconds=time.perf_counter() - began,
     )
-
-
-def _wanted(only: Sequence[str] | None) -> list[Statement]:
-    chosen = None if only is None else named(only)
-    return [one for one in STATEMENTS if chosen is None or one.source in chosen]
-
-
-def _sources(statements: Sequence[Statement]) -> str:
-    return ", ".join(one.source for one in statements)

@@ -57,9 +57,17 @@ UNITS: dict[str, tuple[nn.Module, Callable[[Any], Any]]] = {
     "elu": (nn.ELU(), lambda x: x if x > 0 else mp.expm1(x)),
     "softsign": (nn.Softsign(), lambda x: x / (1 + abs(x))),
 }
-PRECISIONS = [torch.float64, torch.float32]
+# Precision -> logits from where a derivative is ordinary to where it is lost.
+PRECISIONS = {torch.float64: (5.0, 28.0, 37.0), torch.float32: (5.0, 14.0, 60.0)}
 # Written as differences of large terms: beyond some logit nothing is left of their curvature but rounding.
 CANCELLING = {"by probabilities", "log cosh"}
+
+
+def saturated(sizes: Sequence[float], step: float) -> list[list[float]]:
+    """Pairs of arguments: an ordinary one beside a saturated one of either sign, and two that are saturated alike."""
+    middle = sizes[1]
+    beside = [[0.5, sign * size] for size in sizes for sign in (1.0, -1.0)]
+    return [*beside, [middle, middle + step], [-middle, -middle - step]]
 
 
 def contains(found: bnp.ConditionNumber, truth: Any) -> bool:
@@ -102,20 +110,19 @@ def logits(values: Sequence[float], loss: Callable[[Tensor, Tensor], Tensor], dt
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses(name: str, dtype: torch.dtype) -> None:
     loss, curvature = LOSSES[name]
-    for size in (5.0, 14.0, 28.0, 37.0, 60.0):
-        for values in ([0.5, size], [0.5, -size], [size, size + 0.5], [-size, -size - 0.5]):
-            try:
-                risk = logits(values, loss, dtype)
-            except bnp.errors.NonFiniteError:
-                assert name in CANCELLING  # 0 log 0
-                continue
-            S = [curvature(mp.mpf(z)) for z in values]
-            for A in (bnp.gauss_newton(risk), bnp.hessian(risk)):
-                check(A, max(S) / min(S), largest=max(S), cancels=name in CANCELLING)
+    for values in saturated(PRECISIONS[dtype], 0.5):
+        try:
+            risk = logits(values, loss, dtype)
+        except bnp.errors.NonFiniteError:
+            assert name in CANCELLING  # 0 log 0
+            continue
+        S = [curvature(mp.mpf(z)) for z in values]
+        for A in (bnp.gauss_newton(risk), bnp.hessian(risk)):
+            check(A, max(S) / min(S), largest=max(S), cancels=name in CANCELLING)
 
 
 @pytest.mark.parametrize("loss", [F.binary_cross_entropy_with_logits, by_probabilities])
-@pytest.mark.parametrize("size", [14.0, 20.0, 28.0, 36.0, -37.0])
+@pytest.mark.parametrize("size", [14.0, 36.0, -37.0])
 def test_the_closed_form_is_two_sided(size: float, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
     found = bnp.condition_number(bnp.gauss_newton(logits([0.5, size], loss, torch.float64)))
     assert found.two_sided
@@ -136,19 +143,18 @@ def unit(activation: nn.Module, values: Sequence[float], dtype: torch.dtype) -> 
 @pytest.mark.parametrize("name", UNITS)
 def test_units(name: str, dtype: torch.dtype) -> None:
     activation, exact = UNITS[name]
-    for size in (4.0, 8.0, 20.0, 60.0, 400.0):
-        for values in ([0.5, size], [0.5, -size], [size, size + 0.25], [-size, -size - 0.25]):
-            with mp.workdps(800):
-                a, b = (mp.diff(exact, mp.mpf(z), h=mp.mpf(10) ** -200) for z in values)
-                # Rows (a, 0, a) and (0, b, b): the Gram matrix is [[2 a^2, a b], [a b, 2 b^2]].
-                trace, determinant = 2 * (a * a + b * b), 3 * a * a * b * b
-                top = (trace + mp.sqrt(trace * trace - 4 * determinant)) / 2
-                truth = top * top / determinant
-            risk = unit(activation, values, dtype)
-            check(bnp.gauss_newton(risk, block="0"), truth, largest=max(abs(a), abs(b)))
-            null = bnp.null_directions(risk, block="0")
-            assert "dead units" not in null.sources, values
-            assert "inactive rows" not in null.sources, values
+    for values in saturated((4.0, 8.0, 400.0) if dtype == torch.float32 else (8.0, 20.0, 60.0), 0.25):
+        with mp.workdps(800):
+            a, b = (mp.diff(exact, mp.mpf(z), h=mp.mpf(10) ** -200) for z in values)
+            # Rows (a, 0, a) and (0, b, b): the Gram matrix is [[2 a^2, a b], [a b, 2 b^2]].
+            trace, determinant = 2 * (a * a + b * b), 3 * a * a * b * b
+            top = (trace + mp.sqrt(trace * trace - 4 * determinant)) / 2
+            truth = top * top / determinant
+        risk = unit(activation, values, dtype)
+        check(bnp.gauss_newton(risk, block="0"), truth, largest=max(abs(a), abs(b)))
+        null = bnp.null_directions(risk, block="0")
+        assert "dead units" not in null.sources, values
+        assert "inactive rows" not in null.sources, values
 
 
 @pytest.mark.parametrize("name", ["tanh", "sigmoid", "gelu"])
@@ -233,8 +239,7 @@ def gru(r: Any, z: Any, n: Any) -> Any:
     return sigmoid(-z) * mp.tanh(n)
 
 
-@pytest.mark.parametrize("dtype", PRECISIONS)
-@pytest.mark.parametrize("weight", [10.0, 20.0, 45.0])
+@pytest.mark.parametrize(("weight", "dtype"), [(10.0, torch.float32), (20.0, torch.float64), (45.0, torch.float64)])
 @pytest.mark.parametrize(
     ("kind", "unit", "gates"),
     [(nn.RNN, mp.tanh, 1), (nn.RNNCell, mp.tanh, 1), (nn.LSTM, lstm, 4), (nn.LSTMCell, lstm, 4), (nn.GRU, gru, 3)],

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import bnp_analysis as bnp
-from bnp_analysis.network import hashing
-from bnp_analysis.network.hashing import hash_of
+from bnp_analysis.network import batches
+from bnp_analysis.network.batches import hash_of
 
 PEAK = """
 import re, sys, torch
@@ -49,7 +49,7 @@ def rows() -> list[Tensor]:
 def test_the_hash_does_not_depend_on_the_pieces(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = hash_of(rows())
     assert whole[1] == 50
-    monkeypatch.setattr(hashing, "_TOGETHER", together)
+    monkeypatch.setattr(batches, "_TOGETHER", together)
     assert hash_of(rows()) == whole
     places = torch.randperm(50, generator=torch.Generator().manual_seed(1))
     per_example = [t.ndim > 0 and len(t) == 50 for t in rows()]

@@ -325,7 +325,9 @@ def test_it_costs_a_few_examples() -> None:
     assert max(n for n in seen if n != 500) <= 64
     assert seen.count(500) <= 6
     seen.clear()
-    risk.to(DOUBLE)
+    double = risk.to(DOUBLE)
+    assert not seen
+    assert double.precision.dtype == DOUBLE
     assert seen == [8]
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import bnp_analysis as bnp
 from bnp_analysis.errors import InvalidInputError, StochasticModelError
-from bnp_analysis.network.randomness import extreme_draws
+from bnp_analysis.network.purity import extreme_draws
 
 
 def halves(count: int = 9) -> list[tuple[Tensor, Tensor]]:

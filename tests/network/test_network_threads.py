@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import bnp_analysis as bnp
-from bnp_analysis.network import kernels, randomness, watching
+from bnp_analysis.network import kernels, observation, purity
 from bnp_analysis.runtime.threads import each, one_blas_thread
 
 
@@ -113,7 +113,7 @@ def test_threads_measure_what_one_thread_does(threads: int) -> None:
 
 def interrupted(run: Callable[[], object], at: int) -> bool:
     """Whether a KeyboardInterrupt before the `at`-th line of the rooms that change states came out of `run`."""
-    files = {module.__file__ for module in (kernels, randomness, watching)}
+    files = {module.__file__ for module in (kernels, purity, observation)}
     count = 0
 
     def trace(frame: Any, event: str, arg: Any) -> Any:
@@ -145,7 +145,7 @@ def test_an_interrupt_anywhere_leaves_the_process_as_it_was(kind: int) -> None:
     tensors = risk.space.unflatten(risk.theta)
 
     def run() -> None:
-        with randomness.random_state(seed=5):
+        with purity.random_state(seed=5):
             risk.capture(lambda *_: None)
             risk.batch_outputs(tensors, batch)
             sum(b.count for b in risk.batches)

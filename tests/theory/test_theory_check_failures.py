@@ -21,15 +21,12 @@ from bnp_analysis.linalg.derived import Shifted
 from bnp_analysis.precondition import BNPBlock, BNPPreconditioner
 from bnp_analysis.symmetry.candidates import Candidate, Part
 from bnp_analysis.theory.rates.convergence import ConvergenceCheck
-from bnp_analysis.theory.statements import blocks as whitening
 from bnp_analysis.theory.statements import (
     conditioning,
     coordinates,
-    floating_point,
-    generators,
     layer_curvature,
     normalization,
-    orbits,
+    spectra,
     statistics,
     symmetry,
 )
@@ -280,31 +277,31 @@ def test_the_live_norm_is_batch_norm() -> None:
 
 
 def test_output_scaling_that_is_left_out(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(orbits, "bnp_preconditioner", lambda risk, output_scale=False: bnp_preconditioner(risk))
-    fails(orbits.check_output_scaling, relu(), "with output scaling")
+    monkeypatch.setattr(symmetry, "bnp_preconditioner", lambda risk, output_scale=False: bnp_preconditioner(risk))
+    fails(symmetry.check_output_scaling, relu(), "with output scaling")
 
 
 def test_damping_along_orbits(monkeypatch: Patch) -> None:
     def damped(risk: bnp.EmpiricalRisk, output_scale: bool = False) -> BNPPreconditioner:
         return bnp_preconditioner(risk, eps2=1e-2, output_scale=output_scale)
 
-    monkeypatch.setattr(orbits, "bnp_preconditioner", damped)
+    monkeypatch.setattr(symmetry, "bnp_preconditioner", damped)
     for words in ("the outgoing layer's block", "their cross block", "follows the law [bnp"):
-        fails(orbits.check_orbits, relu(), words)
+        fails(symmetry.check_orbits, relu(), words)
 
 
 def test_a_scaling_that_is_no_symmetry(monkeypatch: Patch) -> None:
-    def twice(given: Problem) -> list[orbits.Scaling]:
+    def twice(given: Problem) -> list[symmetry.Scaling]:
         def squared(e: Tensor) -> Tensor:
             return torch.where(e < 0, 1.5 * e, e)
 
         return [dataclasses.replace(one, exponents=squared(one.exponents)) for one in original(given)]
 
-    original = orbits.scalings
-    monkeypatch.setattr(orbits, "scalings", twice)
-    fails(orbits.check_orbits, relu(), "Hess(T theta) = T^-T Hess(theta) T^-1")
-    fails(orbits.check_orbits, relu(), "follows the law [plain")
-    fails(orbits.check_orbits, relu(), "the incoming units' block")
+    original = symmetry.scalings
+    monkeypatch.setattr(symmetry, "scalings", twice)
+    fails(symmetry.check_orbits, relu(), "Hess(T theta) = T^-T Hess(theta) T^-1")
+    fails(symmetry.check_orbits, relu(), "follows the law [plain")
+    fails(symmetry.check_orbits, relu(), "the incoming units' block")
 
 
 # T11
@@ -345,7 +342,7 @@ def test_a_shift_that_the_loss_sees(monkeypatch: Patch) -> None:
         positions = torch.arange(risk.space.dim)[risk.space.slice_of("0.bias")]
         return [Candidate("softmax shift", (Part(positions, torch.ones(len(positions), 1).double()),))], []
 
-    monkeypatch.setattr(generators, "candidate_directions", wrong)
+    monkeypatch.setattr(symmetry, "candidate_directions", wrong)
     fails(symmetry.check_null_directions, relu(), "along the shift of all logits")
 
 
@@ -373,9 +370,9 @@ def test_the_gram_matrix_in_place_of_the_factor(monkeypatch: Patch) -> None:
     def by_gram(A: bnp.SymmetricOperator, **options: object) -> bnp.ConditionNumber:
         return bnp.condition_number(A, **(options | {"method": "dense"}))  # type: ignore[arg-type]
 
-    monkeypatch.setattr(floating_point, "condition_number", by_gram)
-    fails(floating_point.check_floating_point, relu(), "from the factor")
-    fails(floating_point.check_floating_point, relu(), "from the Gram matrix")
+    monkeypatch.setattr(spectra, "condition_number", by_gram)
+    fails(spectra.check_floating_point, relu(), "from the factor")
+    fails(spectra.check_floating_point, relu(), "from the Gram matrix")
 
 
 def test_intervals_that_are_too_narrow_or_too_wide(monkeypatch: Patch) -> None:
@@ -383,11 +380,11 @@ def test_intervals_that_are_too_narrow_or_too_wide(monkeypatch: Patch) -> None:
         found = bnp.condition_number(A, **options)  # type: ignore[arg-type]
         return dataclasses.replace(found, lower=1.001 * found.value, upper=1.002 * found.value)
 
-    monkeypatch.setattr(floating_point, "condition_number", sure)
-    fails(floating_point.check_floating_point, relu(), "with the |P| term")
+    monkeypatch.setattr(spectra, "condition_number", sure)
+    fails(spectra.check_floating_point, relu(), "with the |P| term")
     monkeypatch.undo()
-    monkeypatch.setattr(floating_point, "radius_without_product", lambda largest, shape: 1e-3 * largest)
-    fails(floating_point.check_floating_point, relu(), "without the |P| term")
+    monkeypatch.setattr(spectra, "radius_without_product", lambda largest, shape: 1e-3 * largest)
+    fails(spectra.check_floating_point, relu(), "without the |P| term")
 
 
 def test_bounds_of_lanczos_that_claim_too_much(monkeypatch: Patch) -> None:
@@ -396,11 +393,11 @@ def test_bounds_of_lanczos_that_claim_too_much(monkeypatch: Patch) -> None:
             return bnp.condition_number(Shifted(A, 1.0))
         return bnp.condition_number(A, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(floating_point, "condition_number", shifted)
-    fails(floating_point.check_floating_point, relu(), "extreme Ritz values")
+    monkeypatch.setattr(spectra, "condition_number", shifted)
+    fails(spectra.check_floating_point, relu(), "extreme Ritz values")
     monkeypatch.undo()
-    monkeypatch.setattr(floating_point, "kuczynski_wozniakowski", lambda high, low, *rest: (high, low))
-    fails(floating_point.check_floating_point, relu(), "Kuczynski-Wozniakowski")
+    monkeypatch.setattr(spectra, "kuczynski_wozniakowski", lambda high, low, *rest: (high, low))
+    fails(spectra.check_floating_point, relu(), "Kuczynski-Wozniakowski")
 
 
 def test_blocks_that_are_not_whitened(monkeypatch: Patch) -> None:
@@ -408,11 +405,11 @@ def test_blocks_that_are_not_whitened(monkeypatch: Patch) -> None:
         found = original(F)
         return None if found is None else (found[0] * found[1], torch.ones_like(found[1]))
 
-    original = whitening.whitened_block
-    monkeypatch.setattr(whitening, "whitened_block", unwhitened)
+    original = spectra.whitened_block
+    monkeypatch.setattr(spectra, "whitened_block", unwhitened)
     shifted = risk_of(
         lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, CLASSES)), 30 * inputs(60, 6) + 300
     )
-    fails(whitening.check_blocks, shifted, "kappa*(P^T A P) <= s min kappa*(D^T A D) over block-diagonal D [network")
-    fails(whitening.check_blocks, shifted, "lambda_max <= s")
-    fails(whitening.check_blocks, shifted, "with block eigenvalues in [a, b]")
+    fails(spectra.check_blocks, shifted, "kappa*(P^T A P) <= s min kappa*(D^T A D) over block-diagonal D [network")
+    fails(spectra.check_blocks, shifted, "lambda_max <= s")
+    fails(spectra.check_blocks, shifted, "with block eigenvalues in [a, b]")

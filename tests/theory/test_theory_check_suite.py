@@ -13,7 +13,7 @@ from torch import nn
 
 import bnp_analysis as bnp
 from bnp_analysis.theory import suite
-from bnp_analysis.theory.sources import Source, named
+from bnp_analysis.theory.check import Source, named
 from bnp_analysis.theory.statements.setting import Problem, statement
 
 # On problems of their own, and tried in the tests of the statements.
@@ -85,7 +85,7 @@ def test_the_time_limit_is_kept_and_said() -> None:
 
 def test_unknown_statements_are_refused() -> None:
     for only in (["T99"], []):
-        with pytest.raises(bnp.errors.InvalidInputError, match="there are: T14, Theorem 1"):
+        with pytest.raises(bnp.errors.InvalidInputError, match=r"there are: Theorem 1 \(T14\), Prop\. 2"):
             bnp.check_theory(relu(), only=only)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import product
@@ -24,22 +25,19 @@ import bnp_analysis as bnp
 from bnp_analysis.curvature import hessian
 from bnp_analysis.theory import problems
 from bnp_analysis.theory.check import Check
-from bnp_analysis.theory.rates import nearest
-from bnp_analysis.theory.rates.nearest import Orbit, contraction
 from bnp_analysis.theory.statements import (
     conditioning,
-    cost,
+    coordinates,
     layer_curvature,
     normalization,
-    one_example,
-    random_matrices,
     rates,
     statistics,
 )
 from bnp_analysis.theory.statements.conditioning import Inputs, least_gain
-from bnp_analysis.theory.statements.generators import logit_shifts, rescalings
-from bnp_analysis.theory.statements.rewriting import first_examples, rewritten
+from bnp_analysis.theory.statements.rates import Orbit, contraction
+from bnp_analysis.theory.statements.reference import first_examples, rewritten
 from bnp_analysis.theory.statements.setting import Problem
+from bnp_analysis.theory.statements.symmetry import logit_shifts, rescalings
 
 Patch = pytest.MonkeyPatch
 
@@ -134,7 +132,7 @@ def test_points_beside_the_nearest(monkeypatch: Patch) -> None:
 
 
 def test_eigenvalues_of_a_smaller_r(monkeypatch: Patch) -> None:
-    def wrong(*args: object) -> nearest.Contraction:
+    def wrong(*args: object) -> rates.Contraction:
         found = contraction(*args)  # type: ignore[arg-type]
         return dataclasses.replace(found, factors=[r - 0.01 for r in found.factors])
 
@@ -173,7 +171,7 @@ def test_a_duplicated_unit() -> None:
 
 
 def test_softmax_needs_the_shifts_of_the_logits(monkeypatch: Patch) -> None:
-    risk = next(risk for where, risk in rates._teachers(0) if "softmax" in where)
+    risk = next(risk for where, risk in rates.teachers(0) if "softmax" in where)
     assert [check.holds for check in every_step(risk)] == [True, True, True]
     monkeypatch.setattr(rates, "logit_shifts", lambda given: torch.zeros(given.risk.space.dim, 0, dtype=torch.float64))
     assert any("7 dimensions, 3 of rescalings" in reason for reason in reasons(every_step(risk)))
@@ -202,7 +200,7 @@ def test_a_mean_that_is_zero_or_orthogonal_is_not_strict() -> None:
     white = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]], dtype=torch.float64)
     for mean in ([0.0, 0.0], [0.0, 0.7]):
         given = Inputs(white * torch.tensor([2.0, 1.0]) + torch.tensor(mean, dtype=torch.float64), 0)
-        check = conditioning._strictly(given, "strict")
+        check = conditioning.strictly(given)
         assert check.holds is None
         assert "orthogonal to the top eigenvector" in check.reason
 
@@ -239,12 +237,12 @@ def test_the_largest_row_of_the_sparse_law_is_exact() -> None:
     expected = sum(
         math.prod(law[k] for k in ks) * max(ks) * n * n for ks in product(range(n + 1), repeat=rows)
     ) / Fraction(n)  # fmt: skip
-    assert random_matrices.largest_row(n, rows) == pytest.approx(float(expected), rel=1e-12)
+    assert conditioning.largest_row(n, rows) == pytest.approx(float(expected), rel=1e-12)
 
 
 def test_the_sparse_law_has_variance_one() -> None:
     g = torch.Generator().manual_seed(0)
-    entries = torch.cat([random_matrices.sparse_entries(500, 5, g).flatten() for _ in range(40)])
+    entries = torch.cat([conditioning.sparse_entries(500, 5, g).flatten() for _ in range(40)])
     assert set(entries.unique().tolist()) == {-5.0, 0.0, 5.0}
     assert float(entries.square().mean()) == pytest.approx(1.0, abs=0.05)
     assert abs(float(entries.mean())) < 0.02
@@ -254,45 +252,44 @@ def test_laws_that_are_not_as_said(monkeypatch: Patch) -> None:
     def gaussian(rows: int, columns: int, g: torch.Generator) -> Tensor:
         return torch.randn(rows, columns, generator=g, dtype=torch.float64)
 
-    monkeypatch.setattr(random_matrices, "sparse_entries", gaussian)
-    failing(random_matrices.check_independent_entries(relu()), "no C is")
-    monkeypatch.setattr(random_matrices, "largest_row", lambda n, rows: 1.0)
-    failing(random_matrices.check_independent_entries(relu()), "the proof takes")
-    monkeypatch.setattr(random_matrices, "extended", lambda G, bias: 2 * G)
-    failing(random_matrices.check_independent_entries(relu()), "C = 3 is enough")
+    monkeypatch.setattr(conditioning, "sparse_entries", gaussian)
+    failing(conditioning.check_independent_entries(relu()), "no C is")
+    monkeypatch.setattr(conditioning, "largest_row", lambda n, rows: 1.0)
+    failing(conditioning.check_independent_entries(relu()), "the proof takes")
+    monkeypatch.setattr(conditioning, "extended", lambda G: 2 * G)
+    failing(conditioning.check_independent_entries(relu()), "C = 3 is enough")
 
 
 # Prop. 6
 
 
 def test_operations_that_are_not_counted(monkeypatch: Patch) -> None:
-    counted = cost.algorithm_2
+    counted = coordinates.algorithm_2
 
-    def uncounted(*args: object) -> object:
-        made = counted(*args)  # type: ignore[arg-type]
-        args[3][0].book["operations"] -= 1  # type: ignore[index]
+    def uncounted(H: np.ndarray, *args: object) -> object:
+        made = counted(H, *args)  # type: ignore[arg-type]
+        H[0, 0].book["operations"] -= 1
         return made
 
-    monkeypatch.setattr(cost, "algorithm_2", uncounted)
-    failing(cost.check_cost(relu()), "counted, n_out - 1 fewer")
-    monkeypatch.setattr(cost, "algorithm_2", lambda H, Gw, Gb, mu, var, q2: (counted(H, Gw, Gb, mu, var, q2)[0], Gb))
-    failing(cost.check_cost(relu()), "what is counted is the update")
-    monkeypatch.setattr(cost, "algorithm_2", counted)
-    monkeypatch.setattr(cost, "batch_norm", lambda H, *rest: H[0][0].book.update(operations=10**6))
-    failing(cost.check_cost(relu()), "BN costs at most")
+    monkeypatch.setattr(coordinates, "algorithm_2", uncounted)
+    failing(coordinates.check_cost(relu()), "counted, n_out - 1 fewer")
+    monkeypatch.setattr(coordinates, "algorithm_2", lambda H, Gw, Gb, *rest: (counted(H, Gw, Gb, *rest)[0], Gb))
+    failing(coordinates.check_cost(relu()), "what is counted is the update")
+    monkeypatch.setattr(coordinates, "algorithm_2", counted)
+    monkeypatch.setattr(coordinates, "batch_norm", lambda H, *rest: H[0, 0].book.update(operations=10**6))
+    failing(coordinates.check_cost(relu()), "BN costs at most")
 
 
 def test_what_is_counted_for_bn_is_bn() -> None:
-    book: dict[str, int] = {}
-    g = torch.Generator().manual_seed(0)
-    H, dY, gain, offset, mu, var = (cost._random(book, g, *shape) for shape in ((6, 3), (6, 3), (3,), (3,), (3,), (3,)))
-    x, d = cost._values(H).requires_grad_(), cost._values(dY)
-    weight, bias = (torch.tensor([v.value for v in row], dtype=torch.float64) for row in (gain, offset))
-    expected = nn.functional.batch_norm(x, None, None, weight, bias, training=True, eps=1e-4)
+    g, book = torch.Generator().manual_seed(0), Counter[str]()
+    shapes = ((6, 3), (6, 3), (3,), (3,), (3,), (3,))
+    x, d, weight, bias, *moments = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in shapes)
+    arrays = [coordinates.counted(book, t) for t in (x, d, weight, bias, *moments)]
+    expected = nn.functional.batch_norm(x.requires_grad_(), None, None, weight, bias, training=True, eps=1e-4)
     expected.backward(d)
-    found, back = cost.batch_norm(H, dY, gain, offset, mu, var)
-    torch.testing.assert_close(cost._values(found), expected.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(cost._values(back), x.grad, rtol=1e-12, atol=1e-12)
+    found, back = map(coordinates.values_of, coordinates.batch_norm(*arrays))
+    torch.testing.assert_close(found, expected.detach().flatten(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(back, x.grad.flatten(), rtol=1e-12, atol=1e-12)
 
 
 # Prop. 7
@@ -388,24 +385,24 @@ def test_a_bound_that_forgets_a_term(monkeypatch: Patch) -> None:
 
 
 def test_one_example_with_several_rows(monkeypatch: Patch) -> None:
-    assert any("a sequence" in reason for reason in reasons(one_example.check_one_example(NETWORKS["sequence"]())))
-    monkeypatch.setattr(one_example, "first_examples", lambda risk, count: list(risk.batches))
-    assert any("cannot be cut" in reason for reason in reasons(one_example.check_one_example(relu())))
+    assert any("a sequence" in reason for reason in reasons(conditioning.check_one_example(NETWORKS["sequence"]())))
+    monkeypatch.setattr(conditioning, "first_examples", lambda risk, count: list(risk.batches))
+    assert any("cannot be cut" in reason for reason in reasons(conditioning.check_one_example(relu())))
 
 
 def test_rows_of_one_example_that_are_not_its_positions(monkeypatch: Patch) -> None:
-    rows = one_example.layer_rows
+    rows = conditioning.layer_rows
 
     def twice(risk: bnp.EmpiricalRisk, layers: object) -> dict[str, Tensor]:
         return {name: torch.cat([r, r]) for name, r in rows(risk, layers).items()}  # type: ignore[arg-type]
 
-    monkeypatch.setattr(one_example, "layer_rows", twice)
-    failing(one_example.check_one_example(NETWORKS["conv"]()), "keeps a row per position")
+    monkeypatch.setattr(conditioning, "layer_rows", twice)
+    failing(conditioning.check_one_example(NETWORKS["conv"]()), "keeps a row per position")
 
 
 def test_a_condition_number_of_one_row(monkeypatch: Patch) -> None:
-    original = one_example.singular
+    original = conditioning.singular
     monkeypatch.setattr(
-        one_example, "singular", lambda m: dataclasses.replace(original(m), value=1.01, lower=1.0, upper=1.1)
+        conditioning, "singular", lambda m: dataclasses.replace(original(m), value=1.01, lower=1.0, upper=1.1)
     )
-    failing(one_example.check_one_example(relu()), "has one row")
+    failing(conditioning.check_one_example(relu()), "has one row")

@@ -18,7 +18,7 @@ import bnp_analysis as bnp
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.moments import layer_moments
 from bnp_analysis.theory.problems import KnownProblem, convolutional, linear_chain, softmax_regression, teacher_student
-from bnp_analysis.theory.rates.minimizer import find_minimizer, gradient_floor
+from bnp_analysis.theory.rates.limit_point import find_minimizer, gradient_floor
 
 MAKERS: dict[str, Callable[[], KnownProblem]] = {
     "relu": lambda: teacher_student((6, 4, 3), kappa=3e3),

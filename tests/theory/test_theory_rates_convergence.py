@@ -8,6 +8,7 @@ hypotheses of T14 do not hold, an interrupted run that loses what it has.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,16 @@ from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.models import mlp
 from bnp_analysis.theory import rates
 from bnp_analysis.theory.problems import KnownProblem, convolutional, linear_chain, softmax_regression, teacher_student
-from bnp_analysis.theory.rates import study as convergence_study
-from bnp_analysis.theory.rates.convergence import ConvergenceCheck, check_convergence_rate
+from bnp_analysis.theory.rates import convergence as convergence_study
+from bnp_analysis.theory.rates.convergence import (
+    ConvergenceCheck,
+    RateOptions,
+    check_bnp_gain,
+    check_convergence_rate,
+)
 from bnp_analysis.theory.rates.descent import RunningBNP, Trace, run
-from bnp_analysis.theory.rates.fit import fit_rate
-from bnp_analysis.theory.rates.gain import check_bnp_gain
+from bnp_analysis.theory.rates.formulas import fit_rate
 from bnp_analysis.theory.rates.limit_point import measure
-from bnp_analysis.theory.rates.options import RateOptions
 
 D = torch.float64
 mse = nn.functional.mse_loss
@@ -44,13 +48,20 @@ PROBLEMS: dict[str, Callable[[], KnownProblem]] = {
 }
 
 
-SLOW = {(name, method) for name in ("tanh", "convolutional") for method in ("gd", "bnp")}
+# Every problem and every method; the other pairs are slow and of the same code.
+QUICK = {("chain", "gd"), ("softmax", "bnp"), ("relu", "gd"), ("tanh", "heavy_ball"), ("convolutional", "heavy_ball")}
+
+
+@functools.cache
+def softmax_by_gradient_descent() -> ConvergenceCheck:
+    """One run for the tests that look at what a check holds."""
+    return check_convergence_rate(softmax_regression(kappa=20.0).risk)
 
 
 @pytest.mark.parametrize(
     ("name", "method"),
     [
-        pytest.param(name, method, marks=[pytest.mark.slow] if (name, method) in SLOW else [])
+        pytest.param(name, method, marks=[] if (name, method) in QUICK else [pytest.mark.slow])
         for name in PROBLEMS
         for method in ("gd", "heavy_ball", "bnp")
     ],
@@ -94,7 +105,7 @@ def test_steps_and_momenta_of_ones_own(method: str, factor: float, momentum: flo
 
 
 def test_without_deflation_the_prediction_is_wrong() -> None:
-    check = check_convergence_rate(softmax_regression(kappa=20.0).risk)
+    check = softmax_by_gradient_descent()
     assert check.null_dim == 7
     assert check.without_deflation > 1e10 * check.observed
 
@@ -118,9 +129,8 @@ def test_a_wrong_prediction_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_rate_does_not_depend_on_the_perturbation() -> None:
-    risk = softmax_regression(kappa=20.0).risk
-    found = [check_convergence_rate(risk, seed=seed).observed for seed in range(3)]
-    assert max(found) / min(found) < 1.01
+    other = check_convergence_rate(softmax_regression(kappa=20.0).risk, seed=1)
+    assert other.observed == pytest.approx(softmax_by_gradient_descent().observed, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +200,7 @@ def test_the_joint_map_has_the_joint_spectrum(rho: float) -> None:
     assert {round(v, 6) for v in rates.joint_spectrum(values, step, rho)} <= {round(v, 6) for v in expected}
 
 
-@pytest.mark.parametrize("rho", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("rho", [0.0, 0.99])
 def test_the_memory_does_not_change_the_factor(rho: float) -> None:
     check = check_convergence_rate(
         softmax_regression(kappa=30.0).risk, method="bnp", options=RateOptions(rho=rho, tolerance=0.02)
@@ -320,7 +330,7 @@ def test_an_interrupt_keeps_what_was_done(moved: float, monkeypatch: pytest.Monk
 
 
 def test_a_check_survives_a_file(tmp_path: Path) -> None:
-    check = check_convergence_rate(softmax_regression(kappa=20.0).risk)
+    check = softmax_by_gradient_descent()
     check.save(tmp_path / "check.json")
     assert ConvergenceCheck.load(tmp_path / "check.json") == check
     (row,) = check.records()

@@ -1,5 +1,7 @@
 """Convergence near a minimizer: formulas, the search for it, the run, and their comparison (T14, T15)."""
 
+from __future__ import annotations
+
 from bnp_analysis.theory.rates.formulas import (
     HeavyBall,
     best_factor,

@@ -1,13 +1,14 @@
-"""How fast gradient descent and heavy ball contract near a minimizer: numbers in, numbers out (T14, T15).
+"""How fast gradient descent and heavy ball contract near a minimizer: predicted, and fitted to a run (T14, T15).
 
-All eigenvalues are the *nonzero* ones of the Hessian in the variables of the iteration, `P^T Hess P`: along the null
-space nothing moves, so its zeros do not slow the iteration down.
+Numbers in, numbers out. All eigenvalues are the *nonzero* ones of the Hessian in the variables of the iteration,
+`P^T Hess P`: along the null space nothing moves, so its zeros do not slow the iteration down.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.results import Result
 
 Values = Tensor | npt.NDArray[np.float64] | Sequence[float]
 
@@ -221,3 +223,174 @@ def _condition(kappa: float) -> float:
     if not 1 <= kappa < math.inf:
         raise InvalidInputError(f"a condition number is at least 1 and finite, got {kappa}")
     return float(kappa)
+
+
+RULE = (
+    "least squares through log|grad| over the second half of the iterations above the rounding floor, minus log k "
+    "where the decay is k r^k; 95 % interval from the slopes of 8 consecutive blocks"
+)
+_BLOCKS = 8
+_SAMPLES = 400
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RateFit(Result):
+    """What the tail of a run says about its contraction factor.
+
+    Attributes:
+        factor: `r`.
+        time_constant: `-1/log r`, infinite where nothing falls.
+        low, high: 95 % interval of the time constant; `high` is infinite where the slopes do not exclude it.
+        drift: `|slope of the second half / slope of the first half - 1|` of the tail: small in a straight tail.
+        first, last: iterations of the tail, `last` excluded.
+        e_folds: by how many factors of `e` the norm falls over the tail.
+        power: 1 for `k r^k`, else 0.
+        rule: how it was fitted.
+    """
+
+    factor: float
+    time_constant: float
+    low: float
+    high: float
+    drift: float
+    first: int
+    last: int
+    e_folds: float
+    power: int = 0
+    rule: str = RULE
+
+    @property
+    def half_width(self) -> float:
+        """Of the interval, relative to the time constant."""
+        return max(self.high - self.time_constant, self.time_constant - self.low) / self.time_constant
+
+    def summary(self) -> str:
+        """The factor, its time constant and the interval."""
+        return (
+            f"r = {self.factor:.8g}, -1/log r = {self.time_constant:.5g} ({self.low:.5g} .. {self.high:.5g}), "
+            f"iterations {self.first} to {self.last}, {self.e_folds:.1f} e-folds"
+        )
+
+
+def fit_rate(norms: Values, *, floor: float = 0.0, power: int = 0) -> RateFit:
+    """Fit `|g_k| ~ C r^k`, or `C k r^k`, to the tail of a run.
+
+    The rule: of the iterations before the norm first falls to `floor`, the second half; a straight line by least
+    squares through `log|g_k|` (minus `log k` for `power=1`). The interval is that of a mean of 8 slopes of
+    consecutive blocks, which does not pretend that neighbouring iterations are independent.
+
+    Args:
+        norms: `(n,)`, one per iteration.
+        floor: at and below it rounding decides.
+        power: 1 where a double root makes the decay `k r^k`.
+
+    Returns:
+        A `RateFit`.
+
+    Raises:
+        InvalidInputError: fewer than 32 iterations above the floor, or norms there that are no numbers.
+
+    Source: T14.
+
+    Example:
+        >>> fit = fit_rate([0.9**k for k in range(100)])
+        >>> round(fit.factor, 10), round(fit.time_constant, 4), fit.first
+        (0.9, 9.4912, 50)
+    """
+    if power not in (0, 1):
+        raise InvalidInputError(f"power must be 0 or 1, got {power}")
+    given = np.asarray(norms.detach().cpu() if isinstance(norms, Tensor) else norms, dtype=np.float64)
+    below = np.flatnonzero(given <= floor)
+    last = int(below[0]) if below.size else given.size
+    first = last // 2
+    if last - first < 2 * _BLOCKS:
+        raise InvalidInputError(
+            f"{last} iterations above the rounding floor {floor:.2g} are too few to fit; 32 are needed"
+        )
+    values = positive(given[:last])
+    k = np.arange(first, last, dtype=np.float64)
+    y = np.log(values[first:last])
+    y -= power * np.log(k)
+    slope = _slope(k, y)
+    blocks = np.array([_slope(a, b) for a, b in zip(*(np.array_split(v, _BLOCKS) for v in (k, y)), strict=True)])
+    # Here, since it takes longer to import than all else together.
+    from scipy.stats import t as student
+
+    spread = float(student.ppf(0.975, _BLOCKS - 1) * blocks.std(ddof=1) / math.sqrt(_BLOCKS))
+    half = len(k) // 2
+    early, late = _slope(k[:half], y[:half]), _slope(k[half:], y[half:])
+    return RateFit(
+        factor=math.exp(slope),
+        time_constant=_constant(slope),
+        low=_constant(slope - spread),
+        high=_constant(slope + spread),
+        drift=abs(late / early - 1) if early else math.inf,
+        first=first,
+        last=last,
+        e_folds=float(np.log(values[first] / values[last - 1])),
+        power=power,
+    )
+
+
+def expected_bias(eigenvalues: Values, step: float, momentum: float, *, first: int, last: int, power: int = 0) -> float:
+    """How far the fit would be off if every mode of the spectrum took part equally: is the run long enough?
+
+    On a quadratic with these eigenvalues, started with equal gradients in all modes, the norms at the iterations of the
+    tail are fitted by the same rule and compared with the asymptotic factor. Modes that are nearly as slow as the
+    slowest make it large; then a fitted slope decides nothing. It judges the length of a run and is no observation.
+
+    Args:
+        eigenvalues: the nonzero ones.
+        step, momentum: of the iteration; momentum 0 for gradient descent.
+        first, last: the tail.
+        power: as in `fit_rate`.
+
+    Returns:
+        `|fitted / asymptotic - 1|` of the time constants.
+
+    Example:
+        >>> expected_bias([4.0, 1.0], 0.4, 0.0, first=50, last=100) < 1e-6
+        True
+    """
+    values = positive(eigenvalues)
+    beta = check_momentum(momentum)
+    k = np.unique(np.linspace(first, last - 1, _SAMPLES).astype(np.int64))
+    shift, trace = _log_norms(values, step, beta, k)
+    slope = _slope(k.astype(np.float64), trace - power * np.log(np.maximum(k, 1)))
+    # `shift` is the log of the asymptotic factor, which was divided out of the trace.
+    return abs(shift / (shift + slope) - 1) if shift + slope < 0 else math.inf
+
+
+def _log_norms(
+    values: npt.NDArray[np.float64], step: float, beta: float, k: npt.NDArray[np.int64]
+) -> tuple[float, npt.NDArray[np.float64]]:
+    """`log r`, and `log(|g_k| / r^k)` on the quadratic, at some iterations."""
+    steps = k[:, None].astype(np.float64)
+    if beta == 0:
+        modes = np.abs(1 - step * values)
+        r = float(modes.max())
+        sizes = (modes / r) ** steps if r > 0 else np.zeros((len(k), len(values)))
+    else:
+        half = (1 + beta - step * values) / 2
+        root = np.sqrt((half**2 - beta).astype(np.complex128))
+        plus, minus = half + root, half - root
+        r = float(np.maximum(np.abs(plus), np.abs(minus)).max())
+        plus, minus = plus / r, minus / r
+        first = (1 - step * values) / r  # started at rest: e_(-1) = e_0
+        double = np.abs(plus - minus) < 1e-7
+        gap = np.where(double, 1, plus - minus)
+        share = (first - minus) / gap
+        mean = (plus + minus) / 2  # not 0: the product of the roots is beta
+        repeated = mean**steps * (1 + steps * (first / np.where(double, mean, 1) - 1))
+        sizes = np.abs(np.where(double, repeated, share * plus**steps + (1 - share) * minus**steps))
+    trace = np.log(np.maximum(np.linalg.norm(sizes, axis=1), np.finfo(np.float64).tiny))
+    return (math.log(r) if r > 0 else -math.inf), trace
+
+
+def _slope(k: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> float:
+    centred = k - k.mean()
+    return float(centred @ (y - y.mean()) / (centred @ centred))
+
+
+def _constant(slope: float) -> float:
+    return -1 / slope if slope < 0 else math.inf

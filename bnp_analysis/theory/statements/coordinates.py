@@ -1,29 +1,60 @@
-"""What the preconditioner is: a change of variables (T2), an update (T3), and its form without a bias (T5)."""
+"""What the preconditioner is: a change of variables (T2), an update (T3), its form without a bias (T5), its cost."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bnp_analysis.curvature import hessian
-from bnp_analysis.linalg import MatrixOperator, congruence, singular_condition_number
-from bnp_analysis.network import Layer, coverage
+from bnp_analysis.linalg import congruence
+from bnp_analysis.network import Layer
 from bnp_analysis.precondition import BNPBlock, BNPPreconditioner, bnp_preconditioner
 from bnp_analysis.runtime.random import normal
-from bnp_analysis.theory.check import Check
-from bnp_analysis.theory.sources import Source
-from bnp_analysis.theory.statements.reference import block_of, damped, extended, first_unit, own_moments, scale
-from bnp_analysis.theory.statements.rewriting import Affine, in_coordinates, rewritten
-from bnp_analysis.theory.statements.setting import NotApplicable, Problem, agreement, each_layer, label, statement
+from bnp_analysis.theory.check import Check, Source
+from bnp_analysis.theory.statements.reference import (
+    Affine,
+    block_of,
+    channel_axis,
+    channels,
+    extended,
+    in_coordinates,
+    of_group,
+    own_moments,
+    per_entry,
+    per_unit,
+    rewritten,
+    scale,
+    singular,
+    zero_padded,
+)
+from bnp_analysis.theory.statements.setting import (
+    NotApplicable,
+    Problem,
+    agreement,
+    at_most,
+    dense,
+    equals,
+    per_layer,
+    refused,
+    statement,
+)
 
 _T2 = "gradient descent in z = P^-1 theta multiplies gradients by P P^T"
 _ROWS = "the rows of H^ P are those of G^ / q"
 _T3 = "the update of a layer follows from its gradients, mu and sigma"
+_SECOND_MOMENT = "undamped, P P^T is the inverse of the second moment with its covariance made diagonal"
+_INVARIANT = "the undamped step does not see a per-feature map h -> D h + c"
 _T5 = "without a bias P P^T = (diag sigma^2 + mu mu^T)^-1 / q^2"
-_EPS1 = 1e-2
+_PROP_6 = "a dense step costs 4nN + 6 n n_out + 2 n_out + 8n operations"
+# (n, n_out, N)
+_SIZES = ((3, 2, 4), (5, 7, 2), (4, 1, 9), (2, 6, 3))
+_EPS1, _EPS2, _RHO = 1e-2, 1e-4, 0.99
 
 
 @statement(Source.THEOREM_3, _T2)
@@ -32,27 +63,16 @@ def check_coordinates(problem: Problem) -> Iterator[Check]:
     problem.require_smooth()
     risk, P = problem.moving.risk, problem.P
     problem.require_size(risk.space.dim, "the dense P")
-    in_z = in_coordinates(risk, P)
-    dense = P.to_dense()
-    more: dict[str, Any] = {"hypotheses": {"P is invertible": True}}
-    yield agreement(
-        "the forward pass is unchanged by theta = P z", Source.THEOREM_3, in_z.outputs, risk.outputs, **more
-    )
-    descent = dense @ in_z.gradient
-    yield agreement(_T2, Source.THEOREM_3, P.direction(risk.gradient), descent, **more)
+    in_z, given = in_coordinates(risk, P), ("P is invertible",)
+    yield agreement("the forward pass is unchanged by theta = P z", in_z.outputs, risk.outputs, given=given)
+    yield agreement(_T2, P.direction(risk.gradient), P.to_dense() @ in_z.gradient, given=given)
     v = normal((risk.space.dim, 4), problem.random(2), risk.theta)
-    products = hessian(in_z) @ v
-    yield agreement(
-        "the Hessian in z is P^T A P",
-        Source.THEOREM_3,
-        congruence(hessian(risk), P) @ v,
-        products,
-        details={"vectors": 4},
-        **more,
-    )
-    yield from each_layer(problem, _ROWS, Source.THEOREM_3, _normalized_rows)
+    found, expected = congruence(hessian(risk), P) @ v, hessian(in_z) @ v
+    yield agreement("the Hessian in z is P^T A P", found, expected, details={"vectors": 4}, given=given)
+    yield from _normalized_rows(problem)
 
 
+@per_layer(_ROWS)
 def _normalized_rows(problem: Problem, layer: Layer) -> Iterator[Check]:
     block = block_of(problem.P, layer)
     assert isinstance(problem.P, BNPPreconditioner)
@@ -62,125 +82,105 @@ def _normalized_rows(problem: Problem, layer: Layer) -> Iterator[Check]:
     if settings["q"] == "measured":
         raise NotApplicable("q is measured: T8")
     moments = own_moments(problem, layer, settings["statistics"])
-    s2 = damped(moments, settings)
     rows = problem.rows[layer.name]
     rule, examples = settings["q"], int(problem.risk.batches.total)
     q = scale(layer, len(rows), rule, examples) if isinstance(rule, str) else float(rule)
-    found, expected = [], []
-    for group in range(layer.groups):
-        P = block.unit(first_unit(layer, group)).to_dense()
-        found.append(extended(rows[:, group], True) @ P)
-        G = (rows[:, group] - moments.mean[group]) / s2[group].sqrt()
-        expected.append(extended(G, True) / q)
+    G = (rows - moments.mean) / moments.damped(settings["eps1"], settings["eps2"]).sqrt()
+    groups = range(layer.groups)
     yield agreement(
-        f"{_ROWS} [{label(layer)}]",
-        Source.THEOREM_3,
-        torch.cat(found),
-        torch.cat(expected),
-        hypotheses={"BNP": True, "bias": True},
+        _ROWS,
+        torch.cat([extended(rows[:, group]) @ of_group(block, layer, group) for group in groups]),
+        torch.cat([extended(G[:, group]) / q for group in groups]),
+        given=("BNP", "bias"),
         details={"q": q, "R": len(rows), "m": layer.features, "constant features": int(moments.constant.sum())},
     )
 
 
 @statement(Source.ALGORITHM_2, _T3)
-def check_update(problem: Problem) -> Iterator[Check]:
+@per_layer(_T3)
+def check_update(problem: Problem, layer: Layer) -> Iterator[Check]:
     """T3: the update, what `P P^T` is, what damping allows, and what the undamped step does not see."""
-    yield from each_layer(problem, _T3, Source.ALGORITHM_2, _update)
-
-
-def _update(problem: Problem, layer: Layer) -> Iterator[Check]:
     if layer.bias is None:
         raise NotApplicable("the layer has no free bias: T5")
-    name = label(layer)
     moments = own_moments(problem, layer)
-    s2 = damped(moments, {"eps1": 0, "eps2": 0})
-    q = scale(layer, len(problem.rows[layer.name]))
+    s2, q = moments.damped(), scale(layer, len(problem.rows[layer.name]))
     P = block_of(problem.bnp, layer)
-    positions, _ = problem.bnp.blocks[layer.name]
-    g = problem.risk.gradient[positions]
+    g = problem.risk.gradient[problem.bnp.blocks[layer.name][0]]
     if not bool(g.any()):
-        g = normal((len(positions),), problem.random(3), problem.risk.theta)
-    expected = _formula(g, layer, moments.mean, s2, q)
-    yield agreement(f"{_T3} [{name}]", Source.ALGORITHM_2, P.direction(g), expected, details={"q": q})
-    products, worst = [], 1.0
-    for group in range(layer.groups):
-        dense = P.unit(first_unit(layer, group)).to_dense()
-        mu = torch.cat([moments.mean[group], moments.mean.new_ones(1)])
-        M = torch.outer(mu, mu) + torch.diag(torch.cat([s2[group], s2.new_zeros(1)]))
-        products.append(q * q * dense @ dense.T @ M)
-        worst = max(worst, float(torch.linalg.cond(M)))
-    eye = torch.eye(layer.features + 1, dtype=s2.dtype)
-    bound = max(1e-9, 100 * torch.finfo(s2.dtype).eps * worst)
-    words = f"undamped, P P^T is the inverse of the second moment with its covariance made diagonal [{name}]"
-    yield agreement(words, Source.ALGORITHM_2, torch.cat(products), eye.repeat(layer.groups, 1), bound=bound)
+        g = normal((len(g),), problem.random(3), problem.risk.theta)
+    yield agreement(_T3, P.direction(g), _formula(g, layer, moments.mean, s2, q), details={"q": q})
+    zero, one = s2.new_zeros(layer.groups, 1), s2.new_ones(layer.groups, 1)
+    yield _inverse(_SECOND_MOMENT, P, layer, torch.cat([moments.mean, one], 1), torch.cat([s2, zero], 1), q)
     light = bnp_preconditioner(problem.risk, eps1=_EPS1).blocks[layer.name][1]
     assert isinstance(light, BNPBlock)
-    spread = light.variance.max() / light.variance.min()
-    yield Check.compare(
-        f"damping bounds what is corrected: max s2 / min s2 [{name}]",
-        Source.ALGORITHM_2,
-        observed=float(spread),
-        predicted=(1 + _EPS1) / _EPS1,
+    yield at_most(
+        "damping bounds what is corrected: max s2 / min s2",
+        float(light.variance.max() / light.variance.min()),
+        (1 + _EPS1) / _EPS1,
         tolerance=1e-12,
-        relation="<=",
         details={"undamped": float(s2.max() / s2.min())},
     )
-    yield from _invariance(problem.moving, layer)
+    yield _invariance(problem.moving, layer)
 
 
 def _formula(g: Tensor, layer: Layer, mean: Tensor, s2: Tensor, q: float) -> Tensor:
     """`Gw' = (Gw - Gb mu^T)/s2/q^2`, `Gb' = Gb/q^2 - Gw' mu`, unit by unit."""
-    n, m = layer.units, layer.features
-    weights, bias = g[: n * m].view(n, m), g[n * m :]
-    owner = torch.arange(n) // (n // layer.groups)
-    new = (weights - bias[:, None] * mean[owner]) / s2[owner] / q**2
-    return torch.cat([new.reshape(-1), bias / q**2 - (new * mean[owner]).sum(dim=1)])
+    cut, mu = layer.units * layer.features, per_unit(mean, layer)
+    weights, bias = g[:cut].view(layer.units, -1), g[cut:]
+    new = (weights - bias[:, None] * mu) / per_unit(s2, layer) / q**2
+    return torch.cat([new.reshape(-1), bias / q**2 - (new * mu).sum(dim=1)])
 
 
-def _invariance(problem: Problem, layer: Layer) -> Iterator[Check]:
+def _inverse(
+    words: str, P: BNPBlock, layer: Layer, mean: Tensor, s2: Tensor, q: float, details: dict[str, Any] | None = None
+) -> Check:
+    """Whether `q^2 P P^T` is the inverse of `mu mu^T + diag s2` in every group."""
+    products, worst = [], 1.0
+    for group in range(layer.groups):
+        D = of_group(P, layer, group)
+        M = torch.outer(mean[group], mean[group]) + torch.diag(s2[group])
+        products.append(q * q * D @ D.T @ M)
+        worst = max(worst, float(torch.linalg.cond(M)))
+    eye = torch.eye(s2.shape[1], dtype=s2.dtype).repeat(layer.groups, 1)
+    bound = max(1e-9, 100 * torch.finfo(s2.dtype).eps * worst)
+    return agreement(words, torch.cat(products), eye, bound=bound, details=details or {})
+
+
+def _invariance(problem: Problem, layer: Layer) -> Check:
     """The undamped step in a network whose layer sees `D h + c`, carried back."""
-    words = f"the undamped step does not see a per-feature map h -> D h + c [{label(layer)}]"
-    constant = int(own_moments(problem, layer).constant.sum())
-    if layer.pads_zeros:
-        yield Check.not_applicable(words, Source.ALGORITHM_2, "zero padding: padded entries are not mapped")
-        return
+    if zero_padded(layer):
+        return refused(_INVARIANT, "zero padding: padded entries are not mapped")
     if problem.activations.on_kink:
-        yield Check.not_applicable(
-            words, Source.ALGORITHM_2, f"{problem.activations.on_kink} pre-activations lie exactly on a kink"
-        )
-        return
-    channels = layer.groups * layer.features // layer.patch
-    g = problem.random(31)
-    d = 10 ** (2 * torch.rand(channels, generator=g, dtype=torch.float64) - 1)
-    c = 3 * torch.randn(channels, generator=g, dtype=torch.float64)
+        return refused(_INVARIANT, f"{problem.activations.on_kink} pre-activations lie exactly on a kink")
+    g, count, held = problem.random(31), channels(layer), own_moments(problem, layer).constant
+    d = 10 ** (2 * torch.rand(count, generator=g, dtype=torch.float64) - 1)
+    c = 3 * torch.randn(count, generator=g, dtype=torch.float64)
     # A constant feature has scale 1 whatever it is multiplied by: it may be shifted, not scaled.
-    held = own_moments(problem, layer).constant.view(channels, layer.patch)[:, 0]
-    d = torch.where(held, torch.ones_like(d), d)
-    owner = torch.arange(layer.units) // (layer.units // layer.groups)
-    D, C = (t.repeat_interleave(layer.patch).view(layer.groups, layer.features)[owner] for t in (d, c))
+    d = torch.where(held.view(count, layer.patch)[:, 0], torch.ones_like(d), d)
+    D, C = (per_unit(per_entry(t, layer), layer) for t in (d, c))
 
     def moved(own: nn.Module) -> nn.Module:
         with torch.no_grad():
             w = own.get_parameter("weight")
             w.copy_((w.flatten(1) / D).view_as(w))
             own.get_parameter("bias").sub_((w.flatten(1) * C).sum(dim=1))
-        return nn.Sequential(Affine(d, c, layer.channel_axis), own)
+        return nn.Sequential(Affine(d, c, channel_axis(layer)), own)
 
     other = rewritten(problem.risk, {layer.name: moved})
-    cut = layer.units * layer.features
-    positions, _ = problem.bnp.blocks[layer.name]
-    plain = problem.bnp.direction(problem.risk.gradient)[positions]
+    positions, cut = problem.bnp.blocks[layer.name][0], layer.units * layer.features
     theirs = bnp_preconditioner(other).direction(other.gradient)[positions]
     weights = theirs[:cut].view(layer.units, -1)
-    back = torch.cat([(weights * D).reshape(-1), theirs[cut:] + (weights * C).sum(dim=1)])
-    yield agreement(
-        words,
-        Source.ALGORITHM_2,
-        back,
-        plain,
+    return agreement(
+        _INVARIANT,
+        torch.cat([(weights * D).reshape(-1), theirs[cut:] + (weights * C).sum(dim=1)]),
+        problem.bnp.direction(problem.risk.gradient)[positions],
         bound=1e-7,
-        hypotheses={"undamped": True, "bias": True, "no zero padding": True},
-        details={"D from": float(d.min()), "D to": float(d.max()), "constant features, not scaled": constant},
+        given=("undamped", "bias", "no zero padding"),
+        details={
+            "D from": float(d.min()),
+            "D to": float(d.max()),
+            "constant features, not scaled": int(held.sum()),
+        },
     )
 
 
@@ -188,49 +188,157 @@ def _invariance(problem: Problem, layer: Layer) -> Iterator[Check]:
 def check_without_bias(problem: Problem) -> Iterator[Check]:
     """T5: both forms, on every layer with its bias frozen."""
     weights = [layer.weight for layer in problem.layers]
-    free = Problem(problem.risk.restrict(weights), seed=problem.seed, limit=problem.limit)
-    yield from each_layer(free, _T5, Source.T5, _without_bias)
+    yield from _without_bias(problem.of(problem.risk.restrict(weights)))
 
 
+@per_layer(_T5)
 def _without_bias(problem: Problem, layer: Layer) -> Iterator[Check]:
-    name = label(coverage(problem.risk)[layer.name])
-    moments = own_moments(problem, layer)
-    s2 = damped(moments, {"eps1": 0, "eps2": 0})
-    rows = problem.rows[layer.name]
-    R, q = len(rows), scale(layer, len(rows))
-    block = block_of(problem.bnp, layer)
+    moments, rows = own_moments(problem, layer), problem.rows[layer.name]
+    P = block_of(problem.bnp, layer)
     diagonal = bnp_preconditioner(problem.risk, bias_free="diagonal").blocks[layer.name][1]
     assert isinstance(diagonal, BNPBlock)
-    products, columns, kappas = [], [], {}
+    forms = {"raw": rows[:, 0], "diagonal": rows[:, 0] @ of_group(diagonal, layer, 0)}
+    forms["rank-one"] = rows[:, 0] @ of_group(P, layer, 0)
+    kappas = {f"kappa*, {form}": singular(matrix).value for form, matrix in forms.items()}
+    yield _inverse(_T5, P, layer, moments.mean, moments.damped(), scale(layer, len(rows)), kappas)
     rms = rows.square().mean(dim=0).sqrt() if layer.patch == 1 else (moments.variance + moments.mean**2).sqrt()
-    worst = 1.0
-    for group in range(layer.groups):
-        first = first_unit(layer, group)
-        P = block.unit(first).to_dense()
-        M = torch.diag(s2[group]) + torch.outer(moments.mean[group], moments.mean[group])
-        products.append(q * q * P @ P.T @ M)
-        worst = max(worst, float(torch.linalg.cond(M)))
-        D = diagonal.unit(first)
-        columns.append(D.q * D.to_dense().diagonal() * rms[group])
-        if group == 0:
-            forms = {"raw": rows[:, 0], "diagonal": rows[:, 0] @ D.to_dense(), "rank-one": rows[:, 0] @ P}
-            kappas = {f"kappa*, {form}": _kappa(matrix) for form, matrix in forms.items()}
-    eye = torch.eye(layer.features, dtype=s2.dtype).repeat(layer.groups, 1)
-    bound = max(1e-9, 100 * torch.finfo(s2.dtype).eps * worst)
-    yield agreement(f"{_T5} [{name}]", Source.T5, torch.cat(products), eye, bound=bound, details=kappas)
     live = rms > 0
-    norms = torch.stack(columns)[live]
-    words = f"the diagonal form gives every column of H P the norm sqrt R / q [{name}]"
-    yield agreement(words, Source.T5, norms, torch.ones_like(norms), details={"R": R})
+    columns = torch.stack([of_group(diagonal, layer, group).diagonal() for group in range(layer.groups)])
+    norms = (diagonal.q * columns * rms)[live]
+    words = "the diagonal form gives every column of H P the norm sqrt R / q"
+    yield agreement(words, norms, torch.ones_like(norms), details={"R": len(rows)})
     survives = torch.where(live, moments.mean**2 / rms.square().clamp_min(1e-300), torch.zeros_like(rms))
-    yield Check.compare(
-        f"its q^2 = max(m/R, 1) + sum_j mu_j^2 / rms_j^2 [{name}]",
-        Source.T5,
-        observed=diagonal.q**2,
-        predicted=max(layer.features / R, 1.0) + float(survives.sum(dim=1).max()),
-        tolerance=1e-9,
+    expected = max(layer.features / len(rows), 1.0) + float(survives.sum(dim=1).max())
+    yield equals("its q^2 = max(m/R, 1) + sum_j mu_j^2 / rms_j^2", diagonal.q**2, expected, tolerance=1e-9)
+
+
+class Counted:
+    """A number that counts the additions, multiplications, divisions, comparisons and roots made with it.
+
+    NumPy's arrays of objects do their arithmetic entry by entry, so that formulas over whole arrays are counted.
+    """
+
+    def __init__(self, value: float, book: Counter[str]) -> None:
+        self.value, self.book = value, book
+
+    def _do(self, made: Callable[[float, float], Any], other: Counted | float) -> Counted:
+        self.book["operations"] += 1
+        return Counted(made(self.value, other.value if isinstance(other, Counted) else other), self.book)
+
+    def __add__(self, other: Counted | float) -> Counted:
+        return self._do(operator.add, other)
+
+    def __sub__(self, other: Counted | float) -> Counted:
+        return self._do(operator.sub, other)
+
+    def __mul__(self, other: Counted | float) -> Counted:
+        return self._do(operator.mul, other)
+
+    def __truediv__(self, other: Counted | float) -> Counted:
+        return self._do(operator.truediv, other)
+
+    def __gt__(self, other: Counted) -> bool:
+        return bool(self._do(operator.gt, other).value)
+
+    def __pow__(self, power: float) -> Counted:
+        return self._do(operator.pow, power)
+
+
+def counted(book: Counter[str], values: Tensor) -> Any:
+    """An array of numbers that count in a book."""
+    return np.frompyfunc(lambda value: Counted(float(value), book), 1, 1)(values.numpy())
+
+
+def values_of(*arrays: Any) -> Tensor:
+    """The values of counted numbers, one array after the other."""
+    return torch.cat([torch.tensor([one.value for one in a.flat], dtype=torch.float64) for a in arrays])
+
+
+def _statistics(H: Any, mu: Any, var: Any) -> tuple[Any, Any]:
+    """The differences from the mean of the batch, and its variance; running statistics are changed in place."""
+    mean = H.sum(axis=0) / len(H)
+    apart = H - mean
+    variance = (apart * apart).sum(axis=0) / len(H)
+    mu[:] = mu * _RHO + mean * (1 - _RHO)
+    var[:] = var * _RHO + variance * (1 - _RHO)
+    return apart, variance
+
+
+def algorithm_2(H: Any, Gw: Any, Gb: Any, mu: Any, var: Any, q2: float) -> tuple[Any, Any]:
+    """One dense step of Algorithm 2 in scalars, with running statistics `mu`, `var` (changed in place).
+
+    Args:
+        H: the inputs, `(N, n)`, counted numbers as everything here.
+        Gw, Gb: the gradients, `(n_out, n)` and `(n_out,)`.
+        mu, var: running mean and variance, `(n,)`.
+        q2: `q^2`.
+
+    Returns:
+        The preconditioned gradients.
+
+    Source: Lange, Helfrich and Ye 2022, Algorithm 2 (p. 11).
+    """
+    _statistics(H, mu, var)
+    s2 = var + (max(var) * _EPS1 + _EPS2)
+    new = (Gw - mu * Gb[:, None]) / s2 / q2
+    return new, Gb / q2 - (new * mu).sum(axis=1)
+
+
+def batch_norm(H: Any, dY: Any, gain: Any, offset: Any, mu: Any, var: Any) -> tuple[Any, Any]:
+    """Forward and backward pass of batch normalization in scalars, with running statistics: its outputs and `dH`."""
+    apart, variance = _statistics(H, mu, var)
+    sigma = (variance + _EPS2) ** 0.5
+    hat = apart / sigma
+    d_offset, d_gain = dY.sum(axis=0), (dY * hat).sum(axis=0)
+    dH = (dY - d_offset / len(H) - hat * (d_gain / len(H))) * (gain / sigma)
+    return hat * gain + offset, dH
+
+
+def formula(n: int, n_out: int, N: int) -> int:
+    """The paper's number of operations of one dense step."""
+    return 4 * n * N + 6 * n * n_out + 2 * n_out + 8 * n
+
+
+@statement(Source.PROP_6, _PROP_6)
+def check_cost(problem: Problem) -> Iterator[Check]:
+    """Prop. 6: at a few sizes, that the counted algorithm is the package's update, and BN's count."""
+    g, steps, norms = problem.random(6), [], []
+    for n, n_out, N in _SIZES:
+        shapes: Sequence[tuple[int, ...]] = ((N, n), (N, n), (n_out, n), (n_out,), *[(n,)] * 4)
+        drawn = [torch.randn(*shape, generator=g, dtype=torch.float64) for shape in shapes]
+        drawn[5] = drawn[5] ** 2
+        book: Counter[str] = Counter()
+        H, dY, Gw, Gb, mu, var, gain, offset = (counted(book, values) for values in drawn)
+        q2 = max(n / N, 1.0)
+        made = values_of(*algorithm_2(H, Gw, Gb, mu, var, q2))
+        steps.append((book.pop("operations"), formula(n, n_out, N), n_out))
+        mean, s2 = values_of(mu), values_of(var)
+        block = BNPBlock(mean[None], (s2 + _EPS1 * s2.max() + _EPS2)[None], q2**0.5, units=n_out, bias=True)
+        words = f"what is counted is the update [n = {n}, n_out = {n_out}, N = {N}]"
+        yield agreement(words, made, block.direction(values_of(Gw, Gb)), bound=1e-12)
+        batch_norm(H, dY, gain, offset, mu, var)
+        norms.append((book["operations"], 32 * n * N + 4 * n, n * N))
+    yield equals(
+        f"{_PROP_6}; counted, n_out - 1 fewer [the largest difference at {len(_SIZES)} sizes]",
+        float(max(abs(paper - count - (n_out - 1)) for count, paper, n_out in steps)),
+        0.0,
+        details={"counted": [one[0] for one in steps], "the formula": [one[1] for one in steps]},
     )
+    yield at_most(
+        "BN costs at most 32 nN + 4n operations, and not so many [the largest ratio]",
+        max(count / paper for count, paper, _ in norms),
+        1.0,
+        details={"counted over nN": [count / nN for count, _, nN in norms]},
+    )
+    yield from _own_cost(problem)
 
 
-def _kappa(matrix: Tensor) -> float:
-    return singular_condition_number(MatrixOperator(matrix, exact=False)).value
+@per_layer(_PROP_6)
+def _own_cost(problem: Problem, layer: Layer) -> Iterator[Check]:
+    """What the formula says of a layer: numbers, no verdict."""
+    if not dense(layer):
+        raise NotApplicable("the count is of dense layers")
+    n, n_out, N = layer.features, layer.units, len(problem.rows[layer.name])
+    ours, theirs = formula(n, n_out, N), 32 * n * N + 4 * n
+    why = f"n = {n}, n_out = {n_out}, N = {N}: {ours:,} operations by the formula, BN {theirs:,}"
+    yield refused(_PROP_6, why)

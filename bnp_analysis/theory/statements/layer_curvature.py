@@ -5,23 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnp_analysis.curvature import gauss_newton, hessian
 from bnp_analysis.curvature.output_curvature import output_root
 from bnp_analysis.curvature.units import unit_blocks
 from bnp_analysis.network import EmpiricalRisk, Layer, coverage, layer_rows
-from bnp_analysis.theory.check import Check
-from bnp_analysis.theory.sources import Source
-from bnp_analysis.theory.statements.reference import channel_values
-from bnp_analysis.theory.statements.rewriting import Offset, first_examples, rewritten, with_squared_outputs
+from bnp_analysis.theory.check import Check, Source
+from bnp_analysis.theory.statements.reference import (
+    Offset,
+    channel_axis,
+    channel_values,
+    extended,
+    first_examples,
+    rewritten,
+)
 from bnp_analysis.theory.statements.setting import (
     NotApplicable,
     Problem,
     agreement,
+    at_most,
+    dense,
     distance,
-    each_layer,
-    label,
+    passing,
+    per_layer,
+    refused,
     statement,
 )
 
@@ -40,134 +48,87 @@ def check_dense_blocks(problem: Problem) -> Iterator[Check]:
 
     `S` comes from a network with a free offset at the layer's output, the other side from the network itself.
     """
-    yield from each_layer(problem, _T1, Source.PROP_2, _unit_blocks, dense=True)
-    yield from each_layer(problem, _GN, Source.PROP_2, _by_rows, dense=True)
+    yield from per_layer(_T1, only=dense)(_unit_blocks)(problem)
+    yield from _by_rows(problem)
 
 
 @statement(Source.PROP_9, _T1)
 def check_convolution_blocks(problem: Problem) -> Iterator[Check]:
     """Lemma 8, Prop. 9: the outputs of a convolution are `H^ w^` with a row per position; its Hessian follows."""
-    yield from each_layer(problem, _LEMMA_8, Source.PROP_9, _outputs, dense=False)
-    yield from each_layer(problem, _T1, Source.PROP_9, _unit_blocks, dense=False)
+    yield from _outputs(problem)
+    yield from per_layer(_T1, only=lambda layer: not dense(layer))(_unit_blocks)(problem)
 
 
+@per_layer(_LEMMA_8, only=lambda layer: not dense(layer))
 def _outputs(problem: Problem, layer: Layer) -> Iterator[Check]:
     problem.require_once(layer)
-    seen: list[Tensor] = []
-    problem.risk.capture(lambda name, module, args, out: seen.append(out.clone()), [layer.name])
-    found = torch.cat([channel_values(layer, out) for out in seen])
+    found = torch.cat([channel_values(layer, out) for _, out in passing(problem.risk, layer.name)])
     tensors, rows = problem.risk.named_tensors(), problem.rows[layer.name]
     weight = tensors[layer.weight].flatten(1).view(layer.groups, -1, layer.features)
     expected = torch.einsum("rgm,gum->rgu", rows, weight).flatten(1)
     bias = tensors.get(f"{layer.name}.bias" if layer.name else "bias")
-    yield agreement(
-        f"{_LEMMA_8} [{label(layer)}]", Source.PROP_9, found, expected if bias is None else expected + bias,
-        details={"rows": len(rows), "units": layer.units},
-    )  # fmt: skip
+    expected = expected if bias is None else expected + bias
+    yield agreement(_LEMMA_8, found, expected, details={"rows": len(rows), "units": layer.units})
 
 
+@per_layer(_GN, only=dense)
 def _by_rows(problem: Problem, layer: Layer) -> Iterator[Check]:
     """The short way to the blocks of dense units, one number per row, against the Jacobian of the network."""
     found = unit_blocks(problem.risk, problem.layers).get(layer.name)
     if found is None:
         raise NotApplicable("S_i is not one number per row: a convolution, a sequence, coupled or reused rows")
-    short, long = [], []
-    for i in problem.some_units(layer):
-        A = gauss_newton(problem.risk, block=(layer.name, i))
-        problem.require_size(A.dim)
-        short.append(found[i].to_dense())
-        long.append(A.to_dense())
-    yield agreement(
-        f"{_GN} [{label(layer)}]",
-        Source.PROP_2,
-        torch.stack(short),
-        torch.stack(long),
-        bound=resolution(problem.risk, layer.name),
-        hypotheses={"dense": True},
-    )
+    units = problem.some_units(layer)
+    long = torch.stack([problem.dense(gauss_newton, (layer.name, i)) for i in units])
+    short = torch.stack([found[i].to_dense() for i in units])
+    yield agreement(_GN, short, long, bound=resolution(problem.risk, layer.name), given=("dense",))
 
 
 def _unit_blocks(problem: Problem, layer: Layer) -> Iterator[Check]:
     problem.require_smooth()
     problem.require_once(layer)
     risk = problem.risk
-    per_example = _outputs_per_example(problem, layer)
+    per_example = problem.rows[layer.name].shape[0] * layer.units // max(round(risk.batches.total), 1)
     if per_example > _MOST_OFFSETS:
         raise NotApplicable(
             f"{per_example} pre-activations per example; dense second derivatives are formed of up to {_MOST_OFFSETS}"
         )
     part = rewritten(risk, batches=first_examples(risk, max(_MOST_OFFSETS // per_example, 1)))
-    own = coverage(part)[layer.name]
-    shapes: list[torch.Size] = []
-    part.capture(lambda name, module, args, out: shapes.append(out.shape), [layer.name])
-    with_offset = rewritten(part, {layer.name: lambda module: Offset(module, shapes[0], part.theta)})
-    name = f"{layer.name}.offset" if layer.name else "offset"
-    S = hessian(with_offset.restrict([name])).to_dense()
-    rows = layer_rows(part)[layer.name]
-    order = _by_unit(own, shapes[0])
-    S = S[order][:, order].view(layer.units, rows.shape[0], layer.units, rows.shape[0])
+    own, rows = coverage(part)[layer.name], layer_rows(part)[layer.name]
+    shape = passing(part, layer.name)[0][1].shape
+    with_offset = rewritten(part, {layer.name: lambda module: nn.Sequential(module, Offset(shape, part.theta))})
+    name = f"{layer.name}.1.offset" if layer.name else "1.offset"
+    # Pre-activations unit after unit, each in the order of the rows.
+    order = torch.arange(shape.numel()).view(shape).movedim(channel_axis(layer), 0).reshape(-1)
+    S = hessian(with_offset.restrict([name])).to_dense()[order][:, order]
+    S = S.view(layer.units, rows.shape[0], layer.units, rows.shape[0])
     problem.require_size(layer.units * (layer.features + 1))
-    A = hessian(part, block=layer.name).to_dense()
-    hypotheses = {"covered": True, "one use of the weight": True, "no entry on a kink": True}
     yield agreement(
-        f"the layer's Hessian block is (I (x) H^)^T S (I (x) H^) [{label(layer)}]",
-        _source(layer),
-        A,
+        "the layer's Hessian block is (I (x) H^)^T S (I (x) H^)",
+        hessian(part, block=layer.name).to_dense(),
         _assembled(own, rows, S),
         bound=resolution(part, layer.name),
-        hypotheses=hypotheses,
+        given=("covered", "one use of the weight", "no entry on a kink"),
         details={"rows": rows.shape[0], "units": layer.units, "examples": part.batches.total},
     )
     between = _between_examples(S, int(part.batches.total))
     if part.coupled:
-        yield Check.not_applicable(
-            f"S_i has no entries between examples [{label(layer)}]",
-            _source(layer),
-            f"examples are coupled by batch statistics; measured {between:.3g} of |S|",
-        )
+        why = f"examples are coupled by batch statistics; measured {between:.3g} of |S|"
+        yield refused("S_i has no entries between examples", why)
         return
     kind = "diagonal" if rows.shape[0] == part.batches.total else "block diagonal over examples"
-    yield Check.compare(
-        f"S_i is {kind} [{label(layer)}]",
-        _source(layer),
-        observed=between,
-        predicted=1e-12,
-        tolerance=0.0,
-        relation="<=",
-        hypotheses={"no batch coupling": True},
-    )
-
-
-def _source(layer: Layer) -> Source:
-    return Source.PROP_9 if layer.spatial else Source.PROP_2
-
-
-def _outputs_per_example(problem: Problem, layer: Layer) -> int:
-    return problem.rows[layer.name].shape[0] * layer.units // max(round(problem.risk.batches.total), 1)
-
-
-def _by_unit(layer: Layer, shape: torch.Size) -> Tensor:
-    """The flat positions of an output, unit after unit, each in the order of the rows."""
-    grid = torch.arange(shape.numel()).view(shape)
-    return grid.movedim(layer.channel_axis, 0).reshape(-1)
+    yield at_most(f"S_i is {kind}", between, 1e-12, given=("no batch coupling",))
 
 
 def _assembled(layer: Layer, rows: Tensor, S: Tensor) -> Tensor:
     """`(I (x) H^)^T S (I (x) H^)` in torch's order: weights unit after unit, then the biases."""
-    n, per_group = layer.units, layer.units // layer.groups
-    H = [rows[:, i // per_group] for i in range(n)]
-    m = layer.features
-    A = rows.new_zeros(n * (m + 1), n * (m + 1))
-    for i in range(n):
-        for k in range(n):
-            left = torch.cat([H[i], rows.new_ones(len(rows), 1)], dim=1)
-            right = torch.cat([H[k], rows.new_ones(len(rows), 1)], dim=1)
-            inner = left.T @ S[i, :, k] @ right
-            A[i * m : (i + 1) * m, k * m : (k + 1) * m] = inner[:m, :m]
-            A[i * m : (i + 1) * m, n * m + k] = inner[:m, m]
-            A[n * m + i, k * m : (k + 1) * m] = inner[m, :m]
-            A[n * m + i, n * m + k] = inner[m, m]
-    return A if layer.bias is not None else A[: n * m, : n * m]
+    n, m = layer.units, layer.features
+    H = [extended(rows[:, i // (n // layer.groups)]) for i in range(n)]
+    A = torch.stack([torch.stack([H[i].T @ S[i, :, k] @ H[k] for k in range(n)]) for i in range(n)])
+    # (unit, unit, entry, entry) -> weights before biases
+    A = A.permute(0, 2, 1, 3).reshape(n * (m + 1), n * (m + 1))
+    place = torch.arange(n * (m + 1)).view(n, m + 1)
+    order = torch.cat([place[:, :m].reshape(-1), place[:, m]]) if layer.bias is not None else place[:, :m].reshape(-1)
+    return A[order][:, order]
 
 
 def _between_examples(S: Tensor, examples: int) -> float:
@@ -179,24 +140,19 @@ def _between_examples(S: Tensor, examples: int) -> float:
 
 
 @statement(Source.T1_PRIME, _T1P)
-def check_hessian_is_gauss_newton(problem: Problem) -> Iterator[Check]:
+@per_layer(_T1P)
+def check_hessian_is_gauss_newton(problem: Problem, layer: Layer) -> Iterator[Check]:
     """T1': with piecewise linear activations the two matrices agree on each layer, away from kinks."""
-    yield from each_layer(problem, _T1P, Source.T1_PRIME, _equal_blocks)
-
-
-def _equal_blocks(problem: Problem, layer: Layer) -> Iterator[Check]:
-    found = problem.activations
     problem.require_once(layer)
     problem.require_smooth()
     bound = resolution(problem.risk, layer.name)
-    H, A = problem.dense("hessian", layer.name), _by_factor(problem, layer)
-    gap = distance(H, A)
-    if not found.piecewise_linear:
-        raise NotApplicable(f"not piecewise linear: {found.why_smooth}; the blocks differ by {gap:.3g} relative")
+    H, A = problem.dense(hessian, layer.name), _by_factor(problem, layer)
+    smooth = ", ".join(f"{name} ({count})" for name, count in problem.activations.smooth.items())
+    if smooth:
+        raise NotApplicable(f"not piecewise linear: {smooth}; the blocks differ by {distance(H, A):.3g} relative")
     if not bool(A.any()):
         raise NotApplicable("the layer has no curvature at all")
-    hypotheses = {"piecewise linear": True, "no entry on a kink": True}
-    yield agreement(f"{_T1P} [{label(layer)}]", Source.T1_PRIME, H, A, bound=bound, hypotheses=hypotheses)
+    yield agreement(_T1P, H, A, bound=bound, given=("piecewise linear", "no entry on a kink"))
 
 
 def _by_factor(problem: Problem, layer: Layer) -> Tensor:
@@ -224,7 +180,9 @@ def resolution(risk: EmpiricalRisk, layer: str) -> float:
     F = gauss_newton(risk, block=layer).factor
     if root is None or root.probabilities is None or F is None:
         return _BOUND
-    J = gauss_newton(with_squared_outputs(risk), block=layer).factor
+    # Of the loss |f|^2/2 the curvature in the outputs is the identity.
+    squared = rewritten(risk, loss=lambda outputs, y: outputs.square().flatten(1).sum(dim=1).mean() / 2)
+    J = gauss_newton(squared, block=layer).factor
     assert J is not None
     size = float(F.to_dense().square().sum())
     rounding = torch.finfo(risk.space.dtype).eps * float(J.to_dense().square().sum())

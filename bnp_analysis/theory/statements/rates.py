@@ -1,4 +1,4 @@
-"""Rates inside `check_theory`: on problems with a known minimizer (Theorem 1, T14, T15), and on a user's if asked."""
+"""Rates inside `check_theory`: Theorem 1 step by step, T14 and T15 on problems with a known minimizer, or a user's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,17 +17,23 @@ from bnp_analysis.network import EmpiricalRisk
 from bnp_analysis.network.batches import Batch
 from bnp_analysis.precondition import bnp_preconditioner
 from bnp_analysis.theory import problems
-from bnp_analysis.theory.check import Check
+from bnp_analysis.theory.check import Check, Source
 from bnp_analysis.theory.rates.convergence import ConvergenceCheck, check_convergence_rate
 from bnp_analysis.theory.rates.formulas import best_step
-from bnp_analysis.theory.rates.limit_point import measure
-from bnp_analysis.theory.rates.minimizer import find_minimizer, gradient_floor
-from bnp_analysis.theory.rates.nearest import Orbit, contraction
-from bnp_analysis.theory.rates.neighbourhood import KINK, remainder, roughness
-from bnp_analysis.theory.sources import Source
-from bnp_analysis.theory.statements.generators import logit_shifts, rescalings
-from bnp_analysis.theory.statements.rewriting import rewritten
-from bnp_analysis.theory.statements.setting import NotApplicable, Problem, statement
+from bnp_analysis.theory.rates.limit_point import KINK, find_minimizer, gradient_floor, measure, remainder, roughness
+from bnp_analysis.theory.statements.reference import rewritten
+from bnp_analysis.theory.statements.setting import (
+    NotApplicable,
+    Problem,
+    at_most,
+    attempted,
+    equals,
+    located,
+    refused,
+    signed,
+    statement,
+)
+from bnp_analysis.theory.statements.symmetry import logit_shifts, rescalings
 
 _EVERY = "every step of gradient descent contracts the distance to the nearest rescaling by r + eps"
 _T14 = "gradient descent and heavy ball contract as the spectrum at the limit point says"
@@ -37,15 +44,122 @@ _KAPPA = 300.0
 _SECONDS = 60.0
 _RADIUS = 0.1  # of 1/kappa*, in lengths of the minimizer
 _STEPS = 25
+_UNIT = float(torch.finfo(torch.float64).eps)
+_ROUNDING = 1e4  # a distance of so many roundings is known to four digits
 
 
-def _embedded(problem: Problem) -> problems.KnownProblem:
-    return problems.teacher_student((4, 3, 2), kappa=_KAPPA, n=60, seed=problem.seed)
+@dataclass(frozen=True, eq=False)
+class Orbit:
+    """The points `theta* t^E + B c`, `t > 0`: rescalings of units, and shifts of all logits where the loss has them.
+
+    Attributes:
+        origin: `theta*`, `(n,)`.
+        exponents: `E`, `(n, u)`: 1 for what comes into a unit, -1 for what goes out, 0 elsewhere.
+        shifts: `B`, `(n, c)`, orthonormal columns.
+    """
+
+    origin: Tensor
+    exponents: Tensor
+    shifts: Tensor
+
+    def scales(self, log_t: Tensor) -> Tensor:
+        """The diagonal of the rescaling, `t^E`."""
+        return (self.exponents @ log_t).exp()
+
+    def tangent(self, log_t: Tensor) -> Tensor:
+        """Tangent vectors at a point, `(n, u + c)`."""
+        return torch.cat([(self.scales(log_t) * self.origin)[:, None] * self.exponents, self.shifts], dim=1)
+
+    def _across(self, x: Tensor) -> Tensor:
+        return x - self.shifts @ (self.shifts.T @ x)
+
+    def nearest(self, theta: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest point, by Newton's method for least squares in `log t`; shifts are projected out.
+
+        Args:
+            theta: `(n,)`, near the manifold.
+            log_t: where to begin, `(u,)`.
+
+        Returns:
+            `log t`, and the point.
+        """
+        for _ in range(50):
+            x = self.scales(log_t) * self.origin
+            J, rest = x[:, None] * self.exponents, self._across(x - theta)
+            across = self._across(J)
+            H = J.T @ across + self.exponents.T @ ((x * rest)[:, None] * self.exponents)
+            step = torch.linalg.solve(H, J.T @ rest)
+            log_t = log_t - step
+            if float(step.abs().max()) <= 4 * _UNIT:
+                break
+        x = self.scales(log_t) * self.origin
+        return log_t, x + self.shifts @ (self.shifts.T @ (theta - x))
 
 
-def _named(found: ConvergenceCheck, where: str) -> ConvergenceCheck:
-    kappa = f", kappa* {found.kappa:.4g}" if math.isfinite(found.kappa) else ""
-    return dataclasses.replace(found, statement=f"{found.statement} [{where}{kappa}]")
+@dataclass
+class Contraction:
+    """A run of gradient descent, seen from the manifold.
+
+    Attributes:
+        ratios: `|theta_{k+1} - theta*_{k+1}| / |theta_k - theta*_k|`.
+        factors: `r` with the eigenvalues at `theta*_k`.
+        remainders: `alpha |grad L(theta_k) - Hess(theta*_k) (theta_k - theta*_k)| / |theta_k - theta*_k|`.
+    """
+
+    ratios: list[float] = field(default_factory=list)
+    factors: list[float] = field(default_factory=list)
+    remainders: list[float] = field(default_factory=list)
+
+    @property
+    def excess(self) -> float:
+        """The smallest `eps` for which every step has ratio at most `r + eps`."""
+        return max(ratio - r for ratio, r in zip(self.ratios, self.factors, strict=True))
+
+    @property
+    def worst(self) -> float:
+        """The largest ratio over `r + eps_k`, `eps_k` from the measured remainder."""
+        steps = zip(self.ratios, self.factors, self.remainders, strict=True)
+        return max(ratio / (r + eps) for ratio, r, eps in steps)
+
+
+def contraction(
+    risk: EmpiricalRisk, orbit: Orbit, hessian: Tensor, rank: int, alpha: float, start: Tensor, steps: int
+) -> Contraction:
+    """Run gradient descent and compare every step with the spectrum at the nearest point.
+
+    Args:
+        risk: any point.
+        orbit: of a minimizer.
+        hessian: `(n, n)`, at its origin; elsewhere on the orbit it is `t^-E Hess t^-E`.
+        rank: of the Hessian.
+        alpha: the step.
+        start: `(n,)`.
+        steps: at most; fewer where rounding comes first.
+
+    Returns:
+        What every step did.
+
+    Source: Lange, Helfrich and Ye 2022, Theorem 1 (p. 7, 27).
+    """
+    theta, found = start, Contraction()
+    log_t, point = orbit.nearest(theta, torch.zeros_like(orbit.exponents[0]))
+    distance = float((theta - point).norm())
+    for _ in range(steps):
+        scales = 1 / orbit.scales(log_t)
+        there = scales[:, None] * hessian * scales
+        values = torch.linalg.eigvalsh(there)
+        gradient = risk.at(theta).gradient
+        rest = float((gradient - there @ (theta - point)).norm())
+        theta = theta - alpha * gradient
+        log_t, point = orbit.nearest(theta, log_t)
+        new = float((theta - point).norm())
+        if new < _ROUNDING * _UNIT * float(theta.norm()):
+            break
+        found.ratios.append(new / distance)
+        found.factors.append(max(abs(1 - alpha * float(values[-rank])), abs(1 - alpha * float(values[-1]))))
+        found.remainders.append(alpha * rest / distance)
+        distance = new
+    return found
 
 
 @statement(Source.THEOREM_1, _EVERY)
@@ -55,22 +169,21 @@ def check_every_step(problem: Problem) -> Iterator[Check]:
     Their seeds are such that the null space is the tangent space: units that are never on one side of their kink for
     all data. It is verified, not assumed.
     """
-    for where, risk in _teachers(problem.seed):
+    for where, risk in teachers(problem.seed):
         yield from every_step(Problem(risk, seed=problem.seed), where)
 
 
-def _teachers(seed: int) -> Iterator[tuple[str, EmpiricalRisk]]:
+def teachers(seed: int) -> Iterator[tuple[str, EmpiricalRisk]]:
+    """The problems of Theorem 1 with their names."""
     for widths in ((4, 3, 2), (3, 3, 3, 2)):
         shape = "-".join(map(str, widths))
         solved = problems.teacher_student(widths, n=60, seed=seed).solved
         yield f"teacher-student {shape}, squared loss", solved
         if len(widths) == 3:
             batch = next(iter(solved.batches))
-            soft = Batch(batch.x, solved.outputs.softmax(dim=1), batch.count, 0)
-            yield (
-                f"teacher-student {shape}, softmax: with the shifts of all logits",
-                rewritten(solved, batches=[soft], loss=torch.nn.functional.cross_entropy),
-            )
+            soft = [Batch(batch.x, solved.outputs.softmax(dim=1), batch.count, 0)]
+            made = rewritten(solved, batches=soft, loss=torch.nn.functional.cross_entropy)
+            yield f"teacher-student {shape}, softmax: with the shifts of all logits", made
 
 
 def every_step(problem: Problem, where: str) -> Iterator[Check]:
@@ -89,38 +202,31 @@ def every_step(problem: Problem, where: str) -> Iterator[Check]:
 
     Source: Lange, Helfrich and Ye 2022, Theorem 1 (p. 7, 27).
     """
-    risk = problem.risk
-    orbit = Orbit(risk.theta, rescalings(problem), logit_shifts(problem))
-    try:
-        yield from _every_step(problem, orbit, where)
-    except NotApplicable as refusal:
-        yield Check.not_applicable(f"{_EVERY} [{where}]", Source.THEOREM_1, str(refusal))
+    orbit = Orbit(problem.risk.theta, rescalings(problem), logit_shifts(problem))
+    yield from signed(Source.THEOREM_1, located(where, attempted(_EVERY, _every_step(problem, orbit))))
 
 
-def _every_step(problem: Problem, orbit: Orbit, where: str) -> Iterator[Check]:
+def _every_step(problem: Problem, orbit: Orbit) -> Iterator[Check]:
     risk = problem.risk
     problem.require_size(risk.space.dim)
-    spectrum = measure(risk, None)
-    floor = gradient_floor(risk)
+    spectrum, floor = measure(risk, None), gradient_floor(risk)
     if not len(spectrum.values) or spectrum.negative:
         raise NotApplicable("the Hessian is zero, or has a negative eigenvalue: no minimizer")
     if float(risk.gradient.norm()) > max(1e3 * floor, 1e-12 * spectrum.largest):
         raise NotApplicable(f"no minimizer: |grad| {float(risk.gradient.norm()):.2g}, rounding {floor:.2g}")
-    hessian_there = _symmetric(hessian(risk).to_dense())
-    tangent = orbit.tangent(torch.zeros_like(orbit.exponents[0]))
+    H = hessian(risk).to_dense()
+    H = (H + H.T) / 2
+    tangent, dimension = orbit.tangent(torch.zeros_like(orbit.exponents[0])), 0
     if tangent.shape[1]:
-        images = (hessian_there @ tangent).norm(dim=0) / tangent.norm(dim=0)
-        yield Check.compare(
-            f"the null space of the Hessian contains the tangent space [{where}]",
-            Source.THEOREM_1,
-            observed=float(images.max()) / spectrum.largest,
-            predicted=1e-10,
-            tolerance=0.0,
-            relation="<=",
-            hypotheses={"a minimizer": True, "positively scale-invariant": True},
+        dimension = int(torch.linalg.matrix_rank(tangent))
+        images = (H @ tangent).norm(dim=0) / tangent.norm(dim=0)
+        yield at_most(
+            "the null space of the Hessian contains the tangent space",
+            float(images.max()) / spectrum.largest,
+            1e-10,
+            given=("a minimizer", "positively scale-invariant"),
             details={"tangent vectors": tangent.shape[1]},
         )
-    dimension = int(torch.linalg.matrix_rank(tangent)) if tangent.shape[1] else 0
     if spectrum.unresolved or spectrum.null_dim != dimension:
         raise NotApplicable(
             f"the null space is not the tangent space: {spectrum.null_dim} dimensions, {dimension} of rescalings"
@@ -131,53 +237,43 @@ def _every_step(problem: Problem, orbit: Orbit, where: str) -> Iterator[Check]:
     found = remainder(risk, None, spectrum, radius, floor)
     if found.kink > KINK:
         raise NotApplicable(roughness(risk, found.kink, found.nonlinear))
-    runs = {}
-    alpha = best_step(spectrum.largest, spectrum.smallest)
-    for d in (radius, radius / 10):
-        runs[d] = [
-            contraction(risk, orbit, hessian_there, len(spectrum.values), alpha, risk.theta + d * v, _STEPS)
-            for end in (0, -1)
-            for v in (spectrum.vectors[:, end], -spectrum.vectors[:, end])
-        ]
-    hypotheses = {"null space = tangent space": True, "a minimizer": True, "no kink within the ball": True}
-    far, near = (max(run.excess for run in runs[d]) for d in runs)
+    alpha, rank = best_step(spectrum.largest, spectrum.smallest), len(spectrum.values)
+    ends = [sign * spectrum.vectors[:, end] for end in (0, -1) for sign in (1, -1)]
+    far_runs, near_runs = (
+        [contraction(risk, orbit, H, rank, alpha, risk.theta + d * v, _STEPS) for v in ends]
+        for d in (radius, radius / 10)
+    )
+    far, near = (max(run.excess for run in runs) for runs in (far_runs, near_runs))
+    given = ("null space = tangent space", "a minimizer", "no kink within the ball")
     details = {
-        "r": runs[radius][0].factors[0],
+        "r": far_runs[0].factors[0],
         "kappa*": spectrum.kappa,
         "null dimension": dimension,
         "distance": radius,
         "eps over the distance": near / (radius / 10),
-        "steps": sum(len(run.ratios) for d in runs for run in runs[d]),
+        "steps": sum(len(run.ratios) for run in (*far_runs, *near_runs)),
     }
-    yield Check.compare(
-        f"{_EVERY}: the largest ratio over r + eps [{where}]",
-        Source.THEOREM_1,
-        observed=max(
-            ratio / (r + eps)
-            for d in runs
-            for run in runs[d]
-            for ratio, r, eps in zip(run.ratios, run.factors, run.remainders, strict=True)
-        ),
-        predicted=1.0,
-        tolerance=1e-9,
-        relation="<=",
-        hypotheses=hypotheses,
-        details=details,
-    )
-    yield Check.compare(
-        f"eps shrinks like the distance: the slope in logarithms [{where}]",
-        Source.THEOREM_1,
-        observed=math.log10(far / near) if near > 0 and far > 0 else math.nan,
-        predicted=1.0,
+    worst = max(run.worst for run in (*far_runs, *near_runs))
+    words = f"{_EVERY}: the largest ratio over r + eps"
+    yield at_most(words, worst, 1.0, tolerance=1e-9, given=given, details=details)
+    yield equals(
+        "eps shrinks like the distance: the slope in logarithms",
+        math.log10(far / near) if near > 0 and far > 0 else math.nan,
+        1.0,
         tolerance=0.05,
-        hypotheses=hypotheses,
+        given=given,
         reason="without eps the statement is false" if near > 0 else "",
         details=details,
     )
 
 
-def _symmetric(matrix: Tensor) -> Tensor:
-    return (matrix + matrix.T) / 2
+def _embedded(problem: Problem) -> problems.KnownProblem:
+    return problems.teacher_student((4, 3, 2), kappa=_KAPPA, n=60, seed=problem.seed)
+
+
+def _named(found: ConvergenceCheck, where: str) -> ConvergenceCheck:
+    kappa = f", kappa* {found.kappa:.4g}" if math.isfinite(found.kappa) else ""
+    return dataclasses.replace(found, statement=f"{found.statement} [{where}{kappa}]")
 
 
 @statement(Source.T14, _T14)
@@ -200,15 +296,15 @@ def check_preconditioned_descent(problem: Problem) -> Iterator[Check]:
     running = check_convergence_rate(made.risk, method="bnp", seed=problem.seed, time_limit=_SECONDS)
     yield _named(running, _WHERE)
     plain = problem.results.get("gd") or check_convergence_rate(made.risk, seed=problem.seed, time_limit=_SECONDS)
-    if plain.holds is None or running.holds is None:
-        slow = next(one for one in (plain, running) if one.holds is None)
-        yield Check.not_applicable(f"{_GAIN} [{_WHERE}]", Source.T15, slow.reason)
+    words = f"{_GAIN} [{_WHERE}]"
+    slow = next((one for one in (plain, running) if one.holds is None), None)
+    if slow is not None:
+        yield refused(words, slow.reason)
         return
-    yield Check.compare(
-        f"{_GAIN} [{_WHERE}]",
-        Source.T15,
-        observed=plain.observed / running.observed,
-        predicted=plain.predicted / running.predicted,
+    yield equals(
+        words,
+        plain.observed / running.observed,
+        plain.predicted / running.predicted,
         tolerance=plain.tolerance + running.tolerance,
         details={"kappa* without P": plain.kappa, "kappa* with P": running.kappa},
     )
@@ -232,7 +328,7 @@ def rates_of(
     if minimizer.attained:
         yield from every_step(Problem(risk.at(minimizer.theta), seed=seed), "this network")
     else:
-        yield Check.not_applicable(f"{_EVERY} [this network]", Source.THEOREM_1, minimizer.reason)
+        yield refused(f"{_EVERY} [this network]", minimizer.reason, source=Source.THEOREM_1)
     for method in ("gd", "heavy_ball", "bnp"):
         yield _named(check_convergence_rate(risk, method=method, seed=seed, time_limit=time_limit), "this network")
     if preconditioner is not None:

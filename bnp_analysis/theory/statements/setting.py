@@ -1,17 +1,19 @@
-"""What the checks of statements share: the problem that a user gives, its dense references, and when to refuse."""
+"""What a statement is, how it is tried, and what its checks share: the problem, dense references, refusals."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from bnp_analysis.curvature import gauss_newton, hessian
+from bnp_analysis.curvature import gauss_newton
 from bnp_analysis.errors import BNPAnalysisError
 from bnp_analysis.linalg import Preconditioner, SymmetricOperator
 from bnp_analysis.network import Coverage, EmpiricalRisk, Layer, coverage, layer_rows
@@ -19,26 +21,106 @@ from bnp_analysis.network.layers import products_only
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.precondition import BNPPreconditioner, bnp_preconditioner
 from bnp_analysis.runtime.random import generator
+from bnp_analysis.runtime.trees import tensors_of
 from bnp_analysis.symmetry import NullDirections, null_directions
-from bnp_analysis.theory.check import Check
-from bnp_analysis.theory.sources import Source
-from bnp_analysis.theory.statements.activations import Activations, activations
+from bnp_analysis.theory.check import Check, Source
 
 # Parameters of a dense reference matrix, and numbers in the factor that it is made of.
 DENSE_LIMIT = 1_500
 FACTOR_LIMIT = 40_000_000
 _UNDAMPED = {
-    "eps1": 0.0,
-    "eps2": 0.0,
-    "q": "auto",
-    "statistics": "channel",
-    "bias_free": "rank-one",
-    "output_scale": False,
+    **{"eps1": 0.0, "eps2": 0.0, "q": "auto"},
+    **{"statistics": "channel", "bias_free": "rank-one", "output_scale": False},
 }
+
+# Where each of these is not differentiable; both sides are linear.
+_KINKS: dict[str, tuple[float, ...]] = {
+    **dict.fromkeys(("relu", "relu_", "leaky_relu", "leaky_relu_", "prelu", "abs"), (0.0,)),
+    **{"relu6": (0.0, 6.0), "hardtanh": (-1.0, 1.0), "hardtanh_": (-1.0, 1.0)},
+}
+# Linear in each argument that carries activations, or choosing among them.
+_LINEAR = {
+    "linear", "flatten", "view", "reshape", "contiguous", "clone", "to", "float", "double", "squeeze", "unsqueeze",
+    "unflatten", "permute", "transpose", "movedim", "mean", "sum", "add", "add_", "sub", "neg", "cat", "stack", "pad",
+    "expand", "chunk", "split", "unbind", "maximum", "minimum", "amax", "interpolate", "getitem", "dropout",
+    "__getitem__", "detach", "expand_as", "T", "mT",
+}  # fmt: skip
+_LINEAR_STARTS = ("conv", "max_pool", "avg_pool", "adaptive_", "_max_pool", "_adaptive_", "dropout", "__add", "__radd",
+                  "__sub", "__rsub", "__iadd")  # fmt: skip
 
 
 class NotApplicable(Exception):
     """A hypothesis fails, or could not be verified; the message is the reason."""
+
+
+@dataclass
+class Activations(TorchFunctionMode):
+    """The nonlinear operations of forward passes, noted while they run.
+
+    Attributes:
+        smooth: operations that are neither linear nor piecewise linear, with their counts.
+        kinked: piecewise linear operations, with their counts.
+        on_kink: entries that lie exactly on a kink, where there is no derivative.
+    """
+
+    smooth: dict[str, int] = field(default_factory=dict)
+    kinked: dict[str, int] = field(default_factory=dict)
+    on_kink: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = str(getattr(func, "__name__", func)).strip()
+        given = tensors_of(args[0]) if args else []
+        # Counted before the call, which may write into its input.
+        self.on_kink += sum(int((given[0] == kink).sum()) for kink in _KINKS.get(name, ()) if given)
+        result = func(*args, **kwargs)
+        live = name != "batch_norm" or bool(kwargs.get("training", args[5] if len(args) > 5 else False))
+        linear = not live or name in _LINEAR or name.startswith(_LINEAR_STARTS)
+        produced = tensors_of(result if isinstance(result, Tensor | tuple | list) else ())
+        if not linear and any(t.is_floating_point() for t in produced):
+            book = self.kinked if name in _KINKS else self.smooth
+            book[name] = book.get(name, 0) + 1
+        return result
+
+
+def activations(risk: EmpiricalRisk) -> Activations:
+    """Run a risk's data once and note every operation.
+
+    Args:
+        risk: the empirical risk.
+
+    Returns:
+        The `Activations`.
+
+    Source: the hypotheses of T1'.
+
+    Example:
+        >>> import torch, bnp_analysis as bnp
+        >>> x, y = torch.rand(4, 3), torch.zeros(4, dtype=torch.long)
+        >>> risk = bnp.EmpiricalRisk(bnp.models.mlp([3, 2, 2]), torch.nn.functional.cross_entropy, (x, y))
+        >>> activations(risk).kinked, activations(risk).smooth
+        ({'relu': 1}, {})
+    """
+    found, tensors = Activations(), risk.named_tensors()
+    for batch in risk.batches:
+        with torch.no_grad(), found:
+            risk.batch_outputs(tensors, batch)
+    return found
+
+
+def dense(layer: Layer) -> bool:
+    """Whether a layer is dense; else it is a convolution."""
+    return isinstance(layer.module, nn.Linear)
+
+
+def passing(risk: EmpiricalRisk, name: str) -> list[tuple[Tensor, Tensor]]:
+    """What goes into a module and what comes out, in the order of the calls."""
+    found: list[tuple[Tensor, Tensor]] = []
+    risk.capture(lambda name, module, args, out: found.append((args[0].clone(), out.clone())), [name])
+    return found
 
 
 class Problem:
@@ -49,9 +131,6 @@ class Problem:
         preconditioner: over `risk.space`; default the undamped BNP one.
         seed: of every random choice.
         limit: parameters up to which dense reference matrices are formed.
-
-    Attributes:
-        given: whether the preconditioner is the caller's own.
     """
 
     def __init__(
@@ -64,21 +143,22 @@ class Problem:
     ) -> None:
         # Statements look at rows and examples: with several processes each of them has all.
         self.risk, self.seed, self.limit = risk.gathered(), seed, limit
-        self.given = preconditioner is not None
         self._preconditioner = preconditioner
         # What two statements need: the second finds what the first computed.
         self.results: dict[Any, Any] = {}
 
+    def of(self, risk: EmpiricalRisk) -> Problem:
+        """Another risk under the same seed and limit."""
+        return Problem(risk, seed=self.seed, limit=self.limit)
+
     @cached_property
     def layers(self) -> Coverage:
-        """The covered layers of torch's own types, whose parameters the statements write out.
+        """The covered layers.
 
         Raises:
             NotApplicable: there is none.
         """
-        every = coverage(self.risk)
-        others = {layer.weight: "of a registered type" for layer in every if not layer.kind.builtin}
-        found = Coverage(tuple(layer for layer in every if layer.kind.builtin), every.uncovered | others)
+        found = coverage(self.risk)
         if not found.covered:
             why = "; ".join(f"{n}: {reason}" for n, reason in found.uncovered.items())
             raise NotApplicable(f"no covered layer ({why})")
@@ -104,9 +184,7 @@ class Problem:
         theta = self.risk.theta
         noise = torch.randn(theta.shape, generator=self.random(1), dtype=torch.float64).to(theta)
         beside = self.risk.at(theta + 0.01 * (theta.abs() + theta.abs().mean()) * noise)
-        if self.risk.gradient.norm() > 1e-6 * beside.gradient.norm():
-            return self
-        return Problem(beside, seed=self.seed, limit=self.limit)
+        return self if self.risk.gradient.norm() > 1e-6 * beside.gradient.norm() else self.of(beside)
 
     @cached_property
     def uses(self) -> dict[str, int]:
@@ -125,30 +203,6 @@ class Problem:
         leaves, batch = self.risk.leaves(), next(iter(self.risk.batches))
         outputs, seen = self.risk.record(batch, [layer.name for layer in self.layers], leaves)
         return products_only(self.layers, leaves, outputs, seen)
-
-    def require_once(self, layer: Layer) -> None:
-        """Refuse a layer that runs several times in one forward pass, or that derivatives inside it use again.
-
-        Raises:
-            NotApplicable: with the number.
-        """
-        if layer.name not in self.alone:
-            raise NotApplicable("forward() differentiates through the layer: its weight acts beside its own product")
-        if self.uses[layer.name] != 1:
-            raise NotApplicable(f"the layer runs {self.uses[layer.name]} times in one forward pass")
-
-    def require_smooth(self) -> None:
-        """Refuse points without derivatives.
-
-        Raises:
-            NotApplicable: an entry lies exactly on a kink.
-        """
-        count = self.activations.on_kink
-        if count:
-            raise NotApplicable(
-                f"{count} pre-activations lie exactly on a kink: there is no derivative, and the one that is computed "
-                "depends on rounding"
-            )
 
     @cached_property
     def rows(self) -> dict[str, Tensor]:
@@ -183,16 +237,39 @@ class Problem:
             )
         return found.to_dense()
 
-    def dense(self, kind: str, block: Block | None = None) -> Tensor:
-        """A dense `"hessian"` or `"gauss-newton"` matrix or block.
+    def dense(self, make: Callable[..., SymmetricOperator], block: Block | None = None) -> Tensor:
+        """The dense matrix of `hessian` or `gauss_newton`, or of a block.
 
         Raises:
             NotApplicable: it is too large.
         """
-        make: Callable[..., SymmetricOperator] = {"hessian": hessian, "gauss-newton": gauss_newton}[kind]
         A = make(self.risk, block=block)
         self.require_size(A.dim)
         return A.to_dense()
+
+    def require_once(self, layer: Layer) -> None:
+        """Refuse a layer that runs several times in one forward pass, or that derivatives inside it use again.
+
+        Raises:
+            NotApplicable: with the number.
+        """
+        if layer.name not in self.alone:
+            raise NotApplicable("forward() differentiates through the layer: its weight acts beside its own product")
+        if self.uses[layer.name] != 1:
+            raise NotApplicable(f"the layer runs {self.uses[layer.name]} times in one forward pass")
+
+    def require_smooth(self) -> None:
+        """Refuse points without derivatives.
+
+        Raises:
+            NotApplicable: an entry lies exactly on a kink.
+        """
+        count = self.activations.on_kink
+        if count:
+            raise NotApplicable(
+                f"{count} pre-activations lie exactly on a kink: there is no derivative, and the one that is computed "
+                "depends on rounding"
+            )
 
     def require_size(self, dim: int, what: str = "a dense reference matrix") -> None:
         """Refuse dense work beyond the limit, with the size.
@@ -212,6 +289,11 @@ class Problem:
         return generator(self.seed, stream)
 
 
+Attempt = Callable[[Problem], Iterable[Check]]
+#: Every statement that a module of this folder has registered.
+REGISTRY: dict[Source, Statement] = {}
+
+
 @dataclass(frozen=True)
 class Statement:
     """A statement, and how it is tried on a problem.
@@ -226,7 +308,7 @@ class Statement:
 
     source: Source
     words: str
-    attempt: Callable[[Problem], Iterable[Check]]
+    attempt: Attempt
 
     def __call__(
         self, risk: EmpiricalRisk | Problem, preconditioner: Preconditioner | None = None, *, seed: int = 0
@@ -246,56 +328,74 @@ class Statement:
 
     def run(self, problem: Problem) -> Iterator[Check]:
         """The checks as they are made; what cannot be tried is *not applicable*, with the reason."""
+        yield from signed(self.source, self._tried(problem))
+
+    def _tried(self, problem: Problem) -> Iterator[Check]:
         if problem.risk.eps > torch.finfo(torch.float64).eps:
-            yield self.not_applicable(
-                f"{problem.risk.precision}: rounding would hide what is checked; measure in float64 throughout"
-            )
+            why = f"{problem.risk.precision}: rounding would hide what is checked; measure in float64 throughout"
+            yield refused(self.words, why)
             return
-        try:
-            found = 0
-            for check in self.attempt(problem):
-                found += 1
-                yield check
-            if not found:
-                yield self.not_applicable("nothing in this network that it speaks of")
-        except NotApplicable as refusal:
-            yield self.not_applicable(str(refusal))
-        except BNPAnalysisError as error:
-            yield self.not_applicable(f"could not be tried: {error}")
-
-    def not_applicable(self, reason: str, **more: Any) -> Check:
-        """The verdict without numbers."""
-        return Check.not_applicable(self.words, self.source, reason, **more)
+        check = None
+        for check in attempted(self.words, self.attempt(problem)):
+            yield check
+        if check is None:
+            yield refused(self.words, "nothing in this network that it speaks of")
 
 
-def statement(source: Source, words: str) -> Callable[[Callable[[Problem], Iterable[Check]]], Statement]:
-    """Make a function over a problem the check of a statement."""
+def statement(source: Source, words: str) -> Callable[[Attempt], Statement]:
+    """Register a function over a problem as the check of a statement; its checks get the statement's name."""
 
-    def named(attempt: Callable[[Problem], Iterable[Check]]) -> Statement:
+    def registered(attempt: Attempt) -> Statement:
         made = Statement(source, words, attempt)
         object.__setattr__(made, "__doc__", attempt.__doc__)
+        # A module that is run again, or a test's own statement, does not replace the first.
+        REGISTRY.setdefault(source, made)
         return made
 
-    return named
+    return registered
 
 
-def each_layer(
-    problem: Problem,
-    words: str,
-    source: Source,
-    attempt: Callable[[Problem, Layer], Iterable[Check]],
-    dense: bool | None = None,
-) -> Iterator[Check]:
-    """The checks of every covered layer, or of the dense ones or convolutions; a refusal is that layer's alone."""
-    for layer in problem.layers:
-        if dense is not None and dense != (not layer.spatial):
-            continue
-        try:
-            yield from attempt(problem, layer)
-        except NotApplicable as refusal:
-            yield Check.not_applicable(f"{words} [{label(layer)}]", source, str(refusal))
-        except BNPAnalysisError as error:
-            yield Check.not_applicable(f"{words} [{label(layer)}]", source, f"could not be tried: {error}")
+def per_layer(
+    words: str, *, only: Callable[[Layer], bool] = lambda layer: True
+) -> Callable[[Callable[[Problem, Layer], Iterable[Check]]], Attempt]:
+    """Make a function over a layer one over a problem: every covered layer in turn, named in its checks.
+
+    Args:
+        words: what is said of a layer that is refused; a refusal is that layer's alone.
+        only: the layers that are spoken of.
+    """
+
+    def over_layers(attempt: Callable[[Problem, Layer], Iterable[Check]]) -> Attempt:
+        def checks(problem: Problem) -> Iterator[Check]:
+            for layer in filter(only, problem.layers):
+                yield from located(label(layer), attempted(words, attempt(problem, layer)))
+
+        checks.__doc__ = attempt.__doc__
+        return checks
+
+    return over_layers
+
+
+def attempted(words: str, checks: Iterable[Check]) -> Iterator[Check]:
+    """The checks as they are made; a refusal or an error among them becomes *not applicable*."""
+    try:
+        yield from checks
+    except NotApplicable as refusal:
+        yield refused(words, str(refusal))
+    except BNPAnalysisError as error:
+        yield refused(words, f"could not be tried: {error}")
+
+
+def signed(source: Source, checks: Iterable[Check]) -> Iterator[Check]:
+    """The same checks, with the statement's name where they have none."""
+    for check in checks:
+        yield check if check.source else dataclasses.replace(check, source=str(source))
+
+
+def located(where: str, checks: Iterable[Check]) -> Iterator[Check]:
+    """The same checks, whose statements say where they were tried."""
+    for check in checks:
+        yield dataclasses.replace(check, statement=f"{check.statement} [{where}]")
 
 
 def label(layer: Layer) -> str:
@@ -303,16 +403,53 @@ def label(layer: Layer) -> str:
     return layer.name or type(layer.module).__name__
 
 
+def compared(
+    words: str,
+    observed: float,
+    relation: str,
+    predicted: float,
+    *,
+    tolerance: float = 0.0,
+    given: Sequence[str] = (),
+    **more: Any,
+) -> Check:
+    """A `Check` of the statement that is being tried.
+
+    Args:
+        words, observed, relation, predicted, tolerance: see `Check.compare`.
+        given: hypotheses that were verified.
+        more: `reason`, `details`, or `hypotheses` where one of them does not hold.
+    """
+    more = {"source": "", "hypotheses": dict.fromkeys(given, True)} | more
+    return Check.compare(words, observed=observed, predicted=predicted, relation=relation, tolerance=tolerance, **more)
+
+
+def equals(words: str, observed: float, predicted: float, **more: Any) -> Check:
+    """Claim `observed = predicted`."""
+    return compared(words, observed, "=", predicted, **more)
+
+
+def at_most(words: str, observed: float, predicted: float, **more: Any) -> Check:
+    """Claim `observed <= predicted`."""
+    return compared(words, observed, "<=", predicted, **more)
+
+
+def at_least(words: str, observed: float, predicted: float, **more: Any) -> Check:
+    """Claim `observed >= predicted`."""
+    return compared(words, observed, ">=", predicted, **more)
+
+
+def agreement(words: str, found: Tensor, expected: Tensor, *, bound: float = 1e-9, **more: Any) -> Check:
+    """Whether two arrays agree: their relative distance is at most `bound`, which rounding must explain."""
+    return at_most(words, distance(found, expected), bound, **more)
+
+
+def refused(words: str, reason: str, **more: Any) -> Check:
+    """The statement that is being tried does not apply here."""
+    return Check.not_applicable(words, reason=reason, **({"source": ""} | more))
+
+
 def distance(found: Tensor, expected: Tensor) -> float:
     """`|found - expected| / |expected|` in the norm of all entries; infinite where only `expected` is zero."""
     gap, size = float((found - expected).norm()), float(expected.norm())
     return gap / size if size > 0 else (0.0 if gap == 0 else math.inf)
-
-
-def agreement(
-    words: str, source: Source, found: Tensor, expected: Tensor, *, bound: float = 1e-9, **more: Any
-) -> Check:
-    """Whether two arrays agree: their relative distance is at most `bound`, which rounding must explain."""
-    return Check.compare(
-        words, source, observed=distance(found, expected), predicted=bound, tolerance=0.0, relation="<=", **more
-    )

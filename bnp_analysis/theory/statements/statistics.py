@@ -9,49 +9,55 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnp_analysis.linalg import MatrixOperator, condition_number, singular_condition_number
+from bnp_analysis.linalg import MatrixOperator, condition_number
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.network import Layer
 from bnp_analysis.network.moments import corrected_rho, update_moments
 from bnp_analysis.precondition import BNPBlock, bnp_preconditioner
-from bnp_analysis.theory.check import Check
-from bnp_analysis.theory.sources import Source
-from bnp_analysis.theory.statements.reference import damped, extended, own_moments
-from bnp_analysis.theory.statements.setting import NotApplicable, Problem, agreement, each_layer, label, statement
+from bnp_analysis.theory.check import Check, Source
+from bnp_analysis.theory.statements.reference import channels, extended, own_moments, singular
+from bnp_analysis.theory.statements.setting import (
+    NotApplicable,
+    Problem,
+    agreement,
+    at_least,
+    at_most,
+    dense,
+    passing,
+    per_layer,
+    refused,
+    statement,
+)
 
 _T4 = "running statistics are mean and variance of a mixture of all rows seen"
 _PROP_10 = "|mu(t, a, p) - mu(p)| <= (k-1)(1/(2r) + 1/(2s) - (k-1)/(4rs)) max|h|"
 _T6 = "per-patch statistics center and scale every entry of a patch"
+_CHANNELS = "per-channel statistics center and scale every entry of a patch"
 _ROWS = 2_000
 _RHO = 0.9
 
 
 @statement(Source.T4, _T4)
-def check_running_statistics(problem: Problem) -> Iterator[Check]:
+@per_layer(_T4)
+def check_running_statistics(problem: Problem, layer: Layer) -> Iterator[Check]:
     """T4: the law of total variance along random splits of each layer's rows, one-row batches among them."""
-    yield from each_layer(problem, _T4, Source.T4, _running)
-
-
-def _running(problem: Problem, layer: Layer) -> Iterator[Check]:
     rows = problem.rows[layer.name][:_ROWS, 0]
     if len(rows) < 3:
         raise NotApplicable(f"{len(rows)} rows cannot be split")
-    name, g = label(layer), problem.random(4)
+    g = problem.random(4)
     first, second = (_split(rows, g) for _ in range(2))
     rhos = [_RHO] * len(first)
-    details: dict[str, float] = {"rows": len(rows), "batches": len(first), "smallest batch": min(map(len, first))}
     found = _run(first, rhos)
-    yield agreement(f"{_T4} [{name}]", Source.T4, found, _mixture(first, rhos, start=True), details=details)
-    corrected = [corrected_rho(_RHO, k + 1) for k in range(len(first))]
-    words = f"with the corrected start the start (0, 1) weighs nothing [{name}]"
-    yield agreement(words, Source.T4, _run(first, corrected), _mixture(first, rhos, start=False))
-    both = [_run(split, _cumulative(split)) for split in (first, second)]
+    details: dict[str, float] = {"rows": len(rows), "batches": len(first), "smallest batch": min(map(len, first))}
+    yield agreement(_T4, found, _mixture(first, rhos, start=True), details=details)
+    corrected = _run(first, [corrected_rho(_RHO, k + 1) for k in range(len(first))])
+    words = "with the corrected start the start (0, 1) weighs nothing"
+    yield agreement(words, corrected, _mixture(first, rhos, start=False))
+    both = torch.cat([_run(split, _cumulative(split)) for split in (first, second)])
     exact = torch.cat([rows.mean(dim=0), rows.var(dim=0, unbiased=False)])
-    words = f"with cumulative counts the split does not matter [{name}]"
-    constant = _run(second, [_RHO] * len(second))
-    moved = float((found - constant).norm() / exact.norm())
+    moved = float((found - _run(second, [_RHO] * len(second))).norm() / exact.norm())
     details = {"with a constant rho two splits differ by": moved}
-    yield agreement(words, Source.T4, torch.cat(both), torch.cat([exact, exact]), details=details)
+    yield agreement("with cumulative counts the split does not matter", both, exact.repeat(2), details=details)
 
 
 def _split(rows: Tensor, g: torch.Generator) -> list[Tensor]:
@@ -82,10 +88,8 @@ def _cumulative(batches: Sequence[Tensor]) -> list[float]:
 def _mixture(batches: Sequence[Tensor], rhos: Sequence[float], *, start: bool) -> Tensor:
     """Mean and variance of all rows at once, with their weights; the start is a row of mean 0 and variance 1."""
     after = [math.prod(rhos[k + 1 :]) for k in range(len(rhos))]
-    weights = torch.cat(
-        [batch.new_full((len(b),), (1 - r) * a / len(b)) for b, r, a in zip(batches, rhos, after, strict=True)
-         for batch in [b]]
-    )  # fmt: skip
+    parts = zip(batches, rhos, after, strict=True)
+    weights = torch.cat([batch.new_full((len(batch),), (1 - r) * a / len(batch)) for batch, r, a in parts])
     rows = torch.cat(list(batches))
     first = math.prod(rhos) if start else 0.0
     total = float(weights.sum()) + first
@@ -97,54 +101,61 @@ def _mixture(batches: Sequence[Tensor], rhos: Sequence[float], *, start: bool) -
 @statement(Source.T6, _T6)
 def check_patch_statistics(problem: Problem) -> Iterator[Check]:
     """T6: convolutions only; dense layers do not distinguish the two."""
-    if not any(layer.spatial for layer in problem.layers):
+    if all(map(dense, problem.layers)):
         raise NotApplicable("no convolution")
-    yield from each_layer(problem, _T6, Source.T6, _patches)
+    yield from _patches(problem)
 
 
+@per_layer(_T6, only=lambda layer: not dense(layer))
 def _patches(problem: Problem, layer: Layer) -> Iterator[Check]:
-    if not layer.spatial:
-        return
-    name, rows = label(layer), problem.rows[layer.name]
-    G = {which: _normalized(problem, layer, which) for which in ("channel", "patch")}
+    rows = problem.rows[layer.name]
+    G = {which: own_moments(problem, layer, which).normalized(rows) for which in ("channel", "patch")}
     kept = ~own_moments(problem, layer, "patch").constant
-    P = bnp_preconditioner(problem.risk, statistics="patch").blocks[layer.name][1]
-    assert isinstance(P, BNPBlock)
     mean, std = G["patch"].mean(dim=0)[kept], G["patch"].std(dim=0, unbiased=False)[kept]
-    yield agreement(
-        f"{_T6} [{name}]",
-        Source.T6,
-        torch.cat([mean, std]),
-        torch.cat([torch.zeros_like(mean), torch.ones_like(std)]),
-        hypotheses={"convolution": True},
-        details={"entries": int(kept.sum())},
-    )
+    expected = torch.cat([torch.zeros_like(mean), torch.ones_like(std)])
+    details = {"entries": int(kept.sum())}
+    yield agreement(_T6, torch.cat([mean, std]), expected, given=("convolution",), details=details)
     if layer.bias is not None:
-        rest = P.normalized(rows)[..., : layer.features] * P.q
-        yield agreement(f"the per-patch preconditioner makes these rows [{name}]", Source.T6, rest, G["patch"])
+        P = bnp_preconditioner(problem.risk, statistics="patch").blocks[layer.name][1]
+        assert isinstance(P, BNPBlock)
+        found = P.normalized(rows)[..., : layer.features] * P.q
+        yield agreement("the per-patch preconditioner makes these rows", found, G["patch"])
     yield _agree(problem, layer, G)
 
 
 def _agree(problem: Problem, layer: Layer, G: dict[str, Tensor]) -> Check:
     """Whether both statistics are the same, where every patch entry runs over all values of its channel."""
-    words = f"per-channel statistics center and scale every entry of a patch [{label(layer)}]"
-    module = layer.module
-    same = getattr(module, "padding_mode", "") == "circular" and all(s == 1 for s in getattr(module, "stride", ()))
-    same = same and problem.rows[layer.name].shape[0] == _positions(problem, layer)
+    module: Any = layer.module
+    positions = sum(h.numel() // channels(layer) for h, _ in passing(problem.risk, layer.name))
+    same = module.padding_mode == "circular" and all(s == 1 for s in module.stride)
     details = {"largest mean in sigma": float(G["channel"].mean(dim=0).abs().max())} | _effect(problem, layer, G)
-    if same:
-        return agreement(words, Source.T6, G["channel"], G["patch"], bound=1e-8, details=details)
+    if same and len(problem.rows[layer.name]) == positions:
+        return agreement(_CHANNELS, G["channel"], G["patch"], bound=1e-8, details=details)
     effect = ", ".join(f"{key} {value:.3g}" for key, value in details.items())
-    return Check.not_applicable(
-        words, Source.T6, f"not circular padding with stride 1; measured: {effect}", details=details
-    )
+    return refused(_CHANNELS, f"not circular padding with stride 1; measured: {effect}", details=details)
+
+
+def _effect(problem: Problem, layer: Layer, G: dict[str, Tensor]) -> dict[str, float]:
+    """What the choice does to the inputs and to the layer's block."""
+    found: dict[str, float] = {}
+    for which, rows in G.items():
+        matrix = extended(rows[:, 0])
+        found[f"kappa*(G^) {which}"] = singular(matrix).value
+        found[f"|G^|^2/R {which}"] = float(torch.linalg.matrix_norm(matrix, 2)) ** 2 / len(matrix)
+    inner = problem.of(problem.risk.restrict(problem.risk.space.layer_names(layer.name)))
+    if inner.risk.space.dim <= problem.limit:
+        A = GramOperator(MatrixOperator(inner.factor, exact=False))
+        for which in G:
+            P = bnp_preconditioner(inner.risk, statistics=which)
+            found[f"kappa* of the block {which}"] = condition_number(A, preconditioner=P).value
+    return found
 
 
 @statement(Source.PROP_10, _PROP_10)
 def check_padded_means(problem: Problem) -> Iterator[Check]:
     """Prop. 10: attained by constant maps over sizes and kernels, beyond its domain false; and on the layers."""
     yield from _maps(problem.random(10))
-    yield from each_layer(problem, _PROP_10, Source.PROP_10, _padded, dense=False)
+    yield from _padded(problem)
 
 
 def mean_bound(size: Sequence[int], reach: Sequence[int]) -> float:
@@ -178,80 +189,40 @@ def _maps(g: torch.Generator) -> Iterator[Check]:
             if constant and min(r, s) >= k // 2:
                 attained = max(attained, abs(gap - bound))
             random = max(random, gap / bound if k > 1 else gap / 1e-12)
-    where, domain = f"{len(inside)} sizes and kernels", {"stride 1, zero padding, odd k": True}
-    yield Check.compare(
-        f"a constant map attains the bound [the largest difference over {where}]", Source.PROP_10, observed=attained,
-        predicted=1e-13, tolerance=0.0, relation="<=", hypotheses=domain,
-    )  # fmt: skip
-    yield Check.compare(
-        f"{_PROP_10} [the largest ratio over {where}, constant and random maps]", Source.PROP_10, observed=random,
-        predicted=1.0, tolerance=1e-12, relation="<=", hypotheses={**domain, "(k - 1)/2 <= max(r, s)": True},
-    )  # fmt: skip
-    beyond = torch.ones(1, 1, 2, 2, dtype=torch.float64)
-    yield Check.compare(
-        "where (k - 1)/2 > max(r, s) it is false [k = 7 on a constant 2 x 2 map]", Source.PROP_10,
-        observed=float((_entry_means(beyond, 7) - 1).abs().max()), predicted=1.3 * mean_bound((2, 2), (3, 3)),
-        tolerance=0.0, relation=">=", hypotheses={"(k - 1)/2 <= max(r, s)": False},
-    )  # fmt: skip
+    where, domain = f"{len(inside)} sizes and kernels", "stride 1, zero padding, odd k"
+    words = f"a constant map attains the bound [the largest difference over {where}]"
+    yield at_most(words, attained, 1e-13, given=(domain,))
+    words = f"{_PROP_10} [the largest ratio over {where}, constant and random maps]"
+    yield at_most(words, random, 1.0, tolerance=1e-12, given=(domain, "(k - 1)/2 <= max(r, s)"))
+    yield at_least(
+        "where (k - 1)/2 > max(r, s) it is false [k = 7 on a constant 2 x 2 map]",
+        float((_entry_means(torch.ones(1, 1, 2, 2, dtype=torch.float64), 7) - 1).abs().max()),
+        1.3 * mean_bound((2, 2), (3, 3)),
+        hypotheses={"(k - 1)/2 <= max(r, s)": False},
+    )
 
 
+@per_layer(_PROP_10, only=lambda layer: not dense(layer))
 def _padded(problem: Problem, layer: Layer) -> Iterator[Check]:
     module: Any = layer.module
     dims = len(module.kernel_size)
     reach = [d * (k - 1) // 2 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
-    seen: list[Tensor] = []
-    problem.risk.capture(lambda name, module, args, out: seen.append(args[0].clone()), [layer.name])
     same = module.padding == "same" or tuple(module.padding) == tuple(reach)
     odd = all(k % 2 for k in module.kernel_size)
     if not (odd and same and module.padding_mode == "zeros" and set(module.stride) == {1}):
         raise NotApplicable("not a zero-padded convolution of odd kernel and stride 1 that keeps the size")
+    seen = [h for h, _ in passing(problem.risk, layer.name)]
     size = tuple(seen[0].shape[-dims:])
     if any(tuple(h.shape[-dims:]) != size for h in seen):
         raise NotApplicable("images of several sizes")
     if sum(d > n for d, n in zip(reach, size, strict=True)) > 1:
         raise NotApplicable(f"the kernel reaches {reach}, beyond the whole image {size}")
-    gap = problem.rows[layer.name].mean(dim=0) - own_moments(problem, layer).mean
-    yield Check.compare(
-        f"{_PROP_10} [{label(layer)}]",
-        Source.PROP_10,
-        observed=float(gap.abs().max()),
-        predicted=mean_bound(size, reach) * max(float(h.abs().max()) for h in seen),
+    gap, bound = problem.rows[layer.name].mean(dim=0) - own_moments(problem, layer).mean, mean_bound(size, reach)
+    yield at_most(
+        _PROP_10,
+        float(gap.abs().max()),
+        bound * max(float(h.abs().max()) for h in seen),
         tolerance=1e-12,
-        relation="<=",
-        hypotheses={"stride 1, zero padding, odd k": True, "(k - 1)/2 <= max(r, s)": True},
-        details={"bound over max|h|": mean_bound(size, reach), "extension": dims != 2 or len({*reach}) > 1},
+        given=("stride 1, zero padding, odd k", "(k - 1)/2 <= max(r, s)"),
+        details={"bound over max|h|": bound, "extension": dims != 2 or len({*reach}) > 1},
     )
-
-
-def _positions(problem: Problem, layer: Layer) -> int:
-    """Values of one input channel."""
-    counts: list[int] = []
-    problem.risk.capture(
-        lambda name, module, args, out: counts.append(args[0].numel() // layer.channel_count), [layer.name]
-    )
-    return sum(counts)
-
-
-def _normalized(problem: Problem, layer: Layer, statistics: str) -> Tensor:
-    """`(R, groups, m)`."""
-    moments = own_moments(problem, layer, statistics)
-    return (problem.rows[layer.name] - moments.mean) / damped(moments, {"eps1": 0, "eps2": 0}).sqrt()
-
-
-def _effect(problem: Problem, layer: Layer, G: dict[str, Tensor]) -> dict[str, float]:
-    """What the choice does to the inputs and to the layer's block."""
-    found: dict[str, float] = {}
-    for which, rows in G.items():
-        matrix = extended(rows[:, 0], True)
-        found[f"kappa*(G^) {which}"] = singular_condition_number(MatrixOperator(matrix, exact=False)).value
-        found[f"|G^|^2/R {which}"] = float(torch.linalg.matrix_norm(matrix, 2)) ** 2 / len(matrix)
-    names = problem.risk.space.layer_names(layer.name)
-    inner = problem.risk.restrict(names)
-    if inner.space.dim > problem.limit:
-        return found
-    F = Problem(inner, limit=problem.limit).factor
-    for which in G:
-        P = bnp_preconditioner(inner, statistics=which)
-        block = condition_number(GramOperator(MatrixOperator(F, exact=False)), preconditioner=P)
-        found[f"kappa* of the block {which}"] = block.value
-    return found
