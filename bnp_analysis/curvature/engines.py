@@ -334,21 +334,8 @@ class EngineOperator(SymmetricOperator, Generic[G]):
         return self._engine.matmat(x, self.product)
 
 
-@dataclass(frozen=True)
-class Curvature:
-    """A kind of curvature matrix.
-
-    Attributes:
-        build: makes the operator from a risk and `seed=`, `engine=`, `max_memory=`.
-        semidefinite: whether it is positive semidefinite, and null where the Jacobian is, for every risk.
-    """
-
-    build: Callable[..., SymmetricOperator]
-    semidefinite: bool = True
-
-
-#: Name -> kind; the file of each adds it.
-CURVATURES: dict[str, Curvature] = {}
+#: Name -> what makes the matrix from a risk and `seed=`, `engine=`, `max_memory=`; the file of each adds it.
+CURVATURES: dict[str, Callable[..., SymmetricOperator]] = {}
 
 
 def restricted(

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bnp_analysis.curvature.engines import CURVATURES, Curvature, EngineOperator, restricted
+from bnp_analysis.curvature.engines import CURVATURES, EngineOperator, restricted
 from bnp_analysis.curvature.factors import JacobianFactor, batch_roots
 from bnp_analysis.curvature.gauss_newton import require_output_curvature
 from bnp_analysis.curvature.output_curvature import OutputRoot, loss_gradient, output_root
@@ -107,7 +107,7 @@ def fisher(
 
 
 for _kind in KINDS:
-    CURVATURES[f"fisher-{_kind}"] = Curvature(partial(fisher, kind=_kind))
+    CURVATURES[f"fisher-{_kind}"] = partial(fisher, kind=_kind)
 
 
 def _empirical(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> OutputRoot | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bnp_analysis.curvature.engines import CURVATURES, Curvature, Engine, EngineOperator, restricted
+from bnp_analysis.curvature.engines import CURVATURES, Engine, EngineOperator, restricted
 from bnp_analysis.curvature.factors import JacobianFactor, batch_roots
 from bnp_analysis.curvature.output_curvature import hessian_product, loss_gradient, output_root, products_of_loss
 from bnp_analysis.curvature.products import OutputGraph, output_graph
@@ -110,7 +110,7 @@ def gauss_newton(
     return restricted(risk, block, lambda r: GaussNewton(r, engine, max_memory))
 
 
-CURVATURES["gauss-newton"] = Curvature(lambda risk, seed, **engine: gauss_newton(risk, **engine))
+CURVATURES["gauss-newton"] = lambda risk, seed, **engine: gauss_newton(risk, **engine)
 
 
 def require_output_curvature(risk: EmpiricalRisk, what: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bnp_analysis.curvature.engines import CURVATURES, Curvature, Engine, EngineOperator, restricted
+from bnp_analysis.curvature.engines import CURVATURES, Engine, EngineOperator, restricted
 from bnp_analysis.curvature.output_curvature import products_of_loss
 from bnp_analysis.curvature.products import ChainGradient, GradientGraph, gradient_graph
 from bnp_analysis.linalg.operators import SymmetricOperator
@@ -81,7 +81,7 @@ def hessian(
     return restricted(risk, block, lambda r: Hessian(r, engine, max_memory))
 
 
-CURVATURES["hessian"] = Curvature(lambda risk, seed, **engine: hessian(risk, **engine), semidefinite=False)
+CURVATURES["hessian"] = lambda risk, seed, **engine: hessian(risk, **engine)
 
 
 def _product(risk: EmpiricalRisk, batch: Batch, v: list[Tensor]) -> dict[str, Tensor]:

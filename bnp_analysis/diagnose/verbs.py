@@ -222,7 +222,7 @@ def curvature_matrix(
     """
     if name not in CURVATURES:
         raise InvalidInputError(f"unknown curvature {name!r}; there are: {', '.join(CURVATURES)}")
-    return CURVATURES[name].build(risk, seed=seed, engine=engine, max_memory=max_memory)
+    return CURVATURES[name](risk, seed=seed, engine=engine, max_memory=max_memory)
 
 
 def _measured(
