@@ -166,7 +166,7 @@ def condition(
     risk = risk if dtype is None else risk.to(dtype, "cpu")
     require_digits(risk.eps, str(risk.precision), "ratios of eigenvalues", cast=True)
     P, label, uncovered = _preconditioner(risk, preconditioner, dtype)
-    A = CURVATURES[name](risk, seed, block=block)
+    A = CURVATURES[name](risk, seed=seed, block=block)
     own: Preconditioner | None = P if P is None or block is None else P.block(block)
     chosen = _soon(A) if method == "auto" else method
     if isinstance(null, str):
