@@ -8,9 +8,11 @@ outside `plotting`; a stub left behind; a committed file that works only on the 
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import subprocess
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -224,3 +226,65 @@ def test_no_file_depends_on_the_machine_where_it_was_made() -> None:
     assert texts
     assert [name for name, text in texts.items() if sibling in text and not name.startswith(".ci/")] == []
     assert [name for name, text in texts.items() if home.search(text)] == []
+
+
+def test_the_map_names_every_module() -> None:
+    """`python docs/build_map.py` writes it anew."""
+    spec = importlib.util.spec_from_file_location("build_map", ROOT / "docs" / "build_map.py")
+    assert spec is not None
+    assert spec.loader is not None
+    build_map = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build_map)
+    assert build_map.PAGE.read_text() == build_map.page(), "run python docs/build_map.py"
+    assert all(len(line.split("` ", 1)[1]) > 20 for line in build_map.lines())
+
+
+def loaded(tree: ast.Module) -> Iterator[ast.stmt]:
+    """The statements that run when a module is imported: not those for type checkers, not those inside functions."""
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                continue
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+            if isinstance(child, ast.stmt):
+                yield child
+            pending.append(child)
+
+
+def import_graph(package: Path) -> dict[str, set[str]]:
+    """Module -> the modules that it loads."""
+    names = {}
+    for path in package.rglob("*.py"):
+        parts = (PACKAGE, *path.relative_to(package).with_suffix("").parts)
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    graph: dict[str, set[str]] = {}
+    for name, path in names.items():
+        statements = ast.Module(body=list(loaded(ast.parse(path.read_text()))), type_ignores=[])
+        wanted = {target for _, target in imported_here(statements, name, is_package=path.name == "__init__.py")}
+        graph[name] = {t if t in names else t.rpartition(".")[0] for t in wanted} & names.keys() - {name}
+    return graph
+
+
+def imported_here(tree: ast.Module, module: str, *, is_package: bool) -> Iterator[tuple[int, str]]:
+    """As `imported`, of the statements themselves."""
+    for statement in tree.body:
+        if isinstance(statement, ast.Import | ast.ImportFrom):
+            yield from imported(ast.Module(body=[statement], type_ignores=[]), module, is_package=is_package)
+
+
+def test_no_module_waits_for_itself() -> None:
+    """No import cycle, between rooms or inside them; packages load their parts, which do not load the package."""
+    order = list(TopologicalSorter(import_graph(ROOT / PACKAGE)).static_order())
+    assert f"{PACKAGE}.linalg.operators" in order
+
+
+def test_a_cycle_would_be_found(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text(f"from {PACKAGE}.b import x\n")
+    (tmp_path / "b.py").write_text("def f():\n    from . import a\n")
+    list(TopologicalSorter(import_graph(tmp_path)).static_order())
+    (tmp_path / "b.py").write_text("if True:\n    from . import a\n")
+    with pytest.raises(CycleError):
+        list(TopologicalSorter(import_graph(tmp_path)).static_order())

@@ -4,7 +4,10 @@ know, or knows by its type; a weight that is stored transposed and read as if it
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,18 +15,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bnp_analysis as bnp
+from bnp_analysis.curvature import CURVATURES
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg.condition import methods
 from bnp_analysis.network import coverage, layer_moments, register_layer
 from bnp_analysis.network.layer_kinds import KINDS, Layer
 
+RECIPES = (Path(__file__).resolve().parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
 
 @pytest.fixture(autouse=True)
-def _registry() -> Iterator[None]:
-    """Registered kinds are taken out again."""
-    before = dict(KINDS)
+def _registries() -> Iterator[None]:
+    """What a recipe registers is taken out again."""
+    registries: list[dict[Any, Any]] = [KINDS, CURVATURES, methods._REGISTERED]
+    before = [dict(registry) for registry in registries]
     yield
-    KINDS.clear()
-    KINDS.update(before)
+    for registry, entries in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(entries)
+
+
+def test_every_recipe_runs_as_it_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", RECIPES, flags=re.DOTALL)
+    assert len(blocks) == 6
+    names: dict[str, object] = {"__name__": "recipes"}
+    with torch.random.fork_rng(devices=[]):
+        for block in blocks:
+            exec(compile(block, "CONTRIBUTING.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "With DiagonalPreconditioner" in printed
+    assert "kappa* ~ 4, no bound: eigvalsh states no error" in printed
 
 
 class EmbeddingLayer(Layer):
