@@ -235,7 +235,7 @@ def test_exit_status_of_check(monkeypatch, capsys):
     assert main(["check", *SMALL, "--only", "T2", "--dtype", "float32"]) == 2, "not in single precision"
     assert main(["check", *SMALL, "--only", "T2", "--time-limit", "0"]) == 2, "nothing was tried"
     assert main(["check", *SMALL, "--only", "T99"]) == 2
-    assert "T99; there are: T14, Theorem 1" in capsys.readouterr().err
+    assert "T99; there are: Theorem 1 (T14), Prop. 2" in capsys.readouterr().err
     monkeypatch.setattr(coordinates, "in_coordinates", wrong)
     assert main(["check", *SMALL, "--only", "T2"]) == 1
     assert " fails " in capsys.readouterr().out

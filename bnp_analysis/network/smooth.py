@@ -18,7 +18,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,8 @@ _COARSEST = 1 / 32
 Entrywise = Callable[[Tensor], Tensor]
 
 
-class Rule(NamedTuple):
+@dataclass(frozen=True)
+class Rule:
     """A function with its first two derivatives, entry by entry.
 
     From `low` to `high` torch's own derivatives keep their digits, and its kernels are used.
@@ -51,6 +52,10 @@ class Rule(NamedTuple):
     curvature: Entrywise
     low: float = math.inf
     high: float = -math.inf
+
+    def derivative(self, order: int) -> Entrywise:
+        """The function itself, its first or its second derivative."""
+        return (self.value, self.slope, self.curvature)[order]
 
 
 @dataclass(eq=False)
@@ -107,7 +112,7 @@ class Smooth(Function):
 
     @staticmethod
     def forward(x: Tensor, rule: Rule, order: int) -> Tensor:
-        return rule[order](x)  # type: ignore[operator]
+        return rule.derivative(order)(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -128,7 +133,7 @@ class Smooth(Function):
         """The derivative of the next order; the last one is made of torch's operations."""
         (x,) = ctx.saved_tensors
         if ctx.order == 1 or not (torch.is_grad_enabled() or is_functorch_wrapped_tensor(x)):
-            return ctx.rule[ctx.order + 1](x)  # type: ignore[no-any-return]
+            return cast(Tensor, ctx.rule.derivative(ctx.order + 1)(x))
         return cast(Tensor, Smooth.apply(x, ctx.rule, ctx.order + 1))
 
 
@@ -531,9 +536,10 @@ def _softmaxed(made: Any, func: Any, x: Tensor, dim: int | None = None, *rest: A
         return cast(Tensor, func(x, dim, *rest, **kwargs))
     x = x if dtype is None else x.to(dtype)
     if watch is None:
-        if not is_functorch_wrapped_tensor(x):
+        # In a loss each rounding counts, and its outputs are few: logarithms are always written out.
+        if made is Softmax and not is_functorch_wrapped_tensor(x):
             found = cast(Tensor, func(x, dim))
-            if not (x.requires_grad and _nearly_certain(x.detach(), found.detach(), dim, made is not Softmax)):
+            if not (x.requires_grad and _nearly_certain(x.detach(), found.detach(), dim)):
                 return found
     else:
         with torch.no_grad():
@@ -548,9 +554,9 @@ def _softmaxed(made: Any, func: Any, x: Tensor, dim: int | None = None, *rest: A
     return cast(Tensor, made.apply(x, dim, watch is not None and watch.structural))
 
 
-def _nearly_certain(x: Tensor, p: Tensor, dim: int, log: bool) -> bool:
-    """Whether some softmax of logits `x`, `p` or its logarithm, is nearly 1, and by no mask that leaves one alone."""
-    most = math.log1p(-_COARSEST) if log else 1 - _COARSEST
+def _nearly_certain(x: Tensor, p: Tensor, dim: int) -> bool:
+    """Whether some softmax `p` of logits `x` is nearly 1, and by no mask that leaves one alone."""
+    most = 1 - _COARSEST
     with _unseen():
         if not p.numel() or bool(p.max() <= most):
             return False
