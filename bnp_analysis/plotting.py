@@ -132,7 +132,7 @@ def plot_profile(
         ]
     else:
         sides = [(result, label, color)]
-    negative = False
+    negative = whole = False
     for profile, name, colour in sides:
         if profile is None:
             continue
@@ -140,8 +140,9 @@ def plot_profile(
         ax.loglog(profile.ranks, profile.value, "o-", markersize=3, color=colour, label=name)
         ax.fill_between(profile.ranks, profile.lower, profile.upper, color=colour, alpha=0.25, linewidth=0)
         if profile.rank is not None and profile.rank in profile.ranks:
+            whole = True
             ax.loglog(profile.ranks[-1:], profile.value[-1:], "s", markersize=5, color=colour)
-    ax.set_xlabel("rank $r$ (square: the last nonzero eigenvalue)")
+    ax.set_xlabel("rank $r$ (square: the last nonzero eigenvalue)" if whole else "rank $r$")
     ax.set_ylabel(r"$|\lambda|_1/|\lambda|_r$" if negative else r"$\lambda_1/\lambda_r$")
     if any(name for _, name, _ in sides):
         ax.legend(frameon=False)

@@ -242,7 +242,7 @@ def _sentence(profile: ConditionProfile, how: str) -> str:
         return f"{how} no ratio of eigenvalues is known to within a factor of 2."
     i = len(profile.ranks) - 1
     kappa = profile.rank is not None and profile.ranks[i] == profile.rank
-    what = "the condition number kappa*" if kappa else f"the largest over the eigenvalue of rank {profile.ranks[i]}"
+    what = "the condition number kappa*" if kappa else f"the largest eigenvalue over that of rank {profile.ranks[i]}"
     sizes = "in size " if profile.negative else ""
     return (
         f"{how}, {what} is {sizes}{profile.value[i]:.4g} ({profile.lower[i]:.4g} .. {profile.upper[i]:.4g}), "
