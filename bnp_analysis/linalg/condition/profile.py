@@ -147,7 +147,7 @@ def condition_profile(
         A `ConditionProfile`. Rungs that are not reached are left out.
 
     Raises:
-        InvalidInputError: ranks that do not fit the operator, an unknown method, a zero operator; NullSpaceError,
+        InvalidInputError: ranks or thresholds that do not fit, an unknown method, a zero operator; NullSpaceError,
         NonFiniteError, MemoryLimitError: as for `condition_number`.
 
     Source: T13; Cauchy's interlacing and the theorem of Courant and Fischer; Kuczynski and Wozniakowski 1992.
@@ -167,6 +167,8 @@ def condition_profile(
         raise InvalidInputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if probes < 2:
         raise InvalidInputError(f"an error bar needs at least two probes, got {probes}")
+    if not all(0 < t <= 1 for t in thresholds):
+        raise InvalidInputError(f"thresholds are fractions of the largest eigenvalue, in (0, 1], got {thresholds}")
     if preconditioner is not None:
         check_fits(A, preconditioner)
     began = time.perf_counter()
@@ -307,24 +309,21 @@ def dense_magnitudes(problem: Problem, method: str) -> tuple[Magnitudes, int]:
             return _nothing(0), 0
         sigma, radius, power, spent = F.values, F.radius, -2 * F.exponent, F.matvecs
         low, high, signed, unit = np.maximum(sigma - radius, 0.0) ** 2, (sigma + radius) ** 2, sigma**2, F.scale**2
-        structural, negative, resolved = F.structural, 0, int((sigma > radius).sum())
+        structural, negative, resolved, least = F.structural, 0, int((sigma > radius).sum()), radius**2
     else:
         S = spectrum(problem)
         if S is None:
             return _nothing(0), 0
         signed, radius, power, spent = S.values[np.argsort(-np.abs(S.values))], S.radius, -S.exponent, S.matvecs
         low, high, unit = np.maximum(np.abs(signed) - radius, 0.0), np.abs(signed) + radius, S.scale
-        structural, negative, resolved = (
-            S.structural,
-            int((signed < -radius).sum()),
-            int((np.abs(signed) > radius).sum()),
-        )
+        structural, negative, resolved = S.structural, int((signed < -radius).sum()), int((low > 0).sum())
+        least = radius
     unresolved, on_word = unexplained_zeros(resolved, structural, problem.null, problem.A)
     return Magnitudes(
         value=np.abs(signed) * unit,
         lower=low * unit,
         upper=high * unit,
-        rest=0.0,
+        rest=least * unit,
         rank=None if unresolved or on_word else resolved,
         trace=float(signed.sum()) * unit,
         trace_error=0.0,
