@@ -12,8 +12,8 @@ import torch
 
 import bnp_analysis as bnp
 from bnp_analysis.errors import InvalidInputError, ZeroOperatorError
-from bnp_analysis.linalg import CallableOperator, GramOperator, MatrixOperator
-from bnp_analysis.linalg.condition.profile import ConditionProfile, krylov_magnitudes
+from bnp_analysis.linalg import CallableOperator, GramOperator, MatrixOperator, lanczos
+from bnp_analysis.linalg.condition.profile import ConditionProfile, _ends, _upper_bounds, krylov_magnitudes
 
 N = 160
 
@@ -91,24 +91,56 @@ def test_an_eigenvector_that_the_first_start_does_not_meet_is_found() -> None:
     assert len(profile.ranks) == 6
 
 
-def test_bounds_of_a_short_run_count_the_coupling() -> None:
-    """Ten steps have converged nowhere, and their bounds hold all the same."""
-    rng = np.random.default_rng(4)
-    values = 1 / (1.0 + np.arange(N))
-    M = matrix_with(values, rng)
-    found = krylov_magnitudes(
-        bnp.DenseOperator(M),
-        torch.zeros(N, 0, dtype=torch.float64),
-        8,
-        steps=10,
-        noise=1e-14,
-        failure_probability=1e-3,
-        probes=4,
-        seed=0,
-    )
-    assert np.all(found.lower <= values[:8])
-    assert np.all(values[:8] <= found.upper)
-    assert found.rest >= values[8]
+@pytest.mark.parametrize(("count", "steps"), [(8, 10), (20, 24), (30, 60)])
+def test_bounds_of_runs_that_have_not_converged(count: int, steps: int) -> None:
+    """Neither run has converged, several vectors couple to the rest, eigenvalues are missed: the bounds hold."""
+    n = 400
+    for seed, values in enumerate((np.linspace(1, 0, n), 1 / (1.0 + np.arange(n)), np.linspace(1, -0.9, n))):
+        A = CallableOperator(torch.from_numpy(values).mul, n, dtype=torch.float64)
+        found = krylov_magnitudes(
+            A,
+            torch.zeros(n, 0, dtype=torch.float64),
+            count,
+            steps=steps,
+            noise=1e-13,
+            failure_probability=1e-3,
+            probes=2,
+            seed=seed,
+        )
+        truth = np.sort(np.abs(values))[::-1]
+        assert np.all(found.lower <= truth[:count])
+        assert np.all(truth[:count] <= found.upper)
+        assert truth[count] <= found.rest
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_upper_bounds_hold_for_arrow_matrices(seed: int) -> None:
+    """`[[diag theta, c], [c^T, b]]` has the coordinate vectors for Ritz vectors, coupled to one direction."""
+    rng = np.random.default_rng(seed)
+    theta, c, b = rng.standard_normal(6), rng.standard_normal(6), float(rng.standard_normal())
+    theta = np.round(theta, seed % 2)  # with repeated values too
+    matrix = np.diag(np.append(theta, b))
+    matrix[-1, :-1] = matrix[:-1, -1] = c
+    bounds, rest = _upper_bounds(theta, np.abs(c), (max(b, 0.0), min(b, 0.0)))
+    sizes = np.sort(np.abs(np.linalg.eigvalsh(matrix)))[::-1]
+    assert np.all(sizes[:6] <= bounds * (1 + 1e-12))
+    assert sizes[6] <= rest * (1 + 1e-12)
+
+
+def test_the_bound_of_equal_ritz_values_is_attained() -> None:
+    bounds, _ = _upper_bounds(np.ones(3), np.full(3, 0.3), (0.5, 0.0))
+    matrix = np.diag([1.0, 1, 1, 0.5])
+    matrix[-1, :-1] = matrix[:-1, -1] = 0.3
+    assert bounds[0] == pytest.approx(np.linalg.eigvalsh(matrix)[-1], rel=1e-14)
+
+
+def test_the_ends_of_the_rest_lie_beyond_its_ritz_values() -> None:
+    """Of equally spaced eigenvalues no Ritz value has converged."""
+    values = torch.linspace(-1, 1, 3_000, dtype=torch.float64)
+    run = lanczos(CallableOperator(values.mul, len(values), dtype=torch.float64), 60, seed=0)
+    high, low = _ends(run, len(values), 1e-3, 0.0)
+    assert run.ritz()[0][-1] < 1 <= high < 1.2
+    assert -1.2 < low <= -1 < run.ritz()[0][0]
 
 
 def test_the_dense_profile_ends_in_the_condition_number() -> None:
@@ -177,3 +209,10 @@ def test_an_interrupt_leaves_no_rung_that_nothing_certifies() -> None:
     profile = bnp.condition_profile(CallableOperator(product, N, dtype=torch.float64), method="lanczos")
     assert profile.stop == "interrupted"
     assert len(profile.ranks) == 0
+
+
+def test_ritz_values_of_exactly_zero() -> None:
+    A = bnp.DenseOperator(torch.diag(torch.tensor([4.0, 2.0, 1.0] + [0.0] * 60, dtype=torch.float64)))
+    profile = bnp.condition_profile(A, ranks=[2, 3, 4, 50], method="lanczos")
+    assert profile.ranks.tolist() == [2, 3]
+    assert profile.value == pytest.approx([2.0, 4.0], rel=1e-12)

@@ -464,7 +464,8 @@ def _upper_bounds(theta: Floats, coupling: Floats, ends: tuple[float, float]) ->
         bounds += found
         following = _larger(values[positive], rho[positive], beyond) if positive < values.size else beyond
         rest = max(rest, following)
-    merged = np.sort(np.array(bounds))[::-1][: theta.size]
+    # Ritz values of exactly zero have no bound of their own.
+    merged = np.sort(np.array(bounds + [rest] * (theta.size - len(bounds))))[::-1]
     return np.maximum(merged, rest), rest
 
 
