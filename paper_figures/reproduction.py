@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -164,7 +165,8 @@ def _rules() -> list[str]:
         for rule in Q_RULES if panel.startswith("q_") else ():
             finished = {m: list(f["seeds"].values()) for m, f in methods.items() if f" q={rule} " in m}
             done = {m: [r for r in runs if r["stopped"] == "finished"] for m, runs in finished.items()}
-            best = max(done, key=lambda m: len(done[m]), default=None)
+            # Rates that all seeds were run at are those that were best in some state of the search.
+            best = min(done, key=lambda m: (-len(done[m]), _median_loss(done[m])), default=None)
             if best is None or len(done[best]) < 2:
                 continue
             losses, accuracies = ([r[q][-1] for r in done[best]] for q in ("train_loss_eval", "test_accuracy"))
@@ -178,6 +180,12 @@ def _rules() -> list[str]:
     )
     columns = "| batch | rule | rate | seeds | training loss, mean (range) | test accuracy, % |"
     return ["", "## Rules for q", "", said, "", columns, "|---" * 6 + "|", *lines] if lines else []
+
+
+def _median_loss(runs: list[dict[str, Any]]) -> float:
+    """Infinite where most runs left no loss, having diverged."""
+    losses = [(r["train_loss_eval"] or [math.inf])[-1] for r in runs]
+    return float(np.median([x if math.isfinite(x) else math.inf for x in losses])) if losses else math.inf
 
 
 def _curves() -> dict[str, Any]:

@@ -67,5 +67,10 @@ def finish(figure: Figure, note: str, failure: str = "") -> Figure:
     figure.supxlabel("\n".join(textwrap.wrap(note, int(23 * inches))), fontsize=5.5, color=GREY, x=0.01, ha="left")
     if failure:
         lines = textwrap.wrap(f"The claim fails here: {failure}", int(15 * inches))
-        figure.suptitle("\n".join(lines), color="red", fontsize=8)
+        text = "\n".join(lines)
+        if figure.legends:  # a title would be drawn over a legend of the whole figure
+            figure.legends[0].set_title(text, prop={"size": 8})
+            figure.legends[0].get_title().set_color("red")
+        else:
+            figure.suptitle(text, color="red", fontsize=8)
     return figure
