@@ -184,9 +184,11 @@ def test_bad_input_is_answered() -> None:
             bnp.condition_profile(A, ranks=ranks)  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="method must be one of"):
         bnp.condition_profile(A, method="svd")
-    for thresholds in ([0.0], [1.5], [float("nan")]):
+    with pytest.raises(InvalidInputError, match=r"ranks=\[3\]"):
+        bnp.condition_profile(A, ranks=3)  # type: ignore[arg-type]
+    for thresholds in ([0.0], [1.5], [float("nan")], 0.1):
         with pytest.raises(InvalidInputError, match="fractions of the largest"):
-            bnp.condition_profile(A, thresholds=thresholds)
+            bnp.condition_profile(A, thresholds=thresholds)  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="two probes"):
         bnp.condition_profile(A, probes=1)
     for method in ("dense", "lanczos"):

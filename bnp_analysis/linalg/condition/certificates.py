@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.errors import InvalidInputError, ZeroOperatorError
 from bnp_analysis.linalg.condition.number import Extremes
 from bnp_analysis.linalg.forming import UNIT
 from bnp_analysis.linalg.krylov.lanczos import Floats
@@ -249,4 +249,14 @@ def zero_matrix(null: DeclaredNull, matvecs: int) -> Extremes:
         null_dim=null.dim,
         matvecs=matvecs,
         rank=0,
+    )
+
+
+def zero_operator(A: SymmetricOperator) -> ZeroOperatorError:
+    """What is said where no eigenvalue stands above rounding."""
+    known = "" if A.eps <= torch.finfo(A.dtype).eps else f", its products being known to {A.eps:.1g} only"
+    return ZeroOperatorError(
+        f"the operator is zero to rounding{known}, and a condition number compares nonzero eigenvalues; "
+        "look for saturated or dead units, a loss that does not depend on these parameters, or one whose "
+        "derivative is a difference of nearly equal numbers, as that of log(cosh(z)) is at large z"
     )

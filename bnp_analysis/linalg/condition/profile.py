@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bnp_analysis.errors import InvalidInputError, ZeroOperatorError
+from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.bases import project_out
 from bnp_analysis.linalg.condition.certificates import (
     invariance_slack,
     kuczynski_wozniakowski,
     require_probability,
     unexplained_zeros,
+    zero_operator,
 )
 from bnp_analysis.linalg.condition.dense import spectrum
 from bnp_analysis.linalg.condition.factor_svd import singular_values
@@ -167,7 +168,7 @@ def condition_profile(
         raise InvalidInputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if probes < 2:
         raise InvalidInputError(f"an error bar needs at least two probes, got {probes}")
-    if not all(0 < t <= 1 for t in thresholds):
+    if not isinstance(thresholds, Iterable) or not all(0 < t <= 1 for t in thresholds):
         raise InvalidInputError(f"thresholds are fractions of the largest eigenvalue, in (0, 1], got {thresholds}")
     if preconditioner is not None:
         check_fits(A, preconditioner)
@@ -203,10 +204,7 @@ def condition_profile(
     else:
         found, power = dense_magnitudes(problem, chosen)
     if not found.value.size or not found.lower[0] > 0:
-        raise ZeroOperatorError(
-            "the operator is zero to rounding, and a profile compares nonzero eigenvalues; look for saturated or dead "
-            "units, or a loss that does not depend on these parameters"
-        )
+        raise zero_operator(A)
     return _profile(
         found,
         wanted,
@@ -229,8 +227,11 @@ def condition_profile(
 def _ladder(ranks: Sequence[int] | None, dim: int) -> list[int]:
     if ranks is None:
         return []
+    if not isinstance(ranks, Iterable):
+        raise InvalidInputError(f"ranks must be several integers, got {ranks!r}; for one rank give ranks=[{ranks}]")
+    ranks = list(ranks)
     wrong = [r for r in ranks if isinstance(r, bool) or not isinstance(r, int | np.integer) or not 2 <= r <= dim]
-    if wrong or not len(ranks):
+    if wrong or not ranks:
         raise InvalidInputError(
             f"ranks must be integers from 2 to the dimension {dim}, got {wrong or 'none'}; leave them out for a ladder"
         )

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnp_analysis.errors import InvalidInputError, ZeroOperatorError
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg.condition.certificates import zero_operator
 from bnp_analysis.linalg.condition.methods import Problem, automatic, named
 from bnp_analysis.linalg.condition.number import MAGNITUDE, SINGULAR, ConditionNumber, Extremes
 from bnp_analysis.linalg.derived import GramOperator, Shifted
@@ -232,12 +233,7 @@ def _measure(
         )
     )
     if ends.lambda_max == 0.0:
-        known = "" if A.eps <= torch.finfo(A.dtype).eps else f", its products being known to {A.eps:.1g} only"
-        raise ZeroOperatorError(
-            f"the operator is zero to rounding{known}, and a condition number compares nonzero eigenvalues; "
-            "look for saturated or dead units, a loss that does not depend on these parameters, or one whose "
-            "derivative is a difference of nearly equal numbers, as that of log(cosh(z)) is at large z"
-        )
+        raise zero_operator(A)
     if ends.rank is None:  # nothing is counted: every declared direction is believed
         ends = dataclasses.replace(ends, on_your_word=ends.null_sources.get("declared", 0))
     two_sided = math.isfinite(ends.upper) and math.isfinite(ends.lower)

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from bnp_analysis.curvature import gauss_newton
@@ -113,7 +113,7 @@ def activations(risk: EmpiricalRisk) -> Activations:
 
 def dense(layer: Layer) -> bool:
     """Whether a layer is dense; else it is a convolution."""
-    return isinstance(layer.module, nn.Linear)
+    return not layer.spatial
 
 
 def passing(risk: EmpiricalRisk, name: str) -> list[tuple[Tensor, Tensor]]:
