@@ -75,6 +75,12 @@ class Problem:
     def hessian(self) -> Tensor:
         return hessian(self.value, self.theta)
 
+    def hessian_product(self, V: Tensor) -> Tensor:
+        """`H V` by double backward, column by column: for `H` itself there is a backward pass for every parameter."""
+        theta = self.theta.clone().requires_grad_()
+        slopes = torch.autograd.grad(self.value(theta), theta, create_graph=True)[0]
+        return torch.stack([torch.autograd.grad(slopes, theta, v, retain_graph=True)[0] for v in V.T], dim=1)
+
     def jacobian(self, batch: int) -> Tensor:
         """`(outputs of the batch, n)`."""
         dense = jacobian(lambda theta: self.outputs(theta, batch), self.theta)

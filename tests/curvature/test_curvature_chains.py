@@ -69,13 +69,14 @@ def check(problem: Problem, *, chain: bool = True) -> None:
     assert is_chain(risk) == chain
     V = numbers(risk.space.dim, 2, seed=3)
     given_ = V.clone()
+    HV, GV = problem.hessian_product(V), problem.gauss_newton() @ V
     made: list[tuple[Any, Tensor]] = []
     for engine in ("retained", "recompute"):
-        made.append((bnp.hessian(risk, engine=engine), problem.hessian()))
-        made.append((bnp.gauss_newton(risk, engine=engine), problem.gauss_newton()))
-    for A, dense in made:
+        made.append((bnp.hessian(risk, engine=engine), HV))
+        made.append((bnp.gauss_newton(risk, engine=engine), GV))
+    for A, product in made:
         for _ in range(2):  # the first leaves nothing behind
-            assert relative(A @ V, dense @ V) <= 1e-12
+            assert relative(A @ V, product) <= 1e-12
     assert relative(made[0][0].start, problem.gradient(problem.theta)) <= 1e-12
     assert torch.equal(V, given_)
 
@@ -131,7 +132,7 @@ def networks(draw: st.DrawFn) -> Problem:
 
 
 @given(networks())
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_any_chain(problem: Problem) -> None:
     check(problem)
 
@@ -157,10 +158,10 @@ RESHAPED = {
 }
 
 
-@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", RESHAPED)
-def test_other_shapes_of_the_same_entries(name: str, bias: bool) -> None:
-    check(problem_of(Calls(RESHAPED[name], bias), 3))
+def test_other_shapes_of_the_same_entries(name: str) -> None:
+    for bias in (True, False):
+        check(problem_of(Calls(RESHAPED[name], bias), 3))
 
 
 NO_CHAINS: dict[str, Callable[[Calls, Tensor], Tensor]] = {

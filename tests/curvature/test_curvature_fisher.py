@@ -36,7 +36,7 @@ def problem_of(name: str) -> Problem:
 # sampled
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ["cross_entropy", "mse", "bce", "log_cosh"])
 def test_the_expectation_of_samples_is_gauss_newton(name: str) -> None:
     """40 seeds of 8 draws: every mean of v^T F v lies within 4.5 standard errors of v^T G v."""
     problem = problem_of(name)
@@ -50,7 +50,7 @@ def test_the_expectation_of_samples_is_gauss_newton(name: str) -> None:
     assert bool((error < 0.1 * expected).all())  # else the bound would hold for anything
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ["label_smoothing", "mse"])
 def test_more_samples_come_closer(name: str) -> None:
     problem = problem_of(name)
     risk, G = problem.risk(), problem.gauss_newton()

@@ -115,8 +115,7 @@ PAIRS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
 }
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize(("name", "train"), [(name, i % 2 == 0) for i, name in enumerate(PAIRS)])
 def test_attention_and_recurrent_layers(name: str, train: bool) -> None:
     fused, written = (spread(make()).train(train) for make in PAIRS[name])
     batches = split(numbers(5, 3, 4), classes(5, 3), (3, 2))
