@@ -22,7 +22,8 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     import large_models
 
     small = {name: sizes for name, sizes in large_models.QUICK.items() if name == "transformer"}
-    monkeypatch.setattr(large_models, "QUICK", small)
+    for name, value in {"QUICK": small, "PRODUCTS": 2, "STEPS": 4, "PAIRS": 1}.items():
+        monkeypatch.setattr(large_models, name, value)
     return large_models
 
 

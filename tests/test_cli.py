@@ -15,7 +15,7 @@ import bnp_analysis as bnp
 from bnp_analysis.cli import main
 from bnp_analysis.theory.statements import coordinates
 
-SMALL = ["--samples", "60", "--hidden", "6", "--epochs", "1", "--quiet"]
+SMALL = ["--samples", "40", "--hidden", "4", "--epochs", "1", "--quiet"]
 
 
 def test_help_loads_neither_torch_nor_matplotlib():
@@ -109,7 +109,7 @@ def test_spectrum_writes_both_densities(tmp_path, capsys):
 
 
 def test_a_checkpoint_is_measured_where_it_stands(tmp_path, capsys):
-    model = bnp.models.mlp([64, 6, 10], seed=5)
+    model = bnp.models.mlp([64, 4, 10], seed=5)
     torch.save(model.state_dict(), tmp_path / "m.pt")
     small = [word for word in SMALL if word not in ("--epochs", "1")]
     out = tmp_path / "c.json"
@@ -125,7 +125,7 @@ def test_a_checkpoint_is_measured_where_it_stands(tmp_path, capsys):
     ]
     assert main(["condition", *small, *args]) == 0
     assert "not trained" in capsys.readouterr().out
-    data = bnp.data.load("digits", n=60)
+    data = bnp.data.load("digits", n=40)
     risk = bnp.EmpiricalRisk(model, torch.nn.functional.cross_entropy, data.tensors, dtype=torch.float64)
     expected = bnp.condition_number(bnp.gauss_newton(risk, block="fc2"))
     assert bnp.Comparison.load(out).layers.layers[0].block.value == pytest.approx(expected.value, rel=1e-6)
@@ -142,7 +142,7 @@ def test_a_checkpoint_is_measured_where_it_stands(tmp_path, capsys):
     ],
 )
 def test_bad_input_says_so_and_exits_with_two(options, words, capsys):
-    assert main(["condition", "--samples", "60", "--hidden", "6", "--epochs", "1", "--quiet", *options]) == 2
+    assert main(["condition", *SMALL, *options]) == 2
     captured = capsys.readouterr()
     assert words in captured.err
     assert "Traceback" not in captured.err
@@ -254,7 +254,8 @@ def test_an_interrupted_check_keeps_what_was_made(tmp_path, monkeypatch, capsys)
 
 
 def test_check_observes_rates_if_asked(capsys):
-    assert main(["check", *SMALL, "--only", "T2", "--rates", "0.5"]) == 0
+    larger = ["--samples", "60", "--hidden", "6"]  # its minimum is not reached, so that the rates take no time
+    assert main(["check", *SMALL, *larger, "--only", "T2", "--rates", "0.5"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("Theorem 1", "T14", "T15"))]
     assert len(lines) == 4
     assert all("not applicable" in line and "[this network]" in line for line in lines)

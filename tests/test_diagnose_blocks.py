@@ -54,7 +54,7 @@ def images(generator: torch.Generator) -> bnp.EmpiricalRisk:
 
 
 def perceptron(x: Tensor, y: Tensor, activation: str = "relu") -> bnp.EmpiricalRisk:
-    model = bnp.models.mlp([x.shape[1], 12, 8, 3], activation=activation, dtype=torch.float64)
+    model = bnp.models.mlp([x.shape[1], 6, 5, 3], activation=activation, dtype=torch.float64)
     return bnp.EmpiricalRisk(model, cross_entropy, (x, y))
 
 
@@ -86,7 +86,7 @@ def require_same(risk: bnp.EmpiricalRisk, table: bnp.LayerTable) -> int:
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
 def test_dense_layers_have_the_numbers_of_their_blocks(data, activation):
     risk = perceptron(*data, activation)
-    assert require_same(risk, bnp.layer_table(risk)) >= 20
+    assert require_same(risk, bnp.layer_table(risk)) >= 15
 
 
 def test_convolutions_have_the_numbers_of_their_blocks(images):
@@ -194,14 +194,14 @@ def test_dependent_inputs_are_found_in_layers_too_large_to_search(data, monkeypa
     monkeypatch.setattr(blocks, "SEARCHED", 0)
     found = [k for k in bnp.layer_table(perceptron(x, y), layers=["fc1"]).layers[0].unit_blocks if k is not None]
     assert all(k.two_sided for k in found)
-    assert sum(k.null_sources == {"dependent inputs": 1} for k in found) >= 5
+    assert sum(k.null_sources == {"dependent inputs": 1} for k in found) >= 3
 
 
 def test_progress_counts_every_block_once(data):
     seen: list[tuple[int, int]] = []
     bnp.layer_table(perceptron(*data), progress=lambda done, total: seen.append((done, total)))
-    assert {total for _, total in seen} == {12 + 8 + 3 + 2 * 3}
-    assert [done for done, _ in seen] == list(range(1, 30))
+    assert {total for _, total in seen} == {6 + 5 + 3 + 2 * 3}
+    assert [done for done, _ in seen] == list(range(1, 21))
 
 
 def test_rows_that_are_held_may_leave_zero_rows_out() -> None:

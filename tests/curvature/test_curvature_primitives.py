@@ -225,8 +225,12 @@ def problems(network: str, loss: str, train: bool) -> tuple[Problem, Problem]:
     return Problem(model, function, batches), Problem(written(model), function, batches)
 
 
-# Every network in both modes, with the losses in turn; every loss with the batch's own statistics.
-CASES = {(network, [*LOSSES][(i + train) % 4], train) for i, network in enumerate(NETWORKS) for train in (True, False)}
+# Every network with the losses in turn, in both modes if it has two; every loss with the batch's own statistics.
+CASES = {
+    (network, [*LOSSES][(i + train) % 4], train)
+    for i, network in enumerate(NETWORKS)
+    for train in ((True, False) if "BatchNorm" in network else (i % 2 == 0,))
+}
 CASES |= {(next(iter(NETWORKS)), loss, True) for loss in LOSSES}
 
 
@@ -235,14 +239,13 @@ def test_fused_layers_differentiate_like_written_ones(network: str, loss: str, t
     fused, reference = problems(network, loss, train)
     risk = fused.risk()
     assert relative(risk.outputs, reference.outputs(reference.theta, 0)) <= 1e-12
-    H, G = reference.hessian(), reference.gauss_newton()
-    assert relative(bnp.hessian(risk).to_dense(), H) <= 1e-10
+    V, G = numbers(risk.space.dim, 2, seed=9), reference.gauss_newton()
+    assert relative(bnp.hessian(risk) @ V, reference.hessian_product(V)) <= 1e-10
     A = bnp.gauss_newton(risk)
-    assert relative(A.to_dense(), G) <= 1e-10
+    assert relative(A @ V, G @ V) <= 1e-10
     rows = A.factor.to_dense()
     assert relative(rows.T @ rows, G) <= 1e-10
-    v = numbers(A.dim, seed=9)
-    assert relative(A.factor @ v, rows @ v) <= 1e-10
+    assert relative(A.factor @ V, rows @ V) <= 1e-10
 
 
 def test_the_written_layers_are_other_code() -> None:

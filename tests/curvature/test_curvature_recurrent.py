@@ -110,15 +110,17 @@ def drawn(kind: str, size: float, seed: int, steps: int = 3) -> tuple[list[float
     g = torch.Generator().manual_seed(seed)
     weights = torch.randn(2 * GATES[kind], generator=g)
     weights[seed % GATES[kind]] = size
-    return weights.tolist(), (0.5 + torch.rand(2 * len(weights), steps, generator=g)).tolist()
+    return weights.tolist(), (0.5 + torch.rand(len(weights) + 2, steps, generator=g)).tolist()
 
 
-@pytest.mark.parametrize("dtype", PRECISIONS)
-@pytest.mark.parametrize("form", ["layer", "packed", "cell"])
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [("layer", torch.float64), ("layer", torch.float32), ("packed", torch.float32), ("cell", torch.float64)],
+)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_saturated_gates(kind: str, form: str, dtype: torch.dtype) -> None:
-    sizes = (1.0, 5.0, -8.0, 12.0, 17.0, -20.0, 27.0, 38.0, 60.0, -60.0)
-    for seed, size in enumerate(sizes if form == "layer" else sizes[:4]):
+    sizes = (5.0, -8.0, 17.0, -20.0, 27.0, 38.0, -60.0)
+    for seed, size in enumerate(sizes if form == "layer" else sizes[:3]):
         weights, x = drawn(kind, size, seed, steps=2)
         check(kind, form, weights, x, dtype)
 

@@ -174,7 +174,7 @@ DRAWS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("p", [1e-6, 0.02, 0.45, 0.55, 0.98, 1 - 1e-6])
+@pytest.mark.parametrize("p", [1e-6, 0.55, 1 - 1e-6])
 @pytest.mark.parametrize("name", DRAWS)
 def test_rare_decisions_are_seen(name: str, p: float) -> None:
     model = net(LayerDrop(p, DRAWS[name]))
@@ -282,8 +282,7 @@ MIXES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("tokens", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("tokens", "dtype"), [(False, torch.float64), (True, torch.float32)])
 @pytest.mark.parametrize("name", MIXES)
 def test_any_two_examples_that_are_coupled_are_seen(name: str, dtype: torch.dtype, tokens: bool) -> None:
     g = torch.Generator().manual_seed(4)
@@ -309,8 +308,7 @@ SEPARATE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("tokens", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("tokens", "dtype"), [(False, torch.float32), (True, torch.float64)])
 @pytest.mark.parametrize("name", SEPARATE)
 def test_separate_examples_are_not_called_coupled(name: str, dtype: torch.dtype, tokens: bool) -> None:
     g = torch.Generator().manual_seed(4)
@@ -367,11 +365,10 @@ def test_batch_statistics_without_training_mode(name: str) -> None:
         classify(net(COUPLED[name]()).eval(), halves())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", COUPLED)
-def test_coupling_in_large_batches_is_seen(name: str, dtype: torch.dtype) -> None:
+def test_coupling_in_large_batches_is_seen(name: str) -> None:
     """One example of thousands moves the statistics by less than float32 shows."""
-    assert classify(net(COUPLED[name]()), table(2000), dtype=dtype).coupled
+    assert classify(net(COUPLED[name]()), table(2000), dtype=torch.float32).coupled
 
 
 @pytest.mark.parametrize(

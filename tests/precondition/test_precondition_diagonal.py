@@ -37,7 +37,7 @@ OPTIMIZERS: Optimizers = {
 
 def trained(make: Callable[[Any], torch.optim.Optimizer], steps: int = 4) -> tuple[Any, ...]:
     """A model after some steps, its optimizer, data, and the last gradient and step."""
-    model, x, y = network("groups")
+    model, x, y = network("dense")
     optimizer = make(model.parameters())
     for _ in range(steps):
         optimizer.zero_grad()

@@ -168,7 +168,7 @@ def test_powers_scale_by_their_exponent() -> None:
     assert moved[[26, 30]] == pytest.approx((moved[10] ** -3).expand(2))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.floats(-2, 2), st.integers(0, 10**6))
 def test_orbits_are_level_sets(power: float, which: int) -> None:
     name = list(ORBITS)[which % len(ORBITS)]

@@ -21,11 +21,13 @@ from bnp_analysis.models import mlp
 from bnp_analysis.training.bnp import BNP
 
 FORMS = [(True, "rank-one"), (False, "rank-one"), (False, "diagonal")]
+STATISTICS = ("channel", "patch")
+# Each geometry once, with forms and statistics in turn; all of them where there are groups.
+CASES = [(kind, *FORMS[i % 3], STATISTICS[i // 3 % 2]) for i, kind in enumerate(KINDS)]
+CASES = sorted({*CASES, *(("groups", *form, which) for form in FORMS for which in STATISTICS)})
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("bias", "bias_free"), FORMS)
-@pytest.mark.parametrize("statistics", ["channel", "patch"])
+@pytest.mark.parametrize(("kind", "bias", "bias_free", "statistics"), CASES)
 def test_the_gradient_becomes_the_dense_product(kind: str, bias: bool, bias_free: str, statistics: str) -> None:
     model, x, y = network(kind, bias=bias)
     pre = BNP(model, statistics=statistics, bias_free=bias_free)
@@ -35,14 +37,13 @@ def test_the_gradient_becomes_the_dense_product(kind: str, bias: bool, bias_free
     assert relative(after, P @ (P.T @ before)) < 1e-12
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("bias", "bias_free"), FORMS)
-@pytest.mark.parametrize(("statistics", "damping"), [("channel", (0.0, 0.0)), ("patch", (1e-2, 1e-4))])
+@pytest.mark.parametrize(("kind", "bias", "bias_free", "statistics"), CASES)
 def test_after_one_step_it_is_the_preconditioner_of_that_batch(
-    kind: str, bias: bool, bias_free: str, statistics: str, damping: tuple[float, float]
+    kind: str, bias: bool, bias_free: str, statistics: str
 ) -> None:
     """The moments of `bnp_preconditioner` come another way, from a snapshot of the model."""
     model, x, y = network(kind, bias=bias)
+    damping = (1e-2, 1e-4) if statistics == "patch" else (0.0, 0.0)
     options = {"eps1": damping[0], "eps2": damping[1], "statistics": statistics, "bias_free": bias_free}
     _, after = stepped(model, x, y, BNP(model, **options))
     risk = bnp.EmpiricalRisk(model, nn.functional.cross_entropy, (x, y))
@@ -108,8 +109,9 @@ def test_a_number_for_q(q: float) -> None:
     assert relative(after, off / q**2) < 1e-14
 
 
-@pytest.mark.parametrize("kind", ["dense", "padding", "groups"])
-@pytest.mark.parametrize(("bias", "bias_free"), FORMS)
+@pytest.mark.parametrize(
+    ("kind", "bias", "bias_free"), [("dense", *FORMS[2]), ("padding", *FORMS[1]), ("groups", *FORMS[0])]
+)
 def test_measured_q_is_the_norm_of_the_normalized_rows(kind: str, bias: bool, bias_free: str) -> None:
     """T8: with the moments of one batch it is `q="measured"` of `bnp_preconditioner`, once power steps converge."""
     model, x, y = network(kind, bias=bias)
@@ -135,8 +137,7 @@ def in_z(model: nn.Module, P: Tensor, make: type[torch.optim.Optimizer], options
     return (P @ z).detach()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("bias", "nesterov"), [(True, False), (False, True)])
+@pytest.mark.parametrize(("kind", "bias", "nesterov"), [(kind, i % 2 == 0, i % 2 == 1) for i, kind in enumerate(KINDS)])
 def test_an_optimizer_under_bnp_is_that_optimizer_on_the_network_in_z(kind: str, bias: bool, nesterov: bool) -> None:
     """T2 with fixed statistics."""
     options = {"lr": 0.05, "momentum": 0.9, "nesterov": nesterov}
@@ -225,8 +226,7 @@ def test_what_trains_is_what_is_measured() -> None:
     assert pre.preconditioner().settings["eps1"] == 1e-2
 
 
-@pytest.mark.parametrize("kind", ["dense", "groups"])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("kind", "bias"), [("dense", False), ("groups", True)])
 def test_gradients_may_lie_in_memory_as_they_like(kind: str, bias: bool) -> None:
     """Every second entry of something, the first index running fastest: values alone count."""
     model, x, y = network(kind, bias=bias)
