@@ -1,8 +1,13 @@
-"""What goes wrong in one process ends all of them, in bounded time, with words that say where to look.
+"""Two processes measure what one measures, with the same bits each, and what goes wrong in one of them ends both.
 
-Bugs that only these tests catch: a process that waits for one that has failed, died or stalled; processes that add up
-different models, losses, points or vectors; a group that is out of step after an error that both caught; a saved run
-that each process resumes from a file of its own; a check that one process passes and the other never reaches.
+Bugs that only these tests catch: a sum over batches that ends before the other processes' batches (products, moments,
+triangles, scales, diagonals), rows of a factor in another order than in one process, targets of the Monte Carlo Fisher
+matrix that depend on who draws them, a process without data that has no shapes to contribute, statistics of layers that
+run on one process only, a route or a null space that is chosen from one shard, results that differ between ranks; a
+process that waits for one that has failed, died or stalled; processes that add up different models, losses, points or
+vectors; a group that is out of step after an error that both caught; a saved run that each process resumes from a file
+of its own; a check that one process passes and the other never reaches. One file, because starting two processes takes
+longer than what they do, and what they found is shared.
 """
 
 from __future__ import annotations
@@ -12,7 +17,58 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_jobs import found, start
+from distributed_jobs import found, start, trained
+from shard_measurements import PROBLEMS, measured
+
+from bnp_analysis.distributed import ALONE
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[tuple[int, str]], Path]:
+    """A run whose second process is killed after 65 steps, and the folder in which it kept its state."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    return start("killed", folder, KILL_AT="65"), folder
+
+
+@pytest.fixture(scope="module")
+def two(killed: tuple[list[tuple[int, str]], Path]) -> list[Any]:
+    """What each of two processes found: the killed run resumed, measurements, errors, a run that nothing disturbed."""
+    folder = killed[1]
+    for status, output in start("measure", folder):
+        assert status == 0, output
+    return found("measure", folder)
+
+
+def distance(a: Any, b: Any) -> float:
+    """Relative for large numbers; infinite for what is no number and differs."""
+    if isinstance(a, torch.Tensor | float):
+        a, b = (torch.as_tensor(t, dtype=torch.float64) for t in (a, b))
+        if a.shape != b.shape:
+            return float("inf")
+        return float((a - b).abs().max() / max(1.0, float(a.abs().max()))) if a.numel() else 0.0
+    return 0.0 if a == b else float("inf")
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_two_processes_find_what_one_finds(problem: str, two: list[Any]) -> None:
+    alone = measured(problem, ALONE)
+    assert alone.keys() == two[0][problem].keys() == two[1][problem].keys()
+    far = {name: d for name, value in alone.items() if not (d := distance(value, two[0][problem][name])) <= 1e-10}
+    assert far == {}
+    assert [name for name, value in two[0][problem].items() if not same_bits(value, two[1][problem][name])] == []
+    split = (name for name, value in alone.items() if isinstance(value, torch.Tensor))
+    assert any(not same_bits(alone[name], two[0][problem][name]) for name in split) or "empty" in problem
+
+
+def test_estimated_output_scales_are_those_of_the_whole_batch(two: list[Any]) -> None:
+    for name, value in trained(ALONE).items():
+        assert distance(value, two[0]["training"][name]) < 1e-12
+        assert same_bits(two[0]["training"][name], two[1]["training"][name])
+
 
 #: What each process says: (type, words) of rank 0, of rank 1.
 EXPECTED = {
