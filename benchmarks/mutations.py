@@ -131,7 +131,7 @@ def stages(tree: Path, module: str) -> list[list[str]]:
     room = inside.parts[0].removesuffix(".py")
     dotted = ".".join(inside.with_suffix("").parts).removesuffix(".__init__")
     words = re.compile(rf"\b{re.escape(dotted)}\b|_{re.escape(inside.stem)}\b")
-    near, of_room, others = [module], list[str](), list[str]()
+    near, of_room, others = list[str](), list[str](), list[str]()
     for path in sorted((tree / "tests").rglob("test_*.py")):
         name = path.relative_to(tree).as_posix()
         if room in name and (words.search(path.read_text(encoding="utf-8")) or inside.stem in path.stem):
@@ -142,7 +142,8 @@ def stages(tree: Path, module: str) -> list[list[str]]:
             near.append(name)
         else:
             others.append(name)
-    return [near, of_room, others]
+    near.sort(key=lambda name: inside.stem not in name)  # those called after the module first
+    return [[module, *near], of_room, others]
 
 
 def failing(tree: Path, files: list[str]) -> str:
