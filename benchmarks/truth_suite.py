@@ -50,7 +50,7 @@ def measure(record: dict[str, Any], quick: bool, only: str) -> None:
             print(f"\r{i + 1}/{len(chosen)} {problem.group}: {problem.name:<60.60}", end="", file=sys.stderr)
     if not only:
         record["state"] = "interrupted in the claims that rest on a random start"
-        record["chances"].extend(truth_chances.tally(25 if quick else 1000))
+        record["chances"].extend(truth_chances.tally(10 if quick else 1000))
         record["state"] = "interrupted in the null directions"
         record["nullity"].extend(truth_nullity.counts())
     record["state"] = "complete" if not (quick or only) else "a part: " + ("--quick" if quick else f"--only {only}")
