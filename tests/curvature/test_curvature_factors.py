@@ -50,6 +50,16 @@ def test_rows_are_the_jacobians_of_the_examples_in_their_order() -> None:
     assert relative(rows, (2 / (11 * 3)) ** 0.5 * jacobians) <= 1e-13
 
 
+@pytest.mark.parametrize("count", [1, 5])
+def test_one_number_for_each_example_has_a_factor(count: int) -> None:
+    """Outputs of shape `(N,)`, also where that is one number in all."""
+    model = nn.Sequential(tanh_mlp(4, 3, 1), nn.Flatten(0))
+    problem = Problem(model, F.mse_loss, [(numbers(count, 4), numbers(count, seed=2))])
+    rows = bnp.gauss_newton(problem.risk()).factor.to_dense()
+    assert rows.shape == (count, 19)
+    assert relative(rows.T @ rows, problem.gauss_newton()) <= 1e-12
+
+
 def test_rows_of_softmax_are_the_closed_form() -> None:
     problem = Problem(tanh_mlp(4, 5, 3), F.cross_entropy, split(numbers(11, 4), classes(11, 3), (5, 4, 2)))
     risk = problem.risk()

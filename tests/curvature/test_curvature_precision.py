@@ -62,17 +62,16 @@ def problem(kind: Callable[[Tensor, torch.dtype], Tensor], inside: torch.dtype, 
     return bnp.EmpiricalRisk(model, F.cross_entropy, (x, y))
 
 
-@pytest.mark.parametrize("method", ["factor-svd", "dense", "golub-kahan", "lanczos"])
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("kind", KINDS)
-def test_intervals_contain_the_truth(kind: Callable[[Tensor, torch.dtype], Tensor], method: str) -> None:
-    for seed in range(2):
-        for block in ("0", "2"):
-            exact, rough = problem(kind, DOUBLE, seed), problem(kind, SINGLE, seed)
-            known = bnp.null_directions(exact, block=block)
-            truth = bnp.condition_number(bnp.gauss_newton(exact, block=block), null=known, method="factor-svd")
-            found = bnp.condition_number(
-                bnp.gauss_newton(rough, block=block), null=bnp.null_directions(rough, block=block), method=method
-            )
+def test_intervals_contain_the_truth(kind: Callable[[Tensor, torch.dtype], Tensor], seed: int) -> None:
+    exact, rough = problem(kind, DOUBLE, seed), problem(kind, SINGLE, seed)
+    for block in ("0", "2"):
+        known = bnp.null_directions(exact, block=block)
+        truth = bnp.condition_number(bnp.gauss_newton(exact, block=block), null=known, method="factor-svd")
+        A, null = bnp.gauss_newton(rough, block=block), bnp.null_directions(rough, block=block)
+        for method in ("factor-svd", "dense", "golub-kahan", "lanczos"):
+            found = bnp.condition_number(A, null=null, method=method)
             assert truth.dtype == "float64"
             assert found.dtype == "float64 (float32 inside)"
             if truth.two_sided:

@@ -56,8 +56,6 @@ def shards(name: str, group: Group) -> tuple[nn.Module, Any, Any]:
 
 
 PROBLEMS = ("uneven", "empty shard", "first shard empty", "convolution", "squared loss", "shuffled loader")
-#: Problems whose curvature is that of others: products and moments are enough.
-SHORT = ("empty shard", "first shard empty", "squared loss", "shuffled loader")
 
 
 def _mine(parts: list[list[Any]], group: Group) -> list[Any]:
@@ -69,11 +67,8 @@ def measured(name: str, group: Group) -> Found:
     model, loss, part = shards(name, group)
     risk = bnp.EmpiricalRisk(model, loss, part, group=group)
     found: Found = {}
-    for measure in (_risk, _products, _inputs, _preconditioners):
+    for measure in (_risk, _products, _inputs, _preconditioners, *MORE.get(name, ())):
         found |= measure(risk)
-    if name not in SHORT:
-        for measure in (_blocks, _numbers, _tables):
-            found |= measure(risk)
     return {name: torch.as_tensor(value) if isinstance(value, np.ndarray) else value for name, value in found.items()}
 
 
@@ -187,3 +182,10 @@ def _tables(risk: bnp.EmpiricalRisk) -> Found:
         found[f"row of {row.layer}"] = torch.tensor(numbers, dtype=torch.float64)
         found[f"facts of {row.layer}"] = (row.rows, row.constant, row.dead, row.is_hessian)
     return found
+
+
+#: What else is measured: of the other problems, whose curvature is that of these, products and moments are enough.
+MORE: dict[str, tuple[Callable[[bnp.EmpiricalRisk], Found], ...]] = {
+    "uneven": (_blocks, _numbers, _tables),
+    "convolution": (_blocks,),
+}

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 import bnp_analysis as bnp
 from bnp_analysis.errors import InvalidInputError, StochasticModelError
-from bnp_analysis.network.purity import extreme_draws
+from bnp_analysis.network.purity import extreme_draws, random_layers
 
 
 def halves(count: int = 9) -> list[tuple[Tensor, Tensor]]:
@@ -78,6 +79,14 @@ def test_random_layers_at_rest_are_fine(name: str) -> None:
     if hasattr(model[1], "p"):
         model[1].p = 0.0
         classify(model.train(), halves())
+
+
+def test_random_layers_are_known_by_their_settings() -> None:
+    """Before anything is drawn: a mask that one pass in a million shows is named all the same."""
+    layers = [nn.Dropout(1e-6), nn.Dropout(0.0), nn.Dropout(0.5).eval(), nn.RReLU(), nn.RReLU(0.2, 0.2), nn.ReLU()]
+    layers += [nn.LSTM(2, 2, 2, dropout=0.1), nn.LSTM(2, 2), nn.MultiheadAttention(2, 1, dropout=0.1)]
+    risk = SimpleNamespace(modules=nn.Sequential(*layers).named_modules)
+    assert random_layers(cast(bnp.EmpiricalRisk, risk)) == ["0", "3", "6", "8"]
 
 
 def test_dropout_beside_live_batch_statistics() -> None:

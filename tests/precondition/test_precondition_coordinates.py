@@ -135,13 +135,11 @@ CASES += [("groups", False, "patch"), ("groups", True, "channel")]
 def test_congruence_is_the_gauss_newton_matrix_of_the_network_in_z(kind: str, bias: bool, which: str) -> None:
     risk, in_z = both(kind, bias, which)
     P = bnp.bnp_preconditioner(risk, statistics=which)
-    expected = bnp.gauss_newton(in_z).to_dense()
-    found = bnp.linalg.congruence(bnp.gauss_newton(risk), P).to_dense()
-    assert relative(found, expected) < 1e-10
+    V = torch.randn(P.dim, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = bnp.gauss_newton(in_z) @ V
+    assert relative(bnp.linalg.congruence(bnp.gauss_newton(risk), P) @ V, expected) < 1e-10
     assert relative(P.apply(in_z.theta), risk.theta) < 1e-11, "theta = P z"
     assert relative(P.apply_transpose(risk.gradient), in_z.gradient) < 1e-10, "the gradient in z is P^T g"
-    spectrum = torch.linalg.eigvalsh(found)
-    assert float((spectrum - torch.linalg.eigvalsh(expected)).abs().max()) < 1e-11 * float(spectrum[-1])
 
 
 @pytest.mark.parametrize("kind", ["dense", "groups"])
