@@ -209,8 +209,13 @@ class Study:
         """Spectrum, hypotheses about it, prediction."""
         s = self._spectrum(here, P)
         if len(s.values):
-            self.known |= {"kappa": s.kappa, "eigenvalues": s.values, "null_dim": s.null_dim}
-            self.known |= {"null_sources": dict(s.sources), "unexplained": s.unexplained}
+            self.known |= {
+                "kappa": s.kappa,
+                "eigenvalues": s.values,
+                "null_dim": s.null_dim,
+                "null_sources": dict(s.sources),
+                "unexplained": s.unexplained,
+            }
         self._require(
             "Hessian positive semidefinite",
             s.negative == 0,
@@ -235,7 +240,11 @@ class Study:
             f"{why}: a singular minimizer (redundant units?), where convergence is sublinear",
         )
         p = predict(s, self.method, self.step, self.options.momentum)
-        self.known |= {"step": p.step, "momentum": p.momentum, "factor": p.factor}
+        self.known |= {
+            "step": p.step,
+            "momentum": p.momentum,
+            "factor": p.factor,
+        }
         if s.null_dim:
             self.known["without_deflation"] = undeflated(s, self.method)
         self._require(
@@ -279,9 +288,19 @@ class Study:
             )
         z, part = balanced(s, torch.Generator().manual_seed(self.seed)), smooth / s.kappa
         start = perturbed(iteration, here.theta, length * part * z, min(part, _STATISTICS), self.seed)
-        limits: dict[str, Any] = {"below": below, "deadline": self.deadline, "tolerance": self.options.tolerance}
-        seen = observe(iteration, start, s, p, most=left, seen=update, **limits)
-        known |= {"fit": seen.fit, "iterations": known["iterations"] + len(seen.norms)}
+        seen = observe(
+            iteration,
+            start,
+            s,
+            p,
+            below=below,
+            most=left,
+            deadline=self.deadline,
+            tolerance=self.options.tolerance,
+            seen=update,
+        )
+        known["fit"] = seen.fit
+        known["iterations"] += len(seen.norms)
         known["gradient_norms"] = torch.tensor(seen.norms, dtype=torch.float64)
         known["losses"] = torch.tensor(seen.losses, dtype=torch.float64).reshape(-1, 2)
         return seen, smooth
@@ -469,13 +488,24 @@ def check_convergence_rate(
             reason = str(refusal)
         except KeyboardInterrupt:
             known["outcome"], reason = "interrupted", "interrupted before the run had a tail"
-    known |= {"method": method, "seed": seed, "engine": risk.provenance, "seconds": time.perf_counter() - began}
-    known["settings"] = asdict(options) | {"step": step, "time_limit": time_limit}
+    known |= {
+        "method": method,
+        "seed": seed,
+        "engine": risk.provenance,
+        "settings": asdict(options) | {"step": step, "time_limit": time_limit},
+        "seconds": time.perf_counter() - began,
+    }
     source = Source.T15 if method == "bnp" or preconditioner is not None else Source.T14
     if reason:
         return cast(ConvergenceCheck, ConvergenceCheck.not_applicable(statement, source, reason, **known))
-    numbers: dict[str, Any] = {"observed": known["fit"].time_constant, "predicted": time_constant(known["factor"])}
-    check = ConvergenceCheck.compare(f"{statement}, -1/log r", source, **numbers, tolerance=options.tolerance, **known)
+    check = ConvergenceCheck.compare(
+        f"{statement}, -1/log r",
+        source,
+        observed=known["fit"].time_constant,
+        predicted=time_constant(known["factor"]),
+        tolerance=options.tolerance,
+        **known,
+    )
     return cast(ConvergenceCheck, check)
 
 
@@ -518,21 +548,34 @@ def check_bnp_gain(
     plain = check_convergence_rate(risk, **more)
     helped = check_convergence_rate(risk, preconditioner, method="bnp", **more)
     found = gain(plain, helped, tolerance=2 * (options or RateOptions()).tolerance)
-    settings = {**plain.settings, "time_limit": time_limit}
-    common: dict[str, Any] = {"engine": plain.engine, "seed": seed, "seconds": plain.seconds + helped.seconds}
-    return replace(found, statement=_statement(found.details["predicted gain"]), settings=settings, **common)
+    return replace(
+        found,
+        statement=_statement(found.details["predicted gain"]),
+        settings={**plain.settings, "time_limit": time_limit},
+        engine=plain.engine,
+        seed=seed,
+        seconds=plain.seconds + helped.seconds,
+    )
 
 
 def gain(plain: ConvergenceCheck, helped: ConvergenceCheck, *, tolerance: float) -> Check:
     """The ratio of the observed time constants against that of the predicted ones; of runs without a verdict, why."""
-    constants = [time_constant(run.factor) if run.factor >= 0 else run.factor for run in (plain, helped)]
-    details = {"kappa*": plain.kappa, "kappa* with BNP": helped.kappa}
-    details |= {"time constant": constants[0], "time constant with BNP": constants[1]}
-    details["predicted gain"] = constants[0] / constants[1]
+    slow, fast = (_predicted(run) for run in (plain, helped))
+    details = {
+        "kappa*": plain.kappa,
+        "kappa* with BNP": helped.kappa,
+        "time constant": slow,
+        "time constant with BNP": fast,
+        "predicted gain": slow / fast,
+    }
     for run, name in ((plain, "gradient descent"), (helped, "BNP")):
         if run.holds is None:
             return Check.not_applicable(
-                GAIN, Source.T15, f"{name}: {run.reason}", details=details, hypotheses=run.hypotheses
+                GAIN,
+                Source.T15,
+                f"{name}: {run.reason}",
+                details=details,
+                hypotheses=run.hypotheses,
             )
     return Check.compare(
         GAIN,
@@ -544,6 +587,10 @@ def gain(plain: ConvergenceCheck, helped: ConvergenceCheck, *, tolerance: float)
         details=details,
         matvecs=plain.matvecs + helped.matvecs,
     )
+
+
+def _predicted(run: ConvergenceCheck) -> float:
+    return time_constant(run.factor) if run.factor >= 0 else run.factor
 
 
 def _statement(gain: float) -> str:

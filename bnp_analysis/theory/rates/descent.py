@@ -278,8 +278,10 @@ def observe(
             scale *= whole.norms.pop() / scale / cycle.norms[0]  # the same iterate, enlarged
         whole.norms += [scale * norm for norm in cycle.norms]
         whole.losses += cycle.losses
-        whole.state, whole.stop = cycle.state, cycle.stop
-        whole.fit, whole.bias = (None, math.inf) if whole.stop == DIVERGED else _fit(whole.norms, spectrum, prediction)
+        whole.state = cycle.state
+        whole.stop = cycle.stop
+        diverged = whole.stop == DIVERGED
+        whole.fit, whole.bias = (None, math.inf) if diverged else _fit(whole.norms, spectrum, prediction)
         whole.straight = (
             whole.fit is not None
             and whole.bias <= _BIAS
@@ -298,8 +300,15 @@ def _fit(norms: list[float], spectrum: Spectrum, p: Prediction) -> tuple[RateFit
         fit = fit_rate(norms, power=p.power)
     except InvalidInputError:
         return None, math.inf
-    tail = {"first": fit.first, "last": fit.last, "power": p.power}
-    return fit, expected_bias(spectrum.values, p.step, p.momentum, **tail)
+    bias = expected_bias(
+        spectrum.values,
+        p.step,
+        p.momentum,
+        first=fit.first,
+        last=fit.last,
+        power=p.power,
+    )
+    return fit, bias
 
 
 def _enlarged(iteration: Iteration, state: State, spectrum: Spectrum, factor: float) -> State:
