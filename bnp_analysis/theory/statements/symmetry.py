@@ -50,6 +50,8 @@ _T10 = "with output scaling kappa* in BNP coordinates does not change along the 
 _GAP = 30.0
 # Channels of a layer among which generators are chosen.
 _TRIED = 64
+# How far an eigenvalue may be uncertain, relative, for a first-order width to mean anything.
+_KNOWN = 0.1
 TIMES = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
 # Rows of a factor at every point of an orbit: the law holds for any data.
 _ROWS = 1_200
@@ -564,8 +566,12 @@ def _along(curve: OrbitCurve, name: str, words: str, observed: float, *, reason:
         found = ", ".join(f"{rank} at t = {t:g}" for t, rank in zip(curve.times, ranks, strict=True))
         why = f"the smallest eigenvalue sinks below the rounding level along the orbit: rank {found}"
         return refused(words, why)
+    unsure = curve.uncertainty[name]
+    if unsure > _KNOWN:
+        why = f"along the orbit the smallest eigenvalue is known only to {unsure:.2g} of itself"
+        return refused(words, why)
     given = ("positively homogeneous", "one rank along the orbit")
-    bound, details = 1e-6 + curve.uncertainty[name], {"t": curve.times, **details}
+    bound, details = 1e-6 + unsure, {"t": curve.times, **details}
     return at_most(words, observed, bound, given=given, reason=reason, details=details)
 
 
