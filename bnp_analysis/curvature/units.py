@@ -19,8 +19,8 @@ from bnp_analysis.curvature.output_curvature import ROUNDINGS, output_root
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.matrices import RowScaled
 from bnp_analysis.linalg.operators import LinearOperator
+from bnp_analysis.linalg.spectra.checks import Verifier, null_vectors
 from bnp_analysis.linalg.spectra.null import SomeNullDirections
-from bnp_analysis.linalg.spectra.null_checks import Verifier, null_vectors
 from bnp_analysis.network.kernels import derivative
 from bnp_analysis.network.layer_kinds import Layer
 from bnp_analysis.network.layers import Coverage, products_only

@@ -23,7 +23,7 @@ from bnp_analysis.linalg import (
     singular_condition_number,
 )
 from bnp_analysis.linalg.operators import require_digits
-from bnp_analysis.linalg.spectra.null_checks import null_vectors
+from bnp_analysis.linalg.spectra.checks import null_vectors
 from bnp_analysis.network import Coverage, EmpiricalRisk, Layer, coverage
 from bnp_analysis.network.moments import input_triangles, layer_moments
 from bnp_analysis.precondition import NetworkPreconditioner, bnp_preconditioner

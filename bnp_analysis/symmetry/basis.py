@@ -10,7 +10,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from bnp_analysis.linalg.spectra.null_checks import Verifier
+from bnp_analysis.linalg.spectra.checks import Verifier
 from bnp_analysis.symmetry.candidates import Candidate, Part
 
 # Closer to the span of the others than this, relative, a direction does not count as new.

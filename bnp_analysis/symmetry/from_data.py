@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnp_analysis.linalg.spectra.null_checks import null_vectors
+from bnp_analysis.linalg.spectra.checks import null_vectors
 from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.layer_kinds import kind_of
 from bnp_analysis.network.risk import EmpiricalRisk

@@ -16,7 +16,7 @@ from bnp_analysis.curvature.gauss_newton import gauss_newton
 from bnp_analysis.curvature.output_curvature import output_root
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator, require_digits
-from bnp_analysis.linalg.spectra.null_checks import Verifier
+from bnp_analysis.linalg.spectra.checks import Verifier
 from bnp_analysis.network.batches import slice_batch
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk

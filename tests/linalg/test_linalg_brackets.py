@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg import DenseOperator, DensePreconditioner, SpectralDensity, spectral_density
-from bnp_analysis.linalg.spectra.brackets import christoffel
-from bnp_analysis.linalg.spectra.quadrature import _bracket
+from bnp_analysis.linalg.spectra.quadrature import _bracket, christoffel
 from bnp_analysis.runtime.random import generator as stream
 from bnp_analysis.runtime.random import normal
 from bnp_analysis.testing import random_orthogonal, symmetric_with_spectrum

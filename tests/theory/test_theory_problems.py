@@ -21,12 +21,12 @@ from bnp_analysis.theory.problems import KnownProblem, convolutional, linear_cha
 from bnp_analysis.theory.rates.limit_point import find_minimizer, gradient_floor
 
 MAKERS: dict[str, Callable[[], KnownProblem]] = {
-    "relu": lambda: teacher_student((6, 4, 3), kappa=3e3),
-    "leaky, orbit": lambda: teacher_student((6, 3, 3), activation="leaky_relu", kappa=1e4, by="orbit"),
+    "relu": lambda: teacher_student((4, 3, 2), kappa=3e3),
+    "leaky, orbit": lambda: teacher_student((4, 3, 2), activation="leaky_relu", kappa=1e4, by="orbit"),
     "tanh": lambda: teacher_student((4, 3, 2), activation="tanh", kappa=1e3),
-    "deep relu": lambda: teacher_student((5, 4, 4, 2), kappa=1e4),
-    "shifted": lambda: teacher_student((8, 2, 4), shift=10.0),
-    "chain": lambda: linear_chain(kappa=5.0),
+    "deep relu": lambda: teacher_student((3, 3, 3, 2), kappa=1e4, n=60),
+    "shifted": lambda: teacher_student((4, 2, 2), shift=10.0),
+    "chain": lambda: linear_chain((4, 3, 2), kappa=5.0),
     "narrow chain": lambda: linear_chain((6, 2, 4), kappa=50.0, shift=1.0),
     "convolutional": lambda: convolutional(2, kappa=1e3),
     "softmax": lambda: softmax_regression(kappa=20.0),
@@ -52,7 +52,7 @@ def test_a_problem_is_what_it_says(name: str) -> None:
     assert started.value == pytest.approx(float(risk.value), rel=1e-12, abs=1e-20)
 
 
-@pytest.mark.parametrize("shift", [0.0, 1.0, 30.0, 100.0])
+@pytest.mark.parametrize("shift", [0.0, 100.0])
 def test_the_shift_is_in_standard_deviations(shift: float) -> None:
     risk = linear_chain((6, 6, 6), shift=shift, kappa=None).risk
     m = layer_moments(risk)["0"]

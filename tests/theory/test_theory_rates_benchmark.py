@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from bnp_analysis.theory.problems import linear_chain
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,6 +24,10 @@ def _modules(monkeypatch: pytest.MonkeyPatch) -> None:
     if not (ROOT / "benchmarks").is_dir():
         pytest.skip("the benchmarks are not part of this installation")
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import convergence_rates
+
+    # A smaller chain than that of the record.
+    monkeypatch.setattr(convergence_rates, "linear_chain", partial(linear_chain, (4, 3, 2), n=60))
 
 
 def strict(constant: str) -> Any:

@@ -109,19 +109,19 @@ def test_too_short_a_run_is_refused() -> None:
 
 
 def labelled(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    x = torch.randn(40, 5, generator=generator, dtype=D)
-    return x, (x @ torch.randn(5, 3, generator=generator, dtype=D)).argmax(dim=1)
+    x = torch.randn(20, 2, generator=generator, dtype=D)
+    return x, (x @ torch.randn(2, 2, generator=generator, dtype=D)).argmax(dim=1)
 
 
 def test_separable_data_have_no_minimizer(generator: torch.Generator) -> None:
-    found = find_minimizer(EmpiricalRisk(mlp([5, 3], dtype=D), nn.functional.cross_entropy, labelled(generator)))
+    found = find_minimizer(EmpiricalRisk(mlp([2, 2], dtype=D), nn.functional.cross_entropy, labelled(generator)))
     assert not found.attained
     assert "no attained minimizer" in found.reason
     assert found.gradient_norm < 1e-15, "a small gradient alone would have said that it is one"
 
 
 def test_smoothed_labels_have_one(generator: torch.Generator) -> None:
-    risk = EmpiricalRisk(mlp([5, 3], dtype=D), nn.CrossEntropyLoss(label_smoothing=0.1), labelled(generator))
+    risk = EmpiricalRisk(mlp([2, 2], dtype=D), nn.CrossEntropyLoss(label_smoothing=0.1), labelled(generator))
     found = find_minimizer(risk)
     assert found.attained
     assert found.gradient_norm <= 30 * found.floor

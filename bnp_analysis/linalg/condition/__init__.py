@@ -5,7 +5,6 @@ from bnp_analysis.linalg.condition import (  # noqa: F401
     dense,
     factor_svd,
     golub_kahan,
-    inertia,
     inverse_lanczos,
     lanczos,
 )

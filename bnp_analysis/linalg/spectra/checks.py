@@ -1,4 +1,4 @@
-"""What is checked before an operator is measured: that it is one, symmetric, finite; and how large it is."""
+"""What is checked before an operator is measured: that it is one, symmetric, finite, how large; and null vectors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.forming import amplified, cancels
 from bnp_analysis.linalg.krylov.lanczos import lanczos
-from bnp_analysis.linalg.matrices import CallableOperator
+from bnp_analysis.linalg.matrices import CallableOperator, MatrixOperator
 from bnp_analysis.linalg.operators import (
     Derived,
     LinearOperator,
@@ -30,9 +30,13 @@ from bnp_analysis.linalg.operators import (
 )
 from bnp_analysis.linalg.preconditioner import Congruence, Preconditioner, check_fits, congruence
 from bnp_analysis.linalg.scale import Scaled, ScaledSymmetric, scaled
-from bnp_analysis.linalg.spectra.null import NORM_STEPS, DeclaredNull, HasBasis, read_null, require_null
+from bnp_analysis.linalg.spectra.null import NORM_STEPS, DeclaredNull, HasBasis, null_tolerance, read_null, require_null
 from bnp_analysis.results import Result
+from bnp_analysis.runtime.memory import available_memory
 from bnp_analysis.runtime.random import generator, normal
+
+# Columns that are multiplied together by an operator without a matrix.
+_TOGETHER = 32
 
 
 def norm_estimate(A: SymmetricOperator, seed: int = 0) -> float:
@@ -169,3 +173,75 @@ def require_finite(x: Tensor, what: str) -> None:
             f"{what} has NaN or infinite entries, so no eigenvalue of it is defined; look at the parameters, "
             "the loss and the dtype"
         )
+
+
+class Verifier:
+    """`|F t| / |F| |t|` of candidates: by a dense `F` where that is cheaper than one product for each.
+
+    Args:
+        operator: the factor, or the matrix where there is none.
+        count: how many candidates there are.
+    """
+
+    def __init__(self, operator: LinearOperator, count: int) -> None:
+        rows, columns = operator.shape
+        self.matvecs, self.tolerance = 8, null_tolerance(operator)
+        # Only ratios count: squares of what is far from 1 leave the floats.
+        self._operator = scaled(operator)
+        needed = 4 * rows * columns * operator.dtype.itemsize
+        if count > operator.dense_cost and needed < available_memory(operator.device):
+            self.matvecs += operator.dense_cost
+            self._operator = MatrixOperator(self._operator.to_dense(), exact=False, eps=operator.eps)
+        self._scale = math.sqrt(norm_estimate(GramOperator(self._operator)))
+
+    def sizes(self, positions: Tensor, columns: Tensor) -> Tensor:
+        """The relative sizes of the images of nonzero columns `(p, k)` on some coordinates `(p,)`."""
+        norms = _norms(columns)
+        if self._scale == 0 or columns.shape[1] == 0:
+            return torch.zeros_like(norms)
+        return self._image_norms(positions, (columns / norms).to(self._operator.dtype)) / self._scale
+
+    def _image_norms(self, positions: Tensor, columns: Tensor) -> Tensor:
+        operator = self._operator
+        if isinstance(operator, MatrixOperator):
+            matrix = operator.to_dense()
+            return _norms(matrix[:, positions.to(matrix.device)] @ columns.to(matrix.device))
+        self.matvecs += columns.shape[1]
+        found = []
+        for some in torch.split(columns, _TOGETHER, dim=1):
+            full = torch.zeros(operator.shape[1], some.shape[1], dtype=operator.dtype)
+            full[positions] = some
+            found.append(_norms(operator @ full.to(operator.device)))
+        return torch.cat(found)
+
+
+def _norms(columns: Tensor) -> Tensor:
+    sizes: Tensor = torch.linalg.vector_norm(columns, dim=0).cpu().double()
+    return sizes
+
+
+def null_vectors(matrix: Tensor, slack: float = 1.0) -> Tensor:
+    """An orthonormal basis, in float64, of the right null space: columns that are dependent to the rounding of the SVD.
+
+    Columns are compared at one scale, so that a small one does not pass for zero; in float64 whatever the dtype, so
+    that rounded columns do not pass for dependent ones. `slack` allows for a matrix that was computed.
+
+    Example:
+        >>> import torch
+        >>> null_vectors(torch.tensor([[1.0, 1e-20, 2.0], [1.0, 0.0, 2.0]], dtype=torch.float64)).shape
+        torch.Size([3, 1])
+    """
+    count, width = matrix.shape
+    matrix = matrix.double()
+    size = matrix.norm(dim=0) if count else matrix.new_zeros(width)
+    scale = torch.where(size > 0, size, 1.0)
+    work = matrix / scale
+    work = torch.linalg.qr(work, mode="r")[1] if count > width else work
+    _, s, vh = torch.linalg.svd(work, full_matrices=True)
+    floor = slack * max(count, width) * torch.finfo(matrix.dtype).eps * (float(s[0]) if s.numel() else 0.0)
+    rank = int((s > floor).sum())
+    if rank == width:
+        return matrix.new_zeros(width, 0)
+    # Back in the old scale; the largest is taken out, so that no column loses its digits.
+    basis: Tensor = torch.linalg.qr(vh[rank:].T / (scale / scale.min()).unsqueeze(1))[0]
+    return basis

@@ -6,7 +6,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from bnp_analysis.precondition.base import BlockDiagonal, layer_positions
 from bnp_analysis.precondition.bnp import BNPPreconditioner, layer_block
 from bnp_analysis.theory.rates import formulas
 from bnp_analysis.theory.rates.formulas import RateFit, expected_bias, fit_rate
-from bnp_analysis.theory.rates.limit_point import Spectrum
+from bnp_analysis.theory.rates.limit_point import Spectrum, given_or_identity
 
 State = tuple[Tensor, ...]
 
@@ -38,7 +38,7 @@ class Iteration(ABC):
     """
 
     def __init__(self, risk: EmpiricalRisk, P: Preconditioner | None, step: float) -> None:
-        self.risk, self.P, self.step = risk, P, step
+        self.risk, self.P, self.step = risk, given_or_identity(risk, P), step
 
     @abstractmethod
     def at_rest(self, theta: Tensor) -> State:
@@ -50,12 +50,7 @@ class Iteration(ABC):
 
     def gradient(self, theta: Tensor) -> Tensor:
         """`P^T grad L(theta)`."""
-        g = self.risk.at(theta).gradient
-        return g if self.P is None else self.P.apply_transpose(g)
-
-    def forward(self, z: Tensor) -> Tensor:
-        """`P z`."""
-        return z if self.P is None else self.P.apply(z)
+        return self.P.apply_transpose(self.risk.at(theta).gradient)
 
 
 class HeavyBallIteration(Iteration):
@@ -71,7 +66,7 @@ class HeavyBallIteration(Iteration):
     def advance(self, state: State) -> tuple[State, float]:
         theta = state[0]
         g = self.gradient(theta)
-        new = theta - self.step * self.forward(g)
+        new = theta - self.step * self.P.apply(g)
         if not self.momentum:
             return (new,), float(g.norm())
         return (new + self.momentum * (theta - state[1]), theta), float(g.norm())
@@ -106,32 +101,20 @@ class RunningBNP(Iteration):
     def used_at(self, state: State) -> Preconditioner:
         """The preconditioner of a state's statistics."""
         theta, *statistics = state
-        blocks = {}
-        for i, layer in enumerate(self.layers):
-            rest = self.moments[layer.name]
-            block = layer_block(
-                layer,
-                replace(rest, mean=statistics[2 * i], variance=statistics[2 * i + 1]),
-                eps1=self.settings["eps1"],
-                eps2=self.settings["eps2"],
-                q=self.settings["q"],
-                bias_free=self.settings["bias_free"],
-                dtype=theta.dtype,
-            )
+        settings, blocks = {name: self.settings[name] for name in ("eps1", "eps2", "q", "bias_free")}, {}
+        for layer, mean, variance in zip(self.layers, statistics[::2], statistics[1::2], strict=True):
+            moments = replace(self.moments[layer.name], mean=mean, variance=variance)
+            block = layer_block(layer, moments, **settings, dtype=theta.dtype)
             blocks[layer.name] = (self.positions[layer.name], block)
         return BlockDiagonal(theta.numel(), blocks, theta.dtype, theta.device)
 
     def advance(self, state: State) -> tuple[State, float]:
         theta, *statistics = state
-        batch = self._moments(theta)
         following: list[Tensor] = []
-        for i, layer in enumerate(self.layers):
-            m = batch[layer.name]
-            following += update_moments(statistics[2 * i], statistics[2 * i + 1], m.mean, m.variance, self.rho)
-        P = self.used_at((theta, *following))
-        g = self.risk.at(theta).gradient
-        measured = g if self.P is None else self.P.apply_transpose(g)
-        return (theta - self.step * P.direction(g), *following), float(measured.norm())
+        for m, mean, variance in zip(self._moments(theta).values(), statistics[::2], statistics[1::2], strict=True):
+            following += update_moments(mean, variance, m.mean, m.variance, self.rho)
+        P, g = self.used_at((theta, *following)), self.risk.at(theta).gradient
+        return (theta - self.step * P.direction(g), *following), float(self.P.apply_transpose(g).norm())
 
 
 @dataclass
@@ -139,18 +122,26 @@ class Trace:
     """What a run leaves.
 
     Attributes:
-        norms: `|P^T grad|` at each iteration.
-        losses: rows `(iteration, L)`, now and then.
         state: the last one.
+        norms: `|P^T grad|` at each iteration; after the displacement was enlarged, divided by the enlargement.
+        losses: rows `(iteration, L)`, now and then, as they were.
         moved: how far the statistics moved in each iteration; empty without any.
         stop: why it ended.
+        fit: of the tail, None where it is too short.
+        bias: of the fit, as the measured spectrum expects it at this length.
+        straight: whether the tail decides the rate.
+        cycles: how often the displacement was enlarged, plus 1.
     """
 
-    norms: list[float]
-    losses: list[tuple[int, float]]
     state: State
-    moved: list[float]
+    norms: list[float] = field(default_factory=list)
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    moved: list[float] = field(default_factory=list)
     stop: str = DONE
+    fit: RateFit | None = None
+    bias: float = math.inf
+    straight: bool = False
+    cycles: int = 0
 
 
 def run(
@@ -174,7 +165,7 @@ def run(
         first: the number of the first iteration.
         seen: told the number of iterations from time to time.
     """
-    trace = Trace([], [], state, [])
+    trace = Trace(state)
     every = max(1, most // 200)
     try:
         for k in range(most):
@@ -186,7 +177,8 @@ def run(
                 trace.stop = DIVERGED
                 return trace
             if len(state) > 2:
-                trace.moved.append(math.sqrt(sum(float((a - b).square().sum()) for a, b in _pairs(following, trace))))
+                pairs = zip(following[1:], trace.state[1:], strict=True)
+                trace.moved.append(math.sqrt(sum(float((a - b).square().sum()) for a, b in pairs)))
             if norm <= below:
                 return trace
             trace.state = following
@@ -203,10 +195,6 @@ def run(
     return trace
 
 
-def _pairs(following: State, trace: Trace) -> zip[tuple[Tensor, Tensor]]:
-    return zip(following[1:], trace.state[1:], strict=True)
-
-
 _BIAS = 0.01  # what the length of the fitted window may cost, by the measured spectrum
 _DRIFT = 0.02  # by how much the slopes of the tail's halves may differ
 _E_FOLDS = 2.0  # over which a tail must fall at least
@@ -220,15 +208,18 @@ class Prediction:
     Attributes:
         step, momentum: of the iteration.
         factor: `r`.
-        time_constant: `-1/log r`.
         power: 1 where the decay is `k r^k`.
     """
 
     step: float
     momentum: float
     factor: float
-    time_constant: float
     power: int = 0
+
+    @property
+    def time_constant(self) -> float:
+        """`-1/log r`."""
+        return formulas.time_constant(self.factor)
 
 
 def predict(spectrum: Spectrum, method: str, step: float | str, momentum: float | str) -> Prediction:
@@ -243,14 +234,13 @@ def predict(spectrum: Spectrum, method: str, step: float | str, momentum: float 
     ends = spectrum.largest, spectrum.smallest
     if method != "heavy_ball":
         alpha = formulas.best_step(*ends) if isinstance(step, str) else float(step)
-        r = formulas.contraction_factor(values, alpha)
-        return Prediction(alpha, 0.0, r, formulas.time_constant(r))
+        return Prediction(alpha, 0.0, formulas.contraction_factor(values, alpha))
     best = formulas.best_heavy_ball(*ends)
     alpha = best.step if isinstance(step, str) else float(step)
     beta = best.momentum if isinstance(momentum, str) else float(momentum)
     r = formulas.heavy_ball_factor(values, alpha, beta)
     at_best = math.isclose(alpha, best.step, rel_tol=1e-6) and math.isclose(beta, best.momentum, rel_tol=1e-6)
-    return Prediction(alpha, beta, r, formulas.time_constant(r), int(at_best and best.momentum > 0))
+    return Prediction(alpha, beta, r, int(at_best and best.momentum > 0))
 
 
 def undeflated(spectrum: Spectrum, method: str) -> float:
@@ -263,91 +253,60 @@ def undeflated(spectrum: Spectrum, method: str) -> float:
     return (math.sqrt(kappa) if method == "heavy_ball" else kappa) / 2
 
 
-@dataclass(frozen=True)
-class Observation:
-    """What a run showed.
-
-    Attributes:
-        norms: `|P^T grad|` at each iteration; after the displacement was enlarged, divided by the enlargement.
-        losses: rows `(iteration, L)`, as they were.
-        state: the last one.
-        stop: why the run ended.
-        fit: of the tail, None where it is too short.
-        bias: of the fit, as the measured spectrum expects it at this length.
-        straight: whether the tail decides the rate.
-        cycles: how often the displacement was enlarged, plus 1.
-    """
-
-    norms: list[float]
-    losses: list[tuple[int, float]]
-    state: State
-    stop: str
-    fit: RateFit | None
-    bias: float
-    straight: bool
-    cycles: int
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How long a run may be: the tolerance it serves, iterations, and a `time.monotonic()`."""
-
-    tolerance: float
-    iterations: int
-    deadline: float
-
-
 def observe(
     iteration: Iteration,
     start: State,
     spectrum: Spectrum,
     prediction: Prediction,
+    *,
     below: float,
-    limits: Limits,
+    most: int,
+    deadline: float,
+    tolerance: float,
     seen: Callable[[int], None],
-) -> Observation:
+) -> Trace:
     """Run in cycles: down to `below`, then the displacement from the limit enlarged to its first size, and on.
 
     Each cycle is the nonlinear iteration, begun where the last one pointed to; so the tail may be longer than the
     digits of one run. The norms of the cycles continue each other after division by the enlargements.
     """
-    state, scale = start, 1.0
-    norms: list[float] = []
-    losses: list[tuple[int, float]] = []
-    for cycle in range(1, _CYCLES + 1):
-        most = limits.iterations - len(norms)
-        trace = run(iteration, state, below=below, most=most, deadline=limits.deadline, first=len(norms), seen=seen)
-        if norms and trace.norms:
-            scale *= norms.pop() / scale / trace.norms[0]  # the same iterate, enlarged
-        norms += [scale * norm for norm in trace.norms]
-        losses += trace.losses
-        fit, bias = (None, math.inf) if trace.stop == DIVERGED else _fit(norms, spectrum, prediction)
-        straight = (
-            fit is not None
-            and bias <= _BIAS
-            and fit.drift <= _DRIFT
-            and fit.half_width <= limits.tolerance
-            and fit.e_folds >= _E_FOLDS
+    whole, scale = Trace(start), 1.0
+    for whole.cycles in range(1, _CYCLES + 1):
+        done = len(whole.norms)
+        cycle = run(iteration, whole.state, below=below, most=most - done, deadline=deadline, first=done, seen=seen)
+        if whole.norms and cycle.norms:
+            scale *= whole.norms.pop() / scale / cycle.norms[0]  # the same iterate, enlarged
+        whole.norms += [scale * norm for norm in cycle.norms]
+        whole.losses += cycle.losses
+        whole.state = cycle.state
+        whole.stop = cycle.stop
+        diverged = whole.stop == DIVERGED
+        whole.fit, whole.bias = (None, math.inf) if diverged else _fit(whole.norms, spectrum, prediction)
+        whole.straight = (
+            whole.fit is not None
+            and whole.bias <= _BIAS
+            and whole.fit.drift <= _DRIFT
+            and whole.fit.half_width <= tolerance
+            and whole.fit.e_folds >= _E_FOLDS
         )
-        seen_so_far = Observation(norms, losses, trace.state, trace.stop, fit, bias, straight, cycle)
-        if trace.stop != DONE or straight or len(norms) >= limits.iterations or trace.norms[-1] == 0:
+        if whole.stop != DONE or whole.straight or len(whole.norms) >= most or cycle.norms[-1] == 0:
             break
-        state = _enlarged(iteration, trace.state, spectrum, trace.norms[0] / trace.norms[-1])
-    return seen_so_far
+        whole.state = _enlarged(iteration, whole.state, spectrum, cycle.norms[0] / cycle.norms[-1])
+    return whole
 
 
-def _fit(norms: list[float], spectrum: Spectrum, prediction: Prediction) -> tuple[RateFit | None, float]:
+def _fit(norms: list[float], spectrum: Spectrum, p: Prediction) -> tuple[RateFit | None, float]:
     try:
-        fit = fit_rate(norms, power=prediction.power)
+        fit = fit_rate(norms, power=p.power)
     except InvalidInputError:
         return None, math.inf
     bias = expected_bias(
         spectrum.values,
-        prediction.step,
-        prediction.momentum,
+        p.step,
+        p.momentum,
         first=fit.first,
         last=fit.last,
-        power=prediction.power,
+        power=p.power,
     )
     return fit, bias
 
@@ -360,12 +319,12 @@ def _enlarged(iteration: Iteration, state: State, spectrum: Spectrum, factor: fl
     """
     theta, *rest = state
     z = spectrum.vectors @ ((spectrum.vectors.T @ iteration.gradient(theta)) / spectrum.values)
-    limit = theta - iteration.forward(z)
-    enlarged = limit + factor * iteration.forward(z)
+    P = iteration.P
+    limit = theta - P.apply(z)
+    enlarged = limit + factor * P.apply(z)
     if len(state) == 2:  # heavy ball remembers one more point
-        d = rest[0] - limit
-        d = d if iteration.P is None else iteration.P.solve(d)
-        return enlarged, limit + factor * iteration.forward(spectrum.vectors @ (spectrum.vectors.T @ d))
+        d = P.solve(rest[0] - limit)
+        return enlarged, limit + factor * P.apply(spectrum.vectors @ (spectrum.vectors.T @ d))
     return (enlarged, *rest)
 
 
@@ -381,7 +340,7 @@ def seconds_per_iteration(iteration: Iteration, state: State) -> float:
 def perturbed(iteration: Iteration, theta: Tensor, z: Tensor, size: float, seed: int) -> State:
     """The state of rest moved by `P z`; means by `size` deviations, variances by `size` of themselves."""
     g = torch.Generator().manual_seed(seed)
-    fixed, d = iteration.at_rest(theta), iteration.forward(z)
+    fixed, d = iteration.at_rest(theta), iteration.P.apply(z)
     parameters = 2 if len(fixed) == 2 else 1
     moved = [t + d for t in fixed[:parameters]]
     for mean, variance in zip(fixed[parameters::2], fixed[parameters + 1 :: 2], strict=True):

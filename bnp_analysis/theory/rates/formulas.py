@@ -170,23 +170,6 @@ def time_constant(factor: float) -> float:
     return 0.0 if factor == 0 else -1 / math.log(factor)
 
 
-def iterations_to(tolerance: float, factor: float) -> float:
-    """Iterations until `r^k <= tolerance`, `ceil(log tolerance / log r)`.
-
-    Returns:
-        A whole number, infinite for `r >= 1`.
-
-    Example:
-        >>> iterations_to(1e-6, 0.9)
-        132.0
-    """
-    if not 0 < tolerance <= 1:
-        raise InvalidInputError(f"tolerance must be in (0, 1], got {tolerance}")
-    if factor >= 1:
-        return 0.0 if tolerance == 1 else math.inf
-    return float(math.ceil(-math.log(tolerance) * time_constant(factor) * (1 - 1e-14)))
-
-
 def check_momentum(momentum: float) -> float:
     """Refuse a momentum outside `[0, 1)`."""
     if not 0 <= momentum < 1:

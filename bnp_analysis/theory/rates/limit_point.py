@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bnp_analysis.curvature.hessian import hessian
-from bnp_analysis.linalg.preconditioner import Preconditioner
+from bnp_analysis.linalg.preconditioner import IdentityPreconditioner, Preconditioner
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.results import Result
 from bnp_analysis.symmetry import null_directions
@@ -57,6 +57,12 @@ class Minimizer(Result):
         )
 
 
+def given_or_identity(risk: EmpiricalRisk, P: Preconditioner | None) -> Preconditioner:
+    """The preconditioner in whose variables `z`, `theta = P z`, an iteration is studied; `I` where none is given."""
+    space = risk.space
+    return IdentityPreconditioner(space.dim, space.dtype, space.device) if P is None else P
+
+
 def gradient_floor(risk: EmpiricalRisk, preconditioner: Preconditioner | None = None, *, seed: int = 0) -> float:
     """What rounding alone makes of `|P^T grad|` at a critical point: its change under rounding-size perturbations.
 
@@ -69,14 +75,14 @@ def gradient_floor(risk: EmpiricalRisk, preconditioner: Preconditioner | None = 
         The largest `|P^T (grad(theta + d) - grad(theta))|` over four random `d` of one unit in the last place.
     """
     g = torch.Generator().manual_seed(seed)
-    theta, base = risk.theta, risk.gradient
+    theta, base, P = risk.theta, risk.gradient, given_or_identity(risk, preconditioner)
     mean = float(theta.norm()) / theta.numel() ** 0.5
     size = theta.abs() + (mean if mean > 0 else 1.0)
     found = []
     for _ in range(4):
         noise = torch.randn(theta.shape, generator=g, dtype=torch.float64).to(theta)
         change = risk.at(theta + _UNIT * size * noise).gradient - base
-        found.append(float((change if preconditioner is None else preconditioner.apply_transpose(change)).norm()))
+        found.append(float(P.apply_transpose(change).norm()))
     return max(found)
 
 
@@ -208,9 +214,6 @@ def _why(history: list[tuple[float, float, float]], newton: float, floor: float,
     )
 
 
-_UNIT = float(torch.finfo(torch.float64).eps)
-
-
 @dataclass(frozen=True)
 class Spectrum:
     """Eigenvalues and eigenvectors of `B = P^T Hess P` at a point, and which of them are zero.
@@ -269,16 +272,15 @@ def measure(risk: EmpiricalRisk, P: Preconditioner | None, *, null: bool = True)
         P: the preconditioner, None for the identity.
         null: whether to look for the causes of the null space.
     """
-    H = hessian(risk).to_dense()
+    P, H = given_or_identity(risk, P), hessian(risk).to_dense()
     slack = float(both_sides(H - H.T, P).norm())
-    H = (H + H.T) / 2
-    B = both_sides(H, P)
+    B = both_sides((H + H.T) / 2, P)
     values, vectors = torch.linalg.eigh((B + B.T) / 2)
     noise = len(values) * _UNIT * float(values.abs().max()) + slack
     sources: Mapping[str, int] = {}
     if null:
         found = null_directions(risk)
-        known = found.basis if P is None else P.transport(found.basis)
+        known = P.transport(found.basis)
         if known.shape[1]:
             seen = float((B @ known).norm(dim=0).max())
             if seen <= 1e-6 * float(values.abs().max()):
@@ -301,18 +303,9 @@ def measure(risk: EmpiricalRisk, P: Preconditioner | None, *, null: bool = True)
     )
 
 
-def both_sides(H: Tensor, P: Preconditioner | None) -> Tensor:
+def both_sides(H: Tensor, P: Preconditioner) -> Tensor:
     """`P^T H P` of a stored matrix."""
-    if P is None:
-        return H
-    half = P._rmatmat(H)
-    return P._rmatmat(half.T)
-
-
-def length_of(theta: Tensor, P: Preconditioner | None) -> float:
-    """`|P^-1 theta|`, the length of a point in the variables of the iteration; 1 at the origin."""
-    z = theta if P is None else P.solve(theta)
-    return float(z.norm()) or 1.0
+    return P._rmatmat(P._rmatmat(H).T)
 
 
 #: A part of the gradient that is not differentiable, relative to its linear part: above it a kink is near.
@@ -350,7 +343,7 @@ def remainder(
     For a C^3 risk the remainder falls by 100 when `d` is divided by 10. At a kink, a pre-activation that is zero or
     changes sign within `d`, it falls by 10. Random `d` of both signs are tried.
     """
-    g = torch.Generator().manual_seed(0)
+    g, P = torch.Generator().manual_seed(0), given_or_identity(risk, P)
     base, nonlinear, kink = risk.gradient, 0.0, 0.0
     for _ in range(6):
         z = size * balanced(spectrum, g)
@@ -358,8 +351,7 @@ def remainder(
             rest = []
             for scale in (1.0, 0.1):
                 d = sign * scale * z
-                change = risk.at(risk.theta + (d if P is None else P.apply(d))).gradient - base
-                change = change if P is None else P.apply_transpose(change)
+                change = P.apply_transpose(risk.at(risk.theta + P.apply(d)).gradient - base)
                 linear = spectrum.vectors @ (spectrum.values * (spectrum.vectors.T @ d))
                 rest.append((float((change - linear).norm()), float(linear.norm())))
             (coarse, first), (fine, second) = rest
@@ -377,23 +369,27 @@ def off_the_minimizers(risk: EmpiricalRisk, P: Preconditioner | None, spectrum: 
     """
     if not spectrum.null_dim:
         return ""
-    g = torch.Generator().manual_seed(1)
-    seen = ""
-    rank = len(spectrum.values)
+    g, chart = torch.Generator().manual_seed(1), given_or_identity(risk, P)
+    seen, rank = "", len(spectrum.values)
+
+    def by_size(there: EmpiricalRisk) -> tuple[Tensor, Tensor, Tensor]:
+        """Eigenvalues, the largest first, eigenvectors and gradient in `z`."""
+        B = both_sides(hessian(there).to_dense(), chart)
+        values, vectors = torch.linalg.eigh((B + B.T) / 2)
+        order = values.abs().argsort(descending=True)
+        return values[order], vectors[:, order], chart.apply_transpose(there.gradient)
+
     for part in (1e-3, 1e-4):
-        t = spectrum.null @ torch.randn(spectrum.null_dim, generator=g, dtype=torch.float64).to(spectrum.null)
-        t = t if P is None else P.apply(t)
+        t = chart.apply(
+            spectrum.null @ torch.randn(spectrum.null_dim, generator=g, dtype=torch.float64).to(spectrum.null)
+        )
         there = risk.at(risk.theta + part * risk.theta.norm() / t.norm() * t)
         for _ in range(4):
-            values, vectors = _eigen(there, P)
-            top = values.abs().argsort(descending=True)[:rank]
-            z = there.gradient if P is None else P.apply_transpose(there.gradient)
-            back = vectors[:, top] @ ((vectors[:, top].T @ z) / values[top])
-            there = there.at(there.theta - (back if P is None else P.apply(back)))
-        values, _ = _eigen(there, P)
-        left = values.abs().sort(descending=True).values[rank:]
-        z = there.gradient if P is None else P.apply_transpose(there.gradient)
-        rest, curvature = float(z.norm()), float(left.max()) if len(left) else 0.0
+            values, vectors, z = by_size(there)
+            top = vectors[:, :rank]
+            there = there.at(there.theta - chart.apply(top @ ((top.T @ z) / values[:rank])))
+        left, _, z = by_size(there)
+        rest, curvature = float(z.norm()), float(left[rank:].abs().max()) if len(left) > rank else 0.0
         if rest <= 1e3 * floor and curvature <= 1000 * spectrum.noise:
             return ""
         seen = (
@@ -416,8 +412,7 @@ def undetermined(risk: EmpiricalRisk, P: Preconditioner | None, spectrum: Spectr
     """
     if spectrum.kappa < 1e6:
         return ""
-    z = spectrum.vectors[:, 0]
-    v = z if P is None else P.apply(z)
+    v = given_or_identity(risk, P).apply(spectrum.vectors[:, 0])
     d = max(abs(float(v @ risk.gradient)), floor) / spectrum.smallest
     size = 1e-3 * float(risk.theta.norm() / v.norm())
     both = [float(v @ (hessian(risk.at(risk.theta + sign * size * v)) @ v)) for sign in (1, -1)]
@@ -429,12 +424,6 @@ def undetermined(risk: EmpiricalRisk, P: Preconditioner | None, spectrum: Spectr
             f"{change:.2g} of itself within what rounding leaves open of the point"
         )
     return ""
-
-
-def _eigen(risk: EmpiricalRisk, P: Preconditioner | None) -> tuple[Tensor, Tensor]:
-    B = both_sides(hessian(risk).to_dense(), P)
-    values, vectors = torch.linalg.eigh((B + B.T) / 2)
-    return values, vectors
 
 
 def roughness(risk: EmpiricalRisk, kink: float, nonlinear: float) -> str:
