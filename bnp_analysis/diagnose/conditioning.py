@@ -14,8 +14,8 @@ from torch import Tensor
 from bnp_analysis.curvature import CURVATURES
 from bnp_analysis.diagnose.blocks import known_null
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg import ConditionProfile, Preconditioner, SymmetricOperator, choose_method, condition_profile
-from bnp_analysis.linalg.condition.factor_svd import factor_work
+from bnp_analysis.linalg import ConditionProfile, Preconditioner, condition_profile
+from bnp_analysis.linalg.condition.methods import automatic, named
 from bnp_analysis.linalg.operators import require_digits
 from bnp_analysis.linalg.spectra.null import HasBasis
 from bnp_analysis.network import EmpiricalRisk
@@ -30,9 +30,8 @@ _IN_WORDS = {
     "fisher-mc": "Fisher matrix of sampled targets",
     "fisher-empirical": "empirical Fisher matrix",
 }
-# Operations of dense algebra, without and with P each, that keep the whole call to a minute of two cores.
-_WORK = 4e11
-_DENSE = 1_500
+# Products, and operations of dense algebra, without and with P each, that keep the whole call to a minute of two cores.
+_PRODUCTS, _WORK = 1_500, 4e11
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -168,13 +167,13 @@ def condition(
     P, label, uncovered = _preconditioner(risk, preconditioner, dtype)
     A = CURVATURES[name](risk, seed=seed, block=block)
     own: Preconditioner | None = P if P is None or block is None else P.block(block)
-    chosen = _soon(A) if method == "auto" else method
+    chosen = automatic(A, magnitudes=True, products=_PRODUCTS, flops=_WORK) if method == "auto" else named(method)
     if isinstance(null, str):
         if null != "auto":
             raise InvalidInputError(f"null must be 'auto', a tensor (n, r), null directions or None, got {null!r}")
-        null = known_null(risk, block) if chosen != "lanczos" and A.semidefinite else None
+        null = known_null(risk, block) if chosen.decides and A.semidefinite else None
     profiles = [
-        condition_profile(A, preconditioner=p, null=null, method=chosen, steps=steps, seed=seed, progress=progress)
+        condition_profile(A, preconditioner=p, null=null, method=chosen.name, steps=steps, seed=seed, progress=progress)
         for p in ([None] if own is None else [None, own])
     ]
     plain, other = profiles[0], profiles[1] if own is not None else None
@@ -217,14 +216,6 @@ def _preconditioner(
         return bnp, "BNP", dict(bnp.uncovered)
     P = given if dtype is None else given.to(dtype, "cpu")
     return P, type(P).__name__, dict(getattr(P, "uncovered", {}))
-
-
-def _soon(A: SymmetricOperator) -> str:
-    """The dense method where it ends within a minute, else Lanczos."""
-    route = choose_method(A)
-    if route == "factor-svd" and A.factor is not None and factor_work(A.factor.shape) > _WORK:
-        route = "dense" if A.dim <= _DENSE else "lanczos"
-    return "lanczos" if route == "dense" and A.dim > _DENSE else route
 
 
 def _gain(
