@@ -73,7 +73,7 @@ def test_other_preconditioners_and_none(risk: bnp.EmpiricalRisk) -> None:
     same = bnp.condition(risk, preconditioner=bnp.identity_preconditioner(risk))
     assert same.gain == pytest.approx(np.ones(len(same.ranks)), rel=1e-6)
     damped = bnp.condition(risk, preconditioner=bnp.kfac_preconditioner(risk))
-    assert "KroneckerPreconditioner" in damped.preconditioner or damped.preconditioner
+    assert "With Kronecker, " in str(damped)
 
 
 def test_it_reads_as_a_paragraph_and_saves(risk: bnp.EmpiricalRisk, tmp_path: Any) -> None:
@@ -84,7 +84,11 @@ def test_it_reads_as_a_paragraph_and_saves(risk: bnp.EmpiricalRisk, tmp_path: An
         assert words in text
     rows = found.records()
     assert {"rank", "value", "lower", "upper", "value_with_P", "gain", "gain_lower"} <= set(rows[0])
-    assert all(isinstance(row["value"], float) for row in rows)
+    assert all(isinstance(row[name], float) for row in rows for name in ("value", "upper_with_P", "gain"))
+    assert all(row["two_sided"] in (True, False) for row in rows)
+    first = found.table().splitlines()[1]
+    assert f"{rows[0]['value']:.4g} ({rows[0]['lower']:.4g} .. {rows[0]['upper']:.4g})" in first
+    assert f"{rows[0]['gain']:.4g} (" in first
     path = found.save(tmp_path / "found.json")
     assert bnp.results.Result.load(path).records() == rows
     axes = bnp.plotting.plot_profile(found)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +32,7 @@ _IN_WORDS = {
     "fisher-mc": "Fisher matrix of sampled targets",
     "fisher-empirical": "empirical Fisher matrix",
 }
+_COLUMNS = ("value", "lower", "upper", "two_sided", "method")
 # Products, and operations of dense algebra, without and with P each, that keep the whole call to a minute of two cores.
 _PRODUCTS, _WORK = 1_500, 4e11
 
@@ -90,20 +93,33 @@ class Conditioning(Result):
         return " ".join(text)
 
     def records(self) -> list[dict[str, object]]:
-        """One row per rank that one of the profiles knows."""
+        """One row per rank that one of the profiles knows: floats, NaN where a profile or the gain is not known."""
         sides = [("", self.without_P), ("_with_P", self.with_P)]
         rows: dict[int, dict[str, object]] = {}
         for suffix, profile in sides:
             for row in [] if profile is None else profile.records():
                 rank = int(str(row["rank"]))
-                rows.setdefault(rank, {"rank": rank}).update(
-                    {f"{k}{suffix}": row[k] for k in ("value", "lower", "upper")}
-                )
+                rows.setdefault(rank, {"rank": rank}).update({f"{k}{suffix}": row[k] for k in _COLUMNS})
         for r, *gain in zip(self.ranks.tolist(), self.gain, self.gain_lower, self.gain_upper, strict=True):
             rows[r] |= dict(zip(("gain", "gain_lower", "gain_upper"), map(float, gain), strict=True))
-        head = [f"{k}{s}" for s, p in sides if p is not None for k in ("value", "lower", "upper")]
+        head = [f"{k}{s}" for s, p in sides if p is not None for k in _COLUMNS]
         head += ["gain", "gain_lower", "gain_upper"] if self.with_P is not None else []
-        return [{"rank": r} | {k: rows[r].get(k, float("nan")) for k in head} for r in sorted(rows)]
+        lacks = {"method": "", "two_sided": False}
+        return [
+            {"rank": r} | {k: rows[r].get(k, lacks.get(k.removesuffix("_with_P"), math.nan)) for k in head}
+            for r in sorted(rows)
+        ]
+
+    def cells(self) -> list[dict[str, object]]:
+        """The same as a reader's table: `value (lower .. upper)` without and with `P`, and the gain."""
+        columns = {"": "without P", "_with_P": "with P"} if self.with_P is not None else {"": "without P"}
+        found = []
+        for row in self.records():
+            kappa = [p.rank for p in (self.without_P, self.with_P) if p is not None and p.rank is not None]
+            name = f"{row['rank']} (kappa*)" if row["rank"] in kappa else str(row["rank"])
+            shown = {"rank": name} | {words: _interval(row, "value", s) for s, words in columns.items()}
+            found.append(shown | ({"gain": _interval(row, "gain", "")} if self.with_P is not None else {}))
+        return found
 
 
 @full_float32
@@ -117,6 +133,8 @@ def condition(
     method: str = "auto",
     steps: int | None = None,
     dtype: torch.dtype | None = torch.float64,
+    engine: str = "auto",
+    max_memory: int | None = None,
     seed: int = 0,
     progress: Progress = False,
 ) -> Conditioning:
@@ -133,6 +151,7 @@ def condition(
             semidefinite. Or a tensor `(n, r)`, an object with `.basis`, None.
         method, steps: as for `condition_profile`; `"auto"` takes dense algebra only where it ends soon.
         dtype: in which to measure, on the CPU; None for the risk's own.
+        engine, max_memory: of operators, as in `hessian`.
         seed: of random starts and sampled targets.
         progress: True draws a bar, a callable gets `(done, total)`.
 
@@ -165,7 +184,7 @@ def condition(
     risk = risk if dtype is None else risk.to(dtype, "cpu")
     require_digits(risk.eps, str(risk.precision), "ratios of eigenvalues", cast=True)
     P, label, uncovered = _preconditioner(risk, preconditioner, dtype)
-    A = CURVATURES[name](risk, seed=seed, block=block)
+    A = CURVATURES[name](risk, seed=seed, block=block, engine=engine, max_memory=max_memory)
     own: Preconditioner | None = P if P is None or block is None else P.block(block)
     chosen = automatic(A, magnitudes=True, products=_PRODUCTS, flops=_WORK) if method == "auto" else named(method)
     if isinstance(null, str):
@@ -215,7 +234,13 @@ def _preconditioner(
         bnp = bnp_preconditioner(risk)
         return bnp, "BNP", dict(bnp.uncovered)
     P = given if dtype is None else given.to(dtype, "cpu")
-    return P, type(P).__name__, dict(getattr(P, "uncovered", {}))
+    return P, type(P).__name__.removesuffix("Preconditioner"), dict(getattr(P, "uncovered", {}))
+
+
+def _interval(row: Mapping[str, Any], name: str, suffix: str) -> str:
+    lower, upper = ("lower", "upper") if name == "value" else (f"{name}_lower", f"{name}_upper")
+    value, low, high = (float(row[f"{part}{suffix}"]) for part in (name, lower, upper))
+    return "" if math.isnan(value) else f"{value:.4g} ({low:.4g} .. {high:.4g})"
 
 
 def _gain(

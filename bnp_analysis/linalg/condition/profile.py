@@ -87,7 +87,25 @@ class ConditionProfile(Result):
     def records(self) -> list[dict[str, object]]:
         """One row per rank."""
         columns = zip(self.ranks.tolist(), self.value, self.lower, self.upper, strict=True)
-        return [{"rank": r, "value": float(v), "lower": float(a), "upper": float(b)} for r, v, a, b in columns]
+        known = {"two_sided": True, "method": self.method}
+        return [{"rank": r, "value": float(v), "lower": float(a), "upper": float(b)} | known for r, v, a, b in columns]
+
+    def __str__(self) -> str:
+        """The summary, and a table of the ranks."""
+        return f"{self._line()}\n{self.table()}" if len(self.ranks) else self._line()
+
+    def cells(self) -> list[dict[str, object]]:
+        """One row per rank, as it is printed."""
+        name = "|lambda|_1/|lambda|_r" if self.negative else "lambda_1/lambda_r"
+        return [
+            {
+                "rank": f"{row['rank']} (kappa*)" if row["rank"] == self.rank else row["rank"],
+                name: f"{row['value']:.4g}",
+                "at least": f"{row['lower']:.4g}",
+                "at most": f"{row['upper']:.4g}",
+            }
+            for row in self.records()
+        ]
 
 
 @full_float32
