@@ -58,14 +58,26 @@ def test_the_numbers_are_those_of_the_dense_matrices(
     assert np.all((found.gain_lower <= found.gain) & (found.gain <= found.gain_upper))
 
 
-def test_null_directions_decide_the_last_rung_and_are_not_the_hessians(risk: bnp.EmpiricalRisk) -> None:
+def test_null_directions_decide_the_last_rung(risk: bnp.EmpiricalRisk) -> None:
     found = bnp.condition(risk)
     assert found.null_sources
     assert found.without_P.rank is not None
     assert found.with_P is not None
     assert found.without_P.rank == found.with_P.rank
     assert "kappa*" in str(found)
-    assert not bnp.condition(risk, curvature="hessian").null_sources
+
+
+@pytest.mark.parametrize("block", [None, "fc2"])
+def test_null_directions_of_the_hessian_are_its_own(risk: bnp.EmpiricalRisk, block: str | None) -> None:
+    """Its number is two-sided then; homogeneity is the Gauss-Newton matrix's only."""
+    found = bnp.condition(risk, curvature="hessian", block=block)
+    assert "homogeneity" not in found.null_sources
+    values = torch.linalg.eigvalsh(bnp.hessian(risk, block=block).to_dense()).abs().flip(0)
+    rank = int((values > 1e-10 * values.max()).sum())
+    assert block is not None or found.null_sources["softmax shift"] >= 6
+    assert found.with_P is not None
+    assert found.without_P.rank == found.with_P.rank == rank
+    assert found.without_P.value[-1] == pytest.approx(float(values.max() / values.sort().values[-rank]), rel=1e-6)
 
 
 def test_other_preconditioners_and_none(risk: bnp.EmpiricalRisk) -> None:

@@ -149,13 +149,15 @@ def _doubt(k: ConditionNumber) -> tuple[int, float]:
     return k.unresolved or 0, k.upper / k.lower if k.lower > 0 else math.inf
 
 
-def known_null(risk: EmpiricalRisk, block: str | None, factor: LinearOperator | None = None) -> NullDirections | None:
+def known_null(
+    risk: EmpiricalRisk, block: str | None, factor: LinearOperator | None = None, *, curvature: str = "gauss-newton"
+) -> NullDirections | None:
     """The verified null directions; None for large blocks, whose basis is dense: their numbers stay one-sided."""
     names = risk.space.names if block is None else risk.space.layer_names(block)
     if risk.space.restrict(names).dim > SEARCHED:
         return None
     try:
-        return null_directions(risk, block=block, factor=factor)
+        return null_directions(risk, curvature=curvature, block=block, factor=factor)
     except MemoryLimitError:
         return None
 

@@ -112,12 +112,13 @@ class Conditioning(Result):
 
     def cells(self) -> list[dict[str, object]]:
         """The same as a reader's table: `value (lower .. upper)` without and with `P`, and the gain."""
+        found: list[dict[str, object]] = []
         columns = {"": "without P", "_with_P": "with P"} if self.with_P is not None else {"": "without P"}
-        found = []
         for row in self.records():
             kappa = [p.rank for p in (self.without_P, self.with_P) if p is not None and p.rank is not None]
             name = f"{row['rank']} (kappa*)" if row["rank"] in kappa else str(row["rank"])
-            shown = {"rank": name} | {words: _interval(row, "value", s) for s, words in columns.items()}
+            shown: dict[str, object] = {"rank": name}
+            shown |= {words: _interval(row, "value", s) for s, words in columns.items()}
             found.append(shown | ({"gain": _interval(row, "gain", "")} if self.with_P is not None else {}))
         return found
 
@@ -147,8 +148,8 @@ def condition(
         curvature: `"gauss_newton"`, `"hessian"` (ratios of magnitudes), `"fisher_mc"` or `"fisher_empirical"`.
         block: a layer's name, for its own block; default the whole network.
         preconditioner: `"bnp"`, the undamped one of this risk; any preconditioner over `risk.space`; None for none.
-        null: known null directions; `"auto"` looks for them where they decide something: for a dense matrix that is
-            semidefinite. Or a tensor `(n, r)`, an object with `.basis`, None.
+        null: known null directions; `"auto"` looks for them where they decide something: for a dense matrix. Or
+            a tensor `(n, r)`, an object with `.basis`, None.
         method, steps: as for `condition_profile`; `"auto"` takes dense algebra only where it ends soon.
         dtype: in which to measure, on the CPU; None for the risk's own.
         engine, max_memory: of operators, as in `hessian`.
@@ -190,7 +191,9 @@ def condition(
     if isinstance(null, str):
         if null != "auto":
             raise InvalidInputError(f"null must be 'auto', a tensor (n, r), null directions or None, got {null!r}")
-        null = known_null(risk, block) if chosen.decides and A.semidefinite else None
+        # What annihilates the outputs' derivatives is null for every semidefinite curvature.
+        own_null = "gauss-newton" if A.semidefinite else name
+        null = known_null(risk, block, curvature=own_null) if chosen.decides else None
     profiles = [
         condition_profile(A, preconditioner=p, null=null, method=chosen.name, steps=steps, seed=seed, progress=progress)
         for p in ([None] if own is None else [None, own])

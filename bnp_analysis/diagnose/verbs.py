@@ -23,6 +23,7 @@ from bnp_analysis.linalg import (
     SymmetricOperator,
     singular_condition_number,
 )
+from bnp_analysis.linalg.condition.methods import automatic
 from bnp_analysis.linalg.operators import require_digits
 from bnp_analysis.linalg.spectra.null_checks import null_vectors
 from bnp_analysis.network import Coverage, EmpiricalRisk, Layer, coverage
@@ -196,11 +197,12 @@ def compare(
     held: dict[str, Any] = {"engine": engine, "max_memory": max_memory}
     table = layer_table(risk, P, layers=layers, dtype=None, **held, max_flops=max_flops, seed=seed, progress=progress)
     network, rungs = {}, {}
-    null = cache(lambda: known_null(risk, None))
+    null = cache(lambda of: known_null(risk, None, curvature=of))
     for name in curvature:
         A = curvature_matrix(risk, name, seed, **held)
-        # The symmetries of the network annihilate J, hence the Gauss-Newton and Fisher matrices; not the Hessian.
-        network[name] = pair(A, P, null() if A.semidefinite else None, seed, progress=progress)
+        # What annihilates the Gauss-Newton matrix annihilates Fisher matrices; of the Hessian it is looked for anew.
+        known = null("gauss-newton" if A.semidefinite else name) if automatic(A, indefinite=True).decides else None
+        network[name] = pair(A, P, known, seed, progress=progress)
         if profiles and network[name] != (None, None):
             rungs[name] = condition(
                 risk, curvature=name, preconditioner=P, dtype=None, **held, seed=seed, progress=progress
