@@ -108,6 +108,12 @@ def test_it_reads_as_a_paragraph_and_saves(risk: bnp.EmpiricalRisk, tmp_path: An
     assert bnp.plotting.plot_profile(found.without_P, label="one").get_legend() is not None
 
 
+def test_what_is_missing_is_said(risk: bnp.EmpiricalRisk) -> None:
+    assert "steps= goes further" in str(bnp.condition(risk, method="lanczos"))
+    assert "Smaller eigenvalues" not in str(bnp.condition(risk))
+    assert "no upper bound" in str(bnp.condition(risk, null=None))
+
+
 def test_what_p_leaves_is_named() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)).double()
     x = torch.randn(20, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -124,5 +130,9 @@ def test_first_mistakes(risk: bnp.EmpiricalRisk) -> None:
         bnp.condition(risk, curvature="newton")
     with pytest.raises(InvalidInputError, match="preconditioner must be"):
         bnp.condition(risk, preconditioner="kfac")
+    with pytest.raises(InvalidInputError, match="no factor.*use method='dense' or 'lanczos'"):
+        bnp.condition(risk, curvature="hessian", method="factor-svd")
+    with pytest.raises(InvalidInputError, match="a profile needs every rank"):
+        bnp.condition(risk, method="inertia")
     with pytest.raises(InvalidInputError, match="null must be"):
         bnp.condition(risk, null="none")

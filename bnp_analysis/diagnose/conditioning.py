@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,8 @@ class Conditioning(Result):
             if chance
             else "The intervals hold up to rounding, which they count."
         )
+        if last := _what_is_missing([p for p in (self.without_P, self.with_P) if p is not None]):
+            text.append(last)
         if self.uncovered:
             names = ", ".join(list(self.uncovered)[:3]) + (", ..." if len(self.uncovered) > 3 else "")
             text.append(f"{self.preconditioner} leaves as they are: {names}.")
@@ -254,6 +256,15 @@ def _gain(
         return np.zeros(0, dtype=np.int64), [np.zeros(0)] * 3
     ranks, i, j = np.intersect1d(plain.ranks, other.ranks, return_indices=True)
     return ranks, [plain.value[i] / other.value[j], plain.lower[i] / other.upper[j], plain.upper[i] / other.lower[j]]
+
+
+def _what_is_missing(profiles: Sequence[ConditionProfile]) -> str:
+    """Why there is no condition number, and how to go further."""
+    if all(p.rank is not None for p in profiles):
+        return ""
+    if named(profiles[0].method).decides:
+        return "Smaller eigenvalues are lost in rounding and nothing explains them as zero: kappa* has no upper bound."
+    return "Smaller eigenvalues were not searched for: steps= goes further, method='dense' to the end."
 
 
 def _sentence(profile: ConditionProfile, how: str) -> str:
