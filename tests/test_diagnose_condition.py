@@ -130,7 +130,7 @@ def test_first_mistakes(risk: bnp.EmpiricalRisk) -> None:
         bnp.condition(risk, curvature="newton")
     with pytest.raises(InvalidInputError, match="preconditioner must be"):
         bnp.condition(risk, preconditioner="kfac")
-    with pytest.raises(InvalidInputError, match="no factor.*use method='dense' or 'lanczos'"):
+    with pytest.raises(InvalidInputError, match=r"no factor.*use method='dense' or 'lanczos'"):
         bnp.condition(risk, curvature="hessian", method="factor-svd")
     with pytest.raises(InvalidInputError, match="a profile needs every rank"):
         bnp.condition(risk, method="inertia")
