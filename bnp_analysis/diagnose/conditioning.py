@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bnp_analysis.curvature import CURVATURES
-from bnp_analysis.diagnose.blocks import known_null
+from bnp_analysis.diagnose.blocks import held, known_null
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg import ConditionProfile, Preconditioner, condition_profile
 from bnp_analysis.linalg.condition.methods import automatic, named
@@ -190,14 +190,20 @@ def condition(
     A = CURVATURES[name](risk, seed=seed, block=block, engine=engine, max_memory=max_memory)
     own: Preconditioner | None = P if P is None or block is None else P.block(block)
     chosen = automatic(A, magnitudes=True, products=_PRODUCTS, flops=_WORK) if method == "auto" else named(method)
+    # Rows that are formed anyway are formed once: for the null directions, without and with P.
+    stored = A if A.factor is None or not chosen.decides else held(A, A.factor)
+    formed = 0 if A.factor is None or stored is A else A.factor.dense_cost
     if isinstance(null, str):
         if null != "auto":
             raise InvalidInputError(f"null must be 'auto', a tensor (n, r), null directions or None, got {null!r}")
         # What annihilates the outputs' derivatives is null for every semidefinite curvature.
         own_null = "gauss-newton" if A.semidefinite else name
-        null = known_null(risk, block, curvature=own_null) if chosen.decides else None
+        rows = stored.factor if name == "gauss-newton" else None
+        null = known_null(risk, block, rows, curvature=own_null) if chosen.decides else None
     profiles = [
-        condition_profile(A, preconditioner=p, null=null, method=chosen.name, steps=steps, seed=seed, progress=progress)
+        condition_profile(
+            stored, preconditioner=p, null=null, method=chosen.name, steps=steps, seed=seed, progress=progress
+        )
         for p in ([None] if own is None else [None, own])
     ]
     plain, other = profiles[0], profiles[1] if own is not None else None
@@ -219,7 +225,7 @@ def condition(
         settings={"curvature": name, "block": block, "preconditioner": label, "method": method, "steps": steps},
         engine=risk.provenance,
         seed=seed,
-        matvecs=sum(p.matvecs for p in profiles),
+        matvecs=formed + sum(p.matvecs for p in profiles),
         seconds=time.perf_counter() - began,
     )
 
