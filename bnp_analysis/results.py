@@ -63,9 +63,10 @@ def package_versions() -> dict[str, str]:
 class Result:
     """Base of every result: what was computed, under which settings, at which cost.
 
-    Subclasses are declared with ``@dataclass(frozen=True, kw_only=True)``; they override :meth:`summary` and,
-    when they hold a table, :meth:`records`. Class names are unique: files are read back by them. Two results
-    are equal when their types and all their contents but ``seconds`` and ``engine`` are, to the last bit.
+    Subclasses are declared with ``@dataclass(frozen=True, kw_only=True)``; they override :meth:`summary` and, when they
+    hold a table, :meth:`records` (numbers) and, for readers, :meth:`cells`. Class names are unique: files are read back
+    by them. Two results are equal when their types and all their contents but ``seconds`` and ``engine`` are, to the
+    last bit.
 
     Args:
         settings: the arguments that the computation ran with.
@@ -124,6 +125,23 @@ class Result:
         [{'seed': 3, 'matvecs': 7, 'seconds': 0.0}]
         """
         return [self._scalars()]
+
+    def cells(self) -> list[dict[str, Any]]:
+        """Return what a reader's table shows: rows of words and rounded numbers; by default :meth:`records`.
+
+        >>> Result(seed=3).cells()
+        [{'seed': 3, 'matvecs': 0, 'seconds': 0.0}]
+        """
+        return self.records()
+
+    def table(self) -> str:
+        """Return :meth:`cells` as aligned text.
+
+        >>> print(Result(seed=3).table())
+        seed  matvecs  seconds
+           3        0        0
+        """
+        return _aligned(self.cells())
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain Python data: nested lists for arrays, dicts with a key ``type`` for results.
@@ -232,18 +250,22 @@ class Result:
         return hash(self._key())
 
     def __str__(self) -> str:
-        """One line, see :meth:`summary`; it says where derivatives are not those of the risk."""
+        """One line, see :meth:`summary`; a result that is a table prints the table below it."""
+        return self._line()
+
+    def _line(self) -> str:
+        """The summary, and where derivatives are not those of the risk."""
         surrogate = self.engine.get("derivatives", "exact") != "exact"
         return self.summary() + ("; of surrogate derivatives, not those of the risk" if surrogate else "")
 
     def __repr__(self) -> str:
         """The class and the line."""
-        name, line = type(self).__name__, str(self)
+        name, line = type(self).__name__, self._line()
         return f"<{line}>" if line.startswith(name) else f"<{name}: {line}>"
 
     def _repr_html_(self) -> str:
-        """The line of :meth:`summary` above a table of :meth:`records`, escaped, for notebooks."""
-        rows = self.records()
+        """The line of :meth:`summary` above a table of :meth:`cells`, escaped, for notebooks."""
+        rows = self.cells()
         columns = list(dict.fromkeys(name for row in rows for name in row))
         body = "".join(_html_row("td", [row.get(name, "") for name in columns]) for row in rows[:_HTML_ROWS])
         more = f"<p>{len(rows) - _HTML_ROWS} more rows</p>" if len(rows) > _HTML_ROWS else ""
@@ -289,6 +311,17 @@ def _plain_other(value: Any) -> Any:
 
 def _short(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, (float, np.floating)) else str(value)
+
+
+def _aligned(rows: list[dict[str, Any]]) -> str:
+    """Rows as aligned columns; what a row lacks is left blank."""
+    if not rows:
+        return "(no rows)"
+    head = list(dict.fromkeys(name for row in rows for name in row))
+    body = [head, *([_short(row.get(name, "")) for name in head] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*body, strict=True)]
+    lines = ("  ".join(entry.rjust(w) for entry, w in zip(row, widths, strict=True)) for row in body)
+    return "\n".join(lines)
 
 
 def _html_row(tag: str, cells: list[Any]) -> str:

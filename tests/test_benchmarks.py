@@ -143,3 +143,18 @@ def test_constructions_are_what_they_say() -> None:
         found = singular_values(long(F))
         assert max(abs(float(a) - float(b)) for a, b in zip(found, values, strict=False)) <= 1e-18
         assert abs(values[0] / values[-1] - (1 if kind == "flat" else 2**20)) <= 2**20 * 4e-3
+
+
+@pytest.mark.parametrize("shift", [1, 0], ids=["as it is", "rungs shifted by one"])
+def test_profiles_of_networks_are_true_and_false_ones_would_be_found(
+    shift: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import profiles
+
+    monkeypatch.setattr(profiles, "KINDS", {"ReLU": profiles.KINDS["ReLU"]})
+    monkeypatch.setattr(profiles, "prescribed", lambda quick: iter(()))
+    if not shift:
+        real = profiles.magnitudes
+        monkeypatch.setattr(profiles, "magnitudes", lambda A, P: (real(A, P)[0][1:], real(A, P)[1]))
+    assert profiles.main(["--quick", "--out", str(tmp_path)]) == (0 if shift else 1)
+    assert (", 0 false" in (tmp_path / "profiles.md").read_text()) is bool(shift)

@@ -4,6 +4,7 @@ what was measured is caught here."""
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,8 +34,12 @@ def test_condition_prints_table_bounds_and_writes_files(tmp_path, capsys):
     out, picture = tmp_path / "c.json", tmp_path / "c.png"
     assert main(["condition", *SMALL, "--json", str(out), "--figure", str(picture)]) == 0
     text = capsys.readouterr().out
-    for word in ("fc1", "fc2", "k(G^)", "Whole network", "gauss-newton", "hessian", "negative", "products"):
+    for word in ("fc1", "fc2", "k(G^)", "Whole network", "gauss-newton", "hessian", "negative", "products", "R: rows"):
         assert word in text
+    # It ends with what holds at any size: the rungs of the whole network from both sides, and the gain.
+    for word in ("Hessian of the whole network", "dead: ", "gap: ", "without P over with P"):
+        assert word in text
+    assert re.search(r"\n +2 +\d\S* \(\S+ \.\. \S+\) +\d\S* \(\S+ \.\. \S+\) +\d\S* \(", text)
     assert "the Hessian's here" in text
     result = bnp.diagnose.Comparison.load(out)
     assert [row.layer for row in result.layers.layers] == ["fc1", "fc2"]

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 import bnp_analysis as bnp
 from bnp_analysis.diagnose import cell, spread
+from bnp_analysis.diagnose.tables import gain, ratio
 
 
 def effective(singular: np.ndarray, floor: float = 1e-11) -> float:
@@ -127,9 +128,48 @@ def test_results_survive_a_file_and_make_tables(problem, tmp_path):
     result.save(tmp_path / "c.json")
     assert bnp.results.Result.load(tmp_path / "c.json") == result
     frame = result.to_dataframe()
-    assert list(frame["layer"]) == ["fc1", "fc2"]
+    assert list(frame["layer"]) == ["fc1", "fc2", "whole network", "whole network"]
     assert "<table" in result._repr_html_()
     assert "gauss-newton" in str(result)
+
+
+def test_tables_are_numbers_that_sort_and_words_that_print(problem):
+    model, x, y = problem
+    result = bnp.compare(bnp.EmpiricalRisk(model, cross_entropy, (x, y)), profiles=True)
+    frame = result.layers.to_dataframe()
+    row = result.layers.layers[0]
+    for name in ("value", "lower", "upper", "value_with_P", "gain", "gain_lower", "inputs", "units_worst_with_P"):
+        assert frame[name].dtype == float
+    assert frame["two_sided"].dtype == bool
+    assert frame.sort_values("gain")["gain"].is_monotonic_increasing
+    assert frame["value"][0] == row.block.value
+    assert frame["gain"][0] == row.block.value / row.block_with_P.value
+    assert frame["gain_lower"][0] <= frame["gain"][0] <= frame["gain_upper"][0]
+    assert frame["units_worst"][0] == max(k.value for k in row.unit_blocks if k is not None)
+    text = str(result.layers)
+    for word in ("k(G^)", "gain", cell(row.block), "R: rows", "m: input features", "dead: units"):
+        assert word in text
+    assert cell(row.block) in result.layers._repr_html_()
+    assert "\n" not in repr(result)
+    # The whole network: its rungs, and both bounds of every one.
+    whole = result.to_dataframe().query("layer == 'whole network' and rank == 5 and matrix == 'gauss-newton'")
+    A = bnp.gauss_newton(bnp.EmpiricalRisk(model, cross_entropy, (x, y))).to_dense()
+    sizes = torch.linalg.eigvalsh(A).flip(0)
+    assert whole["value"].item() == pytest.approx(float(sizes[0] / sizes[4]), rel=1e-6)
+    assert bool(whole["two_sided"].item())
+    assert whole["gain"].item() == pytest.approx(whole["value"].item() / whole["value_with_P"].item())
+
+
+def test_gains_of_one_sided_numbers_are_bounds():
+    low = bnp.condition_number(bnp.DenseOperator(torch.diag(torch.tensor([4.0, 2.0, 1.0]).double())))
+    half = bnp.condition_number(
+        bnp.DenseOperator(torch.ones(3, 3, dtype=torch.float64) + torch.diag(torch.tensor([1.0, 0, 0])).double())
+    )
+    assert ratio(gain(low, low)) == "1"
+    assert not half.two_sided
+    assert ratio(gain(half, low)) == f">={half.lower / low.upper:.3g}"
+    assert ratio(gain(low, half)) == f"<={low.upper / half.lower:.3g}"
+    assert ratio(gain(half, half)) == ratio(gain(None, low)) == "-"
 
 
 def test_bad_names_are_refused_with_what_there_is(problem):

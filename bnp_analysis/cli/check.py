@@ -66,7 +66,7 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.rates is not None and table.stop == "done":
         rates = rates_of(risk, preconditioner, seed=arguments.seed, time_limit=arguments.rates)
         table = _with(table, rates, line)
-    print(f"{table}; {table.seconds:.1f} s")
+    print(f"{table.summary()}; {table.seconds:.1f} s")
     write(table, arguments.json)
     return exit_status(table)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from typing import Any
+import textwrap
 
 from bnp_analysis.cli.options import PRECONDITIONERS, engine_of, in_processes, operator_options, risk_of, write
 from bnp_analysis.curvature import CURVATURES
-from bnp_analysis.diagnose import MOST_WORK, Comparison, compare
+from bnp_analysis.diagnose import LEGEND, MOST_WORK, Comparison, compare
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +30,7 @@ def _condition(arguments: argparse.Namespace) -> int:
         P,
         curvature=arguments.curvature,
         layers=arguments.layers,
+        profiles=True,
         dtype=None,
         **engine_of(arguments),
         max_flops=arguments.max_flops,
@@ -49,12 +49,8 @@ def _condition(arguments: argparse.Namespace) -> int:
 
 
 def report(result: Comparison) -> str:
-    """The text that `condition` prints: table, bounds, methods and product counts."""
-    lines = ["", text_table(result.records()), ""]
-    lines += [
-        "k(.) are sigma_max/sigma_min+ of the layer's inputs, constant features set aside: raw, centred, normalized.",
-        "units: the median of the units' blocks (the worst in brackets). >= marks a lower bound.",
-    ]
+    """The text that `condition` prints: table, bounds, methods and product counts; last the whole network, by rank."""
+    lines = ["", result.layers.table(), "", LEGEND]
     lines += [
         "Unit and layer blocks of the Gauss-Newton matrix are the Hessian's here: piecewise linear layers."
         if all(row.is_hessian for row in result.layers.layers)
@@ -66,17 +62,15 @@ def report(result: Comparison) -> str:
     lines += ["", "Whole network"]
     for name, (plain, conditioned) in result.network.items():
         lines += [f"  {name}", f"    without P  {plain}", f"    with P     {conditioned}"]
+    lines += ["rank: nonzero eigenvalues; gap: the smallest nonzero eigenvalue over the largest that counts as zero."]
     if result.layers.uncovered:
         lines += ["", "Not covered by P: " + "; ".join(f"{n} ({why})" for n, why in result.layers.uncovered.items())]
+    for found in result.profiles.values():
+        lines += ["", *textwrap.wrap(str(found), 120), "", found.table()]
+    if result.profiles:
+        lines += [
+            "",
+            "Rows: the largest eigenvalue over that of a rank, value (lower .. upper); gain: without P over with P.",
+        ]
     lines += ["", f"{result.matvecs} products with curvature matrices, {result.seconds:.1f} s"]
     return "\n".join(lines)
-
-
-def text_table(records: Sequence[dict[str, Any]]) -> str:
-    """Records as aligned columns."""
-    if not records:
-        return "(no rows)"
-    head = list(records[0])
-    body = [[str(record[name]) for name in head] for record in records]
-    widths = [max(len(name), *(len(row[i]) for row in body)) for i, name in enumerate(head)]
-    return "\n".join("  ".join(entry.rjust(w) for entry, w in zip(row, widths, strict=True)) for row in [head, *body])

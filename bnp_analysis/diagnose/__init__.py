@@ -2,10 +2,11 @@
 
 from bnp_analysis.diagnose.conditioning import Conditioning, condition
 from bnp_analysis.diagnose.price import MOST_WORK
-from bnp_analysis.diagnose.tables import Comparison, LayerRow, LayerTable, cell, spread
+from bnp_analysis.diagnose.tables import LEGEND, Comparison, LayerRow, LayerTable, cell, spread
 from bnp_analysis.diagnose.verbs import compare, curvature_matrix, layer_table
 
 __all__ = [
+    "LEGEND",
     "MOST_WORK",
     "Comparison",
     "Conditioning",

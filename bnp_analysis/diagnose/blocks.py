@@ -71,7 +71,7 @@ def block_numbers(
     products, small = 0, own
     if reducible(own) and own.factor is not None:
         products = own.factor.dense_cost
-        own = _held(own, own.factor)
+        own = held(own, own.factor)
         small = reduced(own)
     null = known_null(risk, layer.name, small.factor if small is not own else None)
     whole = pair(small, P.block(layer.name), null, seed, direct=own)
@@ -149,13 +149,15 @@ def _doubt(k: ConditionNumber) -> tuple[int, float]:
     return k.unresolved or 0, k.upper / k.lower if k.lower > 0 else math.inf
 
 
-def known_null(risk: EmpiricalRisk, block: str | None, factor: LinearOperator | None = None) -> NullDirections | None:
+def known_null(
+    risk: EmpiricalRisk, block: str | None, factor: LinearOperator | None = None, *, curvature: str = "gauss-newton"
+) -> NullDirections | None:
     """The verified null directions; None for large blocks, whose basis is dense: their numbers stay one-sided."""
     names = risk.space.names if block is None else risk.space.layer_names(block)
     if risk.space.restrict(names).dim > SEARCHED:
         return None
     try:
-        return null_directions(risk, block=block, factor=factor)
+        return null_directions(risk, curvature=curvature, block=block, factor=factor)
     except MemoryLimitError:
         return None
 
@@ -170,8 +172,8 @@ def _own_block(
     return whole if whole is not None and reducible(whole) else gauss_newton(risk, block=layer.name, **engine)
 
 
-def _held(own: SymmetricOperator, factor: LinearOperator) -> SymmetricOperator:
-    """The same block with its rows formed here, if they fit: what a reduction blurs is measured on them once more."""
+def held(own: SymmetricOperator, factor: LinearOperator) -> SymmetricOperator:
+    """The same matrix with its rows formed here, if they fit: what a reduction blurs is measured on them once more."""
     rows, columns = factor.shape
     fits = factor.dense_cost > 0 and 8 * 5 * rows * columns < available_memory(factor.device)
     if not fits:

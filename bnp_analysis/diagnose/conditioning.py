@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bnp_analysis.curvature import CURVATURES
-from bnp_analysis.diagnose.blocks import known_null
+from bnp_analysis.diagnose.blocks import held, known_null
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg import ConditionProfile, Preconditioner, SymmetricOperator, choose_method, condition_profile
-from bnp_analysis.linalg.condition.factor_svd import factor_work
+from bnp_analysis.linalg import ConditionProfile, Preconditioner, condition_profile
+from bnp_analysis.linalg.condition.methods import automatic, named
 from bnp_analysis.linalg.operators import require_digits
 from bnp_analysis.linalg.spectra.null import HasBasis
 from bnp_analysis.network import EmpiricalRisk
@@ -30,9 +32,9 @@ _IN_WORDS = {
     "fisher-mc": "Fisher matrix of sampled targets",
     "fisher-empirical": "empirical Fisher matrix",
 }
-# Operations of dense algebra, without and with P each, that keep the whole call to a minute of two cores.
-_WORK = 4e11
-_DENSE = 1_500
+_COLUMNS = ("value", "lower", "upper", "two_sided", "method")
+# Products, and operations of dense algebra, without and with P each, that keep the whole call to a minute of two cores.
+_PRODUCTS, _WORK = 1_500, 4e11
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -85,26 +87,42 @@ class Conditioning(Result):
             if chance
             else "The intervals hold up to rounding, which they count."
         )
+        if last := _what_is_missing([p for p in (self.without_P, self.with_P) if p is not None]):
+            text.append(last)
         if self.uncovered:
             names = ", ".join(list(self.uncovered)[:3]) + (", ..." if len(self.uncovered) > 3 else "")
             text.append(f"{self.preconditioner} leaves as they are: {names}.")
         return " ".join(text)
 
     def records(self) -> list[dict[str, object]]:
-        """One row per rank that one of the profiles knows."""
+        """One row per rank that one of the profiles knows: floats, NaN where a profile or the gain is not known."""
         sides = [("", self.without_P), ("_with_P", self.with_P)]
         rows: dict[int, dict[str, object]] = {}
         for suffix, profile in sides:
             for row in [] if profile is None else profile.records():
                 rank = int(str(row["rank"]))
-                rows.setdefault(rank, {"rank": rank}).update(
-                    {f"{k}{suffix}": row[k] for k in ("value", "lower", "upper")}
-                )
+                rows.setdefault(rank, {"rank": rank}).update({f"{k}{suffix}": row[k] for k in _COLUMNS})
         for r, *gain in zip(self.ranks.tolist(), self.gain, self.gain_lower, self.gain_upper, strict=True):
             rows[r] |= dict(zip(("gain", "gain_lower", "gain_upper"), map(float, gain), strict=True))
-        head = [f"{k}{s}" for s, p in sides if p is not None for k in ("value", "lower", "upper")]
+        head = [f"{k}{s}" for s, p in sides if p is not None for k in _COLUMNS]
         head += ["gain", "gain_lower", "gain_upper"] if self.with_P is not None else []
-        return [{"rank": r} | {k: rows[r].get(k, float("nan")) for k in head} for r in sorted(rows)]
+        lacks = {"method": "", "two_sided": False}
+        return [
+            {"rank": r} | {k: rows[r].get(k, lacks.get(k.removesuffix("_with_P"), math.nan)) for k in head}
+            for r in sorted(rows)
+        ]
+
+    def cells(self) -> list[dict[str, object]]:
+        """The same as a reader's table: `value (lower .. upper)` without and with `P`, and the gain."""
+        found: list[dict[str, object]] = []
+        columns = {"": "without P", "_with_P": "with P"} if self.with_P is not None else {"": "without P"}
+        for row in self.records():
+            kappa = [p.rank for p in (self.without_P, self.with_P) if p is not None and p.rank is not None]
+            name = f"{row['rank']} (kappa*)" if row["rank"] in kappa else str(row["rank"])
+            shown: dict[str, object] = {"rank": name}
+            shown |= {words: _interval(row, "value", s) for s, words in columns.items()}
+            found.append(shown | ({"gain": _interval(row, "gain", "")} if self.with_P is not None else {}))
+        return found
 
 
 @full_float32
@@ -118,6 +136,8 @@ def condition(
     method: str = "auto",
     steps: int | None = None,
     dtype: torch.dtype | None = torch.float64,
+    engine: str = "auto",
+    max_memory: int | None = None,
     seed: int = 0,
     progress: Progress = False,
 ) -> Conditioning:
@@ -130,10 +150,11 @@ def condition(
         curvature: `"gauss_newton"`, `"hessian"` (ratios of magnitudes), `"fisher_mc"` or `"fisher_empirical"`.
         block: a layer's name, for its own block; default the whole network.
         preconditioner: `"bnp"`, the undamped one of this risk; any preconditioner over `risk.space`; None for none.
-        null: known null directions; `"auto"` looks for them where they decide something: for a dense matrix that is
-            semidefinite. Or a tensor `(n, r)`, an object with `.basis`, None.
+        null: known null directions; `"auto"` looks for them where they decide something: for a dense matrix. Or
+            a tensor `(n, r)`, an object with `.basis`, None.
         method, steps: as for `condition_profile`; `"auto"` takes dense algebra only where it ends soon.
         dtype: in which to measure, on the CPU; None for the risk's own.
+        engine, max_memory: of operators, as in `hessian`.
         seed: of random starts and sampled targets.
         progress: True draws a bar, a callable gets `(done, total)`.
 
@@ -166,15 +187,23 @@ def condition(
     risk = risk if dtype is None else risk.to(dtype, "cpu")
     require_digits(risk.eps, str(risk.precision), "ratios of eigenvalues", cast=True)
     P, label, uncovered = _preconditioner(risk, preconditioner, dtype)
-    A = CURVATURES[name](risk, seed=seed, block=block)
+    A = CURVATURES[name](risk, seed=seed, block=block, engine=engine, max_memory=max_memory)
     own: Preconditioner | None = P if P is None or block is None else P.block(block)
-    chosen = _soon(A) if method == "auto" else method
+    chosen = automatic(A, magnitudes=True, products=_PRODUCTS, flops=_WORK) if method == "auto" else named(method)
+    # Rows that are formed anyway are formed once: for the null directions, without and with P.
+    stored = A if A.factor is None or not chosen.decides else held(A, A.factor)
+    formed = 0 if A.factor is None or stored is A else A.factor.dense_cost
     if isinstance(null, str):
         if null != "auto":
             raise InvalidInputError(f"null must be 'auto', a tensor (n, r), null directions or None, got {null!r}")
-        null = known_null(risk, block) if chosen != "lanczos" and A.semidefinite else None
+        # What annihilates the outputs' derivatives is null for every semidefinite curvature.
+        own_null = "gauss-newton" if A.semidefinite else name
+        rows = stored.factor if name == "gauss-newton" else None
+        null = known_null(risk, block, rows, curvature=own_null) if chosen.decides else None
     profiles = [
-        condition_profile(A, preconditioner=p, null=null, method=chosen, steps=steps, seed=seed, progress=progress)
+        condition_profile(
+            stored, preconditioner=p, null=null, method=chosen.name, steps=steps, seed=seed, progress=progress
+        )
         for p in ([None] if own is None else [None, own])
     ]
     plain, other = profiles[0], profiles[1] if own is not None else None
@@ -196,7 +225,7 @@ def condition(
         settings={"curvature": name, "block": block, "preconditioner": label, "method": method, "steps": steps},
         engine=risk.provenance,
         seed=seed,
-        matvecs=sum(p.matvecs for p in profiles),
+        matvecs=formed + sum(p.matvecs for p in profiles),
         seconds=time.perf_counter() - began,
     )
 
@@ -216,15 +245,13 @@ def _preconditioner(
         bnp = bnp_preconditioner(risk)
         return bnp, "BNP", dict(bnp.uncovered)
     P = given if dtype is None else given.to(dtype, "cpu")
-    return P, type(P).__name__, dict(getattr(P, "uncovered", {}))
+    return P, type(P).__name__.removesuffix("Preconditioner"), dict(getattr(P, "uncovered", {}))
 
 
-def _soon(A: SymmetricOperator) -> str:
-    """The dense method where it ends within a minute, else Lanczos."""
-    route = choose_method(A)
-    if route == "factor-svd" and A.factor is not None and factor_work(A.factor.shape) > _WORK:
-        route = "dense" if A.dim <= _DENSE else "lanczos"
-    return "lanczos" if route == "dense" and A.dim > _DENSE else route
+def _interval(row: Mapping[str, Any], name: str, suffix: str) -> str:
+    lower, upper = ("lower", "upper") if name == "value" else (f"{name}_lower", f"{name}_upper")
+    value, low, high = (float(row[f"{part}{suffix}"]) for part in (name, lower, upper))
+    return "" if math.isnan(value) else f"{value:.4g} ({low:.4g} .. {high:.4g})"
 
 
 def _gain(
@@ -235,6 +262,15 @@ def _gain(
         return np.zeros(0, dtype=np.int64), [np.zeros(0)] * 3
     ranks, i, j = np.intersect1d(plain.ranks, other.ranks, return_indices=True)
     return ranks, [plain.value[i] / other.value[j], plain.lower[i] / other.upper[j], plain.upper[i] / other.lower[j]]
+
+
+def _what_is_missing(profiles: Sequence[ConditionProfile]) -> str:
+    """Why there is no condition number, and how to go further."""
+    if all(p.rank is not None for p in profiles):
+        return ""
+    if named(profiles[0].method).decides:
+        return "Smaller eigenvalues are lost in rounding and nothing explains them as zero: kappa* has no upper bound."
+    return "Smaller eigenvalues were not searched for: steps= goes further, method='dense' to the end."
 
 
 def _sentence(profile: ConditionProfile, how: str) -> str:

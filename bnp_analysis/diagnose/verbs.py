@@ -13,6 +13,7 @@ from torch import Tensor
 from bnp_analysis.curvature import CURVATURES, gauss_newton, hessian
 from bnp_analysis.curvature.units import unit_blocks
 from bnp_analysis.diagnose.blocks import block_numbers, known_null, pair
+from bnp_analysis.diagnose.conditioning import condition
 from bnp_analysis.diagnose.price import MOST_WORK, require_work, table_work
 from bnp_analysis.diagnose.tables import Comparison, LayerRow, LayerTable
 from bnp_analysis.errors import InvalidInputError, NoDerivativeError
@@ -22,6 +23,7 @@ from bnp_analysis.linalg import (
     SymmetricOperator,
     singular_condition_number,
 )
+from bnp_analysis.linalg.condition.methods import automatic
 from bnp_analysis.linalg.operators import require_digits
 from bnp_analysis.linalg.spectra.checks import null_vectors
 from bnp_analysis.network import Coverage, EmpiricalRisk, Layer, coverage
@@ -147,6 +149,7 @@ def compare(
     *,
     curvature: Sequence[str] = ("gauss-newton", "hessian"),
     layers: Sequence[str] | None = None,
+    profiles: bool = False,
     dtype: torch.dtype | None = torch.float64,
     engine: str = "auto",
     max_memory: int | None = None,
@@ -162,6 +165,8 @@ def compare(
         curvature: matrices of the whole network to measure: `"gauss-newton"`, `"hessian"`, `"fisher-mc"`,
             `"fisher-empirical"`.
         layers: names of the layers wanted in the table; default all.
+        profiles: also how the ratio of eigenvalues grows with the rank, as `condition` measures it: numbers with both
+            bounds at any size, at some hundred products each.
         dtype: in which to measure; None for the risk's own.
         engine, max_memory: of operators, as in `hessian`.
         max_flops: floating-point operations that the table may take; its estimate is in `settings`.
@@ -191,19 +196,27 @@ def compare(
         raise InvalidInputError(f"unknown curvature {', '.join(unknown)}; there are: {', '.join(CURVATURES)}")
     held: dict[str, Any] = {"engine": engine, "max_memory": max_memory}
     table = layer_table(risk, P, layers=layers, dtype=None, **held, max_flops=max_flops, seed=seed, progress=progress)
-    network = {}
-    null = cache(lambda: known_null(risk, None))
+    network, rungs = {}, {}
+    null = cache(lambda of: known_null(risk, None, curvature=of))
     for name in curvature:
         A = curvature_matrix(risk, name, seed, **held)
-        # The symmetries of the network annihilate J, hence the Gauss-Newton and Fisher matrices; not the Hessian.
-        network[name] = pair(A, P, null() if A.semidefinite else None, seed, progress=progress)
+        # What annihilates the Gauss-Newton matrix annihilates Fisher matrices; of the Hessian it is looked for anew.
+        known = null("gauss-newton" if A.semidefinite else name) if automatic(A, indefinite=True).decides else None
+        network[name] = pair(A, P, known, seed, progress=progress)
+        if profiles and network[name] != (None, None):
+            rungs[name] = condition(
+                risk, curvature=name, preconditioner=P, dtype=None, **held, seed=seed, progress=progress
+            )
     return Comparison(
         layers=table,
         network=network,
+        profiles=rungs,
         settings=table.settings,
         engine=table.engine,
         seed=seed,
-        matvecs=table.matvecs + _products([k for both in network.values() for k in both]),
+        matvecs=table.matvecs
+        + _products([k for both in network.values() for k in both])
+        + sum(found.matvecs for found in rungs.values()),
         seconds=time.perf_counter() - began,
     )
 

@@ -1,4 +1,4 @@
-"""Known null directions of the Gauss-Newton matrix: candidates from structure and data, each verified by a product."""
+"""Known null directions of curvature matrices: candidates from structure and data, each verified by a product."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from bnp_analysis.curvature.gauss_newton import gauss_newton
+from bnp_analysis.curvature import CURVATURES, gauss_newton
 from bnp_analysis.curvature.output_curvature import output_root
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg.operators import LinearOperator, require_digits
+from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, require_digits
 from bnp_analysis.linalg.spectra.checks import Verifier
 from bnp_analysis.network.batches import slice_batch
 from bnp_analysis.network.parameters import Block
@@ -34,7 +34,7 @@ from bnp_analysis.symmetry.solutions import Mixer, frames, scale_candidates
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class NullDirections(Result):
-    """Verified null directions of a Gauss-Newton matrix, in the coordinates of its parameters.
+    """Verified null directions of a curvature matrix, in the coordinates of its parameters.
 
     Attributes:
         basis: `(n, r)`, orthonormal; accepted wherever `null=` is.
@@ -42,6 +42,8 @@ class NullDirections(Result):
         approximate: cause -> `(count, largest |F t| / |F| |t|)` of directions that are null only in the limit of a
             normalization's eps; never part of the basis.
         rejected: cause -> `(count, largest |F t| / |F| |t|)` of candidates that turned out not to be null.
+        residual: cause -> `(count, largest |A t| / |A| |t|)` of directions that the Gauss-Newton matrix annihilates and
+            the matrix `A` asked for does not; for the Hessian and a linear generator `B` it is `|B^T grad|`.
         not_analysed: parts of the network that could not be read.
     """
 
@@ -50,6 +52,7 @@ class NullDirections(Result):
     approximate: Mapping[str, tuple[int, float]]
     rejected: Mapping[str, tuple[int, float]]
     not_analysed: tuple[str, ...]
+    residual: Mapping[str, tuple[int, float]] = field(default_factory=dict)
     # Maps, not numbers: files do not hold them.
     _orbits: ClassVar[tuple[Orbit, ...]] = ()
 
@@ -86,6 +89,9 @@ class NullDirections(Result):
             text += "; approximate: " + ", ".join(f"{c} {n} ({s:.1g})" for c, (n, s) in self.approximate.items())
         if self.rejected:
             text += "; rejected: " + ", ".join(f"{c} {n} ({s:.1g})" for c, (n, s) in self.rejected.items())
+        if self.residual:
+            text += "; of the Gauss-Newton matrix only: "
+            text += ", ".join(f"{c} {n} ({s:.1g})" for c, (n, s) in self.residual.items())
         return text + (f"; not analysed: {'; '.join(self.not_analysed)}" if self.not_analysed else "")
 
     def records(self) -> list[dict[str, object]]:
@@ -106,7 +112,11 @@ class NullDirections(Result):
 
 
 def null_directions(
-    risk: EmpiricalRisk, *, block: Block | None = None, factor: LinearOperator | None = None
+    risk: EmpiricalRisk,
+    *,
+    curvature: str = "gauss_newton",
+    block: Block | None = None,
+    factor: LinearOperator | None = None,
 ) -> NullDirections:
     """Directions `t` with `F t = 0`, `F^T F` the Gauss-Newton matrix, from the symmetries and the data of a network.
 
@@ -117,8 +127,15 @@ def null_directions(
     Each is verified by a product, relative. Scales before a normalization with eps > 0 are measured and reported as
     approximate, however small they are.
 
+    For `curvature="hessian"`, the part of their span that the Hessian `H` annihilates as well. A symmetry of the risk
+    is null for it where it is a translation (shifts before a softmax, dependent inputs of the network, dead units);
+    where it is linear, `theta -> exp(s B) theta`, it is `H B theta = -B^T grad`, zero at critical points and for the
+    `B` that the gradient does not see: linear networks have many. What is left of `B^T grad` is in `residual`; below
+    the rounding of a product it counts as nothing.
+
     Args:
         risk: the empirical risk.
+        curvature: `"gauss_newton"` or another curvature matrix, as in `condition`.
         block: only directions inside a layer, or inside one output unit `(layer, i)`.
         factor: of the Gauss-Newton matrix of the risk, or of the layer's block, for instance a reduced one; default
             the Gauss-Newton operator's own.
@@ -139,13 +156,18 @@ def null_directions(
         >>> risk = bnp.EmpiricalRisk(model, torch.nn.functional.cross_entropy, (x, y))
         >>> bnp.null_directions(risk).sources
         {'softmax shift': 3}
+        >>> bnp.null_directions(risk, curvature="hessian").sources
+        {'softmax shift': 3}
     """
-    began = time.perf_counter()
+    began, name = time.perf_counter(), curvature.replace("_", "-")
+    if name not in CURVATURES:
+        known = ", ".join(k.replace("-", "_") for k in CURVATURES)
+        raise InvalidInputError(f"curvature must be one of {known}, got {curvature!r}")
     require_digits(risk.eps, str(risk.precision), "null directions", cast=True)
     if block is not None:
         layer = block if isinstance(block, str) else block[0]
         inner = risk.restrict(risk.space.layer_names(layer))
-        found = null_directions(inner, factor=factor)
+        found = null_directions(inner, curvature=curvature, factor=factor)
         return found if isinstance(block, str) else _unit(found, inner.space.indices(block), began)
     # The search reads all data at once: with several processes each has them all, and finds the same.
     risk = risk.gathered()
@@ -177,8 +199,49 @@ def null_directions(
         matvecs=verifier.matvecs,
         seconds=time.perf_counter() - began,
     )
+    if name != "gauss-newton":
+        found = replace(_annihilated(found, CURVATURES[name](risk, seed=0)), seconds=time.perf_counter() - began)
     object.__setattr__(found, "_orbits", tuple(orbits))
     return found
+
+
+def _annihilated(found: NullDirections, A: SymmetricOperator) -> NullDirections:
+    """The part of the span of null directions that `A` annihilates too, cause after cause.
+
+    A column that is null by itself is kept as it is, with its zeros. Of the others, combinations may be: the kernel of
+    `A N`, whose dimension grows with every cause that joins.
+    """
+    verifier = Verifier(A, found.basis.shape[1])
+    # Verbs check what they are given, against their own estimate of the norm.
+    tolerance = verifier.tolerance / 2
+    images = verifier.images(found.basis)
+    sizes = images.norm(dim=0)
+    causes = [cause for cause, count in found.sources.items() for _ in range(count)]
+    alone = [i for i, size in enumerate(sizes.tolist()) if size <= tolerance]
+    others = sorted(set(range(len(causes))) - set(alone))
+    labels, residual = [causes[i] for i in alone], dict[str, tuple[int, float]]()
+    triangle = torch.linalg.qr(images[:, others], mode="r")[1]
+    kernel = triangle.new_zeros(len(others), 0)
+    for cause in dict.fromkeys(causes[i] for i in others):
+        mine = [j for j, i in enumerate(others) if causes[i] == cause]
+        _, sigma, vh = torch.linalg.svd(triangle[:, : mine[-1] + 1])
+        null = triangle.new_zeros(len(others), int((sigma <= tolerance).sum()))
+        null[: mine[-1] + 1] = vh[len(sigma) - null.shape[1] :].T
+        new = null.shape[1] - kernel.shape[1]
+        grown = torch.linalg.svd(null - kernel @ (kernel.T @ null), full_matrices=False)[0][:, :new]
+        kernel, labels = torch.cat([kernel, grown], dim=1), labels + [cause] * new
+        if new < len(mine):
+            residual[cause] = (len(mine) - new, float(sizes[[others[j] for j in mine]].max()))
+    basis = torch.cat([found.basis[:, alone], found.basis[:, others] @ kernel.to(found.basis)], dim=1)
+    names = [cause for cause in found.sources if cause in labels]
+    order = sorted(range(len(labels)), key=lambda j: names.index(labels[j]))
+    return replace(
+        found,
+        basis=basis[:, order],
+        sources={cause: labels.count(cause) for cause in names},
+        residual=residual,
+        matvecs=found.matvecs + verifier.matvecs,
+    )
 
 
 def _verified(candidate: Candidate, part: Part, verifier: Verifier, book: dict[str, tuple[int, float]]) -> Part:

@@ -120,7 +120,17 @@ class Check(Result):
 
     def records(self) -> list[dict[str, Any]]:
         """The check as a row of a table."""
-        columns = ("source", "statement", "verdict", "predicted", "observed", "tolerance", "reason")
+        columns = (
+            "source",
+            "statement",
+            "verdict",
+            "holds",
+            "predicted",
+            "relation",
+            "observed",
+            "tolerance",
+            "reason",
+        )
         return [{name: getattr(self, name) for name in columns}]
 
 
@@ -152,6 +162,10 @@ class CheckTable(Result):
         counts = Counter(check.holds for check in self.checks)
         line = f"{counts[True]} hold, {counts[False]} fail, {counts[None]} not applicable"
         return line if self.stop == "done" else f"{line}; {self.stop}"
+
+    def __str__(self) -> str:
+        """A line for every check, and the counts."""
+        return "\n".join([*map(str, self.checks), self._line()])
 
     def records(self) -> list[dict[str, Any]]:
         """One row per check."""

@@ -6,6 +6,8 @@ magnitudes of the two ends merged wrongly, a bound that forgets the coupling of 
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,11 @@ import torch
 import bnp_analysis as bnp
 from bnp_analysis.errors import InvalidInputError, ZeroOperatorError
 from bnp_analysis.linalg import CallableOperator, GramOperator, MatrixOperator, lanczos
-from bnp_analysis.linalg.condition.profile import ConditionProfile, _ends, _upper_bounds, krylov_magnitudes
+from bnp_analysis.linalg.condition import methods
+from bnp_analysis.linalg.condition.certificates import all_magnitudes
+from bnp_analysis.linalg.condition.largest import _ends, _upper_bounds, krylov_magnitudes
+from bnp_analysis.linalg.condition.number import Magnitudes
+from bnp_analysis.linalg.condition.profile import ConditionProfile
 
 N = 160
 
@@ -184,6 +190,8 @@ def test_bad_input_is_answered() -> None:
             bnp.condition_profile(A, ranks=ranks)  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="method must be one of"):
         bnp.condition_profile(A, method="svd")
+    with pytest.raises(InvalidInputError, match=r"ends of a spectrum only.*auto, factor-svd, dense, lanczos"):
+        bnp.condition_profile(A, method="inertia")
     with pytest.raises(InvalidInputError, match=r"ranks=\[3\]"):
         bnp.condition_profile(A, ranks=3)  # type: ignore[arg-type]
     for thresholds in ([0.0], [1.5], [float("nan")], 0.1):
@@ -196,6 +204,29 @@ def test_bad_input_is_answered() -> None:
             bnp.condition_profile(bnp.DenseOperator(torch.zeros(4, 4, dtype=torch.float64)), method=method)
     with pytest.raises(InvalidInputError, match="SymmetricOperator"):
         bnp.condition_profile(torch.eye(3))  # type: ignore[arg-type]
+
+
+def test_a_newly_registered_method_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "_REGISTERED", dict(methods._REGISTERED))
+    dense, price = methods.named("dense"), methods.Price(0.0, 1, 5e3)
+
+    def exact(problem: methods.Problem) -> Magnitudes:
+        values = np.arange(problem.A.dim, 0.0, -1.0)
+        return all_magnitudes(
+            problem.A, problem.null, values, lower=values, upper=values, rest=0.0, structural=problem.A.dim, matvecs=0
+        )
+
+    ends_only = methods.Method(
+        name="ends", claim="", price=lambda A, s: price, solve=dense.solve, automatic=lambda A: True, order=1
+    )
+    methods.register(ends_only)
+    methods.register(dataclasses.replace(ends_only, name="known", order=2, magnitudes=exact, decides=True))
+    A = bnp.DenseOperator(torch.diag(torch.arange(6.0, 0, -1, dtype=torch.float64)))
+    profile = bnp.condition_profile(A)
+    assert (profile.method, profile.value.tolist()) == ("known", [1.2, 3.0, 6.0])
+    # Beyond its price, the next one that bounds every rank.
+    assert methods.automatic(A, magnitudes=True, flops=4e3).name == "dense"
+    assert methods.automatic(A, magnitudes=True, products=-1).name == "lanczos"
 
 
 def test_an_interrupt_leaves_no_rung_that_nothing_certifies() -> None:

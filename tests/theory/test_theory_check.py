@@ -73,7 +73,8 @@ def test_a_table_needs_one_check_that_applies(tmp_path: Path) -> None:
     table = CheckTable(checks=(good, bad, absent))
     assert not table.holds
     assert table.failed == (bad,)
-    assert str(table) == "1 hold, 1 fail, 1 not applicable"
+    assert table.summary() == "1 hold, 1 fail, 1 not applicable"
+    assert str(table).splitlines() == [str(good), str(bad), str(absent), table.summary()]
     assert CheckTable.load(table.save(tmp_path / "table.json")) == table
 
 

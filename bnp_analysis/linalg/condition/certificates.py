@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from bnp_analysis.errors import InvalidInputError, ZeroOperatorError
-from bnp_analysis.linalg.condition.number import Extremes
+from bnp_analysis.linalg.condition.number import Extremes, Magnitudes
 from bnp_analysis.linalg.forming import UNIT
 from bnp_analysis.linalg.krylov.lanczos import Floats
 from bnp_analysis.linalg.operators import SymmetricOperator
@@ -213,6 +213,55 @@ def factor_extremes(
         matvecs=matvecs,
         stop=stop,
         note=unexplained(unresolved, null, A),
+    )
+
+
+def all_magnitudes(
+    A: SymmetricOperator,
+    null: DeclaredNull,
+    values: Floats,
+    *,
+    lower: Floats,
+    upper: Floats,
+    rest: float,
+    structural: int,
+    scale: float = 1.0,
+    exponent: int = 0,
+    matvecs: int,
+) -> Magnitudes:
+    """What all eigenvalues of `A` allow one to claim of each: Weyl's theorem bounds every value by itself (T13).
+
+    Args:
+        A: the operator.
+        null: its declared null directions.
+        values: eigenvalues divided by `scale`, by descending magnitude; those that are missing are zero.
+        lower, upper: bounds of the magnitude at each rank.
+        rest: no eigenvalue that counts as zero is larger.
+        structural: how many structure allows to be nonzero, declared directions not counted.
+        scale, exponent: of the values: the eigenvalues are `2^exponent scale` times these.
+        matvecs: of the route.
+    """
+    resolved = int((lower > 0).sum())
+    unresolved, on_word = unexplained_zeros(resolved, structural, null, A)
+    return Magnitudes(
+        value=np.abs(values) * scale,
+        lower=lower * scale,
+        upper=upper * scale,
+        rest=rest * scale,
+        rank=None if unresolved or on_word else resolved,
+        trace=float(values.sum()) * scale,
+        trace_error=0.0,
+        negative=int(((values < 0) & (lower > 0)).sum()),
+        matvecs=matvecs,
+        exponent=exponent,
+    )
+
+
+def no_magnitudes(matvecs: int) -> Magnitudes:
+    """Of the zero matrix."""
+    none = np.zeros(0)
+    return Magnitudes(
+        value=none, lower=none, upper=none, rest=0.0, rank=0, trace=0.0, trace_error=0.0, negative=0, matvecs=matvecs
     )
 
 

@@ -12,9 +12,15 @@ from scipy.linalg import ldl
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NotConvexError
-from bnp_analysis.linalg.condition.certificates import unexplained, unexplained_zeros, zero_matrix
+from bnp_analysis.linalg.condition.certificates import (
+    all_magnitudes,
+    no_magnitudes,
+    unexplained,
+    unexplained_zeros,
+    zero_matrix,
+)
 from bnp_analysis.linalg.condition.methods import Method, Price, Problem, register
-from bnp_analysis.linalg.condition.number import Extremes
+from bnp_analysis.linalg.condition.number import Extremes, Magnitudes
 from bnp_analysis.linalg.forming import LEAST, UNIT, formed, norm_bound
 from bnp_analysis.linalg.krylov.lanczos import Floats
 from bnp_analysis.linalg.operators import SymmetricOperator
@@ -114,6 +120,26 @@ def dense_ends(
     return extremes.times_power(-found.exponent)
 
 
+def dense_magnitudes(problem: Problem) -> Magnitudes:
+    """All `|lambda|` of the dense `P^T A P`, each within the radius of its rounding."""
+    found = spectrum(problem)
+    if found is None:
+        return no_magnitudes(problem.A.dense_cost + problem.null.cost)
+    values = found.values[np.argsort(-np.abs(found.values), kind="stable")]
+    return all_magnitudes(
+        problem.A,
+        problem.null,
+        values,
+        lower=np.maximum(np.abs(values) - found.radius, 0.0),
+        upper=np.abs(values) + found.radius,
+        rest=found.radius,
+        structural=found.structural,
+        scale=found.scale,
+        exponent=-found.exponent,
+        matvecs=found.matvecs,
+    )
+
+
 def spectrum(problem: Problem) -> Spectrum | None:
     """All eigenvalues of the dense `P^T A P` in float64; None for the zero matrix."""
     A, null = problem.A, problem.null
@@ -154,6 +180,7 @@ DENSE = register(
         claim="both sides, to n u |A|",
         price=_price,
         solve=dense_ends,
+        magnitudes=dense_magnitudes,
         automatic=lambda A: A.dim <= DENSE_LIMIT,
         decides=True,
         indefinite=True,

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from bnp_analysis.linalg.condition.certificates import factor_extremes, singular_value_radius, zero_matrix
+from bnp_analysis.linalg.condition.certificates import (
+    all_magnitudes,
+    factor_extremes,
+    no_magnitudes,
+    singular_value_radius,
+    zero_matrix,
+)
 from bnp_analysis.linalg.condition.methods import Method, Price, Problem, register
-from bnp_analysis.linalg.condition.number import Extremes
+from bnp_analysis.linalg.condition.number import Extremes, Magnitudes
 from bnp_analysis.linalg.forming import LEAST, UNIT, formed, formed_times, norm_bound
 from bnp_analysis.linalg.krylov.lanczos import Floats
 from bnp_analysis.linalg.operators import SymmetricOperator
@@ -110,6 +117,25 @@ def factor_svd(problem: Problem) -> Extremes:
     return ends.times_power(-2 * found.exponent)
 
 
+def factor_magnitudes(problem: Problem) -> Magnitudes:
+    """All eigenvalues as squares of the singular values of the dense factor `F P`, each within their radius."""
+    found = singular_values(problem)
+    if found is None:
+        return no_magnitudes(problem.factor("factor-svd").dense_cost + problem.null.cost)
+    return all_magnitudes(
+        problem.A,
+        problem.null,
+        found.values**2,
+        lower=np.maximum(found.values - found.radius, 0.0) ** 2,
+        upper=(found.values + found.radius) ** 2,
+        rest=found.radius**2,
+        structural=found.structural,
+        scale=found.scale**2,
+        exponent=-2 * found.exponent,
+        matvecs=found.matvecs,
+    )
+
+
 def _square_root_of_gram(rows: Tensor) -> Tensor:
     """A matrix with the nonzero singular values of `rows`: without its zero rows and columns, tall ones by QR."""
     nonzero = rows != 0
@@ -138,6 +164,7 @@ FACTOR_SVD = register(
         claim="both sides, if structure or known null directions explain every zero",
         price=_price,
         solve=factor_svd,
+        magnitudes=factor_magnitudes,
         applies=lambda A: A.factor is not None and factor_work(A.factor.shape) <= 10 * FACTOR_WORK,
         automatic=lambda A: A.factor is not None and affordable(A.factor.shape),
         decides=True,

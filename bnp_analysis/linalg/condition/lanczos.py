@@ -18,19 +18,22 @@ from bnp_analysis.linalg.condition.certificates import (
     require_probability,
     zero_matrix,
 )
-from bnp_analysis.linalg.condition.methods import Method, Price, Problem, next_method, register
-from bnp_analysis.linalg.condition.number import Extremes
+from bnp_analysis.linalg.condition.largest import krylov_magnitudes
+from bnp_analysis.linalg.condition.methods import LANCZOS_STEPS, Method, Price, Problem, next_method, register
+from bnp_analysis.linalg.condition.number import Extremes, Magnitudes
 from bnp_analysis.linalg.derived import Shifted
 from bnp_analysis.linalg.forming import amplified
 from bnp_analysis.linalg.krylov.lanczos import Floats, Tridiagonalization, lanczos, tridiagonal_eigh
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import congruence
-from bnp_analysis.linalg.scale import Scaled
+from bnp_analysis.linalg.scale import Scaled, exponent
 from bnp_analysis.linalg.spectra.checks import norm_estimate, require_symmetric, rounding_norm
 from bnp_analysis.linalg.spectra.null import NORM_STEPS, require_null
 from bnp_analysis.runtime.memory import require_memory
 from bnp_analysis.runtime.random import generator, normal
 
+# Eigenvalues that a run goes for unless told otherwise.
+RANKS = 100
 # Lanczos vectors that hold more than this of an undeclared null space support no bound.
 _CONTAMINATION = 1e-2
 
@@ -227,6 +230,26 @@ def _solve(problem: Problem) -> Extremes:
     return _with_least(ends, problem) if problem.least else ends
 
 
+def _magnitudes(problem: Problem) -> Magnitudes:
+    """The largest `|lambda|`, by default 100 of them, with three steps for each and 100 at least."""
+    count = min(problem.count or RANKS, problem.A.dim - problem.null.dim)
+    steps = max(LANCZOS_STEPS, 3 * count) if problem.steps is None else problem.steps
+    problem = replace(problem, steps=steps).scaled()
+    operator, basis, noise, spent = conditioned(problem)
+    found = krylov_magnitudes(
+        operator,
+        basis,
+        count,
+        steps=steps,
+        noise=noise,
+        failure_probability=problem.failure_probability,
+        probes=problem.probes,
+        seed=problem.seed,
+        progress=problem.progress,
+    )
+    return replace(found, matvecs=found.matvecs + spent, exponent=-exponent(operator))
+
+
 def _price(A: SymmetricOperator, steps: int) -> Price:
     return Price(float(steps + 3), (steps + 1) * A.dim * A.dtype.itemsize, 4.0 * steps**2 * A.dim)
 
@@ -237,6 +260,7 @@ LANCZOS = register(
         claim="a lower bound",
         price=_price,
         solve=_solve,
+        magnitudes=_magnitudes,
         automatic=lambda A: True,
         indefinite=True,
         order=60,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg.condition.number import Extremes
+from bnp_analysis.linalg.condition.number import Extremes, Magnitudes
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.scale import exponent, scaled
@@ -34,6 +34,8 @@ class Problem:
         semidefinite: whether a negative eigenvalue is an error; else magnitudes are compared.
         steps: of a Krylov method, None for its default.
         failure_probability: of bounds that rest on a random start.
+        count: how many of the largest magnitudes are wanted; None leaves it to the method.
+        probes: random vectors for the part of a trace that is not resolved.
         least: a number that no eigenvalue lies below if `A` is semidefinite, from a regularization; 0 says nothing.
         seed, checkpoint, progress: as in `condition_number`.
     """
@@ -44,6 +46,8 @@ class Problem:
     semidefinite: bool = True
     steps: int | None = None
     failure_probability: float = 1e-3
+    count: int | None = None
+    probes: int = 16
     least: float = 0.0
     seed: int = 0
     checkpoint: str | Path | None = None
@@ -84,6 +88,15 @@ class Price:
     memory: int
     flops: float
 
+    def within(self, most: Price) -> bool:
+        """Whether no part is above `most`.
+
+        Example:
+            >>> Price(10, 2**20, 1e6).within(Price(10, 2**30, 1e5))
+            False
+        """
+        return self.products <= most.products and self.memory < most.memory and self.flops <= most.flops
+
 
 def _always(_: SymmetricOperator) -> bool:
     return True
@@ -102,6 +115,8 @@ class Method:
         claim: what it can say, in words.
         price: what it would take, from the operator and a number of Krylov steps, without a product.
         solve: finds the ends of a spectrum.
+        magnitudes: finds the largest magnitudes, or all, each with bounds that hold for its own rank, for profiles;
+            None for a method that bounds no eigenvalues but the ends.
         applies: whether it can run on an operator, memory apart.
         automatic: whether `method="auto"` may take it for an operator, memory apart.
         decides: whether it finds both ends, so that it is proposed after a one-sided answer.
@@ -113,6 +128,7 @@ class Method:
     claim: str
     price: Callable[[SymmetricOperator, int], Price]
     solve: Callable[[Problem], Extremes]
+    magnitudes: Callable[[Problem], Magnitudes] | None = None
     applies: Callable[[SymmetricOperator], bool] = _always
     automatic: Callable[[SymmetricOperator], bool] = _never
     decides: bool = False
@@ -163,18 +179,36 @@ def named(name: str) -> Method:
     return _REGISTERED[name]
 
 
-def automatic(A: SymmetricOperator, *, indefinite: bool = False) -> Method:
-    """The method that `auto` takes: the first that is automatic for the operator and fits into memory, else the last.
+def automatic(
+    A: SymmetricOperator,
+    *,
+    indefinite: bool = False,
+    magnitudes: bool = False,
+    products: float = math.inf,
+    flops: float = math.inf,
+) -> Method:
+    """The method that `auto` takes: the first that is automatic for the operator and within the limits, else the last.
+
+    Args:
+        A: symmetric operator.
+        indefinite: only methods that can compare magnitudes.
+        magnitudes: only methods that bound eigenvalues at every rank, for a profile.
+        products, flops: that it may take; memory is what is free.
 
     Example:
         >>> import torch, bnp_analysis as bnp
         >>> automatic(bnp.DenseOperator(torch.eye(3))).name
         'dense'
+        >>> automatic(bnp.DenseOperator(torch.eye(3)), magnitudes=True, flops=10).name
+        'lanczos'
     """
-    free = available_memory(A.device)
-    usable = (method for method in registered() if method.indefinite or not indefinite)
-    wanted = [method for method in usable if method.automatic(A)]
-    return next((method for method in wanted if method.price(A, LANCZOS_STEPS).memory < free), wanted[-1])
+    most = Price(products, available_memory(A.device), flops)
+    wanted = [
+        method
+        for method in registered()
+        if method.automatic(A) and (method.indefinite or not indefinite) and (method.magnitudes or not magnitudes)
+    ]
+    return next((method for method in wanted if method.price(A, LANCZOS_STEPS).within(most)), wanted[-1])
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -1,4 +1,4 @@
-"""A condition number as a result: value, bounds, and how they are known."""
+"""A condition number as a result: value, bounds, and how they are known; and what methods find for one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bnp_analysis.results import Result
 
@@ -54,6 +57,34 @@ class Extremes:
         # An error may be too small for a float, but is not zero.
         found: dict[str, Any] = {n: max(math.ldexp(x, power), _SMALLEST) if x else x for n, x in sizes.items()}
         return replace(self, **found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Magnitudes:
+    """The largest `|lambda|`, descending: estimates, each with an interval that holds for its own rank.
+
+    Attributes:
+        value, lower, upper: `(R,)` float64.
+        rest: no other eigenvalue is larger.
+        rank: how many eigenvalues are nonzero, where that is certain.
+        trace, trace_error: of the whole matrix, with a standard error that is 0 where all eigenvalues are known.
+        negative: how many of them belong to negative eigenvalues.
+        exponent: all sizes are in units of `2^exponent`.
+        matvecs, failure_probability, stop: of the run; the probability is that of all bounds together.
+    """
+
+    value: NDArray[np.float64]
+    lower: NDArray[np.float64]
+    upper: NDArray[np.float64]
+    rest: float
+    rank: int | None
+    trace: float
+    trace_error: float
+    negative: int
+    matvecs: int
+    failure_probability: float = 0.0
+    stop: str = "done"
+    exponent: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

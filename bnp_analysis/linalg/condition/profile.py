@@ -2,50 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg.bases import project_out
-from bnp_analysis.linalg.condition.certificates import (
-    invariance_slack,
-    kuczynski_wozniakowski,
-    require_probability,
-    unexplained_zeros,
-    zero_operator,
-)
-from bnp_analysis.linalg.condition.dense import spectrum
-from bnp_analysis.linalg.condition.factor_svd import singular_values
-from bnp_analysis.linalg.condition.lanczos import conditioned
-from bnp_analysis.linalg.condition.methods import Problem, choose_method
-from bnp_analysis.linalg.krylov.lanczos import Floats, Tridiagonalization, lanczos, tridiagonal_eigh
+from bnp_analysis.linalg.condition.certificates import require_probability, zero_operator
+from bnp_analysis.linalg.condition.methods import Problem, automatic, named, registered
+from bnp_analysis.linalg.condition.number import Magnitudes
+from bnp_analysis.linalg.krylov.lanczos import Floats
 from bnp_analysis.linalg.operators import SymmetricOperator, computed_in
 from bnp_analysis.linalg.preconditioner import Preconditioner, check_fits
-from bnp_analysis.linalg.scale import exponent, in_floats
+from bnp_analysis.linalg.scale import in_floats
 from bnp_analysis.linalg.spectra.checks import products_known_to, provenance, require_operator
 from bnp_analysis.linalg.spectra.null import HasBasis, read_null
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.float32 import full_float32
 from bnp_analysis.runtime.progress import Progress
-from bnp_analysis.runtime.random import generator, rademacher
 
-METHODS = ("auto", "factor-svd", "dense", "lanczos")
 _LADDER = (2, 5, 10, 20, 50, 100, 200, 500)
-# Ranks that Lanczos goes up to unless told otherwise.
-_DEFAULT = 100
 # A rung whose eigenvalue is known to no better than this factor is left out.
 _KNOWN = 2.0
-# Searches from new random vectors that may add what the first has missed.
-_ROUNDS = 3
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -62,7 +44,7 @@ class ConditionProfile(Result):
         at_least, at_most: `(t,)` int64, bounds of the number of eigenvalues whose size is at least that fraction of
             `lambda_1`; `at_most` is the dimension where no bound is known.
         negative: how many of the eigenvalues looked at are negative; the ratios are then those of magnitudes.
-        method: `"factor-svd"`, `"dense"` or `"lanczos"`.
+        method: its name, as in `methods(A)`.
         failure_probability: of all bounds together, over random starts; 0 for a dense matrix.
         dim, dtype, stop: size, precision of the products, why the run ended.
     """
@@ -105,7 +87,25 @@ class ConditionProfile(Result):
     def records(self) -> list[dict[str, object]]:
         """One row per rank."""
         columns = zip(self.ranks.tolist(), self.value, self.lower, self.upper, strict=True)
-        return [{"rank": r, "value": float(v), "lower": float(a), "upper": float(b)} for r, v, a, b in columns]
+        known = {"two_sided": True, "method": self.method}
+        return [{"rank": r, "value": float(v), "lower": float(a), "upper": float(b)} | known for r, v, a, b in columns]
+
+    def __str__(self) -> str:
+        """The summary, and a table of the ranks."""
+        return f"{self._line()}\n{self.table()}" if len(self.ranks) else self._line()
+
+    def cells(self) -> list[dict[str, object]]:
+        """One row per rank, as it is printed."""
+        name = "|lambda|_1/|lambda|_r" if self.negative else "lambda_1/lambda_r"
+        return [
+            {
+                "rank": f"{row['rank']} (kappa*)" if row["rank"] == self.rank else row["rank"],
+                name: f"{row['value']:.4g}",
+                "at least": f"{row['lower']:.4g}",
+                "at most": f"{row['upper']:.4g}",
+            }
+            for row in self.records()
+        ]
 
 
 @full_float32
@@ -136,8 +136,8 @@ def condition_profile(
         ranks: the ladder, integers from 2 to `n`; default 2, 5, 10, 20, 50, 100 with Lanczos, up to the rank of a dense
             matrix.
         steps: of Lanczos, default three for each rank, at least 100.
-        method: `"auto"`: a dense matrix where `condition_number` would take one, else Lanczos. Or `"factor-svd"`,
-            `"dense"`, `"lanczos"`.
+        method: `"auto"`: a dense matrix where `condition_number` would take one, else Lanczos; or any registered method
+            that bounds every rank: `"factor-svd"`, `"dense"`, `"lanczos"`.
         thresholds: fractions of `lambda_1` for which eigenvalues are counted.
         probes: random vectors for the part of the trace that Lanczos has not resolved, at least 2.
         failure_probability: of all bounds together, where they rest on random starts.
@@ -164,8 +164,6 @@ def condition_profile(
     """
     require_operator(A)
     require_probability(failure_probability)
-    if method not in METHODS:
-        raise InvalidInputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if probes < 2:
         raise InvalidInputError(f"an error bar needs at least two probes, got {probes}")
     if not isinstance(thresholds, Iterable) or not all(0 < t <= 1 for t in thresholds):
@@ -174,43 +172,32 @@ def condition_profile(
         check_fits(A, preconditioner)
     began = time.perf_counter()
     wanted = _ladder(ranks, A.dim)
-    chosen = choose_method(A) if method == "auto" else method
-    problem = Problem(
-        A=A,
-        P=preconditioner,
-        null=read_null(null, A),
-        steps=steps,
-        failure_probability=failure_probability,
-        seed=seed,
-        progress=progress,
-    )
-    if chosen == "lanczos":
-        count = min(max(wanted or [_DEFAULT]), A.dim - problem.null.dim)
-        problem = dataclasses.replace(problem, steps=max(100, 3 * count) if steps is None else steps).scaled()
-        operator, basis, noise, spent = conditioned(problem)
-        found = krylov_magnitudes(
-            operator,
-            basis,
-            count,
-            steps=problem.krylov_steps,
-            noise=noise,
-            failure_probability=failure_probability,
+    chosen = automatic(A, magnitudes=True) if method == "auto" else named(method)
+    if chosen.magnitudes is None:
+        able = ", ".join(["auto", *(known.name for known in registered() if known.magnitudes)])
+        raise InvalidInputError(
+            f"{method} bounds the ends of a spectrum only, a profile needs every rank; method must be one of {able}"
+        )
+    found = chosen.magnitudes(
+        Problem(
+            A=A,
+            P=preconditioner,
+            null=read_null(null, A),
+            steps=steps,
+            count=max(wanted, default=None),
             probes=probes,
+            failure_probability=failure_probability,
             seed=seed,
             progress=progress,
         )
-        found = dataclasses.replace(found, matvecs=found.matvecs + spent)
-        power = -exponent(operator)
-    else:
-        found, power = dense_magnitudes(problem, chosen)
+    )
     if not found.value.size or not found.lower[0] > 0:
         raise zero_operator(A)
     return _profile(
         found,
         wanted,
-        power,
         thresholds=np.array(sorted(thresholds, reverse=True)),
-        method=chosen,
+        method=chosen.name,
         dim=A.dim,
         dtype=computed_in(A),
         **provenance(
@@ -238,7 +225,7 @@ def _ladder(ranks: Sequence[int] | None, dim: int) -> list[int]:
     return sorted({int(r) for r in ranks})
 
 
-def _profile(found: Magnitudes, wanted: list[int], power: int, *, thresholds: Floats, **about: Any) -> ConditionProfile:
+def _profile(found: Magnitudes, wanted: list[int], *, thresholds: Floats, **about: Any) -> ConditionProfile:
     reached = np.flatnonzero((found.lower > 0) & (found.upper <= _KNOWN * found.lower)) + 1
     ladder = wanted or [*_LADDER, *(10**k * m for k in range(3, 8) for m in (1, 2, 5))]
     if found.rank is not None and not wanted:
@@ -257,9 +244,9 @@ def _profile(found: Magnitudes, wanted: list[int], power: int, *, thresholds: Fl
         value=value,
         lower=lower,
         upper=upper,
-        lambda_max=in_floats(float(first), power, "the largest eigenvalue"),
-        lambda_max_lower=in_floats(float(bottom), power, "the largest eigenvalue"),
-        lambda_max_upper=in_floats(float(top), power, "the largest eigenvalue"),
+        lambda_max=in_floats(float(first), found.exponent, "the largest eigenvalue"),
+        lambda_max_lower=in_floats(float(bottom), found.exponent, "the largest eigenvalue"),
+        lambda_max_upper=in_floats(float(top), found.exponent, "the largest eigenvalue"),
         rank=found.rank,
         effective_rank=found.trace / float(first),
         effective_rank_error=found.trace_error / float(first),
@@ -272,223 +259,3 @@ def _profile(found: Magnitudes, wanted: list[int], power: int, *, thresholds: Fl
         matvecs=found.matvecs,
         **about,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Magnitudes:
-    """The largest `|lambda|`, descending: estimates, each with an interval that holds for its own rank.
-
-    Attributes:
-        value, lower, upper: `(R,)` float64.
-        rest: no other eigenvalue is larger.
-        rank: how many eigenvalues are nonzero, where that is certain.
-        trace, trace_error: of the whole matrix, with a standard error that is 0 where all eigenvalues are known.
-        negative: how many of them belong to negative eigenvalues.
-    """
-
-    value: Floats
-    lower: Floats
-    upper: Floats
-    rest: float
-    rank: int | None
-    trace: float
-    trace_error: float
-    negative: int
-    matvecs: int
-    failure_probability: float = 0.0
-    stop: str = "done"
-
-
-def dense_magnitudes(problem: Problem, method: str) -> tuple[Magnitudes, int]:
-    """All `|lambda|` of a dense matrix within the radius of its rounding, and the power of two that they lack.
-
-    Weyl's theorem bounds each value by itself, so a radius of singular values or eigenvalues holds at every rank.
-    """
-    if method == "factor-svd":
-        F = singular_values(problem)
-        if F is None:
-            return _nothing(0), 0
-        sigma, radius, power, spent = F.values, F.radius, -2 * F.exponent, F.matvecs
-        low, high, signed, unit = np.maximum(sigma - radius, 0.0) ** 2, (sigma + radius) ** 2, sigma**2, F.scale**2
-        structural, negative, resolved, least = F.structural, 0, int((sigma > radius).sum()), radius**2
-    else:
-        S = spectrum(problem)
-        if S is None:
-            return _nothing(0), 0
-        signed, radius, power, spent = S.values[np.argsort(-np.abs(S.values))], S.radius, -S.exponent, S.matvecs
-        low, high, unit = np.maximum(np.abs(signed) - radius, 0.0), np.abs(signed) + radius, S.scale
-        structural, negative, resolved = S.structural, int((signed < -radius).sum()), int((low > 0).sum())
-        least = radius
-    unresolved, on_word = unexplained_zeros(resolved, structural, problem.null, problem.A)
-    return Magnitudes(
-        value=np.abs(signed) * unit,
-        lower=low * unit,
-        upper=high * unit,
-        rest=least * unit,
-        rank=None if unresolved or on_word else resolved,
-        trace=float(signed.sum()) * unit,
-        trace_error=0.0,
-        negative=negative,
-        matvecs=spent,
-    ), power
-
-
-def _nothing(matvecs: int) -> Magnitudes:
-    """Of the zero matrix."""
-    none = np.zeros(0)
-    return Magnitudes(
-        value=none, lower=none, upper=none, rest=0.0, rank=0, trace=0.0, trace_error=0.0, negative=0, matvecs=matvecs
-    )
-
-
-def krylov_magnitudes(
-    A: SymmetricOperator,
-    null: Tensor,
-    count: int,
-    *,
-    steps: int,
-    noise: float,
-    failure_probability: float,
-    probes: int,
-    seed: int,
-    progress: Progress = False,
-) -> Magnitudes:
-    """The `count` largest `|lambda|` from one Lanczos run, and a second one that certifies that none was missed.
-
-    Let the columns of `Y` be Ritz vectors, `A Y = Y Theta + r s^T` with `r` orthogonal to the space searched. By
-    Cauchy's interlacing the i-th largest eigenvalue is at least `theta_i`. By the theorem of Courant and Fischer it is
-    at most the largest value of `x^T A x` over unit `x` orthogonal to `y_1, ..., y_(i-1)`, that is the larger
-    eigenvalue of `[[theta_i, rho], [rho, b]]` with `rho = |r| |(s_i, s_(i+1), ...)|` and `b` the largest eigenvalue of
-    `A` on the complement of `Y`: which a run from a new random vector bounds by the theorem of Kuczynski and
-    Wozniakowski. What that run finds above `theta_R`, further copies of repeated eigenvalues, joins `Y`.
-
-    Args:
-        A: symmetric operator on `R^n`, of a size near 1.
-        null: orthonormal `(n, r)`, null directions.
-        count: `R`.
-        steps: of the first run.
-        noise: of an eigenvalue, relative to `|A|`.
-        failure_probability: of all upper bounds together.
-        probes: random vectors for the trace of the complement.
-        seed: of the random starts.
-
-    Source: Parlett 1998, chapters 10 and 11; Kuczynski and Wozniakowski 1992; T13.
-    """
-    run = lanczos(A, steps, seed=seed, null=null, progress=progress)
-    values, vectors = run.ritz()[0], run.ritz_vectors()
-    last = tridiagonal_eigh(run.alpha, run.beta)[1][-1]
-    scale = float(np.abs(values).max())
-    if scale == 0.0:
-        return _nothing(run.matvecs)
-    pick = np.argsort(-np.abs(values), kind="stable")[:count]
-    theta, Y = values[pick], vectors[:, torch.from_numpy(pick.copy()).to(vectors.device)]
-    coupling: Floats = run.residual_norm * np.abs(last[pick])
-    spent, floor = run.matvecs, noise * scale
-    chance = failure_probability / _ROUNDS
-    ends = (math.inf, -math.inf)
-    for turn in range(1, _ROUNDS + 1):
-        room = A.dim - null.shape[1] - Y.shape[1]
-        if room == 0 or run.stop == "interrupted":
-            ends = (0.0, 0.0) if room == 0 else ends
-            break
-        beyond = lanczos(A, min(_certifying(A.dim), room), seed=seed + turn, null=torch.cat([null, Y], dim=1))
-        spent += beyond.matvecs
-        ends = _ends(beyond, room, chance, floor)
-        found = beyond.ritz()[0]
-        missed = np.abs(found) > (np.abs(theta).min() + floor if Y.shape[1] == count else floor)
-        if beyond.stop == "interrupted" or not missed.any() or turn == _ROUNDS:
-            break
-        more = beyond.ritz_vectors()[:, torch.from_numpy(missed).to(Y.device)]
-        theta, Y, coupling, products = _rayleigh_ritz(A, torch.cat([Y, more], dim=1), count)
-        spent += products
-    trace, error = float(theta.sum()), 0.0
-    if room:
-        rest, error, products = _trace_beyond(A, torch.cat([null, Y], dim=1), probes, seed)
-        trace, spent = trace + rest, spent + products
-    order = np.argsort(-np.abs(theta), kind="stable")
-    theta, coupling = theta[order], coupling[order]
-    upper, rest_bound = _upper_bounds(theta, coupling, ends)
-    return Magnitudes(
-        value=np.abs(theta),
-        lower=np.maximum(_kept(theta) - floor, 0.0),
-        upper=upper + floor,
-        rest=rest_bound + floor,
-        rank=None,
-        trace=trace,
-        trace_error=math.hypot(error, floor),
-        negative=int((theta < -floor).sum()),
-        matvecs=spent,
-        failure_probability=failure_probability,
-        stop=run.stop,
-    )
-
-
-def _certifying(dim: int) -> int:
-    """Steps after which the bound of a random start is within about one per cent."""
-    return 30 + 4 * math.ceil(math.log(dim + 1))
-
-
-def _ends(run: Tridiagonalization, room: int, chance: float, floor: float) -> tuple[float, float]:
-    """Bounds of the spectrum on the complement, above and below."""
-    values = run.ritz()[0]
-    high, low = kuczynski_wozniakowski(float(values[-1]), float(values[0]), len(run.alpha), room, chance / 2)
-    if len(run.alpha) < room:
-        slack = invariance_slack(run.residual_norm + floor, room, chance / 2)
-        high, low = min(high, float(values[-1]) + slack), max(low, float(values[0]) - slack)
-    return max(high, 0.0), min(low, 0.0)
-
-
-def _rayleigh_ritz(A: SymmetricOperator, basis: Tensor, count: int) -> tuple[Floats, Tensor, Floats, int]:
-    """The `count` largest Ritz values in the span of orthonormal columns, vectors, residual norms, products spent."""
-    Q = torch.linalg.qr(basis)[0]
-    image = A @ Q
-    values, S = torch.linalg.eigh(((Q.T @ image + image.T @ Q) / 2).double().cpu())
-    pick = torch.argsort(values.abs(), descending=True, stable=True)[:count]
-    S = S[:, pick].to(Q)
-    Y, residual = Q @ S, project_out(image @ S, Q)
-    theta: Floats = values[pick].numpy()
-    sizes: Floats = residual.double().norm(dim=0).cpu().numpy()
-    return theta, Y, sizes, Q.shape[1]
-
-
-def _upper_bounds(theta: Floats, coupling: Floats, ends: tuple[float, float]) -> tuple[Floats, float]:
-    """Bounds of the r-th largest `|lambda|` for `r <= R`, and of all others."""
-    bounds: list[float] = []
-    rest = 0.0
-    for sign, beyond in ((1.0, ends[0]), (-1.0, -ends[1])):
-        order = np.argsort(-sign * theta, kind="stable")
-        values, couplings = sign * theta[order], coupling[order]
-        # Of all columns from the i-th on.
-        rho = np.sqrt(np.cumsum(couplings[::-1] ** 2)[::-1])
-        positive = int((values > 0).sum())
-        found = [_larger(values[i], rho[i], beyond) for i in range(positive)]
-        bounds += found
-        following = _larger(values[positive], rho[positive], beyond) if positive < values.size else beyond
-        rest = max(rest, following)
-    # Ritz values of exactly zero have no bound of their own.
-    merged = np.sort(np.array(bounds + [rest] * (theta.size - len(bounds))))[::-1]
-    return np.maximum(merged, rest), rest
-
-
-def _larger(a: float, rho: float, b: float) -> float:
-    """The larger eigenvalue of `[[a, rho], [rho, b]]`."""
-    if not math.isfinite(b):
-        return b
-    return (a + b) / 2 + math.hypot((a - b) / 2, rho)
-
-
-def _kept(theta: Floats) -> Floats:
-    """Interlacing holds at each end of the spectrum by itself, so for magnitudes merged from both."""
-    merged: Floats = np.sort(np.abs(theta))[::-1]
-    return merged
-
-
-def _trace_beyond(A: SymmetricOperator, known: Tensor, probes: int, seed: int) -> tuple[float, float, int]:
-    """The trace of `A` on the complement of orthonormal columns, its standard error, products spent."""
-    g = generator(seed, stream=1)
-    samples = []
-    for _ in range(probes):
-        v = project_out(rademacher((A.dim, 1), g, known), known)
-        samples.append(float((v.double() * (A @ v).double()).sum()))
-    found = np.array(samples)
-    return float(found.mean()), float(found.std(ddof=1) / math.sqrt(probes)), probes

@@ -201,6 +201,15 @@ class Verifier:
             return torch.zeros_like(norms)
         return self._image_norms(positions, (columns / norms).to(self._operator.dtype)) / self._scale
 
+    def images(self, columns: Tensor) -> Tensor:
+        """`F t / |F|` of unit columns `(n, k)`, in float64 on the CPU."""
+        self.matvecs += columns.shape[1]
+        if self._scale == 0 or columns.shape[1] == 0:
+            return torch.zeros(self._operator.shape[0], columns.shape[1], dtype=torch.float64)
+        like = columns.to(self._operator.device, self._operator.dtype)
+        found = [(self._operator @ some).cpu().double() / self._scale for some in torch.split(like, _TOGETHER, dim=1)]
+        return torch.cat(found, dim=1)
+
     def _image_norms(self, positions: Tensor, columns: Tensor) -> Tensor:
         operator = self._operator
         if isinstance(operator, MatrixOperator):
