@@ -433,6 +433,8 @@ class _ByInputs:
         integers: list[Tensor] = []
 
         def by(t: Tensor) -> Tensor:
+            # Data are large: a copy only for a model that writes into them, as its first examples have shown.
+            t = t.clone() if risk.inputs.written else t.detach()
             if t.ndim and t.shape[0] == size:
                 (own if t.is_floating_point() else integers).append(t)
             if not t.is_floating_point():
@@ -440,8 +442,8 @@ class _ByInputs:
             t.requires_grad_()
             return t.view_as(t) if risk.inputs.written else t
 
-        with risk.inputs.given(batch.x) as x:
-            part = replace(batch, x=map_tensors(x, by), own=True)
+        with risk.inputs.kept(batch.x):
+            part = replace(batch, x=map_tensors(batch.x, by), own=True)
             entrances = _Entrances(integers, size)
             with entrances, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what the model does with inputs that have a derivative
