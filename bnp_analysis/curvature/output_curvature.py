@@ -114,8 +114,8 @@ def _loss_doubt(risk: EmpiricalRisk) -> tuple[float, bool]:
             outputs = risk.batch_outputs(tensors, batch)
         if outputs.ndim and outputs.numel():
             bends = _Bends(risk, batch, outputs, outputs[0].numel())
-            make = partial(bends.product, generic(bends.rows))
-            image = make()
+            make = partial(_Bends.product, v=generic(bends.rows))
+            image = make(bends)
             ordinary = bends.structural(make) if bool((image == 0).any()) else image
             doubt, size = bends.roundings(image, make), image.abs()
             if bends.mixes():
@@ -244,21 +244,24 @@ class _Bends:
         even = (torch.arange(self.width, device=self.outputs.device) % 2 == 0).expand_as(self.rows)
         return bool((self.product(even)[~even] != 0).any())
 
-    def roundings(self, S: Tensor, make: Callable[[], Tensor | None]) -> Tensor:
-        """How far rounding may have moved each entry of `S`: every operation is repeated with a unit more or less."""
+    def roundings(self, S: Tensor, make: Callable[[_Bends], Tensor | None]) -> Tensor:
+        """How far rounding may have moved each entry of `S`: every operation is repeated with a unit more or less.
+
+        The last operation of the model too, which has rounded the outputs: `1 - p` has few digits where `p` is near 1.
+        """
         moved = torch.zeros_like(S)
         for seed in range(_TRIALS):
             with Perturbed(seed) as perturbed:
-                other = make()
+                other = make(replace(self, outputs=self.outputs * 1.0))
             if other is None or perturbed.overflowed:
                 return torch.full_like(S, math.inf)
             moved = torch.maximum(moved, (other - S).abs())
         return _SAFETY * moved
 
-    def structural(self, make: Callable[[], Tensor | None]) -> Tensor | None:
+    def structural(self, make: Callable[[_Bends], Tensor | None]) -> Tensor | None:
         """The same with derivatives of ordinary size in the place of those that saturation makes tiny."""
         with watching(structural=True):
-            return make()
+            return make(self)
 
 
 def _row_hessians(z: Tensor, g: Tensor, width: int, axis: int, eps: float) -> Tensor | None:
@@ -298,7 +301,7 @@ def _diagonal_root(bends: _Bends, S: Tensor) -> OutputRoot | None:
     d = torch.diagonal(S, dim1=1, dim2=2)
     if bool((d < 0).any()):
         return None
-    doubt = torch.diagonal(bends.roundings(S, bends.here), dim1=1, dim2=2)
+    doubt = torch.diagonal(bends.roundings(S, _Bends.here), dim1=1, dim2=2)
     rounding = _relative(doubt, d)
     lost = rounding > ROUNDINGS * bends.risk.eps or bool((d < torch.finfo(d.dtype).tiny).any())
     if lost and (weights := _logistic_weights(bends, d, doubt)) is not None:
@@ -306,7 +309,7 @@ def _diagonal_root(bends: _Bends, S: Tensor) -> OutputRoot | None:
         d, rounding = weights * SIGMOID.slope(bends.rows), 0.0
         counted = weights > 0
     else:
-        ordinary = bends.structural(bends.here) if bool((d == 0).any()) else None
+        ordinary = bends.structural(_Bends.here) if bool((d == 0).any()) else None
         counted = d > 0 if ordinary is None else (d > 0) | (torch.diagonal(ordinary, dim1=1, dim2=2) != 0)
     vanished = bool((counted & (d < torch.finfo(d.dtype).tiny)).any())
     return OutputRoot(
@@ -339,7 +342,7 @@ def _logistic_weights(bends: _Bends, d: Tensor, doubt: Tensor) -> Tensor | None:
 def _general_root(bends: _Bends, S: Tensor) -> OutputRoot | None:
     """By eigenvalues; what they leave out at ordinary outputs too is out by structure."""
     values, vectors, floor = _eigen(S, bends.risk.eps)
-    floor = torch.maximum(floor, bends.roundings(S, bends.here).double().sum(dim=2).amax(dim=1, keepdim=True))
+    floor = torch.maximum(floor, bends.roundings(S, _Bends.here).double().sum(dim=2).amax(dim=1, keepdim=True))
     if bool((values < -floor).any()):
         return None
     kept = values > floor

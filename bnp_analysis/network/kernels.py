@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -24,8 +25,6 @@ _OTHERWISE = (
     "EmbeddingBag), or freeze the parameters below it. gauss_newton and fisher need first derivatives of the model only"
 )
 _REMEDIES = {
-    "torch.utils.checkpoint": "The model recomputes activations (torch.utils.checkpoint) from its own parameters, not "
-    "from the point that is differentiated; turn activation checkpointing off for a measurement",
     "Guard failed": "An exported program takes inputs of the sizes it was exported with; export it with dynamic sizes "
     "(torch.export.Dim for the examples), or give the module it was exported from",
 }
@@ -47,6 +46,31 @@ _RECURRENT: list[_Switch] = [
 ]
 
 
+class _NotRecomputed:
+    """A reentrant checkpoint that keeps its activations."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _not_recomputed(
+    function: Callable[..., Any], preserve: bool, context: Callable[[], Any], *rest: Any, **kwargs: Any
+) -> Iterator[None]:
+    """What surrounds the call of a function under a checkpoint of the other kind, which then keeps its activations."""
+    with context()[0]:
+        yield
+
+
+# What `torch.utils.checkpoint` calls to drop activations and compute them again in the backward pass, where it would
+# take the model's own parameters for those that are differentiated.
+_CHECKPOINTS: dict[str, Any] = {
+    "CheckpointFunction": _NotRecomputed,
+    "_checkpoint_without_reentrant_generator": _not_recomputed,
+}
+_CHECKPOINTS = {name: made for name, made in _CHECKPOINTS.items() if hasattr(torch.utils.checkpoint, name)}
+
+
 @contextmanager
 def recording() -> Iterator[None]:
     """Derivatives are recorded even where the caller has turned that off, with `no_grad` or `inference_mode`."""
@@ -61,7 +85,8 @@ def recording() -> Iterator[None]:
 def with_differentiable_kernels(run: Callable[[], Found], *, recurrent: bool) -> Found:
     """`run()` by kernels that have a right second derivative, uncompiled.
 
-    Math attention, native recurrent layers (trap 12), and what `Accurate` puts in place of torch's functions.
+    Math attention, native recurrent layers (trap 12), activations that are kept where a model checkpoints them, and
+    what `Accurate` puts in place of torch's functions.
 
     Which kernels torch takes belongs to the process: other threads wait, and an interrupt cannot leave it changed.
     """
@@ -71,14 +96,18 @@ def with_differentiable_kernels(run: Callable[[], Found], *, recurrent: bool) ->
     with LOCK:
         before = [is_on() for is_on, _ in switches]
         stance = None if dynamo is None else dynamo._stance
+        checkpoints = vars(torch.utils.checkpoint)
+        recomputing = {name: checkpoints[name] for name in _CHECKPOINTS}
 
         def restore() -> None:
+            checkpoints.update(recomputing)
             for (_, switch), on in zip(switches, before, strict=True):
                 switch(on)
             if dynamo is not None:
                 dynamo._set_stance(stance)
 
         try:
+            checkpoints.update(_CHECKPOINTS)
             for i, (_, switch) in enumerate(switches):
                 switch(i == 0)
             if dynamo is not None:

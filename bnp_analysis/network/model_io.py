@@ -48,11 +48,22 @@ class Inputs:
                     pairs = zip(leaves, tensors_of(copies), strict=True)
                     self.written = self.written or not all(torch.equal(a, b) for a, b in pairs)
             return
-        versions = [t._version for t in leaves]
         with torch._C.DisableTorchFunction():
             # The same numbers: a model that asks for the gradient of its input asks it of a tensor of its own.
             aliases = map_tensors(x, Tensor.detach)
-        yield aliases
+        with self.kept(x):
+            yield aliases
+
+    @contextmanager
+    def kept(self, x: Any) -> Iterator[None]:
+        """For a forward pass that gets the data themselves, or aliases of them.
+
+        Raises:
+            InconsistentDataError: it has written into them.
+        """
+        leaves = [t for t in tensors_of(x) if not t.is_inference()]
+        versions = [t._version for t in leaves]
+        yield
         if versions != [t._version for t in leaves]:
             raise InconsistentDataError(
                 "the model wrote into its inputs, which it had not done when the risk was made: the data are no longer "

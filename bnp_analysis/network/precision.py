@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ _STEPS = 1e-10
 # Examples that are run: operations, and their dtypes, do not depend on how many there are.
 _FEW = 8
 _OUTSIDE = "a value computed outside of torch"
+_DIGITS = {d for d in vars(torch).values() if isinstance(d, torch.dtype) and (d.is_floating_point or d.is_complex)}
 # Dtypes that values may have passed through unseen, coarsest first.
 _COARSE = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -227,10 +228,11 @@ class _Record(TorchDispatchMode):
         self.modules: list[str] = []
         self.backward = False
         self._own = own
-        # Weak references keep the address of a storage from being given away, and none of its memory.
-        self._dependent = {ref for t in leaves if (ref := _storage(t)) is not None}
-        self._seen = self._dependent | {ref for t in given if (ref := _storage(t)) is not None}
-        self._constants: set[StorageWeakRef] = set()
+        # Places of memory; weak references keep them from being given away, and none of the memory.
+        self._places: dict[int, StorageWeakRef] = {}
+        self._dependent = {place for t in leaves if (place := self._place(t))}
+        self._seen = self._dependent | {place for t in given if (place := self._place(t))}
+        self._constants: set[int] = set()
         # Where a value came from outside of torch whose digits do not tell what it was rounded to.
         self.unknown = ""
         self.outside = False
@@ -246,23 +248,25 @@ class _Record(TorchDispatchMode):
         return False  # or torch would load its compiler
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = [t for t in tensors_of((args, kwargs) if kwargs else args) if _has_digits(t)]
-        places = [_storage(t) for t in inputs]
-        for t, ref in zip(inputs, places, strict=True):
-            if ref is not None and ref not in self._seen:
-                self._look(t, ref)
-        name = func.overloadpacket.__name__
+        inputs = [t for t in tensors_of((args, kwargs) if kwargs else args) if t.dtype in _DIGITS]
+        places = [self._place(t) for t in inputs]
+        seen = self._seen
+        for t, place in zip(inputs, places, strict=True):
+            if place and place not in seen:
+                self._look(t, place)
         out = func(*args, **(kwargs or {}))
-        dependent = not (self._dependent.isdisjoint(places) or name.endswith("_like") or name.startswith("new_"))
-        foreign = {ref for ref in places if ref not in self._seen}
-        for t in tensors_of(out):
-            ref = _storage(t)
-            if ref is None or not _has_digits(t):
+        foreign = [place for place in places if place not in seen]
+        dependent, name = not self._dependent.isdisjoint(places), ""
+        for t in (out,) if isinstance(out, Tensor) else tensors_of(out):
+            if t.dtype not in _DIGITS or not (place := self._place(t)):
                 continue
-            if ref not in foreign:
-                self._seen.add(ref)
+            if place not in foreign:
+                seen.add(place)
             if not dependent:
                 continue
+            name = name or func.overloadpacket.__name__
+            if name.endswith("_like") or name.startswith("new_"):
+                break
             if self._coarse(t.dtype):
                 source = inputs[-1]
                 cast = name in ("_to_copy", "copy_")
@@ -270,18 +274,29 @@ class _Record(TorchDispatchMode):
                     continue
                 if not func.is_view:
                     self._note(t.dtype, name, cast=cast)
-            self._dependent.add(ref)
+            self._dependent.add(place)
         return out
 
-    def _look(self, t: Tensor, ref: StorageWeakRef) -> None:
+    def _place(self, t: Tensor) -> int:
+        """Where the memory of a tensor lies, 0 where it has none of its own (sparse tensors)."""
+        try:
+            storage = t.untyped_storage()
+        except RuntimeError:
+            return 0
+        place: int = storage._cdata
+        if place not in self._places:
+            self._places[place] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        return place
+
+    def _look(self, t: Tensor, place: int) -> None:
         """A tensor that no kernel has made came from outside; if a derivative goes through it, it is a value."""
-        if self.backward and (t.ndim == 0 or ref in self._constants):
+        if self.backward and (t.ndim == 0 or place in self._constants):
             return
         if not self.backward and (t._base if t._base is not None else t).is_leaf:
-            self._constants.add(ref)
+            self._constants.add(place)
             return
-        self._seen.add(ref)
-        self._dependent.add(ref)
+        self._seen.add(place)
+        self._dependent.add(place)
         self.outside = True
         values = t.detach()
         for dtype in (t.dtype,) if self._coarse(t.dtype) else filter(self._coarse, _COARSE):
@@ -294,7 +309,7 @@ class _Record(TorchDispatchMode):
         self.unknown = self.unknown or f"{_OUTSIDE} in {self._where()}"
 
     def _coarse(self, dtype: torch.dtype) -> bool:
-        return torch.finfo(dtype).eps > torch.finfo(self._own).eps
+        return dtype is not self._own and torch.finfo(dtype).eps > torch.finfo(self._own).eps
 
     def _note(self, dtype: torch.dtype, name: str, *, cast: bool) -> None:
         """The first operation in a dtype is its cause; a cast only until one follows that computes with it."""
@@ -306,17 +321,6 @@ class _Record(TorchDispatchMode):
 
     def _where(self) -> str:
         return self.modules[-1] if self.modules else "the model"
-
-
-def _has_digits(t: Tensor) -> bool:
-    return t.is_floating_point() or t.is_complex()
-
-
-def _storage(t: Tensor) -> StorageWeakRef | None:
-    """The memory of a tensor, None where it has none of its own (sparse tensors)."""
-    with suppress(RuntimeError):
-        return StorageWeakRef(t.untyped_storage())  # type: ignore[no-untyped-call]
-    return None
 
 
 class Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]

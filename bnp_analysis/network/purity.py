@@ -36,6 +36,8 @@ _DROPOUTS = (
     nn.FeatureAlphaDropout,
 )
 
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+
 
 def require_pure(risk: EmpiricalRisk, live: Mapping[int, str]) -> bool:
     """Refuse random models, and batch-coupled ones over several batches; say whether batches couple.
@@ -69,14 +71,17 @@ def _couples_here(risk: EmpiricalRisk, live: Mapping[int, str]) -> tuple[bool, l
     normalizing = _that_run(risk, coupled_layers(risk))
     coupled = bool(normalizing)
     tensors = risk.space.unflatten(generic_point(risk))
+    held = [*held_objects(risk.code(), _GENERATORS)]
     for batch in risk.batches:
-        drawn = _Draws(risk, partial(_outputs, risk, tensors, batch))
+        by_inputs = _ByInputs(risk, tensors, batch, plain=coupled or bool(random))
+        drawn = _Draws(risk, held, by_inputs)
         if not bool(torch.isfinite(drawn.value).all()):
             tensors = risk.space.unflatten(risk.theta)
-            drawn = _Draws(risk, partial(_outputs, risk, tensors, batch))
+            by_inputs = _ByInputs(risk, tensors, batch, plain=coupled or bool(random))
+            drawn = _Draws(risk, held, by_inputs)
         outputs = drawn.value
-        _require_determined_loss(risk, tensors, live, batch, outputs)
-        found = None if coupled or random or drawn.any else couples(risk, tensors, batch, outputs)
+        _require_determined_loss(risk, held, tensors, live, batch, outputs)
+        found = None if coupled or random or drawn.any else couples(risk, tensors, batch, outputs, by_inputs)
         # Outputs that were the same beside other examples have been seen to be the same twice.
         if found is not False and not random and not drawn.any and (kept := _kept_between_calls(risk, tensors, batch)):
             raise StochasticModelError(
@@ -90,7 +95,7 @@ def _couples_here(risk: EmpiricalRisk, live: Mapping[int, str]) -> tuple[bool, l
                 f"evaluation would use another mask, and products would belong to different functions{drawn.words}. "
                 "Call model.eval(), set p=0, or measure model.eval() with BatchNorm left in train mode"
             )
-        coupled = bool(coupled or found or (drawn.any and couples(risk, tensors, batch, outputs)))
+        coupled = bool(coupled or found or (drawn.any and couples(risk, tensors, batch, outputs, by_inputs)))
         if coupled or tensors_of(batch.x)[0].shape[0] > 1:
             break
     return coupled, normalizing
@@ -138,9 +143,10 @@ class _Draws:
         words: the generators, for an error.
     """
 
-    def __init__(self, risk: EmpiricalRisk, run: Callable[[], Tensor], live: Mapping[int, str] | None = None) -> None:
+    def __init__(
+        self, risk: EmpiricalRisk, held: list[Any], run: Callable[[], Tensor], live: Mapping[int, str] | None = None
+    ) -> None:
         self._risk, self._device = risk, risk.space.device
-        held = held_objects(risk.code(), (random.Random, np.random.Generator, np.random.RandomState, torch.Generator))
         shared = (random._inst, np.random.mtrand._rand, torch.default_generator)
         private = [g for g in held if all(g is not other for other in shared)]
         self.seen = Observer(live)
@@ -224,12 +230,17 @@ def _drawing_layers(risk: EmpiricalRisk, batch: Batch) -> list[str]:
 
 @recording()
 def _require_determined_loss(
-    risk: EmpiricalRisk, tensors: Mapping[str, Tensor], live: Mapping[int, str], batch: Batch, outputs: Tensor
+    risk: EmpiricalRisk,
+    held: list[Any],
+    tensors: Mapping[str, Tensor],
+    live: Mapping[int, str],
+    batch: Batch,
+    outputs: Tensor,
 ) -> None:
     def run() -> Tensor:
         return risk.batch_loss(outputs.detach().requires_grad_().clone(), batch, tensors)
 
-    drawn = _Draws(risk, run, live)
+    drawn = _Draws(risk, held, run, live)
     require_own_tensors(live, drawn.seen, drawn.value)
     if drawn.matter(run):
         raise StochasticModelError(
@@ -316,7 +327,9 @@ def is_mean(risk: EmpiricalRisk, batch: Batch) -> bool | None:
     return False
 
 
-def couples(risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch, whole: Tensor) -> bool | None:
+def couples(
+    risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch, whole: Tensor, by_inputs: _ByInputs
+) -> bool | None:
     """Whether some example's output depends on another example; None where examples cannot be exchanged.
 
     First the outputs of a random half beside copies of one of them, which shows batch statistics and decisions without
@@ -336,8 +349,8 @@ def couples(risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch, wh
     alone = torch.full((size,), int(half[0])).scatter(0, half, half)
     if _changes(risk, tensors, batch, whole, alone, len(half)):
         return True
-    with suppress(RuntimeError, ValueError, TypeError):  # an operation without derivative, or that refuses a gradient
-        if _apart(risk, tensors, batch, whole, size):
+    with suppress(RuntimeError, ValueError, TypeError):  # an operation without derivative
+        if _apart(by_inputs, whole, size):
             return False
     for bit in range((size - 1).bit_length()):
         for side in (0, 1):
@@ -388,29 +401,62 @@ class _Entrances(TorchFunctionMode):
         return out
 
 
+class _ByInputs:
+    """A pass that records derivatives by what depends on single examples, where a model lets it.
+
+    Args:
+        risk, tensors, batch: of what.
+        plain: whether nothing is to be recorded.
+
+    Attributes:
+        outputs: recorded; None where they are not.
+        sources: what they can be differentiated by.
+    """
+
+    def __init__(self, risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch, *, plain: bool) -> None:
+        self._run = partial(_outputs, risk, tensors, batch)
+        self._recorded = partial(self._record, risk, tensors, batch)
+        self._plain = plain
+        self.outputs: Tensor | None = None
+        self.sources: list[Tensor] = []
+
+    def __call__(self) -> Tensor:
+        if not self._plain:
+            with suppress(RuntimeError, ValueError, TypeError):  # an operation that refuses inputs with a derivative
+                return self._recorded()
+        return self._run()
+
+    @recording()
+    def _record(self, risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        size = tensors_of(batch.x)[0].shape[0]
+        own: list[Tensor] = []
+        integers: list[Tensor] = []
+
+        def by(t: Tensor) -> Tensor:
+            # Data are large: a copy only for a model that writes into them, as its first examples have shown.
+            t = t.clone() if risk.inputs.written else t.detach()
+            if t.ndim and t.shape[0] == size:
+                (own if t.is_floating_point() else integers).append(t)
+            if not t.is_floating_point():
+                return t
+            t.requires_grad_()
+            return t.view_as(t) if risk.inputs.written else t
+
+        with risk.inputs.kept(batch.x):
+            part = replace(batch, x=map_tensors(batch.x, by), own=True)
+            entrances = _Entrances(integers, size)
+            with entrances, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what the model does with inputs that have a derivative
+                outputs = risk.batch_outputs({name: t.detach() for name, t in tensors.items()}, part)
+        self.outputs, self.sources = outputs, [*own, *entrances.found]
+        return outputs.detach()
+
+
 @recording()
-def _apart(risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch, whole: Tensor, size: int) -> bool:
+def _apart(by_inputs: _ByInputs, whole: Tensor, size: int) -> bool:
     """Whether `J^T (a r) = a J^T r` for random `a` and `r`; False if there is nothing to differentiate by."""
-    own: list[Tensor] = []
-    integers: list[Tensor] = []
-
-    def given(t: Tensor) -> Tensor:
-        # Data are large: a copy only for a model that writes into them.
-        t = t.clone() if risk.inputs.written else t.detach()
-        if t.ndim and t.shape[0] == size:
-            (own if t.is_floating_point() else integers).append(t)
-        if not t.is_floating_point():
-            return t
-        t.requires_grad_()
-        return t.view_as(t) if risk.inputs.written else t
-
-    part = replace(batch, x=map_tensors(batch.x, given), own=True)
-    entrances = _Entrances(integers, size)
-    with entrances, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what the model does with inputs that have a derivative
-        outputs = risk.batch_outputs({name: t.detach() for name, t in tensors.items()}, part)
-    sources = [*own, *entrances.found]
-    if not sources or not outputs.requires_grad or outputs.shape != whole.shape:
+    outputs, sources = by_inputs.outputs, by_inputs.sources
+    if outputs is None or not sources or not outputs.requires_grad or outputs.shape != whole.shape:
         return False
     g = torch.Generator().manual_seed(0)
     r = torch.randn(outputs.shape, generator=g, dtype=torch.float64).to(outputs)

@@ -294,6 +294,7 @@ def _all(name: str, *, inplace: bool = True) -> list[Any]:
     return [getattr(place, n) for place in places for n in names if hasattr(place, n)]
 
 
+_SIGMOIDS = {f for name in ("sigmoid", "expit") for f in _all(name, inplace=False)}
 # Function of torch -> the rule for its further arguments.
 _RULES: dict[Any, Callable[..., Rule]] = {}
 for _name, _make in {
@@ -487,6 +488,40 @@ class Valued(Function):
         return tangents[1].clone()
 
 
+# Attribute of a sigmoid: what it was taken of, and the versions of both, which change when one is written into.
+_LOGITS = "_bnp_analysis_logits"
+
+
+def _mark(p: Tensor, z: Tensor) -> None:
+    """Remember the logits `z` of probabilities `p`.
+
+    Where `p` is nearly 1, `1 - p` has no digits of `sigmoid(-z)`; where it is small, those of the second derivative of
+    `log p` cancel.
+    """
+    setattr(p, _LOGITS, (z, z._version, p._version))
+
+
+def _logits(p: Tensor) -> Tensor | None:
+    """What `p` is the sigmoid of, if that is known."""
+    z, *versions = p.__dict__.get(_LOGITS, (None,)) if isinstance(p, Tensor) else (None,)
+    return z if z is not None and versions == [z._version, p._version] else None
+
+
+def _of_logits(formula: Entrywise, func: Any, p: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A function of probabilities with the derivatives of one of their logits; beside 1 it has no other arguments."""
+    z = None if kwargs or args not in ((), (1,)) else _logits(p)
+    return cast(Tensor, func(p, *args, **kwargs)) if z is None else _valued(func, (p, *args), {}, formula(z))
+
+
+def _complement(func: Any, p: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`1 - p`, which is `sigmoid(-z)`."""
+    z = _logits(p)
+    found = _of_logits(lambda z: _entrywise(torch.sigmoid, -z), func, p, *args, **kwargs)
+    if args == (1,) and z is not None:
+        _mark(found, -z)
+    return found
+
+
 def _valued(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], formula: Tensor) -> Tensor:
     with torch.no_grad():
         value = func(*args, **kwargs)
@@ -500,11 +535,19 @@ def _entrywise(func: Any, x: Tensor, *rest: Any, inplace: bool = False, **kwargs
     inplace = inplace or func.__name__.endswith("_")
     rule = _RULES[func](*rest, **kwargs)
     if watch is None and not inplace and _ordinary(x, rule.low, rule.high):
-        return cast(Tensor, func(x, *rest, **kwargs))
+        plain = cast(Tensor, func(x, *rest, **kwargs))
+        if func in _SIGMOIDS and x.requires_grad:
+            _mark(plain, x)
+        return plain
     if watch is not None:
         _note(watch, x, rule)
         rule = _structural(rule) if watch.structural else rule
-    return x.copy_(smooth(x.clone(), rule)) if inplace else smooth(x, rule)
+    if inplace:
+        return x.copy_(smooth(x.clone(), rule))
+    found = smooth(x, rule)
+    if func in _SIGMOIDS and x.requires_grad:
+        _mark(found, x)
+    return found
 
 
 def _note(watch: Watch, x: Tensor, rule: Rule) -> None:
@@ -609,6 +652,10 @@ def _of_probabilities(
     args = (p, y, weight)
     if old or given.keys() - {"reduction"} or y.requires_grad:
         return cast(Tensor, func(*args, *old, **kwargs))
+    if (z := _logits(p)) is not None:
+        loss = (1 - y) * _softplus_of(z) + y * _softplus_of(-z)
+        loss = loss if weight is None else loss * weight
+        return _valued(func, args, kwargs, _reduced(loss, given.get("reduction", "mean")))
     watch, q = _WATCH.get(), p
     if watch is not None and watch.structural:
         q = p - p.detach() + generic(p) / 2
@@ -797,13 +844,31 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: _named(F.scaled_dot_product_attention, _attention),
 }
 
+# What becomes of probabilities whose logits are known: functions of them, and functions that only move entries.
+_PROBABILITIES: dict[Any, Callable[..., Any]] = {
+    **{f: _named(f, partial(_of_logits, lambda z: z)) for f in _all("logit", inplace=False)},
+    **{f: _named(f, partial(_of_logits, partial(_entrywise, F.logsigmoid))) for f in _all("log", inplace=False)},
+    **{f: _named(f, _complement) for f in (torch.rsub, Tensor.__rsub__)},
+}
+_MOVES = {
+    f
+    for name in ("squeeze", "unsqueeze", "view", "reshape", "flatten", "transpose", "permute", "movedim", "__getitem__")
+    for f in _all(name, inplace=False)
+}
+_ON_PROBABILITIES = _MOVES | _PROBABILITIES.keys()
+
 
 class Accurate(TorchFunctionMode):
     """Functions called inside have torch's values, and derivatives of any order that keep their digits."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if (replacement := _REPLACED.get(func)) is not None:
+        known = args and func in _ON_PROBABILITIES and _logits(args[0]) is not None
+        if known and func in _MOVES:
+            found = func(*args, **kwargs)
+            _mark(found, func(_logits(args[0]), *args[1:], **kwargs))
+            return found
+        if (replacement := _PROBABILITIES[func] if known else _REPLACED.get(func)) is not None:
             if (torch.is_grad_enabled() or _WATCH.get()) and _plain(args) and kwargs.get("out") is None:
                 if torch._C._len_torch_function_stack():
                     return handle_torch_function(replacement, (args[0],), *args, **kwargs)

@@ -294,25 +294,34 @@ def test_a_native_operation_without_a_second_derivative_is_named() -> None:
     assert relative(bnp.hessian(risk, block="b").to_dense(), bnp.gauss_newton(risk, block="b").to_dense()) <= 1e-10
 
 
+class Checkpointed(nn.Module):
+    """Activations of its second layer dropped and computed again in the backward pass, in two ways, or kept."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.a, self.b, self.reentrant = nn.Linear(3, 4), nn.Linear(4, 2), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reentrant is None:
+            return torch.tanh(self.b(torch.tanh(self.a(x))))
+        h = checkpoint(lambda h: torch.tanh(self.a(h)), x, use_reentrant=self.reentrant)
+        return checkpoint(lambda h: torch.tanh(self.b(h)), h, use_reentrant=self.reentrant)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_checkpointing_is_explained(reentrant: bool) -> None:
-    """It recomputes from the parameters of the module, which are not the ones that are differentiated."""
-
-    class Checkpointed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = torch.tanh(self.a(x))
-            return checkpoint(lambda h: torch.tanh(self.b(h)), h, use_reentrant=reentrant)
-
-    problem = Problem(spread(Checkpointed()), F.mse_loss, [(numbers(5, 3), numbers(5, 2, seed=1))])
-    risk = problem.risk()
-    with pytest.raises(InvalidInputError, match="turn activation checkpointing off"):
-        bnp.hessian(risk) @ risk.theta
-    with pytest.raises(InvalidInputError, match="turn activation checkpointing off"):
-        _ = risk.gradient
+def test_activation_checkpointing_changes_nothing(reentrant: bool) -> None:
+    """It would recompute from the parameters of the module, which are not the ones that are differentiated."""
+    data = [(numbers(5, 3), numbers(5, 2, seed=1))]
+    kept, dropped = (Problem(spread(Checkpointed(how)), F.mse_loss, data).risk() for how in (None, reentrant))
+    assert relative(dropped.gradient, kept.gradient) <= 1e-12
+    for curvature in (bnp.hessian, bnp.gauss_newton):
+        A, v = curvature(dropped), numbers(dropped.space.dim)
+        assert relative(A @ v, curvature(kept) @ v) <= 1e-12
+    # Elsewhere than at the model's own parameters too.
+    theta = 1.5 * kept.theta
+    assert relative(bnp.hessian(dropped.at(theta)) @ theta, bnp.hessian(kept.at(theta)) @ theta) <= 1e-12
+    used = torch.utils.checkpoint.CheckpointFunction
+    assert used.__module__ == "torch.utils.checkpoint"  # the process has its own again
 
 
 class NumpyBackward(torch.autograd.Function):
