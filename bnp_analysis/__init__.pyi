@@ -45,6 +45,7 @@ from .precondition import (
     diagonal_preconditioner,
     identity_preconditioner,
     kfac_preconditioner,
+    optimizer_preconditioner,
 )
 from .results import Result
 from .symmetry import NullDirections, null_directions
@@ -104,6 +105,7 @@ __all__ = [
     "models",
     "network",
     "null_directions",
+    "optimizer_preconditioner",
     "plotting",
     "precondition",
     "register_layer",
