@@ -50,7 +50,7 @@ from .precondition import (
 from .results import Result
 from .symmetry import NullDirections, null_directions
 from .theory import Check, CheckTable, ConvergenceCheck, check_convergence_rate, check_theory
-from .training import BNP, Run, train
+from .training import BNP, Run, SharpnessTracker, train
 
 __version__: str
 
@@ -76,6 +76,7 @@ __all__ = [
     "Preconditioner",
     "Result",
     "Run",
+    "SharpnessTracker",
     "SpectralDensity",
     "SymmetricOperator",
     "bnp_preconditioner",
