@@ -99,6 +99,7 @@ class SharpnessTracker:
         curvature: `"hessian"` or `"gauss-newton"`.
         dtype: in which it is measured; None for the model's.
         max_matvecs: products of one measurement at most; what was reached is kept.
+        output: picks the output tensor, as for `EmpiricalRisk`.
         seed: of random starts.
 
     Raises:
@@ -139,6 +140,7 @@ class SharpnessTracker:
         curvature: str = "hessian",
         dtype: torch.dtype | None = torch.float64,
         max_matvecs: int = 500,
+        output: Callable[[Any], Tensor] | None = None,
         seed: int = 0,
     ) -> None:
         if min(k, every, most, max_matvecs) < 1 or not 0 < tol < 1 or not grow > 0:
@@ -162,7 +164,7 @@ class SharpnessTracker:
             "curvature": curvature,
             "max_matvecs": max_matvecs,
         }
-        self._dtype, self._seed = dtype, seed
+        self._dtype, self._seed, self._output = dtype, seed, output
         self.k, self._done = k, 0
         self._vectors: Tensor | None = None
         self._rows: list[dict[str, Any]] = []
@@ -292,7 +294,7 @@ class SharpnessTracker:
         """The risk where the model is now; its checks run once."""
         if self._risk is None:
             with kept_modes(model):
-                self._risk = EmpiricalRisk(model.eval(), self.loss, self.data, dtype=self._dtype)
+                self._risk = EmpiricalRisk(model.eval(), self.loss, self.data, dtype=self._dtype, output=self._output)
             return self._risk
         return self._risk.at(unwrap(model).state_dict())
 

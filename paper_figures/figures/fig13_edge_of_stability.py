@@ -136,7 +136,8 @@ def note(data: FigureData) -> str:
         f"{own['examples']} examples of {own['classes']} classes of {own['data']}, MLP {own['hidden']}-{own['hidden']} "
         f"with GELU, squared error, full batch, seed {own['seed']}. In units of the threshold (median of the last "
         f"third): {ends}. Tracked in float64 to residuals of 1 %, every {own['runs']['Adam']['every']} steps; the runs "
-        "are short, so that how many eigenvalues reach the edge is a lower bound."
+        "are short, so that how many eigenvalues reach the edge is a lower bound, and may have gone on from saved states: "
+        "the time on record is that of the last piece."
     )
 
 
