@@ -136,8 +136,8 @@ def note(data: FigureData) -> str:
         f"{own['examples']} examples of {own['classes']} classes of {own['data']}, MLP {own['hidden']}-{own['hidden']} "
         f"with GELU, squared error, full batch, seed {own['seed']}. In units of the threshold (median of the last "
         f"third): {ends}. Tracked in float64 to residuals of 1 %, every {own['runs']['Adam']['every']} steps; the runs "
-        "are short, so that how many eigenvalues reach the edge is a lower bound, and may have gone on from saved states: "
-        "the time on record is that of the last piece."
+        "are short, so that how many eigenvalues reach the edge is a lower bound. They may have gone on from saved "
+        "states: the time on record is that of the last piece."
     )
 
 
@@ -152,6 +152,6 @@ def draw(data: FigureData) -> Figure:
         lr = data.settings["runs"][name]["lr"]
         ax.set_title(f"{name}, lr {lr:g}: threshold {limit[-1]:.3g}")
         ax.set_xlabel("steps")
-    grid[0, 0].set_ylabel(r"eigenvalues of $P^\top H P$ / threshold")
+    grid[0, 0].set_ylabel(r"eigenvalues / threshold")
     grid[0, 0].legend(frameon=False)
     return figure
