@@ -55,7 +55,7 @@ def measure(name: str, every: int) -> tuple[float, float, float]:
         step()
         if tracker.step() is not None:
             here = risk.at(model.state_dict())
-            B = bnp.congruence(bnp.hessian(here), bnp.optimizer_preconditioner(optimizer, model, space=here))
+            B = bnp.linalg.congruence(bnp.hessian(here), bnp.optimizer_preconditioner(optimizer, model, space=here))
             cold.append(bnp.eigenpairs(B, K, tol=TOL).matvecs)
             trusting.append(bnp.eigenpairs(B, K, tol=TOL, multiplicity="trust").matvecs)
     return float(tracker.result().products[1:].mean()), float(np.mean(cold[1:])), float(np.mean(trusting[1:]))

@@ -69,3 +69,7 @@ class DataNotFoundError(BNPAnalysisError, FileNotFoundError):
 
 class ChecksumError(BNPAnalysisError, ValueError):
     """A file of a data set is not the published one."""
+
+
+class TrainingWarning(UserWarning):
+    """A training loop does not do what it was set up for: gradients are not preconditioned, layers are left alone."""

@@ -63,7 +63,7 @@ def preconditioner_report(
     Example:
         >>> import torch, bnp_analysis as bnp
         >>> A = bnp.DenseOperator(torch.diag(torch.tensor([4.0, 1.0], dtype=torch.float64)))
-        >>> P = bnp.DensePreconditioner(torch.diag(torch.tensor([0.5, 1.0], dtype=torch.float64)))
+        >>> P = bnp.linalg.DensePreconditioner(torch.diag(torch.tensor([0.5, 1.0], dtype=torch.float64)))
         >>> round(preconditioner_report(P, A).cosine, 12)
         1.0
     """

@@ -37,6 +37,12 @@ def snapshot(model: nn.Module, dtype: torch.dtype | None, device: torch.device |
         )
     if any(isinstance(p, UninitializedParameter) for p in root.parameters()):
         raise InvalidInputError("the model has lazy layers without a shape: run one forward pass first")
+    if sharded := [name for name, p in root.named_parameters() if hasattr(p, "device_mesh")]:
+        raise InvalidInputError(
+            f"parameter {sharded[0]!r} is sharded (a DTensor: fully_shard, tensor parallelism), and a measurement "
+            "needs whole ones: load full_state_dict of the model into one that is not sharded, and measure that; "
+            "several processes then share its data with group="
+        )
     gradients = {p: p.grad for p in root.parameters()}
     # Left by a forward pass: features that were kept, weights that a hook computes.
     histories = [

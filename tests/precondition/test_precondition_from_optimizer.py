@@ -213,7 +213,7 @@ def test_shampoos_state_is_read_without_the_package() -> None:
 def test_a_report_of_p_itself() -> None:
     H = torch.diag(torch.tensor([16.0, 4.0, 1.0], dtype=torch.float64))
     A = bnp.DenseOperator(H)
-    best = bnp.DensePreconditioner(torch.diag(H.diagonal().rsqrt()))
+    best = bnp.linalg.DensePreconditioner(torch.diag(H.diagonal().rsqrt()))
     found = bnp.diagnose.preconditioner_report(best, A)
     assert found.cosine == pytest.approx(1.0)
     assert found.condition.value == pytest.approx(4.0)

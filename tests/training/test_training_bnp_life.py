@@ -74,6 +74,30 @@ def test_the_state_of_another_architecture_is_refused_whole(kind: str, options: 
         other.load_state_dict({"weight": torch.ones(1)})
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("mean", torch.tensor([torch.nan] * 5), "mean that is not finite"),
+        ("variance", -torch.ones(5), "variance that is not finite, or negative"),
+        ("variance", None, "no variance"),
+        ("rows", -1, "no counts"),
+        ("start", 2.0, "outside of"),
+        ("q2", 0.0, "not positive"),
+        ("output_squares", -torch.ones(4), "output_squares that is not finite, or negative"),
+    ],
+)
+def test_a_damaged_state_changes_nothing(key: str, value: object, said: str) -> None:
+    model, x, y = network()
+    pre = BNP(model, output_scale="estimated")
+    stepped(model, x, y, pre)
+    state = copy.deepcopy(pre.state_dict())
+    state["layers"]["0"][key] = value
+    before = numbers(pre)
+    with pytest.raises(InvalidInputError, match=f"'0' has .*{said}.*nothing was changed"):
+        pre.load_state_dict(state)
+    assert numbers(pre) == before
+
+
 def test_a_deep_copy_goes_on_by_itself() -> None:
     model, x, y = network()
     pre = BNP(model, rho=0.5)
@@ -106,14 +130,14 @@ def test_measurements_do_not_disturb_the_statistics() -> None:
     bnp.bnp_preconditioner(risk)
     assert not pre._pending
     assert numbers(pre) == state
-    assert hooks(model) == 2
+    assert hooks(model) == 3
 
 
 def test_close_removes_every_hook() -> None:
     model, x, y = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with BNP(model).attach(optimizer) as pre:
-        assert hooks(model) == 2
+        assert hooks(model) == 3
         assert len(optimizer._optimizer_step_pre_hooks) == 1
         backward(model, x, y)
     assert hooks(model) == 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import faulthandler
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from bnp_loops import backward, gradient, loss_of, network, parameters, relative, stepped
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+import bnp_analysis as bnp
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.training.bnp import BNP
 
@@ -339,27 +344,38 @@ def test_a_process_that_fails_ends_the_others(tmp_path: Path) -> None:
     assert time.monotonic() - begin < 150
 
 
-def _worker(rank: int, folder: str) -> None:
+def _worker(rank: int, folder: str, sharded: bool) -> None:
     _join(rank, folder)
     torch.manual_seed(0)
     model, x, y = network("padding")
-    parallel = DistributedDataParallel(model)
+    if sharded:
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in (model[0], model[3], model):
+            parallel = fully_shard(layer, mesh=mesh)
+        parts = [slice(rank * 6, rank * 6 + 6)]  # gradients are averaged over processes at each backward pass
+    else:
+        parallel = DistributedDataParallel(model)
+        parts = [slice(rank * 6, rank * 6 + 2), slice(rank * 6 + 2, rank * 6 + 6)]
     pre, optimizer = BNP(parallel), torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):
         optimizer.zero_grad()
-        with parallel.no_sync():
-            backward(parallel, x[rank * 6 : rank * 6 + 2], y[rank * 6 : rank * 6 + 2], 2 / 6)
-        backward(parallel, x[rank * 6 + 2 : rank * 6 + 6], y[rank * 6 + 2 : rank * 6 + 6], 4 / 6)
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            with nullcontext() if last else parallel.no_sync():
+                backward(parallel, x[part], y[part], len(x[part]) / 6)
         pre.step()
         optimizer.step()
-    torch.save({"parameters": parameters(model), "state": pre.state_dict()}, f"{folder}/{rank}.pt")
+    whole = [p.full_tensor() if sharded else p for p in model.parameters()]
+    flat = torch.cat([p.detach().flatten() for p in whole])
+    torch.save({"parameters": flat, "state": pre.state_dict()}, f"{folder}/{rank}.pt")
     dist.barrier()  # neither leaves while the other still talks to it
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(tmp_path: Path) -> None:
-    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_are_one(tmp_path: Path, sharded: bool) -> None:
+    mp.spawn(_worker, (str(tmp_path), sharded), nprocs=2)
     model, x, y = network("padding")
     pre, optimizer = BNP(model), torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):
@@ -370,3 +386,18 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         assert relative(found["parameters"], parameters(model)) < 1e-12
         assert found["state"]["layers"]["0"]["rows"] == pre.state_dict()["layers"]["0"]["rows"]
         pre.load_state_dict(found["state"])
+
+
+def test_parts_of_units_are_refused(tmp_path: Path) -> None:
+    """A layer split by its inputs sees no whole rows; a measurement needs whole parameters."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, x, y = network()
+        mesh = init_device_mesh("cpu", (1,))
+        model = parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        with pytest.raises(InvalidInputError, match=r"layer '2' is sharded as .*exclude="):
+            BNP(model)
+        with pytest.raises(InvalidInputError, match="sharded"):
+            bnp.EmpiricalRisk(model, nn.functional.cross_entropy, (x, y))
+    finally:
+        dist.destroy_process_group()

@@ -56,7 +56,7 @@ def test_the_last_values_are_those_of_the_dense_matrix(kind: str) -> None:
     _, x, y = problem()
     risk = bnp.EmpiricalRisk(model, LOSS, (x, y))
     H = bnp.hessian(risk)
-    B = bnp.congruence(
+    B = bnp.linalg.congruence(
         Shifted(H, 0.3) if "decay" in kind else H, bnp.optimizer_preconditioner(optimizer, model, space=risk)
     )
     exact = torch.linalg.eigvalsh(B.to_dense()).flip(0)
@@ -172,7 +172,7 @@ def test_other_preconditioners(preconditioner: str | None) -> None:
     _, x, y = problem()
     risk = bnp.EmpiricalRisk(model, LOSS, (x, y))
     B = bnp.hessian(risk)
-    B = B if preconditioner is None else bnp.congruence(B, bnp.bnp_preconditioner(risk))
+    B = B if preconditioner is None else bnp.linalg.congruence(B, bnp.bnp_preconditioner(risk))
     exact = float(torch.linalg.eigvalsh(B.to_dense())[-1])
     assert tracker.result().values[-1, 0] == pytest.approx(exact, rel=1e-4)
 

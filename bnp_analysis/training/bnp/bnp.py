@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import warnings
 import weakref
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,12 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.errors import InvalidInputError, TrainingWarning
 from bnp_analysis.network.names import clean_name
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.snapshot import unwrap
 from bnp_analysis.precondition.bnp import BNPPreconditioner
-from bnp_analysis.training.bnp.hooks import add_hooks, attach_to
+from bnp_analysis.training.bnp.hooks import add_hooks, attach_to, owners
 from bnp_analysis.training.bnp.layers import (
     Names,
     find_candidates,
@@ -28,8 +30,18 @@ from bnp_analysis.training.bnp.layers import (
     uncovered,
 )
 from bnp_analysis.training.bnp.moments import BatchMoments, RunningMoments, batch_moments, layer_width, pool_moments
+from bnp_analysis.training.bnp.passes import Passes, changes
 from bnp_analysis.training.bnp.settings import Settings
-from bnp_analysis.training.bnp.update import Marks, OutputScales, Update, find_gradients, marks, unchanged
+from bnp_analysis.training.bnp.update import (
+    Marks,
+    OutputScales,
+    Update,
+    find_gradients,
+    marked,
+    marks,
+    require_whole_units,
+    unchanged,
+)
 
 _STATE_VERSION = 1
 
@@ -108,6 +120,12 @@ class BNP:
         self._choice: dict[str, Any] = {"include": frozen_names(include), "exclude": frozen_names(exclude)}
         found = find_candidates(unwrap(model), **self._choice)
         self._layers, self._reasons = found.layers, found.reasons
+        for layer in self._layers:
+            require_whole_units(layer, layer.own_weight)
+        # Others on the same layers: both may measure, but only one may change a gradient.
+        self._others = weakref.WeakSet(owners(self._layers))
+        for other in self._others:
+            other._others.add(self)
         widths = [layer_width(layer, statistics) for layer in self._layers]
         self._running = RunningMoments([layer.name for layer in self._layers], widths, self.settings)
         self._pending: dict[int, BatchMoments] = {}
@@ -117,7 +135,10 @@ class BNP:
         self._marks: Marks = {}
         self._attached: RemovableHandle | None = None
         self._closed, self._quiet = False, torch.inference_mode()  # made once: a percent of a small network's step
-        self._hooks = add_hooks(self._layers, weakref.ref(self), self._outputs)
+        self._passes, self._reviewed = Passes(self._layers), set[str]()
+        self._modules = weakref.WeakSet(unwrap(model).modules())
+        self._before: tuple[dict[int, BatchMoments], dict[int, int]] = {}, {}
+        self._hooks = add_hooks(unwrap(model), self._layers, weakref.ref(self), self._outputs)
         if any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules()):
             # Graphs that were compiled before do not know the hooks.
             torch.compiler.reset()
@@ -150,15 +171,17 @@ class BNP:
     @property
     def covered(self) -> tuple[str, ...]:
         """Names of the layers it acts on: those whose weight trains and, after the first step, that were seen."""
-        rows, before = self._running.rows, not self._running.step
+        rows, before, changed = self._running.rows, not self._running.step, self._changes()
         return tuple(
-            layer.name for i, layer in enumerate(self._layers) if layer.own_weight.requires_grad and (rows[i] or before)
+            layer.name
+            for i, layer in enumerate(self._layers)
+            if layer.trains and (rows[i] or before) and layer.name not in changed
         )
 
     @property
     def uncovered(self) -> dict[str, str]:
-        """Parameter name -> why it is left alone."""
-        return uncovered(self._layers, self._reasons, set(self.covered))
+        """Parameter name -> why it is left alone; layers that were changed or added after this was made are named."""
+        return uncovered(self._layers, self._reasons, set(self.covered), self._changes())
 
     def step(self) -> None:
         """Commit the statistics of the step and replace `.grad` by `P P^T .grad`, before `optimizer.step()`.
@@ -185,6 +208,11 @@ class BNP:
                 "the model, which has no hooks (DataParallel makes such copies)"
             )
         found = find_gradients(self._layers, self._pending, self._running.rows)
+        if any(marked(found, other._marks) for other in self._others):
+            raise InvalidInputError(
+                "another BNP object has preconditioned these gradients already: P P^T would be applied twice. close() "
+                "one of the two, or give each its own layers with include= and exclude="
+            )
         if unchanged(found, self._marks):
             raise InvalidInputError("a second step() without a backward pass: P P^T would be applied twice")
         if self.settings.variance == "within":
@@ -197,6 +225,25 @@ class BNP:
                 self._outputs.commit()
             self._update.apply(found, inputs)
         self._marks = marks(found)
+        if self._running.step.bit_count() == 1 or self._running.step % 100 == 0:
+            self._review()
+
+    def discard(self) -> None:
+        """Leave out what was seen since the last step: for a batch that the loop skips.
+
+        A loop that skips `backward()` or `optimizer.step()` for a batch, since its loss is not finite or memory ran
+        out, calls this, or its rows count in the next step. Rows of a forward pass that raised are left out already.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Linear(2, 1)
+            >>> pre, bad = BNP(model), torch.tensor([[float("nan"), 1.0]])
+            >>> if not torch.isfinite(model(bad)).all():
+            ...     pre.discard()
+            >>> model(torch.ones(4, 2)).mean().backward()
+            >>> pre.step()
+        """
+        self._forget()
 
     def attach(self, optimizer: Optimizer) -> Self:
         """Let the optimizer call `step()` before each of its own, in loops one does not own.
@@ -232,15 +279,15 @@ class BNP:
     def state_dict(self) -> dict[str, Any]:
         """Statistics, steps and scales; options and rows since the last step are not part of it."""
         self._running.check()
-        return _write_state(self._running, self._update.q2, self._outputs)
+        return _write_state(self._running, self._update, self._outputs)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`.
 
         Raises:
-            InvalidInputError: it comes from another architecture, or is none.
+            InvalidInputError: it comes from another architecture, is damaged, or is none; nothing has changed then.
         """
-        self._update.q2 = _read_state(state, self._running, self._outputs)
+        _read_state(state, self._running, self._update, self._outputs)
         self._forget()
         self._marks = {}
 
@@ -273,7 +320,31 @@ class BNP:
         state = "closed" if self._closed else f"{len(self.covered)} layers, {self._running.step} steps"
         return f"<BNP {state}, {self.settings}>"
 
+    def begin_pass(self) -> None:
+        """A forward pass of the model begins, from its hook."""
+        self._before = dict(self._pending), {i: len(parts) for i, parts in self._inputs.items()}
+        self._passes.begin(self._running.step, self._attached is not None)
+
+    def end_pass(self, failed: bool) -> None:
+        """A forward pass has ended, from its hook; what a failed one has seen is left out."""
+        if failed:
+            self._pending, lengths = self._before
+            self._inputs = {i: self._inputs[i][:length] for i, length in lengths.items()}
+
+    def _changes(self) -> dict[str, str]:
+        return changes(unwrap(self.model), self._layers, self._modules)
+
+    def _review(self) -> None:
+        """Say which layers are left alone since they were changed or added after this object was made."""
+        found = self._changes()
+        if found.keys() - self._reviewed:
+            self._reviewed |= found.keys()
+            listed = "; ".join(f"{name or 'the model'}: {why}" for name, why in found.items())
+            warnings.warn(f"BNP does not precondition all layers that train: {listed}", TrainingWarning, 3)
+
     def _detach(self) -> None:
+        if not self._closed:
+            self._passes.close(self._running.step, self._attached is not None)
         for handle in [*self._hooks, *([self._attached] if self._attached else [])]:
             handle.remove()
         self._attached, self._closed = None, True
@@ -308,7 +379,7 @@ class BNP:
             )
 
 
-def _write_state(running: RunningMoments, q2: Mapping[int, float], outputs: OutputScales | None) -> dict[str, Any]:
+def _write_state(running: RunningMoments, update: Update, outputs: OutputScales | None) -> dict[str, Any]:
     """Tensors and numbers only, so that `torch.load(weights_only=True)` reads it."""
     layers: dict[str, dict[str, Any]] = {}
     for i, (name, width) in enumerate(zip(running.names, running.widths, strict=True)):
@@ -319,49 +390,78 @@ def _write_state(running: RunningMoments, q2: Mapping[int, float], outputs: Outp
             "rows": running.rows[i],
             "examples": running.examples[i],
             "start": running.start[i],
-            "q2": q2.get(i, 1.0),
+            "q2": update.q2.get(i, 1.0),
         }
+        if update.measured[i].vector is not None:
+            layers[name]["direction"] = update.measured[i].vector
         if outputs is not None:
             layers[name] |= outputs.state(i)
     return {"version": _STATE_VERSION, "step": running.step, "layers": layers}
 
 
-def _read_state(state: Mapping[str, Any], running: RunningMoments, outputs: OutputScales | None) -> dict[int, float]:
+def _read_state(
+    state: Mapping[str, Any], running: RunningMoments, update: Update, outputs: OutputScales | None
+) -> None:
     """Put a state into the running statistics; nothing changes unless all of it fits.
 
-    Returns:
-        `q^2` of the layers seen.
-
     Raises:
-        InvalidInputError: no such state, other layers, or other widths.
+        InvalidInputError: no such state, other layers, other widths, or numbers that no statistics have.
     """
     if (
         not isinstance(state, Mapping)
-        or not {"step", "layers"} <= state.keys()
         or state.get("version") != _STATE_VERSION
+        or not isinstance(state.get("layers"), Mapping)
+        or not _is_count(state.get("step"))
     ):
         raise InvalidInputError(f"this is no state of BNP, version {_STATE_VERSION}")
     layers = {clean_name(name): entry for name, entry in state["layers"].items()}
     misfit = [f"missing: {n}" for n in running.names if n not in layers]
     misfit += [f"unknown: {n}" for n in layers if n not in running.names]
     for name, width in zip(running.names, running.widths, strict=True):
-        if name in layers and tuple(layers[name]["mean"].shape) != (width,):
-            misfit.append(f"{name!r} has {tuple(layers[name]['mean'].shape)} means, expected {(width,)}")
-    if outputs is not None and any("output_squares" not in entry for entry in layers.values()):
-        misfit.append("it was saved without output_scale='estimated'")
+        if name in layers and (wrong := _wrong_entry(layers[name], width, outputs is not None)):
+            misfit.append(f"{name!r} {wrong}")
     if misfit:
         raise InvalidInputError(
-            f"the state does not fit: {'; '.join(misfit)}. It comes from another architecture, or from other "
-            "include=, exclude= or statistics="
+            f"the state does not fit: {'; '.join(misfit)}. It is damaged, or comes from another architecture, or from "
+            "other include=, exclude=, statistics= or output_scale=; nothing was changed"
         )
     ordered = [layers[name] for name in running.names]
-    if outputs is not None:
-        outputs.load(ordered)
     like = None if running.now is None else running.now.values.device
     moments = [torch.cat([entry[key] for entry in ordered]) for key in ("mean", "variance")]
+    if outputs is not None:
+        outputs.load(ordered)
     running.set(torch.stack(moments).to(like) if state["step"] else None)
-    running.rows = [int(entry["rows"]) for entry in ordered]
-    running.examples = [int(entry.get("examples", entry["rows"])) for entry in ordered]
+    running.rows = [entry["rows"] for entry in ordered]
+    running.examples = [entry.get("examples", entry["rows"]) for entry in ordered]
     running.start = [float(entry["start"]) for entry in ordered]
-    running.step = int(state["step"])
-    return {i: float(entry["q2"]) for i, entry in enumerate(ordered) if entry["rows"]}
+    running.step = state["step"]
+    update.q2 = {i: float(entry["q2"]) for i, entry in enumerate(ordered) if entry["rows"]}
+    for measured, entry in zip(update.measured, ordered, strict=True):
+        measured.vector = entry.get("direction")
+
+
+def _wrong_entry(entry: Any, width: int, scaled: bool) -> str:
+    """What is wrong with a layer's part of a state, in words; empty if nothing is."""
+    if not isinstance(entry, Mapping):
+        return "has no entries"
+    for key in ("mean", "variance", *(["output_squares"] if scaled else [])):
+        values = entry.get(key)
+        if not isinstance(values, Tensor) or not values.is_floating_point():
+            unscaled = ", so it was saved without output_scale='estimated'" if key == "output_squares" else ""
+            return f"has no {key}{unscaled}"
+        if key != "output_squares" and values.shape != (width,):
+            return f"has {tuple(values.shape)} as its {key}, expected {(width,)}"
+        if not bool(torch.isfinite(values).all()) or (key != "mean" and bool((values < 0).any())):
+            return f"has a {key} that is not finite, or negative"
+    counts = [entry.get("rows"), entry.get("examples", entry.get("rows"))]
+    shares = [entry.get("start"), *([entry.get("output_start")] if scaled else [])]
+    if not all(map(_is_count, counts)):
+        return "has no counts of rows and examples"
+    if not all(isinstance(share, float | int) and 0 <= share <= 1 for share in shares):
+        return "has a weight of the start outside of [0, 1]"
+    q2 = entry.get("q2")
+    return "" if isinstance(q2, float | int) and 0 < q2 < math.inf else "has a q^2 that is not positive"
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

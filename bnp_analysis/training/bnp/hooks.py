@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.layer_kinds import Layer
+from bnp_analysis.training.bnp.passes import failed
 
 
 class _NoScriptError(InvalidInputError, AttributeError):
@@ -52,6 +53,11 @@ class InputHook(_Hook):
     def __init__(self, module: nn.Module, owner: weakref.ref[Any], index: int) -> None:
         self._module, self._owner, self._index = module, owner, index
 
+    @property
+    def owner(self) -> Any:
+        """What collects, or None if it was forgotten."""
+        return self._owner()
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_dynamo_compiling():
             # A compiled model breaks its graph here: what follows counts, which a graph must not.
@@ -66,11 +72,36 @@ class InputHook(_Hook):
         # Shallow copies share the table of hooks: replicas of DataParallel.
         if not module.training or module is not self._module or not torch.is_grad_enabled():
             return
+        # Gradients by `torch.func` are someone's measurement: they never reach `.grad`, and rows would not outlive it.
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return
         if torch._C._current_graph_task_id() != -1 and _recomputed():
             return
         owner = self._owner()
         if owner is not None:
             owner.receive(self._index, args[0] if args else next(iter(kwargs.values())))
+
+
+class PassHook(_Hook):
+    """Tells an owner when a forward pass of the whole model begins, and when it has ended or failed.
+
+    Args:
+        module: the model, unwrapped.
+        owner: what is told, by a weak reference.
+        ends: whether this is the hook behind the pass.
+    """
+
+    def __init__(self, module: nn.Module, owner: weakref.ref[Any], ends: bool) -> None:
+        self._module, self._owner, self._ends = module, owner, ends
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+        owner = self._owner()
+        if owner is None or torch.compiler.is_dynamo_compiling() or module is not self._module:
+            return
+        if self._ends:
+            owner.end_pass(failed(output))
+        elif module.training and torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None:
+            owner.begin_pass()
 
 
 class OutputHook(_Hook):
@@ -109,9 +140,14 @@ class OutputHook(_Hook):
             output.register_hook(passed)  # type: ignore[no-untyped-call] # torch does not annotate it
 
 
-def add_hooks(layers: Sequence[Layer], owner: weakref.ref[Any], outputs: Any) -> list[RemovableHandle]:
-    """The hooks of all layers: on their inputs, and where outputs are scaled on these."""
-    handles = []
+def add_hooks(
+    model: nn.Module, layers: Sequence[Layer], owner: weakref.ref[Any], outputs: Any
+) -> list[RemovableHandle]:
+    """The hooks around a model's passes, on its layers' inputs, and where outputs are scaled on these."""
+    handles = [
+        model.register_forward_pre_hook(PassHook(model, owner, ends=False)),
+        model.register_forward_hook(PassHook(model, owner, ends=True), always_call=True),
+    ]
     for i, layer in enumerate(layers):
         module = layer.module
         handles.append(module.register_forward_pre_hook(InputHook(module, owner, i), with_kwargs=True))
@@ -120,7 +156,14 @@ def add_hooks(layers: Sequence[Layer], owner: weakref.ref[Any], outputs: Any) ->
     return handles
 
 
-def inert(module: nn.Module, args: Any, kwargs: Any) -> None:
+def owners(layers: Iterable[Layer]) -> list[Any]:
+    """Those whose hooks are on some of the layers."""
+    hooks = [hook for layer in layers for hook in layer.module._forward_pre_hooks.values()]
+    found = [hook.owner for hook in hooks if isinstance(hook, InputHook)]
+    return [owner for owner in dict.fromkeys(found) if owner is not None]
+
+
+def inert(module: nn.Module, args: Any, kwargs: Any = None) -> None:
     """What remains of a hook on a copied model."""
 
 
@@ -145,6 +188,17 @@ def _recomputed() -> bool:
     return True
 
 
+def _stepping(optimizer: Any) -> Optimizer | None:
+    """The optimizer that steps, behind the wrappers of other libraries, which keep it in an attribute."""
+    for name in ("optimizer", "original_optimizer", "optim", "base_optimizer"):
+        inner = vars(optimizer).get(name) if hasattr(optimizer, "__dict__") else None
+        if isinstance(inner, Optimizer) and inner is not optimizer:
+            return _stepping(inner)
+    # A wrapper that never called `Optimizer.__init__` has no hooks.
+    hooked = isinstance(optimizer, Optimizer) and hasattr(optimizer, "_optimizer_step_pre_hooks")
+    return optimizer if hooked else None
+
+
 def attach_to(optimizer: Optimizer, layers: Iterable[Layer], step: Callable[[], None]) -> RemovableHandle:
     """Call `step` before each step of an optimizer, or after its closure where it is given one.
 
@@ -152,10 +206,12 @@ def attach_to(optimizer: Optimizer, layers: Iterable[Layer], step: Callable[[], 
         InvalidInputError: not a torch optimizer, one that evaluates its closure several times, or one that holds no
             weight of the layers.
     """
-    # Wrappers of other libraries keep the optimizer that steps.
-    inner = getattr(optimizer, "optimizer", optimizer)
-    if not isinstance(inner, Optimizer):
-        raise InvalidInputError(f"attach needs a torch optimizer, got {type(optimizer).__name__}; call step() yourself")
+    inner = _stepping(optimizer)
+    if inner is None:
+        raise InvalidInputError(
+            f"attach needs a torch optimizer, or a wrapper that holds one, got {type(optimizer).__name__}; "
+            "call step() yourself, before its step()"
+        )
     if isinstance(inner, LBFGS):
         raise InvalidInputError("LBFGS searches along its own direction with several evaluations; BNP would break it")
     held = {id(p) for group in inner.param_groups for p in group["params"]}

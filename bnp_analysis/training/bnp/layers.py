@@ -100,19 +100,24 @@ def _matches(layer: Layer, names: list[str]) -> bool:
     return any(not n or layer.name == n or layer.name.startswith(f"{n}.") for n in names)
 
 
-def uncovered(layers: Iterable[Layer], others: Mapping[str, str], covered: Container[str]) -> dict[str, str]:
+def uncovered(
+    layers: Iterable[Layer], others: Mapping[str, str], covered: Container[str], changed: Mapping[str, str]
+) -> dict[str, str]:
     """Parameter name -> why it is left alone.
 
     Args:
         layers: the candidates.
         others: the reasons of parameters that belong to none of them.
         covered: names of the layers that are acted on.
+        changed: names of layers that changed, and of parameters of new ones -> how.
     """
-    reasons = dict(others)
+    layers = list(layers)
+    known = {layer.name for layer in layers}
+    reasons = {**others, **{name: why for name, why in changed.items() if name not in known}}
     for layer in layers:
         if layer.name not in covered:
-            frozen = not layer.own_weight.requires_grad
-            why = "its weight is frozen" if frozen else "its forward never ran in training"
+            idle = "its forward never ran in training" if layer.trains else "its weight is frozen"
+            why = changed.get(layer.name, idle)
             names = [n for n in (layer.weight, layer.bias) if n is not None]
             reasons.update(dict.fromkeys(names, f"{layer.name or type(layer.module).__name__}: {why}"))
         elif layer.bias is not None and not has_free_bias(layer):

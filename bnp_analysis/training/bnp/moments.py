@@ -287,7 +287,8 @@ class RunningMoments:
         others = f", and those of {len(layers) - 1} layers more" if len(layers) > 1 else ""
         raise NonFiniteError(
             f"the input of layer {layers[0]!r} has NaN or infinite entries at step {step}, or some whose squares are"
-            f"{others}. The statistics of that step were left out; lower the learning rate, or look at the data"
+            f"{others}. The statistics of that step were left out; lower the learning rate, or look at the data, and "
+            "call discard() where a loop skips a batch"
         )
 
 

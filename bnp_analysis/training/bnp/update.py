@@ -54,7 +54,7 @@ def find_gradients(layers: Sequence[Layer], seen: Container[int], rows: Sequence
     for i, layer in enumerate(layers):
         # Attributes of modules are slow; each is looked up once.
         held, kind = layer.module._parameters, layer.kind
-        owner, own = held[kind.weight], held[kind.bias] if layer.bias is not None else None
+        owner, own = held.get(kind.weight), held.get(kind.bias) if layer.bias is not None else None
         if owner is None or not owner.requires_grad or not (rows[i] or i in seen):
             continue
         free = own is not None and own.requires_grad
@@ -64,6 +64,8 @@ def find_gradients(layers: Sequence[Layer], seen: Container[int], rows: Sequence
                 missing += [layer.weight] if weight is None else []
                 missing += [layer.bias] if free and bias is None and layer.bias is not None else []
             continue
+        if type(weight) is not Tensor:
+            weight, bias = (None if g is None else require_whole_units(layer, g) for g in (weight, bias))
         if weight.layout is not torch.strided or (bias is not None and bias.layout is not torch.strided):
             raise InvalidInputError(f"the gradient of layer {layer.name!r} is sparse; BNP needs dense gradients")
         found.append((i, layer, weight, bias))
@@ -75,6 +77,39 @@ def find_gradients(layers: Sequence[Layer], seen: Container[int], rows: Sequence
             "run such forward passes under torch.no_grad(), or leave the layers out with exclude="
         )
     return found
+
+
+def require_whole_units(layer: Layer, tensor: Tensor) -> Tensor:
+    """The part of a weight, a bias or a gradient that lies here, all of an ordinary one.
+
+    `P P^T` acts on each unit by itself. Where a tensor is sharded by units (`fully_shard`) over all processes, the
+    update of a part is the part of the update, and the inputs' moments are summed over processes as always.
+
+    Raises:
+        InvalidInputError: it is sharded otherwise: by inputs (tensor parallelism), over some of the processes, or the
+            layer has groups of units.
+    """
+    if not hasattr(tensor, "to_local"):
+        return tensor
+    from torch.distributed.tensor import DTensor, Shard
+
+    assert isinstance(tensor, DTensor)
+    mesh, whole = tensor.device_mesh, tensor.placements == (Shard(0),)
+    if not whole or mesh.size() != dist.get_world_size() or layer.groups > 1 or layer.kind.transposed:
+        raise InvalidInputError(
+            f"layer {layer.name!r} is sharded as {tensor.placements} over {mesh.size()} processes: BNP needs whole "
+            "units, sharded over all processes (fully_shard), and sees the inputs of whole layers only. Use "
+            "fully_shard or DistributedDataParallel, or leave the layer out with exclude="
+        )
+    with torch.no_grad():
+        part: Tensor = tensor.to_local()
+    return part
+
+
+def marked(gradients: Sequence[Gradients], before: Marks) -> bool:
+    """Whether one of the gradients is one that was marked, by whatever object, and was not written to since."""
+    known = {(id(ref()), version) for ref, version in before.values()}
+    return any((id(weight), weight._version) in known for _, _, weight, _ in gradients)
 
 
 def marks(gradients: Sequence[Gradients]) -> Marks:
@@ -354,13 +389,14 @@ class Update:
 
     Attributes:
         q2: `q^2` of the last step, layer by layer.
+        measured: the power iterations of each layer, used where `q` is measured.
     """
 
     def __init__(
         self, settings: Settings, layers: Sequence[Layer], running: RunningMoments, outputs: OutputScales | None
     ) -> None:
         self._settings, self._layers, self._running, self._outputs = settings, layers, running, outputs
-        self._measured = [MeasuredScale() for _ in layers]
+        self.measured = [MeasuredScale() for _ in layers]
         self.q2: dict[int, float] = {}
         self._damped = DampedMoments(layers, running.widths, settings.eps1, settings.eps2)
 
@@ -409,7 +445,7 @@ class Update:
             return square + surviving_mean(mean, variance + mean.square())
         if not inputs:
             return self.q2[i]
-        return self._measured[i](layer, inputs, mean, s2)
+        return self.measured[i](layer, inputs, mean, s2)
 
     def _diagonal(self, index: int) -> tuple[Tensor, Tensor]:
         """What stands for the moments of a layer without a bias: no mean, damped second moments (T5)."""

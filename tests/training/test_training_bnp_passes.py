@@ -1,0 +1,241 @@
+"""BNP where a loop goes astray: skipped batches, failed passes, optimizers that are not the one, layers that changed.
+
+Bugs that only these tests catch: rows of a batch that failed or was skipped in the next step's statistics, gradients of
+`torch.func` that leave dead tensors there, an optimizer that trains while BNP never steps, `P P^T` applied by two
+objects, layers that were replaced, added or pruned and count as covered, wrappers of optimizers without hooks.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from bnp_loops import backward, gradient, network, relative, stepped
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.utils import prune
+
+from bnp_analysis.errors import InvalidInputError, NonFiniteError, TrainingWarning
+from bnp_analysis.training.bnp import BNP
+
+
+def twins() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    model, x, y = network()
+    return model, copy.deepcopy(model), x, y
+
+
+def test_a_discarded_batch_leaves_nothing() -> None:
+    model, twin, x, y = twins()
+    pre, other = BNP(model, q="measured"), BNP(twin, q="measured")
+    model(torch.full_like(x, torch.nan))
+    pre.discard()
+    assert torch.equal(stepped(model, x, y, pre)[1], stepped(twin, x, y, other)[1])
+    model(torch.full_like(x, torch.nan))
+    with pytest.raises(NonFiniteError, match=r"discard\(\)"):
+        stepped(model, x, y, pre)
+
+
+def test_rows_of_a_failed_pass_do_not_stay() -> None:
+    """Those of the micro-batch before it do."""
+    model, twin, x, y = twins()
+    pre, other = BNP(model, q="measured"), BNP(twin, q="measured")
+    backward(model, x[:5], y[:5])
+    fails = model[1].register_forward_hook(lambda *_: (_ for _ in ()).throw(MemoryError("out of memory")))
+    with pytest.raises(MemoryError):
+        model(100 * x)
+    fails.remove()
+    for m, p in ((model, pre), (twin, other)):
+        if m is twin:
+            backward(m, x[:5], y[:5])
+        backward(m, x[5:], y[5:])
+        p.step()
+    assert torch.equal(gradient(model), gradient(twin))
+
+
+def test_a_model_without_an_output_has_not_failed() -> None:
+    class Silent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> None:
+            self.kept = self.layer(x)
+
+    model = Silent()
+    pre = BNP(model)
+    model(torch.ones(4, 3))
+    model.kept.sum().backward()
+    pre.step()
+
+
+def test_per_example_gradients_between_steps_change_nothing() -> None:
+    model, twin, x, y = twins()
+    pre, other = BNP(model), BNP(twin)
+
+    def one(values: dict[str, Tensor], a: Tensor, b: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(functional_call(model, values, (a[None],)), b[None])
+
+    values = {name: p.detach() for name, p in model.named_parameters()}
+    for closed_over in (False, True):
+        if closed_over:
+            per_example = grad(lambda v: nn.functional.cross_entropy(functional_call(model, v, (100 * x,)), y))(values)
+        else:
+            per_example = vmap(grad(one), (None, 0, 0))(values, 100 * x, y)
+        assert set(per_example) == set(values)
+        assert torch.equal(stepped(model, x, y, pre)[1], stepped(twin, x, y, other)[1])
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        backward(model, x, y)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_training_without_it_is_noticed_once(attached: bool) -> None:
+    model, x, y = network()
+    pre = BNP(model)
+    if attached:
+        pre.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    trained = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, trained, x, y, 3)
+    with pytest.warns(
+        TrainingWarning, match="attached to does not step" if attached else r"step\(\) was not called"
+    ) as w:
+        train(model, trained, x, y, 5)
+    assert len(w) == 1
+    if attached:
+        with pytest.warns(TrainingWarning, match="8 forward passes"):
+            pre.close()
+    else:
+        pre.close()
+
+
+def test_other_changes_of_the_weights_are_no_training() -> None:
+    """A gradient accumulated over many passes, a checkpoint that is loaded, a schedule that steps every other time."""
+    model, x, y = network()
+    pre, optimizer = BNP(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    state = copy.deepcopy(model.state_dict())
+    for k in range(12):
+        backward(model, x, y)
+        if k % 2:
+            pre.step()
+            optimizer.step()
+        model.load_state_dict(state)
+    for _ in range(20):
+        backward(model, x, y)
+    pre.step()
+    pre.close()
+
+
+def test_two_objects_may_measure_but_only_one_steps() -> None:
+    model, x, y = network()
+    first, second = BNP(model), BNP(model)
+    before, once = stepped(model, x, y, first)
+    assert relative(once, before) > 0.1
+    with pytest.raises(InvalidInputError, match="another BNP object"):
+        second.step()
+    assert torch.equal(gradient(model), once)
+    first.close()
+    stepped(model, x, y, second)
+    stepped(model, x, y, second)
+
+
+def test_two_objects_on_layers_of_their_own() -> None:
+    model, twin, x, y = twins()
+    pre, first, second = BNP(twin), BNP(model, include="0"), BNP(model, exclude="0")
+    backward(model, x, y)
+    first.step()
+    second.step()
+    assert relative(gradient(model), stepped(twin, x, y, pre)[1]) < 1e-14
+
+
+def _adapted(model: Any) -> str:
+    model[0].requires_grad_(False)
+    model[0] = nn.Sequential(model[0], nn.Linear(4, 4, bias=False).double())
+    return "0.1.weight"
+
+
+def _headed(model: Any) -> str:
+    model[2] = nn.Linear(4, 5).double()
+    return "2.weight"
+
+
+def _pruned(model: Any) -> str:
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
+    return "0.weight"
+
+
+@pytest.mark.parametrize("change", [_adapted, _headed, _pruned])
+def test_layers_that_change_are_named_and_left_alone(change: Any) -> None:
+    model, x, y = network()
+    pre = BNP(model)
+    name = change(model)
+    model.zero_grad()
+    backward(model, x, y)
+    before = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    with pytest.warns(TrainingWarning, match="after BNP was made|since BNP was made"):
+        pre.step()
+    after = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert name in pre.uncovered
+    assert "BNP was made" in pre.uncovered[name]
+    layer = name.removesuffix(".weight")
+    assert layer not in pre.covered
+    assert all(torch.equal(before[n], after[n]) for n in before if n.startswith(layer))
+    assert any(not torch.equal(before[n], after[n]) for n in before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backward(model, x, y)
+        pre.step()
+
+
+def test_a_change_that_comes_late_is_found() -> None:
+    model, x, y = network()
+    pre = BNP(model)
+    for _ in range(5):
+        stepped(model, x, y, pre)
+    _headed(model)
+    for _ in range(2):
+        stepped(model, x, y, pre)
+    with pytest.warns(TrainingWarning, match="2: it was replaced or removed"):
+        stepped(model, x, y, pre)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As privacy libraries wrap: an optimizer by type, without the hooks of one."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.original_optimizer = inner
+
+    @property
+    def param_groups(self) -> Any:
+        return self.original_optimizer.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self.original_optimizer.step(closure)
+
+
+def test_wrappers_of_optimizers_are_seen_through() -> None:
+    model, twin, x, y = twins()
+    pre, by_hand = BNP(model), BNP(twin)
+    plain = torch.optim.SGD(twin.parameters(), lr=0.1)
+    wrapped = Wrapper(torch.optim.SGD(model.parameters(), lr=0.1))
+    pre.attach(wrapped)
+    for _ in range(3):
+        model.zero_grad()
+        backward(model, x, y)
+        wrapped.step()
+        stepped(twin, x, y, by_hand)
+        plain.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+    class Bare(torch.optim.Optimizer):
+        def __init__(self) -> None:
+            pass
+
+    with pytest.raises(InvalidInputError, match=r"Bare; call step\(\) yourself"):
+        BNP(twin).attach(Bare())
