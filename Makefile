@@ -24,7 +24,7 @@ PYTEST_FLAGS ?=
 BIN := $(VENV)/bin
 BASE := $(VENV)/.installed-base
 DEV := $(VENV)/.installed-dev
-EXTRAS := dataframe,docs,download,notebooks,test,lint
+EXTRAS := dataframe,docs,download,notebooks,optimizers,test,lint
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 SLOW_SUMMARY := benchmarks/results/test-slow.txt
 

@@ -34,10 +34,11 @@ from .precondition import (
     diagonal_preconditioner,
     identity_preconditioner,
     kfac_preconditioner,
+    optimizer_preconditioner,
 )
 from .symmetry import null_directions
 from .theory import check_convergence_rate, check_theory
-from .training import BNP, train
+from .training import BNP, SharpnessTracker, train
 
 __version__: str
 
@@ -48,6 +49,7 @@ __all__ = [
     "EmpiricalRisk",
     "LinearOperator",
     "ParameterSpace",
+    "SharpnessTracker",
     "bnp_preconditioner",
     "check_convergence_rate",
     "check_theory",
@@ -72,6 +74,7 @@ __all__ = [
     "models",
     "network",
     "null_directions",
+    "optimizer_preconditioner",
     "plotting",
     "precondition",
     "register_layer",

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 
 from bnp_analysis.diagnose import Comparison, Conditioning, LayerTable
 from bnp_analysis.linalg import ConditionNumber, ConditionProfile, SpectralDensity
+from bnp_analysis.training import Sharpness
 
 # Okabe and Ito 2008: told apart by colour-blind readers, and in grey.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -149,6 +150,28 @@ def plot_profile(
     return ax
 
 
+def plot_sharpness(result: Sharpness, ax: Axes | None = None) -> Axes:
+    """The tracked eigenvalues along training, with the threshold above which a quadratic would be unstable.
+
+    Args:
+        result: from `SharpnessTracker.result()`.
+        ax: axes to draw on; default new ones.
+
+    Returns:
+        The axes.
+    """
+    ax = _axes(ax)
+    for i, column in enumerate(result.values.T):
+        ax.plot(result.steps, column, "-", color=BLUE, alpha=max(0.25, 1 - 0.2 * i), linewidth=1.2)
+    ax.plot(result.steps, result.threshold, "--", color=ORANGE, label="threshold")
+    ax.set_xlabel("steps")
+    plain = result.preconditioner in ("I", "SGD's")
+    ax.set_ylabel(r"largest eigenvalues of $H$" if plain else r"largest eigenvalues of $P^\top H P$")
+    if np.isfinite(result.threshold).any():
+        ax.legend(frameon=False)
+    return ax
+
+
 def save_comparison(result: Comparison, path: str | Path, title: str = "") -> None:
     """Draw inputs and blocks side by side and write them to a file whose suffix says the format.
 
@@ -211,4 +234,4 @@ def _mark_one_sided(ax: Axes, places: Any, numbers: Sequence[ConditionNumber]) -
             ax.annotate("≥", (x, k.value), ha="center", va="bottom")
 
 
-__all__ = ["plot_blocks", "plot_inputs", "plot_spectral_density", "save_comparison", "save_densities"]
+__all__ = ["plot_blocks", "plot_inputs", "plot_sharpness", "plot_spectral_density", "save_comparison", "save_densities"]

@@ -54,3 +54,19 @@ def test_density_keeps_its_values_and_files_are_written(result, tmp_path):
     assert (tmp_path / "deep" / "d.pdf").stat().st_size > 1000
     assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
     assert not plt.get_fignums() or plt.close("all") is None
+
+
+def test_sharpness_is_drawn_with_its_threshold() -> None:
+    found = bnp.training.Sharpness(
+        steps=np.array([1, 2]),
+        values=np.array([[3.0, np.nan], [4.0, 2.0]]),
+        residuals=np.zeros((2, 2)),
+        threshold=np.array([5.0, 5.0]),
+        products=np.array([9, 3]),
+        preconditioner="Adam's",
+    )
+    ax = plotting.plot_sharpness(found)
+    lines = [line.get_ydata() for line in ax.lines]
+    assert np.array_equal(lines[0], [3.0, 4.0])
+    assert np.array_equal(lines[-1], [5.0, 5.0])
+    assert "P" in ax.get_ylabel()

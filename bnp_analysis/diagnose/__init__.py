@@ -1,6 +1,7 @@
 """The verbs a notebook wants: compositions, no new mathematics."""
 
 from bnp_analysis.diagnose.conditioning import Conditioning, condition
+from bnp_analysis.diagnose.preconditioners import PreconditionerReport, preconditioner_report
 from bnp_analysis.diagnose.price import MOST_WORK
 from bnp_analysis.diagnose.tables import LEGEND, Comparison, LayerRow, LayerTable, cell, spread
 from bnp_analysis.diagnose.verbs import compare, curvature_matrix, layer_table
@@ -12,10 +13,12 @@ __all__ = [
     "Conditioning",
     "LayerRow",
     "LayerTable",
+    "PreconditionerReport",
     "cell",
     "compare",
     "condition",
     "curvature_matrix",
     "layer_table",
+    "preconditioner_report",
     "spread",
 ]

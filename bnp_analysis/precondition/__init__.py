@@ -9,6 +9,7 @@ from bnp_analysis.precondition.base import (
 from bnp_analysis.precondition.bnp import BNPPreconditioner, bnp_preconditioner, layer_block
 from bnp_analysis.precondition.bnp_block import BNPBlock
 from bnp_analysis.precondition.diagonal import DiagonalPreconditioner, diagonal_preconditioner
+from bnp_analysis.precondition.from_optimizer import KroneckerRoots, LBFGSBlock, optimizer_preconditioner
 from bnp_analysis.precondition.kronecker import KroneckerBlock, KroneckerPreconditioner, kfac_preconditioner
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "DiagonalPreconditioner",
     "KroneckerBlock",
     "KroneckerPreconditioner",
+    "KroneckerRoots",
+    "LBFGSBlock",
     "NetworkPreconditioner",
     "SplitsByUnit",
     "bnp_preconditioner",
@@ -25,4 +28,5 @@ __all__ = [
     "identity_preconditioner",
     "kfac_preconditioner",
     "layer_block",
+    "optimizer_preconditioner",
 ]

@@ -19,7 +19,7 @@ from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.snapshot import unwrap
 from bnp_analysis.precondition.base import NetworkPreconditioner
 
-_ADAPTIVE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad)
+ADAPTIVE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad)
 
 
 class DiagonalPreconditioner(NetworkPreconditioner):
@@ -134,12 +134,12 @@ def diagonal_preconditioner(
             raise InvalidInputError(f"scales must have shape ({space.dim},), got {tuple(source.shape)}")
         P = DiagonalPreconditioner(source.detach().to(risk.theta), space, settings={"source": "scales"})
     elif isinstance(source, torch.optim.Optimizer):
-        divisors, uncovered = _optimizer_divisors(source, space, model)
-        P = _from_divisors(divisors, space, {"source": type(source).__name__}, uncovered)
+        divisors, uncovered = optimizer_divisors(source, space, model)
+        P = from_divisors(divisors, space, {"source": type(source).__name__}, uncovered)
     elif source == "gauss_newton":
         diagonal = gauss_newton_diagonal(risk).double()
         damped = diagonal + damping * diagonal.amax()
-        P = _from_divisors(damped, space, {"source": source, "damping": damping}, {})
+        P = from_divisors(damped, space, {"source": source, "damping": damping}, {})
     else:
         raise InvalidInputError(
             f"source must be 'gauss_newton', an optimizer or a tensor of scales, got {source!r} "
@@ -176,7 +176,7 @@ def _own_diagonal(risk: EmpiricalRisk) -> Tensor:
     return total
 
 
-def _from_divisors(
+def from_divisors(
     divisors: Tensor, space: ParameterSpace, settings: Mapping[str, Any], uncovered: Mapping[str, str]
 ) -> DiagonalPreconditioner:
     """`P = diag(divisors^(-1/2))`, 1 where a divisor is zero, counted by parameter."""
@@ -194,26 +194,22 @@ def _from_divisors(
     )
 
 
-def _optimizer_divisors(
+def optimizer_divisors(
     optimizer: torch.optim.Optimizer, space: ParameterSpace, model: nn.Module | None
 ) -> tuple[Tensor, dict[str, str]]:
     """`sqrt(v_hat) + eps` of every parameter, `(n,)` in float64 and 1 where there is none; and why there is none."""
-    if not isinstance(optimizer, _ADAPTIVE):
+    if not isinstance(optimizer, ADAPTIVE):
         raise InvalidInputError(
             f"{type(optimizer).__name__} has no diagonal step matrix that is known here; Adam, AdamW, RMSprop and "
             "Adagrad have. Give its scales as a tensor (n,)"
         )
     found: dict[str, Tensor] = {}
     uncovered = dict.fromkeys(space.names, "not among the optimizer's parameters")
-    for parameter, group, name in _named_parameters(optimizer, model):
+    for parameter, group, name in named_parameters(optimizer, model):
         if name not in space:
             continue
         listed = space.canonical(name)
-        if parameter.shape != space.shapes[listed]:
-            raise InvalidInputError(
-                f"{name} has shape {tuple(parameter.shape)} in the optimizer, {tuple(space.shapes[listed])} in the "
-                "risk: they belong to different models"
-            )
+        require_shape(parameter, name, space)
         uncovered[listed] = "the optimizer has not stepped it"
         state = optimizer.state.get(parameter)
         if state and float(state["step"]) > 0:
@@ -226,6 +222,16 @@ def _optimizer_divisors(
         )
     every = {n: found.get(n, torch.ones(shape, dtype=torch.float64)).cpu() for n, shape in space.shapes.items()}
     return space.flatten(every).to(space.device), uncovered
+
+
+def require_shape(parameter: Tensor, name: str, space: ParameterSpace) -> None:
+    """Refuse a parameter of an optimizer that has another shape in the space."""
+    expected = space.shapes[space.canonical(name)]
+    if parameter.shape != expected:
+        raise InvalidInputError(
+            f"{name} has shape {tuple(parameter.shape)} in the optimizer, {tuple(expected)} in the risk: they belong "
+            "to different models"
+        )
 
 
 def _divisor(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor:
@@ -244,7 +250,7 @@ def _divisor(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], state: 
     return divisor
 
 
-def _named_parameters(
+def named_parameters(
     optimizer: torch.optim.Optimizer, model: nn.Module | None
 ) -> list[tuple[Tensor, Mapping[str, Any], str]]:
     """Every parameter of the optimizer with its group and its name: by identity in `model`, else as it was given."""

@@ -5,9 +5,19 @@ from typing import NoReturn
 from bnp_analysis.training.bnp import BNP
 from bnp_analysis.training.probes import ConditionProbe
 from bnp_analysis.training.run import Run
+from bnp_analysis.training.sharpness import Sharpness, SharpnessTracker, stability_threshold
 from bnp_analysis.training.trainer import fit, train
 
-__all__ = ["BNP", "ConditionProbe", "Run", "fit", "train"]
+__all__ = [
+    "BNP",
+    "ConditionProbe",
+    "Run",
+    "Sharpness",
+    "SharpnessTracker",
+    "fit",
+    "stability_threshold",
+    "train",
+]
 
 _MOVED = ("MethodComparison", "compare_methods")
 

@@ -286,3 +286,39 @@ def test_a_start_of_no_use_is_refused(tmp_path: Path, generator: torch.Generator
     eigenpairs(p.operator, 2, checkpoint=tmp_path / "run.pt")
     with pytest.raises(InvalidInputError, match="another run"):
         eigenpairs(p.operator, 2, start=ones, checkpoint=tmp_path / "run.pt")
+
+
+@DTYPES
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_search_goes_on_from_the_vectors_of_one_nearby(
+    k: int, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """Residuals follow from several open ones; here they are measured."""
+    values = torch.cat([torch.tensor([9.0, 8.5, 8.0, 5.0]), torch.rand(76, generator=generator) - 0.5]).double()
+    p = symmetric_with_spectrum(values, generator, dtype=dtype)
+    moved = 0.01 * torch.randn(80, 80, generator=generator, dtype=torch.float64).to(dtype)
+    A = DenseOperator(p.operator.to_dense() + moved + moved.T)
+    exact = torch.linalg.eigvalsh(A.to_dense().double()).flip(0)[:k]
+    start = p.vectors[:, :k].contiguous()
+    warm = eigenpairs(A, k, start=start, tol=2e-2, multiplicity="trust", max_matvecs=60)
+    cold = eigenpairs(A, k, start="random", tol=2e-2)
+    assert (warm.stop, warm.converged) == ("converged", k)
+    assert warm.matvecs < cold.matvecs
+    assert bool(((warm.values - exact).abs() <= warm.residuals + 1e-5).all())
+    measured = (A @ warm.vectors - warm.vectors * warm.values.to(dtype)).double().norm(dim=0)
+    torch.testing.assert_close(warm.residuals, measured, atol=1e-4 if dtype == torch.float32 else 1e-12, rtol=1e-3)
+    fine = eigenpairs(A, k, start=start, tol=1e-5, max_matvecs=300)
+    torch.testing.assert_close(fine.values, exact, atol=1e-3, rtol=1e-5)
+
+
+def test_several_starts_hide_nothing_and_may_be_dependent(generator: torch.Generator) -> None:
+    p = symmetric_with_spectrum(torch.arange(40.0, dtype=torch.float64), generator)
+    wrong = p.vectors[:, [3, 4, 3, 5]].contiguous()  # orthogonal to what is wanted, one of them twice
+    found = eigenpairs(p.operator, 2, start=wrong, tol=1e-8, max_matvecs=400)
+    torch.testing.assert_close(found.values, torch.tensor([39.0, 38.0], dtype=torch.float64))
+    restarted = eigenpairs(p.operator, 2, start=p.vectors[:, -2:].contiguous(), null=p.vectors[:, :1].contiguous())
+    torch.testing.assert_close(restarted.values, torch.tensor([39.0, 38.0], dtype=torch.float64))
+    with pytest.raises(InvalidInputError, match="zero, not finite or a null direction"):
+        eigenpairs(p.operator, 2, start=torch.zeros(40, 2, dtype=torch.float64))
+    with pytest.raises(InvalidInputError, match=r"several are \(40, b\)"):
+        eigenpairs(p.operator, 2, start=torch.ones(3, 2, dtype=torch.float64))

@@ -62,10 +62,24 @@ class ThickRestart:
         self.seen: Floats | None = None  # the wanted values before the multiplicity check that goes on
         self.longest_verification, self.verify_until = 0, 0
         self.V[0] = self._fresh()
+        self.given = 0  # directions that the search begins with; the residual of each of them stays open
         if start is not None:
-            # With a random vector as long: it meets what the start does not, and costs what it knows a factor of two.
-            v = project_out(start.unsqueeze(1), null).squeeze(1)
-            self.V[0] = self._unit(self.V[0] + v / v.norm())
+            self._begin(start.view(A.dim, -1))
+
+    def _begin(self, start: Tensor) -> None:
+        """Begin in the span of the columns `(n, b)`, the last one with a random vector as long.
+
+        That meets what the columns do not, and costs what the last one knows a factor of two.
+        """
+        random = self.V[0].clone()
+        columns = project_out(start, self.null)
+        columns = columns / columns.norm(dim=0)
+        columns[:, -1] += random
+        for column in columns.T[-self.width :]:
+            v, norm, _ = orthogonalized(column, self.V[: self.given], self.null)
+            if float(norm) > math.sqrt(torch.finfo(v.dtype).eps):  # else it is in the span of the others
+                self.V[self.given] = v / norm
+                self.given += 1
 
     def run(self, max_matvecs: int, progress: Progress, save: Callable[[], None] = lambda: None) -> None:
         """Search until the wanted pairs have converged and a check in a new direction finds no others.
@@ -125,7 +139,9 @@ class ThickRestart:
                             save()
                         update(min(self.matvecs, max_matvecs))
                         # Long searches are looked at less often: an eigenproblem each time.
-                        if not self.full and self.matvecs % (1 + self.matvecs // 100) == 0 and self._settled():
+                        if self.full or self.matvecs < self.given or self.matvecs % (1 + self.matvecs // 100):
+                            continue
+                        if self._settled():
                             break
                     if self.full and self.size == self.width:
                         self.stop = "converged"
@@ -182,8 +198,23 @@ class ThickRestart:
             g[j] = 1.0
             self.open.append((w, g))
         self.chain = len(self.open) <= 1 and norm > self.noise
-        if self.size < self.width or not self.full:
+        if self.matvecs < self.given:
+            self.chain = False  # the next direction is there
+        elif self.size < self.width or not self.full:
             self.V[self.size] = w / norm if norm > self.noise else self._fresh()
+            if self.given > 1 and self.size < self.width:
+                self._gather()
+                self.V[self.size] = self._next_direction()
+
+    def _gather(self) -> None:
+        """The open residuals as orthonormal vectors: their number stays that of the given directions."""
+        if len(self.open) < 2:
+            return
+        Q, T = torch.linalg.qr(torch.stack([r for r, _ in self.open]).double().T)
+        U, S, W = torch.linalg.svd(T @ torch.stack([g for _, g in self.open]), full_matrices=False)
+        rows = (Q @ U).T.to(self.V.dtype)
+        self.open = [(r, s * w) for r, s, w in zip(rows, S, W, strict=True) if float(s) > self.noise]
+        self.chain = False
 
     def _fresh(self) -> Tensor:
         """A random unit vector outside the basis and the null space."""

@@ -93,7 +93,9 @@ def eigenpairs(
             as long as the search was. `"trust"`: a single start vector sees one copy of each; take the caller's word
             that it is the only one.
         start: `(n,)`, rich in the vectors that are wanted, in the coordinates of the operator measured; a random vector
-            of the same length is added, so that no eigenvector is missed for it. `"auto"`: for the largest ones what
+            of the same length is added, so that no eigenvector is missed for it. `(n, b)`: several, for instance the
+            `vectors` of a search at a point nearby; the random vector is added to the last one, the search begins with
+            the products of all of them and goes on from the worst pair's residual. `"auto"`: for the largest ones what
             the operator proposes, if anything: curvature of a risk the risk's gradient, after training rich in the top
             eigenvectors, which costs one gradient or, where its graph is kept, nothing. `"random"`: no more than that.
         checkpoint: a file written every 50 products or 30 seconds, at the end and on Ctrl-C, and resumed from when it
@@ -198,15 +200,24 @@ def _has_part_outside(start: Tensor, null: Tensor) -> bool:
 
 def _require_start(start: Tensor, operator: SymmetricOperator, null: Tensor) -> None:
     """Refuse a start of another size, dtype or device, or with nothing in the space that is searched."""
-    if not isinstance(start, Tensor) or start.shape != (operator.dim,):
+    if (
+        not isinstance(start, Tensor)
+        or start.ndim not in (1, 2)
+        or start.shape[0] != operator.dim
+        or not 0 < start.numel() <= operator.dim**2
+    ):
         shape = tuple(start.shape) if isinstance(start, Tensor) else type(start).__name__
-        raise InvalidInputError(f"start must be 'auto', 'random' or a tensor ({operator.dim},), got {shape}")
+        raise InvalidInputError(
+            f"start must be 'auto', 'random' or a tensor ({operator.dim},), got {shape}; several are "
+            f"({operator.dim}, b)"
+        )
     if start.dtype != operator.dtype or start.device != operator.device:
         raise InvalidInputError(
             f"start is in {start.dtype} on {start.device}, the operator in {operator.dtype} on {operator.device}; "
             "convert it with .to(...)"
         )
-    if not _has_part_outside(start, null):
+    columns = start.view(operator.dim, -1).unbind(dim=1)
+    if not all(_has_part_outside(column, null) for column in columns):
         raise InvalidInputError(
             "start is zero, not finite or a null direction, so there would be nothing to search from; leave it out "
             "for a random one"

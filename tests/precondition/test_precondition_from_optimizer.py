@@ -1,0 +1,235 @@
+"""`P P^T` of an optimizer is what it multiplies a gradient by; what is no such map is refused in words.
+
+Bugs that only these tests catch: pairs of L-BFGS in the wrong order, a factor of the product form that is not the
+update's root, parameters in another order than the optimizer flattens them, a Kronecker factor along the wrong
+dimension, SOAP's bias correction or eps at the wrong place, a state that is empty read as the identity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from precondition_networks import network
+from torch import Tensor, nn
+
+import bnp_analysis as bnp
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.network import ParameterSpace
+from bnp_analysis.precondition import KroneckerRoots, LBFGSBlock
+from bnp_analysis.testing import check_preconditioner, random_orthogonal, spectrum, symmetric_with_spectrum
+
+
+def pairs_of(H: Tensor, count: int, g: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+    steps = torch.randn(count, len(H), dtype=torch.float64, generator=g)
+    return [(s, H @ s) for s in steps]
+
+
+def two_loops(pairs: list[tuple[Tensor, Tensor]], gamma: float, q: Tensor) -> Tensor:
+    """Nocedal's recursion, as torch has it."""
+    kept = []
+    for s, y in reversed(pairs):
+        a = s @ q / (y @ s)
+        q = q - a * y
+        kept.append(a)
+    q = gamma * q
+    for (s, y), a in zip(pairs, reversed(kept), strict=True):
+        q = q + (a - y @ q / (y @ s)) * s
+    return q
+
+
+@pytest.mark.parametrize("count", [1, 4, 9])
+def test_the_product_form_is_the_two_loop_recursion(count: int, generator: torch.Generator) -> None:
+    H = symmetric_with_spectrum(spectrum("log", 6, 1e4), generator).operator.to_dense()
+    pairs = pairs_of(H, count, generator)
+    P = LBFGSBlock(pairs, 0.3)
+    v = torch.randn(6, dtype=torch.float64, generator=generator)
+    torch.testing.assert_close(P.direction(v), two_loops(pairs, 0.3, v), rtol=1e-8, atol=1e-12)
+    s, y = pairs[-1]
+    torch.testing.assert_close(P.direction(y), s, rtol=1e-9, atol=1e-12)  # the secant equation
+
+
+def test_the_blocks_obey_the_laws(generator: torch.Generator) -> None:
+    H = symmetric_with_spectrum(spectrum("log", 5, 30.0), generator).operator.to_dense()
+    check_preconditioner(LBFGSBlock(pairs_of(H, 3, generator), 2.0), generator)
+    factors = [random_orthogonal(n, generator) @ torch.diag(1 + torch.arange(n).double()) for n in (2, 3, 4)]
+    scales = 1 + torch.rand(24, dtype=torch.float64, generator=generator)
+    check_preconditioner(KroneckerRoots(factors, scales), generator)
+    P = KroneckerRoots(factors)
+    torch.testing.assert_close(P.to_dense(), torch.kron(torch.kron(factors[0], factors[1]), factors[2]))
+
+
+def test_a_pair_without_curvature_is_refused() -> None:
+    s = torch.tensor([1.0, 0.0])
+    with pytest.raises(InvalidInputError, match=r"s\.y = -1"):
+        LBFGSBlock([(s, -s)], 1.0)
+    with pytest.raises(InvalidInputError, match="positive and finite"):
+        LBFGSBlock([(s, s)], 0.0)
+
+
+def risk_of(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> bnp.EmpiricalRisk:
+    return bnp.EmpiricalRisk(model, nn.functional.cross_entropy, (x, y), **options)
+
+
+def test_lbfgs_takes_the_step_that_its_map_says() -> None:
+    """Torch's own next direction is the oracle; parameters are given in another order than the model's."""
+    model, x, y = network("dense")
+    parameters = list(model.parameters())[::-1]
+    optimizer = torch.optim.LBFGS(parameters, lr=0.1, max_iter=6, tolerance_grad=0, tolerance_change=0)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = nn.functional.cross_entropy(model(x), y)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    state = optimizer.state[parameters[0]]
+    P = bnp.optimizer_preconditioner(optimizer, model)
+    before = state["prev_flat_grad"]  # the gradient of the last direction d
+    named = dict(model.named_parameters())
+    split = dict(zip(map(id, parameters), before.split([p.numel() for p in parameters]), strict=True))
+    gradient = torch.cat([split[id(p)] for p in named.values()])
+    moved = dict(zip(map(id, parameters), state["d"].split([p.numel() for p in parameters]), strict=True))
+    direction = torch.cat([moved[id(p)] for p in named.values()])
+    torch.testing.assert_close(P.direction(gradient), -direction, rtol=1e-6, atol=1e-9)
+    risk = risk_of(model, x, y)
+    assert bnp.optimizer_preconditioner(optimizer, model, space=risk).dim == risk.space.dim
+    with pytest.raises(InvalidInputError, match="couples all its parameters"):
+        bnp.optimizer_preconditioner(optimizer, model, space=risk.space.restrict(["0.weight"]))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.Adam(p, lr=1e-2, betas=(0.0, 0.9)),
+        lambda p: torch.optim.AdamW(p, lr=1e-2),
+        lambda p: torch.optim.RMSprop(p, lr=1e-2),
+        lambda p: torch.optim.Adagrad(p, lr=1e-2),
+    ],
+)
+def test_the_adaptive_ones_are_those_of_the_diagonal_preconditioner(make: Callable[[Any], Any]) -> None:
+    model, x, y = network("dense")
+    optimizer = make(model.parameters())
+    with pytest.raises(InvalidInputError, match="made no step"):
+        bnp.optimizer_preconditioner(optimizer, model)
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    P = bnp.optimizer_preconditioner(optimizer, model)
+    expected = bnp.diagonal_preconditioner(risk_of(model, x, y), optimizer, model=model)
+    assert torch.equal(P.to_dense(), expected.to_dense())
+
+
+def test_sgd_is_the_identity_and_needs_no_step() -> None:
+    model, *_ = network("dense")
+    P = bnp.optimizer_preconditioner(torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9), model)
+    assert torch.equal(P.to_dense(), torch.eye(P.dim, dtype=torch.float64))
+
+
+def test_what_is_no_fixed_map_is_refused_in_words() -> None:
+    model, *_ = network("dense")
+    weights = [p for p in model.parameters() if p.ndim == 2]
+    with pytest.raises(InvalidInputError, match="no linear map"):
+        bnp.optimizer_preconditioner(torch.optim.Muon(weights), model)
+    with pytest.raises(InvalidInputError, match=r"Adadelta .* is not known here"):
+        bnp.optimizer_preconditioner(torch.optim.Adadelta(model.parameters()), model)
+    with pytest.raises(InvalidInputError, match="fewer than two iterations"):
+        bnp.optimizer_preconditioner(torch.optim.LBFGS(model.parameters()), model)
+    with pytest.raises(InvalidInputError, match="give model="):
+        bnp.optimizer_preconditioner(torch.optim.SGD(model.parameters()))
+    adam = torch.optim.Adam(model.parameters())
+    torch.stack([p.sum() for p in model.parameters()]).sum().backward()
+    adam.step()
+    other = ParameterSpace({"0.weight": (2, 2)}, torch.float64)
+    with pytest.raises(InvalidInputError, match="different models"):
+        bnp.optimizer_preconditioner(adam, model, space=other)
+
+
+def foreign() -> ModuleType:
+    """The package whose optimizers these are; an extra."""
+    return pytest.importorskip("pytorch_optimizer")
+
+
+@pytest.mark.parametrize("kind", ["dense", "conv"])
+@pytest.mark.parametrize("name", ["Shampoo", "SOAP"])
+def test_shampoo_and_soap_take_the_step_that_their_map_says(name: str, kind: str) -> None:
+    settings: dict[str, Any] = {"Shampoo": {"matrix_eps": 1e-2}, "SOAP": {"betas": (0.0, 0.9), "eps": 1e-3}}[name]
+    if name == "SOAP":
+        settings |= {"weight_decay": 0.0, "precondition_frequency": 1000}
+    model, x, y = network(kind)
+    optimizer = getattr(foreign(), name)(model.parameters(), lr=1e-2, **settings)
+    with pytest.raises(InvalidInputError, match="made no step"):
+        bnp.optimizer_preconditioner(optimizer, model)
+    risk = risk_of(model, x, y)
+    for _ in range(4):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        gradient = risk.space.flatten([p.grad.clone() for p in model.parameters()])
+        before = risk.space.flatten([p.detach().clone() for p in model.parameters()])
+        optimizer.step()
+    step = risk.space.flatten([p.detach() for p in model.parameters()]) - before
+    P = bnp.optimizer_preconditioner(optimizer, model)
+    torch.testing.assert_close(-1e-2 * P.direction(gradient), step, rtol=1e-5, atol=1e-9)
+    check_preconditioner(P, torch.Generator().manual_seed(0))
+
+
+class Shampoo(torch.optim.Optimizer):
+    """A stand-in with the state of the package's: the formula of Gupta, Koren and Singer for one step."""
+
+    __module__ = "pytorch_optimizer.optimizer.shampoo"
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            G, moved = p.grad, p.grad
+            for i in range(p.ndim):
+                rows = G.movedim(i, 0).reshape(p.shape[i], -1)
+                values, vectors = torch.linalg.eigh(rows @ rows.T + 0.1 * torch.eye(p.shape[i], dtype=p.dtype))
+                inverse = (vectors * values ** (-0.5 / p.ndim)) @ vectors.T
+                self.state[p][f"inv_pre_cond_{i}"] = inverse
+                moved = torch.tensordot(inverse, moved.movedim(i, 0), 1).movedim(0, i)
+            p.sub_(moved, alpha=self.param_groups[0]["lr"])
+
+
+def test_shampoos_state_is_read_without_the_package() -> None:
+    model, x, y = network("conv")
+    optimizer = Shampoo(model.parameters(), lr=0.5)
+    nn.functional.cross_entropy(model(x), y).backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    optimizer.step()
+    P = bnp.optimizer_preconditioner(optimizer, model)
+    step = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+    torch.testing.assert_close(-0.5 * P.direction(gradient), step, rtol=1e-8, atol=1e-12)
+
+
+def test_a_report_of_p_itself() -> None:
+    H = torch.diag(torch.tensor([16.0, 4.0, 1.0], dtype=torch.float64))
+    A = bnp.DenseOperator(H)
+    best = bnp.linalg.DensePreconditioner(torch.diag(H.diagonal().rsqrt()))
+    found = bnp.diagnose.preconditioner_report(best, A)
+    assert found.cosine == pytest.approx(1.0)
+    assert found.condition.value == pytest.approx(4.0)
+    assert found.stable_rank == pytest.approx((1 / 16 + 1 / 4 + 1) / 1)
+    identity = bnp.diagnose.preconditioner_report(bnp.linalg.IdentityPreconditioner(3, torch.float64), A)
+    inverse = 1 / H.diagonal()
+    assert identity.cosine == pytest.approx(float(inverse.sum() / (math.sqrt(3) * inverse.norm())))
+    assert "cosine" in str(identity)
+    assert bnp.diagnose.preconditioner_report(best).cosine is None
+
+
+def test_a_report_refuses_a_curvature_that_has_no_positive_inverse() -> None:
+    P = bnp.linalg.IdentityPreconditioner(2, torch.float64)
+    for values, message in (([1.0, -0.5], "negative eigenvalue"), ([1.0, 0.0], "damping=")):
+        A = bnp.DenseOperator(torch.diag(torch.tensor(values, dtype=torch.float64)))
+        with pytest.raises(ValueError, match=message):
+            bnp.diagnose.preconditioner_report(P, A)
+    singular = bnp.DenseOperator(torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64)))
+    assert 0 < (bnp.diagnose.preconditioner_report(P, singular, damping=1e-2).cosine or 0) < 1
