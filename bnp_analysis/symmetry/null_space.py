@@ -21,6 +21,7 @@ from bnp_analysis.network.batches import slice_batch
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.results import Result
+from bnp_analysis.runtime.kinds import require_kind
 from bnp_analysis.runtime.memory import require_memory
 from bnp_analysis.runtime.trees import tensors_of
 from bnp_analysis.symmetry.basis import NullBasis, most_columns
@@ -141,6 +142,7 @@ def null_directions(
         {'softmax shift': 3}
     """
     began = time.perf_counter()
+    require_kind(risk, "risk", EmpiricalRisk)
     require_digits(risk.eps, str(risk.precision), "null directions", cast=True)
     if block is not None:
         layer = block if isinstance(block, str) else block[0]
