@@ -63,7 +63,7 @@ def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
-def sides(blocks: UnitBlocks, P: bnp.Preconditioner, i: int) -> tuple[float, float]:
+def sides(blocks: UnitBlocks, P: bnp.linalg.Preconditioner, i: int) -> tuple[float, float]:
     """`sigma_max / sigma_min+` of a unit's factor without and with `P`, squared, by QR and SVD of all rows."""
     scale = blocks.scales[:, i, None]
     found = []

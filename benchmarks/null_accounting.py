@@ -197,7 +197,7 @@ class Count:
     parameters: int
     rank_bound: int
     nullity: int
-    found: bnp.NullDirections
+    found: bnp.symmetry.NullDirections
     gap: float
     seconds: float
 

@@ -114,7 +114,7 @@ def pyhessian(task: Task, steps: int) -> float:
     return quotient(values, task.x.shape[1], task.x.dtype)
 
 
-def ours(task: Task, declared: bool) -> bnp.ConditionNumber:
+def ours(task: Task, declared: bool) -> bnp.linalg.ConditionNumber:
     risk = bnp.EmpiricalRisk(task.model(), nn.functional.mse_loss, task.data())
     return bnp.condition_number(bnp.gauss_newton(risk), null=task.null if declared else None)
 

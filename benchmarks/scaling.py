@@ -126,7 +126,7 @@ def measured(group: Group, network: str, examples: int | None, rounds: int) -> d
 
 
 def _lanczos(A: Any) -> None:
-    bnp.lanczos(A, STEPS, seed=0)
+    bnp.linalg.lanczos(A, STEPS, seed=0)
 
 
 def report(record: dict[str, Any], command: str) -> list[str]:

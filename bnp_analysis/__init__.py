@@ -15,6 +15,20 @@ _load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 _SUCCESSORS = {
     "rank_estimate": "condition_number(A).rank, which is decided, or n * (1 - spectral_density(A).mass(-x, x).value)",
 }
+# Names of 0.1 that now stand in their rooms: types of results, and what few programs ask for.
+_ROOMS = {
+    "diagnose": ("Comparison", "LayerRow", "LayerTable"),
+    "linalg": (
+        *("ConditionNumber", "DensePreconditioner", "Eigenpairs", "Preconditioner", "SpectralDensity"),
+        *("SymmetricOperator", "congruence", "lanczos", "magnitude_condition_number"),
+        *("regularized_condition_number", "routes"),
+    ),
+    "results": ("Result",),
+    "symmetry": ("NullDirections",),
+    "theory": ("Check", "CheckTable", "ConvergenceCheck"),
+    "training": ("Run",),
+}
+_SUCCESSORS |= {name: f"{__name__}.{room}.{name}" for room, names in _ROOMS.items() for name in names}
 
 
 def __getattr__(name: str) -> object:
@@ -23,4 +37,4 @@ def __getattr__(name: str) -> object:
     return _load(name)
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -11,31 +11,20 @@ from . import (
     network,
     plotting,
     precondition,
+    results,
     symmetry,
     theory,
     training,
 )
 from .curvature import fisher, gauss_newton, hessian
-from .diagnose import Comparison, Conditioning, LayerRow, LayerTable, compare, condition, layer_table
+from .diagnose import compare, condition, layer_table
 from .linalg import (
     CallableOperator,
-    ConditionNumber,
-    ConditionProfile,
     DenseOperator,
-    DensePreconditioner,
-    Eigenpairs,
     LinearOperator,
-    Preconditioner,
-    SpectralDensity,
-    SymmetricOperator,
     condition_number,
     condition_profile,
-    congruence,
     eigenpairs,
-    lanczos,
-    magnitude_condition_number,
-    regularized_condition_number,
-    routes,
     spectral_density,
     trace,
 )
@@ -46,37 +35,19 @@ from .precondition import (
     identity_preconditioner,
     kfac_preconditioner,
 )
-from .results import Result
-from .symmetry import NullDirections, null_directions
-from .theory import Check, CheckTable, ConvergenceCheck, check_convergence_rate, check_theory
-from .training import BNP, Run, train
+from .symmetry import null_directions
+from .theory import check_convergence_rate, check_theory
+from .training import BNP, train
 
 __version__: str
 
 __all__ = [
     "BNP",
     "CallableOperator",
-    "Check",
-    "CheckTable",
-    "Comparison",
-    "ConditionNumber",
-    "ConditionProfile",
-    "Conditioning",
-    "ConvergenceCheck",
     "DenseOperator",
-    "DensePreconditioner",
-    "Eigenpairs",
     "EmpiricalRisk",
-    "LayerRow",
-    "LayerTable",
     "LinearOperator",
-    "NullDirections",
     "ParameterSpace",
-    "Preconditioner",
-    "Result",
-    "Run",
-    "SpectralDensity",
-    "SymmetricOperator",
     "bnp_preconditioner",
     "check_convergence_rate",
     "check_theory",
@@ -84,7 +55,6 @@ __all__ = [
     "condition",
     "condition_number",
     "condition_profile",
-    "congruence",
     "curvature",
     "data",
     "diagnose",
@@ -97,18 +67,15 @@ __all__ = [
     "hessian",
     "identity_preconditioner",
     "kfac_preconditioner",
-    "lanczos",
     "layer_table",
     "linalg",
-    "magnitude_condition_number",
     "models",
     "network",
     "null_directions",
     "plotting",
     "precondition",
     "register_layer",
-    "regularized_condition_number",
-    "routes",
+    "results",
     "spectral_density",
     "symmetry",
     "theory",

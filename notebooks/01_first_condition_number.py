@@ -36,7 +36,7 @@ risk = bnp.EmpiricalRisk(model, torch.nn.functional.cross_entropy, digits.tensor
 A = bnp.gauss_newton(risk)
 print(risk)
 print(A)
-for route in bnp.routes(A):
+for route in bnp.linalg.routes(A):
     print(route)
 
 # %% [markdown]

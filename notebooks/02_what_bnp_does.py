@@ -84,7 +84,7 @@ q = max(m / N, 1) ** 0.5
 G_hat = torch.cat([e, (H - mu) / sigma], dim=1)
 
 P = bnp.bnp_preconditioner(risk)  # exact moments, undamped
-in_z = bnp.congruence(bnp.hessian(risk, block=(layer, unit)), P.block((layer, unit))).to_dense()[order][:, order]
+in_z = bnp.linalg.congruence(bnp.hessian(risk, block=(layer, unit)), P.block((layer, unit))).to_dense()[order][:, order]
 t2 = float((in_z - G_hat.T @ S @ G_hat / q**2).norm() / in_z.norm())
 same_P = float((P.block((layer, unit)).to_dense()[order][:, order] - U @ D / q).norm())
 print(f"P^T A P against G^T S G / q^2: relative difference {t2:.1e}")

@@ -63,7 +63,7 @@ print(without_factor)
 # `routes` lists what each way to the number would cost, and what it could claim.
 
 # %%
-for route in bnp.routes(problem.operator):
+for route in bnp.linalg.routes(problem.operator):
     print(route)
 
 # %% [markdown]
@@ -77,7 +77,7 @@ for route in bnp.routes(problem.operator):
 singular = symmetric_with_spectrum(spectrum("log", 400, 1e4, rank=350), generator)
 ratios, undeclared, declared = {}, {}, {}
 for steps in (60, 100, 150):
-    ritz = bnp.lanczos(singular.operator, steps, seed=1).ritz()[0]
+    ritz = bnp.linalg.lanczos(singular.operator, steps, seed=1).ritz()[0]
     ratios[steps] = float(ritz[-1] / ritz[ritz > 0].min())
     undeclared[steps] = bnp.condition_number(singular.operator, method="lanczos", steps=steps, seed=1)
     print(f"{steps} steps: ratio of Ritz values {ratios[steps]:.3g}\n  {undeclared[steps]}")
@@ -138,7 +138,7 @@ for _ in range(cases):
         float((sigma[0] + radius) / (sigma[-1] - radius)) ** 2,
     ]
     A = bnp.DenseOperator(F.T @ F, factor=F)
-    k = bnp.condition_number(A, preconditioner=bnp.DensePreconditioner(P))
+    k = bnp.condition_number(A, preconditioner=bnp.linalg.DensePreconditioner(P))
     inside_naive += naive[0] <= truth <= naive[1]
     inside += k.lower <= truth <= k.upper
 print(f"the truth lies in the interval: without |P| {inside_naive} of {cases}, with it {inside} of {cases}")

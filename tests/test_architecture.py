@@ -288,3 +288,17 @@ def test_a_cycle_would_be_found(tmp_path: Path) -> None:
     (tmp_path / "b.py").write_text("if True:\n    from . import a\n")
     with pytest.raises(CycleError):
         list(TopologicalSorter(import_graph(tmp_path)).static_order())
+
+
+def test_the_top_is_short_and_a_name_that_moved_says_where_it_is() -> None:
+    import types
+
+    import bnp_analysis as bnp
+
+    functions = [name for name in bnp.__all__ if not isinstance(getattr(bnp, name), types.ModuleType)]
+    assert len(functions) <= 36, "what few programs ask for belongs to its room"
+    for room, names in bnp._ROOMS.items():
+        for name in names:
+            assert hasattr(getattr(bnp, room), name)
+            with pytest.raises(AttributeError, match=rf"use bnp_analysis\.{room}\.{name}$"):
+                getattr(bnp, name)

@@ -36,7 +36,7 @@ def test_condition_prints_table_bounds_and_writes_files(tmp_path, capsys):
     for word in ("fc1", "fc2", "k(G^)", "Whole network", "gauss-newton", "hessian", "negative", "products"):
         assert word in text
     assert "the Hessian's here" in text
-    result = bnp.Comparison.load(out)
+    result = bnp.diagnose.Comparison.load(out)
     assert [row.layer for row in result.layers.layers] == ["fc1", "fc2"]
     assert picture.stat().st_size > 1000
     json.loads(out.read_text())
@@ -48,7 +48,7 @@ def test_the_seed_decides_and_options_reach_their_place(tmp_path):
         out = tmp_path / "c.json"
         args = ["condition", *SMALL, "--seed", seed, "--curvature", "fisher-mc", "--layers", "fc2", "--json", str(out)]
         assert main(args) == 0
-        found.append(bnp.Comparison.load(out))
+        found.append(bnp.diagnose.Comparison.load(out))
     assert found[0] == found[1]
     assert found[0] != found[2]
     assert list(found[0].network) == ["fisher-mc"]
@@ -59,7 +59,7 @@ def test_damping_dtype_and_other_models(tmp_path):
     out = tmp_path / "c.json"
     options = ["--preconditioner", "bnp-damped", "--dtype", "float32", "--curvature", "gauss-newton", "--layers", "fc2"]
     assert main(["condition", *SMALL, *options, "--json", str(out)]) == 0
-    result = bnp.Comparison.load(out)
+    result = bnp.diagnose.Comparison.load(out)
     assert result.network["gauss-newton"][0].dtype == "float32"
     assert result.layers.settings["preconditioner"]["eps1"] == 1e-2
 
@@ -69,7 +69,7 @@ def test_other_preconditioners(name, tmp_path):
     out = tmp_path / "c.json"
     args = ["condition", *SMALL, "--preconditioner", name, "--curvature", "gauss-newton", "--layers", "fc2"]
     assert main([*args, "--json", str(out)]) == 0
-    units = bnp.Comparison.load(out).layers.layers[0].unit_blocks_with_P
+    units = bnp.diagnose.Comparison.load(out).layers.layers[0].unit_blocks_with_P
     assert all(k is None for k in units) == (name == "kfac")
 
 
@@ -88,7 +88,7 @@ def test_condition_by_engine_and_within_memory(tmp_path, capsys):
     out = tmp_path / "c.json"
     args = ["condition", *SMALL, "--curvature", "hessian", "--layers", "fc2", "--json", str(out)]
     assert main([*args, "--engine", "recompute", "--max-memory", "100"]) == 0
-    plan = bnp.Comparison.load(out).network["hessian"][0].engine
+    plan = bnp.diagnose.Comparison.load(out).network["hessian"][0].engine
     assert (plan["engine"], plan["limit"]) == ("recompute", 100 * 2**20)
     for option, value, word in (("--max-memory", "0.001", "max_memory"), ("--max-flops", "1000", "max_flops")):
         assert main([*args, option, value]) == 2
@@ -103,9 +103,9 @@ def test_spectrum_writes_both_densities(tmp_path, capsys):
     assert names == [
         "s-density-with-P.json", "s-density.json", "s-eigenpairs-with-P.json", "s-eigenpairs.json", "s.png",
     ]  # fmt: skip
-    pairs = bnp.Eigenpairs.load(tmp_path / "s-eigenpairs.json")
+    pairs = bnp.linalg.Eigenpairs.load(tmp_path / "s-eigenpairs.json")
     assert pairs.values[0] >= pairs.values[1]
-    assert not bnp.SpectralDensity.load(tmp_path / "s-density.json").settings["reorthogonalize"]
+    assert not bnp.linalg.SpectralDensity.load(tmp_path / "s-density.json").settings["reorthogonalize"]
 
 
 def test_a_checkpoint_is_measured_where_it_stands(tmp_path, capsys):
@@ -128,7 +128,7 @@ def test_a_checkpoint_is_measured_where_it_stands(tmp_path, capsys):
     data = bnp.data.load("digits", n=60)
     risk = bnp.EmpiricalRisk(model, torch.nn.functional.cross_entropy, data.tensors, dtype=torch.float64)
     expected = bnp.condition_number(bnp.gauss_newton(risk, block="fc2"))
-    assert bnp.Comparison.load(out).layers.layers[0].block.value == pytest.approx(expected.value, rel=1e-6)
+    assert bnp.diagnose.Comparison.load(out).layers.layers[0].block.value == pytest.approx(expected.value, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_check_prints_a_line_per_check_and_says_the_verdict(tmp_path, capsys):
     out = tmp_path / "c.json"
     assert main(["check", *SMALL, "--only", "T3", "T7", "T6", "--json", str(out)]) == 0
     text = capsys.readouterr().out
-    table = bnp.CheckTable.load(out)
+    table = bnp.theory.CheckTable.load(out)
     found = {check.source for check in table.checks}
     assert found == {"Algorithm 2 (T3)", "Prop. 10 (T6)", "T6", "Theorem 4 (T7)", "Prop. 11 (T7)", "T7"}
     assert [line for line in text.splitlines() if line.startswith(tuple(found))] == [str(c) for c in table.checks]
@@ -248,7 +248,7 @@ def test_an_interrupted_check_keeps_what_was_made(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(coordinates, "in_coordinates", stop)
     out = tmp_path / "c.json"
     assert main(["check", *SMALL, "--only", "T1", "T2", "--json", str(out)]) == 130
-    table = bnp.CheckTable.load(out)
+    table = bnp.theory.CheckTable.load(out)
     assert {check.source for check in table.checks} == {"Prop. 2 (T1)"}
     assert "interrupted in Theorem 3 (T2)" in capsys.readouterr().out
 

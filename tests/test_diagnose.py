@@ -125,7 +125,7 @@ def test_results_survive_a_file_and_make_tables(problem, tmp_path):
     model, x, y = problem
     result = bnp.compare(bnp.EmpiricalRisk(model, cross_entropy, (x, y)))
     result.save(tmp_path / "c.json")
-    assert bnp.Result.load(tmp_path / "c.json") == result
+    assert bnp.results.Result.load(tmp_path / "c.json") == result
     frame = result.to_dataframe()
     assert list(frame["layer"]) == ["fc1", "fc2"]
     assert "<table" in result._repr_html_()

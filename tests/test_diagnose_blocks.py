@@ -58,14 +58,14 @@ def perceptron(x: Tensor, y: Tensor, activation: str = "relu") -> bnp.EmpiricalR
     return bnp.EmpiricalRisk(model, cross_entropy, (x, y))
 
 
-def numbers(table: bnp.LayerTable) -> Iterator[tuple[str | tuple[str, int], tuple[Found, Found]]]:
+def numbers(table: bnp.diagnose.LayerTable) -> Iterator[tuple[str | tuple[str, int], tuple[Found, Found]]]:
     for row in table.layers:
         yield row.layer, (row.block, row.block_with_P)
         for i in range(row.units):
             yield (row.layer, i), (row.unit_blocks[i], row.unit_blocks_with_P[i])
 
 
-def require_same(risk: bnp.EmpiricalRisk, table: bnp.LayerTable) -> int:
+def require_same(risk: bnp.EmpiricalRisk, table: bnp.diagnose.LayerTable) -> int:
     """Every number of the table against the block measured by itself; how many of them are two-sided."""
     P, two_sided = bnp.bnp_preconditioner(risk), 0
     for block, found in numbers(table):

@@ -25,7 +25,7 @@ def risk() -> bnp.EmpiricalRisk:
     return bnp.EmpiricalRisk(model, nn.functional.cross_entropy, (x, torch.randint(0, 3, (60,), generator=g)))
 
 
-def dense_ratios(A: bnp.SymmetricOperator, P: Any, ranks: np.ndarray) -> np.ndarray:
+def dense_ratios(A: bnp.linalg.SymmetricOperator, P: Any, ranks: np.ndarray) -> np.ndarray:
     matrix = A.to_dense() if P is None else P.to_dense().T @ A.to_dense() @ P.to_dense()
     sizes = np.sort(np.abs(torch.linalg.eigvalsh(matrix).numpy()))[::-1]
     return np.asarray(sizes[0] / sizes[ranks - 1])
@@ -86,7 +86,7 @@ def test_it_reads_as_a_paragraph_and_saves(risk: bnp.EmpiricalRisk, tmp_path: An
     assert {"rank", "value", "lower", "upper", "value_with_P", "gain", "gain_lower"} <= set(rows[0])
     assert all(isinstance(row["value"], float) for row in rows)
     path = found.save(tmp_path / "found.json")
-    assert bnp.Result.load(path).records() == rows
+    assert bnp.results.Result.load(path).records() == rows
     axes = bnp.plotting.plot_profile(found)
     assert len(axes.lines) >= 2
     assert bnp.plotting.plot_profile(found.without_P, label="one").get_legend() is not None

@@ -14,7 +14,7 @@ from bnp_analysis import plotting
 
 
 @pytest.fixture(scope="module")
-def result() -> bnp.Comparison:
+def result() -> bnp.diagnose.Comparison:
     g = torch.Generator().manual_seed(0)
     x, y = 1 + torch.rand(40, 4, generator=g), torch.randint(0, 3, (40,), generator=g)
     return bnp.compare(bnp.EmpiricalRisk(bnp.models.mlp([4, 5, 3]), cross_entropy, (x, y)))

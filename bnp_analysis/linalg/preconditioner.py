@@ -282,8 +282,8 @@ def congruence(A: SymmetricOperator, P: Preconditioner) -> SymmetricOperator:
     Example:
         >>> import torch, bnp_analysis as bnp
         >>> A = bnp.DenseOperator(torch.diag(torch.tensor([4.0, 1.0])))
-        >>> P = bnp.DensePreconditioner(torch.diag(torch.tensor([0.5, 1.0])))
-        >>> bnp.congruence(A, P).to_dense()
+        >>> P = bnp.linalg.DensePreconditioner(torch.diag(torch.tensor([0.5, 1.0])))
+        >>> bnp.linalg.congruence(A, P).to_dense()
         tensor([[1., 0.],
                 [0., 1.]])
     """

@@ -142,7 +142,7 @@ def kfac_preconditioner(
         >>> x, y = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.zeros(2, 1)
         >>> risk = bnp.EmpiricalRisk(torch.nn.Linear(2, 1, bias=False), torch.nn.functional.mse_loss, (x, y))
         >>> P = bnp.kfac_preconditioner(risk, damping=0)
-        >>> bnp.congruence(bnp.gauss_newton(risk), P).to_dense().round(decimals=5)
+        >>> bnp.linalg.congruence(bnp.gauss_newton(risk), P).to_dense().round(decimals=5)
         tensor([[1., 0.],
                 [0., 1.]])
     """

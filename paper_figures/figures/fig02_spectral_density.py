@@ -52,7 +52,7 @@ def compute(settings: Settings, report: Report) -> dict[str, Any]:
             lower, upper = found.band()
             arrays |= {f"{key}/grid": found.grid, f"{key}/density": found.density}
             arrays |= {f"{key}/lower": lower, f"{key}/upper": upper}
-            operator = A if preconditioner is None else bnp.congruence(A, preconditioner)
+            operator = A if preconditioner is None else bnp.linalg.congruence(A, preconditioner)
             exact = torch.linalg.eigvalsh(operator.to_dense()).numpy()
             top = np.abs(exact).max()
             bounds = top * np.geomspace(1e-6, 1, 25)[:-1]

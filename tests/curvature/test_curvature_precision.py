@@ -105,7 +105,7 @@ def test_every_operator_of_a_risk_knows() -> None:
     P = bnp.bnp_preconditioner(risk)
     operators: list[Any] = [
         A, A.factor, bnp.hessian(risk), bnp.fisher(risk), bnp.gauss_newton(risk, block=("0", 1)), units[0],
-        units[0].factor, whole, reduced(A), reduced(units[1]), bnp.congruence(A, P), A.factor @ P,
+        units[0].factor, whole, reduced(A), reduced(units[1]), bnp.linalg.congruence(A, P), A.factor @ P,
     ]  # fmt: skip
     assert all(1 <= operator.eps / eps <= 8 for operator in operators)
     assert bnp.hessian(problem(layer_norm, DOUBLE)).eps <= 8 * torch.finfo(DOUBLE).eps
@@ -143,8 +143,8 @@ def test_outputs_in_a_coarser_dtype_have_a_curvature() -> None:
 
 VERBS: dict[str, Callable[[bnp.EmpiricalRisk], Any]] = {
     "condition number": lambda r: bnp.condition_number(bnp.gauss_newton(r)),
-    "magnitudes": lambda r: bnp.magnitude_condition_number(bnp.hessian(r)),
-    "regularized": lambda r: bnp.regularized_condition_number(bnp.gauss_newton(r), 0.1),
+    "magnitudes": lambda r: bnp.linalg.magnitude_condition_number(bnp.hessian(r)),
+    "regularized": lambda r: bnp.linalg.regularized_condition_number(bnp.gauss_newton(r), 0.1),
     "a unit": lambda r: bnp.condition_number(bnp.gauss_newton(r, block=("0", 1))),
     "eigenpairs": lambda r: bnp.eigenpairs(bnp.hessian(r), k=1),
     "density": lambda r: bnp.spectral_density(bnp.hessian(r), probes=1, steps=4),

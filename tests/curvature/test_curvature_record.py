@@ -35,15 +35,15 @@ def test_every_result_of_products_carries_the_plan(engine: str, kept: int, tmp_p
         bnp.eigenpairs(H, 1),
         bnp.eigenpairs(H, 1, preconditioner=P),
         bnp.spectral_density(H, probes=1, steps=3),
-        bnp.trace(bnp.congruence(A, P), probes=2),
-        bnp.magnitude_condition_number(H, method="lanczos", steps=5),
-        bnp.regularized_condition_number(fisher, 0.1, method="lanczos"),
+        bnp.trace(bnp.linalg.congruence(A, P), probes=2),
+        bnp.linalg.magnitude_condition_number(H, method="lanczos", steps=5),
+        bnp.linalg.regularized_condition_number(fisher, 0.1, method="lanczos"),
         bnp.condition_number(bnp.gauss_newton(problem, engine=engine, max_memory=10**8), method="golub-kahan"),
         bnp.condition_number(unit, method="lanczos", steps=5),
         bnp.condition_number(bnp.linalg.GramOperator(fisher.factor), method="lanczos", steps=5),
     ]
     for result in found:
-        back = bnp.Result.load(result.save(tmp_path / "result.json"))
+        back = bnp.results.Result.load(result.save(tmp_path / "result.json"))
         assert back.engine == result.engine
         assert asked(engine, kept).items() <= back.engine.items()
         assert 0 < back.engine["bytes"] <= back.engine["limit"] == 10**8

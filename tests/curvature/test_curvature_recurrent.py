@@ -86,7 +86,7 @@ class Last(nn.Module):
 
 def check(
     kind: str, form: str, weights: list[float], x: list[list[float]], dtype: torch.dtype
-) -> bnp.ConditionNumber | None:
+) -> bnp.linalg.ConditionNumber | None:
     """What is measured contains the truth of the weights as they are stored; None where it is refused in words."""
     net = Last(kind, form, dtype)
     half = len(weights) // 2

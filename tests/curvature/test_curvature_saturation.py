@@ -70,7 +70,7 @@ def saturated(sizes: Sequence[float], step: float) -> list[list[float]]:
     return [*beside, [middle, middle + step], [-middle, -middle - step]]
 
 
-def contains(found: bnp.ConditionNumber, truth: Any) -> bool:
+def contains(found: bnp.linalg.ConditionNumber, truth: Any) -> bool:
     return bool(found.lower <= truth <= found.upper)
 
 
@@ -207,7 +207,7 @@ def test_tables_fisher_and_magnitudes() -> None:
     assert contains(found, truth)
     assert found.two_sided
     for A in (bnp.hessian(risk), bnp.gauss_newton(risk), bnp.fisher(risk), bnp.fisher(risk, "empirical")):
-        result = bnp.magnitude_condition_number(A)
+        result = bnp.linalg.magnitude_condition_number(A)
         assert result.lower >= 1 - 1e-6
         assert not result.two_sided  # unit 2 has slopes of 1e-170
     assert bnp.layer_table(risk) is not None

@@ -139,7 +139,7 @@ def killed(group: Group, folder: Path) -> dict[str, Any]:
         if group.rank == 1 and str(done) == at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    run = bnp.lanczos(bnp.hessian(risk), 80, seed=4, checkpoint=group.checkpoint(private), progress=progress)
+    run = bnp.linalg.lanczos(bnp.hessian(risk), 80, seed=4, checkpoint=group.checkpoint(private), progress=progress)
     numbers = {"alpha": torch.as_tensor(run.alpha), "beta": torch.as_tensor(run.beta), "basis": run.basis}
     return numbers | {
         "began at": seen[0] - 1,

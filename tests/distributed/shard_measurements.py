@@ -169,18 +169,18 @@ def _numbers(risk: bnp.EmpiricalRisk) -> Found:
         k = bnp.condition_number(A, null=N, method=method, steps=12 if method == "lanczos" else None)
         found |= {f"kappa by {method}": k.value, f"its rank by {method}": k.rank}
     k = bnp.condition_number(A, null=N, preconditioner=P)
-    inverse = bnp.regularized_condition_number(A, 0.1, method="inverse-lanczos", seed=2)
+    inverse = bnp.linalg.regularized_condition_number(A, 0.1, method="inverse-lanczos", seed=2)
     found |= {"kappa by inverse-lanczos": inverse.value}
     found["check"] = [c.holds for c in bnp.check_theory(risk, only=["T1", "T3"]).checks]
     found |= {"kappa with P": k.value, "its interval": torch.tensor([k.lower, k.upper]).nan_to_num()}
-    found["kappa of the hessian"] = bnp.magnitude_condition_number(H).value
-    found["kappa, regularized"] = bnp.regularized_condition_number(A, 0.1).value
+    found["kappa of the hessian"] = bnp.linalg.magnitude_condition_number(H).value
+    found["kappa, regularized"] = bnp.linalg.regularized_condition_number(A, 0.1).value
     pairs = bnp.eigenpairs(H, 3, seed=1)
     found |= {"eigenvalues": pairs.values, "eigenvectors": pairs.vectors.abs()}
     density = bnp.spectral_density(H, probes=2, steps=6, seed=1)
     found |= {"density": density.density, "quadrature nodes": density.nodes}
     found["trace"] = bnp.trace(A, probes=4, seed=1).value
-    found["a route"] = [route.method for route in bnp.routes(A) if route.applies]
+    found["a route"] = [route.method for route in bnp.linalg.routes(A) if route.applies]
     return found
 
 

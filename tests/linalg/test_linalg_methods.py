@@ -29,7 +29,7 @@ def test_a_new_method_is_one_object(monkeypatch: pytest.MonkeyPatch) -> None:
     assert methods(A)[-1].method == "mine"
     assert condition_number(A).method == "dense"
     with pytest.raises(InvalidInputError, match="semidefinite"):
-        bnp.magnitude_condition_number(A, method="mine")
+        bnp.linalg.magnitude_condition_number(A, method="mine")
     with pytest.raises(InvalidInputError, match="already"):
         register(mine)
     with pytest.raises(InvalidInputError, match=r"one of auto, factor-svd, .*, mine, got 'yours'"):

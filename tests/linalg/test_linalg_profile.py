@@ -155,7 +155,7 @@ def test_the_dense_profile_ends_in_the_condition_number() -> None:
 
 def test_a_preconditioner_and_a_scale_change_what_they_should() -> None:
     M = torch.diag(torch.logspace(0, -6, 30, dtype=torch.float64))
-    P = bnp.DensePreconditioner(torch.diag(torch.logspace(0, 1, 30, dtype=torch.float64)))
+    P = bnp.linalg.DensePreconditioner(torch.diag(torch.logspace(0, 1, 30, dtype=torch.float64)))
     flatter = bnp.condition_profile(bnp.DenseOperator(M), preconditioner=P, ranks=[2, 10, 30], method="lanczos")
     assert flatter.value == pytest.approx([10 ** (4 * (r - 1) / 29) for r in (2, 10, 30)], rel=1e-9)
     plain = bnp.condition_profile(bnp.DenseOperator(M), ranks=[2, 10], method="lanczos")

@@ -136,7 +136,7 @@ def test_congruence_is_the_gauss_newton_matrix_of_the_network_in_z(kind: str, bi
     risk, in_z = both(kind, bias, which)
     P = bnp.bnp_preconditioner(risk, statistics=which)
     expected = bnp.gauss_newton(in_z).to_dense()
-    found = bnp.congruence(bnp.gauss_newton(risk), P).to_dense()
+    found = bnp.linalg.congruence(bnp.gauss_newton(risk), P).to_dense()
     assert relative(found, expected) < 1e-10
     assert relative(P.apply(in_z.theta), risk.theta) < 1e-11, "theta = P z"
     assert relative(P.apply_transpose(risk.gradient), in_z.gradient) < 1e-10, "the gradient in z is P^T g"
@@ -148,7 +148,7 @@ def test_congruence_is_the_gauss_newton_matrix_of_the_network_in_z(kind: str, bi
 def test_congruence_is_the_hessian_of_the_network_in_z(kind: str) -> None:
     risk, in_z = both(kind, True, "channel")
     P = bnp.bnp_preconditioner(risk)
-    assert relative(bnp.congruence(bnp.hessian(risk), P).to_dense(), bnp.hessian(in_z).to_dense()) < 1e-10
+    assert relative(bnp.linalg.congruence(bnp.hessian(risk), P).to_dense(), bnp.hessian(in_z).to_dense()) < 1e-10
 
 
 def test_small_batches_scale_by_q() -> None:

@@ -28,13 +28,13 @@ def entropy_risk(model: nn.Module, x: Any, **options: Any) -> bnp.EmpiricalRisk:
     return bnp.EmpiricalRisk(model.double(), nn.functional.cross_entropy, (x, LABELS), **options)
 
 
-def untouched(P: bnp.Preconditioner, positions: Tensor) -> bool:
+def untouched(P: bnp.linalg.Preconditioner, positions: Tensor) -> bool:
     dense = P.to_dense()
     eye = torch.eye(P.dim, dtype=P.dtype)
     return torch.equal(dense[positions], eye[positions]) and torch.equal(dense[:, positions], eye[:, positions])
 
 
-def check_named(risk: bnp.EmpiricalRisk, expected: dict[str, str]) -> bnp.Preconditioner:
+def check_named(risk: bnp.EmpiricalRisk, expected: dict[str, str]) -> bnp.linalg.Preconditioner:
     """`uncovered` names exactly these parameters, with these reasons in it, and `P` is the identity there."""
     P = bnp.bnp_preconditioner(risk)
     assert sorted(P.uncovered) == sorted(expected)

@@ -159,7 +159,7 @@ def test_jacobi_is_the_exact_diagonal_of_the_gauss_newton_matrix(kind: str) -> N
     A = bnp.gauss_newton(risk).to_dense()
     P = diagonal_preconditioner(risk)
     torch.testing.assert_close(P.scales, A.diagonal().rsqrt(), rtol=1e-10, atol=0)
-    diagonal = bnp.congruence(bnp.gauss_newton(risk), P).to_dense().diagonal()
+    diagonal = bnp.linalg.congruence(bnp.gauss_newton(risk), P).to_dense().diagonal()
     torch.testing.assert_close(diagonal, torch.ones_like(diagonal))
 
 

@@ -29,7 +29,7 @@ def squares(output: Tensor, target: Any) -> Tensor:
 
 def whitened(risk: bnp.EmpiricalRisk, **options: Any) -> Tensor:
     P = kfac_preconditioner(risk, **options)
-    return bnp.congruence(bnp.gauss_newton(risk), P).to_dense()
+    return bnp.linalg.congruence(bnp.gauss_newton(risk), P).to_dense()
 
 
 EXACT: dict[str, Callable[[bool], nn.Module]] = {
@@ -74,7 +74,7 @@ def test_both_factors_of_a_deep_layer(coupling: str) -> None:
     W = model[1].weight.detach()
     torch.testing.assert_close(S, 2 * W.T @ W / 5)
     P = kfac_preconditioner(risk, damping=0, block="0")
-    found = bnp.congruence(bnp.gauss_newton(risk, block="0"), P).to_dense()
+    found = bnp.linalg.congruence(bnp.gauss_newton(risk, block="0"), P).to_dense()
     torch.testing.assert_close(found, torch.eye(15, dtype=torch.float64), rtol=0, atol=1e-9)
 
 

@@ -29,7 +29,7 @@ from bnp_analysis.precondition import (
 )
 from bnp_analysis.testing import check_preconditioner
 
-Make = Callable[[torch.Generator], bnp.Preconditioner]
+Make = Callable[[torch.Generator], bnp.linalg.Preconditioner]
 
 
 def moments(groups: int, features: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -124,7 +124,7 @@ def test_models_of_the_package_with_layers_that_are_left_alone(generator: torch.
     assert torch.equal(P.apply(z)[untouched], z[untouched])
 
 
-def submatrix(P: bnp.Preconditioner, positions: Tensor) -> Tensor:
+def submatrix(P: bnp.linalg.Preconditioner, positions: Tensor) -> Tensor:
     return P.to_dense()[positions][:, positions]
 
 

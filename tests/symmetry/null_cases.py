@@ -254,7 +254,7 @@ class Solved:
     risk: bnp.EmpiricalRisk
     factor: Tensor
     matrix: Tensor
-    null: bnp.NullDirections
+    null: bnp.symmetry.NullDirections
 
 
 @cache

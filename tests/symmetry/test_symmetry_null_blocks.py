@@ -79,7 +79,7 @@ def test_directions_inside_a_unit_have_exact_zeros_elsewhere() -> None:
     assert N.inside(unit[:2]).shape == (2, 0)
 
 
-def interval_contains(k: bnp.ConditionNumber, truth: float) -> bool:
+def interval_contains(k: bnp.linalg.ConditionNumber, truth: float) -> bool:
     # The reference is a singular value decomposition with its own rounding.
     return k.lower * (1 - 1e-6) <= truth <= k.upper * (1 + 1e-6)
 

@@ -185,7 +185,7 @@ def test_orbits_are_level_sets(power: float, which: int) -> None:
     assert float((t - found.basis @ (found.basis.T @ t)).norm()) < 1e-9 * float(t.norm())
 
 
-def _found(risk: bnp.EmpiricalRisk) -> tuple[bnp.EmpiricalRisk, bnp.NullDirections]:
+def _found(risk: bnp.EmpiricalRisk) -> tuple[bnp.EmpiricalRisk, bnp.symmetry.NullDirections]:
     return risk, bnp.null_directions(risk)
 
 

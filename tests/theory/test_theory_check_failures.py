@@ -70,7 +70,7 @@ def uncentered(block: BNPBlock) -> BNPBlock:
 
 
 def test_a_gauss_newton_matrix_in_place_of_the_hessian(monkeypatch: Patch) -> None:
-    def wrong(risk: bnp.EmpiricalRisk, *, block: object = None) -> bnp.SymmetricOperator:
+    def wrong(risk: bnp.EmpiricalRisk, *, block: object = None) -> bnp.linalg.SymmetricOperator:
         return bnp.gauss_newton(risk, block=block) if block else bnp.hessian(risk)  # type: ignore[arg-type]
 
     monkeypatch.setattr(layer_curvature, "hessian", wrong)
@@ -104,7 +104,7 @@ def test_blocks_of_units_that_forget_the_square(monkeypatch: Patch) -> None:
 # T2, T3, T5
 
 
-class WithoutTranspose(bnp.DensePreconditioner):
+class WithoutTranspose(bnp.linalg.DensePreconditioner):
     def _rmatmat(self, y: Tensor) -> Tensor:
         return self._matmat(y)
 
@@ -119,7 +119,7 @@ def test_a_preconditioner_without_its_transpose() -> None:
 def test_a_broken_change_of_variables(monkeypatch: Patch) -> None:
     risk = relu()
 
-    def elsewhere(risk: bnp.EmpiricalRisk, P: bnp.Preconditioner) -> bnp.EmpiricalRisk:
+    def elsewhere(risk: bnp.EmpiricalRisk, P: bnp.linalg.Preconditioner) -> bnp.EmpiricalRisk:
         made = original(risk, P)
         return made.at(1.01 * made.theta)
 
@@ -221,7 +221,7 @@ def test_a_scaling_that_beats_the_bound(monkeypatch: Patch) -> None:
 def test_a_condition_number_that_is_off(monkeypatch: Patch) -> None:
     """The root of the condition number where the number itself is meant."""
 
-    def root(matrix: Tensor) -> bnp.ConditionNumber:
+    def root(matrix: Tensor) -> bnp.linalg.ConditionNumber:
         found = original(matrix)
         unweighted = bool((matrix[:, -1] == 1).all())
         return (
@@ -367,7 +367,7 @@ def test_rates_that_are_not_what_the_spectrum_says(monkeypatch: Patch) -> None:
 
 
 def test_the_gram_matrix_in_place_of_the_factor(monkeypatch: Patch) -> None:
-    def by_gram(A: bnp.SymmetricOperator, **options: object) -> bnp.ConditionNumber:
+    def by_gram(A: bnp.linalg.SymmetricOperator, **options: object) -> bnp.linalg.ConditionNumber:
         return bnp.condition_number(A, **(options | {"method": "dense"}))  # type: ignore[arg-type]
 
     monkeypatch.setattr(spectra, "condition_number", by_gram)
@@ -376,7 +376,7 @@ def test_the_gram_matrix_in_place_of_the_factor(monkeypatch: Patch) -> None:
 
 
 def test_intervals_that_are_too_narrow_or_too_wide(monkeypatch: Patch) -> None:
-    def sure(A: bnp.SymmetricOperator, **options: object) -> bnp.ConditionNumber:
+    def sure(A: bnp.linalg.SymmetricOperator, **options: object) -> bnp.linalg.ConditionNumber:
         found = bnp.condition_number(A, **options)  # type: ignore[arg-type]
         return dataclasses.replace(found, lower=1.001 * found.value, upper=1.002 * found.value)
 
@@ -388,7 +388,7 @@ def test_intervals_that_are_too_narrow_or_too_wide(monkeypatch: Patch) -> None:
 
 
 def test_bounds_of_lanczos_that_claim_too_much(monkeypatch: Patch) -> None:
-    def shifted(A: bnp.SymmetricOperator, **options: object) -> bnp.ConditionNumber:
+    def shifted(A: bnp.linalg.SymmetricOperator, **options: object) -> bnp.linalg.ConditionNumber:
         if options.get("method") != "lanczos":
             return bnp.condition_number(Shifted(A, 1.0))
         return bnp.condition_number(A, **options)  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ QUICK = ["Prop. 2", "T3", "T4", "T7", "T8", "T11"]
 
 
 def test_everything_over_one_risk(tmp_path, monkeypatch) -> None:
-    seen: list[bnp.Check] = []
+    seen: list[bnp.theory.Check] = []
     steps: list[tuple[int, int]] = []
     monkeypatch.setattr(suite, "STATEMENTS", [one for one in suite.STATEMENTS if one.source not in RATES])
     table = bnp.check_theory(relu(), report=seen.append, progress=lambda done, total: steps.append((done, total)))
@@ -31,7 +31,7 @@ def test_everything_over_one_risk(tmp_path, monkeypatch) -> None:
     assert tuple(seen) == table.checks
     assert steps[-1] == (len(suite.STATEMENTS), len(suite.STATEMENTS))
     assert {check.source for check in table.checks} == set(Source) - RATES
-    assert bnp.CheckTable.load(table.save(tmp_path / "table.json")) == table
+    assert bnp.theory.CheckTable.load(table.save(tmp_path / "table.json")) == table
     assert all(check.hypotheses or check.details or check.holds is None for check in table.checks[:3])
 
 
@@ -66,7 +66,7 @@ def test_a_given_preconditioner_is_the_one_that_is_checked() -> None:
 def test_an_interruption_keeps_the_checks_made(monkeypatch) -> None:
     @statement(Source.THEOREM_3, "interrupted")
     def interrupted(problem: Problem):
-        yield bnp.Check.compare("made before", Source.THEOREM_3, observed=1.0, predicted=1.0, tolerance=0.0)
+        yield bnp.theory.Check.compare("made before", Source.THEOREM_3, observed=1.0, predicted=1.0, tolerance=0.0)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(suite, "STATEMENTS", (suite.STATEMENTS[1], interrupted, suite.STATEMENTS[-1]))
@@ -110,7 +110,7 @@ def test_every_statement_has_one_check_and_every_name_one_meaning() -> None:
 
 
 def test_a_failing_check_fails_the_table() -> None:
-    class Wrong(bnp.DensePreconditioner):
+    class Wrong(bnp.linalg.DensePreconditioner):
         def _rmatmat(self, y: torch.Tensor) -> torch.Tensor:
             return self._matmat(y)
 

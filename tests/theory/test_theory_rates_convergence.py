@@ -167,7 +167,7 @@ def test_a_fixed_preconditioner_is_its_own_congruence() -> None:
     problem = teacher_student((8, 2, 4), kappa=1e3)
     P = bnp.bnp_preconditioner(problem.solved, eps1=1e-2)
     check = check_convergence_rate(problem.risk, P)
-    B = bnp.congruence(bnp.hessian(problem.solved), P).to_dense()
+    B = bnp.linalg.congruence(bnp.hessian(problem.solved), P).to_dense()
     values = torch.linalg.eigvalsh(B)
     assert check.holds, check
     assert check.kappa == pytest.approx(float(values[-1] / values[problem.null_dimension]), rel=1e-2)
@@ -179,7 +179,7 @@ def test_the_joint_map_has_the_joint_spectrum(rho: float) -> None:
     """T15 by finite differences of the iteration itself, parameters and statistics together."""
     problem = teacher_student((3, 2, 2))
     P = bnp.bnp_preconditioner(problem.solved)
-    B = bnp.congruence(bnp.hessian(problem.solved), P).to_dense()
+    B = bnp.linalg.congruence(bnp.hessian(problem.solved), P).to_dense()
     values = torch.linalg.eigvalsh(B)[problem.null_dimension :]
     step = rates.best_step(float(values[-1]), float(values[0]))
     iteration = RunningBNP(problem.risk, P, step, rho)

@@ -223,7 +223,7 @@ def methods(A: SymmetricOperator, steps: int = LANCZOS_STEPS) -> list[Route]:
 
     Example:
         >>> import torch, bnp_analysis as bnp
-        >>> [route.method for route in bnp.routes(bnp.DenseOperator(torch.eye(3))) if route.applies]
+        >>> [route.method for route in bnp.linalg.routes(bnp.DenseOperator(torch.eye(3))) if route.applies]
         ['dense', 'inertia', 'inverse-lanczos', 'lanczos']
     """
     require_kind(A, "A", SymmetricOperator)

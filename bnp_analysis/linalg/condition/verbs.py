@@ -146,7 +146,7 @@ def regularized_condition_number(
     Example:
         >>> import torch, bnp_analysis as bnp
         >>> A = bnp.DenseOperator(torch.diag(torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64)))
-        >>> print(bnp.regularized_condition_number(A, 0.5))
+        >>> print(bnp.linalg.regularized_condition_number(A, 0.5))
         kappa(A + 0.5 I) = 7 (7 .. 7), dense float64, rank 3 of 3
     """
     require_kind(A, "A", SymmetricOperator)
@@ -188,7 +188,7 @@ def magnitude_condition_number(
     Example:
         >>> import torch, bnp_analysis as bnp
         >>> A = bnp.DenseOperator(torch.diag(torch.tensor([-4.0, 2.0, 1.0], dtype=torch.float64)))
-        >>> k = bnp.magnitude_condition_number(A)
+        >>> k = bnp.linalg.magnitude_condition_number(A)
         >>> round(k.value, 12), k.negative
         (4.0, 1)
     """
