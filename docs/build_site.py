@@ -1,4 +1,4 @@
-"""Write the site into `docs/site`: the whole of `make docs`. A warning, and a link inside that leads nowhere, is an error.
+"""Write the site into `docs/site`: the whole of `make docs`. A warning, or a link that leads nowhere, is an error.
 
 Pages are the Markdown files of `docs/`, a gallery made of `paper_figures/`, and an API reference made of the docstrings
 of what each room's `__all__` names. Nothing is fetched, and nothing is computed.
@@ -78,12 +78,22 @@ def gallery() -> None:
             *(f"# {title}", "", f"![{title}]({picture.name})", "", claim, ""),
             *(f"It shows: {words['SHOWS']}. The figure itself says whether the claim holds on its data.", ""),
             *("```sh", f"bnp-analysis figures {path.stem} --preset full", "```", ""),
-            *(f"The code, `paper_figures/figures/{path.name}`: `compute` makes the arrays, `failure` judges the claim,", ""),
-            *("`draw` draws.", "", f"```{{literalinclude}} {path.name}", ":language: python", "```", ""),
+            *(f"The code, `paper_figures/figures/{path.name}`: `compute` makes the arrays, `failure` judges"),
+            *("the claim, `draw` draws.", "", f"```{{literalinclude}} {path.name}", ":language: python", "```", ""),
         ]
         (STAGE / "gallery" / f"{path.stem}.md").write_text("\n".join(page), encoding="utf-8")
-        cells += [f"[![{title}](gallery/{picture.name}){{width=260px}}](gallery/{path.stem}.md)", "", f"**{title}.** {claim}", ""]
-    head = ["# Gallery", "", "Every figure says what it claims, and in red if its data do not bear that out. A click leads to the code.", ""]
+        cells += [
+            f"[![{title}](gallery/{picture.name}){{width=260px}}](gallery/{path.stem}.md)",
+            "",
+            f"**{title}.** {claim}",
+            "",
+        ]
+    head = [
+        "# Gallery",
+        "",
+        "Every figure says what it claims, and in red if its data do not bear that out. A click leads to the code.",
+        "",
+    ]
     toctree = ["```{toctree}", ":hidden:", ":glob:", "", "gallery/*", "```", ""]
     (STAGE / "gallery.md").write_text("\n".join(head + cells + toctree), encoding="utf-8")
 
@@ -119,8 +129,13 @@ def reference() -> None:
             value = getattr(module, name)
             if inspect.ismodule(value):
                 continue
-            kind = "class" if inspect.isclass(value) else "function" if inspect.isroutine(value) else "data"
-            lines += [f".. auto{kind}:: {module.__name__}.{name}", *(["   :no-value:"] if kind == "data" else []), ""]
+            if inspect.isclass(value) or inspect.isroutine(value):
+                kind = "class" if inspect.isclass(value) else "function"
+                lines += [f".. auto{kind}:: {module.__name__}.{name}", ""]
+                continue
+            # A registry, or a type with a name: what is in it stands for a docstring.
+            inside = ", ".join(f"``{key}``" for key in value) if isinstance(value, dict) else f"``{value}``"
+            lines += [f".. py:data:: {module.__name__}.{name}", "", f"   {inside}", ""]
         (STAGE / "api" / f"{room}.rst").write_text("\n".join(lines), encoding="utf-8")
         index.append(f"api/{room}")
     (STAGE / "api.md").write_text("\n".join([*index, "```", ""]), encoding="utf-8")

@@ -51,8 +51,8 @@ WRONG: dict[str, list[tuple[object, str]]] = {
         (RISK, "bnp.bnp_preconditioner(risk)"),
         (MODEL, "bnp.bnp_preconditioner(bnp.EmpiricalRisk(model, loss, (x, y)))"),
         (OPTIMIZER, "bnp.diagonal_preconditioner(risk, optimizer, model=model)"),
-        (A, "bnp.DensePreconditioner(matrix)"),
-        (torch.eye(3), "bnp.DensePreconditioner(matrix)"),
+        (A, "bnp.linalg.DensePreconditioner(matrix)"),
+        (torch.eye(3), "bnp.linalg.DensePreconditioner(matrix)"),
     ],
     "model": [
         (RISK, "the module from which the risk was made"),

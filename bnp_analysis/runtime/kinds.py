@@ -30,9 +30,9 @@ WAYS: Mapping[str, Mapping[str, str]] = {
         "Module": f"bnp.bnp_preconditioner({_RISK})",
         "BNP": "pre.preconditioner(risk.space)",
         "Optimizer": "bnp.diagonal_preconditioner(risk, optimizer, model=model)",
-        "SymmetricOperator": "bnp.DensePreconditioner(matrix), or bnp.bnp_preconditioner(risk)",
-        "Tensor": "bnp.DensePreconditioner(matrix)",
-        "object": "bnp.bnp_preconditioner(risk), or bnp.DensePreconditioner(matrix)",
+        "SymmetricOperator": "bnp.linalg.DensePreconditioner(matrix), or bnp.bnp_preconditioner(risk)",
+        "Tensor": "bnp.linalg.DensePreconditioner(matrix)",
+        "object": "bnp.bnp_preconditioner(risk), or bnp.linalg.DensePreconditioner(matrix)",
     },
     "Module": {
         "EmpiricalRisk": "model, the module from which the risk was made",

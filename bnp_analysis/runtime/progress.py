@@ -12,7 +12,7 @@ Progress = bool | Callable[[int, int], None]
 
 @contextmanager
 def reporting(progress: Progress, total: int, label: str) -> Iterator[Update]:
-    """Give an `update(done)` function that draws a bar on a terminal's stderr, calls back `(done, total)`, or is silent.
+    """Give an `update(done)` that draws a bar on a terminal's stderr, calls back `(done, total)`, or is silent.
 
     Example:
         >>> seen = []
