@@ -28,10 +28,10 @@ EXTRAS := dataframe,docs,download,notebooks,optimizers,test,lint
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 SLOW_SUMMARY := benchmarks/results/test-slow.txt
 
-.PHONY: help demo test test-slow lint types notebooks docs figures bench clean
+.PHONY: help demo test test-slow test-lowest coverage dist dist-check lint types notebooks docs figures bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(BASE) ## condition numbers of a small network on real data, with and without BNP
 	@mkdir -p demo
@@ -51,6 +51,37 @@ test-slow: $(DEV) ## the slow tests; writes benchmarks/results/test-slow.txt
 	  grep -E '^[0-9.]+s (setup|call|teardown) |^[0-9]+ [a-z]+.* in [0-9.]+s' $$log; } > $(SLOW_SUMMARY); \
 	exit $$(cat $$status)
 
+test-lowest: ## the tests with the lowest versions of pyproject.toml, in .venv-lowest (uv where it is present, else pip)
+	$(MAKE) --no-print-directory .venv-lowest/.installed
+	.venv-lowest/bin/python -m pytest $(PYTEST_FLAGS)
+
+.venv-lowest/.installed: pyproject.toml constraints-lowest.txt
+	@if command -v uv > /dev/null; then \
+	  uv venv --quiet --clear --python 3.11 .venv-lowest && \
+	  VIRTUAL_ENV=.venv-lowest uv pip install --resolution lowest-direct -c constraints-lowest.txt \
+	    $(if $(strip $(TORCH_INDEX)),--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match) -e ".[test]"; \
+	else \
+	  $(PYTHON) -m venv --clear .venv-lowest && \
+	  $(if $(strip $(TORCH_INDEX)),.venv-lowest/bin/python -m pip install --index-url $(TORCH_INDEX) \
+	    -c constraints-lowest.txt torch numpy &&) \
+	  .venv-lowest/bin/python -m pip install -c constraints-lowest.txt $(PIP_FLAGS) -e ".[test]"; \
+	fi
+	@touch $@
+
+coverage: $(DEV) ## the tests with the lines and branches that they reach, into .coverage
+	$(BIN)/python -m pip install --disable-pip-version-check "coverage>=7.6"
+	$(BIN)/python -m coverage run -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m coverage report
+
+dist: $(DEV) ## the source distribution, and the wheel built from it, into dist/
+	$(BIN)/python -m pip install --disable-pip-version-check "build>=1.2" "twine>=6"
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
+dist-check: dist ## what an installed wheel and an unpacked source distribution can do
+	$(BIN)/python tests/check_distributions.py dist
+
 lint: $(DEV) ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,8 +92,8 @@ types: $(DEV) ## mypy, strict
 notebooks: $(DEV) ## run notebooks/*.py and write them, with outputs, as notebooks/*.ipynb
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python notebooks/build.py
 
-docs: $(DEV) ## the API reference, from the docstrings, into docs/api
-	$(BIN)/python docs/build_api.py
+docs: $(DEV) ## the site, with the API reference, into docs/site; a warning is an error
+	$(BIN)/python docs/build_site.py
 
 figures: $(BASE) ## the figures of the theory, quick preset, into paper_figures/quick; FIGURES_FLAGS="--preset full" for more
 	$(BIN)/python -m paper_figures $(FIGURES_FLAGS)
@@ -71,7 +102,7 @@ bench: $(DEV) ## products, Krylov methods and a part of the truth suite; BENCH_F
 	$(BIN)/bnp-analysis bench $(BENCH_FLAGS)
 
 clean: ## remove all that make made: environment, caches, builds, demo
-	rm -rf $(VENV) build dist demo docs/api .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-lowest .coverage build dist demo docs/site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BASE): pyproject.toml constraints.txt

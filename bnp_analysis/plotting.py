@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 
 from bnp_analysis.diagnose import Comparison, Conditioning, LayerTable
 from bnp_analysis.linalg import ConditionNumber, ConditionProfile, SpectralDensity
+from bnp_analysis.runtime.kinds import require_kind
 from bnp_analysis.training import Sharpness
 
 # Okabe and Ito 2008: told apart by colour-blind readers, and in grey.
@@ -29,6 +30,7 @@ def plot_inputs(table: LayerTable, ax: Axes | None = None) -> Axes:
     Returns:
         The axes.
     """
+    require_kind(table, "table", LayerTable)
     ax = _axes(ax)
     forms = [("inputs", "raw", GREY), ("centered", "centred", BLUE), ("normalized", "normalized", ORANGE)]
     for shift, (name, label, colour) in enumerate(forms):
@@ -52,6 +54,7 @@ def plot_blocks(result: Comparison | LayerTable, ax: Axes | None = None) -> Axes
     Returns:
         The axes.
     """
+    require_kind(result, "result", Comparison, LayerTable)
     ax = _axes(ax)
     table = result.layers if isinstance(result, Comparison) else result
     sides = [
@@ -95,6 +98,7 @@ def plot_spectral_density(
     Returns:
         The axes.
     """
+    require_kind(density, "density", SpectralDensity)
     ax = _axes(ax)
     top = float(density.density.max())
     ax.semilogy(density.grid, np.maximum(density.density, 1e-9 * top), color=color, label=label)
@@ -124,6 +128,7 @@ def plot_profile(
     Returns:
         The axes.
     """
+    require_kind(result, "result", Conditioning, ConditionProfile)
     ax = _axes(ax)
     sides: list[tuple[ConditionProfile | None, str | None, str]]
     if isinstance(result, Conditioning):
@@ -180,6 +185,7 @@ def save_comparison(result: Comparison, path: str | Path, title: str = "") -> No
         path: for instance `condition.png` or `condition.pdf`; missing folders are made.
         title: above both panels.
     """
+    require_kind(result, "result", Comparison)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(2, 3), layout="constrained")
     plot_inputs(result.layers, left)
     plot_blocks(result, right)

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"figures, default all: {', '.join(frame.names())}")
     parser.add_argument("--preset", choices=frame.PRESETS, default="quick", help="how much to compute")
     parser.add_argument("--force", action="store_true", help="compute again what is there")
-    parser.add_argument("--out", type=Path, help="folder; default paper_figures/PRESET")
+    parser.add_argument("--out", type=Path, help="folder; default paper_figures/PRESET, of the checkout or from here")
     arguments = parser.parse_args(argv)
     unknown = sorted(set(arguments.names) - set(frame.names()))
     if unknown:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     matplotlib.use("Agg")
     torch.set_num_threads(1)  # the problems are small, and sums add up in the same order everywhere
-    folder = arguments.out or frame.HERE / arguments.preset
+    folder = arguments.out or home() / arguments.preset
     wanted = [name for name in frame.names() if not arguments.names or name in arguments.names]
     failed = {False: 0, True: 0}  # by whether the claim is about times
     try:
@@ -51,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed[False] else 0
 
 
+def home() -> Path:
+    """Where figures lie: in the checkout; an installed package writes into the current folder."""
+    return frame.HERE if (frame.ROOT / "pyproject.toml").exists() else Path("paper_figures")
+
+
 def is_timed(name: str) -> bool:
     """Whether a figure's claim is about times, which a busy or unusual machine may refute."""
     return bool(getattr(frame.module(name), "TIMED", False))
@@ -59,7 +64,8 @@ def is_timed(name: str) -> bool:
 def make_one(name: str, preset: str, folder: Path, place: str, *, force: bool) -> bool:
     """Compute where needed, draw, write PNG and PDF, and say whether the claim holds."""
     began = time.perf_counter()
-    with tqdm(total=100, desc=f"{place} {name}", leave=False, bar_format="{desc} {percentage:3.0f}% {elapsed}") as bar:
+    form = "{desc} {percentage:3.0f}% {elapsed}"
+    with tqdm(total=100, desc=f"{place} {name}", leave=False, bar_format=form, disable=None) as bar:
 
         def report(fraction: float) -> None:
             bar.update(max(0.0, 100 * fraction - bar.n))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -30,6 +31,17 @@ def test_every_dependency_is_pinned_within_its_bounds() -> None:
         if requirement.name != PROJECT["name"]:
             version = pins[canonicalize_name(requirement.name)]
             assert requirement.specifier.contains(version), requirement
+
+
+def test_the_lowest_versions_are_the_lower_bounds() -> None:
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    wanted = [Requirement(text) for text in PROJECT["dependencies"]]
+    assert pins.keys() == {requirement.name for requirement in wanted}
+    for requirement in wanted:
+        (bound,) = requirement.specifier
+        assert bound.operator == ">=", requirement
+        assert Version(bound.version) == Version(pins[requirement.name]), requirement
 
 
 def test_one_version_everywhere() -> None:

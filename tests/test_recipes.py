@@ -167,7 +167,7 @@ class Convolution(nn.Module):
         (Transposed, {"like": nn.ReLU}, "ReLU is no registered layer"),
         (Convolution, {"like": nn.Conv1d}, "no subclass of Conv1d"),
         (nn.Conv1d, {"like": nn.Conv1d, "transposed": True}, "stored transposed"),
-        (int, {"like": nn.Linear}, "needs a type of modules"),
+        (int, {"like": nn.Linear}, "a class of modules is registered"),
     ],
 )
 def test_what_cannot_be_registered(kind: type, options: dict[str, object], said: str) -> None:

@@ -23,7 +23,7 @@ COMMANDS = {
         "train a network, with any normalization, preconditioner and optimizer; stop and resume bit for bit",
     ),
     "check": ("check", "try every statement of the convergence theory on a network"),
-    "figures": ("checkout", "make the figures of the theory (in a checkout, found upward from here, or --root FOLDER)"),
+    "figures": ("checkout", "make the figures of the theory and of the paper's experiments"),
     "bench": (
         "checkout",
         "run benchmarks by name, or products, krylov and truth --quick; --list names them "

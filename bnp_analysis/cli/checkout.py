@@ -1,8 +1,9 @@
-"""`bnp-analysis figures` and `bench`: programs that only a checkout has."""
+"""`bnp-analysis figures` and `bench`: programs of a checkout; an installed package brings those of the figures too."""
 
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import subprocess
 import sys
@@ -17,10 +18,18 @@ FOLDERS = {"figures": "paper_figures", "bench": "benchmarks"}
 #: What `bench` runs without names, and the flags that it adds: `truth` is short for `truth_suite`.
 BY_DEFAULT = {"products": [], "krylov": [], "truth": ["--quick"]}
 ALIASES = {"truth": "truth_suite"}
+_HELP = {
+    "figures": "usage: bnp-analysis figures [NAME ...] [--preset quick|full] [--force] [--out FOLDER] [--root FOLDER]",
+    "bench": "usage: bnp-analysis bench [NAME ... | --list] [--quick] [--gpu] [--root FOLDER]\n\n"
+    "Benchmarks are in a checkout only: run this inside one, or give its folder by --root.",
+}
 
 
 def run_in_checkout(command: str, words: list[str]) -> int:
-    """Run `python -m paper_figures ...`, or `python benchmarks/NAME.py ...` for each name, from a checkout's root."""
+    """Run `python -m paper_figures ...`, or `python benchmarks/NAME.py ...` for each name, from a checkout's root.
+
+    Outside of a checkout figures are made by the installed `paper_figures`, into the current folder.
+    """
     here = Path.cwd()
     if "--root" in words:
         place = words.index("--root")
@@ -28,9 +37,14 @@ def run_in_checkout(command: str, words: list[str]) -> int:
         del words[place : place + 2]
     folder = FOLDERS[command]
     root = next((path for path in (here, *here.absolute().parents) if (path / folder / "README.md").exists()), None)
+    if root is None and command == "figures" and importlib.util.find_spec(folder) is not None:
+        return subprocess.run([sys.executable, "-m", folder, *words], check=False).returncode
+    if root is None and {"--help", "-h"} & set(words):
+        print(_HELP[command])
+        return 0
     if root is None:
         raise InvalidInputError(
-            f"{command} needs a checkout, and {here} is in none: clone the repository (an installed package has no "
+            f"{command} needs a checkout, and {here} is in none: clone the repository (this installation has no "
             f"{folder}/) and run this inside it, or give --root FOLDER"
         )
     # The checkout's own package, also where another version is installed.

@@ -24,6 +24,7 @@ from bnp_analysis.network import EmpiricalRisk
 from bnp_analysis.precondition import NetworkPreconditioner, bnp_preconditioner
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.float32 import full_float32
+from bnp_analysis.runtime.kinds import require_kind
 from bnp_analysis.runtime.progress import Progress
 
 _IN_WORDS = {
@@ -175,11 +176,7 @@ def condition(
         (True, True)
     """
     began = time.perf_counter()
-    if not isinstance(risk, EmpiricalRisk):
-        raise InvalidInputError(
-            f"condition measures an EmpiricalRisk, got {type(risk).__name__}: "
-            "bnp.condition(bnp.EmpiricalRisk(model, loss, (x, y)))"
-        )
+    require_kind(risk, "risk", EmpiricalRisk)
     name = curvature.replace("_", "-")
     if name not in CURVATURES:
         known = ", ".join(k.replace("-", "_") for k in CURVATURES)
@@ -244,6 +241,7 @@ def _preconditioner(
             )
         bnp = bnp_preconditioner(risk)
         return bnp, "BNP", dict(bnp.uncovered)
+    require_kind(given, "preconditioner", Preconditioner)
     P = given if dtype is None else given.to(dtype, "cpu")
     return P, type(P).__name__.removesuffix("Preconditioner"), dict(getattr(P, "uncovered", {}))
 

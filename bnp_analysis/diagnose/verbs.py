@@ -20,6 +20,7 @@ from bnp_analysis.errors import InvalidInputError, NoDerivativeError
 from bnp_analysis.linalg import (
     ConditionNumber,
     MatrixOperator,
+    Preconditioner,
     SymmetricOperator,
     singular_condition_number,
 )
@@ -30,6 +31,7 @@ from bnp_analysis.network import Coverage, EmpiricalRisk, Layer, coverage
 from bnp_analysis.network.moments import input_triangles, layer_moments
 from bnp_analysis.precondition import NetworkPreconditioner, bnp_preconditioner
 from bnp_analysis.runtime.float32 import full_float32
+from bnp_analysis.runtime.kinds import require_kind
 from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.runtime.random import generator, normal
 
@@ -147,7 +149,7 @@ def compare(
     risk: EmpiricalRisk,
     P: NetworkPreconditioner | None = None,
     *,
-    curvature: Sequence[str] = ("gauss-newton", "hessian"),
+    curvature: Sequence[str] | str = ("gauss-newton", "hessian"),
     layers: Sequence[str] | None = None,
     profiles: bool = False,
     dtype: torch.dtype | None = torch.float64,
@@ -163,7 +165,7 @@ def compare(
         risk: the empirical risk.
         P: a preconditioner over `risk.space`; default the undamped BNP one.
         curvature: matrices of the whole network to measure: `"gauss-newton"`, `"hessian"`, `"fisher-mc"`,
-            `"fisher-empirical"`.
+            `"fisher-empirical"`; or one of them.
         layers: names of the layers wanted in the table; default all.
         profiles: also how the ratio of eigenvalues grows with the rank, as `condition` measures it: numbers with both
             bounds at any size, at some hundred products each.
@@ -191,6 +193,7 @@ def compare(
     """
     began = time.perf_counter()
     risk, P = _measured(risk, P, dtype)
+    curvature = [curvature] if isinstance(curvature, str) else curvature
     unknown = [name for name in curvature if name not in CURVATURES]
     if unknown:
         raise InvalidInputError(f"unknown curvature {', '.join(unknown)}; there are: {', '.join(CURVATURES)}")
@@ -242,6 +245,9 @@ def _measured(
     risk: EmpiricalRisk, P: NetworkPreconditioner | None, dtype: torch.dtype | None
 ) -> tuple[EmpiricalRisk, NetworkPreconditioner]:
     """The risk and `P` as they are measured: in float64 on the CPU unless told otherwise; BNP unless given."""
+    require_kind(risk, "risk", EmpiricalRisk)
+    if P is not None:
+        require_kind(P, "P", Preconditioner)
     if dtype is not None:
         risk = risk.to(dtype, "cpu")
         P = None if P is None else P.to(dtype, "cpu")

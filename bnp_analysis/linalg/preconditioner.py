@@ -12,6 +12,7 @@ from torch import Tensor
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.matrices import MatrixOperator
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, describe, gate
+from bnp_analysis.runtime.kinds import require_kind
 
 
 class Preconditioner(LinearOperator):
@@ -252,11 +253,7 @@ class Congruence(SymmetricOperator):
 
 def check_fits(operator: SymmetricOperator, preconditioner: Preconditioner) -> None:
     """Refuse a preconditioner of another size, dtype or device than the operator."""
-    if not isinstance(preconditioner, Preconditioner):
-        raise InvalidInputError(
-            f"preconditioner must be a Preconditioner, got {describe(preconditioner)}; "
-            "wrap an invertible matrix in DensePreconditioner"
-        )
+    require_kind(preconditioner, "preconditioner", Preconditioner)
     if preconditioner.dim != operator.dim:
         raise InvalidInputError(
             f"the preconditioner acts on {preconditioner.dim} parameters, the operator on {operator.dim}; "
@@ -290,4 +287,6 @@ def congruence(A: SymmetricOperator, P: Preconditioner) -> SymmetricOperator:
         tensor([[1., 0.],
                 [0., 1.]])
     """
+    require_kind(A, "A", SymmetricOperator)
+    require_kind(P, "P", Preconditioner)
     return Congruence(A, P)

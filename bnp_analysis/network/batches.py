@@ -16,6 +16,7 @@ from torch import Tensor
 from bnp_analysis.distributed import ALONE, Group
 from bnp_analysis.errors import InconsistentDataError, InvalidInputError, NonFiniteError
 from bnp_analysis.network.kernels import explained
+from bnp_analysis.runtime.kinds import article
 from bnp_analysis.runtime.memory import require_memory
 from bnp_analysis.runtime.random import apart, random_state
 from bnp_analysis.runtime.trees import counterpart, map_tensors, tensors_of
@@ -62,12 +63,17 @@ class Batches:
             raise InvalidInputError(
                 f"{type(data).__name__} yields single examples; wrap it: DataLoader(dataset, batch_size=...)"
             )
+        # Several tensors are one batch that was not paired, or else each of them would be asked to be a batch.
+        if isinstance(data, tuple) and len(data) > 2 and all(isinstance(part, Tensor) for part in data):
+            raise InvalidInputError(f"data is (x, y), not {described(data)} tensors: {way_to_pair(data)}")
         if isinstance(data, tuple) and len(data) == 2:
             self._source: Any = [data]
         elif isinstance(data, Iterable) and not isinstance(data, Tensor | Mapping | str):
             self._source = data
         else:
-            raise InvalidInputError(f"data is (x, y) or an iterable of such batches, not {type(data).__name__}")
+            raise InvalidInputError(
+                f"data is (x, y) or an iterable of such batches, not {described(data)}: {way_to_pair(data)}"
+            )
         if isinstance(self._source, Iterator):
             raise InvalidInputError(
                 "data is a one-shot iterator: the second pass over it would see nothing. Give a list, or a DataLoader"
@@ -196,11 +202,10 @@ class Batches:
 
     def _prepare(self, pair: Any, index: int, *, copy: bool) -> Batch:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
-            what = f"{type(pair).__name__} of {len(pair)}" if isinstance(pair, tuple | list) else type(pair).__name__
             raise InvalidInputError(
-                f"batch {index} is a {what}, not a pair (x, y), which are the model's inputs and what the loss is "
-                "given: loss(model(x), y). Several inputs make x a tuple or a dict, several targets or weights make y "
-                "one; bring a loader's batches into this form by collate_fn=, or by a list of pairs"
+                f"batch {index} is {described(pair)}, not a pair (x, y), which are the model's inputs and what the "
+                f"loss is given: loss(model(x), y); {way_to_pair(pair)}. Several inputs make x a tuple "
+                "or a dict, several targets or weights make y one"
             )
         x, y = (map_tensors(part, lambda t: self._cast(t, copy)) for part in pair)
         if any(t.layout != torch.strided for t in tensors_of((x, y))):
@@ -231,6 +236,34 @@ class Batches:
 
     def _cast(self, t: Tensor, copy: bool) -> Tensor:
         return t.detach().to(device=self._device, dtype=counterpart(t, self._dtype), copy=copy)
+
+
+def described(data: Any) -> str:
+    """What stands in place of a pair, in words: its type, and how many parts or which keys it has."""
+    if isinstance(data, Mapping):
+        return f"a dict with the keys {', '.join(map(repr, list(data)[:6]))}"
+    if isinstance(data, tuple | list):
+        return f"a {type(data).__name__} of {len(data)}"
+    name = type(data).__name__
+    return f"{article(name)} {name}"
+
+
+def way_to_pair(batch: Any) -> str:
+    """The code that makes a pair `(x, y)` from what was given as a batch.
+
+    Example:
+        >>> way_to_pair((torch.ones(2, 3), torch.ones(2, 1), torch.ones(2)))
+        'write ((a, b), y) for each batch a, b, y'
+        >>> way_to_pair({"ids": torch.ones(2, 3), "labels": torch.ones(2)})
+        "write ({k: v for k, v in batch.items() if k != 'labels'}, batch['labels']) for each batch"
+    """
+    if isinstance(batch, Mapping):
+        target = next((key for key in batch if str(key).lower() in ("labels", "label", "target", "targets")), "y")
+        return f"write ({{k: v for k, v in batch.items() if k != {target!r}}}, batch[{target!r}]) for each batch"
+    if isinstance(batch, tuple | list) and len(batch) > 2:
+        names = ", ".join("abcdefgh"[: len(batch) - 1])
+        return f"write (({names}), y) for each batch {names}, y"
+    return "write (x, y), or [(x, y), ...] for several batches"
 
 
 def arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -6,7 +6,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -287,13 +287,25 @@ def _named(names: list[str]) -> str:
 
 
 def require_mean_loss(risk: EmpiricalRisk) -> None:
-    """Refuse a loss that is not a mean over the batch, where several batches are averaged.
+    """Refuse a loss that is a sum over its batch, and where several batches are averaged any that is no mean.
 
     Raises:
         InvalidInputError: says what the risk would have been.
     """
+    several = risk.batches.everywhere > 1
     for batch in risk.batches:
-        if is_mean(risk, batch) is False:
+        parts = None
+        # A loss of all the data as one batch need not be made for a part of them.
+        with suppress(*(() if several else (InvalidInputError,))):
+            parts = _in_two(risk, batch)
+        if parts is None or parts.is_mean:
+            continue
+        if parts.is_sum:
+            raise InvalidInputError(
+                f"the loss is a sum over batch {batch.index}, not a mean: the risk and its curvature would grow with "
+                "the number of examples. Write reduction='mean', or lambda output, y: loss(output, y) / len(y)"
+            )
+        if several:
             raise InvalidInputError(
                 f"the loss is not a mean over batch {batch.index}: its parts do not average to the whole. Over "
                 "several batches, weighted by their sizes, a sum would count large batches twice over. Use "
@@ -304,6 +316,20 @@ def require_mean_loss(risk: EmpiricalRisk) -> None:
 
 def is_mean(risk: EmpiricalRisk, batch: Batch) -> bool | None:
     """Whether the losses of two parts of a batch average to that of the whole; None if it cannot be cut."""
+    parts = _in_two(risk, batch)
+    return None if parts is None else parts.is_mean
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """How the losses of two parts of a batch make up that of the whole."""
+
+    is_mean: bool
+    is_sum: bool
+
+
+def _in_two(risk: EmpiricalRisk, batch: Batch) -> _Parts | None:
+    """The losses of two parts of a batch against that of the whole; None if it cannot be cut."""
     size = tensors_of(batch.x)[0].shape[0]
     with torch.no_grad():
         outputs = risk.batch_outputs(risk.space.unflatten(risk.theta), batch)
@@ -315,16 +341,18 @@ def is_mean(risk: EmpiricalRisk, batch: Batch) -> bool | None:
             return None
         whole = risk.batch_loss(outputs, batch)
         values = [risk.batch_loss(outputs[:cut], head), risk.batch_loss(outputs[cut:], tail)]
+    # count= may have been summed in float32, whatever the loss is.
+    tolerance = max(1e-5, risk.eps**0.6)
     # By count= or by examples: the former may be a weight of the whole batch, which says nothing of its parts.
     for weights in ((risk.batches.weigh(head), risk.batches.weigh(tail)), (cut, size - cut)):
         # A part of weight 0 (nothing but ignored targets) has no mean of its own.
         parts = [(weight, float(value)) for weight, value in zip(weights, values, strict=True) if weight > 0]
         mean = sum(weight * value for weight, value in parts) / (sum(weights) or 1.0)
         scale = max([abs(float(whole)), *(abs(value) for _, value in parts)])
-        # count= may have been summed in float32, whatever the loss is.
-        if abs(mean - float(whole)) <= max(1e-5, risk.eps**0.6) * scale:
-            return True
-    return False
+        if abs(mean - float(whole)) <= tolerance * scale:
+            return _Parts(is_mean=True, is_sum=False)
+    total, scale = sum(map(float, values)), max(abs(float(whole)), *(abs(float(value)) for value in values))
+    return _Parts(is_mean=False, is_sum=abs(total - float(whole)) <= tolerance * scale)
 
 
 def couples(

@@ -32,6 +32,7 @@ from bnp_analysis.network.purity import require_mean_loss, require_pure
 from bnp_analysis.network.selection import choose_parameters
 from bnp_analysis.network.smooth import Accurate
 from bnp_analysis.network.snapshot import brought, fingerprint, point, snapshot, snapshot_loss, tied_names, with_tensors
+from bnp_analysis.runtime.kinds import require_loss
 from bnp_analysis.runtime.threads import LOCK
 from bnp_analysis.runtime.trees import counterpart, map_tensors
 
@@ -112,6 +113,7 @@ class EmpiricalRisk:
     ) -> None:
         if derivatives not in ("exact", "surrogate"):
             raise InvalidInputError(f"derivatives must be 'exact' or 'surrogate', got {derivatives!r}")
+        require_loss(loss)
         self.group, self.derivatives = group, derivatives
         with group.together("the construction of a risk"):
             self._model = snapshot(model, dtype, device)
@@ -138,8 +140,7 @@ class EmpiricalRisk:
             self.coupled = require_pure(self, live)
             _ = self.value
             self.inputs.settle()
-            if self.batches.everywhere > 1:
-                require_mean_loss(self)
+            require_mean_loss(self)
             if derivatives == "exact":
                 require_gradient(self)
 
@@ -313,7 +314,10 @@ class EmpiricalRisk:
                 value = self._loss(outputs, batch.y)
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise InvalidInputError(f"loss(output, y) gave {got}, not a scalar: the mean over the batch is needed")
+            raise InvalidInputError(
+                f"loss(output, y) gave {got}, not a scalar, the mean over the batch: write reduction='mean', or "
+                "lambda output, y: loss(output, y).mean()"
+            )
         return value.reshape(()) if torch.is_grad_enabled() else value.detach().reshape(())
 
     def require_loss_of_outputs(self, what: str) -> None:

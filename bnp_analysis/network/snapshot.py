@@ -15,6 +15,7 @@ from bnp_analysis.distributed.group import digest
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.names import NameIndex, clean_name
 from bnp_analysis.network.parameters import ParameterSpace
+from bnp_analysis.runtime.kinds import require_kind
 from bnp_analysis.runtime.trees import counterpart, map_tensors
 
 __all__ = ["brought", "clean_name", "snapshot", "snapshot_loss", "tied_names", "unwrap"]
@@ -26,8 +27,7 @@ def snapshot(model: nn.Module, dtype: torch.dtype | None, device: torch.device |
     Raises:
         InvalidInputError: no model, one that cannot be copied, or a dtype that is not floating point.
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidInputError(f"model must be an nn.Module, got {type(model).__name__}")
+    require_kind(model, "model", nn.Module)
     if dtype is not None and not dtype.is_floating_point:
         raise InvalidInputError(f"dtype must be a floating-point type, got {dtype}")
     root = unwrap(model)

@@ -17,6 +17,7 @@ from bnp_analysis.network.layer_kinds import KINDS, Layer
 from bnp_analysis.network.layers import Coverage, coverage
 from bnp_analysis.network.parameters import Block, ParameterSpace
 from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.runtime.kinds import require_kind
 
 Entry = tuple[Tensor, Preconditioner]
 
@@ -197,5 +198,6 @@ def identity_preconditioner(over: EmpiricalRisk | ParameterSpace) -> BlockDiagon
         >>> identity_preconditioner(ParameterSpace({"w": (2,)})).dim
         2
     """
+    require_kind(over, "over", EmpiricalRisk, ParameterSpace)
     space = over.space if isinstance(over, EmpiricalRisk) else over
     return BlockDiagonal(space.dim, {}, space.dtype, space.device, space)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,7 +12,7 @@ Progress = bool | Callable[[int, int], None]
 
 @contextmanager
 def reporting(progress: Progress, total: int, label: str) -> Iterator[Update]:
-    """Give an `update(done)` function that draws a bar, calls back `(done, total)`, or is silent.
+    """Give an `update(done)` that draws a bar on a terminal's stderr, calls back `(done, total)`, or is silent.
 
     Example:
         >>> seen = []
@@ -23,7 +24,9 @@ def reporting(progress: Progress, total: int, label: str) -> Iterator[Update]:
     if progress is True:
         from tqdm.auto import tqdm
 
-        with tqdm(total=total, desc=label, leave=False) as bar:
+        # On a terminal a bar is erased when it is done; in a log its half-drawn lines would stay.
+        shown = sys.stderr.isatty() or "ipykernel" in sys.modules
+        with tqdm(total=total, desc=label, leave=False, disable=not shown, file=sys.stderr) as bar:
 
             def update(done: int) -> None:
                 bar.update(done - bar.n)

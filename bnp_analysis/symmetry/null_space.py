@@ -21,6 +21,7 @@ from bnp_analysis.network.batches import slice_batch
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.results import Result
+from bnp_analysis.runtime.kinds import require_kind
 from bnp_analysis.runtime.memory import require_memory
 from bnp_analysis.runtime.trees import tensors_of
 from bnp_analysis.symmetry.basis import NullBasis, most_columns
@@ -159,6 +160,7 @@ def null_directions(
         >>> bnp.null_directions(risk, curvature="hessian").sources
         {'softmax shift': 3}
     """
+    require_kind(risk, "risk", EmpiricalRisk)
     began, name = time.perf_counter(), curvature.replace("_", "-")
     if name not in CURVATURES:
         known = ", ".join(k.replace("-", "_") for k in CURVATURES)

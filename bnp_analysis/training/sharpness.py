@@ -80,8 +80,9 @@ class Sharpness(Result):
 class SharpnessTracker:
     """The `k` largest eigenvalues of `P^T H P` every few steps of a training loop, and where stability ends.
 
-    Each search begins with the eigenvectors of the last one and the gradient: where the point has moved little, it takes
-    a fraction of the products of a search from nothing; where it has moved far, hardly fewer. When the smallest tracked value comes near the threshold, one more is tracked.
+    Each search begins with the eigenvectors of the last one and the gradient: where the point has moved little, it
+    takes a fraction of the products of a search from nothing; where it has moved far, hardly fewer. When the smallest
+    tracked value comes near the threshold, one more is tracked.
     Coupled weight decay `c` belongs to what is minimized: `H + c I` is measured then.
 
     Args:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
-from bnp_analysis.network.batches import arguments
+from bnp_analysis.network.batches import arguments, described, way_to_pair
 from bnp_analysis.runtime.random import random_state
 from bnp_analysis.runtime.trees import map_tensors, tensors_of
 
@@ -101,7 +101,7 @@ def moved(pair: Any, device: torch.device) -> tuple[Any, Any, int]:
         InvalidInputError: not a pair, or without a tensor that has a batch dimension.
     """
     if not isinstance(pair, tuple | list) or len(pair) != 2:
-        raise InvalidInputError(f"a batch is a pair (x, y), not {type(pair).__name__}")
+        raise InvalidInputError(f"a batch is a pair (x, y), not {described(pair)}: {way_to_pair(pair)}")
     x, y = (map_tensors(part, lambda t: t.to(device, non_blocking=True)) for part in pair)
     leaves = tensors_of(x)
     if not leaves or leaves[0].ndim == 0 or leaves[0].shape[0] == 0:
@@ -109,6 +109,7 @@ def moved(pair: Any, device: torch.device) -> tuple[Any, Any, int]:
     return x, y, leaves[0].shape[0]
 
 
+@runtime_checkable
 class StepsGradients(Protocol):
     """What the trainer asks of a preconditioner: `step()` between `backward()` and the optimizer, and a state."""
 

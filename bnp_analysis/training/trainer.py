@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
+from bnp_analysis.runtime.kinds import require_kind, require_loss
 from bnp_analysis.runtime.progress import Progress, Update, reporting
 from bnp_analysis.runtime.random import random_state
 from bnp_analysis.training import checkpointing
@@ -108,6 +109,11 @@ def train(
             f"epochs={epochs} >= 0, schedule_by={schedule_by!r} in ('epoch', 'step') and "
             f"checkpoint_every={checkpoint_every} >= 1 must hold"
         )
+    require_kind(model, "model", nn.Module)
+    require_loss(loss)
+    require_kind(optimizer, "optimizer", torch.optim.Optimizer)
+    if preconditioner is not None:
+        require_kind(preconditioner, "preconditioner", StepsGradients)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     source = as_batches(loader, batch_size, seed, device)
     others = {"optimizer": optimizer, "scheduler": scheduler, "preconditioner": preconditioner}

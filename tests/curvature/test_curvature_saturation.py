@@ -328,7 +328,7 @@ def test_saturated_gates_of_a_recurrent_layer_are_no_structure(
 
 
 @pytest.mark.parametrize("logit", [5.0, 12.0, -14.0, -37.0])
-def test_binary_cross_entropy_of_probabilities(logit: float) -> None:
+def test_the_product_with_binary_cross_entropy_of_probabilities(logit: float) -> None:
     model = nn.Linear(2, 1, bias=False).double()
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[0.0, logit]]))

@@ -37,7 +37,7 @@ METHODS = pytest.mark.parametrize("method", ["dense", "lanczos"])
 @MEASURES
 def test_what_is_no_operator(measure: object) -> None:
     for A in (torch.eye(3), MatrixOperator(torch.eye(3)), None, 3.0):
-        with pytest.raises(InvalidInputError, match=r"expected a SymmetricOperator.*wrap a matrix in DenseOperator"):
+        with pytest.raises(InvalidInputError, match=r"A must be a SymmetricOperator.*bnp.DenseOperator\(matrix\)"):
             measure(A)  # type: ignore[operator]
 
 
@@ -147,7 +147,7 @@ def test_preconditioners_that_do_not_fit() -> None:
     for P, words in (
         (IdentityPreconditioner(2, torch.float32), "acts on 2"),
         (IdentityPreconditioner(3, torch.float64), "float64"),
-        (torch.eye(3), "wrap an invertible matrix"),
+        (torch.eye(3), r"write bnp.linalg.DensePreconditioner\(matrix\)"),
         (DenseOperator(torch.eye(3)), "must be a Preconditioner"),
     ):
         for method in ("auto", "lanczos"):

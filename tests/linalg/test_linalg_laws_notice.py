@@ -258,8 +258,8 @@ def test_operators_that_do_not_fit_are_not_combined() -> None:
     for other, words in (
         (IdentityPreconditioner(2, torch.float64), "acts on 2"),
         (IdentityPreconditioner(3, torch.float32), "float32"),
-        (DenseOperator(SYMMETRIC), "must be a Preconditioner"),
-        (MATRIX, "must be a Preconditioner"),
+        (DenseOperator(SYMMETRIC), "must be a Preconditioner, not"),
+        (MATRIX, "must be a Preconditioner, not"),
     ):
         with pytest.raises(InvalidInputError, match=words):
             congruence(A, other)  # type: ignore[arg-type]

@@ -285,7 +285,7 @@ def test_models_without_anything_to_differentiate() -> None:
         classify(mlp().requires_grad_(False), table())
     with pytest.raises(InvalidInputError, match="There are: none"):
         classify(nn.Identity(), (numbers(3, 3), classes(3, 3)))
-    with pytest.raises(InvalidInputError, match=r"model must be an nn.Module, got function"):
+    with pytest.raises(InvalidInputError, match=r"model must be a Module, not a function: write a torch.nn.Module"):
         classify(lambda x: x, table())
 
 

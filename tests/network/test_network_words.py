@@ -258,5 +258,5 @@ def test_a_state_between_calls_is_no_randomness(make: Callable[[], nn.Module], n
     ],
 )
 def test_batches_of_another_form_are_told_the_way_out(batch: Any, kind: str) -> None:
-    with pytest.raises(InvalidInputError, match=f"batch 0 is {kind}, not a pair.*collate_fn="):
+    with pytest.raises(InvalidInputError, match=f"batch 0 is {kind}.*, not a pair.*write "):
         classify(mlp(), [batch])

@@ -21,6 +21,7 @@ from bnp_analysis.linalg.preconditioner import Preconditioner, check_fits, congr
 from bnp_analysis.linalg.spectra.checks import provenance, require_operator
 from bnp_analysis.linalg.spectra.null import HasBasis, read_null
 from bnp_analysis.runtime.float32 import full_float32
+from bnp_analysis.runtime.kinds import require_kind
 from bnp_analysis.runtime.progress import Progress
 
 
@@ -148,6 +149,7 @@ def regularized_condition_number(
         >>> print(bnp.linalg.regularized_condition_number(A, 0.5))
         kappa(A + 0.5 I) = 7 (7 .. 7), dense float64, rank 3 of 3
     """
+    require_kind(A, "A", SymmetricOperator)
     if not (delta > 0 and math.isfinite(delta)):
         raise InvalidInputError(f"delta must be positive and finite, got {delta}; for delta = 0 use condition_number")
     B = Shifted(A if preconditioner is None else congruence(A, preconditioner), delta)

@@ -32,6 +32,7 @@ from bnp_analysis.linalg.preconditioner import Congruence, Preconditioner, check
 from bnp_analysis.linalg.scale import Scaled, ScaledSymmetric, scaled
 from bnp_analysis.linalg.spectra.null import NORM_STEPS, DeclaredNull, HasBasis, null_tolerance, read_null, require_null
 from bnp_analysis.results import Result
+from bnp_analysis.runtime.kinds import require_kind
 from bnp_analysis.runtime.memory import available_memory
 from bnp_analysis.runtime.random import generator, normal
 
@@ -85,13 +86,12 @@ def factor_rounding_norm(F: LinearOperator, seed: int = 0) -> float:
     return math.sqrt(norm_estimate(GramOperator(F), seed))
 
 
-def require_operator(A: object) -> None:
+def require_operator(A: SymmetricOperator) -> None:
     """Refuse what is no symmetric operator, and computed products too coarse for its spectrum.
 
     Entries that are given are as they are, and the spacing of a function's products is measured: there radii say it.
     """
-    if not isinstance(A, SymmetricOperator):
-        raise InvalidInputError(f"expected a SymmetricOperator, got {type(A).__name__}; wrap a matrix in DenseOperator")
+    require_kind(A, "A", SymmetricOperator)
     inside = _innermost(A)
     if inside.exact or isinstance(inside, CallableOperator):
         return

@@ -81,7 +81,9 @@ def read_null(null: Tensor | HasBasis | None, A: SymmetricOperator) -> DeclaredN
     elif isinstance(null, HasBasis):
         basis, sources = null.basis, dict(null.sources)
     else:
-        raise InvalidInputError(f"null= takes a tensor (n, r) or null directions, not {type(null).__name__}")
+        raise InvalidInputError(
+            f"null= takes a tensor (n, r) or null directions, not {type(null).__name__}: bnp.null_directions(risk)"
+        )
     basis = basis.unsqueeze(1) if basis.ndim == 1 else basis
     if basis.ndim != 2 or basis.shape[0] != A.dim:
         raise InvalidInputError(f"null directions must be ({A.dim}, r), got {tuple(basis.shape)}")

@@ -245,8 +245,10 @@ def register_layer(
         >>> [layer.weight for layer in bnp.network.coverage(risk)]
         ['w']
     """
-    if not issubclass(module_type, nn.Module):
-        raise InvalidInputError(f"register_layer needs a type of modules, got {module_type!r}")
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise InvalidInputError(
+            f"a class of modules is registered, not {module_type!r}: write register_layer(type(layer), like=...)"
+        )
     if like in KINDS:
         layer = KINDS[like].layer
         if why := layer.unlike(module_type, like, transposed=transposed):

@@ -20,6 +20,7 @@ from bnp_analysis.network.names import clean_name
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.snapshot import unwrap
 from bnp_analysis.precondition.bnp import BNPPreconditioner
+from bnp_analysis.runtime.kinds import require_kind
 from bnp_analysis.training.bnp.hooks import add_hooks, attach_to, owners
 from bnp_analysis.training.bnp.layers import (
     Names,
@@ -110,8 +111,7 @@ class BNP:
         reference_rows: float | None = None,
         check_every: int | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise InvalidInputError(f"model must be an nn.Module, got {type(model).__name__}")
+        require_kind(model, "model", nn.Module)
         refuse_replicas(model)
         self.settings = Settings(
             rho, eps1, eps2, q, variance, init, statistics, bias_free, output_scale, reference_rows, check_every
