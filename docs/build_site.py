@@ -134,8 +134,9 @@ def reference() -> None:
                 lines += [f".. auto{kind}:: {module.__name__}.{name}", ""]
                 continue
             # A registry, or a type with a name: what is in it stands for a docstring.
-            inside = ", ".join(f"``{key}``" for key in value) if isinstance(value, dict) else f"``{value}``"
-            lines += [f".. py:data:: {module.__name__}.{name}", "", f"   {inside}", ""]
+            words = ", ".join(map(str, value)) if isinstance(value, dict) else str(value)
+            lines += [f".. py:data:: {module.__name__}.{name}", "", "   ::", ""]
+            lines += [*(f"      {line}" for line in words.splitlines()), ""]
         (STAGE / "api" / f"{room}.rst").write_text("\n".join(lines), encoding="utf-8")
         index.append(f"api/{room}")
     (STAGE / "api.md").write_text("\n".join([*index, "```", ""]), encoding="utf-8")
