@@ -175,8 +175,11 @@ def test_figures_and_benchmarks_need_a_checkout_and_know_what_is_in_it(tmp_path,
     assert {"products", "krylov", "truth_suite", "bnp_step"} <= listed
     assert "truth_report" not in listed, "a part of the suite is no benchmark"
     monkeypatch.chdir(tmp_path)
-    assert main(["figures"]) == 2
-    assert "needs a checkout" in capfd.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for command in ("figures", "bench"):
+        assert main([command]) == 2
+        assert "needs a checkout" in capfd.readouterr().err
+        assert main([command, "--help"]) == 0
 
 
 def test_figures_run_the_module_of_the_checkout(tmp_path, capfd):

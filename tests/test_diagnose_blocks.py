@@ -215,7 +215,7 @@ def test_rows_that_are_held_may_leave_zero_rows_out() -> None:
     rows = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     F = Sparse(torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64), rows)
     A = GramOperator(F)
-    held = blocks._held(A, F)
+    held = blocks.held(A, F)
     assert held is not A
     assert held.factor is not None
     assert (held.factor.dense_cost, held.factor.rank_bound, held.factor.exact) == (0, F.rank_bound, F.exact)

@@ -43,7 +43,7 @@ def test_every_recipe_runs_as_it_is_printed(capsys: pytest.CaptureFixture[str]) 
         for block in blocks:
             exec(compile(block, "CONTRIBUTING.md", "exec"), names)
     printed = capsys.readouterr().out
-    assert "With DiagonalPreconditioner" in printed
+    assert "With Diagonal" in printed
     assert "kappa* ~ 4, no bound: eigvalsh states no error" in printed
 
 

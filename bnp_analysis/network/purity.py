@@ -287,25 +287,20 @@ def _named(names: list[str]) -> str:
 
 
 def require_mean_loss(risk: EmpiricalRisk) -> None:
-    """Refuse a loss that is a sum over its batch, and where several batches are averaged any that is no mean.
+    """Refuse a loss that is not a mean over its batch, where several batches are averaged.
 
     Raises:
         InvalidInputError: says what the risk would have been.
     """
-    several = risk.batches.everywhere > 1
     for batch in risk.batches:
-        parts = None
-        # A loss of all the data as one batch need not be made for a part of them.
-        with suppress(*(() if several else (InvalidInputError,))):
-            parts = _in_two(risk, batch)
-        if parts is None or parts.is_mean:
-            continue
-        if parts.is_sum:
+        parts = _in_two(risk, batch)
+        if parts is not None and parts.is_sum and not parts.is_mean:
             raise InvalidInputError(
-                f"the loss is a sum over batch {batch.index}, not a mean: the risk and its curvature would grow with "
-                "the number of examples. Write reduction='mean', or lambda output, y: loss(output, y) / len(y)"
+                f"the loss is a sum over batch {batch.index}, not a mean: over several batches, weighted by their "
+                "sizes, it would count large batches twice over. Write reduction='mean', or "
+                "lambda output, y: loss(output, y) / len(y)"
             )
-        if several:
+        if parts is not None and not parts.is_mean:
             raise InvalidInputError(
                 f"the loss is not a mean over batch {batch.index}: its parts do not average to the whole. Over "
                 "several batches, weighted by their sizes, a sum would count large batches twice over. Use "

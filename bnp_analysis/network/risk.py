@@ -140,7 +140,8 @@ class EmpiricalRisk:
             self.coupled = require_pure(self, live)
             _ = self.value
             self.inputs.settle()
-            require_mean_loss(self)
+            if self.batches.everywhere > 1:
+                require_mean_loss(self)
             if derivatives == "exact":
                 require_gradient(self)
 

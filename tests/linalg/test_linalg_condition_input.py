@@ -36,8 +36,9 @@ METHODS = pytest.mark.parametrize("method", ["dense", "lanczos"])
 
 @MEASURES
 def test_what_is_no_operator(measure: object) -> None:
-    for A in (torch.eye(3), MatrixOperator(torch.eye(3)), None, 3.0):
-        with pytest.raises(InvalidInputError, match=r"A must be a SymmetricOperator.*bnp.DenseOperator\(matrix\)"):
+    ways = (torch.eye(3), "DenseOperator"), (MatrixOperator(torch.eye(3)), "GramOperator"), (None, "DenseOperator")
+    for A, way in ways:
+        with pytest.raises(InvalidInputError, match=rf"A must be a SymmetricOperator, not .*: write .*{way}\("):
             measure(A)  # type: ignore[operator]
 
 

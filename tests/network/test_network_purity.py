@@ -460,12 +460,8 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_that_are_no_means_are_refused_over_several_batches(name: str) -> None:
-    if name == "sum":  # its size would depend on the number of examples, in one batch as well
-        for data in (halves(), table()):
-            with pytest.raises(InvalidInputError, match=r"a sum over batch 0, not a mean.*reduction='mean'"):
-                bnp.EmpiricalRisk(net(), LOSSES[name], data)
-        return
-    with pytest.raises(InvalidInputError, match=r"not a mean over batch 0.*reduction='mean'.*one batch"):
+    said = r"a sum over batch 0, not a mean" if name == "sum" else r"not a mean over batch 0"
+    with pytest.raises(InvalidInputError, match=said + r".*reduction='mean'"):
         bnp.EmpiricalRisk(net(), LOSSES[name], halves())
     assert float(bnp.EmpiricalRisk(net(), LOSSES[name], table()).value) != 0
 
