@@ -132,7 +132,7 @@ def markdown(record: dict[str, Any]) -> str:
         *_misses(record["accuracy"]),
     ]
     lines += [*_chances(record["chances"]), *_nullity(record["nullity"])]
-    lines += ["## By group and route", "", *_groups(rows), "", "## Every run", "", *_runs(rows)]
+    lines += ["## By group and route", "", *_groups(rows), "", *_runs(rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -209,8 +209,13 @@ def _groups(rows: list[Row]) -> list[str]:
 
 
 def _runs(rows: list[Row]) -> list[str]:
+    """Those whose claim is false, or that claim less than both sides where another method of the problem does not."""
+    decided = {(row["group"], row["problem"]) for row in rows if row.get("two_sided")}
     body = []
     for row in rows:
+        wanted = not row.get("holds", True) or "refused" in row or not row["two_sided"]
+        if not wanted or ((row["group"], row["problem"]) not in decided and row.get("holds", True)):
+            continue
         head = (row["group"], row["problem"], row["method"], _short(row["truth"], 6), row["truth_rank"])
         if "refused" in row:
             body.append((*head, "refused", "-", "-", "-", row["refused"].replace("|", "\\|")[:90]))
@@ -219,7 +224,10 @@ def _runs(rows: list[Row]) -> list[str]:
         claim += "" if row["holds"] else " FALSE"
         off, wide = _short(row["relative_error"]), _short(row["width"])
         body.append((*head, claim, off, wide, row["products"], row["note"].replace("|", "\\|")[:90]))
-    return _table(("group", "problem", "route", "truth", "rank", "claim", "error", "width", "products", "note"), body)
+    title = ["## False claims, and those that another method of the same problem decides", ""]
+    words = ["", "Every run stands in `truth_suite.json`, which the command writes."]
+    head_row = ("group", "problem", "route", "truth", "rank", "claim", "error", "width", "products", "note")
+    return [*title, *_table(head_row, body), *words]
 
 
 def _table(head: tuple[str, ...], body: Iterable[tuple[Any, ...]]) -> list[str]:
