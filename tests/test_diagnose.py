@@ -195,3 +195,15 @@ def test_regression_network_with_bare_linear_root(generator):
     plain, conditioned = result.network["gauss-newton"]
     assert plain.two_sided
     assert conditioned.value < plain.value
+
+
+def test_a_row_still_answers_to_the_words_of_its_table() -> None:
+    x, y = torch.arange(12.0, dtype=torch.float64).reshape(6, 2).sin(), torch.arange(6) % 2
+    table = bnp.layer_table(
+        bnp.EmpiricalRisk(torch.nn.Linear(2, 2).double(), torch.nn.functional.cross_entropy, (x, y))
+    )
+    (row,), (words,) = table.records(), table.cells()
+    assert row["layer k*"] == words["layer k*"]
+    assert "layer k*" not in row
+    with pytest.raises(KeyError):
+        row["nothing"]

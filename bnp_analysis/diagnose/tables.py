@@ -123,9 +123,10 @@ class LayerTable(Result):
 
         `value, lower, upper, two_sided, method` are those of `kappa*` of the layer's block, with the ending `_with_P`
         those with `P`, and `gain` is their ratio; `inputs, centered, normalized` are `sigma_max/sigma_min+` of `H^`,
-        `H^U`, `G^`; `units_*` the median and the largest of the live units' blocks.
+        `H^U`, `G^`; `units_*` the median and the largest of the live units' blocks. A row also answers to the names of
+        `cells()`, with their words.
         """
-        return [
+        rows = [
             {
                 "layer": row.layer or row.kind,
                 "kind": row.kind,
@@ -147,6 +148,7 @@ class LayerTable(Result):
             }
             for row in self.layers
         ]
+        return [_Record(row, words) for row, words in zip(rows, self.cells(), strict=True)]
 
     def cells(self) -> list[dict[str, Any]]:
         """One row per layer; a unit column is the median of its units (the worst in brackets)."""
@@ -171,6 +173,17 @@ class LayerTable(Result):
             }
             for row in self.layers
         ]
+
+
+class _Record(dict[str, Any]):
+    """A row of numbers that has the words of 0.1 under their names, which are no columns."""
+
+    def __init__(self, numbers: Mapping[str, Any], words: Mapping[str, Any]) -> None:
+        super().__init__(numbers)
+        self._words = words
+
+    def __missing__(self, name: str) -> Any:
+        return self._words[name]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
