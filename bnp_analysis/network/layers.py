@@ -17,6 +17,7 @@ from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.kernels import derivative
 from bnp_analysis.network.layer_kinds import Layer, kind_of
 from bnp_analysis.network.observation import transformed, untransformed
+from bnp_analysis.network.recorded_product import Recorded
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.runtime.trees import tensors_of
 
@@ -130,13 +131,18 @@ def changed_product(module: nn.Module) -> str:
     return f"{type(module).__name__} computes something else with its weight or its input"
 
 
+def no_product(module: nn.Module) -> str:
+    """The reason for which a module is left out that looks like a dense layer and does something else, or more."""
+    return f"{type(module).__name__} does something else than to multiply its input by its weight and add its bias"
+
+
 def _own_forward_uses(risk: EmpiricalRisk, layers: list[Layer]) -> tuple[set[str], dict[str, str]]:
     """Which layers run on this process's batches; why some are more, or less, than a product with their weight."""
     known = {layer.name: layer for layer in layers}
     runs: dict[str, int] = {}
     other: dict[str, str] = {}
     weights: dict[str, Tensor] = {}
-    calls = _Calls()
+    calls = _Calls(Recorded() if any(layer.kind.recognized for layer in layers) else None)
     stored = risk.theta.untyped_storage().data_ptr()
 
     def visit(name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -145,13 +151,16 @@ def _own_forward_uses(risk: EmpiricalRisk, layers: list[Layer]) -> tuple[set[str
             weight = weights[name] = layer.own_weight
             if transformed(weight) or weight.untyped_storage().data_ptr() != stored:
                 other[name] = "its forward runs with other weights than its own (torch.func inside forward())"
+            elif layer.kind.recognized:
+                if not calls.proves(layer, args[0], output):
+                    other[name] = no_product(module)
             elif not layer.kind.builtin:
                 if not _is_product(layer, args[0], output):
                     other[name] = f"{type(module).__name__} does not compute the product that it was registered for"
             elif layer.kind.changes_product(module) and not calls.multiply(args[0], weight):
                 other[name] = changed_product(module)
         if not name:
-            calls.products.clear()
+            calls.clear()
 
     with calls:
         risk.capture(visit, {*known, ""}, numbers=False)
@@ -175,9 +184,10 @@ def _is_product(layer: Layer, h: Tensor, output: Tensor) -> bool:
 class _Calls(TorchFunctionMode):
     """The inputs and weights of products as layers compute them; how often each tensor goes into a function."""
 
-    def __init__(self) -> None:
+    def __init__(self, recorded: Recorded | None) -> None:
         super().__init__()
-        self.products: list[tuple[Any, Any]] = []
+        self._products: list[tuple[Any, Any]] = []
+        self._recorded = recorded
         # By identity, which a freed tensor hands on: the reference tells whose count it is.
         self._uses: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
@@ -186,7 +196,9 @@ class _Calls(TorchFunctionMode):
         out = func(*args, **kwargs)
         if func in _FUNCTIONS:
             named = dict(zip(("input", "weight"), args, strict=False)) | kwargs
-            self.products.append((named["input"], named["weight"]))
+            self._products.append((named["input"], named["weight"]))
+        if self._recorded is not None:
+            self._recorded.note(func, args, kwargs, out)
         if isinstance(out, Tensor):
             for t in tensors_of((list(args), kwargs)):
                 self._uses[id(t)] = weakref.ref(t), self.uses_of(t) + 1
@@ -194,7 +206,19 @@ class _Calls(TorchFunctionMode):
 
     def multiply(self, h: Tensor, weight: Tensor) -> bool:
         """Whether one of the products was that of these two."""
-        return any(x is h and w is weight for x, w in self.products)
+        return any(x is h and w is weight for x, w in self._products)
+
+    def proves(self, layer: Layer, h: Any, output: Any) -> bool:
+        """Whether the output was made of the layer's product alone."""
+        assert self._recorded is not None
+        weight, bias = layer.own_weight, layer.own_bias
+        return self._recorded.is_product(output, h, weight, bias, transposed=layer.kind.transposed)
+
+    def clear(self) -> None:
+        """Forget the products of a pass that has ended."""
+        self._products.clear()
+        if self._recorded is not None:
+            self._recorded.clear()
 
     def uses_of(self, t: Tensor) -> int:
         """How many functions that give a tensor were given this one."""

@@ -258,20 +258,6 @@ def test_weights_used_outside_of_their_layer(use: Callable[[Any, Tensor], Tensor
         assert result.uncovered["a.weight"] == "its weight is also used outside of its own product"
 
 
-def test_a_weight_stored_transposed_is_named() -> None:
-    class Conv1D(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight, self.bias = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(2))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x @ self.weight + self.bias
-
-    result = found(drawn(lambda: nn.Sequential(Conv1D())), numbers(4, 3))
-    assert not result.covered
-    assert set(result.uncovered.values()) == {"Conv1D is not a covered layer type"}
-
-
 def test_looking_leaves_no_hook_behind() -> None:
     risk = classify(mlp(), table())
     coverage(risk)

@@ -8,6 +8,7 @@ Statistics, preconditioners, curvature factors, tables and training ask these qu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,6 +28,7 @@ class LayerKind:
         weight, bias: names of the parameters in the module.
         transposed: whether the weight is stored with its units last, `(m, n)` in place of `(n, m)`.
         builtin: whether `forward` is known to be the product; a user's type is tried on the data instead.
+        recognized: whether the type was found by the shape of a module; its forward pass must be proved a product.
     """
 
     module_type: type[nn.Module]
@@ -35,6 +37,7 @@ class LayerKind:
     bias: str = "bias"
     transposed: bool = False
     builtin: bool = False
+    recognized: bool = False
 
     def changes_product(self, module: nn.Module) -> bool:
         """Whether a subclass, or the module itself, computes its output in another way than the type does."""
@@ -60,6 +63,8 @@ class LayerKind:
 
 _FORWARD = ("forward", "_conv_forward")
 KINDS: dict[type[nn.Module], LayerKind] = {}
+# For modules whose type is not registered: each says of what kind a module may be by its shape.
+RECOGNIZERS: list[Callable[[nn.Module], LayerKind | None]] = []
 
 
 @dataclass(frozen=True)
@@ -190,13 +195,14 @@ class Layer(ABC):
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
-    """The registered kind of a module's type, or of the nearest type above it; None where there is none.
+    """The registered kind of a module's type, or of the nearest type above it; else one that its shape allows, or None.
 
     Example:
         >>> kind_of(nn.Linear(2, 1)).module_type.__name__, kind_of(nn.ReLU())
         ('Linear', None)
     """
-    return next((KINDS[above] for above in type(module).__mro__ if above in KINDS), None)
+    known = next((KINDS[above] for above in type(module).__mro__ if above in KINDS), None)
+    return known or next(filter(None, (recognize(module) for recognize in RECOGNIZERS)), None)
 
 
 def transposed_weights(model: nn.Module) -> list[str]:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from bnp_analysis.errors import InvalidInputError, TrainingWarning
+from bnp_analysis.network.layers import no_product
 from bnp_analysis.network.names import clean_name
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.snapshot import unwrap
@@ -136,6 +137,7 @@ class BNP:
         self._attached: RemovableHandle | None = None
         self._closed, self._quiet = False, torch.inference_mode()  # made once: a percent of a small network's step
         self._passes, self._reviewed = Passes(self._layers), set[str]()
+        self._refused: dict[str, str] = {}
         self._modules = weakref.WeakSet(unwrap(model).modules())
         self._before: tuple[dict[int, BatchMoments], dict[int, int]] = {}, {}
         self._hooks = add_hooks(unwrap(model), self._layers, weakref.ref(self), self._outputs)
@@ -175,13 +177,13 @@ class BNP:
         return tuple(
             layer.name
             for i, layer in enumerate(self._layers)
-            if layer.trains and (rows[i] or before) and layer.name not in changed
+            if layer.trains and (rows[i] or before) and layer.name not in changed and layer.name not in self._refused
         )
 
     @property
     def uncovered(self) -> dict[str, str]:
         """Parameter name -> why it is left alone; layers that were changed or added after this was made are named."""
-        return uncovered(self._layers, self._reasons, set(self.covered), self._changes())
+        return uncovered(self._layers, self._reasons, set(self.covered), self._refused | self._changes())
 
     def step(self) -> None:
         """Commit the statistics of the step and replace `.grad` by `P P^T .grad`, before `optimizer.step()`.
@@ -368,6 +370,11 @@ class BNP:
         self._pending[index] = seen if before is None else pool_moments(before, seen)
         if self.settings.q == "measured":
             self._inputs.setdefault(index, []).append(h.detach())
+
+    def refuse(self, index: int) -> None:
+        """Leave a layer alone whose forward pass is not the product that its shape promised, from its hook."""
+        layer = self._layers[index]
+        self._refused[layer.name] = no_product(layer.module)
 
     def _refuse_single_rows(self) -> None:
         single = [self._layers[i].name for i, m in self._pending.items() if m.samples < 2]

@@ -1,0 +1,214 @@
+"""Catches: a layer whose rows are not those that multiply its weights, in moments, in `P`, in training or in tables; a
+layer that is taken for a product by its shape and computes something else."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from kind_laws import check_kind
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import bnp_analysis as bnp
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.network import coverage
+
+
+def drawn(make: Callable[[], nn.Module], seed: int = 0) -> Callable[[], nn.Module]:
+    """The same network in float64 every time, all its parameters drawn at random."""
+
+    def made() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = make().double()
+            for p in model.parameters():
+                nn.init.normal_(p, std=0.5)
+        return model
+
+    return made
+
+
+def numbers(*shape: int, seed: int = 1) -> Tensor:
+    """Inputs of uneven means and scales along the last dimension."""
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    spread = torch.linspace(0, 1, shape[-1], dtype=torch.float64)
+    return 3**spread * (x + spread)
+
+
+def labels(n: int, classes: int = 3) -> Tensor:
+    return torch.arange(n) % classes
+
+
+# transposed and linear-like layers
+
+
+class Conv1D(nn.Module):
+    """The contract of the layer of this name in `transformers`, written out."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.empty(nx, nf)), nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        size_out = (*x.size()[:-1], self.nf)
+        x = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
+        return x.view(size_out)
+
+
+class Like(nn.Module):
+    """`F.linear` without being `nn.Linear`, as PyG has it."""
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_channels)) if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def headed(layer: nn.Module, units: int) -> nn.Sequential:
+    return nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.Linear(units, 3))
+
+
+LINEAR_LIKE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "Conv1D": (lambda: headed(Conv1D(4, 5), 4), (12, 5)),
+    "square Conv1D on sequences": (lambda: headed(Conv1D(4, 4), 8), (12, 2, 4)),
+    "like": (lambda: headed(Like(5, 4), 4), (12, 5)),
+    "square, without a bias": (lambda: headed(Like(4, 4, bias=False), 8), (12, 2, 4)),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR_LIKE)
+def test_layers_that_are_products_without_being_linear(name: str) -> None:
+    make, shape = LINEAR_LIKE[name]
+    x = numbers(*shape)
+    check_kind(drawn(make), x, labels(len(x)), lambda model, x: {"0": x.flatten(0, -2)})
+
+
+def test_conv1d_trains_as_its_transposed_twin() -> None:
+    own = drawn(lambda: headed(Conv1D(4, 5), 4))()
+    twin = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Flatten(), copy.deepcopy(own[3])).double()
+    with torch.no_grad():
+        twin[0].weight.copy_(own[0].weight.T)
+        twin[0].bias.copy_(own[0].bias)
+    x, y = numbers(12, 5), labels(12)
+    for model in (own, twin):
+        pre = bnp.BNP(model).attach(optimizer := torch.optim.SGD(model.parameters(), lr=0.1))
+        assert pre.covered == ("0", "3")
+        for rows in torch.arange(12).split(4):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+    torch.testing.assert_close(own[0].weight.T, twin[0].weight)
+
+
+def _forward(formula: Callable[[Any, Tensor], Tensor]) -> type[Like]:
+    return type("Own", (Like,), {"forward": formula})
+
+
+LOOKALIKES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a mask that is all ones": lambda m, x: F.linear(x, m.weight * torch.ones_like(m.weight), m.bias),
+    "a gain that is one": lambda m, x: 1.0 * F.linear(x, m.weight, m.bias),
+    "a dropout that is off": lambda m, x: F.linear(F.dropout(x, 0.0), m.weight, m.bias),
+    "a normalization that does next to nothing": lambda m, x: F.linear(x / (1 + 1e-9) ** 0.5, m.weight, m.bias),
+    "the transposed weight": lambda m, x: x @ m.weight + m.bias,
+    "message passing": lambda m, x: torch.eye(len(x), dtype=x.dtype) @ (x @ m.weight.T) + m.bias,
+    "a residual": lambda m, x: x + F.linear(x, m.weight, m.bias),
+    "no bias where there is one": lambda m, x: F.linear(x, m.weight) + 0 * m.bias.sum(),
+    "the bias twice": lambda m, x: F.linear(x, m.weight, m.bias) + m.bias,
+    "a product that is written to": lambda m, x: F.linear(x, m.weight, m.bias).clamp_(-1e9),
+    "an input that is written to": lambda m, x: F.linear(x.mul_(1.0), m.weight, m.bias),
+    "rows in another order": lambda m, x: F.linear(x.flip(0), m.weight, m.bias).flip(0),
+}
+
+
+@pytest.mark.parametrize("name", LOOKALIKES)
+def test_what_only_looks_like_a_dense_layer_is_named(name: str) -> None:
+    """Most of them give the very numbers of one: only what was called tells them apart."""
+    kind = _forward(LOOKALIKES[name])
+    model = drawn(lambda: nn.Sequential(kind(4, 4), nn.Tanh(), nn.Linear(4, 3)))()
+    x, y = numbers(12, 4), labels(12)
+    said = "Own does something else than to multiply its input by its weight and add its bias"
+    pre = bnp.BNP(model)
+    F.cross_entropy(model(x.clone()), y).backward()
+    plain = model[0].weight.grad.clone()
+    pre.step()
+    assert pre.covered == ("2",)
+    assert said in pre.uncovered["0.weight"]
+    assert torch.equal(model[0].weight.grad, plain)
+    if "written" not in name and "off" not in name:  # a risk is of what a pass does at the moment
+        found = coverage(bnp.EmpiricalRisk(model, F.cross_entropy, (x, y)))
+        assert [layer.name for layer in found] == ["2"]
+        assert found.uncovered["0.weight"] == said
+
+
+PRODUCTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "matmul": lambda m, x: x @ m.weight.T + m.bias,
+    "the sum turned round": lambda m, x: m.bias + torch.matmul(x, m.weight.t()),
+    "addmm": lambda m, x: torch.addmm(m.bias, x.reshape(-1, 4), m.weight.transpose(0, 1)).view(x.shape),
+    "words": lambda m, x: F.linear(input=x, weight=m.weight, bias=m.bias).contiguous(),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_other_ways_to_write_the_product(name: str) -> None:
+    model = drawn(lambda: nn.Sequential(_forward(PRODUCTS[name])(4, 4)))()
+    x = numbers(12, 2, 4)
+    pre = bnp.BNP(model)
+    model(x).square().mean().backward()
+    pre.step()
+    assert pre.covered == ("0",)
+    assert [layer.name for layer in coverage(bnp.EmpiricalRisk(model, F.mse_loss, (x, x)))] == ["0"]
+
+
+def test_the_first_pass_counts_also_with_output_scales_and_a_failed_pass_proves_nothing() -> None:
+    model, twin = drawn(lambda: nn.Sequential(Like(4, 3)))(), nn.Sequential(nn.Linear(4, 3)).double()
+    twin.load_state_dict(model.state_dict())
+    x, y = numbers(12, 4), labels(12)
+    grads = []
+    for net in (model, twin):
+        pre = bnp.BNP(net, output_scale="estimated")
+        with pytest.raises(RuntimeError):
+            net(x[:, :2])
+        copied = copy.deepcopy(net)  # has no hooks that work
+        copied(x)
+        F.cross_entropy(net(x), y).backward()
+        pre.step()
+        grads.append(net[0].weight.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_which_modules_may_be_dense_layers() -> None:
+    """Where nothing says on which side the units are, or there is more than a weight and a bias, nothing is tried."""
+
+    class Bare(nn.Module):
+        def __init__(self, *shape: int, **more: Tensor) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(shape))
+            for name, value in more.items():
+                setattr(self, name, nn.Parameter(value))
+
+    from bnp_analysis.network.layer_kinds import kind_of
+
+    no: list[nn.Module] = [
+        Bare(3, 2), Bare(3, 2, bias=torch.zeros(4)), Bare(3, 2, 2), Bare(3, 2, bias=torch.zeros(3), gain=torch.ones(3)),
+        nn.EmbeddingBag(3, 2), nn.Bilinear(2, 2, 2), nn.PReLU(),
+    ]  # fmt: skip
+    assert [kind_of(module) for module in no] == [None] * len(no)
+    yes = Bare(3, 2, bias=torch.zeros(3)), Bare(3, 2, bias=torch.zeros(2)), Conv1D(3, 3), Like(3, 3)
+    assert [kind_of(module).transposed for module in yes] == [False, True, True, False]
+
+
+def test_nothing_but_a_lookalike() -> None:
+    model = drawn(lambda: _forward(LOOKALIKES["a residual"])(4, 4))()
+    pre = bnp.BNP(model)
+    model(numbers(5, 4)).mean().backward()
+    with pytest.raises(InvalidInputError, match="nothing to precondition"):
+        pre.step()
