@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from bnp_analysis.errors import InvalidInputError
@@ -45,6 +46,13 @@ class Coverage:
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.covered)
+
+    def without_gains(self, why: str) -> Coverage:
+        """Without the layers whose weight is its parameter times fixed numbers, which are named with the reason."""
+        left = [layer for layer in self.covered if layer.kind.gain]
+        names = [name for layer in left for name in (layer.weight, layer.bias) if name is not None]
+        kept = tuple(layer for layer in self.covered if layer not in left)
+        return Coverage(kept, self.uncovered | dict.fromkeys(names, why)) if left else self
 
 
 def coverage(risk: EmpiricalRisk) -> Coverage:
@@ -111,16 +119,22 @@ def layers_of(
         kind, prefix = kind_of(module), f"{name}." if name else ""
         if kind is None or len(owners.get(f"{prefix}{kind.weight}", (None, ()))[1]) != 1:
             continue
-        if isinstance(getattr(module, kind.weight), UninitializedParameter):
+        if isinstance(kind.parameter(module), UninitializedParameter):
             raise InvalidInputError(f"lazy layer {name!r} has no shape yet: run one forward pass first")
         layers.append(kind.of(name, module, bias=len(owners.get(f"{prefix}{kind.bias}", (None, ()))[1]) == 1))
-    return layers, {name: _reason(module, held) for name, (module, held) in owners.items()}
+    return layers, {name: _reason(name, module, held) for name, (module, held) in owners.items()}
 
 
-def _reason(owner: nn.Module, held: list[str]) -> str:
+def _reason(name: str, owner: nn.Module, held: list[str]) -> str:
     if len(held) > 1:
         return f"tied: shared by {', '.join(held)}, whose inputs differ"
-    known = kind_of(owner) is not None
+    if isinstance(owner, ParametrizationList):
+        made = ", ".join(type(one).__name__ for one in owner)
+        return f"parametrized by {made}: a weight is covered where it is one parameter times fixed numbers"
+    kind = kind_of(owner)
+    known = kind is not None
+    if kind is not None and name.endswith(f"{kind.bias}_orig"):
+        return "a pruned bias: the weights are covered without it"
     return (
         f"{type(owner).__name__} {'whose weight is frozen or not covered' if known else 'is not a covered layer type'}"
     )

@@ -69,6 +69,35 @@ class Recorded:
             wanted if bias is None else f"{wanted} + b"
         )
 
+    def is_multiple(self, output: Any, of: Tensor, names: tuple[str, ...]) -> bool:
+        """Whether an output is a tensor times others that no call has made, `names` being those of such products.
+
+        Example:
+            >>> import torch
+            >>> w, mask = torch.ones(2), torch.ones(2)
+            >>> with Recording() as recorded:
+            ...     fixed, moving = 2 * (mask * w), w / w.norm()
+            >>> [recorded.is_multiple(out, w, ("mul", "__mul__", "__rmul__", "__truediv__")) for out in (fixed, moving)]
+            [True, False]
+        """
+        if output is of:
+            return not self._returned
+        call = self._calls.get(id(output))
+        if call is None or call[0] is not output or output._version != call[1]:
+            return False
+        _, _, name, args, kwargs = call
+        if name not in names or kwargs or len(args) != 2 or output.shape != of.shape:
+            return False
+        operands = args[::-1] if self._fixed(args[0], of) else args
+        by_division = "div" in name and operands is not args
+        return not by_division and self._fixed(operands[1], of) and self.is_multiple(operands[0], of, names)
+
+    def _fixed(self, t: Any, of: Tensor) -> bool:
+        """Whether an operand is a number, or a tensor that was there before."""
+        if isinstance(t, Tensor):
+            return t is not of and id(t) not in self._calls and not t.requires_grad
+        return isinstance(t, int | float)
+
     def _meaning(self, t: Any, roles: dict[int, str]) -> str:
         """What a tensor is, in the letters of `is_product`; empty for anything else."""
         if id(t) in roles:

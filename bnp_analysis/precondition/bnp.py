@@ -147,7 +147,7 @@ def layer_block(
     Returns:
         A `BNPBlock`.
     """
-    mean, variance = moments.mean, moments.variance
+    mean, variance = layer.unit_moments(moments.mean, moments.variance)
     square = scale_square(q, layer.features, moments.rows, moments.examples) if isinstance(q, str) else 0.0
     if layer.bias is None and bias_free == "diagonal":
         # Column norms in place of deviations, nothing projected out: the mean direction survives.
@@ -260,7 +260,7 @@ def bnp_preconditioner(
     q_of: dict[str, str | float] = {layer.name: rule for layer in layers}
     if rule == "measured":
         unscaled = {layer.name: build(layer, 1.0, torch.float64) for layer in layers}
-        grams = second_moments(risk, layers, lambda layer, h: unscaled[layer.name].normalized(h))
+        grams = second_moments(risk, layers, lambda layer, h: unscaled[layer.name].normalized(layer.per_unit(h)))
         q_of = {name: math.sqrt(float(torch.linalg.eigvalsh(g)[:, -1].max())) for name, g in grams.items()}
     curved = output_scales(risk, layers) if output_scale else {}
     blocks = {

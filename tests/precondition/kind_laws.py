@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -49,6 +48,7 @@ def check_kind(
     y: Tensor,
     rows: Callable[[nn.Module, Any], Rows],
     *,
+    shared: Callable[[nn.Module, Any], Rows] | None = None,
     curvature: bool = True,
 ) -> None:
     """All laws on one network.
@@ -56,17 +56,18 @@ def check_kind(
     Args:
         make: the network, in float64.
         x, y: data with class labels.
-        rows: the rows of every layer to look at, formed by hand from the network's own forward pass.
+        rows: what the parameters of every layer to look at meet, formed by hand from the network's own forward pass.
+        shared: the rows of its inputs, where units make their own of them.
         curvature: whether the loss has a curvature factor for its blocks.
     """
     model = make()
     risk = bnp.EmpiricalRisk(model, F.cross_entropy, (x, y))
     expected = rows(model, x)
-    P = bnp.bnp_preconditioner(risk)
-    found = layer_moments(risk, statistics="patch")
+    P = bnp.bnp_preconditioner(risk, statistics="patch")
+    found, inputs = layer_moments(risk, statistics="patch"), expected if shared is None else shared(model, x)
     for name, h in expected.items():
         layer, m = coverage(risk)[name], found[name]
-        mean, variance = h.mean(0), h.var(0, correction=0)
+        mean, variance = inputs[name].mean(0), inputs[name].var(0, correction=0)
         torch.testing.assert_close(
             m.mean.expand(-1, layer.features), grouped(mean, layer.groups), rtol=1e-12, atol=1e-13
         )
@@ -111,7 +112,7 @@ def check_training(make: Callable[[], nn.Module], x: Any, y: Tensor, covered: It
     for _ in range(3):
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
-        risk = bnp.EmpiricalRisk(copy.deepcopy(model), F.cross_entropy, (x, y))
+        risk = bnp.EmpiricalRisk(model, F.cross_entropy, (x, y))
         plain = risk.space.flatten({n: p.grad.clone() for n, p in model.named_parameters() if n in risk.space})
         pre.step()
         exact = bnp.bnp_preconditioner(risk, statistics="patch")

@@ -12,6 +12,7 @@ import torch
 from kind_laws import check_kind
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import bnp_analysis as bnp
 from bnp_analysis.errors import InvalidInputError
@@ -212,3 +213,142 @@ def test_nothing_but_a_lookalike() -> None:
     model(numbers(5, 4)).mean().backward()
     with pytest.raises(InvalidInputError, match="nothing to precondition"):
         pre.step()
+
+
+# pruned and parametrized weights
+
+
+class Times(nn.Module):
+    """A parametrization that multiplies by what it holds."""
+
+    def __init__(self, factor: Any) -> None:
+        super().__init__()
+        self.register_buffer("factor", factor)
+
+    def forward(self, v: Tensor) -> Tensor:
+        return self.factor * v * 1.5
+
+
+def with_mask(layer: nn.Module, parametrized: bool) -> nn.Module:
+    mask = torch.bernoulli(torch.full_like(layer.weight, 0.6), generator=torch.Generator().manual_seed(3))
+    if parametrized:
+        return parametrize.register_parametrization(layer, "weight", Times((mask + 0.5) * 2))
+    return prune.custom_from_mask(layer, "weight", mask)
+
+
+def gain_of(layer: nn.Module) -> Tensor:
+    """The fixed numbers, `(units, m)`, by hand."""
+    if hasattr(layer, "weight_mask"):
+        return layer.weight_mask.flatten(1)
+    return 1.5 * layer.parametrizations.weight[0].factor.flatten(1)
+
+
+GAINS: dict[str, tuple[Callable[[bool], nn.Module], tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+    "dense": (lambda p: headed(with_mask(nn.Linear(5, 4), p), 4), (14, 5), lambda x: x),
+    "sequence, no bias": (
+        lambda p: headed(with_mask(nn.Linear(4, 3, bias=False), p), 6), (12, 2, 4), lambda x: x.flatten(0, 1),
+    ),
+    "convolution": (
+        lambda p: headed(with_mask(nn.Conv1d(2, 3, 2), p), 6), (12, 2, 3),
+        lambda x: torch.stack([x[:, :, i : i + 2].flatten(1) for i in range(2)], 1).flatten(0, 1),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("parametrized", [False, True])
+@pytest.mark.parametrize("name", GAINS)
+def test_weights_that_are_parameters_times_fixed_numbers(name: str, parametrized: bool) -> None:
+    """Each unit's parameters meet the inputs times its own numbers; pruned entries meet zeros and get no step."""
+    make, shape, table = GAINS[name]
+    x = numbers(*shape)
+    check_kind(
+        drawn(lambda: make(parametrized)), x, labels(len(x)),
+        lambda model, x: {"0": table(x)[:, None] * gain_of(model[0])}, shared=lambda model, x: {"0": table(x)},
+    )  # fmt: skip
+
+
+def test_pruned_entries_get_no_step_and_a_later_mask_is_read() -> None:
+    model = drawn(lambda: headed(nn.Linear(5, 4), 4))()
+    x, y = numbers(14, 5), labels(14)
+    prune.random_unstructured(model[0], "weight", 0.5)
+    pre = bnp.BNP(model)
+    for amount in (0.5, 0.3):
+        prune.random_unstructured(model[0], "weight", amount)  # a smaller mask, the same parameter
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        pre.step()
+        gone = model[0].weight_mask == 0
+        assert pre.covered == ("0", "3")
+        assert bool((model[0].weight_orig.grad[gone] == 0).all())
+        assert bool((model[0].weight_orig.grad[~gone] != 0).all())
+    prune.remove(model[0], "weight")
+    assert pre.covered == ("3",)
+
+
+def test_pruned_biases_and_other_parametrizations_are_named() -> None:
+    x, y = numbers(12, 4), labels(12)
+
+    class Moving(nn.Module):
+        def forward(self, v: Tensor) -> Tensor:
+            return v / v.norm()
+
+    class Random(nn.Module):
+        def forward(self, v: Tensor) -> Tensor:
+            return v * torch.ones_like(v)
+
+    class Learned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.s = nn.Parameter(torch.ones(1))
+
+        def forward(self, v: Tensor) -> Tensor:
+            return v * self.s
+
+    def layers() -> nn.Module:
+        return nn.Sequential(
+            prune.random_unstructured(nn.Linear(4, 4), "bias", 0.5),
+            parametrizations.weight_norm(nn.Linear(4, 4)),
+            parametrizations.orthogonal(nn.Linear(4, 4)),
+            *(parametrize.register_parametrization(nn.Linear(4, 4), "weight", k()) for k in (Moving, Random, Learned)),
+            nn.Linear(4, 3),
+        )
+
+    model = drawn(layers)()
+    risk = bnp.EmpiricalRisk(model, F.cross_entropy, (x, y))
+    found = coverage(risk)
+    assert [layer.name for layer in found] == ["0", "6"]
+    assert found["0"].bias is None
+    assert found.uncovered["0.bias_orig"].startswith("a pruned bias")
+    for i, kind in enumerate(["_WeightNorm", "_Orthogonal", "Moving", "Random", "Learned"], start=1):
+        said = {why for name, why in found.uncovered.items() if name.startswith(f"{i}.parametrizations.weight.orig")}
+        assert said == {f"parametrized by {kind}: a weight is covered where it is one parameter times fixed numbers"}
+    pre = bnp.BNP(model)
+    F.cross_entropy(model(x), y).backward()
+    pre.step()
+    assert pre.covered == ("0", "6")
+
+
+def test_kfac_leaves_pruned_weights_alone() -> None:
+    model = drawn(lambda: headed(prune.random_unstructured(nn.Linear(4, 4), "weight", 0.5), 4))()
+    P = bnp.kfac_preconditioner(bnp.EmpiricalRisk(model, F.cross_entropy, (numbers(12, 4), labels(12))))
+    assert [*P.blocks] == ["3"]
+    assert "no factors of pruned" in P.uncovered["0.weight_orig"]
+
+
+def test_measured_scales_of_pruned_weights() -> None:
+    """`q^2 = |G^|^2 / R` of the unit with the largest."""
+    model = drawn(lambda: headed(prune.random_unstructured(nn.Linear(4, 4), "weight", 0.4), 4))()
+    x, y = numbers(12, 4), labels(12)
+    risk = bnp.EmpiricalRisk(model, F.cross_entropy, (x, y))
+    normalized = (x - x.mean(0)) / x.std(0, correction=0)
+    sizes = [
+        torch.linalg.matrix_norm(torch.cat([normalized * mask, x.new_ones(12, 1)], 1), 2) / 12**0.5
+        for mask in model[0].weight_mask
+    ]
+    assert bnp.bnp_preconditioner(risk, q="measured").q["0"] == pytest.approx(float(max(sizes)))
+    pre = bnp.BNP(model, rho=0.0, eps1=0.0, eps2=0.0, q="measured")
+    for _ in range(10):
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        pre.step()
+    assert pre.preconditioner().q["0"] == pytest.approx(float(max(sizes)), rel=1e-3)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.network.layer_kinds.multiples import multiplier, where_stored
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class LayerKind:
         transposed: whether the weight is stored with its units last, `(m, n)` in place of `(n, m)`.
         builtin: whether `forward` is known to be the product; a user's type is tried on the data instead.
         recognized: whether the type was found by the shape of a module; its forward pass must be proved a product.
+        gain: where the fixed numbers are that the parameter is multiplied by to be the weight (`multiples`), or "".
     """
 
     module_type: type[nn.Module]
@@ -38,6 +40,17 @@ class LayerKind:
     transposed: bool = False
     builtin: bool = False
     recognized: bool = False
+    gain: str = ""
+
+    def parameter(self, module: nn.Module) -> nn.Parameter | None:
+        """The weight's parameter in a module; None where it was replaced by something computed."""
+        if not self.gain:
+            return module._parameters.get(self.weight)
+        holder, _, leaf = self.weight.rpartition(".")
+        try:
+            return module.get_submodule(holder)._parameters.get(leaf)
+        except AttributeError:
+            return None
 
     def changes_product(self, module: nn.Module) -> bool:
         """Whether a subclass, or the module itself, computes its output in another way than the type does."""
@@ -46,7 +59,7 @@ class LayerKind:
 
     def of(self, name: str, module: nn.Module, *, bias: bool = True) -> Layer:
         """The layer that a module of this type is, under its name; without its bias where that is not free."""
-        weight: Any = getattr(module, self.weight)
+        weight: Any = self.parameter(module)
         if weight.ndim < 2 or (self.transposed and weight.ndim != 2):
             raise InvalidInputError(
                 f"layer {name!r} ({type(module).__name__}) has a weight {self.weight!r} of shape "
@@ -137,7 +150,9 @@ class Layer(ABC):
     @property
     def own_weight(self) -> Tensor:
         """The parameter of the module."""
-        weight: Tensor = getattr(self.module, self.kind.weight)
+        # In a risk not a parameter but the tensor that stands for it.
+        holder, _, leaf = self.kind.weight.rpartition(".")
+        weight: Tensor = getattr(self.module.get_submodule(holder) if holder else self.module, leaf)
         return weight
 
     @property
@@ -148,8 +163,28 @@ class Layer(ABC):
     @property
     def trains(self) -> bool:
         """Whether the weight requires a gradient; not where it was replaced by something computed."""
-        weight = self.module._parameters.get(self.kind.weight)
+        weight = self.kind.parameter(self.module)
         return weight is not None and weight.requires_grad
+
+    def gain(self) -> Tensor | None:
+        """The fixed numbers `(units, m)` that the parameter is multiplied by; None where it is the weight itself."""
+        if not self.kind.gain:
+            return None
+        found = self.matrix(multiplier(self.module, self.kind.gain, self.own_weight.detach()))
+        return found.reshape(self.units, self.features)
+
+    def per_unit(self, values: Tensor) -> Tensor:
+        """Values, or rows, of the groups `(..., groups, m)` as what each unit's parameters meet.
+
+        A parameter that is multiplied by a gain meets the input times this gain, so that units differ, `(..., units,
+        m)`; else nothing changes.
+        """
+        gain = self.gain()
+        return values if gain is None else values.repeat_interleave(self.units // self.groups, dim=-2) * gain.to(values)
+
+    def unit_moments(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance `(groups, m)` of the inputs, or `(units, m)` of what each unit's parameters meet."""
+        return (self.per_unit(mean), self.per_unit(variance.sqrt()).square()) if self.kind.gain else (mean, variance)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """A tensor in the shape of the weight, as a view with its units first."""
@@ -182,7 +217,8 @@ class Layer(ABC):
     def product(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """`a = rows . w + b`, `(R, units)`, from the parameters of the module; and the sums of the terms' sizes."""
         rows = self.rows(h).to(self.own_weight.dtype)
-        weights = self.matrix(self.own_weight.detach()).reshape(self.groups, -1, self.features)
+        weights, gain = self.matrix(self.own_weight.detach()).reshape(self.groups, -1, self.features), self.gain()
+        weights = weights if gain is None else weights * gain.view_as(weights)
         out, size = (
             torch.einsum("rgm,gum->rgu", r, w).flatten(1) for r, w in ((rows, weights), (rows.abs(), weights.abs()))
         )
@@ -202,7 +238,10 @@ def kind_of(module: nn.Module) -> LayerKind | None:
         ('Linear', None)
     """
     known = next((KINDS[above] for above in type(module).__mro__ if above in KINDS), None)
-    return known or next(filter(None, (recognize(module) for recognize in RECOGNIZERS)), None)
+    if known is not None:
+        weight, gain = where_stored(module, known.weight)
+        return replace(known, weight=weight, gain=gain) if gain else known
+    return next(filter(None, (recognize(module) for recognize in RECOGNIZERS)), None)
 
 
 def transposed_weights(model: nn.Module) -> list[str]:

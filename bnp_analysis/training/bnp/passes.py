@@ -98,7 +98,7 @@ def changes(model: nn.Module, layers: Sequence[Layer], before: Container[nn.Modu
     for layer in layers:
         if id(layer.module) not in there:
             found[layer.name] = "it was replaced or removed after BNP was made"
-        elif layer.kind.weight not in layer.module._parameters:
+        elif layer.kind.parameter(layer.module) is None:
             found[layer.name] = "its weight is computed from others (pruned or parametrized) since BNP was made"
     for layer in layers_of(modules.items())[0]:
         if layer.module not in before:
