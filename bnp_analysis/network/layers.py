@@ -16,14 +16,14 @@ from torch.overrides import TorchFunctionMode
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.kernels import derivative
-from bnp_analysis.network.layer_kinds import Layer, kind_of
+from bnp_analysis.network.layer_kinds import KINDS, Layer, kind_of
 from bnp_analysis.network.observation import transformed, untransformed
 from bnp_analysis.network.recorded_product import Recorded
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.runtime.trees import tensors_of
 
 # The functions by which torch's own layers multiply with their weights.
-_FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
+_FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d, F.embedding)
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,12 @@ class Coverage:
         return Coverage(kept, self.uncovered | dict.fromkeys(names, why)) if left else self
 
 
-def coverage(risk: EmpiricalRisk) -> Coverage:
+def coverage(risk: EmpiricalRisk, also: Iterable[type[nn.Module]] = ()) -> Coverage:
     """Find the covered layers of a risk: those whose forward runs and whose weight is free and used once.
 
     Args:
         risk: the empirical risk; one forward pass over its data is made.
+        also: types of layers that are covered only where they are asked for, such as `nn.Embedding`.
 
     Returns:
         A `Coverage`; every parameter of the space is covered or named with its reason.
@@ -73,7 +74,7 @@ def coverage(risk: EmpiricalRisk) -> Coverage:
         >>> [layer.name for layer in found], sorted(found.uncovered)
         (['0', '2'], ['1.bias', '1.weight'])
     """
-    layers, reasons = layers_of(risk.modules(), risk.space.__contains__)
+    layers, reasons = layers_of(risk.modules(), risk.space.__contains__, also)
     runs: set[str] = set()
     other: dict[str, str] = {}
     for own_runs, own_other in risk.group.share(lambda: _own_forward_uses(risk, layers), "which layers run"):
@@ -91,21 +92,24 @@ def coverage(risk: EmpiricalRisk) -> Coverage:
 
 
 def layers_of(
-    modules: Iterable[tuple[str, nn.Module]], free: Callable[[str], bool] = lambda name: True
+    modules: Iterable[tuple[str, nn.Module]],
+    free: Callable[[str], bool] = lambda name: True,
+    also: Iterable[type[nn.Module]] = (),
 ) -> tuple[list[Layer], dict[str, str]]:
     """The layers that the structure of a model allows to be covered: of a known kind, with a weight of their own.
 
     Args:
         modules: those of the model, under their names.
         free: whether a parameter of this name counts; default all.
+        also: types of layers that are covered only where they are asked for.
 
     Returns:
         The layers in the order of the modules; and parameter name -> why it would belong to none of them, for all.
 
     Raises:
-        InvalidInputError: a lazy layer that has no shape yet.
+        InvalidInputError: a lazy layer that has no shape yet, or a type in `also` that is none of layers.
     """
-    modules = list(modules)
+    modules, wanted = list(modules), require_types(also)
     holders: dict[int, list[str]] = {}
     owners: dict[str, tuple[nn.Module, list[str]]] = {}
     for name, module in modules:
@@ -114,15 +118,35 @@ def layers_of(
             if free(full):
                 holders.setdefault(id(parameter), []).append(name)
                 owners[full] = module, holders[id(parameter)]
-    layers = []
+    layers, why = [], {name: _reason(name, module, held) for name, (module, held) in owners.items()}
     for name, module in modules:
         kind, prefix = kind_of(module), f"{name}." if name else ""
         if kind is None or len(owners.get(f"{prefix}{kind.weight}", (None, ()))[1]) != 1:
             continue
         if isinstance(kind.parameter(module), UninitializedParameter):
             raise InvalidInputError(f"lazy layer {name!r} has no shape yet: run one forward pass first")
+        not_asked = f"covered where it is asked for, also=[{kind.module_type.__name__}]"
+        if left := kind.layer.refused(module) if not kind.asked or isinstance(module, wanted) else not_asked:
+            why |= {n: left for n in (f"{prefix}{kind.weight}", f"{prefix}{kind.bias}") if n in why}
+            continue
         layers.append(kind.of(name, module, bias=len(owners.get(f"{prefix}{kind.bias}", (None, ()))[1]) == 1))
-    return layers, {name: _reason(name, module, held) for name, (module, held) in owners.items()}
+    return layers, why
+
+
+def require_types(also: Iterable[type[nn.Module]]) -> tuple[type[nn.Module], ...]:
+    """The types of layers that are asked for.
+
+    Raises:
+        InvalidInputError: one that is no type of layers that can be covered.
+    """
+    wanted = tuple(also) if isinstance(also, Iterable) else (also,)
+    for one in wanted:
+        if not any(isinstance(one, type) and issubclass(one, known) for known in KINDS):
+            asked = ", ".join(kind.__name__ for kind, entry in KINDS.items() if entry.asked)
+            raise InvalidInputError(
+                f"also= takes types of layers that are not covered unless they are asked for ({asked}), got {one!r}"
+            )
+    return wanted
 
 
 def _reason(name: str, owner: nn.Module, held: list[str]) -> str:
@@ -138,6 +162,12 @@ def _reason(name: str, owner: nn.Module, held: list[str]) -> str:
     return (
         f"{type(owner).__name__} {'whose weight is frozen or not covered' if known else 'is not a covered layer type'}"
     )
+
+
+def asked_types(modules: Mapping[str, nn.Module], names: Iterable[str]) -> list[type[nn.Module]]:
+    """The types among the named modules that are covered only where they are asked for."""
+    kinds = [kind_of(modules[name]) for name in names if name in modules]
+    return [kind.module_type for kind in kinds if kind is not None and kind.asked]
 
 
 def changed_product(module: nn.Module) -> str:

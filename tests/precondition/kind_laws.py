@@ -10,15 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bnp_analysis as bnp
-from bnp_analysis.network import coverage, layer_moments
+from bnp_analysis.network import Layer, coverage, layer_moments
 
 # Layer name -> its rows, `(R, units, m)` or the same for all units, `(R, m)`; the gradients' names.
 Rows = Mapping[str, Tensor]
 
 
-def units_first(risk: bnp.EmpiricalRisk, name: str, flat: Tensor) -> tuple[Tensor, Tensor | None]:
+def units_first(risk: bnp.EmpiricalRisk, layer: Layer, flat: Tensor) -> tuple[Tensor, Tensor | None]:
     """The part of a flat vector on a layer: weights `(units, m)` and bias `(units,)`."""
-    layer = coverage(risk)[name]
     tensors = risk.space.unflatten(flat)
     weight = layer.matrix(tensors[layer.weight]).reshape(layer.units, layer.features)
     return weight, None if layer.bias is None else tensors[layer.bias]
@@ -49,6 +48,7 @@ def check_kind(
     rows: Callable[[nn.Module, Any], Rows],
     *,
     shared: Callable[[nn.Module, Any], Rows] | None = None,
+    also: Iterable[type[nn.Module]] = (),
     curvature: bool = True,
 ) -> None:
     """All laws on one network.
@@ -58,15 +58,20 @@ def check_kind(
         x, y: data with class labels.
         rows: what the parameters of every layer to look at meet, formed by hand from the network's own forward pass.
         shared: the rows of its inputs, where units make their own of them.
+        also: types of layers that must be asked for.
         curvature: whether the loss has a curvature factor for its blocks.
     """
     model = make()
     risk = bnp.EmpiricalRisk(model, F.cross_entropy, (x, y))
     expected = rows(model, x)
-    P = bnp.bnp_preconditioner(risk, statistics="patch")
-    found, inputs = layer_moments(risk, statistics="patch"), expected if shared is None else shared(model, x)
+    P = bnp.bnp_preconditioner(risk, statistics="patch", also=also)
+    layers = coverage(risk, also)
+    found, inputs = (
+        layer_moments(risk, statistics="patch", layers=layers),
+        expected if shared is None else shared(model, x),
+    )
     for name, h in expected.items():
-        layer, m = coverage(risk)[name], found[name]
+        layer, m = layers[name], found[name]
         mean, variance = inputs[name].mean(0), inputs[name].var(0, correction=0)
         torch.testing.assert_close(
             m.mean.expand(-1, layer.features), grouped(mean, layer.groups), rtol=1e-12, atol=1e-13
@@ -74,12 +79,12 @@ def check_kind(
         torch.testing.assert_close(m.variance, grouped(variance, layer.groups), rtol=1e-11, atol=1e-13)
         assert m.rows == len(h)
         q2 = max(layer.features / len(h), 1.0)
-        got = units_first(risk, name, P.direction(risk.gradient))
-        for a, b in zip(got, expected_direction(*units_first(risk, name, risk.gradient), h, q2), strict=True):
+        got = units_first(risk, layer, P.direction(risk.gradient))
+        for a, b in zip(got, expected_direction(*units_first(risk, layer, risk.gradient), h, q2), strict=True):
             if a is not None:
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     check_reparametrized(model, x, y, risk, P)
-    check_training(make, x, y, expected)
+    check_training(make, x, y, expected, also)
     if curvature:
         check_curvature(risk, P, expected)
 
@@ -104,10 +109,12 @@ def check_reparametrized(
     assert float((dense @ in_z - step).norm() / step.norm()) < 1e-10
 
 
-def check_training(make: Callable[[], nn.Module], x: Any, y: Tensor, covered: Iterable[str], **options: Any) -> None:
+def check_training(
+    make: Callable[[], nn.Module], x: Any, y: Tensor, covered: Iterable[str], also: Iterable[type[nn.Module]]
+) -> None:
     """Undamped, on full batches, without memory: `.grad` and moments are those of the exact risk at every step."""
     model = make()
-    pre = bnp.BNP(model, rho=0.0, eps1=0.0, eps2=0.0, statistics="patch", **options)
+    pre = bnp.BNP(model, rho=0.0, eps1=0.0, eps2=0.0, statistics="patch", also=also)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     for _ in range(3):
         optimizer.zero_grad()
@@ -115,9 +122,9 @@ def check_training(make: Callable[[], nn.Module], x: Any, y: Tensor, covered: It
         risk = bnp.EmpiricalRisk(model, F.cross_entropy, (x, y))
         plain = risk.space.flatten({n: p.grad.clone() for n, p in model.named_parameters() if n in risk.space})
         pre.step()
-        exact = bnp.bnp_preconditioner(risk, statistics="patch")
+        exact = bnp.bnp_preconditioner(risk, statistics="patch", also=also)
         assert set(covered) <= set(pre.covered)
-        assert set(pre.covered) == {layer.name for layer in coverage(risk)}
+        assert set(pre.covered) == {layer.name for layer in coverage(risk, also)}
         got = risk.space.flatten({n: p.grad for n, p in model.named_parameters() if n in risk.space})
         expected = exact.direction(plain)
         assert float((got - expected).norm() / expected.norm()) < 1e-10

@@ -352,3 +352,97 @@ def test_measured_scales_of_pruned_weights() -> None:
         F.cross_entropy(model(x), y).backward()
         pre.step()
     assert pre.preconditioner().q["0"] == pytest.approx(float(max(sizes)), rel=1e-3)
+
+
+# embeddings
+
+
+class Words(nn.Module):
+    def __init__(self, padding: int | None = None) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(6, 4, padding_idx=padding), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.words(x)).flatten(1))
+
+
+def sentences(n: int = 14) -> Tensor:
+    """Indices 0 to 4 of 6, unevenly."""
+    return torch.randint(25, (n, 2), generator=torch.Generator().manual_seed(2)).sqrt().long()
+
+
+def test_embeddings() -> None:
+    x = sentences()
+    check_kind(
+        drawn(Words), x, labels(len(x)),
+        lambda model, x: {
+            "words": F.one_hot(x.flatten(), 6).double(), "head": torch.tanh(model.words(x)).flatten(1).detach(),
+        },
+        also=[nn.Embedding],
+    )  # fmt: skip
+
+
+def test_an_embedding_trains_as_a_dense_layer_on_indicators_and_padding_gets_no_step() -> None:
+    """`padding_idx` cuts the gradient of its row: the indicators of that index are zero rows."""
+    for padding in (None, 0, 4):
+        model = drawn(lambda padding=padding: Words(padding))()
+        twin = nn.Linear(6, 4, bias=False).double()
+        twin.weight.data.copy_(model.words.weight.T)
+        x, y = sentences(), labels(14)
+        one_hot = F.one_hot(x, 6).double()
+        fixed = 0.0
+        if padding is not None:
+            one_hot[..., padding] = 0
+            fixed = (x == padding).double()[..., None] * model.words.weight[padding].detach()
+        pres = bnp.BNP(model, also=[nn.Embedding], exclude="head"), bnp.BNP(twin)
+        for rows in torch.arange(14).split(7):
+            model.zero_grad()
+            twin.zero_grad()
+            F.cross_entropy(model(x[rows]), y[rows]).backward()
+            inner = twin(one_hot[rows]) + (fixed if padding is None else fixed[rows])
+            F.cross_entropy(model.head(torch.tanh(inner).flatten(1)), y[rows]).backward()
+            for pre in pres:
+                pre.step()
+            torch.testing.assert_close(model.words.weight.grad, twin.weight.grad.T)
+        if padding is not None:
+            assert not model.words.weight.grad[padding].any()
+
+
+def test_no_dense_rows_for_frequencies(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bnp_analysis.network.layer_kinds import EmbeddingLayer
+
+    def fail(self: object, h: Tensor) -> Tensor:
+        raise AssertionError("formed")
+
+    monkeypatch.setattr(EmbeddingLayer, "rows", fail)
+    model, x, y = drawn(Words)(), sentences(), labels(14)
+    bnp.bnp_preconditioner(bnp.EmpiricalRisk(model, F.cross_entropy, (x, y)), also=[nn.Embedding])
+    pre = bnp.BNP(model, also=[nn.Embedding])
+    F.cross_entropy(model(x), y).backward()
+    pre.step()
+    assert pre.covered == ("words", "head")
+
+
+def test_embeddings_are_left_alone_unless_asked_for() -> None:
+    model, x, y = drawn(Words)(), sentences(), labels(14)
+    pre = bnp.BNP(model)
+    F.cross_entropy(model(x), y).backward()
+    plain = model.words.weight.grad.clone()
+    pre.step()
+    said = "covered where it is asked for, also=[Embedding]"
+    assert torch.equal(model.words.weight.grad, plain)
+    assert pre.uncovered == {"words.weight": said}
+    risk = bnp.EmpiricalRisk(model, F.cross_entropy, (x, y))
+    assert coverage(risk).uncovered == {"words.weight": said}
+    for options, why in (
+        ({"max_norm": 1.0}, "max_norm"),
+        ({"sparse": True}, "sparse"),
+        ({"scale_grad_by_freq": True}, "freq"),
+    ):
+        net = nn.Sequential(nn.Embedding(6, 4, **options), nn.Linear(4, 3))
+        assert why in bnp.BNP(net, also=[nn.Embedding]).uncovered["0.weight"]
+    for wrong in ([nn.ReLU], ["Embedding"], nn.ReLU):
+        with pytest.raises(InvalidInputError, match="also= takes types of layers"):
+            bnp.BNP(model, also=wrong)
+    other = copy.deepcopy(bnp.BNP(model, also=[nn.Embedding]))
+    assert other.covered == ("words", "head")

@@ -3,6 +3,17 @@
 from bnp_analysis.network.layer_kinds.base import KINDS, Layer, LayerKind, kind_of, register_layer
 from bnp_analysis.network.layer_kinds.convolution import ConvolutionLayer
 from bnp_analysis.network.layer_kinds.dense import DenseLayer
+from bnp_analysis.network.layer_kinds.embedding import EmbeddingLayer
 from bnp_analysis.network.layer_kinds.linear_like import recognize
 
-__all__ = ["KINDS", "ConvolutionLayer", "DenseLayer", "Layer", "LayerKind", "kind_of", "recognize", "register_layer"]
+__all__ = [
+    "KINDS",
+    "ConvolutionLayer",
+    "DenseLayer",
+    "EmbeddingLayer",
+    "Layer",
+    "LayerKind",
+    "kind_of",
+    "recognize",
+    "register_layer",
+]

@@ -31,6 +31,7 @@ class LayerKind:
         builtin: whether `forward` is known to be the product; a user's type is tried on the data instead.
         recognized: whether the type was found by the shape of a module; its forward pass must be proved a product.
         gain: where the fixed numbers are that the parameter is multiplied by to be the weight (`multiples`), or "".
+        asked: whether layers of this type are covered only where they are asked for, with `also=`.
     """
 
     module_type: type[nn.Module]
@@ -41,6 +42,7 @@ class LayerKind:
     builtin: bool = False
     recognized: bool = False
     gain: str = ""
+    asked: bool = False
 
     def parameter(self, module: nn.Module) -> nn.Parameter | None:
         """The weight's parameter in a module; None where it was replaced by something computed."""
@@ -116,6 +118,15 @@ class Layer(ABC):
     def groups_of(module: Any) -> int:
         """Into how many groups units and features are split."""
         return 1
+
+    @classmethod
+    def refused(cls, module: Any) -> str:
+        """Why a module of this kind is not covered as it is set up; empty if it is."""
+        return ""
+
+    def counted(self, h: Tensor) -> tuple[int, Tensor] | None:
+        """For rows of zeros with a one: how many there are, and how often each feature `(m,)` is it; else None."""
+        return None
 
     @classmethod
     def unlike(cls, module_type: type[nn.Module], like: type[nn.Module], *, transposed: bool) -> str:

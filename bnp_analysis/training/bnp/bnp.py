@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from bnp_analysis.errors import InvalidInputError, TrainingWarning
-from bnp_analysis.network.layers import no_product
+from bnp_analysis.network.layers import no_product, require_types
 from bnp_analysis.network.names import clean_name
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.snapshot import unwrap
@@ -69,6 +69,7 @@ class BNP:
         bias_free: of layers without a free bias, `"rank-one"` or `"diagonal"` (T5).
         output_scale: `"estimated"` also divides units by estimated output scales (T10, this project's), `OutputScales`.
         include, exclude: names of layers, or of modules above them; default all, none.
+        also: types of layers that are covered only where they are asked for: `nn.Embedding`.
         reference_rows: a step of `R` rows leaves the past `rho^(R / reference_rows)`, so that a row weighs the same in
             batches of any size; None for `rho` at each step, as in the paper.
         check_every: steps between reading the flag of non-finite activations, default 1 on CPU and 100 elsewhere.
@@ -109,6 +110,7 @@ class BNP:
         output_scale: str = "none",
         include: Names | None = None,
         exclude: Names | None = None,
+        also: Iterable[type[nn.Module]] = (),
         reference_rows: float | None = None,
         check_every: int | None = None,
     ) -> None:
@@ -119,6 +121,7 @@ class BNP:
         )
         self.model = model
         self._choice: dict[str, Any] = {"include": frozen_names(include), "exclude": frozen_names(exclude)}
+        self._choice["also"] = require_types(also)
         found = find_candidates(unwrap(model), **self._choice)
         self._layers, self._reasons = found.layers, found.reasons
         for layer in self._layers:
@@ -334,7 +337,7 @@ class BNP:
             self._inputs = {i: self._inputs[i][:length] for i, length in lengths.items()}
 
     def _changes(self) -> dict[str, str]:
-        return changes(unwrap(self.model), self._layers, self._modules)
+        return changes(unwrap(self.model), self._layers, self._modules, self._choice["also"])
 
     def _review(self) -> None:
         """Say which layers are left alone since they were changed or added after this object was made."""
