@@ -47,9 +47,9 @@ class Coverage:
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.covered)
 
-    def without_gains(self, why: str) -> Coverage:
-        """Without the layers whose weight is its parameter times fixed numbers, which are named with the reason."""
-        left = [layer for layer in self.covered if layer.kind.gain]
+    def without(self, which: Callable[[Layer], object], why: str) -> Coverage:
+        """Without some of the layers, which are named with the reason."""
+        left = [layer for layer in self.covered if which(layer)]
         names = [name for layer in left for name in (layer.weight, layer.bias) if name is not None]
         kept = tuple(layer for layer in self.covered if layer not in left)
         return Coverage(kept, self.uncovered | dict.fromkeys(names, why)) if left else self

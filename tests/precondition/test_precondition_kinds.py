@@ -446,3 +446,84 @@ def test_embeddings_are_left_alone_unless_asked_for() -> None:
             bnp.BNP(model, also=wrong)
     other = copy.deepcopy(bnp.BNP(model, also=[nn.Embedding]))
     assert other.covered == ("words", "head")
+
+
+# transposed convolutions
+
+
+def by_unit_vectors(module: nn.Module, x: Tensor) -> Tensor:
+    """The rows of a transposed convolution, `(R, units, m)`, from derivatives of its output in its weight alone."""
+    kernel = module.weight.shape
+
+    def output(w: Tensor) -> Tensor:
+        return torch.func.functional_call(
+            module, {"weight": w, "bias": torch.zeros(module.out_channels).double()}, (x,)
+        )
+
+    J = torch.autograd.functional.jacobian(output, module.weight.detach())  # (N, units, ..., in, units/groups, ...)
+    J = J.movedim(1, -1 - len(kernel)).flatten(0, -2 - len(kernel))  # (R, units, in, units/groups, ...)
+    per_group = module.out_channels // module.groups
+    inputs = module.in_channels // module.groups
+    rows = []
+    for i in range(module.out_channels):
+        g = i // per_group
+        rows.append(J[:, i, g * inputs : (g + 1) * inputs, i % per_group].flatten(1))
+    return torch.stack(rows, 1)
+
+
+TRANSPOSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "1d": (lambda: nn.ConvTranspose1d(2, 3, 3, stride=2, padding=1, output_padding=1), (7, 2, 3)),
+    "1d, cropped, dilation": (lambda: nn.ConvTranspose1d(2, 3, 3, stride=3, padding=3, dilation=2), (7, 2, 4)),
+    "2d, groups": (
+        lambda: nn.ConvTranspose2d(4, 4, 2, stride=(1, 2), padding=(1, 0), dilation=(2, 1), groups=2), (6, 4, 3, 2),
+    ),
+    "2d, no bias": (lambda: nn.ConvTranspose2d(2, 2, 2, stride=2, bias=False), (6, 2, 2, 2)),
+    "3d": (lambda: nn.ConvTranspose3d(1, 2, (3, 1, 2), stride=(2, 1, 2), padding=(1, 0, 0)), (5, 1, 2, 1, 2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_transposed_convolutions(name: str) -> None:
+    make, shape = TRANSPOSED[name]
+    x = numbers(*shape)
+    width = make()(x.float()).flatten(1).shape[1]
+    check_kind(
+        drawn(lambda: headed(make(), width)), x, labels(len(x)),
+        lambda model, x: {"0": by_unit_vectors(model[0], x)},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_moments_of_transposed_convolutions_per_channel(name: str) -> None:
+    """Of the image with zeros in between; in training and in the exact risk, with numbers of rows and examples."""
+    make, shape = TRANSPOSED[name]
+    x, model = numbers(*shape), drawn(make)()
+    risk = bnp.EmpiricalRisk(model, lambda o, y: o.flatten(1).square().sum(1).mean(), (x, torch.zeros(len(x))))
+    found = bnp.network.layer_moments(risk)[""]
+    zeros = torch.zeros(*shape[:2], *((n - 1) * s + 1 for n, s in zip(shape[2:], model.stride, strict=True))).double()
+    zeros[(..., *(slice(None, None, s) for s in model.stride))] = x
+    image = zeros.movedim(1, -1).flatten(0, -2)
+    layer = coverage(risk)[""]
+    torch.testing.assert_close(found.mean, layer.expand(image.mean(0)))
+    torch.testing.assert_close(found.variance, layer.expand(image.var(0, correction=0)))
+    assert (found.rows, found.examples) == (model(x).numel() // model.out_channels, len(x))
+    pre = bnp.BNP(model, rho=0.0)
+    model(x).square().mean().backward()
+    pre.step()
+    torch.testing.assert_close(pre.preconditioner().blocks[""][1].mean, found.mean)
+    entry = pre.state_dict()["layers"][""]
+    assert (entry["rows"], entry["examples"]) == (found.rows, found.examples)
+
+
+def test_another_output_size_is_named() -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.ConvTranspose1d(2, 3, 3, stride=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(x, output_size=[8])
+
+    x = numbers(5, 2, 3)
+    found = coverage(bnp.EmpiricalRisk(drawn(Sized)(), F.mse_loss, (x, torch.zeros(5, 3, 8).double())))
+    assert found.uncovered["up.weight"] == "ConvTranspose1d does not compute the product that it was registered for"

@@ -62,12 +62,12 @@ class LayerKind:
     def of(self, name: str, module: nn.Module, *, bias: bool = True) -> Layer:
         """The layer that a module of this type is, under its name; without its bias where that is not free."""
         weight: Any = self.parameter(module)
-        if weight.ndim < 2 or (self.transposed and weight.ndim != 2):
+        if weight.ndim < 2:
             raise InvalidInputError(
                 f"layer {name!r} ({type(module).__name__}) has a weight {self.weight!r} of shape "
                 f"{tuple(weight.shape)}, which is no matrix of units and features"
             )
-        units = weight.shape[-1 if self.transposed else 0]
+        units = self.layer.units_of(self, module, weight)
         prefix = f"{name}." if name else ""
         bias_name = f"{prefix}{self.bias}" if bias and getattr(module, self.bias, None) is not None else None
         return self.layer(
@@ -113,6 +113,20 @@ class Layer(ABC):
     @abstractmethod
     def rows(self, h: Tensor) -> Tensor:
         """The rows that multiply the weights, `(R, groups, m)`, of an input of the layer."""
+
+    @classmethod
+    def units_of(cls, kind: LayerKind, module: Any, weight: Tensor) -> int:
+        """The number of output units of a module.
+
+        Raises:
+            InvalidInputError: a transposed weight that is no matrix.
+        """
+        if kind.transposed and weight.ndim != 2:
+            raise InvalidInputError(
+                f"a {type(module).__name__} has a weight {kind.weight!r} of shape {tuple(weight.shape)}, which is no "
+                "matrix of features and units"
+            )
+        return weight.shape[-1 if kind.transposed else 0]
 
     @staticmethod
     def groups_of(module: Any) -> int:
@@ -205,6 +219,10 @@ class Layer(ABC):
         """The number `N` of examples in an input `(N, ...)`, 1 for an input without that dimension."""
         return h.shape[0] if h.ndim > self.spatial + 1 else 1
 
+    def image(self, h: Tensor) -> Tensor:
+        """For layers with `spatial` dimensions, the image `(N, c, ...)` whose patches are rows, before padding."""
+        return h
+
     def positions(self, h: Tensor) -> int:
         """Rows of one example of an input `(N, ...)`."""
         return self.rows(h[:1]).shape[0]
@@ -255,11 +273,11 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     return next(filter(None, (recognize(module) for recognize in RECOGNIZERS)), None)
 
 
-def transposed_weights(model: nn.Module) -> list[str]:
-    """Names of the weights that are stored with their units last."""
-    kinds = {name: kind_of(module) for name, module in model.named_modules()}
-    names = [(name, kind.weight) for name, kind in kinds.items() if kind is not None and kind.transposed]
-    return [f"{name}.{weight}" if name else weight for name, weight in names]
+def transposed_weights(model: nn.Module) -> dict[str, int]:
+    """Names of the weights that are stored with their units last, or second in a convolution -> their groups."""
+    kinds = [(name, module, kind_of(module)) for name, module in model.named_modules()]
+    found = [(name, kind, kind.layer.groups_of(module)) for name, module, kind in kinds if kind is not None]
+    return {f"{name}.{kind.weight}" if name else kind.weight: g for name, kind, g in found if kind.transposed}
 
 
 def register_layer(

@@ -139,4 +139,6 @@ def trainable_space(model: nn.Module) -> ParameterSpace:
     space = choose_parameters(model, None)
     shapes = {clean_name(name): shape for name, shape in space.shapes.items()}
     aliases = {clean_name(other): clean_name(name) for other, name in space.aliases.items()}
-    return ParameterSpace(shapes, space.dtype, space.device, aliases, map(clean_name, space.transposed))
+    return ParameterSpace(
+        shapes, space.dtype, space.device, aliases, {clean_name(n): g for n, g in space.transposed.items()}
+    )

@@ -75,7 +75,8 @@ def batch_moments(layer: Layer, h: Tensor, kind: str) -> BatchMoments | None:
         found = _table_moments(layer.rows(h).flatten(1))
         return None if found is None else found._replace(examples=layer.example_count(h))
     h = h if h.ndim == layer.spatial + 2 else h.unsqueeze(0)
-    found = _image_moments(h) if h.is_contiguous() and not h.is_cuda else _table_moments(layer.channels(h))
+    z = layer.image(h)
+    found = _image_moments(z) if z.is_contiguous() and not z.is_cuda else _table_moments(layer.channels(h))
     return None if found is None else found._replace(rows=h.shape[0] * layer.positions(h), examples=h.shape[0])
 
 
