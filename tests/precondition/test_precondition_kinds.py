@@ -527,3 +527,31 @@ def test_another_output_size_is_named() -> None:
     x = numbers(5, 2, 3)
     found = coverage(bnp.EmpiricalRisk(drawn(Sized)(), F.mse_loss, (x, torch.zeros(5, 3, 8).double())))
     assert found.uncovered["up.weight"] == "ConvTranspose1d does not compute the product that it was registered for"
+
+
+# graph networks
+
+
+class GCN(nn.Module):
+    """Two graph convolutions: propagation, then a dense layer."""
+
+    def __init__(self, A: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("A", A)
+        self.inner, self.outer = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.A @ torch.tanh(self.inner(self.A @ x)))
+
+
+def test_rows_of_graph_convolutions_are_the_nodes_of_propagated_features() -> None:
+    """Message passing couples the examples; a layer's rows, and its curvature by the whole graph, stay exact."""
+    g = torch.Generator().manual_seed(5)
+    A = torch.bernoulli(torch.full((12, 12), 0.3), generator=g)
+    A = ((A + A.T) > 0).double() + torch.eye(12)
+    A = A / (A.sum(0)[:, None] * A.sum(0)).sqrt()
+    x = numbers(12, 3)
+    check_kind(
+        drawn(lambda: GCN(A)), x, labels(12),
+        lambda model, x: {"inner": A @ x, "outer": A @ torch.tanh(model.inner(A @ x)).detach()},
+    )  # fmt: skip
