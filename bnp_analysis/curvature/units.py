@@ -167,7 +167,7 @@ def unit_blocks(risk: EmpiricalRisk, layers: Coverage) -> dict[str, UnitBlocks]:
 
     Source: T1, T13.
     """
-    dense = [layer for layer in layers if not layer.spatial and not layer.kind.gain]
+    dense = [layer for layer in layers if not (layer.spatial or layer.groups > 1 or layer.kind.gain)]
     if risk.coupled or not dense or not risk.batches.ordered:
         return {}
     own: dict[str, _Own] = {}

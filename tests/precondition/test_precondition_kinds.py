@@ -555,3 +555,25 @@ def test_rows_of_graph_convolutions_are_the_nodes_of_propagated_features() -> No
         drawn(lambda: GCN(A)), x, labels(12),
         lambda model, x: {"inner": A @ x, "outer": A @ torch.tanh(model.inner(A @ x)).detach()},
     )  # fmt: skip
+
+
+# normalizations
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
+def test_gains_and_offsets_of_normalizations(kind: type[nn.Module]) -> None:
+    x = numbers(12, 2, 5)
+
+    def normalized(x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True) if kind is nn.LayerNorm else x
+        eps = 1e-5 if kind is nn.LayerNorm else torch.finfo(torch.float64).eps
+        return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+
+    def rows(model: Any, x: Tensor) -> dict[str, Tensor]:
+        return {"0": normalized(x).flatten(0, 1).unsqueeze(2)}
+
+    check_kind(drawn(lambda: headed(kind(5), 10)), x, labels(12), rows, also=[kind])
+    said = f"covered where it is asked for, also=[{kind.__name__}]"
+    assert bnp.BNP(headed(kind(5), 10)).uncovered["0.weight"] == said
+    several = nn.Sequential(kind([2, 5]), nn.Flatten(), nn.Linear(10, 3))
+    assert bnp.BNP(several, also=[kind]).uncovered["0.weight"] == "it normalizes several dimensions"
