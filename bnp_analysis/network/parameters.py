@@ -19,7 +19,8 @@ class ParameterSpace:
         shapes: name -> shape, in the order of `named_parameters()`.
         dtype, device: of every flat vector.
         aliases: other names of the same tensors (tied parameters) -> the name in `shapes`.
-        transposed: names of weights whose output units are their columns; of all others they are the rows.
+        transposed: name -> groups of weights whose output units are their columns, or in a transposed convolution their
+            second dimension; of all others they are the rows.
 
     Example:
         >>> space = ParameterSpace({"weight": (2, 3), "bias": (2,)})
@@ -33,13 +34,13 @@ class ParameterSpace:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         aliases: Mapping[str, str] | None = None,
-        transposed: Iterable[str] = (),
+        transposed: Mapping[str, int] | None = None,
     ) -> None:
         self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
         self.names = tuple(self.shapes)
         self.dtype, self.device = dtype, torch.device(device)
         self.aliases = {other: name for other, name in (aliases or {}).items() if name in self.shapes}
-        self.transposed = frozenset(transposed) & self.shapes.keys()
+        self.transposed = {name: groups for name, groups in (transposed or {}).items() if name in self.shapes}
         self._slices: dict[str, slice] = {}
         begin = 0
         for name, shape in self.shapes.items():
@@ -113,7 +114,9 @@ class ParameterSpace:
             shape, begin = self.shapes[name], self._slices[name].start
             grid = torch.arange(begin, begin + shape.numel())
             if unit is not None:
-                grid = grid.view(shape).mT if name in self.transposed else grid.view(shape)
+                grid = grid.view(shape)
+                if (groups := self.transposed.get(name)) is not None:
+                    grid = grid.view(groups, -1, *shape[1:]).transpose(1, 2).flatten(0, 1)
                 if len(shape) == 0 or not 0 <= unit < len(grid):
                     raise InvalidInputError(
                         f"{layer!r} has no output unit {unit}: its parameter {name!r} has shape {tuple(shape)}"
