@@ -254,12 +254,20 @@ class BNP:
             InvalidInputError: attached already, closed, not a torch optimizer, LBFGS, or none of its parameters is a
                 covered layer's weight.
         """
+        self.require_free()
+        self._attached = attach_to(optimizer, self._layers, self.step)
+        return self
+
+    def require_free(self) -> None:
+        """Refuse an object that is closed, or whose `step()` an optimizer calls already.
+
+        Raises:
+            InvalidInputError: it is.
+        """
         if self._attached is not None or self._closed:
             raise InvalidInputError(
                 f"this object is {'closed' if self._closed else 'attached to an optimizer already'}"
             )
-        self._attached = attach_to(optimizer, self._layers, self.step)
-        return self
 
     def preconditioner(self, space: ParameterSpace | None = None) -> BNPPreconditioner:
         """The `P` of the last step, damping and `q` included, as it is measured.
