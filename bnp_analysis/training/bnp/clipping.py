@@ -38,7 +38,7 @@ class BeforeClipping:
             raise InvalidInputError(
                 "a backward pass has added to gradients that BNP has preconditioned at the end of the one before: "
                 "where gradients are accumulated, write attach(optimizer, before_clipping=n) with the number n of "
-                "backward passes for each step; where a step is skipped, zero_grad() must set gradients to None, its default"
+                "backward passes for each step; where a step is skipped, zero_grad() must set gradients to None"
             )
         self._count += 1
         self._done = self._count == self._passes
