@@ -12,12 +12,14 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from bnp_analysis.diagnose import Comparison, Conditioning, LayerTable
-from bnp_analysis.linalg import ConditionNumber, ConditionProfile, SpectralDensity
+from bnp_analysis.linalg import ConditionNumber, ConditionProfile, Diagonal, SpectralDensity
 from bnp_analysis.runtime.kinds import require_kind
 from bnp_analysis.training import Sharpness
 
 # Okabe and Ito 2008: told apart by colour-blind readers, and in grey.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+# Entries of one tensor that are drawn one by one.
+_DRAWN = 400
 
 
 def plot_inputs(table: LayerTable, ax: Axes | None = None) -> Axes:
@@ -155,6 +157,40 @@ def plot_profile(
     return ax
 
 
+def plot_diagonal(result: Diagonal, ax: Axes | None = None) -> Axes:
+    """Every diagonal entry, tensor by tensor, with a 95 % bar; those whose bar contains zero are grey.
+
+    The vertical axis is linear around zero, up to the smallest entry that is told from zero, and logarithmic beyond.
+
+    Args:
+        result: from `diagonal`.
+        ax: axes to draw on; default new ones.
+
+    Returns:
+        The axes.
+    """
+    require_kind(result, "result", Diagonal)
+    ax = _axes(ax)
+    named = result.tensors() if result.shapes else {"": (result.value, result.error)}
+    value, (low, high) = result.value.numpy(), (end.numpy() for end in result.interval())
+    told = (low > 0) | (high < 0)
+    begin, centres = 0, []
+    for count in (v.numel() for v, _ in named.values()):
+        # Entries of a large tensor would cover each other: every k-th is drawn.
+        own = np.arange(begin, begin + count, max(1, count // _DRAWN))
+        x = len(centres) + 0.8 * ((own - begin + 0.5) / max(count, 1) - 0.5)
+        for some, colour in ((~told[own], GREY), (told[own], BLUE)):
+            at = own[some]
+            ax.vlines(x[some], low[at], high[at], color=colour, alpha=0.25, linewidth=0.8)
+            ax.plot(x[some], value[at], ".", color=colour, markersize=3)
+        centres.append(len(centres))
+        begin += count
+    _symmetric_log(ax.set_yscale, float(np.abs(value[told]).min(initial=np.inf)), float(np.abs(value).max()))
+    ax.set_xticks(centres, list(named), rotation=0 if len(named) <= 4 else 90)
+    ax.set_ylabel("diagonal of the curvature")
+    return ax
+
+
 def plot_sharpness(result: Sharpness, ax: Axes | None = None) -> Axes:
     """The tracked eigenvalues along training, with the threshold above which a quadratic would be unstable.
 
@@ -210,6 +246,13 @@ def _write(figure: Any, path: str | Path, title: str) -> None:
     plt.close(figure)
 
 
+def _symmetric_log(set_scale: Any, smallest: float, largest: float) -> None:
+    """Logarithms of both signs, and a linear piece for sizes below the smallest one; linear where these are all."""
+    floor = max(smallest, 1e-12 * largest)
+    if 0 < floor < largest:
+        set_scale("symlog", linthresh=floor, linscale=1.0)
+
+
 def _axes(ax: Axes | None) -> Axes:
     return plt.subplots(layout="constrained")[1] if ax is None else ax
 
@@ -240,4 +283,13 @@ def _mark_one_sided(ax: Axes, places: Any, numbers: Sequence[ConditionNumber]) -
             ax.annotate("≥", (x, k.value), ha="center", va="bottom")
 
 
-__all__ = ["plot_blocks", "plot_inputs", "plot_sharpness", "plot_spectral_density", "save_comparison", "save_densities"]
+__all__ = [
+    "plot_blocks",
+    "plot_diagonal",
+    "plot_inputs",
+    "plot_profile",
+    "plot_sharpness",
+    "plot_spectral_density",
+    "save_comparison",
+    "save_densities",
+]

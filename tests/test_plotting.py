@@ -74,3 +74,21 @@ def test_sharpness_is_drawn_with_its_threshold() -> None:
     assert np.array_equal(lines[0], [3.0, 4.0])
     assert np.array_equal(lines[-1], [5.0, 5.0])
     assert "P" in ax.get_ylabel()
+
+
+def test_diagonal_entries_are_drawn_and_those_not_told_from_zero_are_grey() -> None:
+    found = bnp.linalg.Diagonal(
+        value=torch.tensor([1.0, -3.0, 0.1], dtype=torch.float64),
+        error=torch.tensor([0.1, 0.1, 0.1], dtype=torch.float64),
+        rounding=0.0,
+        method="stochastic",
+        probes=30,
+        shapes={"w": (2,), "b": (1,)},
+        choice="",
+    )
+    ax = plotting.plot_diagonal(found)
+    drawn = sorted((float(y), line.get_color()) for line in ax.lines for y in line.get_ydata())
+    assert drawn == [(-3.0, plotting.BLUE), (0.1, plotting.GREY), (1.0, plotting.BLUE)]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["w", "b"]
+    assert ax.get_yscale() == "symlog"
+    plt.close("all")

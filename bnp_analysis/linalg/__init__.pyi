@@ -21,6 +21,7 @@ from .preconditioner import (
     Preconditioner,
     congruence,
 )
+from .spectra.diagonal import Diagonal, diagonal
 from .spectra.eigen import Eigenpairs, eigenpairs
 from .spectra.quadrature import SpectralDensity, Trace, spectral_density, trace
 
@@ -33,6 +34,7 @@ __all__ = [
     "Congruence",
     "DenseOperator",
     "DensePreconditioner",
+    "Diagonal",
     "Eigenpairs",
     "GramOperator",
     "IdentityPreconditioner",
@@ -55,6 +57,7 @@ __all__ = [
     "condition_number",
     "condition_profile",
     "congruence",
+    "diagonal",
     "eigenpairs",
     "golub_kahan",
     "lanczos",

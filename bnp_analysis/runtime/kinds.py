@@ -53,6 +53,7 @@ WAYS: Mapping[str, Mapping[str, str]] = {
     "ConditionProfile": {"object": "bnp.condition_profile(A)"},
     "LayerTable": {"object": "bnp.layer_table(risk)"},
     "Comparison": {"object": "bnp.compare(risk)"},
+    "Diagonal": {"object": "bnp.diagonal(A)"},
     "SpectralDensity": {"object": "bnp.spectral_density(A)"},
     "ParameterSpace": {"object": f"{_RISK}.space"},
 }
