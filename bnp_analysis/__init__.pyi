@@ -17,7 +17,7 @@ from . import (
     training,
 )
 from .curvature import fisher, gauss_newton, hessian
-from .diagnose import compare, condition, layer_table
+from .diagnose import block_spectra, compare, condition, layer_table
 from .linalg import (
     CallableOperator,
     DenseOperator,
@@ -51,6 +51,7 @@ __all__ = [
     "LinearOperator",
     "ParameterSpace",
     "SharpnessTracker",
+    "block_spectra",
     "bnp_preconditioner",
     "check_convergence_rate",
     "check_theory",

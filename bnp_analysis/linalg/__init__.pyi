@@ -23,6 +23,7 @@ from .preconditioner import (
 )
 from .spectra.diagonal import Diagonal, diagonal
 from .spectra.eigen import Eigenpairs, eigenpairs
+from .spectra.off_block import OffBlockShare, off_block_share
 from .spectra.quadrature import SpectralDensity, Trace, spectral_density, trace
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "LinearOperator",
     "MatrixOperator",
     "Method",
+    "OffBlockShare",
     "Preconditioner",
     "Price",
     "Problem",
@@ -63,6 +65,7 @@ __all__ = [
     "lanczos",
     "magnitude_condition_number",
     "methods",
+    "off_block_share",
     "on_host",
     "register",
     "regularized_condition_number",

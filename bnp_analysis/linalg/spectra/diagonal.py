@@ -77,7 +77,7 @@ class Diagonal(Result):
                 "this diagonal is that of an operator without named parameters; value and error are flat"
             )
         sizes = [math.prod(shape) for shape in self.shapes.values()]
-        parts = zip(self.shapes.items(), self.value.split(sizes), self.error.split(sizes), strict=True)
+        parts = zip(self.shapes.items(), *(torch.split(x, sizes) for x in (self.value, self.error)), strict=True)
         return {name: (value.view(shape), error.view(shape)) for (name, shape), value, error in parts}
 
     def summary(self) -> str:
