@@ -183,7 +183,7 @@ class ParameterSpace:
         shape = self.shapes[name]
         if not shape:
             return 0
-        return shape[-1] if name in self.transposed else shape[0]
+        return shape[1] * self.transposed[name] if name in self.transposed else shape[0]
 
     def __repr__(self) -> str:
         return f"<ParameterSpace {self.dim} in {len(self.names)} tensors, {self.dtype} on {self.device}>"
