@@ -150,7 +150,8 @@ class UnitBlocks:
             vectors = self._common = _null_rows(self.rows) if self._common is None else self._common
         if vectors.shape[1]:
             verifier = Verifier(factor, vectors.shape[1])
-            vectors = vectors[:, verifier.sizes(torch.arange(len(vectors)), vectors) <= verifier.tolerance]
+            sizes = verifier.sizes([(torch.arange(len(vectors)), vectors)])[0]
+            vectors = vectors[:, sizes <= verifier.tolerance]
         return SomeNullDirections(vectors.to(self.rows), {"dependent inputs": vectors.shape[1]})
 
 

@@ -146,7 +146,7 @@ class BlockDiagonal(NetworkPreconditioner):
 def _unit_inside(name: str, inner: Preconditioner, block: Block, inside: Tensor) -> Preconditioner:
     """The part of a layer's preconditioner on the variables that a block meets: one whole unit, or an error."""
     met = torch.nonzero(inside).flatten()
-    if isinstance(inner, SplitsByUnit) and not isinstance(block, str):
+    if isinstance(inner, SplitsByUnit) and not isinstance(block, str) and isinstance(block[1], int):
         if torch.equal(inner.unit_positions(block[1]).cpu(), met):
             return inner.unit(block[1])
         raise InvalidInputError(f"{block!r} meets only a part of unit {block[1]} of {name!r}, whose weights P couples")

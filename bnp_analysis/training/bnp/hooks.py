@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
-from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.errors import InvalidInputError, TrainingWarning
 from bnp_analysis.network.layer_kinds import Layer
 from bnp_analysis.network.recorded_product import Recorded, Recording
 from bnp_analysis.training.bnp.passes import failed
@@ -293,12 +294,46 @@ def _stepping(optimizer: Any) -> Optimizer | None:
     return optimizer if hooked else None
 
 
-def attach_to(optimizer: Optimizer, layers: Iterable[Layer], step: Callable[[], None]) -> RemovableHandle:
-    """Call `step` before each step of an optimizer, or after its closure where it is given one.
+class EndOfBackward:
+    """Calls a function when a backward pass that reached one of the parameters has ended, whatever else waits for it.
+
+    Args:
+        parameters: leaves that train; others are left out.
+        call: what is called.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], call: Callable[[], None]) -> None:
+        self._call, self._pass = call, -1
+        hooked: list[Any] = [p for p in parameters if p.requires_grad]  # torch does not annotate the method
+        self._handles = [p.register_post_accumulate_grad_hook(self._seen) for p in hooked]
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _seen(self, _: Tensor) -> None:
+        # By the pass and not by a flag: one that raises never ends.
+        running = torch._C._current_graph_task_id()
+        if running != self._pass:
+            self._pass = running
+            # Twice: averages of gradients over processes wait for the end too, and are queued while it runs.
+            _engine().queue_callback(lambda: _engine().queue_callback(self._call))
+
+
+def _engine() -> Any:
+    return torch.autograd.Variable._execution_engine
+
+
+def stepping(optimizer: Optimizer, layers: Sequence[Layer]) -> Optimizer:
+    """The optimizer to attach to, behind wrappers.
 
     Raises:
         InvalidInputError: not a torch optimizer, one that evaluates its closure several times, or one that holds no
             weight of the layers.
+
+    Warns:
+        TrainingWarning: it holds the weights of some layers that train, and not of others.
     """
     inner = _stepping(optimizer)
     if inner is None:
@@ -309,10 +344,24 @@ def attach_to(optimizer: Optimizer, layers: Iterable[Layer], step: Callable[[], 
     if isinstance(inner, LBFGS):
         raise InvalidInputError("LBFGS searches along its own direction with several evaluations; BNP would break it")
     held = {id(p) for group in inner.param_groups for p in group["params"]}
-    if not any(id(layer.own_weight) in held for layer in layers):
+    absent = [layer for layer in layers if id(layer.own_weight) not in held]
+    if len(absent) == len(layers):
         raise InvalidInputError(
             "the optimizer holds no weight of a covered layer: it was made for another model, or from a copy"
         )
+    if others := [layer.name for layer in absent if layer.trains]:
+        warnings.warn(
+            f"the optimizer that BNP is attached to does not hold the weights of {', '.join(others)}: another one that "
+            "steps before it moves them without BNP. Attach to the one that steps first, or give each optimizer a BNP "
+            "of its own with include= or exclude=",
+            TrainingWarning,
+            3,
+        )
+    return inner
+
+
+def before_steps(optimizer: Optimizer, step: Callable[[], None]) -> RemovableHandle:
+    """Call `step` before each step of an optimizer, or after its closure where it is given one."""
 
     def before(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -329,4 +378,4 @@ def attach_to(optimizer: Optimizer, layers: Iterable[Layer], step: Callable[[], 
         # The optimizer itself is the first positional argument.
         return args[:1], kwargs | {"closure": closed}
 
-    return inner.register_step_pre_hook(before)
+    return optimizer.register_step_pre_hook(before)
