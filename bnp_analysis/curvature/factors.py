@@ -170,8 +170,7 @@ class JacobianFactor(LinearOperator):
     def _own_blocks(self) -> Iterator[Tensor]:
         for batch, root in zip(self._risk.batches, self._roots, strict=True):
             weight = (batch.count / self._risk.batches.total) ** 0.5
-            for rows in rows_of_batch(self._risk, batch, root):
-                yield rows.mul_(weight)
+            yield from rows_of_batch(self._risk, batch, replace(root, rows=root.rows * weight))
 
 
 def rows_of_batch(risk: EmpiricalRisk, batch: Batch, root: Root) -> Iterator[Tensor]:
