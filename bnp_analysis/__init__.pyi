@@ -39,12 +39,13 @@ from .precondition import (
 )
 from .symmetry import null_directions
 from .theory import check_convergence_rate, check_theory
-from .training import BNP, SharpnessTracker, train
+from .training import BNP, SGLD, SharpnessTracker, train
 
 __version__: str
 
 __all__ = [
     "BNP",
+    "SGLD",
     "CallableOperator",
     "DenseOperator",
     "EmpiricalRisk",

@@ -53,6 +53,7 @@ def pages() -> None:
 def inside(text: str) -> str:
     """A page's text with the links that the site can follow."""
     text = text.replace("](../CONTRIBUTING.md", "](contributing.md").replace("](../CHANGELOG.md", "](changelog.md")
+    text = re.sub(r"\]\(\.\./paper_figures/full/(\w+\.png)", r"](gallery/\1", text)
     text = re.sub(r"\]\(\.\./paper_figures/full/(?:index\.md)?", "](gallery.md", text)
 
     def plain(match: re.Match[str]) -> str:

@@ -29,6 +29,7 @@ from bnp_analysis.linalg.condition.methods import automatic
 from bnp_analysis.linalg.operators import require_digits
 from bnp_analysis.linalg.spectra.checks import null_vectors
 from bnp_analysis.network import Coverage, EmpiricalRisk, Layer, coverage
+from bnp_analysis.network.layers import asked_types
 from bnp_analysis.network.moments import input_triangles, layer_moments
 from bnp_analysis.precondition import NetworkPreconditioner, bnp_preconditioner
 from bnp_analysis.runtime.float32 import full_float32
@@ -55,7 +56,8 @@ def layer_table(
 
     Args:
         risk: the empirical risk.
-        P: a preconditioner over `risk.space` that is block diagonal in the layers; default the undamped BNP one.
+        P: a preconditioner over `risk.space` that is block diagonal in the layers; default the undamped BNP one. Where
+            it covers layers that are covered only if asked for (`also=`), the table does.
         layers: names of the layers wanted; default all.
         dtype: in which to measure; None for the risk's own.
         engine, max_memory: of operators, as in `hessian`.
@@ -83,7 +85,8 @@ def layer_table(
     """
     began = time.perf_counter()
     risk, P = _measured(risk, P, dtype)
-    found = coverage(risk)
+    asked = asked_types(dict(risk.modules()), getattr(P, "blocks", ()))
+    found = coverage(risk, asked)
     if layers is not None:
         unknown = [name for name in layers if name not in {layer.name for layer in found}]
         if unknown:

@@ -21,7 +21,8 @@ class ParameterSpace:
         shapes: name -> shape, in the order of `named_parameters()`.
         dtype, device: of every flat vector.
         aliases: other names of the same tensors (tied parameters) -> the name in `shapes`.
-        transposed: names of weights whose output units are their columns; of all others they are the rows.
+        transposed: name -> groups of weights whose output units are their columns, or in a transposed convolution their
+            second dimension; of all others they are the rows.
 
     Example:
         >>> space = ParameterSpace({"weight": (2, 3), "bias": (2,)})
@@ -35,13 +36,13 @@ class ParameterSpace:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         aliases: Mapping[str, str] | None = None,
-        transposed: Iterable[str] = (),
+        transposed: Mapping[str, int] | None = None,
     ) -> None:
         self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
         self.names = tuple(self.shapes)
         self.dtype, self.device = dtype, torch.device(device)
         self.aliases = {other: name for other, name in (aliases or {}).items() if name in self.shapes}
-        self.transposed = frozenset(transposed) & self.shapes.keys()
+        self.transposed = {name: groups for name, groups in (transposed or {}).items() if name in self.shapes}
         self._slices: dict[str, slice] = {}
         begin = 0
         for name, shape in self.shapes.items():
@@ -129,7 +130,9 @@ class ParameterSpace:
             shape, begin = self.shapes[name], self._slices[name].start
             grid = torch.arange(begin, begin + shape.numel())
             if unit is not None:
-                grid = grid.view(shape).mT if name in self.transposed else grid.view(shape)
+                grid = grid.view(shape)
+                if (groups := self.transposed.get(name)) is not None:
+                    grid = grid.view(groups, -1, *shape[1:]).transpose(1, 2).flatten(0, 1)
                 if isinstance(unit, slice):
                     first, last, words = unit.start, unit.stop - 1, f"units {unit.start} to {unit.stop - 1}"
                 else:
@@ -180,7 +183,7 @@ class ParameterSpace:
         shape = self.shapes[name]
         if not shape:
             return 0
-        return shape[-1] if name in self.transposed else shape[0]
+        return shape[1] * self.transposed[name] if name in self.transposed else shape[0]
 
     def __repr__(self) -> str:
         return f"<ParameterSpace {self.dim} in {len(self.names)} tensors, {self.dtype} on {self.device}>"

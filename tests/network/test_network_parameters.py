@@ -128,7 +128,7 @@ def test_patterns_and_ranges_of_units_are_blocks() -> None:
     assert SPACE.layer_names("fc[0-9].*") == ("fc1.weight", "fc1.bias")
     with pytest.raises(InvalidInputError, match=r"fc1\.weight"):
         SPACE.layer_names("*.nothing")
-    packed = ParameterSpace({"a.w": (6, 2), "a.b": (6,), "t": (2, 6)}, transposed=["t"])
+    packed = ParameterSpace({"a.w": (6, 2), "a.b": (6,), "t": (2, 6)}, transposed={"t": 1})
     tensors = packed.unflatten(torch.arange(packed.dim))
     parts = packed.row_blocks("a", "qkv") | packed.row_blocks("t", 3)
     assert list(parts) == ["a[q]", "a[k]", "a[v]", "t[0]", "t[1]", "t[2]"]
