@@ -79,7 +79,7 @@ def gallery() -> None:
             *(f"# {title}", "", f"![{title}]({picture.name})", "", claim, ""),
             *(f"It shows: {words['SHOWS']}. The figure itself says whether the claim holds on its data.", ""),
             *("```sh", f"bnp-analysis figures {path.stem} --preset full", "```", ""),
-            *(f"The code, `paper_figures/figures/{path.name}`: `compute` makes the arrays, `failure` judges"),
+            f"The code, `paper_figures/figures/{path.name}`: `compute` makes the arrays, `failure` judges",
             *("the claim, `draw` draws.", "", f"```{{literalinclude}} {path.name}", ":language: python", "```", ""),
         ]
         (STAGE / "gallery" / f"{path.stem}.md").write_text("\n".join(page), encoding="utf-8")
