@@ -98,7 +98,7 @@ class ParameterSpace:
         every = list(self.names) + list(self.aliases)
         found = {self.canonical(name) for name in every if name == layer or name.startswith(prefix)}
         if not found:
-            raise InvalidInputError(f"no parameter belongs to {layer!r}; there are: {', '.join(self.names)}")
+            raise InvalidInputError(f"block: no parameter belongs to {layer!r}; there are: {', '.join(self.names)}")
         return tuple(name for name in self.names if name in found)
 
     def indices(self, block: Block) -> Tensor:
@@ -116,7 +116,7 @@ class ParameterSpace:
                 grid = grid.view(shape).mT if name in self.transposed else grid.view(shape)
                 if len(shape) == 0 or not 0 <= unit < len(grid):
                     raise InvalidInputError(
-                        f"{layer!r} has no output unit {unit}: its parameter {name!r} has shape {tuple(shape)}"
+                        f"block: {layer!r} has no output unit {unit}: its parameter {name!r} has shape {tuple(shape)}"
                     )
                 grid = grid[unit].reshape(-1)
             parts.append(grid)
