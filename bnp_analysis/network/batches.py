@@ -19,7 +19,7 @@ from bnp_analysis.network.kernels import explained
 from bnp_analysis.runtime.kinds import article
 from bnp_analysis.runtime.memory import require_memory
 from bnp_analysis.runtime.random import apart, random_state
-from bnp_analysis.runtime.trees import counterpart, map_tensors, tensors_of
+from bnp_analysis.runtime.trees import all_finite, counterpart, map_tensors, tensors_of
 
 Count = Callable[..., float]
 
@@ -326,7 +326,7 @@ def _parts(t: Tensor) -> list[Tensor]:
 def _require_finite_batch(batch: Batch) -> None:
     for part, value in (("inputs", batch.x), ("targets", batch.y)):
         for t in tensors_of(value):
-            if not all(bool(torch.isfinite(part).all()) for part in _parts(t)):
+            if not all(map(all_finite, _parts(t))):
                 raise NonFiniteError(
                     f"batch {batch.index} has NaN or infinite {part}: {int((~torch.isfinite(t)).sum())} of "
                     f"{t.numel()} entries. The loss, and every product, would be NaN"

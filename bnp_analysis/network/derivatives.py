@@ -69,7 +69,7 @@ class Trial:
         g = torch.Generator().manual_seed(seed)
         parts = []
         for name, t in self.risk.space.unflatten(self.risk.theta).items():
-            noise = torch.randn(t.shape, generator=g, dtype=torch.float64).to(t)
+            noise = torch.randn(t.shape, generator=g).to(t)
             parts.append(noise * (size_of(t) if names is None or name in names else 0.0))
         found: Tensor = self.risk.space.flatten(parts)
         return found

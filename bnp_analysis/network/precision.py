@@ -27,6 +27,8 @@ _USUAL = 4
 _STEPS = 1e-10
 # Examples that are run: operations, and their dtypes, do not depend on how many there are.
 _FEW = 8
+# Under which name a risk remembers its generic point.
+GENERIC = "generic point"
 _OUTSIDE = "a value computed outside of torch"
 _DIGITS = {d for d in vars(torch).values() if isinstance(d, torch.dtype) and (d.is_floating_point or d.is_complex)}
 # Dtypes that values may have passed through unseen, coarsest first.
@@ -91,10 +93,10 @@ def generic_point(risk: EmpiricalRisk) -> Tensor:
     def point() -> Tensor:
         g = torch.Generator().manual_seed(0)
         tensors = risk.space.unflatten(risk.theta).values()
-        noise = (0.01 * size_of(t) * torch.randn(t.shape, generator=g, dtype=torch.float64).to(t) for t in tensors)
+        noise = (0.01 * size_of(t) * torch.randn(t.shape, generator=g).to(t) for t in tensors)
         return risk.theta + risk.space.flatten(noise)
 
-    return risk.remembered("generic point", point)
+    return risk.remembered(GENERIC, point)
 
 
 def size_of(t: Tensor) -> float:

@@ -27,14 +27,14 @@ from bnp_analysis.network.observation import (
     watched,
 )
 from bnp_analysis.network.parameters import ParameterSpace
-from bnp_analysis.network.precision import Precision, find_precision
+from bnp_analysis.network.precision import GENERIC, Precision, find_precision
 from bnp_analysis.network.purity import require_mean_loss, require_pure
 from bnp_analysis.network.selection import choose_parameters
 from bnp_analysis.network.smooth import Accurate
 from bnp_analysis.network.snapshot import brought, fingerprint, point, snapshot, snapshot_loss, tied_names, with_tensors
 from bnp_analysis.runtime.kinds import gated, require_loss
 from bnp_analysis.runtime.threads import LOCK
-from bnp_analysis.runtime.trees import counterpart, map_tensors
+from bnp_analysis.runtime.trees import all_finite, counterpart, map_tensors
 
 Loss = Callable[..., Tensor]
 
@@ -233,7 +233,7 @@ class EmpiricalRisk:
         other.theta = self.theta.to(dtype=dtype, device=where)
         other._constants = {n: t.to(device=where, dtype=counterpart(t, dtype)) for n, t in self._constants.items()}
         other.batches = self.batches.to(dtype, where)
-        other._cache = {}
+        other._cache = {name: t.to(other.theta) for name, t in self._cache.items() if name == GENERIC}
         # Found when it is asked for; over several processes now, since all of them take part.
         other._precision = None if other.group.size == 1 else find_precision(other)
         return other
@@ -349,7 +349,9 @@ class EmpiricalRisk:
     def alone(self, batch: Batch) -> EmpiricalRisk:
         """The same model and loss over one batch, in this process alone."""
         other = copy.copy(self)
-        other.group, other.batches, other._cache = ALONE, self.batches.alone(batch), {}
+        other.group, other.batches = ALONE, self.batches.alone(batch)
+        # A point is no matter of the data.
+        other._cache = {name: t for name, t in self._cache.items() if name == GENERIC}
         return other
 
     def pullback(self, scalar: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -406,7 +408,7 @@ class EmpiricalRisk:
 
     def _require_finite_parameters(self) -> None:
         found = self.named_tensors().items()
-        bad = [n for n, t in found if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+        bad = [n for n, t in found if not all_finite(t)]
         if bad:
             raise NonFiniteError(f"parameters with NaN or infinite entries: {', '.join(bad)}")
 

@@ -64,7 +64,9 @@ WAYS: Mapping[str, Mapping[str, str]] = {
     "Conditioning": {"object": "bnp.condition(risk)"},
     "ConditionProfile": {"object": "bnp.condition_profile(A)"},
     "LayerTable": {"object": "bnp.layer_table(risk)"},
+    "BlockSpectra": {"object": "bnp.block_spectra(risk)"},
     "Comparison": {"object": "bnp.compare(risk)"},
+    "Diagonal": {"object": "bnp.diagonal(A)"},
     "SpectralDensity": {"object": "bnp.spectral_density(A)"},
     "ParameterSpace": {"object": f"{_RISK}.space"},
 }
@@ -142,7 +144,7 @@ def _is_device(value: object) -> bool:
 
 def _is_block(value: object) -> bool:
     if isinstance(value, tuple):
-        return len(value) == 2 and isinstance(value[0], str) and _is_integer(value[1])
+        return len(value) == 2 and isinstance(value[0], str) and (_is_integer(value[1]) or isinstance(value[1], slice))
     return isinstance(value, str)
 
 

@@ -42,6 +42,18 @@ def tensors_of(value: Any) -> list[Tensor]:
     return found
 
 
+def all_finite(t: Tensor) -> bool:
+    """Whether no entry is NaN or infinite: their sum, which is read once, says so unless it overflows.
+
+    Example:
+        >>> all_finite(torch.tensor([3e38, 3e38])), all_finite(torch.tensor([0.0, torch.nan]))
+        (True, False)
+    """
+    if not (t.is_floating_point() or t.is_complex()):
+        return True
+    return bool(torch.isfinite(t.sum())) or bool(torch.isfinite(t).all())
+
+
 def _collect(value: Any, found: list[Tensor]) -> None:
     if isinstance(value, Tensor):
         found.append(value)

@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, Self
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bnp_analysis.errors import InvalidInputError, TrainingWarning
+from bnp_analysis.network.layers import no_product, require_types
 from bnp_analysis.network.names import clean_name
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.snapshot import unwrap
@@ -68,6 +69,7 @@ class BNP:
         bias_free: of layers without a free bias, `"rank-one"` or `"diagonal"` (T5).
         output_scale: `"estimated"` also divides units by estimated output scales (T10, this project's), `OutputScales`.
         include, exclude: names of layers, or of modules above them; default all, none.
+        also: types of layers that are covered only where they are asked for: `nn.Embedding`.
         reference_rows: a step of `R` rows leaves the past `rho^(R / reference_rows)`, so that a row weighs the same in
             batches of any size; None for `rho` at each step, as in the paper.
         check_every: steps between reading the flag of non-finite activations, default 1 on CPU and 100 elsewhere.
@@ -109,6 +111,7 @@ class BNP:
         output_scale: str = "none",
         include: Names | None = None,
         exclude: Names | None = None,
+        also: Iterable[type[nn.Module]] = (),
         reference_rows: float | None = None,
         check_every: int | None = None,
     ) -> None:
@@ -119,6 +122,7 @@ class BNP:
         )
         self.model = model
         self._choice: dict[str, Any] = {"include": frozen_names(include), "exclude": frozen_names(exclude)}
+        self._choice["also"] = require_types(also)
         found = find_candidates(unwrap(model), **self._choice)
         self._layers, self._reasons = found.layers, found.reasons
         for layer in self._layers:
@@ -138,6 +142,7 @@ class BNP:
         self._early: BeforeClipping | None = None
         self._closed, self._quiet = False, torch.inference_mode()  # made once: a percent of a small network's step
         self._passes, self._reviewed = Passes(self._layers), set[str]()
+        self._refused: dict[str, str] = {}
         self._modules = weakref.WeakSet(unwrap(model).modules())
         self._before: tuple[dict[int, BatchMoments], dict[int, int]] = {}, {}
         self._hooks = add_hooks(unwrap(model), self._layers, weakref.ref(self), self._outputs)
@@ -177,13 +182,13 @@ class BNP:
         return tuple(
             layer.name
             for i, layer in enumerate(self._layers)
-            if layer.trains and (rows[i] or before) and layer.name not in changed
+            if layer.trains and (rows[i] or before) and layer.name not in changed and layer.name not in self._refused
         )
 
     @property
     def uncovered(self) -> dict[str, str]:
         """Parameter name -> why it is left alone; layers that were changed or added after this was made are named."""
-        return uncovered(self._layers, self._reasons, set(self.covered), self._changes())
+        return uncovered(self._layers, self._reasons, set(self.covered), self._refused | self._changes())
 
     def step(self) -> None:
         """Commit the statistics of the step and replace `.grad` by `P P^T .grad`, before `optimizer.step()`.
@@ -376,7 +381,7 @@ class BNP:
         return any(id(layer.own_weight.grad) in known for layer in self._layers)
 
     def _changes(self) -> dict[str, str]:
-        return changes(unwrap(self.model), self._layers, self._modules)
+        return changes(unwrap(self.model), self._layers, self._modules, self._choice["also"])
 
     def _review(self) -> None:
         """Say which layers are left alone since they were changed or added after this object was made."""
@@ -414,6 +419,11 @@ class BNP:
         self._pending[index] = seen if before is None else pool_moments(before, seen)
         if self.settings.q == "measured":
             self._inputs.setdefault(index, []).append(h.detach())
+
+    def refuse(self, index: int) -> None:
+        """Leave a layer alone whose forward pass is not the product that its shape promised, from its hook."""
+        layer = self._layers[index]
+        self._refused[layer.name] = no_product(layer.module)
 
     def _refuse_single_rows(self) -> None:
         single = [self._layers[i].name for i, m in self._pending.items() if m.samples < 2]
