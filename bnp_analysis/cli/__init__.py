@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser_of(command).parse_args(words[1:])
         if not hasattr(arguments, "group"):
             _require_one_process(command)
+        from bnp_analysis.cli.options import require_arguments  # needs torch, an overview does not
+
+        require_arguments(arguments)
         return int(arguments.run(arguments))
     except (BNPAnalysisError, ImportError, FileNotFoundError) as error:
         print(f"bnp-analysis: error: {error}", file=sys.stderr)

@@ -18,11 +18,15 @@ from bnp_analysis.distributed import ALONE, initialize
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network import EmpiricalRisk
 from bnp_analysis.results import Result
+from bnp_analysis.runtime.files import require_output
+from bnp_analysis.runtime.kinds import RANGES, require_range
 from bnp_analysis.training import fit
 from bnp_analysis.training.experiment import Experiment, build
 
 Command = Callable[[argparse.Namespace], int]
 
+_OUTPUTS = {"json", "log", "checkpoint", "figure"}
+_FIGURES = (".png", ".pdf", ".svg", ".eps", ".ps", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 PRECONDITIONERS: dict[str, Callable[[EmpiricalRisk], Any]] = {
     "bnp": precondition.bnp_preconditioner,
@@ -71,6 +75,28 @@ def operator_options(parser: argparse.ArgumentParser) -> None:
     add("--timeout", type=float, default=600.0, metavar="SECONDS", help=late)
     add("--figure", metavar="FILE", help="write the figure; the suffix says the format")
     parser.set_defaults(group=ALONE)
+
+
+def require_arguments(arguments: argparse.Namespace) -> None:
+    """Refuse numbers out of range, an unknown device and files that could not be written, before anything is computed.
+
+    Raises:
+        InvalidInputError: names the option.
+    """
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    for name in given.keys() & RANGES.keys():
+        if isinstance(given[name], int | float):
+            require_range(name, given[name])
+    if given.get("samples", 1) < 1 or min(given.get("hidden", [1])) < 1:
+        raise InvalidInputError("--samples and the widths of --hidden must be at least 1")
+    try:
+        torch.empty(1, device=given["device"]).item() if "device" in given else None
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidInputError(f"--device {given['device']}: {str(error).splitlines()[0]}") from error
+    for name in _OUTPUTS & given.keys() - ({"checkpoint"} if "log" not in vars(arguments) else set()):
+        require_output(given[name], f"--{name} ")
+    if "figure" in given and Path(given["figure"]).suffix.lower() not in _FIGURES:
+        raise InvalidInputError(f"--figure {given['figure']}: the suffix must be one of {', '.join(_FIGURES)}")
 
 
 def engine_of(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -130,6 +156,8 @@ def risk_of(arguments: argparse.Namespace) -> EmpiricalRisk:
 
 
 def _load(model: torch.nn.Module, path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise InvalidInputError(f"the checkpoint {path} is a folder, a pipe or a device, not a file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state.get("model", state) if isinstance(state, dict) else state)

@@ -21,7 +21,7 @@ from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.purity import is_mean
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.smooth import watching
-from bnp_analysis.runtime.kinds import require_kind
+from bnp_analysis.runtime.kinds import gated, require_kind
 from bnp_analysis.runtime.random import generator, uniform_at
 from bnp_analysis.runtime.trees import tensors_of
 
@@ -54,6 +54,7 @@ class Fisher(EngineOperator[OutputGraph]):
         return self._factor
 
 
+@gated
 def fisher(
     risk: EmpiricalRisk,
     kind: str = "mc",

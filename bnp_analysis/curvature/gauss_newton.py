@@ -18,7 +18,7 @@ from bnp_analysis.network.derivatives import require_second
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.saturation import has_vanished, product_eps
-from bnp_analysis.runtime.kinds import require_kind
+from bnp_analysis.runtime.kinds import gated, require_kind
 
 # Products whose derivatives have lost so many roundings more go through the factor, if that has not.
 _LOST = 100
@@ -76,6 +76,7 @@ def _with_loss(risk: EmpiricalRisk, batch: Batch) -> _Recorded:
     return graph, *loss_gradient(risk, batch, graph.outputs)
 
 
+@gated
 def gauss_newton(
     risk: EmpiricalRisk, *, block: Block | None = None, engine: str = "auto", max_memory: int | None = None
 ) -> SymmetricOperator:

@@ -13,7 +13,7 @@ from bnp_analysis.network.derivatives import require_second
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.saturation import has_vanished
-from bnp_analysis.runtime.kinds import require_kind
+from bnp_analysis.runtime.kinds import gated, require_kind
 
 
 class Hessian(EngineOperator[GradientGraph | ChainGradient]):
@@ -48,6 +48,7 @@ class Hessian(EngineOperator[GradientGraph | ChainGradient]):
         return self.group.sum(lambda: self._engine.total(1, gradients)[:, 0], "the gradient", of=self._risk.theta)
 
 
+@gated
 def hessian(
     risk: EmpiricalRisk, *, block: Block | None = None, engine: str = "auto", max_memory: int | None = None
 ) -> SymmetricOperator:

@@ -24,7 +24,7 @@ from bnp_analysis.network import EmpiricalRisk
 from bnp_analysis.precondition import NetworkPreconditioner, bnp_preconditioner
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.float32 import full_float32
-from bnp_analysis.runtime.kinds import require_kind
+from bnp_analysis.runtime.kinds import gated, require_kind
 from bnp_analysis.runtime.progress import Progress
 
 _IN_WORDS = {
@@ -127,6 +127,7 @@ class Conditioning(Result):
 
 
 @full_float32
+@gated
 def condition(
     risk: EmpiricalRisk,
     *,

@@ -33,12 +33,13 @@ from bnp_analysis.network.layers import asked_types
 from bnp_analysis.network.moments import input_triangles, layer_moments
 from bnp_analysis.precondition import NetworkPreconditioner, bnp_preconditioner
 from bnp_analysis.runtime.float32 import full_float32
-from bnp_analysis.runtime.kinds import require_kind
+from bnp_analysis.runtime.kinds import gated, require_kind
 from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.runtime.random import generator, normal
 
 
 @full_float32
+@gated
 def layer_table(
     risk: EmpiricalRisk,
     P: NetworkPreconditioner | None = None,
@@ -91,7 +92,7 @@ def layer_table(
         unknown = [name for name in layers if name not in {layer.name for layer in found}]
         if unknown:
             known = ", ".join(layer.name for layer in found)
-            raise InvalidInputError(f"no covered layer named {', '.join(unknown)}; there are: {known}")
+            raise InvalidInputError(f"layers: no covered layer named {', '.join(unknown)}; there are: {known}")
         found = Coverage(tuple(layer for layer in found if layer.name in layers), found.uncovered)
     work = table_work(risk, found)
     require_work(work, max_flops)
@@ -157,6 +158,7 @@ def layer_table(
 
 
 @full_float32
+@gated
 def compare(
     risk: EmpiricalRisk,
     P: NetworkPreconditioner | None = None,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, describe
+from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.random import generator
 
 
@@ -256,6 +257,7 @@ class CallableOperator(SymmetricOperator):
         [3.0, 3.0]
     """
 
+    @gated
     def __init__(
         self,
         fn: Callable[[Tensor], Tensor],

@@ -108,7 +108,7 @@ class ParameterSpace:
             patterns = (layer, f"{layer}.*")
             found = {self.canonical(name) for name in every if any(fnmatchcase(name, p) for p in patterns)}
         if not found:
-            raise InvalidInputError(f"no parameter belongs to {layer!r}; there are: {', '.join(self.names)}")
+            raise InvalidInputError(f"block: no parameter belongs to {layer!r}; there are: {', '.join(self.names)}")
         return tuple(name for name in self.names if name in found)
 
     def indices(self, block: Block) -> Tensor:
@@ -139,7 +139,7 @@ class ParameterSpace:
                     first, last, words = unit, unit, f"unit {unit}"
                 if len(shape) == 0 or not 0 <= first <= last < len(grid):
                     raise InvalidInputError(
-                        f"{layer!r} has no output {words}: its parameter {name!r} has shape {tuple(shape)}"
+                        f"block: {layer!r} has no output {words}: its parameter {name!r} has shape {tuple(shape)}"
                     )
                 grid = grid[unit].reshape(-1)
             parts.append(grid)

@@ -32,7 +32,7 @@ from bnp_analysis.network.purity import require_mean_loss, require_pure
 from bnp_analysis.network.selection import choose_parameters
 from bnp_analysis.network.smooth import Accurate
 from bnp_analysis.network.snapshot import brought, fingerprint, point, snapshot, snapshot_loss, tied_names, with_tensors
-from bnp_analysis.runtime.kinds import require_loss
+from bnp_analysis.runtime.kinds import gated, require_loss
 from bnp_analysis.runtime.threads import LOCK
 from bnp_analysis.runtime.trees import all_finite, counterpart, map_tensors
 
@@ -96,6 +96,7 @@ class EmpiricalRisk:
     """
 
     @recording()
+    @gated
     def __init__(
         self,
         model: nn.Module,

@@ -220,6 +220,7 @@ def fit_state(
             + (f"Missing: {', '.join(missing)}. " if missing else "")
             + (f"Unknown: {', '.join(unknown)}. " if unknown else "")
             + _MISFIT
+            + ": at= takes what state_dict() of this model gave"
         )
     return (
         {name: t for name, t in found.items() if name in space},
@@ -233,10 +234,10 @@ def point(
     """A point `(n,)` of the space, from a flat vector or a state dict; and the rest of the state."""
     if isinstance(at, Tensor):
         if at.shape != (space.dim,):
-            raise InvalidInputError(f"theta must be ({space.dim},), got {tuple(at.shape)}")
+            raise InvalidInputError(f"theta must be ({space.dim},), got {tuple(at.shape)}: at= takes a flat vector")
         return at.detach().to(dtype=space.dtype, device=space.device).clone(), {}
     if not isinstance(at, Mapping):
-        raise InvalidInputError(f"a point is a flat tensor or a state dict, not {type(at).__name__}")
+        raise InvalidInputError(f"at= must be a point, a flat tensor or a state dict, not {type(at).__name__}")
     free, rest = fit_state(at, model, space)
     return space.flatten(free).to(dtype=space.dtype, device=space.device).clone(), rest
 

@@ -19,7 +19,7 @@ from bnp_analysis.network.parameters import Block, ParameterSpace
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.precondition.base import BlockDiagonal, Entry, covered_layers, layer_positions
 from bnp_analysis.precondition.bnp_block import BNPBlock
-from bnp_analysis.runtime.kinds import require_kind
+from bnp_analysis.runtime.kinds import gated, require_kind
 
 _NEEDS = (
     "output_scale needs the curvature of the loss in the outputs, which must be convex there, a mean over examples, "
@@ -190,6 +190,7 @@ def bnp_preconditioner(
     also: Iterable[type[nn.Module]] = ...,
     block: Block,
 ) -> Preconditioner: ...
+@gated
 def bnp_preconditioner(
     risk: EmpiricalRisk,
     *,

@@ -18,7 +18,7 @@ from bnp_analysis.network.parameters import Block, ParameterSpace
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.snapshot import unwrap
 from bnp_analysis.precondition.base import NetworkPreconditioner
-from bnp_analysis.runtime.kinds import require_kind
+from bnp_analysis.runtime.kinds import gated, require_kind
 
 ADAPTIVE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad)
 
@@ -83,6 +83,7 @@ class DiagonalPreconditioner(NetworkPreconditioner):
         return self
 
 
+@gated
 def diagonal_preconditioner(
     risk: EmpiricalRisk,
     source: str | Tensor | torch.optim.Optimizer = "gauss_newton",

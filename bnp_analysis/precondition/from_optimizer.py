@@ -25,12 +25,13 @@ from bnp_analysis.precondition.diagonal import (
     optimizer_divisors,
     require_shape,
 )
-from bnp_analysis.runtime.kinds import require_kind
+from bnp_analysis.runtime.kinds import gated, require_kind
 
 #: What reads an optimizer's state: (optimizer, space, model) -> P.
 Reader = Callable[[torch.optim.Optimizer, ParameterSpace, nn.Module | None], NetworkPreconditioner]
 
 
+@gated
 def optimizer_preconditioner(
     optimizer: torch.optim.Optimizer,
     model: nn.Module | None = None,

@@ -19,7 +19,7 @@ from bnp_analysis.network.moments import second_moments
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.precondition.base import BlockDiagonal, Entry, covered_layers, layer_positions
-from bnp_analysis.runtime.kinds import require_kind
+from bnp_analysis.runtime.kinds import gated, require_kind
 
 _NEEDS = "the loss is not convex in the outputs, or not separate over examples: K-FAC has no output factor"
 
@@ -111,6 +111,7 @@ def kfac_preconditioner(
 ) -> KroneckerPreconditioner: ...
 @overload
 def kfac_preconditioner(risk: EmpiricalRisk, *, damping: float = ..., block: Block) -> Preconditioner: ...
+@gated
 def kfac_preconditioner(
     risk: EmpiricalRisk, *, damping: float = 1e-3, block: Block | None = None
 ) -> KroneckerPreconditioner | Preconditioner:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ import torch
 from bnp_analysis.errors import InvalidInputError
 
 _EVERY, _SECONDS = 50, 30.0
+_LEAST_SPACE = 2**16  # bytes that must be free where a file is to be written
 
 
 @contextmanager
@@ -22,7 +24,10 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """A binary file to write, which becomes `path` on leaving: the old file or the whole new one, nothing between.
 
     Args:
-        path: missing folders are made.
+        path: missing folders are made; where it is a link, the file behind it is written.
+
+    Raises:
+        InvalidInputError: it is a folder, a pipe or a device.
 
     Example:
         >>> import tempfile
@@ -32,7 +37,9 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         >>> path.read_bytes()
         b'done'
     """
-    path = Path(path)
+    path = Path(path).resolve()  # behind a link: the link stays
+    if path.exists() and not path.is_file():
+        raise InvalidInputError(f"{path} is a folder, a pipe or a device, which writing would replace")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -43,6 +50,45 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def require_output(path: str | os.PathLike[str], argument: str) -> None:
+    """Refuse a path at which `whole_file` could not write, before anything is computed; missing folders are not made.
+
+    Args:
+        path: of a file that will be written, or written anew.
+        argument: its name in the function that was called.
+
+    Raises:
+        InvalidInputError: it is a folder or no ordinary file, its folder is none or cannot be written to, or the disk
+            is full.
+
+    Example:
+        >>> require_output("no-such-folder/run.pt", "checkpoint")
+        >>> try:
+        ...     require_output("/", "checkpoint")
+        ... except InvalidInputError as error:
+        ...     print(error)
+        checkpoint='/' is a folder; give the path of a file
+    """
+    if isinstance(path, ReadOnlyPath):
+        return
+    target = Path(path)
+    said = f"{argument}={os.fspath(path)!r}"
+    if target.is_dir():
+        raise InvalidInputError(f"{said} is a folder; give the path of a file")
+    if target.exists() and not target.is_file():
+        raise InvalidInputError(f"{said} is no ordinary file, which writing would replace; give the path of a file")
+    folder = next(parent for parent in target.resolve().parents if parent.exists())
+    if not folder.is_dir():
+        raise InvalidInputError(f"{said} lies in {folder}, which is no folder")
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_LEAST_SPACE))
+            file.flush()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InvalidInputError(f"{said} cannot be written in {folder} ({reason}): nothing was computed") from error
 
 
 class Schedule:

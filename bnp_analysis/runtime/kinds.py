@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import inspect
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sized
+from numbers import Integral, Real
+from typing import ParamSpec, TypeVar
+
+import torch
 
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.runtime.files import require_output
+
+Args = ParamSpec("Args")
+Out = TypeVar("Out")
 
 _RISK = "bnp.EmpiricalRisk(model, loss, (x, y))"
 
@@ -108,6 +120,158 @@ def require_loss(loss: object) -> None:
         raise InvalidInputError(
             f"loss must be a function (output, y), not {loss!r:.60}: write torch.nn.functional.cross_entropy"
         )
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_word(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str | os.PathLike) and bool(os.fspath(value))
+
+
+def _is_device(value: object) -> bool:
+    try:
+        return isinstance(value, str | torch.device) and torch.device(value) is not None
+    except RuntimeError:
+        return False
+
+
+def _is_block(value: object) -> bool:
+    if isinstance(value, tuple):
+        return len(value) == 2 and isinstance(value[0], str) and (_is_integer(value[1]) or isinstance(value[1], slice))
+    return isinstance(value, str)
+
+
+def _holds(values: object, fits: Callable[[object], bool]) -> bool:
+    if not isinstance(values, Iterable) or isinstance(values, str | bytes):
+        return False
+    return not isinstance(values, Sized) or all(map(fits, values))  # what can be read only once is left to be read
+
+
+#: An annotation, without `| None` -> whether a value is of that kind, and the kind in words. Others are not looked at.
+KINDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
+    "int": (_is_integer, "an integer"),
+    "float": (_is_real, "a real number"),
+    "bool": (lambda v: isinstance(v, bool), "True or False"),
+    "str": (_is_word, "a word"),
+    "torch.dtype": (
+        lambda v: isinstance(v, torch.dtype) and v.is_floating_point,
+        "a floating-point type, such as torch.float64,",
+    ),
+    "torch.device | str": (_is_device, "a device of torch, such as 'cpu'"),
+    "Sequence[int]": (lambda v: _holds(v, _is_integer), "a list of integers"),
+    "Sequence[float]": (lambda v: _holds(v, _is_real), "a list of real numbers"),
+    "Sequence[str]": (lambda v: _holds(v, _is_word), "a list of words"),
+    "Sequence[str] | str": (lambda v: isinstance(v, str) or _holds(v, _is_word), "a word or a list of words"),
+    "Progress": (lambda v: isinstance(v, bool) or callable(v), "True, False or a function (done, total)"),
+    "str | Path": (_is_path, "the path of a file"),
+    "str | os.PathLike[str]": (_is_path, "the path of a file"),
+    "Block": (_is_block, "the name of a layer, or (name, unit)"),
+    "Callable[[Any], Tensor]": (callable, "a function"),
+}
+_POSITIVE = (0, math.inf, True)
+#: An argument's name -> the least number that it may be, the largest, and whether these two are themselves left out;
+#: the same wherever the name stands.
+RANGES: Mapping[str, tuple[float, float, bool]] = {
+    **dict.fromkeys(("k", "probes", "steps", "points", "samples", "every", "most"), (1, 2**63 - 1, False)),
+    **dict.fromkeys(
+        ("batch_size", "check_every", "checkpoint_every", "max_matvecs", "top", "probe_every"), (1, 2**63 - 1, False)
+    ),
+    **dict.fromkeys(
+        ("epochs", "eps1", "eps2", "damping", "max_memory", "max_flops", "time_limit", "weight_decay"),
+        (0, math.inf, False),
+    ),
+    **dict.fromkeys(("lr", "tol", "width", "grow"), _POSITIVE),
+    **{"seed": (-(2**63), 2**63 - 1, False), "failure_probability": (0, 1, True)},
+}
+_OUTPUTS = ("str | Path", "str | os.PathLike[str]")
+
+
+def gated(function: Callable[Args, Out]) -> Callable[Args, Out]:
+    """Let a public verb be called only with arguments of the kinds that its signature names, in the ranges of `RANGES`.
+
+    Every argument is looked at before anything is done, so that a call which is refused has changed nothing. What an
+    annotation outside of `KINDS` means, the verb checks itself.
+
+    Raises:
+        InvalidInputError: when the verb is called: names the argument, what it must be and what was given.
+
+    Example:
+        >>> @gated
+        ... def repeat(word: "str", times: "int" = 2, dtype: "torch.dtype | None" = None) -> str:
+        ...     return word * times
+        >>> repeat("na")
+        'nana'
+        >>> try:
+        ...     repeat("na", times=2.5)
+        ... except InvalidInputError as error:
+        ...     print(error)
+        times must be an integer, not 2.5
+    """
+    signature = inspect.signature(function)
+    known = {name: _kind(parameter.annotation) for name, parameter in signature.parameters.items()}
+
+    @functools.wraps(function)
+    def verb(*args: Args.args, **kwargs: Args.kwargs) -> Out:
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError:
+            return function(*args, **kwargs)  # which says so itself
+        for name, value in given.items():
+            kind, optional = known[name]
+            if kind not in KINDS or (optional and value is None):
+                continue
+            fits, words = KINDS[kind]
+            if not fits(value):
+                none = " or None" if optional else ""
+                raise InvalidInputError(f"{name} must be {words}{none}, not {_shown(value)}")
+            if kind in ("int", "float") and name in RANGES:
+                require_range(name, value)
+            if kind in _OUTPUTS and isinstance(value, str | os.PathLike):
+                require_output(value, name)
+        return function(*args, **kwargs)
+
+    return verb
+
+
+def _kind(annotation: object) -> tuple[str, bool]:
+    words = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+    kind = words.removesuffix(" | None")
+    return kind, kind != words
+
+
+def require_range(name: str, value: object) -> None:
+    """Refuse a number outside of `RANGES`, for an argument of a function or of a command.
+
+    Raises:
+        InvalidInputError: it is, or is no number.
+
+    Example:
+        >>> require_range("epochs", 3)
+    """
+    least, most, open_ended = RANGES[name]
+    if not _is_real(value):
+        raise InvalidInputError(f"{name} must be a real number, got {value!r:.60}")
+    assert isinstance(value, Real)
+    number = value if isinstance(value, int) else float(value)
+    if not (least < number < most if open_ended else least <= number <= most):
+        ends = "positive" if least == 1 else f"at least {least:g}"
+        ends = f"in ({least:g}, {most:g})" if open_ended else f"at most {most:g}" if number > most else ends
+        raise InvalidInputError(f"{name} must be {ends}, got {name}={value!r:.60}")
+
+
+def _shown(value: object) -> str:
+    plain = value is None or isinstance(value, str | int | float | bytes | tuple | list | torch.dtype)
+    return f"{value!r:.60}" if plain else f"{article(type(value).__name__)} {type(value).__name__}"
 
 
 def article(word: str) -> str:

@@ -21,7 +21,7 @@ from bnp_analysis.network.batches import slice_batch
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.results import Result
-from bnp_analysis.runtime.kinds import require_kind
+from bnp_analysis.runtime.kinds import gated, require_kind
 from bnp_analysis.runtime.memory import require_memory
 from bnp_analysis.runtime.trees import tensors_of
 from bnp_analysis.symmetry.basis import NullBasis
@@ -112,6 +112,7 @@ class NullDirections(Result):
         return (self.basis[outside] == 0).all(dim=0)
 
 
+@gated
 def null_directions(
     risk: EmpiricalRisk,
     *,

@@ -240,7 +240,7 @@ def named(names: Sequence[str]) -> frozenset[Source]:
     found = {name: frozenset(s for s in Source if _plain(name) in map(_plain, (s, *s.names))) for name in names}
     unknown = [name for name, sources in found.items() if not sources]
     if unknown or not found:
-        raise InvalidInputError(f"no statement {', '.join(unknown) or 'named'}; there are: {', '.join(Source)}")
+        raise InvalidInputError(f"only: no statement {', '.join(unknown) or 'named'}; there are: {', '.join(Source)}")
     return frozenset().union(*found.values())
 
 

@@ -9,7 +9,7 @@ import torch
 
 from bnp_analysis.linalg import Preconditioner
 from bnp_analysis.network import EmpiricalRisk
-from bnp_analysis.runtime.kinds import require_kind
+from bnp_analysis.runtime.kinds import gated, require_kind
 from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.theory.check import Check, CheckTable, Source, named
 
@@ -30,6 +30,7 @@ from bnp_analysis.theory.statements.setting import REGISTRY, Problem, Statement
 STATEMENTS: tuple[Statement, ...] = tuple(REGISTRY[source] for source in Source)
 
 
+@gated
 def check_theory(
     risk: EmpiricalRisk,
     *,

@@ -14,7 +14,7 @@ from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.network.names import clean_name
 from bnp_analysis.network.snapshot import unwrap
-from bnp_analysis.runtime.kinds import require_kind
+from bnp_analysis.runtime.kinds import gated, require_kind
 from bnp_analysis.runtime.random import generator, normal
 from bnp_analysis.training.bnp import BNP
 from bnp_analysis.training.bnp.layers import trainable_space
@@ -68,6 +68,7 @@ class SGLD(Optimizer):
         True
     """
 
+    @gated
     def __init__(
         self,
         params: Iterable[Any],

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
-from bnp_analysis.runtime.kinds import require_kind, require_loss
+from bnp_analysis.runtime.kinds import gated, require_kind, require_loss
 from bnp_analysis.runtime.progress import Progress, Update, reporting
 from bnp_analysis.runtime.random import random_state
 from bnp_analysis.training import checkpointing
@@ -41,6 +41,7 @@ from bnp_analysis.training.steps import (
 READ_EVERY = 50  # steps between reads of the loss on an accelerator, and between copies of the last good state
 
 
+@gated
 def train(
     model: nn.Module,
     loss: Callable[[Any, Any], torch.Tensor],
@@ -136,6 +137,7 @@ def train(
         return loop.run(log, progress, seed)
 
 
+@gated
 def fit(
     model: nn.Module,
     loss: Callable[[Tensor, Any], Tensor],
@@ -175,6 +177,7 @@ def fit(
         >>> losses[-1] < losses[0]
         True
     """
+    require_kind(model, "model", nn.Module)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
     run = train(model, loss, data, optimizer, epochs=epochs, batch_size=batch_size, seed=seed, progress=progress)
     if run.stopped == DIVERGED:

@@ -23,6 +23,7 @@ from bnp_analysis.linalg.spectra.checks import products_known_to, provenance, re
 from bnp_analysis.linalg.spectra.null import HasBasis, read_null
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.float32 import full_float32
+from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.progress import Progress
 
 _LADDER = (2, 5, 10, 20, 50, 100, 200, 500)
@@ -109,6 +110,7 @@ class ConditionProfile(Result):
 
 
 @full_float32
+@gated
 def condition_profile(
     A: SymmetricOperator,
     *,

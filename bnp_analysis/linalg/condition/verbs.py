@@ -21,7 +21,7 @@ from bnp_analysis.linalg.preconditioner import Preconditioner, check_fits, congr
 from bnp_analysis.linalg.spectra.checks import provenance, require_operator
 from bnp_analysis.linalg.spectra.null import HasBasis, read_null
 from bnp_analysis.runtime.float32 import full_float32
-from bnp_analysis.runtime.kinds import require_kind
+from bnp_analysis.runtime.kinds import gated, require_kind
 from bnp_analysis.runtime.progress import Progress
 
 
@@ -64,6 +64,7 @@ def singular_condition_number(F: LinearOperator, null: Tensor | None = None) -> 
     )
 
 
+@gated
 def condition_number(
     A: SymmetricOperator,
     *,

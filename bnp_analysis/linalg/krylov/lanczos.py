@@ -22,7 +22,7 @@ from bnp_analysis.linalg.bases import dots, length, orthogonalized, project_out
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.scale import comfortable, exponent, in_floats, require_resolution, scaled, times_power
 from bnp_analysis.runtime.files import Schedule, load_state, save_state
-from bnp_analysis.runtime.kinds import require_kind
+from bnp_analysis.runtime.kinds import gated, require_kind
 from bnp_analysis.runtime.memory import require_memory
 from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.runtime.random import generator, normal
@@ -97,6 +97,7 @@ def tridiagonal_eigh(alpha: Floats, beta: Floats) -> tuple[Floats, Floats]:
     return np.ldexp(np.asarray(values, dtype=np.float64), -e), np.asarray(vectors, dtype=np.float64)
 
 
+@gated
 def lanczos(
     A: SymmetricOperator,
     steps: int,

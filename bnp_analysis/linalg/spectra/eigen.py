@@ -21,6 +21,7 @@ from bnp_analysis.linalg.spectra.null import HasBasis
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.files import load_state, save_state
 from bnp_analysis.runtime.float32 import full_float32
+from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.progress import Progress
 
 WHICH = ("largest", "smallest", "both")
@@ -63,6 +64,7 @@ class Eigenpairs(Result):
 
 
 @full_float32
+@gated
 def eigenpairs(
     A: SymmetricOperator,
     k: int = 10,

@@ -34,6 +34,7 @@ from bnp_analysis.linalg.spectra.null import NORM_STEPS, HasBasis
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.files import load_state, save_state
 from bnp_analysis.runtime.float32 import full_float32
+from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.memory import require_memory
 from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.runtime.random import generator, normal, rademacher
@@ -376,6 +377,7 @@ class SpectralDensity(Result):
 
 
 @full_float32
+@gated
 def spectral_density(
     A: SymmetricOperator,
     *,
@@ -708,6 +710,7 @@ class Trace(Result):
 
 
 @full_float32
+@gated
 def trace(
     A: SymmetricOperator,
     *,

@@ -15,7 +15,7 @@ from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.precondition.bnp import BNPPreconditioner, bnp_preconditioner
-from bnp_analysis.runtime.kinds import require_kind
+from bnp_analysis.runtime.kinds import gated, require_kind
 from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.symmetry import Cause
 from bnp_analysis.theory.check import Check, Source
@@ -418,6 +418,7 @@ class ConvergenceCheck(Check):
         return [row | {"method": self.method, "outcome": self.outcome, "kappa": self.kappa} | interval]
 
 
+@gated
 def check_convergence_rate(
     risk: EmpiricalRisk,
     preconditioner: Preconditioner | None = None,

@@ -20,7 +20,7 @@ from bnp_analysis.network.names import clean_name
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.snapshot import unwrap
 from bnp_analysis.precondition.bnp import BNPPreconditioner
-from bnp_analysis.runtime.kinds import require_kind
+from bnp_analysis.runtime.kinds import gated, require_kind
 from bnp_analysis.training.bnp.clipping import BeforeClipping, require_passes
 from bnp_analysis.training.bnp.hooks import add_hooks, before_steps, owners, stepping
 from bnp_analysis.training.bnp.layers import (
@@ -97,6 +97,7 @@ class BNP:
         True
     """
 
+    @gated
     def __init__(
         self,
         model: nn.Module,

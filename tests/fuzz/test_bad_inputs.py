@@ -1,0 +1,190 @@
+"""Bad inputs by the hundred, made by crossing verbs, arguments and kinds of wrongness, and judged by one rule.
+
+The rule: the answer is an error of the project (on the command line exit status 2 and one line), it names the
+argument, and nothing has changed, neither parameters nor random states nor files. Which values are wrong follows from
+how an argument is annotated, so that a new verb or argument is tried without a new line here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import random
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import bnp_analysis as bnp
+from bnp_analysis.cli import main
+from bnp_analysis.errors import BNPAnalysisError
+
+pytestmark = pytest.mark.slow
+
+X = torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+Y = torch.arange(8) % 2
+MODEL = bnp.models.mlp([3, 2], dtype=torch.float64)
+OPTIMIZER = torch.optim.SGD(MODEL.parameters(), lr=0.1)
+RISK = bnp.EmpiricalRisk(MODEL, cross_entropy, (X, Y))
+A = bnp.gauss_newton(RISK)
+RIGHT: dict[str, Any] = {
+    **{"risk": RISK, "over": RISK, "A": A, "model": MODEL, "loss": cross_entropy, "data": (X, Y), "loader": (X, Y)},
+    **{"optimizer": OPTIMIZER, "params": [torch.nn.Parameter(torch.zeros(3))], "lr": 0.1, "steps": 2, "n": 3},
+    **{"fn": lambda v: v, "name": "digits", "widths": [3, 2], "layer": "0", "every": 1, "shapes": {"w": (2,)}},
+    **{"matrix": torch.eye(3), "tol": 1e-2},
+}
+NAN, HUGE = math.nan, 10**30
+#: A part of an annotation, without `| None` -> values that are wrong wherever it stands.
+WRONG: dict[str, list[object]] = {
+    "int": ["three", 1.5, NAN, True, [1], torch.ones(2)],
+    "float": ["three", NAN, True, [1.0], 1j],
+    "str": [3, b"auto", ["auto"], "no such choice"],
+    "bool": ["yes", 3, [True]],
+    "torch.dtype": ["float64", 3, torch.int64, np.float64],
+    "torch.device | str": ["no such device", 3.5],
+    "Tensor | Mapping[str, Tensor]": ["theta", torch.zeros(2), {"w": torch.zeros(2)}, 3],
+    "Tensor | HasBasis": ["null", torch.zeros(2, 2), torch.full((8, 1), NAN, dtype=torch.float64), 3],
+    "Tensor | HasBasis | str": ["null", torch.zeros(2, 2), torch.full((8, 1), NAN, dtype=torch.float64), 3],
+    "Preconditioner": [3, "bnp", torch.eye(2), RISK, MODEL],
+    "NetworkPreconditioner": [3, "no such", torch.eye(2), RISK, MODEL],
+    "SymmetricOperator": [None, 3, RISK, MODEL],
+    "EmpiricalRisk": [None, 3, A, MODEL],
+    "nn.Module": [None, 3, RISK, torch.nn.Linear],
+    "torch.optim.Optimizer": [None, 3, MODEL, torch.optim.SGD],
+    "Block": ["no such layer", ("0", 99), ("0", -1), 3, ("no such layer", 0)],
+    "Sequence[str]": [3, ["no such"], [3]],
+    "Sequence[int]": [3, ["three"], [0], [1.5]],
+    "Sequence[float]": [3, ["three"], [NAN], [-1.0]],
+    "str | Path": [3, "", "a-file/run.pt", "a-folder", "a-pipe"],
+    "str | os.PathLike[str]": [3, "", "a-file/run.pt", "a-folder", "a-pipe"],
+    "Progress": ["yes", 3],
+    "Callable[[Any], Tensor]": [3, "logits"],
+}
+#: The numbers that an argument of this name refuses besides.
+RANGES: dict[str, list[object]] = {
+    **{key: [0, -1] for key in ["k", "probes", "steps", "points", "samples", "every", "most", "batch_size"]},
+    **{key: [0, -1] for key in ["check_every", "checkpoint_every", "max_matvecs"]},
+    **{key: [-1] for key in ["epochs", "time_limit", "eps1", "eps2", "damping", "tol", "width", "max_memory"]},
+    **{"rho": [1.0, -0.1], "failure_probability": [0.0, 1.0, -1.0], "lr": [0.0, -1.0, math.inf], "grow": [-1.0]},
+    **{"temperature": [-1.0, math.inf], "reference_rows": [0.0, -1.0], "max_flops": [-1.0], "seed": [HUGE]},
+}
+VERBS: list[Callable[..., object]] = [
+    *(bnp.BNP, bnp.SGLD, bnp.EmpiricalRisk, bnp.SharpnessTracker, bnp.bnp_preconditioner, bnp.check_convergence_rate),
+    *(bnp.check_theory, bnp.compare, bnp.condition, bnp.condition_number, bnp.condition_profile, bnp.eigenpairs),
+    *(bnp.diagonal_preconditioner, bnp.fisher, bnp.gauss_newton, bnp.hessian, bnp.kfac_preconditioner),
+    *(bnp.layer_table, bnp.null_directions, bnp.optimizer_preconditioner, bnp.spectral_density, bnp.trace, bnp.train),
+    *(bnp.linalg.lanczos, bnp.CallableOperator, bnp.training.fit),
+]
+
+
+def wrong_values(verb: Callable[..., object]) -> Iterator[tuple[str, object]]:
+    for name, parameter in inspect.signature(verb).parameters.items():
+        kind = str(parameter.annotation)
+        optional = kind.endswith(" | None")
+        kind = kind.removesuffix(" | None")
+        for value in [*WRONG.get(kind, []), *(RANGES.get(name, []) if kind in ("int", "float") else [])]:
+            if not (optional and value is None):
+                yield name, value
+
+
+def cases() -> list[Any]:
+    return [
+        pytest.param(verb, name, value, id=f"{verb.__name__}({name}={type(value).__name__} {k})")
+        for verb in VERBS
+        for k, (name, value) in enumerate(wrong_values(verb))
+    ]
+
+
+def state() -> tuple[object, ...]:
+    """What a refused call leaves as it was."""
+    return (
+        [p.detach().clone().tolist() for p in MODEL.parameters()],
+        [p.grad for p in MODEL.parameters()],
+        [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in MODEL.modules()],
+        [(p.requires_grad, m.training) for m in MODEL.modules() for p in m.parameters()],
+        str(OPTIMIZER.state_dict()),
+        torch.get_rng_state().tolist(),
+        np.random.get_state()[1].tolist(),  # type: ignore[index]  # noqa: NPY002
+        random.getstate(),
+        sorted((str(path), path.stat().st_mode) for path in Path().rglob("*")),
+    )
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with what no output may replace; no test gets a path outside of it, since it may run as root."""
+    monkeypatch.chdir(tmp_path)
+    Path("a-file").write_text("kept", encoding="utf-8")
+    Path("a-folder").mkdir()
+    os.mkfifo("a-pipe")
+
+
+@pytest.mark.parametrize(("verb", "argument", "value"), cases())
+def test_a_wrong_argument_is_named_and_changes_nothing(
+    verb: Callable[..., object], argument: str, value: object
+) -> None:
+    parameters = inspect.signature(verb).parameters
+    needed = {name: RIGHT[name] for name, p in parameters.items() if p.default is p.empty and name in RIGHT}
+    before = state()
+    with pytest.raises(BNPAnalysisError) as caught:
+        verb(**(needed | {argument: value}))
+    assert re.search(rf"\b{argument}\b", str(caught.value)), str(caught.value)
+    assert state() == before
+
+
+COMMANDS = {
+    "condition": ["--samples", "20", "--hidden", "3", "--epochs", "0", "--quiet"],
+    "spectrum": ["--samples", "20", "--hidden", "3", "--epochs", "0", "--steps", "3", "--probes", "1", "--quiet"],
+    "train": ["--samples", "20", "--hidden", "3", "--epochs", "1", "--quiet"],
+    "check": ["--samples", "20", "--hidden", "3", "--epochs", "0", "--quiet"],
+}
+_NUMBER, _PATH = ["three", "nan", "1e400x", ""], ["a-file/run.json", "a-pipe", "a-folder", "."]
+OPTIONS: dict[str, list[str]] = {
+    **{name: [*_NUMBER, "0", "-3", "1.5"] for name in ("--samples", "--batch-size", "--steps", "--top", "--probes")},
+    **{name: [*_NUMBER, "-1"] for name in ("--epochs", "--max-memory", "--max-flops", "--weight-decay")},
+    **{name: [*_NUMBER, "0", "-1", "inf"] for name in ("--lr",)},
+    **{name: ["three", "1.5", str(HUGE)] for name in ("--seed",)},
+    **{name: ["three", "0", "-3", "1.5"] for name in ("--hidden", "--checkpoint-every", "--probe-every")},
+    **{name: ["no such", ""] for name in ("--data", "--model", "--activation", "--norm", "--dtype", "--optimizer")},
+    **{name: ["no such", ""] for name in ("--preconditioner", "--engine", "--curvature", "--schedule", "--norm-at")},
+    **{name: ["no such", "cuda:99", "meta"] for name in ("--device",)},
+    **{name: ["no such"] for name in ("--only",)},
+    **{name: ["rho", "rho=", "rho=2", "no=1", "q=no", "eps1=-1"] for name in ("--bnp",)},
+    **dict.fromkeys(("--json", "--log", "--checkpoint"), _PATH),
+    **{name: [*_PATH, "figure.no", "figure"] for name in ("--figure",)},
+}
+
+
+def command_lines() -> Iterator[Any]:
+    from bnp_analysis.cli import parser_of
+
+    for command, words in COMMANDS.items():
+        known = parser_of(command)._option_string_actions
+        for option, values in OPTIONS.items():
+            for value in values if option in known else []:
+                more = ["--preconditioner", "bnp"] if option == "--bnp" else []
+                yield pytest.param([command, *words, *more, option, value], option, id=f"{command} {option} {value!r}")
+
+
+@pytest.mark.parametrize(("words", "option"), list(command_lines()))
+def test_a_wrong_command_line_ends_with_status_2_and_one_line(
+    words: list[str], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = state()
+    try:
+        status = main(words)
+    except SystemExit as left:  # argparse
+        status = left.code  # type: ignore[assignment]
+    said = capsys.readouterr()
+    assert status == 2, said.out + said.err
+    name = option.strip("-")
+    assert re.search(rf"{name}|{name.replace('-', '_')}", said.err.splitlines()[-1]), said.err
+    assert "Traceback" not in said.err
+    assert said.out == ""  # nothing was computed before the answer
+    assert state() == before
