@@ -17,13 +17,14 @@ from . import (
     training,
 )
 from .curvature import fisher, gauss_newton, hessian
-from .diagnose import compare, condition, layer_table
+from .diagnose import block_spectra, compare, condition, layer_table
 from .linalg import (
     CallableOperator,
     DenseOperator,
     LinearOperator,
     condition_number,
     condition_profile,
+    diagonal,
     eigenpairs,
     spectral_density,
     trace,
@@ -38,18 +39,20 @@ from .precondition import (
 )
 from .symmetry import null_directions
 from .theory import check_convergence_rate, check_theory
-from .training import BNP, SharpnessTracker, train
+from .training import BNP, SGLD, SharpnessTracker, train
 
 __version__: str
 
 __all__ = [
     "BNP",
+    "SGLD",
     "CallableOperator",
     "DenseOperator",
     "EmpiricalRisk",
     "LinearOperator",
     "ParameterSpace",
     "SharpnessTracker",
+    "block_spectra",
     "bnp_preconditioner",
     "check_convergence_rate",
     "check_theory",
@@ -60,6 +63,7 @@ __all__ = [
     "curvature",
     "data",
     "diagnose",
+    "diagonal",
     "diagonal_preconditioner",
     "distributed",
     "eigenpairs",

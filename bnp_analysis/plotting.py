@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import SymmetricalLogLocator
 
-from bnp_analysis.diagnose import Comparison, Conditioning, LayerTable
-from bnp_analysis.linalg import ConditionNumber, ConditionProfile, SpectralDensity
+from bnp_analysis.diagnose import BlockSpectra, Comparison, Conditioning, LayerTable
+from bnp_analysis.linalg import ConditionNumber, ConditionProfile, Diagonal, SpectralDensity
 from bnp_analysis.runtime.kinds import require_kind
 from bnp_analysis.training import Sharpness
 
 # Okabe and Ito 2008: told apart by colour-blind readers, and in grey.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+# Entries of one tensor that are drawn one by one.
+_DRAWN = 400
 
 
 def plot_inputs(table: LayerTable, ax: Axes | None = None) -> Axes:
@@ -155,6 +158,98 @@ def plot_profile(
     return ax
 
 
+def plot_block_distances(result: BlockSpectra, ax: Axes | None = None) -> Axes:
+    """A heat map of the Jensen-Shannon distances between the spectra of blocks; the diagonal shows their noise.
+
+    Args:
+        result: from `block_spectra`.
+        ax: axes to draw on; default new ones.
+
+    Returns:
+        The axes.
+    """
+    require_kind(result, "result", BlockSpectra)
+    ax = _axes(ax)
+    shown = result.distance + np.diag(result.noise)
+    image = ax.imshow(shown, vmin=0.0, vmax=1.0, cmap="viridis")
+    places = range(len(result.names))
+    ax.set_xticks(places, list(result.names), rotation=90)
+    ax.set_yticks(places, list(result.names))
+    if len(result.names) <= 12:
+        for i in places:
+            for j in places:
+                ax.text(
+                    j,
+                    i,
+                    f"{shown[i, j]:.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize="small",
+                    color="white" if shown[i, j] < 0.6 else "black",
+                )
+    ax.figure.colorbar(image, ax=ax, label="Jensen-Shannon distance (diagonal: noise)")
+    return ax
+
+
+def plot_block_densities(result: BlockSpectra, ax: Axes | None = None) -> Axes:
+    """The share of each block's eigenvalues up to a value, on an axis of logarithms of both signs.
+
+    Args:
+        result: from `block_spectra`.
+        ax: axes to draw on; default new ones.
+
+    Returns:
+        The axes.
+    """
+    require_kind(result, "result", BlockSpectra)
+    ax = _axes(ax)
+    largest = max(float(np.abs(density.nodes).max()) for density in result.densities)
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(result.names)))
+    for name, density, colour in zip(result.names, result.densities, colours, strict=True):
+        order = np.argsort(density.nodes, axis=None)
+        shares = np.cumsum(density.weights.ravel()[order]) / len(density.nodes)
+        ax.step(density.nodes.ravel()[order], shares, where="post", color=colour, label=name, linewidth=1.2)
+    _symmetric_log(ax, "x", 1e-6 * largest, largest)
+    ax.set_xlabel(r"eigenvalue $\lambda$")
+    ax.set_ylabel(r"share of eigenvalues $\leq\lambda$")
+    if len(result.names) <= 16:
+        ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def plot_diagonal(result: Diagonal, ax: Axes | None = None) -> Axes:
+    """Every diagonal entry, tensor by tensor, with a 95 % bar; those whose bar contains zero are grey.
+
+    The vertical axis is linear around zero, up to the smallest entry that is told from zero, and logarithmic beyond.
+
+    Args:
+        result: from `diagonal`.
+        ax: axes to draw on; default new ones.
+
+    Returns:
+        The axes.
+    """
+    require_kind(result, "result", Diagonal)
+    ax = _axes(ax)
+    named = result.tensors() if result.shapes else {"": (result.value, result.error)}
+    value, (low, high) = result.value.numpy(), (end.numpy() for end in result.interval())
+    told = (low > 0) | (high < 0)
+    begin = 0
+    for place, count in enumerate(v.numel() for v, _ in named.values()):
+        # Entries of a large tensor would cover each other: every k-th is drawn.
+        own = np.arange(begin, begin + count, max(1, count // _DRAWN))
+        x = place + 0.8 * ((own - begin + 0.5) / max(count, 1) - 0.5)
+        for some, colour in ((~told[own], GREY), (told[own], BLUE)):
+            at = own[some]
+            ax.vlines(x[some], low[at], high[at], color=colour, alpha=0.25, linewidth=0.8)
+            ax.plot(x[some], value[at], ".", color=colour, markersize=3)
+        begin += count
+    _symmetric_log(ax, "y", float(np.abs(value[told]).min(initial=np.inf)), float(np.abs(value).max()))
+    ax.set_xticks(range(len(named)), list(named), rotation=0 if len(named) <= 4 else 90)
+    ax.set_ylabel("diagonal of the curvature")
+    return ax
+
+
 def plot_sharpness(result: Sharpness, ax: Axes | None = None) -> Axes:
     """The tracked eigenvalues along training, with the threshold above which a quadratic would be unstable.
 
@@ -202,12 +297,31 @@ def save_densities(densities: Sequence[tuple[str, SpectralDensity]], path: str |
     _write(figure, path, title)
 
 
+def save_block_spectra(result: BlockSpectra, path: str | Path, title: str = "") -> None:
+    """Draw the spectra of blocks and their distances side by side and write them to a file."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    plot_block_densities(result, left)
+    plot_block_distances(result, right)
+    _write(figure, path, title)
+
+
 def _write(figure: Any, path: str | Path, title: str) -> None:
     if title:
         figure.suptitle(title)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _symmetric_log(ax: Axes, side: str, smallest: float, largest: float) -> None:
+    """Logarithms of both signs, and a linear piece for sizes below the smallest one; linear where these are all."""
+    floor = max(smallest, 1e-12 * largest)
+    if 0 < floor < largest:
+        {"x": ax.set_xscale, "y": ax.set_yscale}[side]("symlog", linthresh=floor, linscale=1.0)
+        axis = {"x": ax.xaxis, "y": ax.yaxis}[side]
+        ticks = SymmetricalLogLocator(base=10, linthresh=floor)
+        ticks.set_params(numticks=7)
+        axis.set_major_locator(ticks)
 
 
 def _axes(ax: Axes | None) -> Axes:
@@ -240,4 +354,16 @@ def _mark_one_sided(ax: Axes, places: Any, numbers: Sequence[ConditionNumber]) -
             ax.annotate("≥", (x, k.value), ha="center", va="bottom")
 
 
-__all__ = ["plot_blocks", "plot_inputs", "plot_sharpness", "plot_spectral_density", "save_comparison", "save_densities"]
+__all__ = [
+    "plot_block_densities",
+    "plot_block_distances",
+    "plot_blocks",
+    "plot_diagonal",
+    "plot_inputs",
+    "plot_profile",
+    "plot_sharpness",
+    "plot_spectral_density",
+    "save_block_spectra",
+    "save_comparison",
+    "save_densities",
+]

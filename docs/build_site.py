@@ -53,6 +53,7 @@ def pages() -> None:
 def inside(text: str) -> str:
     """A page's text with the links that the site can follow."""
     text = text.replace("](../CONTRIBUTING.md", "](contributing.md").replace("](../CHANGELOG.md", "](changelog.md")
+    text = re.sub(r"\]\(\.\./paper_figures/full/(\w+\.png)", r"](gallery/\1", text)
     text = re.sub(r"\]\(\.\./paper_figures/full/(?:index\.md)?", "](gallery.md", text)
 
     def plain(match: re.Match[str]) -> str:
@@ -78,7 +79,7 @@ def gallery() -> None:
             *(f"# {title}", "", f"![{title}]({picture.name})", "", claim, ""),
             *(f"It shows: {words['SHOWS']}. The figure itself says whether the claim holds on its data.", ""),
             *("```sh", f"bnp-analysis figures {path.stem} --preset full", "```", ""),
-            *(f"The code, `paper_figures/figures/{path.name}`: `compute` makes the arrays, `failure` judges"),
+            f"The code, `paper_figures/figures/{path.name}`: `compute` makes the arrays, `failure` judges",
             *("the claim, `draw` draws.", "", f"```{{literalinclude}} {path.name}", ":language: python", "```", ""),
         ]
         (STAGE / "gallery" / f"{path.stem}.md").write_text("\n".join(page), encoding="utf-8")

@@ -79,22 +79,26 @@ def key(name: str, preset: str) -> str:
     not count either: `about` says which version made the data, and the tests say whether it still computes the same.
     """
     settings = module(name).PRESETS[preset]
-    source = (HERE / "figures" / f"{name}.py").read_text()
-    nodes = [node for node in ast.parse(source).body if not _is_presentation(node)]
-    # The text, not the tree: its form differs between versions of Python.
-    deciding = [ast.get_source_segment(source, node) or "" for node in nodes]
-    digest = hashlib.sha256("\n".join(deciding).encode())
+    digest = hashlib.sha256(_deciding((HERE / "figures" / f"{name}.py").read_text()))
     words = [FORMAT, settings]
     digest.update(json.dumps(words, sort_keys=True).encode())
     for path in settings.get("inputs", []):
-        digest.update((ROOT / path).read_bytes() if (ROOT / path).exists() else b"absent")
+        data = (ROOT / path).read_bytes() if (ROOT / path).exists() else b"absent"
+        digest.update(_deciding(data.decode()) if path.endswith(".py") else data)
     return digest.hexdigest()[:16]
+
+
+def _deciding(source: str) -> bytes:
+    """The parts of a module that decide the data."""
+    nodes = [node for node in ast.parse(source).body if not _is_presentation(node)]
+    # The text, not the tree: its form differs between versions of Python.
+    return "\n".join(ast.get_source_segment(source, node) or "" for node in nodes).encode()
 
 
 def _is_presentation(node: ast.stmt) -> bool:
     if isinstance(node, ast.FunctionDef):
         return node.name in ("failure", "note", "draw")
-    words = ("TITLE", "CLAIM", "SHOWS", "TIMED", "PRESETS")  # settings are hashed as data, those of one preset
+    words = ("TITLE", "CLAIM", "SHOWS", "TIMED", "PRESETS", "ENTRY")  # settings are hashed as data, those of one preset
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
     documentation = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     return documentation or any(isinstance(target, ast.Name) and target.id in words for target in targets)

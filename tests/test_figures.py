@@ -135,8 +135,11 @@ def test_a_committed_figure_is_drawn_from_its_data_alone(name: str, monkeypatch:
     data = frame.stored(name, FULL)
     assert data is not None
     assert data.about["figure"] == name
-    assert data.about["key"] == frame.key(name, "full"), "its code or settings changed: make it again"
     module = frame.module(name)
+    recorded = [frame.ROOT / path for path in module.PRESETS["full"].get("inputs", [])]
+    if not all(path.exists() for path in recorded):
+        pytest.skip("the recorded results that it draws are in the repository alone")
+    assert data.about["key"] == frame.key(name, "full"), "its code or settings changed: make it again"
     monkeypatch.delattr(module, "compute")
     figure = module.draw(data)
     assert figure.axes

@@ -141,7 +141,18 @@ def test_every_name_of_the_advice_exists() -> None:
                     found = getattr(found, part)
 
 
-@pytest.mark.parametrize("plot", ["plot_profile", "plot_blocks", "plot_inputs", "plot_spectral_density"])
+@pytest.mark.parametrize(
+    "plot",
+    [
+        "plot_profile",
+        "plot_blocks",
+        "plot_block_distances",
+        "plot_block_densities",
+        "plot_diagonal",
+        "plot_inputs",
+        "plot_spectral_density",
+    ],
+)
 def test_a_plot_names_the_verb_that_makes_its_result(plot: str) -> None:
     with pytest.raises(InvalidInputError, match=r"write bnp\.\w+\("):
         getattr(bnp.plotting, plot)(RISK)

@@ -74,3 +74,37 @@ def test_sharpness_is_drawn_with_its_threshold() -> None:
     assert np.array_equal(lines[0], [3.0, 4.0])
     assert np.array_equal(lines[-1], [5.0, 5.0])
     assert "P" in ax.get_ylabel()
+
+
+def test_diagonal_entries_are_drawn_and_those_not_told_from_zero_are_grey() -> None:
+    found = bnp.linalg.Diagonal(
+        value=torch.tensor([1.0, -3.0, 0.1], dtype=torch.float64),
+        error=torch.tensor([0.1, 0.1, 0.1], dtype=torch.float64),
+        rounding=0.0,
+        method="stochastic",
+        probes=30,
+        shapes={"w": (2,), "b": (1,)},
+        choice="",
+    )
+    ax = plotting.plot_diagonal(found)
+    drawn = sorted((float(y), line.get_color()) for line in ax.lines for y in line.get_ydata())
+    assert drawn == [(-3.0, plotting.BLUE), (0.1, plotting.GREY), (1.0, plotting.BLUE)]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["w", "b"]
+    assert ax.get_yscale() == "symlog"
+    plt.close("all")
+
+
+def test_blocks_are_drawn_with_their_distances_and_all_their_nodes() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.rand(20, 4, generator=g), torch.randint(0, 3, (20,), generator=g)
+    risk = bnp.EmpiricalRisk(bnp.models.mlp([4, 3, 3]), cross_entropy, (x, y))
+    found = bnp.block_spectra(risk, blocks=["fc1", "fc2"], profiles=False, probes=2, steps=4)
+    ax = plotting.plot_block_distances(found)
+    np.testing.assert_array_equal(ax.images[0].get_array(), found.distance + np.diag(found.noise))
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["fc1", "fc2"]
+    ax = plotting.plot_block_densities(found)
+    for line, density in zip(ax.lines, found.densities, strict=True):
+        np.testing.assert_array_equal(line.get_xdata(), np.sort(density.nodes.ravel()))
+        assert line.get_ydata()[-1] == pytest.approx(1)
+    assert ax.get_xscale() == "symlog"
+    plt.close("all")

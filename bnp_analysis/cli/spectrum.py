@@ -7,8 +7,9 @@ from pathlib import Path
 
 from bnp_analysis.cli.options import PRECONDITIONERS, engine_of, in_processes, operator_options, risk_of, write
 from bnp_analysis.curvature import CURVATURES
-from bnp_analysis.diagnose import curvature_matrix
+from bnp_analysis.diagnose import block_spectra, curvature_matrix
 from bnp_analysis.linalg import eigenpairs, spectral_density
+from bnp_analysis.network import EmpiricalRisk
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -21,12 +22,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, default=64, help="Lanczos steps of each")
     few = "keep three vectors of a density's run, not all of them"
     add("--no-reorthogonalization", action="store_true", help=few)
+    every = "spectra of diagonal blocks in place of the whole: names or patterns, without any every parameter tensor"
+    add("--blocks", nargs="*", metavar="PATTERN", help=every)
     parser.set_defaults(run=_spectrum)
 
 
 @in_processes
 def _spectrum(arguments: argparse.Namespace) -> int:
     risk = risk_of(arguments)
+    if arguments.blocks is not None:
+        return _blocks(arguments, risk)
     A = curvature_matrix(risk, arguments.curvature, arguments.seed, **engine_of(arguments))
     P = PRECONDITIONERS[arguments.preconditioner](risk)
     progress = not arguments.quiet
@@ -53,5 +58,28 @@ def _spectrum(arguments: argparse.Namespace) -> int:
         from bnp_analysis.plotting import save_densities
 
         save_densities(densities, arguments.figure, f"{arguments.data}, {arguments.model}")
+        print(f"wrote {arguments.figure}")
+    return 0
+
+
+def _blocks(arguments: argparse.Namespace, risk: EmpiricalRisk) -> int:
+    found = block_spectra(
+        risk,
+        blocks=arguments.blocks or None,
+        curvature=arguments.curvature,
+        probes=arguments.probes,
+        steps=arguments.steps,
+        dtype=None,
+        **engine_of(arguments),
+        seed=arguments.seed,
+        progress=not arguments.quiet,
+    )
+    print(found)
+    if arguments.json:
+        write(found, arguments.json)
+    if arguments.figure:
+        from bnp_analysis.plotting import save_block_spectra
+
+        save_block_spectra(found, arguments.figure, f"{arguments.data}, {arguments.model}")
         print(f"wrote {arguments.figure}")
     return 0

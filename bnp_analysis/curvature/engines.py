@@ -321,6 +321,10 @@ class EngineOperator(SymmetricOperator, Generic[G]):
         return self._engine.record
 
     @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._risk.space.shapes
+
+    @property
     def start(self) -> Tensor:
         """The risk's gradient."""
         return self._risk.gradient

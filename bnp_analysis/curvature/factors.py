@@ -22,8 +22,9 @@ from bnp_analysis.network.saturation import has_vanished, product_eps
 from bnp_analysis.runtime.float32 import full_float32
 from bnp_analysis.runtime.trees import tensors_of
 
-# Rows of a Jacobian are pulled back for a few examples at a time: the cost of one row is that of its slice.
-_SLICE = 8
+# Rows of a Jacobian are pulled back for a few examples at a time: the cost of one row is that of its slice. An example
+# with many rows is a slice of its own.
+_SLICE, _ROWS = 8, 64
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Root:
         """Rows of one example, where the outputs list examples in the order of the batch; else None."""
         size = tensors_of(batch.x)[0].shape[0]
         return self.rows.shape[0] // size if self.leading == size else None
+
+    @property
+    def slice(self) -> int:
+        """How many examples are pulled back together, where they are independent."""
+        return max(1, min(_SLICE, _ROWS * self.leading // max(1, self.rows.shape[0] * self.rows.shape[1])))
 
 
 class JacobianFactor(LinearOperator):
@@ -106,8 +112,8 @@ class JacobianFactor(LinearOperator):
         # A row costs the backward pass of its slice: in products, which are two passes over all the data.
         cost = 1
         for rows, root in zip(self._rows, self._roots, strict=True):
-            cut = not self._risk.coupled and root.leading > _SLICE
-            cost = max(cost, (rows * _SLICE // root.leading if cut else rows) // 2)
+            cut = not self._risk.coupled and root.leading > root.slice
+            cost = max(cost, (rows * root.slice // root.leading if cut else rows) // 2)
         return cost
 
     def _matmat(self, x: Tensor) -> Tensor:
@@ -165,7 +171,7 @@ class JacobianFactor(LinearOperator):
         for batch, root in zip(self._risk.batches, self._roots, strict=True):
             weight = (batch.count / self._risk.batches.total) ** 0.5
             for rows in rows_of_batch(self._risk, batch, root):
-                yield rows * weight
+                yield rows.mul_(weight)
 
 
 def rows_of_batch(risk: EmpiricalRisk, batch: Batch, root: Root) -> Iterator[Tensor]:
@@ -185,11 +191,11 @@ def _slices(batch: Batch, root: Root, coupled: bool) -> list[tuple[Batch, slice]
     each = root.per_example(batch)
     if coupled or each is None or slice_batch(batch, 0, 1) is None:
         return [(batch, slice(0, root.rows.shape[0]))]
-    cuts = range(0, root.leading, _SLICE)
+    cuts = range(0, root.leading, root.slice)
     return [
-        (part, slice(first * each, min((first + _SLICE) * each, root.rows.shape[0])))
+        (part, slice(first * each, min((first + root.slice) * each, root.rows.shape[0])))
         for first in cuts
-        if (part := slice_batch(batch, first, first + _SLICE)) is not None
+        if (part := slice_batch(batch, first, first + root.slice)) is not None
     ]
 
 
@@ -202,14 +208,18 @@ def _jacobian_rows(risk: EmpiricalRisk, batch: Batch, root: Root, only: slice = 
     flat = R[only].reshape(-1, R.shape[2])
     owner = torch.arange(count, device=R.device)[only].repeat_interleave(width)
     dense = R.new_empty(len(flat), risk.space.dim)
-    step = max(1, TOGETHER // max(graph.outputs.numel(), 1))
+    step = max(1, TOGETHER // max(graph.outputs.numel(), risk.space.dim // 2, 1))
     for begin in range(0, len(flat), step):
         end = min(begin + step, len(flat))
         cotangents = R.new_zeros(end - begin, count, R.shape[2])
         cotangents[torch.arange(end - begin, device=R.device), owner[begin:end]] = flat[begin:end]
         stack = torch.Size((end - begin, *graph.outputs.shape))
         parts = graph.vjp_rows(from_rows(cotangents, stack, root.axis + (root.axis >= 0)))
-        dense[begin:end] = torch.cat([part.reshape(end - begin, -1) for part in parts], dim=1)
+        place = 0
+        for part in parts:
+            flat_part = part.reshape(end - begin, -1)
+            dense[begin:end, place : place + flat_part.shape[1]] = flat_part
+            place += flat_part.shape[1]
     return dense
 
 

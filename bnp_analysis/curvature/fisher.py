@@ -73,7 +73,7 @@ def fisher(
             the data's.
         samples: draws per example, `"mc"` only.
         seed: of the draws; those of an example depend on its place in the data alone, not on batches or processes.
-        block: a layer's name, or `(layer, i)` for output unit `i`.
+        block: as in `hessian`.
         engine, max_memory: as in `hessian`.
 
     Returns:

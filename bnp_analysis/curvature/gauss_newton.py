@@ -85,7 +85,7 @@ def gauss_newton(
 
     Args:
         risk: the empirical risk; any loss that is twice differentiable in the outputs.
-        block: a layer's name, or `(layer, i)` for output unit `i`.
+        block: as in `hessian`.
         engine, max_memory: as in `hessian`; the operator and its factor hold graphs of their own.
 
     Returns:

@@ -55,7 +55,8 @@ def hessian(
 
     Args:
         risk: the empirical risk.
-        block: a layer's name, or `(layer, i)` for output unit `i`; the flat order is that of the space.
+        block: a layer's name, a pattern of names (`"*.weight"`), `(layer, i)` for output unit `i` or
+            `(layer, slice(a, b))` for some of them; the flat order is that of the space.
         engine: `"retained"` keeps the recorded graph of every batch, `"recompute"` none, `"auto"` those that fit.
         max_memory: bytes that kept graphs and one product may take together; default what is free, 40 % of it for
             kept graphs. Checked, from an estimate, before the first product.

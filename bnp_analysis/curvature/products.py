@@ -145,11 +145,21 @@ def backward(
     retain: bool = True,
 ) -> list[Tensor]:
     """`torch.autograd.grad` on a recorded graph; zero where an input is unused."""
-    how = {"retain_graph": retain, "is_grads_batched": batched, "materialize_grads": False}
-    found = derivative(outputs, inputs, cotangents, what="a product", **how)
-    # Not materialize_grads: its zeros for unused inputs forget the batch of cotangents.
-    lead = cotangents[0].shape[:1] if batched else ()
-    return [t.new_zeros((*lead, *t.shape)) if g is None else g for g, t in zip(found, inputs, strict=True)]
+    what = "a product"
+    if not batched:
+        # Not materialize_grads: a zero that nobody reads takes memory.
+        found = derivative(outputs, inputs, cotangents, what=what, retain_graph=retain, materialize_grads=False)
+        return [torch.zeros_like(t) if g is None else g for g, t in zip(found, inputs, strict=True)]
+    used: list[int] = []
+
+    def pulled(*u: Tensor) -> tuple[Tensor, ...]:
+        grads = derivative(outputs, inputs, u, what=what, retain_graph=True, materialize_grads=False)
+        used[:] = [i for i, g in enumerate(grads) if g is not None]
+        return tuple(grads[i] for i in used)
+
+    # Not is_grads_batched, whose older vmap runs norms, GELU, softmax and embeddings one cotangent after the other.
+    parts = dict(zip(used, torch.func.vmap(pulled)(*cotangents), strict=True))
+    return [parts[i] if i in parts else t.new_zeros((*cotangents[0].shape[:1], *t.shape)) for i, t in enumerate(inputs)]
 
 
 def saved_tensors(graph: object) -> Iterator[Tensor]:

@@ -150,7 +150,8 @@ class UnitBlocks:
             vectors = self._common = _null_rows(self.rows) if self._common is None else self._common
         if vectors.shape[1]:
             verifier = Verifier(factor, vectors.shape[1])
-            vectors = vectors[:, verifier.sizes(torch.arange(len(vectors)), vectors) <= verifier.tolerance]
+            sizes = verifier.sizes([(torch.arange(len(vectors)), vectors)])[0]
+            vectors = vectors[:, sizes <= verifier.tolerance]
         return SomeNullDirections(vectors.to(self.rows), {"dependent inputs": vectors.shape[1]})
 
 
@@ -163,11 +164,11 @@ def unit_blocks(risk: EmpiricalRisk, layers: Coverage) -> dict[str, UnitBlocks]:
 
     Returns:
         Layer name -> `UnitBlocks`. Convolutions, layers that are reused or see sequences, batch-coupled models
-        and losses without a square root are left out: their units are parts of the layer's block.
+        and losses without a square root are left out, and pruned weights: their units are parts of the layer's block.
 
     Source: T1, T13.
     """
-    dense = [layer for layer in layers if not layer.spatial]
+    dense = [layer for layer in layers if not layer.spatial and not layer.kind.gain]
     if risk.coupled or not dense or not risk.batches.ordered:
         return {}
     own: dict[str, _Own] = {}

@@ -3,17 +3,20 @@
 from bnp_analysis.diagnose.conditioning import Conditioning, condition
 from bnp_analysis.diagnose.preconditioners import PreconditionerReport, preconditioner_report
 from bnp_analysis.diagnose.price import MOST_WORK
+from bnp_analysis.diagnose.spectra import BlockSpectra, block_spectra
 from bnp_analysis.diagnose.tables import LEGEND, Comparison, LayerRow, LayerTable, cell, spread
 from bnp_analysis.diagnose.verbs import compare, curvature_matrix, layer_table
 
 __all__ = [
     "LEGEND",
     "MOST_WORK",
+    "BlockSpectra",
     "Comparison",
     "Conditioning",
     "LayerRow",
     "LayerTable",
     "PreconditionerReport",
+    "block_spectra",
     "cell",
     "compare",
     "condition",

@@ -9,6 +9,7 @@ from bnp_analysis.linalg.condition.factor_svd import factor_work
 from bnp_analysis.linalg.condition.methods import LANCZOS_STEPS
 from bnp_analysis.linalg.condition.reduction import work_to_reduce
 from bnp_analysis.linalg.operators import LinearOperator
+from bnp_analysis.linalg.spectra.off_block import OFF_BLOCK_PROBES
 from bnp_analysis.network import Coverage, EmpiricalRisk, Layer
 from bnp_analysis.network.work import work_of_an_example
 
@@ -44,6 +45,22 @@ def table_work(risk: EmpiricalRisk, layers: Coverage) -> dict[str, float]:
         layer.name: _layer_work(risk, layer, rows[layer.name] * risk.batches.examples, factor, product)
         for layer in layers
     }
+
+
+def off_block_is_cheap(risk: EmpiricalRisk, layers: Coverage, work: float) -> bool:
+    """Whether the share outside of the layers' blocks adds little to a table: a fifth of its work, or a second.
+
+    Example:
+        >>> import torch, bnp_analysis as bnp
+        >>> x, y = torch.eye(3), torch.tensor([0, 1, 1])
+        >>> risk = bnp.EmpiricalRisk(torch.nn.Linear(3, 2), torch.nn.functional.cross_entropy, (x, y))
+        >>> off_block_is_cheap(risk, bnp.network.coverage(risk), 0.0)
+        True
+    """
+    gradient, _ = work_of_an_example(risk, layers)
+    # Probes with the whole and with every block.
+    own = OFF_BLOCK_PROBES * (1 + len(list(layers))) * _PRODUCT * gradient * risk.batches.examples
+    return own <= max(work / 5, _SPEED)
 
 
 def _layer_work(risk: EmpiricalRisk, layer: Layer, rows: float, factor: LinearOperator | None, product: float) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bnp_analysis.diagnose.conditioning import Conditioning
-from bnp_analysis.linalg import ConditionNumber
+from bnp_analysis.linalg import ConditionNumber, OffBlockShare
 from bnp_analysis.results import Result
 
 #: What the columns of a printed layer table mean.
@@ -105,18 +105,25 @@ class LayerTable(Result):
     Attributes:
         layers: one `LayerRow` per covered layer.
         uncovered: parameter name -> why the preconditioner leaves it alone.
+        off_block: which share of the Gauss-Newton matrix of these layers lies outside of their blocks, so that no
+            number of the table sees it; None of a single layer, and where it was not measured.
     """
 
     layers: tuple[LayerRow, ...]
     uncovered: dict[str, str]
+    off_block: OffBlockShare | None = None
 
     def summary(self) -> str:
         """Sizes in one line."""
         return f"{len(self.layers)} layers, {len(self.uncovered)} uncovered parameters, {self.matvecs} products"
 
     def __str__(self) -> str:
-        """The summary, the table, and what its columns mean."""
-        return f"{self._line()}\n\n{self.table()}\n\n{LEGEND}"
+        """The summary, the table, what is outside of the blocks, and what the columns mean."""
+        return f"{self._line()}\n\n{self.printed()}\n\n{LEGEND}"
+
+    def printed(self) -> str:
+        """The table and, where known, the share of the curvature that is outside of its blocks."""
+        return self.table() + ("" if self.off_block is None else f"\nOutside of the layers' blocks: {self.off_block}")
 
     def records(self) -> list[dict[str, Any]]:
         """One row per layer, of numbers.
@@ -212,7 +219,7 @@ class Comparison(Result):
             f"Whole network, {name}: lambda_1 over the eigenvalue of a rank\n{found.table()}"
             for name, found in self.profiles.items()
         ]
-        return "\n\n".join([self._line(), self.layers.table(), LEGEND, *rungs])
+        return "\n\n".join([self._line(), self.layers.printed(), LEGEND, *rungs])
 
     def records(self) -> list[dict[str, Any]]:
         """The rows of the layer table, then one for each matrix of the whole network, then its rungs.

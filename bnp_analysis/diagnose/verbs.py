@@ -14,7 +14,8 @@ from bnp_analysis.curvature import CURVATURES, gauss_newton, hessian
 from bnp_analysis.curvature.units import unit_blocks
 from bnp_analysis.diagnose.blocks import block_numbers, known_null, pair
 from bnp_analysis.diagnose.conditioning import condition
-from bnp_analysis.diagnose.price import MOST_WORK, require_work, table_work
+from bnp_analysis.diagnose.price import MOST_WORK, off_block_is_cheap, require_work, table_work
+from bnp_analysis.diagnose.spectra import off_block as share_outside
 from bnp_analysis.diagnose.tables import Comparison, LayerRow, LayerTable
 from bnp_analysis.errors import InvalidInputError, NoDerivativeError
 from bnp_analysis.linalg import (
@@ -28,6 +29,7 @@ from bnp_analysis.linalg.condition.methods import automatic
 from bnp_analysis.linalg.operators import require_digits
 from bnp_analysis.linalg.spectra.checks import null_vectors
 from bnp_analysis.network import Coverage, EmpiricalRisk, Layer, coverage
+from bnp_analysis.network.layers import asked_types
 from bnp_analysis.network.moments import input_triangles, layer_moments
 from bnp_analysis.precondition import NetworkPreconditioner, bnp_preconditioner
 from bnp_analysis.runtime.float32 import full_float32
@@ -46,6 +48,7 @@ def layer_table(
     engine: str = "auto",
     max_memory: int | None = None,
     max_flops: float = MOST_WORK,
+    off_block: bool | None = None,
     seed: int = 0,
     progress: Progress = False,
 ) -> LayerTable:
@@ -53,11 +56,14 @@ def layer_table(
 
     Args:
         risk: the empirical risk.
-        P: a preconditioner over `risk.space` that is block diagonal in the layers; default the undamped BNP one.
+        P: a preconditioner over `risk.space` that is block diagonal in the layers; default the undamped BNP one. Where
+            it covers layers that are covered only if asked for (`also=`), the table does.
         layers: names of the layers wanted; default all.
         dtype: in which to measure; None for the risk's own.
         engine, max_memory: of operators, as in `hessian`.
         max_flops: floating-point operations that the table may take; its estimate is in `settings`.
+        off_block: also the share `|A - blockdiag(A)|_F / |A|_F` outside of the layers' blocks; default where it takes a
+            second or less, or at most a fifth of what the table takes.
         seed: of random starts and probes.
         progress: True draws a bar, a callable gets `(done, total)`.
 
@@ -79,7 +85,8 @@ def layer_table(
     """
     began = time.perf_counter()
     risk, P = _measured(risk, P, dtype)
-    found = coverage(risk)
+    asked = asked_types(dict(risk.modules()), getattr(P, "blocks", ()))
+    found = coverage(risk, asked)
     if layers is not None:
         unknown = [name for name in layers if name not in {layer.name for layer in found}]
         if unknown:
@@ -127,9 +134,14 @@ def layer_table(
                     + 2,
                 )
             )
+    share = None
+    if off_block_is_cheap(risk, found, sum(work.values())) if off_block is None else off_block:
+        build = partial(gauss_newton, engine=engine, max_memory=max_memory)
+        share = share_outside(risk, [layer.name for layer in found], lambda r, block: build(r, block=block), seed=seed)
     return LayerTable(
         layers=tuple(table),
         uncovered=dict(found.uncovered),
+        off_block=share,
         settings={
             "preconditioner": getattr(P, "settings", {}),
             "dtype": str(risk.space.dtype),
@@ -139,7 +151,7 @@ def layer_table(
         },
         engine=risk.provenance,
         seed=seed,
-        matvecs=sum(row.matvecs for row in table),
+        matvecs=sum(row.matvecs for row in table) + (0 if share is None else share.matvecs),
         seconds=time.perf_counter() - began,
     )
 

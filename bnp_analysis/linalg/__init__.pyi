@@ -21,7 +21,9 @@ from .preconditioner import (
     Preconditioner,
     congruence,
 )
+from .spectra.diagonal import Diagonal, diagonal
 from .spectra.eigen import Eigenpairs, eigenpairs
+from .spectra.off_block import OffBlockShare, off_block_share
 from .spectra.quadrature import SpectralDensity, Trace, spectral_density, trace
 
 __all__ = [
@@ -33,12 +35,14 @@ __all__ = [
     "Congruence",
     "DenseOperator",
     "DensePreconditioner",
+    "Diagonal",
     "Eigenpairs",
     "GramOperator",
     "IdentityPreconditioner",
     "LinearOperator",
     "MatrixOperator",
     "Method",
+    "OffBlockShare",
     "Preconditioner",
     "Price",
     "Problem",
@@ -55,11 +59,13 @@ __all__ = [
     "condition_number",
     "condition_profile",
     "congruence",
+    "diagonal",
     "eigenpairs",
     "golub_kahan",
     "lanczos",
     "magnitude_condition_number",
     "methods",
+    "off_block_share",
     "on_host",
     "register",
     "regularized_condition_number",

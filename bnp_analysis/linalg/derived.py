@@ -151,6 +151,11 @@ class Restriction(ColumnSubset, SymmetricOperator):
         self.shape = (indices.numel(), indices.numel())
 
     @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """None: what is left of the tensors has no shape."""
+        return {}
+
+    @property
     def start(self) -> Tensor | None:
         inner = self.inner.start
         return None if inner is None else inner[self.indices]

@@ -417,6 +417,11 @@ class Derived(LinearOperator):
         """As of a symmetric operator; what is made of a rectangular one is not asked."""
         return isinstance(self.inner, SymmetricOperator) and self.inner.semidefinite
 
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """As of a symmetric operator of the same coordinates."""
+        return self.inner.shapes if isinstance(self.inner, SymmetricOperator) else {}
+
     @abstractmethod
     def of(self, matrix: Tensor, exponent: int = 0) -> Tensor:
         """The same made of a matrix: `2^exponent to_dense()` where that is `2^exponent inner.to_dense()`."""
@@ -481,6 +486,11 @@ class SymmetricOperator(LinearOperator):
     def start(self) -> Tensor | None:
         """A vector `(n,)` rich in the eigenvectors of the largest eigenvalues, where one is known without a product."""
         return None
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Name -> shape of the tensors that the coordinates belong to, row-major and in order; empty if not known."""
+        return {}
 
     @property
     def T(self) -> Self:
@@ -549,6 +559,10 @@ class SymmetricSum(Sum, SymmetricOperator):
     @property
     def semidefinite(self) -> bool:
         return self.left.semidefinite and self.right.semidefinite
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self.left.shapes or self.right.shapes
 
     @property
     def start(self) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -218,6 +219,11 @@ class Congruence(SymmetricOperator):
     @property
     def semidefinite(self) -> bool:
         return self.operator.semidefinite
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Those of `A`: `z` has a coordinate for every one of `theta`."""
+        return self.operator.shapes
 
     @property
     def start(self) -> Tensor | None:

@@ -7,7 +7,7 @@ norm is near 1, and multiplies its results by `2^-e`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -87,6 +87,9 @@ class Scaled(Derived):
     @property
     def exact(self) -> bool:
         return self.inner.exact
+
+    def row_blocks(self) -> Iterator[Tensor]:
+        yield from (self.of(rows) for rows in self.inner.row_blocks())
 
     def _matmat(self, x: Tensor) -> Tensor:
         return self._times(self.inner._matmat, x)

@@ -11,17 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.kernels import derivative
-from bnp_analysis.network.layer_kinds import Layer, kind_of
+from bnp_analysis.network.layer_kinds import KINDS, Layer, kind_of
 from bnp_analysis.network.observation import transformed, untransformed
+from bnp_analysis.network.recorded_product import Recorded
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.runtime.trees import tensors_of
 
 # The functions by which torch's own layers multiply with their weights.
-_FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
+_FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d, F.embedding)
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,20 @@ class Coverage:
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.covered)
 
+    def without(self, which: Callable[[Layer], object], why: str) -> Coverage:
+        """Without some of the layers, which are named with the reason."""
+        left = [layer for layer in self.covered if which(layer)]
+        names = [name for layer in left for name in (layer.weight, layer.bias) if name is not None]
+        kept = tuple(layer for layer in self.covered if layer not in left)
+        return Coverage(kept, self.uncovered | dict.fromkeys(names, why)) if left else self
 
-def coverage(risk: EmpiricalRisk) -> Coverage:
+
+def coverage(risk: EmpiricalRisk, also: Iterable[type[nn.Module]] = ()) -> Coverage:
     """Find the covered layers of a risk: those whose forward runs and whose weight is free and used once.
 
     Args:
         risk: the empirical risk; one forward pass over its data is made.
+        also: types of layers that are covered only where they are asked for, such as `nn.Embedding`.
 
     Returns:
         A `Coverage`; every parameter of the space is covered or named with its reason.
@@ -64,7 +74,7 @@ def coverage(risk: EmpiricalRisk) -> Coverage:
         >>> [layer.name for layer in found], sorted(found.uncovered)
         (['0', '2'], ['1.bias', '1.weight'])
     """
-    layers, reasons = layers_of(risk.modules(), risk.space.__contains__)
+    layers, reasons = layers_of(risk.modules(), risk.space.__contains__, also)
     runs: set[str] = set()
     other: dict[str, str] = {}
     for own_runs, own_other in risk.group.share(lambda: _own_forward_uses(risk, layers), "which layers run"):
@@ -82,21 +92,24 @@ def coverage(risk: EmpiricalRisk) -> Coverage:
 
 
 def layers_of(
-    modules: Iterable[tuple[str, nn.Module]], free: Callable[[str], bool] = lambda name: True
+    modules: Iterable[tuple[str, nn.Module]],
+    free: Callable[[str], bool] = lambda name: True,
+    also: Iterable[type[nn.Module]] = (),
 ) -> tuple[list[Layer], dict[str, str]]:
     """The layers that the structure of a model allows to be covered: of a known kind, with a weight of their own.
 
     Args:
         modules: those of the model, under their names.
         free: whether a parameter of this name counts; default all.
+        also: types of layers that are covered only where they are asked for.
 
     Returns:
         The layers in the order of the modules; and parameter name -> why it would belong to none of them, for all.
 
     Raises:
-        InvalidInputError: a lazy layer that has no shape yet.
+        InvalidInputError: a lazy layer that has no shape yet, or a type in `also` that is none of layers.
     """
-    modules = list(modules)
+    modules, wanted = list(modules), require_types(also)
     holders: dict[int, list[str]] = {}
     owners: dict[str, tuple[nn.Module, list[str]]] = {}
     for name, module in modules:
@@ -105,29 +118,66 @@ def layers_of(
             if free(full):
                 holders.setdefault(id(parameter), []).append(name)
                 owners[full] = module, holders[id(parameter)]
-    layers = []
+    layers, why = [], {name: _reason(name, module, held) for name, (module, held) in owners.items()}
     for name, module in modules:
         kind, prefix = kind_of(module), f"{name}." if name else ""
         if kind is None or len(owners.get(f"{prefix}{kind.weight}", (None, ()))[1]) != 1:
             continue
-        if isinstance(getattr(module, kind.weight), UninitializedParameter):
+        if isinstance(kind.parameter(module), UninitializedParameter):
             raise InvalidInputError(f"lazy layer {name!r} has no shape yet: run one forward pass first")
+        not_asked = f"covered where it is asked for, also=[{kind.module_type.__name__}]"
+        if left := kind.layer.refused(module) if not kind.asked or isinstance(module, wanted) else not_asked:
+            why |= {n: left for n in (f"{prefix}{kind.weight}", f"{prefix}{kind.bias}") if n in why}
+            continue
         layers.append(kind.of(name, module, bias=len(owners.get(f"{prefix}{kind.bias}", (None, ()))[1]) == 1))
-    return layers, {name: _reason(module, held) for name, (module, held) in owners.items()}
+    return layers, why
 
 
-def _reason(owner: nn.Module, held: list[str]) -> str:
+def require_types(also: Iterable[type[nn.Module]]) -> tuple[type[nn.Module], ...]:
+    """The types of layers that are asked for.
+
+    Raises:
+        InvalidInputError: one that is no type of layers that can be covered.
+    """
+    wanted = tuple(also) if isinstance(also, Iterable) else (also,)
+    for one in wanted:
+        if not any(isinstance(one, type) and issubclass(one, known) for known in KINDS):
+            asked = ", ".join(kind.__name__ for kind, entry in KINDS.items() if entry.asked)
+            raise InvalidInputError(
+                f"also= takes types of layers that are not covered unless they are asked for ({asked}), got {one!r}"
+            )
+    return wanted
+
+
+def _reason(name: str, owner: nn.Module, held: list[str]) -> str:
     if len(held) > 1:
         return f"tied: shared by {', '.join(held)}, whose inputs differ"
-    known = kind_of(owner) is not None
+    if isinstance(owner, ParametrizationList):
+        made = ", ".join(type(one).__name__ for one in owner)
+        return f"parametrized by {made}: a weight is covered where it is one parameter times fixed numbers"
+    kind = kind_of(owner)
+    known = kind is not None
+    if kind is not None and name.endswith(f"{kind.bias}_orig"):
+        return "a pruned bias: the weights are covered without it"
     return (
         f"{type(owner).__name__} {'whose weight is frozen or not covered' if known else 'is not a covered layer type'}"
     )
 
 
+def asked_types(modules: Mapping[str, nn.Module], names: Iterable[str]) -> list[type[nn.Module]]:
+    """The types among the named modules that are covered only where they are asked for."""
+    kinds = [kind_of(modules[name]) for name in names if name in modules]
+    return [kind.module_type for kind in kinds if kind is not None and kind.asked]
+
+
 def changed_product(module: nn.Module) -> str:
     """The reason for which a layer is left out whose rows are not its input, or whose weights are others."""
     return f"{type(module).__name__} computes something else with its weight or its input"
+
+
+def no_product(module: nn.Module) -> str:
+    """The reason for which a module is left out that looks like a dense layer and does something else, or more."""
+    return f"{type(module).__name__} does something else than to multiply its input by its weight and add its bias"
 
 
 def _own_forward_uses(risk: EmpiricalRisk, layers: list[Layer]) -> tuple[set[str], dict[str, str]]:
@@ -136,7 +186,7 @@ def _own_forward_uses(risk: EmpiricalRisk, layers: list[Layer]) -> tuple[set[str
     runs: dict[str, int] = {}
     other: dict[str, str] = {}
     weights: dict[str, Tensor] = {}
-    calls = _Calls()
+    calls = _Calls(Recorded() if any(layer.kind.recognized for layer in layers) else None)
     stored = risk.theta.untyped_storage().data_ptr()
 
     def visit(name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -145,13 +195,16 @@ def _own_forward_uses(risk: EmpiricalRisk, layers: list[Layer]) -> tuple[set[str
             weight = weights[name] = layer.own_weight
             if transformed(weight) or weight.untyped_storage().data_ptr() != stored:
                 other[name] = "its forward runs with other weights than its own (torch.func inside forward())"
+            elif layer.kind.recognized:
+                if not calls.proves(layer, args[0], output):
+                    other[name] = no_product(module)
             elif not layer.kind.builtin:
                 if not _is_product(layer, args[0], output):
                     other[name] = f"{type(module).__name__} does not compute the product that it was registered for"
             elif layer.kind.changes_product(module) and not calls.multiply(args[0], weight):
                 other[name] = changed_product(module)
         if not name:
-            calls.products.clear()
+            calls.clear()
 
     with calls:
         risk.capture(visit, {*known, ""}, numbers=False)
@@ -175,9 +228,10 @@ def _is_product(layer: Layer, h: Tensor, output: Tensor) -> bool:
 class _Calls(TorchFunctionMode):
     """The inputs and weights of products as layers compute them; how often each tensor goes into a function."""
 
-    def __init__(self) -> None:
+    def __init__(self, recorded: Recorded | None) -> None:
         super().__init__()
-        self.products: list[tuple[Any, Any]] = []
+        self._products: list[tuple[Any, Any]] = []
+        self._recorded = recorded
         # By identity, which a freed tensor hands on: the reference tells whose count it is.
         self._uses: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
@@ -186,7 +240,9 @@ class _Calls(TorchFunctionMode):
         out = func(*args, **kwargs)
         if func in _FUNCTIONS:
             named = dict(zip(("input", "weight"), args, strict=False)) | kwargs
-            self.products.append((named["input"], named["weight"]))
+            self._products.append((named["input"], named["weight"]))
+        if self._recorded is not None:
+            self._recorded.note(func, args, kwargs, out)
         if isinstance(out, Tensor):
             for t in tensors_of((list(args), kwargs)):
                 self._uses[id(t)] = weakref.ref(t), self.uses_of(t) + 1
@@ -194,7 +250,19 @@ class _Calls(TorchFunctionMode):
 
     def multiply(self, h: Tensor, weight: Tensor) -> bool:
         """Whether one of the products was that of these two."""
-        return any(x is h and w is weight for x, w in self.products)
+        return any(x is h and w is weight for x, w in self._products)
+
+    def proves(self, layer: Layer, h: Any, output: Any) -> bool:
+        """Whether the output was made of the layer's product alone."""
+        assert self._recorded is not None
+        weight, bias = layer.own_weight, layer.own_bias
+        return self._recorded.is_product(output, h, weight, bias, transposed=layer.kind.transposed)
+
+    def clear(self) -> None:
+        """Forget the products of a pass that has ended."""
+        self._products.clear()
+        if self._recorded is not None:
+            self._recorded.clear()
 
     def uses_of(self, t: Tensor) -> int:
         """How many functions that give a tensor were given this one."""

@@ -58,6 +58,13 @@ class Accumulator:
         rows.low, rows.high = x.amin(dim=0), x.amax(dim=0)
         self.merge(rows)
 
+    def add_counts(self, rows: int, counts: Tensor) -> None:
+        """Take in rows of zeros with a one, `counts` of each column, without forming them."""
+        found, p = Accumulator(), counts.double() / max(rows, 1)
+        found.unit, found.count, found.mean, found.m2 = torch.finfo(torch.float64).eps, rows, p, rows * p * (1 - p)
+        found.low, found.high = (counts == rows).double(), (counts > 0).double()
+        self.merge(found)
+
     def merge(self, other: Accumulator) -> None:
         """Take in the rows that another has seen."""
         if other.count == 0:
@@ -136,11 +143,14 @@ def _own_moments(
     counts = dict.fromkeys(sums, (0, 0))
 
     def see(layer: Layer, h: Tensor, output: Tensor) -> None:
+        counts[layer.name] = _added(counts[layer.name], (layer.output_rows(output), layer.example_count(h)))
+        if (indices := layer.counted(h)) is not None:
+            sums[layer.name].add_counts(*indices)
+            return
         values = layer.channels(h) if statistics == "channel" else layer.rows(h).flatten(start_dim=1)
         if not bool(torch.isfinite(values).all()):
             raise NonFiniteError(f"the input of layer {layer.name!r} has NaN or infinite entries")
         sums[layer.name].add(values)
-        counts[layer.name] = _added(counts[layer.name], (layer.output_rows(output), layer.example_count(h)))
 
     _each_input(risk, layers, see)
     return {name: found.to("cpu") for name, found in sums.items()}, counts

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
 
-Block = str | tuple[str, int]
+#: A layer, module, tensor or pattern of names (`"*.weight"`); with an output unit of it, or a range of its units.
+Block = str | tuple[str, int | slice]
 
 
 class ParameterSpace:
@@ -19,7 +21,8 @@ class ParameterSpace:
         shapes: name -> shape, in the order of `named_parameters()`.
         dtype, device: of every flat vector.
         aliases: other names of the same tensors (tied parameters) -> the name in `shapes`.
-        transposed: names of weights whose output units are their columns; of all others they are the rows.
+        transposed: name -> groups of weights whose output units are their columns, or in a transposed convolution their
+            second dimension; of all others they are the rows.
 
     Example:
         >>> space = ParameterSpace({"weight": (2, 3), "bias": (2,)})
@@ -33,13 +36,13 @@ class ParameterSpace:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         aliases: Mapping[str, str] | None = None,
-        transposed: Iterable[str] = (),
+        transposed: Mapping[str, int] | None = None,
     ) -> None:
         self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
         self.names = tuple(self.shapes)
         self.dtype, self.device = dtype, torch.device(device)
         self.aliases = {other: name for other, name in (aliases or {}).items() if name in self.shapes}
-        self.transposed = frozenset(transposed) & self.shapes.keys()
+        self.transposed = {name: groups for name, groups in (transposed or {}).items() if name in self.shapes}
         self._slices: dict[str, slice] = {}
         begin = 0
         for name, shape in self.shapes.items():
@@ -89,7 +92,11 @@ class ParameterSpace:
         return {name: theta[self._slices[name]].view(shape) for name, shape in self.shapes.items()}
 
     def layer_names(self, layer: str) -> tuple[str, ...]:
-        """The tensors of a layer, of every layer below a module, or of one parameter name.
+        """The tensors of a layer, of every layer below a module, of one parameter name, or of a pattern of names.
+
+        Args:
+            layer: a name, `""` for all; with `*`, `?` or `[...]` in it a pattern that whole names match, or the names
+                of modules above them: `"*.weight"`, `"blocks.[01].*"`, `"*.attention"`.
 
         Raises:
             InvalidInputError: nothing matches; lists what there is.
@@ -97,26 +104,42 @@ class ParameterSpace:
         prefix = f"{layer}." if layer else ""
         every = list(self.names) + list(self.aliases)
         found = {self.canonical(name) for name in every if name == layer or name.startswith(prefix)}
+        if not found and any(sign in layer for sign in "*?["):
+            patterns = (layer, f"{layer}.*")
+            found = {self.canonical(name) for name in every if any(fnmatchcase(name, p) for p in patterns)}
         if not found:
             raise InvalidInputError(f"no parameter belongs to {layer!r}; there are: {', '.join(self.names)}")
         return tuple(name for name in self.names if name in found)
 
     def indices(self, block: Block) -> Tensor:
-        """Flat positions of a layer, or of one output unit `(layer, i)`: its row (column) of every tensor.
+        """Flat positions of a block: of a layer or pattern, or of output units of it, their rows of every tensor.
+
+        Args:
+            block: as for `layer_names`; `(layer, i)` for output unit `i`, whose row (column, where the weight is
+                stored transposed) of every tensor is taken; `(layer, slice(a, b))` for the units `a .. b - 1`, as the
+                queries of a packed `in_proj_weight`.
 
         Raises:
             InvalidInputError: no such layer or unit.
         """
         layer, unit = (block, None) if isinstance(block, str) else block
+        if isinstance(unit, slice) and (unit.start is None or unit.stop is None or unit.step not in (None, 1)):
+            raise InvalidInputError(f"a range of output units is slice(begin, end), got {unit}")
         parts = []
         for name in self.layer_names(layer):
             shape, begin = self.shapes[name], self._slices[name].start
             grid = torch.arange(begin, begin + shape.numel())
             if unit is not None:
-                grid = grid.view(shape).mT if name in self.transposed else grid.view(shape)
-                if len(shape) == 0 or not 0 <= unit < len(grid):
+                grid = grid.view(shape)
+                if (groups := self.transposed.get(name)) is not None:
+                    grid = grid.view(groups, -1, *shape[1:]).transpose(1, 2).flatten(0, 1)
+                if isinstance(unit, slice):
+                    first, last, words = unit.start, unit.stop - 1, f"units {unit.start} to {unit.stop - 1}"
+                else:
+                    first, last, words = unit, unit, f"unit {unit}"
+                if len(shape) == 0 or not 0 <= first <= last < len(grid):
                     raise InvalidInputError(
-                        f"{layer!r} has no output unit {unit}: its parameter {name!r} has shape {tuple(shape)}"
+                        f"{layer!r} has no output {words}: its parameter {name!r} has shape {tuple(shape)}"
                     )
                 grid = grid[unit].reshape(-1)
             parts.append(grid)
@@ -127,6 +150,40 @@ class ParameterSpace:
         wanted = {self.canonical(name) for name in names}
         kept = {name: shape for name, shape in self.shapes.items() if name in wanted}
         return ParameterSpace(kept, self.dtype, self.device, self.aliases, self.transposed)
+
+    def row_blocks(self, layer: str, parts: int | Sequence[str]) -> dict[str, Block]:
+        """The output units of a layer or pattern in equal parts: queries, keys and values, or heads.
+
+        Args:
+            layer: as for `layer_names`; all of its tensors have as many rows.
+            parts: their names in order, or how many.
+
+        Returns:
+            `layer[part]` -> block.
+
+        Raises:
+            InvalidInputError: the rows do not divide into as many parts.
+
+        Example:
+            >>> space = ParameterSpace({"in_proj_weight": (6, 2), "in_proj_bias": (6,)})
+            >>> space.row_blocks("in_proj_*", "qkv")["in_proj_*[k]"]
+            ('in_proj_*', slice(2, 4, None))
+        """
+        names = [str(i) for i in range(parts)] if isinstance(parts, int) else list(parts)
+        rows = {self._rows(name) for name in self.layer_names(layer)}
+        if len(rows) > 1 or not names or min(rows) % len(names):
+            raise InvalidInputError(
+                f"the tensors of {layer!r} have {' and '.join(map(str, sorted(rows)))} rows, which do not divide into "
+                f"{len(names)} equal parts; give blocks as (name, slice(begin, end))"
+            )
+        width = min(rows) // len(names)
+        return {f"{layer}[{part}]": (layer, slice(i * width, (i + 1) * width)) for i, part in enumerate(names)}
+
+    def _rows(self, name: str) -> int:
+        shape = self.shapes[name]
+        if not shape:
+            return 0
+        return shape[1] * self.transposed[name] if name in self.transposed else shape[0]
 
     def __repr__(self) -> str:
         return f"<ParameterSpace {self.dim} in {len(self.names)} tensors, {self.dtype} on {self.device}>"

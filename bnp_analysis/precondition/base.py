@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator
@@ -146,7 +146,7 @@ class BlockDiagonal(NetworkPreconditioner):
 def _unit_inside(name: str, inner: Preconditioner, block: Block, inside: Tensor) -> Preconditioner:
     """The part of a layer's preconditioner on the variables that a block meets: one whole unit, or an error."""
     met = torch.nonzero(inside).flatten()
-    if isinstance(inner, SplitsByUnit) and not isinstance(block, str):
+    if isinstance(inner, SplitsByUnit) and not isinstance(block, str) and isinstance(block[1], int):
         if torch.equal(inner.unit_positions(block[1]).cpu(), met):
             return inner.unit(block[1])
         raise InvalidInputError(f"{block!r} meets only a part of unit {block[1]} of {name!r}, whose weights P couples")
@@ -163,15 +163,15 @@ def _as_slice(positions: Tensor, device: torch.device) -> slice | Tensor:
     return positions.to(device)
 
 
-def covered_layers(risk: EmpiricalRisk, method: str) -> Coverage:
+def covered_layers(risk: EmpiricalRisk, method: str, also: Iterable[type[nn.Module]] = ()) -> Coverage:
     """The layers that a layerwise preconditioner acts on.
 
     Raises:
         InvalidInputError: there is none; says why for each parameter.
     """
-    layers = coverage(risk)
+    layers = coverage(risk, also)
     if not layers.covered:
-        known = ", ".join(kind.__name__ for kind in KINDS)
+        known = ", ".join(kind.__name__ for kind, entry in KINDS.items() if not entry.asked)
         listed = "; ".join(f"{n}: {why}" for n, why in layers.uncovered.items())
         raise InvalidInputError(f"no layer that {method} covers ({known}) among the parameters: {listed}")
     return layers

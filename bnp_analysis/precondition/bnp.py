@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnp_analysis.curvature.output_curvature import pulled_to_layers
 from bnp_analysis.errors import InvalidInputError
@@ -147,7 +147,7 @@ def layer_block(
     Returns:
         A `BNPBlock`.
     """
-    mean, variance = moments.mean, moments.variance
+    mean, variance = layer.unit_moments(moments.mean, moments.variance)
     square = scale_square(q, layer.features, moments.rows, moments.examples) if isinstance(q, str) else 0.0
     if layer.bias is None and bias_free == "diagonal":
         # Column norms in place of deviations, nothing projected out: the mean direction survives.
@@ -173,6 +173,7 @@ def bnp_preconditioner(
     statistics: str | None = ...,
     bias_free: str | None = ...,
     output_scale: bool = ...,
+    also: Iterable[type[nn.Module]] = ...,
     block: None = None,
 ) -> BNPPreconditioner: ...
 @overload
@@ -186,6 +187,7 @@ def bnp_preconditioner(
     statistics: str | None = ...,
     bias_free: str | None = ...,
     output_scale: bool = ...,
+    also: Iterable[type[nn.Module]] = ...,
     block: Block,
 ) -> Preconditioner: ...
 def bnp_preconditioner(
@@ -198,6 +200,7 @@ def bnp_preconditioner(
     statistics: str | None = None,
     bias_free: str | None = None,
     output_scale: bool = False,
+    also: Iterable[type[nn.Module]] = (),
     block: Block | None = None,
 ) -> BNPPreconditioner | Preconditioner:
     """The BNP preconditioner `P = U D / q` of every covered layer, from exact moments over the risk's data.
@@ -217,6 +220,7 @@ def bnp_preconditioner(
         bias_free: for layers without a free bias, `"rank-one"` or `"diagonal"` (T5).
         output_scale: also divide unit `i` by `s_i = sqrt(mean_j d^2 l_j / da_ij^2)` (T10), the Gauss-Newton diagonal
             summed over positions; this project's extension. It costs one backward pass per output of the network.
+        also: types of layers that are covered only where they are asked for, such as `nn.Embedding`.
         block: only the part of `P` on a layer, or on one output unit `(layer, i)`.
 
     Returns:
@@ -249,7 +253,7 @@ def bnp_preconditioner(
         raise InvalidInputError(
             f"output_scale must be True or False here, got {output_scale!r}; BNP has estimated ones"
         )
-    layers = covered_layers(risk, "BNP")
+    layers = covered_layers(risk, "BNP", also)
     moments = layer_moments(risk, statistics=settings["statistics"], layers=layers)
     rule = settings["q"]
     form = {name: settings[name] for name in ("eps1", "eps2", "bias_free")}
@@ -260,7 +264,7 @@ def bnp_preconditioner(
     q_of: dict[str, str | float] = {layer.name: rule for layer in layers}
     if rule == "measured":
         unscaled = {layer.name: build(layer, 1.0, torch.float64) for layer in layers}
-        grams = second_moments(risk, layers, lambda layer, h: unscaled[layer.name].normalized(h))
+        grams = second_moments(risk, layers, lambda layer, h: unscaled[layer.name].normalized(layer.per_unit(h)))
         q_of = {name: math.sqrt(float(torch.linalg.eigvalsh(g)[:, -1].max())) for name, g in grams.items()}
     curved = output_scales(risk, layers) if output_scale else {}
     blocks = {

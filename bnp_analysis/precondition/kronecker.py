@@ -150,6 +150,7 @@ def kfac_preconditioner(
     if not 0 <= damping < math.inf:
         raise InvalidInputError(f"damping must be finite and not negative, got {damping}")
     layers = covered_layers(risk, "K-FAC")
+    layers = layers.without(lambda layer: layer.kind.gain, "K-FAC has no factors of pruned and parametrized weights")
     inputs, outputs = second_moments(risk, layers), output_moments(risk, layers)
     blocks: dict[str, Entry] = {}
     for layer in layers:

@@ -52,7 +52,9 @@ WAYS: Mapping[str, Mapping[str, str]] = {
     "Conditioning": {"object": "bnp.condition(risk)"},
     "ConditionProfile": {"object": "bnp.condition_profile(A)"},
     "LayerTable": {"object": "bnp.layer_table(risk)"},
+    "BlockSpectra": {"object": "bnp.block_spectra(risk)"},
     "Comparison": {"object": "bnp.compare(risk)"},
+    "Diagonal": {"object": "bnp.diagonal(A)"},
     "SpectralDensity": {"object": "bnp.spectral_density(A)"},
     "ParameterSpace": {"object": f"{_RISK}.space"},
 }

@@ -1,20 +1,41 @@
-"""An orthonormal basis of verified directions, grown part by part; what is local stays local."""
+"""An orthonormal basis of null directions, grown cause by cause; what is local stays local."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array
+from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from bnp_analysis.linalg.spectra.checks import Verifier
-from bnp_analysis.symmetry.candidates import Candidate, Part
+from bnp_analysis.symmetry.candidates import Part
+from bnp_analysis.symmetry.linear_system import Sparse, coo_array
 
 # Closer to the span of the others than this, relative, a direction does not count as new.
 _NEW = 5e-7
+# Entries of unit columns, and scalar products of two, that are rounding.
+_ROUNDING = 2.0**-52
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Orthonormal columns on the coordinates that they live on.
+
+    Attributes:
+        cause: why they are null.
+        part: the columns.
+        turn: the number of the call of `add` that they came with.
+        verified: whether they are candidates that were, not what is left of some.
+    """
+
+    cause: str
+    part: Part
+    turn: int
+    verified: bool
 
 
 class NullBasis:
@@ -22,48 +43,82 @@ class NullBasis:
 
     Args:
         dim: the dimension `n`.
-        verifier: decides what is null.
     """
 
-    def __init__(self, dim: int, verifier: Verifier) -> None:
-        self._dim, self._verifier = dim, verifier
-        self._chunks: list[tuple[str, Part]] = []
-        self._covered = torch.zeros(dim, dtype=torch.bool)
+    def __init__(self, dim: int) -> None:
+        self._dim = dim
+        self._chunks: list[Chunk] = []
+        self._known = sparse.csc_array((dim, 0))
 
-    def add(self, cause: str, parts: Sequence[Part]) -> None:
-        """Add the span of verified parts, but for what is in it already."""
-        spread = []
-        for part in parts:
-            if bool(self._covered[part.positions].any()):
-                spread.append(part)
+    def add(self, cause: str, parts: Sequence[Part], turn: int) -> None:
+        """Add the span of null columns, but for what is in it already: in one go what shares no coordinates."""
+        units = _columns(self._dim, [Part(part.positions, part.values / part.values.norm(dim=0)) for part in parts])
+        owner = np.repeat(np.arange(len(parts)), [part.count for part in parts])
+        overlaps = self._overlaps(units)
+        spread = np.zeros(len(parts), bool)
+        spread[owner[np.diff(overlaps.indptr) > 0]] = True
+        rest = self._without_known(units, overlaps)
+        direct: list[Chunk] = []
+        again: list[Part] = []
+        for columns, part in _components(rest):
+            source = np.unique(owner[columns])
+            if len(source) == 1 and not spread[source[0]]:
+                direct.append(Chunk(cause, Part(part.positions, _span(part.values)), turn, True))
             else:
-                self._keep(cause, part.positions, _span(part.values / part.values.norm(dim=0)))
-        if spread:
-            for component in _components(self._without_known(_dense(self._dim, spread))):
-                # What is left of nearly dependent columns is their rounding, enlarged: cleaned and verified once more.
-                fresh = Part(component.positions, _span(component.values))
-                clean = torch.linalg.qr(self._without_known(_dense(self._dim, [fresh]))[fresh.positions])[0]
-                null = self._verifier.sizes(fresh.positions, clean) <= self._verifier.tolerance
-                self._keep(cause, fresh.positions, clean[:, null])
+                again.append(Part(part.positions, _span(part.values)))
+        # What is left of nearly dependent columns is their rounding, enlarged: cleaned, and verified once more.
+        again = [part for part in again if part.count]
+        fresh = _columns(self._dim, again)
+        cleaned = self._without_known(fresh, self._overlaps(fresh))
+        ends = np.cumsum([part.count for part in again])
+        clean = [
+            Chunk(cause, Part(part.positions, torch.linalg.qr(part.values)[0]), turn, False)
+            for part in (_dense_part(cleaned[:, e - p.count : e]) for p, e in zip(again, ends, strict=True))
+        ]
+        self._extend([chunk for chunk in direct + clean if chunk.part.count])
 
-    def _keep(self, cause: str, positions: Tensor, values: Tensor) -> None:
-        if values.shape[1]:
-            self._chunks.append((cause, Part(positions, values)))
-            self._covered[positions] = True
+    def settle(self, verifier: Verifier) -> int | None:
+        """Verify what was cleaned; of the first turn where some is not null it is dropped, and all that came later.
 
-    def _without_known(self, columns: Tensor) -> Tensor:
+        Returns:
+            That turn; None where all is null.
+        """
+        waiting = [i for i, chunk in enumerate(self._chunks) if not chunk.verified]
+        parts = [self._chunks[i].part for i in waiting]
+        sizes = verifier.sizes([(part.positions, part.values) for part in parts])
+        null = {i: size <= verifier.tolerance for i, size in zip(waiting, sizes, strict=True)}
+        failed = [self._chunks[i].turn for i, mine in null.items() if not bool(mine.all())]
+        last = min(failed, default=self._chunks[-1].turn if self._chunks else 0)
+        kept = []
+        for i, chunk in enumerate(self._chunks):
+            if chunk.turn <= last:
+                values = chunk.part.values[:, null[i]] if i in null else chunk.part.values
+                kept += [Chunk(chunk.cause, Part(chunk.part.positions, values), chunk.turn, True)]
+        self._chunks, self._known = [], sparse.csc_array((self._dim, 0))
+        self._extend([chunk for chunk in kept if chunk.part.count])
+        return last if failed else None
+
+    def _extend(self, chunks: list[Chunk]) -> None:
+        self._chunks += chunks
+        more = _columns(self._dim, [chunk.part for chunk in chunks])
+        self._known = sparse.hstack([self._known, more], format="csc")
+
+    def _overlaps(self, columns: Sparse) -> Sparse:
+        """Scalar products of the basis with unit columns, those that are not rounding."""
+        return _cleaned(self._known.T @ columns)
+
+    def _without_known(self, columns: Sparse, overlaps: Sparse) -> Sparse:
         """Columns minus their part in the basis, twice for rounding; exact zeros stay."""
-        for _ in range(2):
-            for _, known in self._chunks:
-                here = columns[known.positions]
-                columns[known.positions] = here - known.values @ (known.values.T @ here)
+        if overlaps.nnz:
+            columns = _cleaned(columns - self._known @ overlaps)
+            columns = _cleaned(columns - self._known @ self._overlaps(columns))
         return columns
 
     def counts(self) -> dict[str, int]:
         """Cause -> dimensions, in the order in which the causes came."""
         found: dict[str, int] = {}
-        for cause, part in self._chunks:
-            found[cause] = found.get(cause, 0) + part.count
+        for chunk in self._chunks:
+            found[chunk.cause] = found.get(chunk.cause, 0) + chunk.part.count
         return found
 
     def dense(self, like: Tensor) -> Tensor:
@@ -71,25 +126,10 @@ class NullBasis:
         basis = torch.zeros(self._dim, sum(self.counts().values()), dtype=like.dtype, device=like.device)
         begin = 0
         for wanted in self.counts():
-            for cause, part in self._chunks:
-                if cause == wanted:
-                    basis[part.positions.to(like.device), begin : begin + part.count] = part.values.to(like)
-                    begin += part.count
+            for part in (chunk.part for chunk in self._chunks if chunk.cause == wanted):
+                basis[part.positions.to(like.device), begin : begin + part.count] = part.values.to(like)
+                begin += part.count
         return basis
-
-
-def most_columns(candidates: Sequence[Candidate]) -> int:
-    """How many full columns are held at once, at most: those of the basis, and work for candidates that overlap."""
-    parts = [part for candidate in candidates for part in candidate.parts]
-    covered = torch.zeros(1 + max((int(part.positions.max()) for part in parts), default=0), dtype=torch.bool)
-    most = total = 0
-    for candidate in candidates:
-        overlapping = 0
-        for part in candidate.parts:
-            overlapping += part.count if bool(covered[part.positions].any()) else 0
-            covered[part.positions] = True
-        total, most = total + candidate.count, max(most, overlapping)
-    return total + 4 * most
 
 
 def _span(columns: Tensor) -> Tensor:
@@ -102,23 +142,43 @@ def _span(columns: Tensor) -> Tensor:
     return basis
 
 
-def _dense(dim: int, parts: Sequence[Part]) -> Tensor:
-    columns = torch.zeros(dim, sum(part.count for part in parts), dtype=torch.float64)
-    begin = 0
-    for part in parts:
-        columns[part.positions, begin : begin + part.count] = part.values / part.values.norm(dim=0)
-        begin += part.count
-    return columns
+def _columns(dim: int, parts: Sequence[Part]) -> Sparse:
+    """Parts side by side as a sparse matrix of columns."""
+    if not parts:
+        return sparse.csc_array((dim, 0))
+    values = torch.cat([part.values.T.reshape(-1) for part in parts]).numpy()
+    where = torch.cat([part.positions.repeat(part.count) for part in parts]).numpy()
+    ends = np.cumsum([0, *(len(part.positions) for part in parts for _ in range(part.count))])
+    return sparse.csc_array((values, where, ends), shape=(dim, len(ends) - 1))
 
 
-def _components(columns: Tensor) -> Iterator[Part]:
-    """Columns that share no coordinates apart: one SVD each keeps zeros exact and matrices small."""
-    columns = columns[:, (columns != 0).any(dim=0)]
-    if columns.shape[1] == 0:
+def _cleaned(matrix: Sparse) -> Sparse:
+    """By columns, without what rounding explains in unit columns."""
+    matrix = matrix.tocsc()
+    matrix.data[np.abs(matrix.data) <= _ROUNDING] = 0.0
+    matrix.eliminate_zeros()
+    return matrix
+
+
+def _dense_part(columns: Sparse) -> Part:
+    """A few sparse columns on the coordinates where some of them are not zero."""
+    positions, place = np.unique(columns.indices, return_inverse=True)
+    values = np.zeros((len(positions), columns.shape[1]))
+    values[place, np.repeat(np.arange(columns.shape[1]), np.diff(columns.indptr))] = columns.data
+    return Part(torch.from_numpy(positions.astype(np.int64)), torch.from_numpy(values))
+
+
+def _components(columns: Sparse) -> Iterator[tuple[np.ndarray, Part]]:
+    """Columns that share no coordinates apart, with their numbers: small matrices, and zeros stay exact."""
+    columns = _cleaned(columns)
+    live = np.flatnonzero(np.diff(columns.indptr))
+    if len(live) == 0:
         return
-    pattern = csr_array((columns != 0).numpy().astype(np.float32))
-    labels = torch.from_numpy(connected_components(pattern.T @ pattern, directed=False)[1])
-    for label in range(int(labels.max()) + 1):
-        mine = columns[:, labels == label]
-        positions = (mine != 0).any(dim=1).nonzero().reshape(-1)
-        yield Part(positions, mine[positions])
+    rows, number = columns.indices, np.repeat(np.arange(columns.shape[1]), np.diff(columns.indptr))
+    edges = coo_array((np.ones(len(rows)), (rows, number + columns.shape[0])), shape=[sum(columns.shape)] * 2)
+    labels = connected_components(edges, directed=False)[1][columns.shape[0] :]
+    order = live[np.argsort(labels[live], kind="stable")]
+    cuts = np.flatnonzero(np.diff(labels[order])) + 1
+    sorted_columns = columns[:, order]
+    for mine, end in zip(np.split(order, cuts), [*cuts, len(order)], strict=True):
+        yield mine, _dense_part(sorted_columns[:, end - len(mine) : end])

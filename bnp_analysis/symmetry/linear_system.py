@@ -141,7 +141,9 @@ def _components(rows: Sparse) -> Iterator[tuple[Ints, Floats | None]]:
             yield classes, None
             continue
         dense = rows[np.flatnonzero(labels[: rows.shape[0]] == label)][:, classes].toarray()
-        yield classes, np.unique(dense, axis=0)
+        # Most equations come many times: sorting rows is slower than looking at their bytes.
+        once = list({row.tobytes(): i for i, row in enumerate(dense)}.values())
+        yield classes, np.unique(dense[once], axis=0)
 
 
 def _row_numbers(rows: Sparse) -> Ints:
@@ -161,8 +163,9 @@ def _null_columns(matrix: Floats) -> Floats:
             break
         work[[row, row + i]] = work[[row + i, row]]
         work[row] /= work[row, j]
-        others = np.flatnonzero(np.arange(len(work)) != row)
-        work[others] -= np.outer(work[others, j], work[row])
+        others = np.flatnonzero(work[:, j])
+        others, moving = others[others != row], np.flatnonzero(work[row])
+        work[np.ix_(others, moving)] -= np.outer(work[others, j], work[row, moving])
         pivots.append(int(j))
         row += 1
     free = [j for j in range(width) if j not in set(pivots)]

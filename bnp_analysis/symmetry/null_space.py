@@ -24,7 +24,7 @@ from bnp_analysis.results import Result
 from bnp_analysis.runtime.kinds import require_kind
 from bnp_analysis.runtime.memory import require_memory
 from bnp_analysis.runtime.trees import tensors_of
-from bnp_analysis.symmetry.basis import NullBasis, most_columns
+from bnp_analysis.symmetry.basis import NullBasis
 from bnp_analysis.symmetry.candidates import Candidate, Chart, Orbit, Part
 from bnp_analysis.symmetry.constraints import Activation, Constant, Constraints, Parameters, Value, fixed, values_in
 from bnp_analysis.symmetry.from_data import Counted, dependent_inputs, unread_outputs, without_effect
@@ -175,21 +175,27 @@ def null_directions(
     risk = risk.gathered()
     candidates, skipped = candidate_directions(risk, _counted(risk))
     count = sum(c.count for c in candidates)
-    require_memory(8 * risk.space.dim * most_columns(candidates), "the basis of the candidate null directions")
+    require_memory(2 * 8 * risk.space.dim * count, "the basis of the candidate null directions")
     if factor is not None and factor.shape[1] != risk.space.dim:
         raise InvalidInputError(f"the factor has {factor.shape[1]} columns, the parameters are {risk.space.dim}")
     A = gauss_newton(risk)
     verifier = Verifier(factor or A.factor or A, count)
-    basis = NullBasis(risk.space.dim, verifier)
     approximate: dict[str, tuple[int, float]] = {}
     rejected: dict[str, tuple[int, float]] = {}
     orbits: list[Orbit] = []
-    for candidate in candidates:
-        book = rejected if candidate.exact else approximate
-        parts = [_verified(candidate, part, verifier, book) for part in candidate.parts]
-        basis.add(candidate.cause, [part for part in parts if part.count])
+    turns: list[tuple[str, list[Part]]] = []
+    for candidate, parts in zip(candidates, _verified(candidates, verifier, rejected, approximate), strict=True):
+        if not (turns and turns[-1][0] == candidate.cause):
+            turns.append((candidate.cause, []))
+        turns[-1][1].extend(part for part in parts if part.count)
         kept = zip(parts, candidate.orbits, strict=False)
         orbits += [orbit for part, orbit in kept if part.count and orbit is not None]
+    basis, begin = NullBasis(risk.space.dim), 0
+    while begin < len(turns):
+        for turn in range(begin, len(turns)):
+            basis.add(*turns[turn], turn)
+        failed = basis.settle(verifier)
+        begin = len(turns) if failed is None else failed + 1
     found = NullDirections(
         basis=basis.dense(risk.theta),
         sources=basis.counts(),
@@ -246,15 +252,25 @@ def _annihilated(found: NullDirections, A: SymmetricOperator) -> NullDirections:
     )
 
 
-def _verified(candidate: Candidate, part: Part, verifier: Verifier, book: dict[str, tuple[int, float]]) -> Part:
-    """The columns of a part that are null; the others go into the book, and all that are not exact."""
-    values = part.values[:, part.values.norm(dim=0) > 0]
-    sizes = verifier.sizes(part.positions, values)
-    null = (sizes <= verifier.tolerance) & candidate.exact
-    if not bool(null.all()):
-        known, worst = book.get(candidate.cause, (0, 0.0))
-        book[candidate.cause] = (known + int((~null).sum()), max(worst, float(sizes[~null].max())))
-    return Part(part.positions, values[:, null])
+def _verified(
+    candidates: list[Candidate],
+    verifier: Verifier,
+    rejected: dict[str, tuple[int, float]],
+    approximate: dict[str, tuple[int, float]],
+) -> Iterator[list[Part]]:
+    """The columns of each candidate's parts that are null; the others go into the books, and all that are not exact."""
+    nonzero = [[Part(p.positions, p.values[:, p.values.norm(dim=0) > 0]) for p in c.parts] for c in candidates]
+    sizes = iter(verifier.sizes([(part.positions, part.values) for parts in nonzero for part in parts]))
+    for candidate, parts in zip(candidates, nonzero, strict=True):
+        book, kept = rejected if candidate.exact else approximate, []
+        for part in parts:
+            size = next(sizes)
+            null = (size <= verifier.tolerance) & candidate.exact
+            if not bool(null.all()):
+                known, worst = book.get(candidate.cause, (0, 0.0))
+                book[candidate.cause] = (known + int((~null).sum()), max(worst, float(size[~null].max())))
+            kept.append(Part(part.positions, part.values[:, null]))
+        yield kept
 
 
 def _counted(risk: EmpiricalRisk) -> list[Tensor | None] | None:

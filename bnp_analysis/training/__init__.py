@@ -3,6 +3,7 @@
 from typing import NoReturn
 
 from bnp_analysis.training.bnp import BNP
+from bnp_analysis.training.langevin import SGLD
 from bnp_analysis.training.probes import ConditionProbe
 from bnp_analysis.training.run import Run
 from bnp_analysis.training.sharpness import Sharpness, SharpnessTracker, stability_threshold
@@ -10,6 +11,7 @@ from bnp_analysis.training.trainer import fit, train
 
 __all__ = [
     "BNP",
+    "SGLD",
     "ConditionProbe",
     "Run",
     "Sharpness",

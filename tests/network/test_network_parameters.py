@@ -118,3 +118,26 @@ def test_tensors_that_do_not_fit() -> None:
     with pytest.raises(InvalidInputError, match=r"shape \(8,\) is needed, got \(8, 1\)"):
         space.unflatten(torch.zeros(8, 1))
     assert repr(space) == "<ParameterSpace 8 in 2 tensors, torch.float32 on cpu>"
+
+
+def test_patterns_and_ranges_of_units_are_blocks() -> None:
+    """Two oracles: `fnmatch` on the names, and the rows of the tensors themselves."""
+    assert SPACE.layer_names("*.weight") == ("fc1.weight", "fc10.weight", "block.fc1.weight")
+    assert SPACE.layer_names("*.fc1") == ("block.fc1.weight",)  # modules above a name
+    assert SPACE.layer_names("head.*") == ("fc10.weight",)  # tied
+    assert SPACE.layer_names("fc[0-9].*") == ("fc1.weight", "fc1.bias")
+    with pytest.raises(InvalidInputError, match=r"fc1\.weight"):
+        SPACE.layer_names("*.nothing")
+    packed = ParameterSpace({"a.w": (6, 2), "a.b": (6,), "t": (2, 6)}, transposed={"t": 1})
+    tensors = packed.unflatten(torch.arange(packed.dim))
+    parts = packed.row_blocks("a", "qkv") | packed.row_blocks("t", 3)
+    assert list(parts) == ["a[q]", "a[k]", "a[v]", "t[0]", "t[1]", "t[2]"]
+    assert packed.indices(parts["a[k]"]).tolist() == [*tensors["a.w"][2:4].flatten(), *tensors["a.b"][2:4]]
+    assert packed.indices(parts["t[2]"]).tolist() == tensors["t"][:, 4:].T.flatten().tolist()
+    assert packed.indices(("a", slice(1, 2))).tolist() == packed.indices(("a", 1)).tolist()
+    for wrong in (slice(4, 7), slice(2, 2), slice(-1, 2), slice(None, 2), slice(0, 4, 2)):
+        with pytest.raises(InvalidInputError, match=r"output unit|range of output units"):
+            packed.indices(("a", wrong))
+    for parts_wanted in (4, [], 0):
+        with pytest.raises(InvalidInputError, match="divide"):
+            packed.row_blocks("a", parts_wanted)

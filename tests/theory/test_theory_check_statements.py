@@ -173,7 +173,7 @@ def test_a_network_without_covered_layers() -> None:
     for name in ("Prop. 2", "Theorem 3", "Algorithm 2", "T5", "T7", "T8", "Prop. 7", "T9"):
         (check,) = source(name)(risk)
         assert check.holds is None
-        assert "no covered layer (0.weight: Embedding is not a covered layer type)" in check.reason
+        assert "no covered layer (0.weight: covered where it is asked for, also=[Embedding])" in check.reason
 
 
 def test_a_layer_that_is_reused_is_not_covered() -> None:

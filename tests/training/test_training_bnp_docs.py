@@ -19,7 +19,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "training.md"
 def test_the_loops_run(monkeypatch: pytest.MonkeyPatch) -> None:
     text = PAGE.read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     monkeypatch.setattr(bnp_analysis, "BNP", BNP, raising=False)
     names: dict[str, object] = {}
     with torch.random.fork_rng(devices=[]):

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.forming import amplified, cancels
 from bnp_analysis.linalg.krylov.lanczos import lanczos
-from bnp_analysis.linalg.matrices import CallableOperator, MatrixOperator
+from bnp_analysis.linalg.matrices import CallableOperator
 from bnp_analysis.linalg.operators import (
     Derived,
     LinearOperator,
@@ -36,8 +38,12 @@ from bnp_analysis.runtime.kinds import require_kind
 from bnp_analysis.runtime.memory import available_memory
 from bnp_analysis.runtime.random import generator, normal
 
-# Columns that are multiplied together by an operator without a matrix.
-_TOGETHER = 32
+# Columns that are multiplied together by an operator without a matrix, and rows that are read together.
+_TOGETHER, _ROWS = 32, 512
+# From so many columns on the same coordinates on they are a dense matrix.
+_WIDE = 8
+# Bytes that rows may take which are read more than once.
+_KEPT = 2**30
 
 
 def norm_estimate(A: SymmetricOperator, seed: int = 0) -> float:
@@ -176,7 +182,10 @@ def require_finite(x: Tensor, what: str) -> None:
 
 
 class Verifier:
-    """`|F t| / |F| |t|` of candidates: by a dense `F` where that is cheaper than one product for each.
+    """`|F t| / |F| |t|` of candidates: from the rows of `F` where they are cheaper than one product for each.
+
+    Columns that live on few coordinates are multiplied with these alone. Rows are kept while they take little memory,
+    else formed again, some at a time, for everything that is asked for together.
 
     Args:
         operator: the factor, or the matrix where there is none.
@@ -185,21 +194,24 @@ class Verifier:
 
     def __init__(self, operator: LinearOperator, count: int) -> None:
         rows, columns = operator.shape
-        self.matvecs, self.tolerance = 8, null_tolerance(operator)
+        self.matvecs, self.tolerance = NORM_STEPS, null_tolerance(operator)
         # Only ratios count: squares of what is far from 1 leave the floats.
         self._operator = scaled(operator)
-        needed = 4 * rows * columns * operator.dtype.itemsize
-        if count > operator.dense_cost and needed < available_memory(operator.device):
-            self.matvecs += operator.dense_cost
-            self._operator = MatrixOperator(self._operator.to_dense(), exact=False, eps=operator.eps)
+        self._by_rows = count > operator.dense_cost
         self._scale = math.sqrt(norm_estimate(GramOperator(self._operator)))
+        self._kept: list[Tensor] | None = None
+        if self._by_rows and 2 * rows * columns * operator.dtype.itemsize < min(_KEPT, available_memory()):
+            self._kept = list(self._row_blocks())
 
-    def sizes(self, positions: Tensor, columns: Tensor) -> Tensor:
-        """The relative sizes of the images of nonzero columns `(p, k)` on some coordinates `(p,)`."""
-        norms = _norms(columns)
-        if self._scale == 0 or columns.shape[1] == 0:
-            return torch.zeros_like(norms)
-        return self._image_norms(positions, (columns / norms).to(self._operator.dtype)) / self._scale
+    def sizes(self, parts: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """The relative sizes of the images of nonzero columns `(p, k)` on coordinates `(p,)`, for each such pair."""
+        norms = [_norms(columns) for _, columns in parts]
+        counts = [columns.shape[1] for _, columns in parts]
+        if self._scale == 0 or sum(counts) == 0:
+            return [torch.zeros_like(size) for size in norms]
+        units = [(where, columns / size) for (where, columns), size in zip(parts, norms, strict=True)]
+        found = self._by_rows_of(units) if self._by_rows else self._by_products_with(units)
+        return list(torch.split(found / self._scale, counts))
 
     def images(self, columns: Tensor) -> Tensor:
         """`F t / |F|` of unit columns `(n, k)`, in float64 on the CPU."""
@@ -210,18 +222,48 @@ class Verifier:
         found = [(self._operator @ some).cpu().double() / self._scale for some in torch.split(like, _TOGETHER, dim=1)]
         return torch.cat(found, dim=1)
 
-    def _image_norms(self, positions: Tensor, columns: Tensor) -> Tensor:
-        operator = self._operator
-        if isinstance(operator, MatrixOperator):
-            matrix = operator.to_dense()
-            return _norms(matrix[:, positions.to(matrix.device)] @ columns.to(matrix.device))
-        self.matvecs += columns.shape[1]
-        found = []
-        for some in torch.split(columns, _TOGETHER, dim=1):
-            full = torch.zeros(operator.shape[1], some.shape[1], dtype=operator.dtype)
-            full[positions] = some
-            found.append(_norms(operator @ full.to(operator.device)))
+    def _row_blocks(self) -> Iterator[Tensor]:
+        """Some rows of `F` at a time as columns, `(n, rows)`, on the CPU."""
+        self.matvecs += self._operator.dense_cost
+        for rows in self._operator.row_blocks():
+            for some in torch.split(rows, _ROWS):
+                yield some.cpu().T.contiguous()
+
+    def _by_rows_of(self, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        parts = [(where, columns.to(self._operator.dtype)) for where, columns in parts]
+        ends = np.cumsum([columns.shape[1] for _, columns in parts])
+        wide = [i for i, (_, columns) in enumerate(parts) if columns.shape[1] >= _WIDE]
+        narrow = [i for i, (_, columns) in enumerate(parts) if 0 < columns.shape[1] < _WIDE]
+        sparse = _sparse_rows([parts[i] for i in narrow], self._operator)
+        squares = np.zeros(ends[-1])
+        places = np.concatenate([np.arange(ends[i] - parts[i][1].shape[1], ends[i]) for i in narrow] or [ends[:0]])
+        for rows in self._row_blocks() if self._kept is None else self._kept:
+            squares[places] += np.square(sparse @ rows.numpy(), dtype=np.float64).sum(axis=1)
+            for i in wide:
+                where, columns = parts[i]
+                squares[ends[i] - columns.shape[1] : ends[i]] += (
+                    (columns.T @ rows[where]).double().square().sum(dim=1).numpy()
+                )
+        return torch.from_numpy(np.sqrt(squares))
+
+    def _by_products_with(self, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        operator, found = self._operator, []
+        for where, columns in parts:
+            for some in torch.split(columns, _TOGETHER, dim=1):
+                full = torch.zeros(operator.shape[1], some.shape[1], dtype=operator.dtype)
+                full[where] = some.to(operator.dtype)
+                found.append(_norms(operator @ full.to(operator.device)))
+                self.matvecs += some.shape[1]
         return torch.cat(found)
+
+
+def _sparse_rows(parts: Sequence[tuple[Tensor, Tensor]], operator: LinearOperator) -> Any:
+    """Columns on few coordinates as the rows of one sparse matrix."""
+    lengths = [columns.shape[0] for _, columns in parts for _ in range(columns.shape[1])]
+    none = torch.zeros(0, dtype=operator.dtype)
+    numbers = torch.cat([none, *(columns.T.reshape(-1) for _, columns in parts)]).numpy()
+    where = torch.cat([none.long(), *(where.repeat(columns.shape[1]) for where, columns in parts)]).numpy()
+    return csr_array((numbers, where, np.cumsum([0, *lengths])), shape=(len(lengths), operator.shape[1]))
 
 
 def _norms(columns: Tensor) -> Tensor:

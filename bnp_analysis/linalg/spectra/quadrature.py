@@ -17,16 +17,24 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.bases import orthonormal, project_out
-from bnp_analysis.linalg.forming import amplified
+from bnp_analysis.linalg.forming import UNIT, amplified, formed, norm_bound
 from bnp_analysis.linalg.krylov.lanczos import Floats, lanczos, three_term, tridiagonal_eigh
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.scale import exponent, in_floats, scaled
-from bnp_analysis.linalg.spectra.checks import measured, products_known_to, provenance, rounding_norm, rounding_of_sums
+from bnp_analysis.linalg.spectra.checks import (
+    measured,
+    products_known_to,
+    provenance,
+    require_finite,
+    rounding_norm,
+    rounding_of_sums,
+)
 from bnp_analysis.linalg.spectra.null import NORM_STEPS, HasBasis
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.files import load_state, save_state
 from bnp_analysis.runtime.float32 import full_float32
+from bnp_analysis.runtime.memory import require_memory
 from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.runtime.random import generator, normal, rademacher
 
@@ -212,9 +220,14 @@ class SpectralDensity(Result):
         _, below, above = self._below(places)
         open_ = float((above - below).max(initial=0.0)) / 2
         return (
-            f"spectral density on [{found[0]:.4g}, {found[-1]:.4g}], mean {mean:.4g}, {len(self.nodes)} probes x "
-            f"{self.nodes.shape[1]} steps (masses below a bound: quadrature +- {open_:.2g}), {self.matvecs} products"
-            f"{products_known_to(self)}"
+            f"spectral density on [{found[0]:.4g}, {found[-1]:.4g}], mean {mean:.4g}, "
+            + (
+                f"all {self._room} eigenvalues"
+                if self._complete
+                else f"{len(self.nodes)} probes x {self.nodes.shape[1]} steps (masses below a bound: quadrature +- "
+                f"{open_:.2g})"
+            )
+            + f", {self.matvecs} products{products_known_to(self)}"
         )
 
     def mass(self, low: float, high: float, confidence: float = 0.95) -> Estimate:
@@ -265,7 +278,7 @@ class SpectralDensity(Result):
         places = np.sort(np.concatenate([found.min() - span, places, between, found.max() + span]))
         value, below, above = self._below(places)
         wanted = math.ceil(share * self._room - 1e-9)  # this eigenvalue in their order
-        likely = partial(chance, probes=len(self.nodes), dim=self._room)
+        likely = _certainly if self._complete else partial(chance, probes=len(self.nodes), dim=self._room)
         tail = (1 - confidence) / 2
 
         def ends(too_few: NDArray[np.bool_], enough: NDArray[np.bool_]) -> tuple[float, float]:
@@ -306,6 +319,11 @@ class SpectralDensity(Result):
         """The dimension in which the probes were drawn."""
         return int(self.dim - self.null_dim - self.settings["deflated"])
 
+    @property
+    def _complete(self) -> bool:
+        """Whether all eigenvalues are nodes, so that nothing was sampled."""
+        return bool(self.settings.get("method") == "dense")
+
     def _axis(self) -> Floats:
         return _logarithms(self.nodes) if self.settings["scale"] == "log" else self.nodes
 
@@ -318,7 +336,7 @@ class SpectralDensity(Result):
         return value, below, above
 
     def _shares(self, lower: Floats, upper: Floats, confidence: float) -> tuple[Floats, Floats]:
-        return shares(lower, upper, len(self.nodes), self._room, confidence)
+        return (lower, upper) if self._complete else shares(lower, upper, len(self.nodes), self._room, confidence)
 
 
 @full_float32
@@ -333,6 +351,7 @@ def spectral_density(
     points: int = 1000,
     width: float | None = None,
     scale: str = "linear",
+    method: str = "quadrature",
     reorthogonalize: bool = True,
     checkpoint: str | Path | None = None,
     seed: int = 0,
@@ -355,6 +374,8 @@ def spectral_density(
         width: standard deviation of the Gaussian that widens a node, in units of eigenvalues; default 1 % of
             the range, of the eigenvalue itself where there is but one.
         scale: `"linear"`, or `"log"` for the density of `log10 |lambda|` (nodes below rounding are put there).
+        method: `"quadrature"`, or `"dense"`: all eigenvalues of the dense matrix, each of the same weight. Nothing is
+            sampled then, `probes`, `steps` and `checkpoint` mean nothing.
         reorthogonalize: True leaves no ghost nodes and keeps `steps` vectors; False keeps three and saves the time of
             reorthogonalization: converged eigenvalues come again as ghosts, whose weights add up to that of the
             eigenvalue, so that density, mass and moments are right and the number of distinct nodes means nothing.
@@ -367,7 +388,7 @@ def spectral_density(
 
     Raises:
         InvalidInputError: sizes that do not fit; NullSpaceError: declared directions that are not null;
-        NonFiniteError: a product with NaN or infinity.
+        NonFiniteError: a product with NaN or infinity; MemoryLimitError: a dense matrix does not fit.
 
     Source: Golub and Meurant 2010; Ghorbani, Krishnan and Xiao 2019.
 
@@ -383,56 +404,34 @@ def spectral_density(
     room = A.dim - basis.shape[1]
     if scale not in ("linear", "log"):
         raise InvalidInputError(f"scale must be 'linear' or 'log', got {scale!r}")
+    if method not in ("quadrature", "dense"):
+        raise InvalidInputError(f"method must be 'quadrature' or 'dense', got {method!r}")
     if probes < 1 or steps < 1 or points < 2 or room < 1:
         raise InvalidInputError(f"probes={probes}, steps={steps}, points={points} for {room} dimensions: nothing to do")
     if width is not None and not width > 0:
         raise InvalidInputError(f"width must be positive, got {width}")
     began = time.perf_counter()
-    steps = min(steps, room)
-    g = generator(seed)
-    like = torch.empty(0, dtype=A.dtype, device=A.device)
-    starts = [normal((A.dim,), g, like) for _ in range(probes)]
-    nodes, weights, residuals = np.zeros((3, probes, steps))
-    matvecs, done, amplification = declared.cost, 0, 0.0
-    if amplified(operator):
-        amplification, matvecs = rounding_norm(operator, seed), matvecs + 2 * NORM_STEPS
-    key = (
-        f"density with residuals of dimension {A.dim} in {A.dtype}, {probes} probes x {steps}, {basis.shape[1]} left "
-        f"out, seed {seed}" + ("" if reorthogonalize else ", not reorthogonalized")
-    )
-    if checkpoint is not None and Path(checkpoint).exists():
-        state = load_state(checkpoint, key)
-        nodes, weights, residuals = (state[name].numpy() for name in ("nodes", "weights", "residuals"))
-        done, matvecs = state["done"], state["matvecs"]
-        _require_same(operator, starts[0], basis, nodes[0] @ weights[0])
-        matvecs += 1
-    with reporting(progress, probes, "spectral density") as update:
-        try:
-            for i in range(done, probes):
-                alpha, beta, spent, stop = _run(operator, steps, starts[i], basis, reorthogonalize)
-                matvecs += spent
-                if stop == "interrupted":
-                    raise KeyboardInterrupt
-                values, vectors = tridiagonal_eigh(alpha, beta[:-1])
-                nodes[i, : values.size], weights[i, : values.size] = values, vectors[0] ** 2
-                residuals[i, : values.size] = np.abs(vectors[-1]) * beta[-1]
-                done = i + 1
-                update(done)
-                if checkpoint is not None:
-                    kept = {"nodes": nodes, "weights": weights, "residuals": residuals}
-                    state = {name: torch.from_numpy(x) for name, x in kept.items()}
-                    save_state(checkpoint, key, state | {"done": done, "matvecs": matvecs})
-        except KeyboardInterrupt:
-            # The probe in hand is incomplete; the finished ones are a result of their own.
-            if done == 0:
-                raise
-    nodes, weights, residuals = nodes[:done], weights[:done], residuals[:done]
-    rounding = math.sqrt(A.dim) * operator.eps * max(float(np.abs(nodes).max()), amplification)
+    if method == "dense":
+        nodes, weights, residuals, rounding = _all_eigenvalues(operator, basis)
+        matvecs = declared.cost + operator.dense_cost
+    else:
+        nodes, weights, residuals, rounding, matvecs = _by_probes(
+            operator,
+            basis,
+            probes,
+            min(steps, room),
+            reorthogonalize=reorthogonalize,
+            checkpoint=checkpoint,
+            seed=seed,
+            spent=declared.cost,
+            progress=progress,
+        )
     settings = {
         "probes": probes,
         "steps": steps,
         "width": width,
         "scale": scale,
+        "method": method,
         "reorthogonalize": reorthogonalize,
         "deflated": basis.shape[1] - declared.dim,
     }
@@ -454,6 +453,77 @@ def spectral_density(
         matvecs=matvecs,
         **provenance(A, preconditioner, settings, seed, began),
     )
+
+
+def _by_probes(
+    operator: SymmetricOperator,
+    basis: Tensor,
+    probes: int,
+    steps: int,
+    *,
+    reorthogonalize: bool,
+    checkpoint: str | Path | None,
+    seed: int,
+    spent: int,
+    progress: Progress,
+) -> tuple[Floats, Floats, Floats, float, int]:
+    """Nodes, weights and residuals of each probe, their rounding, and the products with those spent."""
+    g = generator(seed)
+    like = torch.empty(0, dtype=operator.dtype, device=operator.device)
+    starts = [normal((operator.dim,), g, like) for _ in range(probes)]
+    nodes, weights, residuals = np.zeros((3, probes, steps))
+    matvecs, done, amplification = spent, 0, 0.0
+    if amplified(operator):
+        amplification, matvecs = rounding_norm(operator, seed), matvecs + 2 * NORM_STEPS
+    key = (
+        f"density with residuals of dimension {operator.dim} in {operator.dtype}, {probes} probes x {steps}, "
+        f"{basis.shape[1]} left out, seed {seed}" + ("" if reorthogonalize else ", not reorthogonalized")
+    )
+    if checkpoint is not None and Path(checkpoint).exists():
+        state = load_state(checkpoint, key)
+        nodes, weights, residuals = (state[name].numpy() for name in ("nodes", "weights", "residuals"))
+        done, matvecs = state["done"], state["matvecs"]
+        _require_same(operator, starts[0], basis, nodes[0] @ weights[0])
+        matvecs += 1
+    with reporting(progress, probes, "spectral density") as update:
+        try:
+            for i in range(done, probes):
+                alpha, beta, products, stop = _run(operator, steps, starts[i], basis, reorthogonalize)
+                matvecs += products
+                if stop == "interrupted":
+                    raise KeyboardInterrupt
+                values, vectors = tridiagonal_eigh(alpha, beta[:-1])
+                nodes[i, : values.size], weights[i, : values.size] = values, vectors[0] ** 2
+                residuals[i, : values.size] = np.abs(vectors[-1]) * beta[-1]
+                done = i + 1
+                update(done)
+                if checkpoint is not None:
+                    kept = {"nodes": nodes, "weights": weights, "residuals": residuals}
+                    state = {name: torch.from_numpy(x) for name, x in kept.items()}
+                    save_state(checkpoint, key, state | {"done": done, "matvecs": matvecs})
+        except KeyboardInterrupt:
+            # The probe in hand is incomplete; the finished ones are a result of their own.
+            if done == 0:
+                raise
+    nodes, weights, residuals = nodes[:done], weights[:done], residuals[:done]
+    rounding = math.sqrt(operator.dim) * operator.eps * max(float(np.abs(nodes).max()), amplification)
+    return nodes, weights, residuals, rounding, matvecs
+
+
+def _all_eigenvalues(operator: SymmetricOperator, basis: Tensor) -> tuple[Floats, Floats, Floats, float]:
+    """All eigenvalues in the complement of a basis, equal weights, no residuals, and what they are rounded by."""
+    n = operator.dim
+    require_memory(8 * 6 * n * n, f"the dense matrix of {operator!r}", "Use method='quadrature', or a smaller block")
+    dense = formed(operator)
+    matrix = dense.matrix.cpu()
+    require_finite(matrix, "the dense matrix")
+    if basis.shape[1]:
+        outside = torch.linalg.qr(basis.double().cpu(), mode="complete")[0][:, basis.shape[1] :]
+        matrix = outside.T @ matrix @ outside
+    found = np.ldexp(torch.linalg.eigvalsh(matrix).numpy(), -dense.exponent)
+    rounding = dense.rounding * norm_bound(dense.sizes().cpu()) + n * UNIT * norm_bound(matrix)
+    weights = np.full(found.shape, 1 / found.size)
+    return found[None], weights[None], np.zeros((1, found.size)), math.ldexp(rounding, -dense.exponent)
 
 
 def _grid(found: Floats, width: float | None, points: int) -> tuple[Floats, float]:
@@ -514,6 +584,11 @@ def _smoothed(grid: Floats, sigma: float, gaps: Floats) -> Floats:
 def _gaussians(grid: Floats, centres: Floats, sigma: float) -> Floats:
     """Normal densities around each centre, `(..., m)`."""
     return np.exp(-0.5 * ((grid - centres[..., None]) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
+
+
+def _certainly(share: Floats | float, observed: Floats) -> Floats:
+    """`chance` where nothing was sampled: 1 or 0."""
+    return np.where(observed + _ROUNDING >= share, 1.0, 0.0)
 
 
 def _require_confidence(confidence: float) -> None:

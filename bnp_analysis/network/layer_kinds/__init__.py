@@ -3,5 +3,19 @@
 from bnp_analysis.network.layer_kinds.base import KINDS, Layer, LayerKind, kind_of, register_layer
 from bnp_analysis.network.layer_kinds.convolution import ConvolutionLayer
 from bnp_analysis.network.layer_kinds.dense import DenseLayer
+from bnp_analysis.network.layer_kinds.embedding import EmbeddingLayer
+from bnp_analysis.network.layer_kinds.linear_like import recognize
+from bnp_analysis.network.layer_kinds.transposed_convolution import TransposedConvolutionLayer
 
-__all__ = ["KINDS", "ConvolutionLayer", "DenseLayer", "Layer", "LayerKind", "kind_of", "register_layer"]
+__all__ = [
+    "KINDS",
+    "ConvolutionLayer",
+    "DenseLayer",
+    "EmbeddingLayer",
+    "Layer",
+    "LayerKind",
+    "TransposedConvolutionLayer",
+    "kind_of",
+    "recognize",
+    "register_layer",
+]

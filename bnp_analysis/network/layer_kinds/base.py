@@ -8,13 +8,15 @@ Statistics, preconditioners, curvature factors, tables and training ask these qu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.network.layer_kinds.multiples import multiplier, where_stored
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,9 @@ class LayerKind:
         weight, bias: names of the parameters in the module.
         transposed: whether the weight is stored with its units last, `(m, n)` in place of `(n, m)`.
         builtin: whether `forward` is known to be the product; a user's type is tried on the data instead.
+        recognized: whether the type was found by the shape of a module; its forward pass must be proved a product.
+        gain: where the fixed numbers are that the parameter is multiplied by to be the weight (`multiples`), or "".
+        asked: whether layers of this type are covered only where they are asked for, with `also=`.
     """
 
     module_type: type[nn.Module]
@@ -35,6 +40,19 @@ class LayerKind:
     bias: str = "bias"
     transposed: bool = False
     builtin: bool = False
+    recognized: bool = False
+    gain: str = ""
+    asked: bool = False
+
+    def parameter(self, module: nn.Module) -> nn.Parameter | None:
+        """The weight's parameter in a module; None where it was replaced by something computed."""
+        if not self.gain:
+            return module._parameters.get(self.weight)
+        holder, _, leaf = self.weight.rpartition(".")
+        try:
+            return module.get_submodule(holder)._parameters.get(leaf)
+        except AttributeError:
+            return None
 
     def changes_product(self, module: nn.Module) -> bool:
         """Whether a subclass, or the module itself, computes its output in another way than the type does."""
@@ -43,13 +61,13 @@ class LayerKind:
 
     def of(self, name: str, module: nn.Module, *, bias: bool = True) -> Layer:
         """The layer that a module of this type is, under its name; without its bias where that is not free."""
-        weight: Any = getattr(module, self.weight)
-        if weight.ndim < 2 or (self.transposed and weight.ndim != 2):
+        weight: Any = self.parameter(module)
+        if weight.ndim < 2:
             raise InvalidInputError(
                 f"layer {name!r} ({type(module).__name__}) has a weight {self.weight!r} of shape "
                 f"{tuple(weight.shape)}, which is no matrix of units and features"
             )
-        units = weight.shape[-1 if self.transposed else 0]
+        units = self.layer.units_of(self, module, weight)
         prefix = f"{name}." if name else ""
         bias_name = f"{prefix}{self.bias}" if bias and getattr(module, self.bias, None) is not None else None
         return self.layer(
@@ -60,6 +78,8 @@ class LayerKind:
 
 _FORWARD = ("forward", "_conv_forward")
 KINDS: dict[type[nn.Module], LayerKind] = {}
+# For modules whose type is not registered: each says of what kind a module may be by its shape.
+RECOGNIZERS: list[Callable[[nn.Module], LayerKind | None]] = []
 
 
 @dataclass(frozen=True)
@@ -94,10 +114,33 @@ class Layer(ABC):
     def rows(self, h: Tensor) -> Tensor:
         """The rows that multiply the weights, `(R, groups, m)`, of an input of the layer."""
 
+    @classmethod
+    def units_of(cls, kind: LayerKind, module: Any, weight: Tensor) -> int:
+        """The number of output units of a module.
+
+        Raises:
+            InvalidInputError: a transposed weight that is no matrix.
+        """
+        if kind.transposed and weight.ndim != 2:
+            raise InvalidInputError(
+                f"a {type(module).__name__} has a weight {kind.weight!r} of shape {tuple(weight.shape)}, which is no "
+                "matrix of features and units"
+            )
+        return weight.shape[-1 if kind.transposed else 0]
+
     @staticmethod
     def groups_of(module: Any) -> int:
         """Into how many groups units and features are split."""
         return 1
+
+    @classmethod
+    def refused(cls, module: Any) -> str:
+        """Why a module of this kind is not covered as it is set up; empty if it is."""
+        return ""
+
+    def counted(self, h: Tensor) -> tuple[int, Tensor] | None:
+        """For rows of zeros with a one: how many there are, and how often each feature `(m,)` is it; else None."""
+        return None
 
     @classmethod
     def unlike(cls, module_type: type[nn.Module], like: type[nn.Module], *, transposed: bool) -> str:
@@ -132,7 +175,9 @@ class Layer(ABC):
     @property
     def own_weight(self) -> Tensor:
         """The parameter of the module."""
-        weight: Tensor = getattr(self.module, self.kind.weight)
+        # In a risk not a parameter but the tensor that stands for it.
+        holder, _, leaf = self.kind.weight.rpartition(".")
+        weight: Tensor = getattr(self.module.get_submodule(holder) if holder else self.module, leaf)
         return weight
 
     @property
@@ -143,8 +188,28 @@ class Layer(ABC):
     @property
     def trains(self) -> bool:
         """Whether the weight requires a gradient; not where it was replaced by something computed."""
-        weight = self.module._parameters.get(self.kind.weight)
+        weight = self.kind.parameter(self.module)
         return weight is not None and weight.requires_grad
+
+    def gain(self) -> Tensor | None:
+        """The fixed numbers `(units, m)` that the parameter is multiplied by; None where it is the weight itself."""
+        if not self.kind.gain:
+            return None
+        found = self.matrix(multiplier(self.module, self.kind.gain, self.own_weight.detach()))
+        return found.reshape(self.units, self.features)
+
+    def per_unit(self, values: Tensor) -> Tensor:
+        """Values, or rows, of the groups `(..., groups, m)` as what each unit's parameters meet.
+
+        A parameter that is multiplied by a gain meets the input times this gain, so that units differ, `(..., units,
+        m)`; else nothing changes.
+        """
+        gain = self.gain()
+        return values if gain is None else values.repeat_interleave(self.units // self.groups, dim=-2) * gain.to(values)
+
+    def unit_moments(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance `(groups, m)` of the inputs, or `(units, m)` of what each unit's parameters meet."""
+        return (self.per_unit(mean), self.per_unit(variance.sqrt()).square()) if self.kind.gain else (mean, variance)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """A tensor in the shape of the weight, as a view with its units first."""
@@ -153,6 +218,10 @@ class Layer(ABC):
     def example_count(self, h: Tensor) -> int:
         """The number `N` of examples in an input `(N, ...)`, 1 for an input without that dimension."""
         return h.shape[0] if h.ndim > self.spatial + 1 else 1
+
+    def image(self, h: Tensor) -> Tensor:
+        """For layers with `spatial` dimensions, the image `(N, c, ...)` whose patches are rows, before padding."""
+        return h
 
     def positions(self, h: Tensor) -> int:
         """Rows of one example of an input `(N, ...)`."""
@@ -177,7 +246,8 @@ class Layer(ABC):
     def product(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """`a = rows . w + b`, `(R, units)`, from the parameters of the module; and the sums of the terms' sizes."""
         rows = self.rows(h).to(self.own_weight.dtype)
-        weights = self.matrix(self.own_weight.detach()).reshape(self.groups, -1, self.features)
+        weights, gain = self.matrix(self.own_weight.detach()).reshape(self.groups, -1, self.features), self.gain()
+        weights = weights if gain is None else weights * gain.view_as(weights)
         out, size = (
             torch.einsum("rgm,gum->rgu", r, w).flatten(1) for r, w in ((rows, weights), (rows.abs(), weights.abs()))
         )
@@ -190,20 +260,24 @@ class Layer(ABC):
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
-    """The registered kind of a module's type, or of the nearest type above it; None where there is none.
+    """The registered kind of a module's type, or of the nearest type above it; else one that its shape allows, or None.
 
     Example:
         >>> kind_of(nn.Linear(2, 1)).module_type.__name__, kind_of(nn.ReLU())
         ('Linear', None)
     """
-    return next((KINDS[above] for above in type(module).__mro__ if above in KINDS), None)
+    known = next((KINDS[above] for above in type(module).__mro__ if above in KINDS), None)
+    if known is not None:
+        weight, gain = where_stored(module, known.weight)
+        return replace(known, weight=weight, gain=gain) if gain else known
+    return next(filter(None, (recognize(module) for recognize in RECOGNIZERS)), None)
 
 
-def transposed_weights(model: nn.Module) -> list[str]:
-    """Names of the weights that are stored with their units last."""
-    kinds = {name: kind_of(module) for name, module in model.named_modules()}
-    names = [(name, kind.weight) for name, kind in kinds.items() if kind is not None and kind.transposed]
-    return [f"{name}.{weight}" if name else weight for name, weight in names]
+def transposed_weights(model: nn.Module) -> dict[str, int]:
+    """Names of the weights that are stored with their units last, or second in a convolution -> their groups."""
+    kinds = [(name, module, kind_of(module)) for name, module in model.named_modules()]
+    found = [(name, kind, kind.layer.groups_of(module)) for name, module, kind in kinds if kind is not None]
+    return {f"{name}.{kind.weight}" if name else kind.weight: g for name, kind, g in found if kind.transposed}
 
 
 def register_layer(

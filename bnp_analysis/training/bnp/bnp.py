@@ -6,22 +6,23 @@ import copy
 import math
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from bnp_analysis.errors import InvalidInputError, TrainingWarning
+from bnp_analysis.network.layers import no_product, require_types
 from bnp_analysis.network.names import clean_name
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.snapshot import unwrap
 from bnp_analysis.precondition.bnp import BNPPreconditioner
 from bnp_analysis.runtime.kinds import require_kind
-from bnp_analysis.training.bnp.hooks import add_hooks, attach_to, owners
+from bnp_analysis.training.bnp.clipping import BeforeClipping, require_passes
+from bnp_analysis.training.bnp.hooks import add_hooks, before_steps, owners, stepping
 from bnp_analysis.training.bnp.layers import (
     Names,
     find_candidates,
@@ -68,6 +69,7 @@ class BNP:
         bias_free: of layers without a free bias, `"rank-one"` or `"diagonal"` (T5).
         output_scale: `"estimated"` also divides units by estimated output scales (T10, this project's), `OutputScales`.
         include, exclude: names of layers, or of modules above them; default all, none.
+        also: types of layers that are covered only where they are asked for: `nn.Embedding`.
         reference_rows: a step of `R` rows leaves the past `rho^(R / reference_rows)`, so that a row weighs the same in
             batches of any size; None for `rho` at each step, as in the paper.
         check_every: steps between reading the flag of non-finite activations, default 1 on CPU and 100 elsewhere.
@@ -108,6 +110,7 @@ class BNP:
         output_scale: str = "none",
         include: Names | None = None,
         exclude: Names | None = None,
+        also: Iterable[type[nn.Module]] = (),
         reference_rows: float | None = None,
         check_every: int | None = None,
     ) -> None:
@@ -118,6 +121,7 @@ class BNP:
         )
         self.model = model
         self._choice: dict[str, Any] = {"include": frozen_names(include), "exclude": frozen_names(exclude)}
+        self._choice["also"] = require_types(also)
         found = find_candidates(unwrap(model), **self._choice)
         self._layers, self._reasons = found.layers, found.reasons
         for layer in self._layers:
@@ -133,9 +137,11 @@ class BNP:
         self._outputs = OutputScales(self._layers, rho, eps1) if output_scale == "estimated" else None
         self._update = Update(self.settings, self._layers, self._running, self._outputs)
         self._marks: Marks = {}
-        self._attached: RemovableHandle | None = None
+        self._attached: list[Any] = []
+        self._early: BeforeClipping | None = None
         self._closed, self._quiet = False, torch.inference_mode()  # made once: a percent of a small network's step
         self._passes, self._reviewed = Passes(self._layers), set[str]()
+        self._refused: dict[str, str] = {}
         self._modules = weakref.WeakSet(unwrap(model).modules())
         self._before: tuple[dict[int, BatchMoments], dict[int, int]] = {}, {}
         self._hooks = add_hooks(unwrap(model), self._layers, weakref.ref(self), self._outputs)
@@ -175,13 +181,13 @@ class BNP:
         return tuple(
             layer.name
             for i, layer in enumerate(self._layers)
-            if layer.trains and (rows[i] or before) and layer.name not in changed
+            if layer.trains and (rows[i] or before) and layer.name not in changed and layer.name not in self._refused
         )
 
     @property
     def uncovered(self) -> dict[str, str]:
         """Parameter name -> why it is left alone; layers that were changed or added after this was made are named."""
-        return uncovered(self._layers, self._reasons, set(self.covered), self._changes())
+        return uncovered(self._layers, self._reasons, set(self.covered), self._refused | self._changes())
 
     def step(self) -> None:
         """Commit the statistics of the step and replace `.grad` by `P P^T .grad`, before `optimizer.step()`.
@@ -245,21 +251,53 @@ class BNP:
         """
         self._forget()
 
-    def attach(self, optimizer: Optimizer) -> Self:
+    def attach(self, optimizer: Optimizer, *, before_clipping: bool | int = False) -> Self:
         """Let the optimizer call `step()` before each of its own, in loops one does not own.
 
         The optimizer keeps this object alive. Not both: a loop that attaches does not call `step()`.
 
+        Args:
+            optimizer: the one that steps, or a wrapper that holds it.
+            before_clipping: False: gradients change right before the optimizer steps, behind the loop's clipping. True:
+                when a backward pass ends, so that clipping bounds the step `P P^T g`; where gradients are accumulated,
+                the number of backward passes for each step. Fewer, as at the end of the data, are preconditioned
+                before the step.
+
         Raises:
             InvalidInputError: attached already, closed, not a torch optimizer, LBFGS, or none of its parameters is a
-                covered layer's weight.
+                covered layer's weight. In a backward pass: more of them before a step than `before_clipping` says.
+
+        Warns:
+            TrainingWarning: the optimizer holds the weights of some covered layers only.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Linear(2, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+            >>> pre, before = BNP(model).attach(optimizer, before_clipping=True), model.weight.detach().clone()
+            >>> (9 * model(torch.rand(8, 2))).sum().backward()
+            >>> _ = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            >>> optimizer.step()
+            >>> bool((model.weight - before).norm() <= 0.1001)
+            True
         """
-        if self._attached is not None or self._closed:
+        self.require_free()
+        passes = require_passes(before_clipping)
+        inner = stepping(optimizer, self._layers)
+        self._early = BeforeClipping(weakref.ref(self), self._layers, passes) if passes else None
+        self._attached = [before_steps(inner, self._before_step), *([self._early] if self._early else [])]
+        return self
+
+    def require_free(self) -> None:
+        """Refuse an object that is closed, or whose `step()` an optimizer calls already.
+
+        Raises:
+            InvalidInputError: it is.
+        """
+        if self._attached or self._closed:
             raise InvalidInputError(
                 f"this object is {'closed' if self._closed else 'attached to an optimizer already'}"
             )
-        self._attached = attach_to(optimizer, self._layers, self.step)
-        return self
 
     def preconditioner(self, space: ParameterSpace | None = None) -> BNPPreconditioner:
         """The `P` of the last step, damping and `q` included, as it is measured.
@@ -323,7 +361,7 @@ class BNP:
     def begin_pass(self) -> None:
         """A forward pass of the model begins, from its hook."""
         self._before = dict(self._pending), {i: len(parts) for i, parts in self._inputs.items()}
-        self._passes.begin(self._running.step, self._attached is not None)
+        self._passes.begin(self._running.step, bool(self._attached))
 
     def end_pass(self, failed: bool) -> None:
         """A forward pass has ended, from its hook; what a failed one has seen is left out."""
@@ -331,8 +369,18 @@ class BNP:
             self._pending, lengths = self._before
             self._inputs = {i: self._inputs[i][:length] for i, length in lengths.items()}
 
+    def _before_step(self) -> None:
+        """The optimizer steps; what its hook calls keeps this object alive."""
+        if self._early is None or not self._early.taken():
+            self.step()
+
+    def added(self) -> bool:
+        """Whether a backward pass has added to gradients that `step()` has left, in the same tensors."""
+        known = {id(ref()) for ref, _ in self._marks.values() if ref() is not None}
+        return any(id(layer.own_weight.grad) in known for layer in self._layers)
+
     def _changes(self) -> dict[str, str]:
-        return changes(unwrap(self.model), self._layers, self._modules)
+        return changes(unwrap(self.model), self._layers, self._modules, self._choice["also"])
 
     def _review(self) -> None:
         """Say which layers are left alone since they were changed or added after this object was made."""
@@ -344,10 +392,10 @@ class BNP:
 
     def _detach(self) -> None:
         if not self._closed:
-            self._passes.close(self._running.step, self._attached is not None)
-        for handle in [*self._hooks, *([self._attached] if self._attached else [])]:
+            self._passes.close(self._running.step, bool(self._attached))
+        for handle in [*self._hooks, *self._attached]:
             handle.remove()
-        self._attached, self._closed = None, True
+        self._attached, self._closed = [], True
         self._forget()
 
     def _forget(self) -> None:
@@ -355,6 +403,8 @@ class BNP:
         self._pending, self._inputs = {}, {}
         if self._outputs is not None:
             self._outputs.forget()
+        if self._early is not None:
+            self._early.forget()
 
     def receive(self, index: int, h: Tensor) -> None:
         """Take in an input of a layer, from its hook."""
@@ -368,6 +418,11 @@ class BNP:
         self._pending[index] = seen if before is None else pool_moments(before, seen)
         if self.settings.q == "measured":
             self._inputs.setdefault(index, []).append(h.detach())
+
+    def refuse(self, index: int) -> None:
+        """Leave a layer alone whose forward pass is not the product that its shape promised, from its hook."""
+        layer = self._layers[index]
+        self._refused[layer.name] = no_product(layer.module)
 
     def _refuse_single_rows(self) -> None:
         single = [self._layers[i].name for i, m in self._pending.items() if m.samples < 2]

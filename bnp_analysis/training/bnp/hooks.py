@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -13,8 +14,9 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
-from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.errors import InvalidInputError, TrainingWarning
 from bnp_analysis.network.layer_kinds import Layer
+from bnp_analysis.network.recorded_product import Recorded, Recording
 from bnp_analysis.training.bnp.passes import failed
 
 
@@ -70,16 +72,85 @@ class InputHook(_Hook):
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hand on the input if this is a forward pass that trains."""
         # Shallow copies share the table of hooks: replicas of DataParallel.
-        if not module.training or module is not self._module or not torch.is_grad_enabled():
-            return
-        # Gradients by `torch.func` are someone's measurement: they never reach `.grad`, and rows would not outlive it.
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return
-        if torch._C._current_graph_task_id() != -1 and _recomputed():
+        if module is not self._module or not _trains(module):
             return
         owner = self._owner()
         if owner is not None:
-            owner.receive(self._index, args[0] if args else next(iter(kwargs.values())))
+            owner.receive(self._index, _first(args, kwargs))
+
+
+class Proof:
+    """Watches a layer that is known by its shape alone: its first forward pass in training is recorded.
+
+    Until then nothing is collected. Where the pass is proved to be the product, the hooks of a covered layer take over,
+    with what this pass has seen; else the layer is named by its owner, and left alone. What is compiled shows none of
+    its operations, and is left alone too.
+
+    Args:
+        layer: the layer.
+        owner: what collects, by a weak reference.
+        index: of the layer, for its owner.
+        outputs: what outputs are scaled by, if they are.
+    """
+
+    def __init__(self, layer: Layer, owner: weakref.ref[Any], index: int, outputs: Any) -> None:
+        self._layer, self.owner, self._index, self._outputs = layer, owner, index, outputs
+        self._running: tuple[Recording, Recorded, Any, int] | None = None
+        self._open = True
+
+    def add(self, handles: list[RemovableHandle]) -> None:
+        """Register; `handles` gets those of the hooks, also of the ones that take over."""
+        module, self._handles = self._layer.module, handles
+        handles.append(module.register_forward_pre_hook(ProofHook(self, ends=False), with_kwargs=True))
+        handles.append(module.register_forward_hook(ProofHook(self, ends=True), with_kwargs=True, always_call=True))
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pass begins."""
+        if not self._open or module is not self._layer.module or not _trains(module) or not self._layer.trains:
+            return
+        h = _first(args, kwargs)
+        recording = Recording()
+        self._running = recording, recording.__enter__(), h, h._version if isinstance(h, Tensor) else 0
+
+    def end(self, module: nn.Module, output: Any) -> None:
+        """It has ended, or failed."""
+        if self._running is None or module is not self._layer.module:
+            return
+        (recording, recorded, h, version), self._running = self._running, None
+        recording.__exit__(None, None, None)  # type: ignore[no-untyped-call] # torch does not annotate it
+        owner, layer = self.owner(), self._layer
+        if owner is None or failed(output):
+            return
+        self._open = False
+        weight, bias = layer.own_weight, layer.own_bias
+        proved = recorded.is_product(output, h, weight, bias, transposed=layer.kind.transposed)
+        if not proved or h._version != version or recorded.returned(h):
+            owner.refuse(self._index)
+            return
+        self._handles += _collect(layer, self.owner, self._index, self._outputs)
+        owner.receive(self._index, h)
+        if self._outputs is not None:
+            OutputHook(layer, weakref.ref(self._outputs), self._index).watch(module, output)
+
+
+class ProofHook(_Hook):
+    """One of the two hooks of a `Proof`."""
+
+    def __init__(self, proof: Proof, ends: bool) -> None:
+        self._proof, self._ends = proof, ends
+
+    @property
+    def owner(self) -> Any:
+        """What collects, or None if it was forgotten."""
+        return self._proof.owner()
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            return
+        if self._ends:
+            self._proof.end(module, output)
+        else:
+            self._proof.begin(module, args, kwargs)
 
 
 class PassHook(_Hook):
@@ -149,27 +220,51 @@ def add_hooks(
         model.register_forward_hook(PassHook(model, owner, ends=True), always_call=True),
     ]
     for i, layer in enumerate(layers):
-        module = layer.module
-        handles.append(module.register_forward_pre_hook(InputHook(module, owner, i), with_kwargs=True))
-        if outputs is not None:
-            handles.append(module.register_forward_hook(OutputHook(layer, weakref.ref(outputs), i)))
+        if layer.kind.recognized:
+            Proof(layer, owner, i, outputs).add(handles)
+        else:
+            handles += _collect(layer, owner, i, outputs)
+    return handles
+
+
+def _collect(layer: Layer, owner: weakref.ref[Any], index: int, outputs: Any) -> list[RemovableHandle]:
+    """The hooks of a covered layer."""
+    module = layer.module
+    handles = [module.register_forward_pre_hook(InputHook(module, owner, index), with_kwargs=True)]
+    if outputs is not None:
+        handles.append(module.register_forward_hook(OutputHook(layer, weakref.ref(outputs), index)))
     return handles
 
 
 def owners(layers: Iterable[Layer]) -> list[Any]:
     """Those whose hooks are on some of the layers."""
     hooks = [hook for layer in layers for hook in layer.module._forward_pre_hooks.values()]
-    found = [hook.owner for hook in hooks if isinstance(hook, InputHook)]
+    found = [hook.owner for hook in hooks if isinstance(hook, InputHook | ProofHook)]
     return [owner for owner in dict.fromkeys(found) if owner is not None]
 
 
-def inert(module: nn.Module, args: Any, kwargs: Any = None) -> None:
+def inert(module: nn.Module, *_: Any) -> None:
     """What remains of a hook on a copied model."""
 
 
 def make_inert() -> Callable[..., None]:
     """The same, made anew: what a pickle of a hook calls."""
     return inert
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The input of a layer among the arguments of its forward."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _trains(module: nn.Module) -> bool:
+    """Whether a forward pass that begins is one that trains."""
+    if not module.training or not torch.is_grad_enabled():
+        return False
+    # Gradients by `torch.func` are someone's measurement: they never reach `.grad`, and rows would not outlive it.
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return torch._C._current_graph_task_id() == -1 or not _recomputed()
 
 
 def _recomputed() -> bool:
@@ -199,12 +294,46 @@ def _stepping(optimizer: Any) -> Optimizer | None:
     return optimizer if hooked else None
 
 
-def attach_to(optimizer: Optimizer, layers: Iterable[Layer], step: Callable[[], None]) -> RemovableHandle:
-    """Call `step` before each step of an optimizer, or after its closure where it is given one.
+class EndOfBackward:
+    """Calls a function when a backward pass that reached one of the parameters has ended, whatever else waits for it.
+
+    Args:
+        parameters: leaves that train; others are left out.
+        call: what is called.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], call: Callable[[], None]) -> None:
+        self._call, self._pass = call, -1
+        hooked: list[Any] = [p for p in parameters if p.requires_grad]  # torch does not annotate the method
+        self._handles = [p.register_post_accumulate_grad_hook(self._seen) for p in hooked]
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _seen(self, _: Tensor) -> None:
+        # By the pass and not by a flag: one that raises never ends.
+        running = torch._C._current_graph_task_id()
+        if running != self._pass:
+            self._pass = running
+            # Twice: averages of gradients over processes wait for the end too, and are queued while it runs.
+            _engine().queue_callback(lambda: _engine().queue_callback(self._call))
+
+
+def _engine() -> Any:
+    return torch.autograd.Variable._execution_engine
+
+
+def stepping(optimizer: Optimizer, layers: Sequence[Layer]) -> Optimizer:
+    """The optimizer to attach to, behind wrappers.
 
     Raises:
         InvalidInputError: not a torch optimizer, one that evaluates its closure several times, or one that holds no
             weight of the layers.
+
+    Warns:
+        TrainingWarning: it holds the weights of some layers that train, and not of others.
     """
     inner = _stepping(optimizer)
     if inner is None:
@@ -215,10 +344,24 @@ def attach_to(optimizer: Optimizer, layers: Iterable[Layer], step: Callable[[], 
     if isinstance(inner, LBFGS):
         raise InvalidInputError("LBFGS searches along its own direction with several evaluations; BNP would break it")
     held = {id(p) for group in inner.param_groups for p in group["params"]}
-    if not any(id(layer.own_weight) in held for layer in layers):
+    absent = [layer for layer in layers if id(layer.own_weight) not in held]
+    if len(absent) == len(layers):
         raise InvalidInputError(
             "the optimizer holds no weight of a covered layer: it was made for another model, or from a copy"
         )
+    if others := [layer.name for layer in absent if layer.trains]:
+        warnings.warn(
+            f"the optimizer that BNP is attached to does not hold the weights of {', '.join(others)}: another one that "
+            "steps before it moves them without BNP. Attach to the one that steps first, or give each optimizer a BNP "
+            "of its own with include= or exclude=",
+            TrainingWarning,
+            3,
+        )
+    return inner
+
+
+def before_steps(optimizer: Optimizer, step: Callable[[], None]) -> RemovableHandle:
+    """Call `step` before each step of an optimizer, or after its closure where it is given one."""
 
     def before(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -235,4 +378,4 @@ def attach_to(optimizer: Optimizer, layers: Iterable[Layer], step: Callable[[], 
         # The optimizer itself is the first positional argument.
         return args[:1], kwargs | {"closure": closed}
 
-    return inner.register_step_pre_hook(before)
+    return optimizer.register_step_pre_hook(before)

@@ -48,17 +48,20 @@ def refuse_replicas(model: nn.Module) -> None:
         )
 
 
-def find_candidates(model: nn.Module, include: Names | None, exclude: Names | None) -> Candidates:
+def find_candidates(
+    model: nn.Module, include: Names | None, exclude: Names | None, also: Iterable[type[nn.Module]] = ()
+) -> Candidates:
     """The layers of an unwrapped model that BNP can act on.
 
     Args:
         model: without its outer wrappers.
         include, exclude: names of layers or of modules above them; default all, none.
+        also: types of layers that are covered only where they are asked for.
 
     Raises:
         InvalidInputError: names that match no layer, lazy layers without shapes, or nothing is left.
     """
-    layers, reasons = layers_of((clean_name(raw), module) for raw, module in model.named_modules())
+    layers, reasons = layers_of(((clean_name(raw), module) for raw, module in model.named_modules()), also=also)
     changed = [layer for layer in layers if layer.kind.changes_product(layer.module)]
     reasons.update({layer.weight: changed_product(layer.module) for layer in changed})
     layers = [layer for layer in layers if layer not in changed]
@@ -71,7 +74,7 @@ def find_candidates(model: nn.Module, include: Names | None, exclude: Names | No
         for tensor in (layer.weight, layer.bias):
             reasons.pop(tensor or "", None)
     if not chosen:
-        known = ", ".join(kind.__name__ for kind in KINDS)
+        known = ", ".join(kind.__name__ for kind, entry in KINDS.items() if not entry.asked)
         listed = "; ".join(f"{n}: {why}" for n, why in reasons.items()) or "it has no parameters"
         raise InvalidInputError(
             f"there is nothing to precondition: no layer that BNP covers ({known}) among the parameters: {listed}"
@@ -136,4 +139,6 @@ def trainable_space(model: nn.Module) -> ParameterSpace:
     space = choose_parameters(model, None)
     shapes = {clean_name(name): shape for name, shape in space.shapes.items()}
     aliases = {clean_name(other): clean_name(name) for other, name in space.aliases.items()}
-    return ParameterSpace(shapes, space.dtype, space.device, aliases, map(clean_name, space.transposed))
+    return ParameterSpace(
+        shapes, space.dtype, space.device, aliases, {clean_name(n): g for n, g in space.transposed.items()}
+    )

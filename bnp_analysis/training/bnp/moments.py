@@ -62,6 +62,8 @@ def batch_moments(layer: Layer, h: Tensor, kind: str) -> BatchMoments | None:
         The moments, or None for an input without rows.
     """
     h = h.detach()
+    if not h.is_floating_point() and (counted := layer.counted(h)) is not None:
+        return _frequencies(*counted, layer)._replace(examples=layer.example_count(h)) if h.numel() else None
     if h.dtype not in _PRECISE:
         h = h.float()
     # First what most often comes: its Python is a part of a small network's step that one sees.
@@ -73,8 +75,16 @@ def batch_moments(layer: Layer, h: Tensor, kind: str) -> BatchMoments | None:
         found = _table_moments(layer.rows(h).flatten(1))
         return None if found is None else found._replace(examples=layer.example_count(h))
     h = h if h.ndim == layer.spatial + 2 else h.unsqueeze(0)
-    found = _image_moments(h) if h.is_contiguous() and not h.is_cuda else _table_moments(layer.channels(h))
+    z = layer.image(h)
+    found = _image_moments(z) if z.is_contiguous() and not z.is_cuda else _table_moments(layer.channels(h))
     return None if found is None else found._replace(rows=h.shape[0] * layer.positions(h), examples=h.shape[0])
+
+
+def _frequencies(rows: int, counts: Tensor, layer: Layer) -> BatchMoments:
+    """Of rows of zeros with a one: `p` and `p (1 - p)`."""
+    dtype = layer.own_weight.dtype
+    p = counts.to(dtype if dtype in _PRECISE else torch.float32) / rows
+    return BatchMoments(rows, rows, rows, p, p * (1 - p) if rows > 1 else None)
 
 
 def _table_moments(table: Tensor) -> BatchMoments | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -84,13 +84,16 @@ def failed(output: Any) -> bool:
     return output is None and sys.exc_info()[0] is not None
 
 
-def changes(model: nn.Module, layers: Sequence[Layer], before: Container[nn.Module]) -> dict[str, str]:
+def changes(
+    model: nn.Module, layers: Sequence[Layer], before: Container[nn.Module], also: Iterable[type[nn.Module]]
+) -> dict[str, str]:
     """Names of layers, or of parameters of new ones -> what happened to them since BNP was made.
 
     Args:
         model: unwrapped.
         layers: the layers that BNP acts on.
         before: all modules that the model had.
+        also: types of layers that were asked for.
     """
     modules = {clean_name(name): module for name, module in model.named_modules()}
     there = {id(module) for module in modules.values()}
@@ -98,9 +101,9 @@ def changes(model: nn.Module, layers: Sequence[Layer], before: Container[nn.Modu
     for layer in layers:
         if id(layer.module) not in there:
             found[layer.name] = "it was replaced or removed after BNP was made"
-        elif layer.kind.weight not in layer.module._parameters:
+        elif layer.kind.parameter(layer.module) is None:
             found[layer.name] = "its weight is computed from others (pruned or parametrized) since BNP was made"
-    for layer in layers_of(modules.items())[0]:
+    for layer in layers_of(modules.items(), also=also)[0]:
         if layer.module not in before:
             for name in (layer.weight, layer.bias):
                 if name is not None:

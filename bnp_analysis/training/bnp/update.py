@@ -54,7 +54,8 @@ def find_gradients(layers: Sequence[Layer], seen: Container[int], rows: Sequence
     for i, layer in enumerate(layers):
         # Attributes of modules are slow; each is looked up once.
         held, kind = layer.module._parameters, layer.kind
-        owner, own = held.get(kind.weight), held.get(kind.bias) if layer.bias is not None else None
+        owner: Any = kind.parameter(layer.module)
+        own = held.get(kind.bias) if layer.bias is not None else None
         if owner is None or not owner.requires_grad or not (rows[i] or i in seen):
             continue
         free = own is not None and own.requires_grad
@@ -95,7 +96,13 @@ def require_whole_units(layer: Layer, tensor: Tensor) -> Tensor:
 
     assert isinstance(tensor, DTensor)
     mesh, whole = tensor.device_mesh, tensor.placements == (Shard(0),)
-    if not whole or mesh.size() != dist.get_world_size() or layer.groups > 1 or layer.kind.transposed:
+    if (
+        not whole
+        or mesh.size() != dist.get_world_size()
+        or layer.groups > 1
+        or layer.kind.transposed
+        or layer.kind.gain
+    ):
         raise InvalidInputError(
             f"layer {layer.name!r} is sharded as {tensor.placements} over {mesh.size()} processes: BNP needs whole "
             "units, sharded over all processes (fully_shard), and sees the inputs of whole layers only. Use "
@@ -265,14 +272,14 @@ class MeasuredScale:
 
     def __call__(self, layer: Layer, inputs: Sequence[Tensor], mean: Tensor, s2: Tensor) -> float:
         """The largest over the groups, for inputs normalized by the mean and the damped variance."""
-        mean, s2 = (t.view(layer.groups, -1) for t in (mean, s2))
+        mean, s2 = (t.view(-1, layer.features) for t in (mean, s2))
         v = mean / s2.sqrt()
         norm = torch.linalg.vector_norm(v, dim=1, keepdim=True)
         u = v / norm.clamp_min(torch.finfo(v.dtype).tiny)
         shrink = 1 - 1 / torch.hypot(torch.ones_like(norm), norm)
         parts = []
         for h in inputs:
-            g = layer.rows(h.to(mean.dtype))
+            g = layer.per_unit(layer.rows(h.to(mean.dtype)))
             if layer.bias is not None:
                 g = torch.cat([(g - mean) / s2.sqrt(), g.new_ones(*g.shape[:2], 1)], dim=2)
             else:
@@ -413,6 +420,9 @@ class Update:
             mean, s2 = means[i], damped[i]
             if bias is None and diagonal:
                 mean, s2 = self._diagonal(i)
+            elif layer.kind.gain:
+                mean, variance = self._moments(i)
+                s2 = damped_variance(variance, self._settings.eps1, self._settings.eps2)
             if by_shape and (bias is not None or not diagonal):
                 q2 = scale_square(by_shape, layer.features, rows[i], examples[i])
             else:
@@ -477,12 +487,16 @@ class Update:
         )
 
     def _moments(self, index: int) -> tuple[Tensor, Tensor]:
-        """Mean and variance `(groups, m)`."""
+        """Mean and variance `(groups, m)`, or `(units, m)` of what each unit's parameters meet."""
+        return self._layers[index].unit_moments(*self._seen(index))
+
+    def _seen(self, index: int) -> tuple[Tensor, Tensor]:
+        """Mean and variance `(groups, m)` of the inputs."""
         mean, variance = self._running.of(index)
         return self._damped.one(index, mean), self._damped.one(index, variance)
 
     def _block(self, layer: Layer, i: int, space: ParameterSpace) -> tuple[BNPBlock, Tensor]:
-        mean, variance = (m.detach().to(space.device, torch.float64, copy=True) for m in self._moments(i))
+        mean, variance = (m.detach().to(space.device, torch.float64, copy=True) for m in self._seen(i))
         moments = Moments(mean, variance, variance == 0, self._running.rows[i], self._running.examples[i])
         chosen = self._settings
         scales = None

@@ -1,0 +1,81 @@
+"""Write docs/reported.md from the committed data: `python -m paper_figures.gallery [--check]`.
+
+`--check` writes nothing and exits with 1 where the page is not what the data say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+
+from paper_figures.figures import fig14_reported as figure
+from paper_figures.frame import HERE, ROOT, FigureData, stored
+from paper_figures.gallery import entries
+
+NAME, PAGE = "fig14_reported", ROOT / "docs" / "reported.md"
+_HEAD = "| case | printed | the source's routine | certified | exact | outside by |\n|---|---|---|---|---|---|"
+
+
+def page(data: FigureData) -> str:
+    """The page: the picture, and for each source its words and its numbers."""
+    about = data.about
+    lines = [
+        *("# Reported against certified", ""),
+        f"Written by `python -m paper_figures.gallery` from the data of `{about['command']}` (torch "
+        f"{about['versions']['torch']}, revision {about['revision']}, {about['seconds']:.0f} s); with `--preset "
+        "quick` the same on small settings takes seconds. A source is one file in `paper_figures/gallery`.",
+        *("", figure.CLAIM, ""),
+        *(f"![Published numbers beside certified intervals](../paper_figures/full/{NAME}.png)", ""),
+        "*Printed* is what the source prints, *the source's routine* what that routine gives here in its precision, "
+        "*certified* the interval of this package, *exact* an independent check, *outside by* how far the routine's "
+        "number is from the interval: relative, or as a factor.",
+        "",
+    ]
+    failure = figure.failure(data)
+    if failure:
+        lines += [f"**The claim fails on these data:** {failure}.", ""]
+    for name, entry in entries().items():
+        rows = [k for k, word in enumerate(data.words("entry")) if word == name]
+        lines += [f"## {entry.title}", "", f"**Source.** {entry.source}", "", f"**Setting.** {entry.setting}", ""]
+        lines += [f"**How the source has it:** {entry.naive}", "", f"**Certified:** {entry.certified}", ""]
+        lines += [f"**Check:** {entry.check}", "", _HEAD]
+        lines += [_line(data.words("case")[k], data["numbers"][k].tolist()) for k in rows]
+        lines += ["", f"**What differs, and why.** {entry.why}", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _line(case: str, numbers: Sequence[float]) -> str:
+    printed, reported, lower, upper, exact = numbers
+    # Two digits more than the interval is certain of; three of a number that is far off.
+    digits = 4 if lower == upper else min(max(2 - math.floor(math.log10(upper / lower - 1)), 4), 14)
+
+    def shown(x: float) -> str:
+        near = figure.distance(x, lower, upper) < figure.WIDE
+        return "" if math.isnan(x) else f"{x:.{digits if near else 3}g}"
+
+    apart = figure.distance(reported, lower, upper)
+    factor = max(reported / upper, lower / reported)
+    outside = "" if apart == 0 else f"a factor of {factor:.3g}" if factor > 2 else f"{apart:.1g}"
+    ends = dict.fromkeys([shown(lower), shown(upper)])
+    return f"| {case} | {shown(printed)} | {shown(reported)} | {' .. '.join(ends)} | {shown(exact)} | {outside} |"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write or check the page; 2 where there are no committed data."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where the page is another")
+    arguments = parser.parse_args(argv)
+    data = stored(NAME, HERE / "full")
+    if data is None:
+        print(f"no data: run bnp-analysis figures {NAME} --preset full", file=sys.stderr)
+        return 2
+    if arguments.check:
+        return int(not PAGE.exists() or PAGE.read_text() != page(data))
+    PAGE.write_text(page(data))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
