@@ -25,7 +25,7 @@ ROUNDINGS = 32
 # How often rounding is tried, and how many times more than seen it may be.
 _TRIALS, _SAFETY = 3, 4
 # Examples that are tried together.
-_PART = 64
+_PART = 256
 # A layer whose derivatives are smaller than this share of the largest, squared, has no effect.
 _EFFECT = 1e-8
 # Recorded operations that neither take differences of derivatives nor round more than a product does: of layers,
@@ -51,8 +51,19 @@ _TAME = {
         *("Expand", "Squeeze", "Unsqueeze", "Alias", "Slice", "Select", "Split", "Cat", "AsStrided", "ToCopy"),
         *("Convolution", "MaxPool2DWithIndices", "AvgPool2D", "Mean", "AdaptiveAvgPool2D", "Embedding"),
         *("Relu", "LeakyRelu", "Hardtanh", "Tanh", "Sigmoid", "Gelu", "Silu", "Elu", "Softplus", "LogSoftmax"),
+        *(
+            "NativeLayerNorm",
+            "NativeBatchNorm",
+            "NativeGroupNorm",
+            "Softmax",
+            "Where",
+            "Unsafe",
+            "Chunk",
+            "Stack",
+            "Unbind",
+        ),
     )
-} | {"torch::autograd::AccumulateGrad", "SmoothBackward"}
+} | {"torch::autograd::AccumulateGrad", "SmoothBackward", "SoftmaxBackward"}
 
 
 def product_eps(risk: EmpiricalRisk) -> float:
@@ -149,6 +160,13 @@ def _trial(risk: EmpiricalRisk, batch: Batch) -> tuple[float, bool]:
     return min(1.0, _SAFETY * worst**0.5), lost
 
 
+def _tame(node: Any) -> bool:
+    """Whether no derivatives cancel at an operation; a product with a constant is one of those."""
+    if node.name() in ("MulBackward0", "DivBackward0"):
+        return all(argument is None for argument, _ in node.next_functions[1:])
+    return node.name() in _TAME
+
+
 def _square(t: Tensor) -> float:
     return float(t.double().square().sum())
 
@@ -166,7 +184,7 @@ def _pulled(risk: EmpiricalRisk, batch: Batch) -> _Pulled | None:
     leaves = risk.leaves()
     outputs = risk.batch_outputs(leaves, batch)
     nodes = nodes_of(outputs)
-    arguments = {n for node in nodes if node.name() not in _TAME for n, _ in node.next_functions if n is not None}
+    arguments = {n for node in nodes if not _tame(node) for n, _ in node.next_functions if n is not None}
     if not outputs.requires_grad or not arguments:
         return None
     inside: dict[int, Tensor] = {}
