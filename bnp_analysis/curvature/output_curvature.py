@@ -16,16 +16,14 @@ from bnp_analysis.network.kernels import derivative, recording
 from bnp_analysis.network.layer_kinds import Layer
 from bnp_analysis.network.precision import Perturbed
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.network.saturation import product_eps
+from bnp_analysis.network.saturation import ROUNDINGS, product_eps
 from bnp_analysis.network.smooth import SIGMOID, generic, watching
 from bnp_analysis.runtime.trees import tensors_of
 
 # Beyond this many numbers the per-example matrices are not formed.
 _LIMIT = 200_000_000
-# An entry's error is taken for so many roundings at least.
-ROUNDINGS = 32
 # How often rounding is tried, and how many times more than seen it may be.
-_TRIALS, _SAFETY = 2, 4
+_TRIALS, _SAFETY = 4, 4
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,22 @@ from bnp_analysis.runtime.trees import tensors_of
 
 # Functions whose derivative torch takes to be zero, or the identity.
 _STEPS = {"round", "round_", "floor", "floor_", "ceil", "ceil_", "trunc", "trunc_", "sign", "sign_", "heaviside"}
+# Functions with a kink at zero, at a number that they are given, or where two arguments are equal.
+_KINKS = {"abs", "absolute", "relu", "relu6", "leaky_relu", "prelu", "threshold", "hardtanh", "sign", "sgn"}
+_KINKS |= {"clamp", "clamp_min", "clamp_max", "clip", "maximum", "minimum", "max", "min", "fmax", "fmin", "where"}
+_KINKS |= {
+    "gt",
+    "ge",
+    "lt",
+    "le",
+    "hardshrink",
+    "softshrink",
+    "hardswish",
+    "hardsigmoid",
+    "smooth_l1_loss",
+    "huber_loss",
+}
+_KINKS |= {"l1_loss", "hinge_embedding_loss", "margin_ranking_loss"}
 _STEPS |= {"fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine", "bucketize"}
 
 
@@ -32,17 +48,21 @@ class Observer(TorchFunctionMode):
 
     Args:
         watched: `id` of a tensor -> its name.
+        kinks: whether to look for functions that are evaluated on a kink.
 
     Attributes:
         read: names of the watched tensors that were arguments.
         generators: random generators that were passed on purpose.
         dtypes: of all tensors that were made.
         stops: where a gradient was cut, a step function or a padding index used, `"detach at net.py:12"`.
+        kinks: where functions were evaluated on their kinks, if that was asked for.
     """
 
-    def __init__(self, watched: Mapping[int, str] | None = None) -> None:
+    def __init__(self, watched: Mapping[int, str] | None = None, *, kinks: bool = False) -> None:
         super().__init__()
         self._watched = watched or {}
+        self._looks = kinks
+        self.kinks: dict[str, None] = {}
         self.read: dict[str, None] = {}
         self.generators: dict[int, torch.Generator] = {}
         self.dtypes: set[torch.dtype] = set()
@@ -75,11 +95,26 @@ class Observer(TorchFunctionMode):
         made = tensors_of(out) if isinstance(out, Tensor | tuple | list) else []
         self.dtypes |= {t.dtype for t in made}
         name = str(getattr(func, "__name__", func))
+        if self._looks and name.strip("_") in _KINKS and _on_kink(given, args[1:], kwargs):
+            self.kinks[_caller(name)] = None
         cut = any(t.requires_grad for t in given) and any(t.is_floating_point() and not t.requires_grad for t in made)
         if cut or name in _STEPS or kwargs.get("padding_idx") is not None:
             name = str(getattr(func.__self__, "__name__", name)) if name == "__get__" else name
             self.stops[_caller(name)] = None
         return out
+
+
+def _on_kink(given: list[Tensor], args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether some entry of the arguments of a function with a kink is where it has one."""
+    first, *others = [t for t in given if not transformed(t)] or [torch.ones(())]
+    numbers = [a for a in (*args, *kwargs.values()) if isinstance(a, int | float)]
+    if any(bool((first == c).any()) for c in (0, *numbers)):
+        return True
+    return any(_broadcast(first, t) and bool((first == t).any()) for t in others)
+
+
+def _broadcast(a: Tensor, b: Tensor) -> bool:
+    return all(m == n or 1 in (m, n) for m, n in zip(reversed(a.shape), reversed(b.shape), strict=False))
 
 
 def _caller(name: str) -> str:
@@ -98,8 +133,9 @@ def _caller(name: str) -> str:
 
 
 def custom_functions(outputs: Tensor) -> list[str]:
-    """The names of the `autograd.Function`s in a recorded graph."""
-    custom = [node.name() for node in nodes_of(outputs) if hasattr(node, "_forward_cls")]
+    """The names of the `autograd.Function`s in a recorded graph, but this package's own."""
+    found = [node for node in nodes_of(outputs) if hasattr(node, "_forward_cls")]
+    custom = [node.name() for node in found if not node._forward_cls.__module__.startswith("bnp_analysis.")]
     return [*dict.fromkeys(name.removesuffix("Backward") for name in custom)]
 
 

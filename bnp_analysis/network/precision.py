@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,6 +32,14 @@ _FEW = 8
 GENERIC = "generic point"
 _OUTSIDE = "a value computed outside of torch"
 _DIGITS = {d for d in vars(torch).values() if isinstance(d, torch.dtype) and (d.is_floating_point or d.is_complex)}
+# Operations that choose among numbers, move or negate them: nothing is rounded.
+_CHOOSE = {"topk", "sort", "max", "min", "amax", "amin", "aminmax", "median", "nanmedian", "kthvalue", "mode", "where"}
+_CHOOSE |= {"maximum", "minimum", "fmax", "fmin", "clamp", "clamp_min", "clamp_max", "relu", "threshold_backward"}
+_CHOOSE |= {"neg", "abs", "clone", "to_copy", "cat", "stack", "gather", "index", "index_select", "take", "embedding"}
+_CHOOSE |= {"flip", "roll", "repeat", "constant_pad_nd", "masked_fill", "scatter", "tril", "triu", "unfold_copy"}
+_CHOOSE |= {"index_fill", "masked_select", "max_pool2d_with_indices", "max_pool3d_with_indices", "nan_to_num"}
+# Integers of the same size in bytes.
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Dtypes that values may have passed through unseen, coarsest first.
 _COARSE = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -272,7 +281,9 @@ class _Record(TorchDispatchMode):
             if self._coarse(t.dtype):
                 source = inputs[-1]
                 cast = name in ("_to_copy", "copy_")
-                if cast and source.dtype != t.dtype and bool((t.to(source.dtype) == source).all()):
+                # A real number as a complex one is cast back by its real part.
+                values = torch.view_as_real(t)[..., 0] if t.is_complex() and not source.is_complex() else t
+                if cast and source.dtype != t.dtype and bool((values.to(source.dtype) == source).all()):
                     continue
                 if not func.is_view:
                     self._note(t.dtype, name, cast=cast)
@@ -326,14 +337,20 @@ class _Record(TorchDispatchMode):
 
 
 class Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Every number that an operation computes is moved by one unit roundoff, up or down at random (CESTAC).
+    """Every number that an operation computes is moved up or down, by half a unit roundoff to two and a half (CESTAC).
+
+    With moves of one size, those of two operations (`p = sigmoid(z)`, `-p`) cancel exactly in half of all trials. A
+    move depends on the number and the kind of operation alone: equal numbers stay equal, so that maxima over ties are
+    taken at the same places, and what is computed twice is the same; unless `alike` is off, for differences of nearly
+    equal evaluations.
 
     Source: Vignes 1993.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, alike: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._generator = torch.Generator().manual_seed(seed)
+        self._seed, self._alike = seed, alike
+        self._calls = 0
         # Whether finite numbers gave an infinite one: its reciprocal is a zero that means nothing.
         self.overflowed = False
 
@@ -346,27 +363,41 @@ class Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Zeros without memory, which autograd makes, cannot be looked at.
         inputs = [t for t in tensors_of((list(args), kwargs or {})) if not (t._is_zerotensor() or t.is_meta)]
         given = {id(t) for t in inputs}
+        numbers = [a for a in args if isinstance(a, float | int) and not isinstance(a, bool)]
         if any(bool(t.isinf().any()) for t in tensors_of([out]) if _has_numbers(t)):
-            numbers = [a for a in args if isinstance(a, float)]
             finite = all(map(math.isfinite, numbers)) and not any(bool(t.isinf().any()) for t in inputs)
             self.overflowed = self.overflowed or finite
         if any(r.alias_info is not None for r in func._schema.returns) or not given:
             return out
-        product = func.overloadpacket in (torch.ops.aten.mul, torch.ops.aten.div)
-        factors = [t for t in inputs if t.ndim] if product else []
+        name = func.overloadpacket.__name__.strip("_")
+        if name in _CHOOSE:
+            return out
+        product = func.overloadpacket in (torch.ops.aten.mul, torch.ops.aten.div) and all(numbers)
 
         def moved(t: Tensor) -> Tensor:
             if id(t) in given or not _has_numbers(t):
                 return t
-            signs = torch.randint(0, 2, t.shape, generator=self._generator, dtype=torch.int8).to(t.device) * 2 - 1
             number = torch.finfo(t.dtype)
+            by = self._moves(t, name)
+            if not product:
+                return t + by * (t * number.eps)
             # What underflows has an error as large as the least number, which a large factor may bring back.
             lost = t.abs() < number.tiny
-            for factor in factors:
+            for factor in inputs:
                 lost = lost & (factor != 0)
-            return t + signs * (t * number.eps + number.tiny * lost.to(t) * bool(factors))
+            return t + by * (t * number.eps + number.tiny * lost.to(t))
 
         return map_tensors(out, moved)
+
+    def _moves(self, t: Tensor, name: str) -> Tensor:
+        """Between 0.5 and 2.5 with signs, from the bits of numbers: the same on every device."""
+        bits = t.contiguous().view(_BITS[t.element_size()]).long()
+        self._calls += not self._alike
+        key = random.Random(f"{self._seed} {self._calls} {name}").getrandbits(62)
+        mixed = (bits ^ key) * 0x1E3779B97F4A7C15
+        mixed = (mixed ^ (mixed >> 29)) * 0x3F58476D1CE4E5B9
+        share = ((mixed >> 32) & 0xFFFF).to(t) / 2**16
+        return (0.5 + 2 * share) * (1 - 2 * ((mixed >> 50) & 1).to(t))
 
 
 def _has_numbers(t: Tensor) -> bool:

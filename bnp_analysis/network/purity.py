@@ -36,6 +36,8 @@ _DROPOUTS = (
     nn.FeatureAlphaDropout,
 )
 
+# Examples in a part of a batch, and how many parts are compared with the whole.
+_PART, _MOST_PARTS = 8, 8
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 
 
@@ -374,13 +376,32 @@ def couples(
         return True
     with suppress(RuntimeError, ValueError, TypeError):  # an operation without derivative
         if _apart(by_inputs, whole, size):
-            return False
+            return _differs_in_parts(risk, tensors, batch, whole)
     for bit in range((size - 1).bit_length()):
         for side in (0, 1):
             partner = index ^ (1 << bit)
             stays = (((index >> bit) & 1) == side) | (partner >= size)
             if _changes(risk, tensors, batch, whole, torch.where(stays, index, partner), int(stays.sum())):
                 return True
+    return False
+
+
+def _differs_in_parts(risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch, whole: Tensor) -> bool:
+    """Whether a batch in parts has other outputs: thresholds over the batch, without derivative, such as a median."""
+    size = tensors_of(batch.x)[0].shape[0]
+    if whole.shape[0] != size:
+        return False
+    step = _PART if size > _PART else (size + 1) // 2
+    near = float(whole.abs().max()) * torch.finfo(whole.dtype).eps ** 0.5
+    for k in range(0, min(size, _MOST_PARTS * step), step):
+        part = slice_batch(batch, k, k + step)
+        try:
+            outputs = None if part is None else _outputs(risk, tensors, part)
+        except InvalidInputError:  # made for one size of batch
+            return False
+        own = whole[k : k + step]
+        if outputs is not None and (outputs.shape != own.shape or float((outputs - own).abs().max()) > near):
+            return True
     return False
 
 

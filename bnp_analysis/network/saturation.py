@@ -2,19 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bnp_analysis.network.batches import Batch
-from bnp_analysis.network.kernels import recording
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.network.batches import Batch, slice_batch
+from bnp_analysis.network.kernels import derivative, nodes_of, recording
+from bnp_analysis.network.precision import Perturbed
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.smooth import Watch, generic, watching
+from bnp_analysis.runtime.trees import tensors_of
 
 # An entry's error is taken for 32 roundings at least: room for what the argument of a smooth function has rounded,
 # amplified so many times.
 _ALLOWED = 8.0
+#: An entry's error is taken for so many roundings at least.
+ROUNDINGS = 32
+# How often rounding is tried, and how many times more than seen it may be.
+_TRIALS, _SAFETY = 3, 4
+# Examples that are tried together.
+_PART = 256
+# A layer whose derivatives are smaller than this share of the largest, squared, has no effect.
+_EFFECT = 1e-8
+# Recorded operations that neither take differences of derivatives nor round more than a product does: of layers,
+# activations, and what only moves numbers. Others are tried.
+_TAME = {
+    f"{name}Backward{k}"
+    for k in range(2)
+    for name in (
+        *(
+            "Addmm",
+            "Mm",
+            "Bmm",
+            "Baddbmm",
+            "T",
+            "Transpose",
+            "Permute",
+            "View",
+            "UnsafeView",
+            "ReshapeAlias",
+            "Clone",
+            "Add",
+        ),
+        *("Expand", "Squeeze", "Unsqueeze", "Alias", "Slice", "Select", "Split", "Cat", "AsStrided", "ToCopy"),
+        *("Convolution", "MaxPool2DWithIndices", "AvgPool2D", "Mean", "AdaptiveAvgPool2D", "Embedding"),
+        *("Relu", "LeakyRelu", "Hardtanh", "Tanh", "Sigmoid", "Gelu", "Silu", "Elu", "Softplus", "LogSoftmax"),
+        *(
+            "NativeLayerNorm",
+            "NativeBatchNorm",
+            "NativeGroupNorm",
+            "Softmax",
+            "Where",
+            "Unsafe",
+            "Chunk",
+            "Stack",
+            "Unbind",
+        ),
+    )
+} | {"torch::autograd::AccumulateGrad", "SmoothBackward", "SoftmaxBackward"}
 
 
 def product_eps(risk: EmpiricalRisk) -> float:
@@ -36,7 +85,8 @@ def product_eps(risk: EmpiricalRisk) -> float:
         grown = risk.group.share(lambda: _amplification(risk), "what saturation amplifies")
         return torch.tensor(max(grown), dtype=torch.float64)
 
-    return risk.eps * max(1.0, float(risk.remembered("amplification", amplification)) / _ALLOWED)
+    known = risk.eps * max(1.0, float(risk.remembered("amplification", amplification)) / _ALLOWED)
+    return max(known, _tried(risk)[0] / ROUNDINGS)
 
 
 def has_vanished(risk: EmpiricalRisk) -> bool:
@@ -50,7 +100,116 @@ def has_vanished(risk: EmpiricalRisk) -> bool:
         found = risk.group.share(lambda: any(_vanished(risk, batch) for batch in risk.batches), "vanished derivatives")
         return torch.tensor(any(found))
 
-    return bool(risk.remembered("vanished", vanished))
+    return bool(risk.remembered("vanished", vanished)) or _tried(risk)[1]
+
+
+def _tried(risk: EmpiricalRisk) -> tuple[float, bool]:
+    """How far rounding moves `J^T u`, relative, in the worst layer; and whether nothing is left of numbers behind it.
+
+    Functions written by hand have whatever digits their operations leave: `x / sqrt(1 + x^2)` has the derivative
+    `1 / s - x^2 / s^3`, in which nothing is left at `x = 1e4` in float32. A zero by a mask or a missing edge stays one.
+    """
+
+    def trial() -> Tensor:
+        found = risk.group.share(lambda: [*_trials(risk)], "the rounding of products")
+        every = [one for own in found for one in own]
+        worst = [max((doubt for doubt, _ in every), default=0.0), any(lost for _, lost in every)]
+        return torch.tensor(worst, dtype=torch.float64)
+
+    doubt, lost = risk.remembered("rounding", trial).tolist()
+    return doubt, bool(lost)
+
+
+def _trials(risk: EmpiricalRisk) -> Iterator[tuple[float, bool]]:
+    """Batches are tried in parts where they can be cut: gradients at operations inside the model are held."""
+    for batch in risk.batches:
+        size = tensors_of(batch.x)[0].shape[0]
+        parts = [slice_batch(batch, k, k + _PART) for k in range(0, size, _PART)] if size > _PART else []
+        if not parts or risk.coupled or None in parts:
+            parts = [batch]
+        try:
+            found = [_trial(risk, part) for part in parts if part is not None]
+        except InvalidInputError:  # made for one size of batch
+            found = [_trial(risk, batch)]
+        yield from found
+
+
+@recording()
+def _trial(risk: EmpiricalRisk, batch: Batch) -> tuple[float, bool]:
+    plain = _pulled(risk, batch)
+    if plain is None:
+        return 0.0, False
+    moved, lost = dict.fromkeys(plain.derivatives, 0.0), False
+    for seed in range(_TRIALS):
+        with Perturbed(seed):
+            other = _pulled(risk, batch)
+        if other is None or other.inside.keys() != plain.inside.keys():  # another branch of the model
+            continue
+        for k, g in plain.inside.items():
+            gap = (other.inside[k] - g).abs()
+            lost = lost or bool(((gap > 0) & (_SAFETY * gap >= g.abs())).any())
+        moved = {n: max(moved[n], _square(other.derivatives[n] - t)) for n, t in plain.derivatives.items()}
+    layers: dict[str, list[float]] = {}
+    for name, t in plain.derivatives.items():
+        layer = layers.setdefault(name.rpartition(".")[0], [0.0, 0.0])
+        layer[0] += moved[name]
+        layer[1] += _square(t)
+    # In a layer without effect all is noise.
+    floor = _EFFECT * max(size for _, size in layers.values())
+    worst = max((by / size for by, size in layers.values() if size > floor), default=0.0)
+    return min(1.0, _SAFETY * worst**0.5), lost
+
+
+def _tame(node: Any) -> bool:
+    """Whether no derivatives cancel at an operation; a product with a constant is one of those."""
+    if node.name() in ("MulBackward0", "DivBackward0"):
+        return all(argument is None for argument, _ in node.next_functions[1:])
+    return node.name() in _TAME
+
+
+def _square(t: Tensor) -> float:
+    return float(t.double().square().sum())
+
+
+@dataclass(frozen=True)
+class _Pulled:
+    """`J^T u` by parameters, and the gradients that arrive where operations that may cancel get their arguments."""
+
+    derivatives: dict[str, Tensor]
+    inside: dict[int, Tensor]
+
+
+def _pulled(risk: EmpiricalRisk, batch: Batch) -> _Pulled | None:
+    """For random `u`; None where no operation of the model can cancel."""
+    leaves = risk.leaves()
+    outputs = risk.batch_outputs(leaves, batch)
+    nodes = nodes_of(outputs)
+    arguments = {n for node in nodes if not _tame(node) for n, _ in node.next_functions if n is not None}
+    if not outputs.requires_grad or not arguments:
+        return None
+    inside: dict[int, Tensor] = {}
+
+    def watch(k: int) -> Callable[[Any], None]:
+        def arrived(gradients: Any) -> None:
+            g = next((g for g in gradients if g is not None and not g._is_zerotensor()), None)
+            if g is not None and g.is_floating_point():
+                inside[k] = g.detach()
+
+        return arrived
+
+    handles = [
+        node.register_prehook(watch(k))
+        for k, node in enumerate(nodes)
+        if node in arguments and not hasattr(node, "variable")
+    ]
+    g = torch.Generator().manual_seed(0)
+    u = torch.randn(outputs.shape, generator=g, dtype=torch.float64).to(outputs)
+    try:
+        pulled = derivative(outputs, [*leaves.values()], u, what="the rounding of products")
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _Pulled(dict(zip(leaves, pulled, strict=True)), inside)
 
 
 def _amplification(risk: EmpiricalRisk) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -385,3 +386,43 @@ def test_rectifiers_at_random_points_are_not_refused() -> None:
         risk = classify(model, (x, y), dtype=F32 if seed % 2 else F64)
         bnp.hessian(risk)
         bnp.gauss_newton(risk)
+
+
+def stable(o: Tensor, y: Tensor) -> Tensor:
+    return (o.clamp(min=0) - o * y + torch.log(1 + torch.exp(-o.abs()))).mean()
+
+
+def log_cosh(o: Tensor, y: Tensor) -> Tensor:
+    d = (o - y).abs()
+    return (d + F.softplus(-2 * d)).mean()
+
+
+def fair(o: Tensor, y: Tensor) -> Tensor:
+    d = (o - y).abs()
+    return (d - torch.log1p(d)).mean()
+
+
+@pytest.mark.parametrize(("loss", "first"), [(stable, True), (log_cosh, False), (fair, False)])
+def test_smooth_losses_on_the_kinks_of_their_parts(loss: Callable[[Tensor, Tensor], Tensor], first: bool) -> None:
+    """A last layer of zeros: autograd's curvature is 0 there, that of the loss is not; found at `theta` alone."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    with torch.no_grad():
+        model[2].weight.zero_()
+        model[2].bias.zero_()
+    data = table()[0].double(), torch.zeros(len(table()[0]), 1).double()
+    build = partial(bnp.EmpiricalRisk, model, loss, data)
+    make = build if first else partial(bnp.gauss_newton, build())
+    with pytest.raises(DerivativeError, match=r"abs at test_network_derivatives"):
+        make()
+
+
+def test_real_kinks_at_theta_decide_nothing() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 1)).double()
+    with torch.no_grad():
+        model[0].bias.zero_()
+        model[2].weight.zero_()
+    x = table()[0].double()
+    x[0] = 0
+    for loss in (F.mse_loss, F.l1_loss, F.binary_cross_entropy_with_logits):
+        risk = bnp.EmpiricalRisk(model, loss, (x, torch.zeros(len(x), 1).double()))
+        bnp.hessian(risk), bnp.gauss_newton(risk)
