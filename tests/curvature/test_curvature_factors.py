@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, Sampler, TensorDataset
 
 import bnp_analysis as bnp
-from bnp_analysis.curvature import factors, output_curvature
+from bnp_analysis.curvature import factors, output_curvature, products
 from bnp_analysis.curvature.output_curvature import output_root
+from bnp_analysis.curvature.products import output_graph
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -339,3 +340,21 @@ def test_rows_of_nearly_certain_examples_still_sum_to_zero() -> None:
     assert root is not None
     size = root.root.abs().amax(dim=2)
     assert bool((root.root.sum(dim=2).abs() <= 4e-16 * size).all())
+
+
+def test_rows_of_a_small_transformer_are_pulled_back_together(monkeypatch):
+    """One backward pass for the whole stack and one that checks it, none per row."""
+    block = nn.TransformerEncoderLayer(8, 2, 16, 0.0, "gelu", batch_first=True, norm_first=True)
+    model = nn.Sequential(nn.Embedding(7, 8), block, nn.LayerNorm(8), nn.Linear(8, 7)).double()
+    x = torch.randint(7, (3, 4), generator=torch.Generator().manual_seed(0))
+    risk = bnp.EmpiricalRisk(model, lambda out, y: nn.functional.cross_entropy(out.flatten(0, 1), y.flatten()), (x, x))
+    (batch,) = risk.batches
+    graph = output_graph(risk, batch, forward=False)
+    calls, one = [], products.backward
+    monkeypatch.setattr(products, "backward", lambda *a, **k: calls.append(k.get("batched", False)) or one(*a, **k))
+    u = torch.randn(5, *graph.outputs.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    together = graph.vjp_rows(u)
+    assert calls == [True, False]
+    for k, row in enumerate(u):
+        for stacked, single in zip(together, one([graph.outputs], graph.leaves, [row]), strict=True):
+            torch.testing.assert_close(stacked[k], single, rtol=1e-9, atol=1e-12)
