@@ -17,7 +17,7 @@ from . import (
     training,
 )
 from .curvature import fisher, gauss_newton, hessian
-from .diagnose import block_spectra, compare, condition, layer_table
+from .diagnose import block_spectra, compare, condition, layer_table, slice
 from .linalg import (
     CallableOperator,
     DenseOperator,
@@ -83,6 +83,7 @@ __all__ = [
     "precondition",
     "register_layer",
     "results",
+    "slice",
     "spectral_density",
     "symmetry",
     "theory",

@@ -12,7 +12,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import SymmetricalLogLocator
 
-from bnp_analysis.diagnose import BlockSpectra, Comparison, Conditioning, LayerTable
+from bnp_analysis.diagnose import BlockSpectra, Comparison, Conditioning, EigenvectorMass, LayerTable, Slice
+from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg import ConditionNumber, ConditionProfile, Diagonal, SpectralDensity
 from bnp_analysis.runtime.kinds import require_kind
 from bnp_analysis.training import Sharpness
@@ -85,34 +86,70 @@ def plot_blocks(result: Comparison | LayerTable, ax: Axes | None = None) -> Axes
 
 
 def plot_spectral_density(
-    density: SpectralDensity, ax: Axes | None = None, *, label: str | None = None, color: str = BLUE
+    density: SpectralDensity,
+    ax: Axes | None = None,
+    *,
+    label: str | None = None,
+    color: str = BLUE,
+    axis: str = "own",
+    floor: float | None = None,
 ) -> Axes:
     """The density with the band that contains the truth at 95 % of the points, on a logarithmic vertical axis.
 
     The band counts quadrature and sampling; it reaches down to the axis where the density cannot tell eigenvalues from
-    none. On an axis of logarithms the part below rounding, where it says nothing, is grey.
+    none. On an axis of logarithms the part that is not resolved, whose peaks are places of quadrature nodes and not of
+    eigenvalues, is grey.
 
     Args:
         density: from `spectral_density`.
         ax: axes to draw on; default new ones.
         label: for the legend.
         color: of the line.
+        axis: `"own"`, that of the density, or `"symlog"`: logarithms of both signs, linear below `floor`, without band.
+        floor: sizes below count as zero there; default a millionth of the largest one.
 
     Returns:
         The axes.
     """
     require_kind(density, "density", SpectralDensity)
+    if axis not in ("own", "symlog"):
+        raise InvalidInputError(f"axis must be 'own' or 'symlog', got {axis!r}")
     ax = _axes(ax)
+    if axis == "symlog":
+        return _on_both_signs(density, ax, label, color, floor)
     top = float(density.density.max())
     ax.semilogy(density.grid, np.maximum(density.density, 1e-9 * top), color=color, label=label)
     low, high = (np.maximum(end, 1e-9 * top) for end in density.band())
     ax.fill_between(density.grid, low, high, color=color, alpha=0.2, linewidth=0)
     ax.set_ylim(bottom=1e-7 * top)
     logarithmic = density.settings.get("scale") == "log"
-    if logarithmic and density.rounding > 10 ** density.grid[0]:
-        ax.axvspan(density.grid[0], math.log10(density.rounding), color=GREY, alpha=0.15, linewidth=0)
+    if logarithmic:
+        rounding = math.log10(density.rounding) if density.rounding else -math.inf
+        end = max(min(density.resolved(), density.grid[-1]), rounding)
+        if end > density.grid[0]:
+            ax.axvspan(density.grid[0], end, color=GREY, alpha=0.15, linewidth=0)
     ax.set_xlabel(r"$\log_{10}|\lambda|$" if logarithmic else r"eigenvalue $\lambda$")
     ax.set_ylabel("density")
+    if label is not None:
+        ax.legend(frameon=False)
+    return ax
+
+
+def _on_both_signs(density: SpectralDensity, ax: Axes, label: str | None, color: str, floor: float | None) -> Axes:
+    """The density per decade of both signs; grey: below the floor, and nodes of eigenvalues of unknown size."""
+    some = density.weights > 0
+    sizes = np.abs(density.nodes[some])
+    largest = float(sizes.max())
+    floor = 1e-6 * largest if floor is None else floor
+    places, heights = density.symmetric_log(floor)
+    top = float(heights.max())
+    ax.semilogy(places, np.maximum(heights, 1e-9 * top), color=color, label=label)
+    ax.set_ylim(bottom=1e-5 * top)
+    _symmetric_log(ax, "x", floor, largest)
+    unknown = max(floor, float(sizes[density.residuals[some] + density.rounding > sizes / 2].max(initial=0.0)))
+    ax.axvspan(-unknown, unknown, color=GREY, alpha=0.15, linewidth=0)
+    ax.set_xlabel(r"eigenvalue $\lambda$")
+    ax.set_ylabel("density per decade")
     if label is not None:
         ax.legend(frameon=False)
     return ax
@@ -250,6 +287,68 @@ def plot_diagonal(result: Diagonal, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def plot_slice(result: Slice, ax: Axes | None = None) -> Axes:
+    """The loss along a direction beside its quadratic model, or its level lines in a plane, the model's dashed.
+
+    Args:
+        result: from `slice`.
+        ax: axes to draw on; default new ones.
+
+    Returns:
+        The axes.
+    """
+    require_kind(result, "result", Slice)
+    ax = _axes(ax)
+    if result.loss.ndim == 1:
+        ax.plot(result.distances, result.loss, color=BLUE, label="loss")
+        ax.plot(result.distances, result.quadratic, "--", color=ORANGE, label="quadratic model")
+        ax.set_xlabel(f"distance along {result.labels[0]}")
+        ax.set_ylabel("loss")
+    else:
+        finite = result.loss[np.isfinite(result.loss)]
+        # Closer where the loss is small: around a minimum a quadratic has its lines at equal distances.
+        levels = finite.min() + (finite.max() - finite.min()) * np.linspace(0, 1, 13) ** 2
+        lines = ax.contour(result.distances, result.distances, result.loss.T, levels, colors=BLUE, linewidths=1.2)
+        ax.clabel(lines, fontsize="x-small")
+        if np.isfinite(result.quadratic).all():
+            ax.contour(
+                result.distances,
+                result.distances,
+                result.quadratic.T,
+                levels,
+                colors=ORANGE,
+                linestyles="dashed",
+                linewidths=1.0,
+            )
+        ax.plot([], [], color=BLUE, label="loss")
+        ax.plot([], [], "--", color=ORANGE, label="quadratic model")
+        ax.plot([0], [0], "k+")
+        ax.set_xlabel(f"distance along {result.labels[0]}")
+        ax.set_ylabel(f"distance along {result.labels[1]}")
+    ax.legend(frameon=result.loss.ndim > 1, fontsize="small")
+    return ax
+
+
+def plot_eigenvector_mass(result: EigenvectorMass, ax: Axes | None = None) -> Axes:
+    """A heat map of which part of each eigenvector lies in which layer.
+
+    Args:
+        result: from `eigenvector_mass`.
+        ax: axes to draw on; default new ones.
+
+    Returns:
+        The axes.
+    """
+    require_kind(result, "result", EigenvectorMass)
+    ax = _axes(ax)
+    image = ax.imshow(result.mass.T, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
+    ax.set_xticks(range(len(result.values)), [f"{v:.3g}" for v in result.values], rotation=90)
+    ax.set_yticks(range(len(result.names)), list(result.names))
+    ax.set_xlabel("eigenvalue")
+    ax.figure.colorbar(image, ax=ax, label="part of the eigenvector's squared length")
+    return ax
+
+
 def plot_sharpness(result: Sharpness, ax: Axes | None = None) -> Axes:
     """The tracked eigenvalues along training, with the threshold above which a quadratic would be unstable.
 
@@ -363,9 +462,11 @@ __all__ = [
     "plot_block_distances",
     "plot_blocks",
     "plot_diagonal",
+    "plot_eigenvector_mass",
     "plot_inputs",
     "plot_profile",
     "plot_sharpness",
+    "plot_slice",
     "plot_spectral_density",
     "save_block_spectra",
     "save_comparison",

@@ -66,6 +66,7 @@ WRONG: dict[str, list[tuple[object, str]]] = {
 }
 WRONG["over"], WRONG["P"] = WRONG["risk"][:2], WRONG["preconditioner"]
 RIGHT = {
+    "direction": "gradient",
     "risk": RISK,
     "over": RISK,
     "A": A,
@@ -149,12 +150,14 @@ def test_every_name_of_the_advice_exists() -> None:
         "plot_block_distances",
         "plot_block_densities",
         "plot_diagonal",
+        "plot_slice",
+        "plot_eigenvector_mass",
         "plot_inputs",
         "plot_spectral_density",
     ],
 )
 def test_a_plot_names_the_verb_that_makes_its_result(plot: str) -> None:
-    with pytest.raises(InvalidInputError, match=r"write bnp\.\w+\("):
+    with pytest.raises(InvalidInputError, match=r"write bnp\.[\w.]+\("):
         getattr(bnp.plotting, plot)(RISK)
 
 

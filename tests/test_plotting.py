@@ -116,3 +116,50 @@ def test_blocks_are_drawn_with_their_distances_and_all_their_nodes() -> None:
         assert line.get_ydata()[-1] == pytest.approx(1)
     assert ax.get_xscale() == "symlog"
     plt.close("all")
+
+
+def test_slices_and_masses_are_drawn_as_they_are() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.rand(20, 4, generator=g), torch.randint(0, 3, (20,), generator=g)
+    risk = bnp.EmpiricalRisk(bnp.models.mlp([4, 3, 3]), cross_entropy, (x, y))
+    line = bnp.slice(risk, "gradient", points=5)
+    ax = plotting.plot_slice(line)
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), line.loss)
+    np.testing.assert_array_equal(ax.lines[1].get_ydata(), line.quadratic)
+    pairs = bnp.eigenpairs(bnp.hessian(risk), k=2, tol=1e-3)
+    plane = bnp.slice(risk, "gradient", pairs.vectors[:, 0], points=5)
+    ax = plotting.plot_slice(plane)
+    assert "gradient" in ax.get_xlabel()
+    assert len(ax.collections) >= 2
+    mass = bnp.diagnose.eigenvector_mass(pairs, risk.space)
+    ax = plotting.plot_eigenvector_mass(mass)
+    np.testing.assert_array_equal(ax.images[0].get_array(), mass.mass.T)
+    plt.close("all")
+
+
+def test_what_a_density_does_not_resolve_is_grey() -> None:
+    values = torch.cat([-torch.logspace(-3, -1, 40), torch.logspace(-4, 1, 160)]).double()
+    A = bnp.DenseOperator(torch.diag(values))
+    logarithmic = bnp.spectral_density(A, steps=20, scale="log")
+    end = logarithmic.resolved()
+    lower = logarithmic.band()[0]
+    assert not (lower[logarithmic.grid < end] > 0.01 * logarithmic.density[logarithmic.grid < end]).any()
+    assert logarithmic.grid[0] < end < 1
+    patch = plotting.plot_spectral_density(logarithmic).patches[0]
+    assert patch.get_x() + patch.get_width() == pytest.approx(end)
+    every = bnp.spectral_density(A, method="dense")
+    ax = plotting.plot_spectral_density(every, axis="symlog", floor=1e-4)
+    assert ax.get_xscale() == "symlog"
+    assert ax.patches[0].get_width() == pytest.approx(2e-4)
+    places, heights = every.symmetric_log(1e-4)
+    decades = np.sign(places) * np.log10(1 + np.abs(places) / 1e-4)
+    negative = places < 0
+    assert np.trapezoid(heights, decades) == pytest.approx(1, abs=1e-6)
+    assert np.trapezoid(heights[negative], decades[negative]) == pytest.approx(0.2, abs=0.01)
+    rough = bnp.spectral_density(A, steps=20)
+    assert plotting.plot_spectral_density(rough, axis="symlog").patches[0].get_width() > 1e-3  # its small nodes
+    with pytest.raises(bnp.errors.InvalidInputError, match="symlog"):
+        plotting.plot_spectral_density(rough, axis="log")
+    with pytest.raises(bnp.errors.InvalidInputError, match="scale='log'"):
+        rough.resolved()
+    plt.close("all")

@@ -76,9 +76,11 @@ class JacobianFactor(LinearOperator):
         doubt, lost = max((r.rounding for r in roots), default=0.0), any(r.vanished for r in roots)
         own = sum(self._rows), sum(r.rank for r in roots), self._own_dense_cost(), doubt, lost
         counts, ranks, costs, doubts, gone = zip(*self.group.share(lambda: own, "the rows of a factor"), strict=True)
+        # The cheaper side: a product for every parameter, or a backward pass of its slice for every row.
+        self._by_columns = risk.space.dim <= max(costs)
         super().__init__((sum(counts), risk.space.dim), risk.space.dtype, risk.space.device, risk.eps)
         self._begin = int(sum(counts[: self.group.rank]))
-        self._rank, self._dense_cost = int(sum(ranks)), int(max(costs))
+        self._rank, self._dense_cost = int(sum(ranks)), min(risk.space.dim, int(max(costs)))
         self._root_rounding, self._root_vanished = float(max(doubts)), any(gone)
         self.graphs = Engine(risk, output_graph, engine, max_memory)
 
@@ -168,10 +170,12 @@ class JacobianFactor(LinearOperator):
         yield from self._own_blocks() if self.group.size == 1 else [self.to_dense()]
 
     def _own_blocks(self) -> Iterator[Tensor]:
+        if self._by_columns:
+            yield self.own_rows_times(torch.eye(self.shape[1], dtype=self.dtype, device=self.device))
+            return
         for batch, root in zip(self._risk.batches, self._roots, strict=True):
             weight = (batch.count / self._risk.batches.total) ** 0.5
-            for rows in rows_of_batch(self._risk, batch, root):
-                yield rows.mul_(weight)
+            yield from rows_of_batch(self._risk, batch, replace(root, rows=root.rows * weight))
 
 
 def rows_of_batch(risk: EmpiricalRisk, batch: Batch, root: Root) -> Iterator[Tensor]:

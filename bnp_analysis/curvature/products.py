@@ -10,7 +10,7 @@ freed on the way. Where the outputs are a chain of dense layers, both are writte
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,8 @@ from bnp_analysis.runtime.trees import tensors_of
 
 # At most this many numbers of cotangents are pulled back together.
 TOGETHER = 2**22
+# Roundings by which rows from a stack may differ from single ones: of all sums on the way, large ones may cancel.
+_STACKED = 1e4
 
 
 @dataclass(frozen=True)
@@ -128,12 +130,27 @@ class OutputGraph:
         """`J^T u` for a stack of cotangents `(k, *outputs.shape)`, per tensor `(k, ...)`."""
         if not self.outputs.requires_grad:
             return [t.new_zeros(u.shape[0], *t.shape) for t in self.leaves]
-        try:
-            return backward([self.outputs], self.leaves, [u], batched=True)
-        except (RuntimeError, InvalidInputError):
-            # An operation whose backward pass cannot run on a stack; what fails for single rows too is raised there.
-            rows = [backward([self.outputs], self.leaves, [row]) for row in u]
-            return [torch.stack(parts) for parts in zip(*rows, strict=True)]
+        # An operation whose backward pass cannot run on a stack; what fails for single rows too is raised there.
+        with suppress(RuntimeError, InvalidInputError):
+            stacked = backward([self.outputs], self.leaves, [u], batched=True)
+            if self._additive(u, stacked):
+                return stacked
+        rows = [backward([self.outputs], self.leaves, [row]) for row in u]
+        return [torch.stack(parts) for parts in zip(*rows, strict=True)]
+
+    def _additive(self, u: Tensor, stacked: list[Tensor]) -> bool:
+        """Whether a combination of the rows is that of their cotangents pulled back.
+
+        torch's rules for stacks are wrong for some operations, without a word (`cdist`, torch 2.13).
+        """
+        weights = torch.linspace(1, 2, len(u), dtype=u.dtype, device=u.device)
+        single = backward([self.outputs], self.leaves, [torch.tensordot(weights, u, 1)])
+        for rows, whole in zip(stacked, single, strict=True):
+            gap = (torch.tensordot(weights, rows, 1) - whole).abs().sum()
+            size = torch.tensordot(weights, rows.abs(), 1).sum() + whole.abs().sum()
+            if not bool(gap <= _STACKED * torch.finfo(u.dtype).eps * size):
+                return False
+        return True
 
 
 def backward(

@@ -168,7 +168,7 @@ def unit_blocks(risk: EmpiricalRisk, layers: Coverage) -> dict[str, UnitBlocks]:
 
     Source: T1, T13.
     """
-    dense = [layer for layer in layers if not layer.spatial and not layer.kind.gain]
+    dense = [layer for layer in layers if not (layer.spatial or layer.groups > 1 or layer.kind.gain)]
     if risk.coupled or not dense or not risk.batches.ordered:
         return {}
     own: dict[str, _Own] = {}
@@ -225,12 +225,13 @@ def _own_rows(risk: EmpiricalRisk, layers: list[Layer]) -> dict[str, _Own]:
     for batch in risk.batches:
         leaves = risk.leaves()
         outputs, seen = risk.record(batch, dense, leaves)
-        found = output_root(risk, batch, outputs.detach())
         examples = tensors_of(batch.x)[0].shape[0]
         dense = {name: layer for name, layer in dense.items() if _simple(seen[name], examples)}
         alone = products_only(dense.values(), leaves, outputs, seen)
         dense = {name: layer for name, layer in dense.items() if name in alone}
-        if found is None or not dense or found.root.shape[0] != examples:
+        # The root of a sequence's outputs is dear: it is made where some layer wants it.
+        found = output_root(risk, batch, outputs.detach()) if dense else None
+        if found is None or found.root.shape[0] != examples:
             return {}
         activations = [seen[name][0][1] for name in dense]
         width = sum(a.shape[1] * a.element_size() for a in activations)

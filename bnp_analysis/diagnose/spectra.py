@@ -24,6 +24,7 @@ from bnp_analysis.linalg import (
     spectral_density,
 )
 from bnp_analysis.linalg.operators import require_digits
+from bnp_analysis.linalg.spectra.quadrature import on_symmetric_axis, symmetric_grid
 from bnp_analysis.network import EmpiricalRisk, ParameterSpace
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.results import Result
@@ -32,9 +33,8 @@ from bnp_analysis.runtime.kinds import require_kind
 from bnp_analysis.runtime.progress import Progress, reporting
 
 Floats = NDArray[np.float64]
-# Of the axis on which densities are compared: sizes below this part of the largest one count as zero, a Gaussian widens
-# an eigenvalue by this part of a decade, and so many points resolve it.
-_FLOOR, _WIDTH, _POINTS = 1e-6, 0.1, 1200
+# Of the axis on which densities are compared: sizes below this part of the largest one count as zero; its points.
+_FLOOR, _POINTS = 1e-6, 1200
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -289,18 +289,10 @@ def _profile(A: SymmetricOperator, seed: int) -> ConditionProfile | None:
 def _distances(densities: Sequence[SpectralDensity]) -> tuple[Floats, Floats]:
     """The Jensen-Shannon distances of densities on one axis, and those between halves of the probes of each."""
     largest = max(float(np.abs(d.nodes).max()) for d in densities) or 1.0
-
-    def axis(x: Floats) -> Floats:
-        return np.asarray(np.sign(x) * np.log10(1 + np.abs(x) / (_FLOOR * largest)))
-
-    end = float(axis(np.array(largest))) + 5 * _WIDTH
-    grid = np.linspace(-end, end, _POINTS)
+    grid = symmetric_grid(largest, _FLOOR * largest, _POINTS)
 
     def shares(nodes: Floats, weights: Floats) -> Floats:
-        heights = np.zeros_like(grid)
-        for x, w in zip(axis(nodes), weights, strict=True):
-            kept = w > 0
-            heights += np.exp(-0.5 * ((grid - x[kept, None]) / _WIDTH) ** 2).T @ w[kept]
+        heights = on_symmetric_axis(grid, nodes, weights, _FLOOR * largest)
         return np.asarray(heights / heights.sum())
 
     whole = [shares(d.nodes, d.weights) for d in densities]

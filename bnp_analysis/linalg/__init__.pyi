@@ -24,7 +24,7 @@ from .preconditioner import (
 from .spectra.diagonal import Diagonal, diagonal
 from .spectra.eigen import Eigenpairs, eigenpairs
 from .spectra.off_block import OffBlockShare, off_block_share
-from .spectra.quadrature import SpectralDensity, Trace, spectral_density, trace
+from .spectra.quadrature import SpectralDensity, Trace, resolved_from, spectral_density, trace
 
 __all__ = [
     "Bidiagonalization",
@@ -69,6 +69,7 @@ __all__ = [
     "on_host",
     "register",
     "regularized_condition_number",
+    "resolved_from",
     "routes",
     "singular_condition_number",
     "spectral_density",

@@ -55,6 +55,9 @@ WAYS: Mapping[str, Mapping[str, str]] = {
     "BlockSpectra": {"object": "bnp.block_spectra(risk)"},
     "Comparison": {"object": "bnp.compare(risk)"},
     "Diagonal": {"object": "bnp.diagonal(A)"},
+    "Eigenpairs": {"object": "bnp.eigenpairs(A)"},
+    "EigenvectorMass": {"object": "bnp.diagnose.eigenvector_mass(pairs, risk.space)"},
+    "Slice": {"object": "bnp.slice(risk, 'gradient')"},
     "SpectralDensity": {"object": "bnp.spectral_density(A)"},
     "ParameterSpace": {"object": f"{_RISK}.space"},
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bnp_analysis.linalg.spectra.checks import Verifier
 from bnp_analysis.symmetry.candidates import Part
-from bnp_analysis.symmetry.linear_system import Sparse, coo_array
+from bnp_analysis.symmetry.linear_system import Ints, Sparse, coo_array
 
 # Closer to the span of the others than this, relative, a direction does not count as new.
 _NEW = 5e-7
@@ -52,7 +52,9 @@ class NullBasis:
 
     def add(self, cause: str, parts: Sequence[Part], turn: int) -> None:
         """Add the span of null columns, but for what is in it already: in one go what shares no coordinates."""
-        units = _columns(self._dim, [Part(part.positions, part.values / part.values.norm(dim=0)) for part in parts])
+        lengths = [part.values.norm(dim=0) for part in parts]
+        unit = [Part(part.positions, part.values / length) for part, length in zip(parts, lengths, strict=True)]
+        units = _columns(self._dim, unit)
         owner = np.repeat(np.arange(len(parts)), [part.count for part in parts])
         overlaps = self._overlaps(units)
         spread = np.zeros(len(parts), bool)
@@ -60,11 +62,13 @@ class NullBasis:
         rest = self._without_known(units, overlaps)
         direct: list[Chunk] = []
         again: list[Part] = []
-        for columns, part in _components(rest):
+        for columns in _components(rest):
             source = np.unique(owner[columns])
             if len(source) == 1 and not spread[source[0]]:
-                direct.append(Chunk(cause, Part(part.positions, _span(part.values)), turn, True))
+                own = unit[source[0]] if len(columns) == unit[source[0]].count else _dense_part(rest, columns)
+                direct.append(Chunk(cause, Part(own.positions, _span(own.values)), turn, True))
             else:
+                part = _dense_part(rest, columns)
                 again.append(Part(part.positions, _span(part.values)))
         # What is left of nearly dependent columns is their rounding, enlarged: cleaned, and verified once more.
         again = [part for part in again if part.count]
@@ -73,7 +77,7 @@ class NullBasis:
         ends = np.cumsum([part.count for part in again])
         clean = [
             Chunk(cause, Part(part.positions, torch.linalg.qr(part.values)[0]), turn, False)
-            for part in (_dense_part(cleaned[:, e - p.count : e]) for p, e in zip(again, ends, strict=True))
+            for part in (_dense_part(cleaned, np.arange(e - p.count, e)) for p, e in zip(again, ends, strict=True))
         ]
         self._extend([chunk for chunk in direct + clean if chunk.part.count])
 
@@ -134,6 +138,8 @@ class NullBasis:
 
 def _span(columns: Tensor) -> Tensor:
     """An orthonormal basis of the columns' span; themselves where they are one."""
+    if columns.shape[1] == 1:
+        return columns / columns.norm() if float(columns.norm()) > _NEW else columns[:, :0]
     gram = columns.T @ columns
     if float((gram - torch.eye(len(gram), dtype=gram.dtype)).abs().max()) < 1e-14:
         return columns
@@ -149,7 +155,8 @@ def _columns(dim: int, parts: Sequence[Part]) -> Sparse:
     values = torch.cat([part.values.T.reshape(-1) for part in parts]).numpy()
     where = torch.cat([part.positions.repeat(part.count) for part in parts]).numpy()
     ends = np.cumsum([0, *(len(part.positions) for part in parts for _ in range(part.count))])
-    return sparse.csc_array((values, where, ends), shape=(dim, len(ends) - 1))
+    # Zeros that are stored would pass for shared coordinates.
+    return _cleaned(sparse.csc_array((values, where, ends), shape=(dim, len(ends) - 1)))
 
 
 def _cleaned(matrix: Sparse) -> Sparse:
@@ -160,17 +167,18 @@ def _cleaned(matrix: Sparse) -> Sparse:
     return matrix
 
 
-def _dense_part(columns: Sparse) -> Part:
-    """A few sparse columns on the coordinates where some of them are not zero."""
-    positions, place = np.unique(columns.indices, return_inverse=True)
-    values = np.zeros((len(positions), columns.shape[1]))
-    values[place, np.repeat(np.arange(columns.shape[1]), np.diff(columns.indptr))] = columns.data
+def _dense_part(columns: Sparse, which: Ints) -> Part:
+    """Some sparse columns on the coordinates where one of them is not zero."""
+    begins, ends = columns.indptr[which], columns.indptr[which + 1]
+    inside = np.concatenate([np.arange(begin, end) for begin, end in zip(begins, ends, strict=True)])
+    positions, place = np.unique(columns.indices[inside], return_inverse=True)
+    values = np.zeros((len(positions), len(which)))
+    values[place, np.repeat(np.arange(len(which)), ends - begins)] = columns.data[inside]
     return Part(torch.from_numpy(positions.astype(np.int64)), torch.from_numpy(values))
 
 
-def _components(columns: Sparse) -> Iterator[tuple[np.ndarray, Part]]:
-    """Columns that share no coordinates apart, with their numbers: small matrices, and zeros stay exact."""
-    columns = _cleaned(columns)
+def _components(columns: Sparse) -> Iterator[Ints]:
+    """The numbers of columns that share coordinates, together: small matrices, and zeros stay exact."""
     live = np.flatnonzero(np.diff(columns.indptr))
     if len(live) == 0:
         return
@@ -178,7 +186,4 @@ def _components(columns: Sparse) -> Iterator[tuple[np.ndarray, Part]]:
     edges = coo_array((np.ones(len(rows)), (rows, number + columns.shape[0])), shape=[sum(columns.shape)] * 2)
     labels = connected_components(edges, directed=False)[1][columns.shape[0] :]
     order = live[np.argsort(labels[live], kind="stable")]
-    cuts = np.flatnonzero(np.diff(labels[order])) + 1
-    sorted_columns = columns[:, order]
-    for mine, end in zip(np.split(order, cuts), [*cuts, len(order)], strict=True):
-        yield mine, _dense_part(sorted_columns[:, end - len(mine) : end])
+    yield from np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)

@@ -93,7 +93,8 @@ def note(data: FigureData) -> str:
     return (
         f"digits, {s['samples']} examples; ReLU perceptron {widths}, {int(data['dim'])} parameters, after 3 epochs, "
         f"seed {s['seed']}. Lines: {s['probes']} probes of {s['steps']} steps, bands at 95 %; bars: "
-        f"eigvalsh of the dense matrix, float64 (zeros are left of the axis). Gauss-Newton: largest over median of "
+        f"eigvalsh of the dense matrix, float64 (zeros are left of the axis). Shaded: not "
+        "resolved, peaks there are places of quadrature nodes. Gauss-Newton: largest over median of "
         f"the nonzero eigenvalues {without:.3g} without, {with_p:.3g} with P."
     )
 
@@ -122,6 +123,13 @@ def draw(data: FigureData) -> Figure:
             ax.plot(grid, density, color=colour, label="quadrature")
             lower, upper = (np.maximum(data[f"{key}/{end}"], 1e-6) for end in ("lower", "upper"))
             ax.fill_between(grid, lower, upper, color=colour, alpha=0.25, linewidth=0)
+            ax.axvspan(
+                top - 10,
+                bnp.linalg.resolved_from(grid, density, data[f"{key}/lower"]),
+                color=style.GREY,
+                alpha=0.18,
+                lw=0,
+            )
             ax.set_yscale("log")
             ax.set_ylim(1e-3, 10)
             ax.set_xlim(top - 10, top + 0.5)

@@ -42,6 +42,47 @@ def test_the_factor_squared_is_the_matrix(name: str) -> None:
     assert int((sigma > 1e-12 * sigma[0]).sum()) <= factor.rank_bound <= min(factor.shape)
 
 
+class Tokens(nn.Module):
+    """What the older vmap of torch runs one cotangent after the other: an embedding, a norm, GELU, a softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.norm, self.leave = nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.rows(x))
+        out: Tensor = self.leave(F.gelu(torch.softmax(h @ h.transpose(1, 2), dim=-1) @ h))
+        return out
+
+
+@pytest.mark.parametrize("layout", ["classes last", "classes first"])
+def test_a_factor_is_formed_from_its_cheaper_side_with_the_same_numbers(layout: str) -> None:
+    if layout == "classes last":
+        x, y = torch.arange(12).view(4, 3) % 7, torch.arange(12).view(4, 3) % 5
+        y[0, 1] = -100
+        weight = torch.linspace(1, 2, 5, dtype=torch.float64)
+
+        def loss(z: Tensor, t: Tensor) -> Tensor:
+            return F.cross_entropy(z.flatten(0, 1), t.flatten(), weight=weight, label_smoothing=0.1)
+
+        risk = bnp.EmpiricalRisk(spread(Tokens()), loss, (x, y))
+        rows = 4 * 3 * 5
+    else:
+        x, y = numbers(3, 1, 6, 6), torch.arange(108).view(3, 6, 6) % 4
+        risk = bnp.EmpiricalRisk(spread(nn.Conv2d(1, 4, 1)), F.cross_entropy, (x, y))
+        rows = 3 * 36 * 4
+    found = []
+    for by_columns in (False, True):
+        factor = bnp.gauss_newton(risk).factor
+        factor._by_columns = by_columns
+        found.append(factor.to_dense())
+    assert found[0].shape == (rows, risk.space.dim)
+    assert relative(found[0], found[1]) <= 1e-14
+    assert torch.equal(found[0] == 0, found[1] == 0)
+    assert bnp.gauss_newton(risk).factor._by_columns == (layout == "classes first")
+    assert bnp.gauss_newton(risk).factor.dense_cost <= risk.space.dim
+
+
 def test_rows_are_the_jacobians_of_the_examples_in_their_order() -> None:
     """A permuted or transposed factor has the same square in no other test than this one and its products."""
     problem = Problem(tanh_mlp(4, 5, 3), F.mse_loss, split(numbers(11, 4), numbers(11, 3, seed=2), (5, 4, 2)))

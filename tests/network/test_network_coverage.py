@@ -59,7 +59,8 @@ def test_norm_parameters_are_named() -> None:
     model = drawn(lambda: bnp.models.mlp([4, 5, 3], norm="layer"))
     result = found(model, numbers(6, 4))
     assert names(result) == ["fc1", "fc2"]
-    assert result.uncovered == dict.fromkeys(("norm1.weight", "norm1.bias"), "LayerNorm is not a covered layer type")
+    said = "covered where it is asked for, also=[LayerNorm]"
+    assert result.uncovered == dict.fromkeys(("norm1.weight", "norm1.bias"), said)
 
 
 def test_attention_whose_output_layer_never_runs() -> None:

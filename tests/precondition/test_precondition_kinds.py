@@ -527,3 +527,53 @@ def test_another_output_size_is_named() -> None:
     x = numbers(5, 2, 3)
     found = coverage(bnp.EmpiricalRisk(drawn(Sized)(), F.mse_loss, (x, torch.zeros(5, 3, 8).double())))
     assert found.uncovered["up.weight"] == "ConvTranspose1d does not compute the product that it was registered for"
+
+
+# graph networks
+
+
+class GCN(nn.Module):
+    """Two graph convolutions: propagation, then a dense layer."""
+
+    def __init__(self, A: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("A", A)
+        self.inner, self.outer = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.A @ torch.tanh(self.inner(self.A @ x)))
+
+
+def test_rows_of_graph_convolutions_are_the_nodes_of_propagated_features() -> None:
+    """Message passing couples the examples; a layer's rows, and its curvature by the whole graph, stay exact."""
+    g = torch.Generator().manual_seed(5)
+    A = torch.bernoulli(torch.full((12, 12), 0.3), generator=g)
+    A = ((A + A.T) > 0).double() + torch.eye(12)
+    A = A / (A.sum(0)[:, None] * A.sum(0)).sqrt()
+    x = numbers(12, 3)
+    check_kind(
+        drawn(lambda: GCN(A)), x, labels(12),
+        lambda model, x: {"inner": A @ x, "outer": A @ torch.tanh(model.inner(A @ x)).detach()},
+    )  # fmt: skip
+
+
+# normalizations
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
+def test_gains_and_offsets_of_normalizations(kind: type[nn.Module]) -> None:
+    x = numbers(12, 2, 5)
+
+    def normalized(x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True) if kind is nn.LayerNorm else x
+        eps = 1e-5 if kind is nn.LayerNorm else torch.finfo(torch.float64).eps
+        return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+
+    def rows(model: Any, x: Tensor) -> dict[str, Tensor]:
+        return {"0": normalized(x).flatten(0, 1).unsqueeze(2)}
+
+    check_kind(drawn(lambda: headed(kind(5), 10)), x, labels(12), rows, also=[kind])
+    said = f"covered where it is asked for, also=[{kind.__name__}]"
+    assert bnp.BNP(headed(kind(5), 10)).uncovered["0.weight"] == said
+    several = nn.Sequential(kind([2, 5]), nn.Flatten(), nn.Linear(10, 3))
+    assert bnp.BNP(several, also=[kind]).uncovered["0.weight"] == "it normalizes several dimensions"

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 import bnp_analysis as bnp
 from bnp_analysis.errors import MemoryLimitError
+from bnp_analysis.linalg import MatrixOperator
 from bnp_analysis.linalg.spectra import checks
 from bnp_analysis.symmetry import Cause, from_data, null_space
+from bnp_analysis.symmetry.basis import NullBasis
 from bnp_analysis.symmetry.candidates import Candidate, Part
 
 every = pytest.mark.parametrize("name", CASES)
@@ -151,15 +153,50 @@ def test_nearly_dependent_candidates_count_once(monkeypatch: pytest.MonkeyPatch)
     assert dict(bnp.null_directions(risk).sources) == {"softmax shift": 5}
 
 
-def test_products_decide_where_a_dense_factor_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_formed_again_where_they_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("relu deep", "layer norm", "conv"):
         risk, dense = solved(name).risk, solved(name).null
         with monkeypatch.context() as patch:
             patch.setattr(checks, "available_memory", lambda *_: 0)
-            products = bnp.null_directions(risk)
-        assert products.sources == dense.sources
-        assert products.matvecs > dense.basis.shape[1]
-        assert float((products.basis @ (products.basis.T @ dense.basis) - dense.basis).norm()) < 1e-9
+            again = bnp.null_directions(risk)
+        assert again.sources == dense.sources
+        assert again.matvecs > dense.matvecs
+        assert float((again.basis @ (again.basis.T @ dense.basis) - dense.basis).norm()) < 1e-9
+
+
+def test_sizes_by_rows_kept_or_not_and_by_products_are_those_of_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    factor = MatrixOperator(numbers(40, 25), exact=False)
+    parts = [(torch.tensor([3, 24]), numbers(2, 1, seed=2)), (torch.arange(5, 20), numbers(15, checks._WIDE, seed=3))]
+    parts.append((torch.tensor([7]), torch.zeros(1, 0, dtype=torch.float64)))
+    wanted = [(factor.to_dense()[:, where] @ columns).norm(dim=0) / columns.norm(dim=0) for where, columns in parts]
+    for count, room in ((1, 0), (1, 2**40), (0, 2**40)):
+        monkeypatch.setattr(checks, "available_memory", lambda *_, room=room: room)
+        verifier = checks.Verifier(factor, count)
+        found = verifier.sizes(parts)
+        assert (verifier._kept is None) == (not (count and room))
+        for size, exact in zip(found, wanted, strict=True):
+            assert size.shape == exact.shape
+            assert torch.allclose(size * verifier._scale, exact, rtol=1e-13, atol=0)
+
+
+def test_what_is_not_null_once_cleaned_is_dropped_and_what_came_later_made_again() -> None:
+    # e_0 is null and e_1 is not: what is left of (e_0 + 1e-3 e_1) beside e_0 is e_1.
+    diagonal = torch.ones(6, dtype=torch.float64)
+    diagonal[[0, 2, 3]] = 0.0
+    verifier = checks.Verifier(MatrixOperator(torch.diag(diagonal)), 9)
+    basis = NullBasis(6)
+    column = torch.tensor([[1.0]], dtype=torch.float64)
+    basis.add("first", [Part(torch.tensor([0]), column)], 0)
+    basis.add("false", [Part(torch.tensor([0, 1]), torch.tensor([[1.0], [1e-3]], dtype=torch.float64))], 1)
+    basis.add("later", [Part(torch.tensor([2]), column)], 2)
+    assert basis.settle(verifier) == 1
+    assert basis.counts() == {"first": 1}
+    basis.add("later", [Part(torch.tensor([2, 3]), torch.eye(2, dtype=torch.float64))], 2)
+    basis.add("again", [Part(torch.tensor([0, 3]), torch.ones(2, 1, dtype=torch.float64))], 3)
+    assert basis.settle(verifier) is None
+    assert basis.counts() == {"first": 1, "later": 2}
+    like = torch.zeros(0, dtype=torch.float64)
+    assert torch.equal(basis.dense(like).abs().sum(dim=1), (diagonal == 0).double())
 
 
 def test_memory_is_looked_at_before_the_basis_is_built(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,7 @@ from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.runtime.random import generator, normal, rademacher
 
 _ROUNDING = 1e-12  # of sums of weights, in float64
+_TENTH = 0.1  # of a decade, by which eigenvalues are widened on an axis of logarithms of both signs
 
 
 @dataclass(frozen=True)
@@ -308,6 +309,41 @@ class SpectralDensity(Result):
         own = np.maximum(squares / np.maximum(heights.sum(axis=(0, 1)), 1e-300), 1e-300)
         least = np.clip((self.density - self.quadrature) / own, 0.0, 1.0)
         return own * self._shares(least, least, confidence)[0], peak * upper
+
+    def resolved(self, confidence: float = 0.95) -> float:
+        """Where a logarithmic axis begins to say something: peaks below are places of nodes, not of eigenvalues.
+
+        Args:
+            confidence: of the band that decides.
+
+        Returns:
+            The first point of the grid at which the band excludes that there is nothing; infinite if none does.
+
+        Raises:
+            InvalidInputError: the axis is linear.
+        """
+        if self.settings.get("scale") != "log":
+            raise InvalidInputError("only a density of scale='log' has a part that is too small to be resolved")
+        return resolved_from(self.grid, self.density, self.band(confidence)[0])
+
+    def symmetric_log(self, floor: float | None = None, points: int = 1000) -> tuple[Floats, Floats]:
+        """The density on the axis `sign(x) log10(1 + |x| / floor)`, which has room for eigenvalues of both signs.
+
+        Args:
+            floor: sizes below count as zero; default a millionth of the largest one.
+            points: size of the grid.
+
+        Returns:
+            Grid `(m,)`, in units of eigenvalues, and the density per unit of the axis, each eigenvalue being widened by
+            a tenth of a decade.
+        """
+        largest = float(np.abs(self.nodes[self.weights > 0]).max()) or 1.0
+        floor = 1e-6 * largest if floor is None else floor
+        if not floor > 0:
+            raise InvalidInputError(f"floor must be positive, got {floor}")
+        grid = symmetric_grid(largest, floor, points)
+        heights = on_symmetric_axis(grid, self.nodes, self.weights, floor) / len(self.nodes)
+        return np.sign(grid) * floor * np.expm1(np.abs(grid) * math.log(10)), heights
 
     def records(self) -> list[dict[str, float]]:
         """One row per grid point."""
@@ -584,6 +620,39 @@ def _smoothed(grid: Floats, sigma: float, gaps: Floats) -> Floats:
 def _gaussians(grid: Floats, centres: Floats, sigma: float) -> Floats:
     """Normal densities around each centre, `(..., m)`."""
     return np.exp(-0.5 * ((grid - centres[..., None]) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
+
+
+def resolved_from(grid: Floats, density: Floats, lower: Floats) -> float:
+    """The first point at which the lower end of a band is at least a hundredth of the density; infinite if none is.
+
+    Example:
+        >>> resolved_from(np.arange(3.0), np.ones(3), np.array([0.0, 0.0, 0.5]))
+        2.0
+    """
+    return float(grid[(lower > 0) & (lower >= density / 100)].min(initial=np.inf))
+
+
+def symmetric_grid(largest: float, floor: float, points: int) -> Floats:
+    """Points of the axis `sign(x) log10(1 + |x| / floor)` from `-largest` to `largest`, and a little beyond."""
+    end = math.log10(1 + largest / floor) + 5 * _TENTH
+    return np.linspace(-end, end, points)
+
+
+def on_symmetric_axis(grid: Floats, nodes: Floats, weights: Floats, floor: float) -> Floats:
+    """The sum of the weights, each widened by a tenth of a decade, on a `symmetric_grid`: per unit of the axis.
+
+    Example:
+        >>> grid = symmetric_grid(1.0, 1e-3, 600)
+        >>> heights = on_symmetric_axis(grid, np.array([[-1.0, 1e-9]]), np.array([[0.5, 0.5]]), 1e-3)
+        >>> round(float(heights.sum() * (grid[1] - grid[0])), 6)
+        1.0
+    """
+    found = np.zeros_like(grid)
+    for x, w in zip(nodes, weights, strict=True):
+        some = w > 0
+        centres = np.sign(x[some]) * np.log10(1 + np.abs(x[some]) / floor)
+        found += w[some] @ _gaussians(grid, centres, _TENTH)
+    return found
 
 
 def _certainly(share: Floats | float, observed: Floats) -> Floats:

@@ -5,6 +5,7 @@ from bnp_analysis.network.layer_kinds.convolution import ConvolutionLayer
 from bnp_analysis.network.layer_kinds.dense import DenseLayer
 from bnp_analysis.network.layer_kinds.embedding import EmbeddingLayer
 from bnp_analysis.network.layer_kinds.linear_like import recognize
+from bnp_analysis.network.layer_kinds.normalization import NormLayer
 from bnp_analysis.network.layer_kinds.transposed_convolution import TransposedConvolutionLayer
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "EmbeddingLayer",
     "Layer",
     "LayerKind",
+    "NormLayer",
     "TransposedConvolutionLayer",
     "kind_of",
     "recognize",

@@ -62,11 +62,6 @@ class LayerKind:
     def of(self, name: str, module: nn.Module, *, bias: bool = True) -> Layer:
         """The layer that a module of this type is, under its name; without its bias where that is not free."""
         weight: Any = self.parameter(module)
-        if weight.ndim < 2:
-            raise InvalidInputError(
-                f"layer {name!r} ({type(module).__name__}) has a weight {self.weight!r} of shape "
-                f"{tuple(weight.shape)}, which is no matrix of units and features"
-            )
         units = self.layer.units_of(self, module, weight)
         prefix = f"{name}." if name else ""
         bias_name = f"{prefix}{self.bias}" if bias and getattr(module, self.bias, None) is not None else None
@@ -119,12 +114,12 @@ class Layer(ABC):
         """The number of output units of a module.
 
         Raises:
-            InvalidInputError: a transposed weight that is no matrix.
+            InvalidInputError: a weight that is no matrix, or that is stored transposed and has more dimensions.
         """
-        if kind.transposed and weight.ndim != 2:
+        if weight.ndim < 2 or (kind.transposed and weight.ndim != 2):
             raise InvalidInputError(
                 f"a {type(module).__name__} has a weight {kind.weight!r} of shape {tuple(weight.shape)}, which is no "
-                "matrix of features and units"
+                "matrix of units and features"
             )
         return weight.shape[-1 if kind.transposed else 0]
 

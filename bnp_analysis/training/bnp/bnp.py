@@ -53,7 +53,8 @@ class BNP:
 
     Hooks collect mean and variance of each covered layer's inputs in grad-enabled forward passes in training mode;
     `step()` commits them and replaces `.grad` by `P P^T .grad` (T3). No layer is added; forward passes and inference
-    are unchanged. Covered: `Linear` (any leading dimensions), `Conv1d/2d/3d`, with or without a bias.
+    are unchanged. Covered: `Linear` (any leading dimensions), `Conv1d/2d/3d`, `ConvTranspose1d/2d/3d`, with or without
+    a bias, pruned or not, and modules that compute `F.linear` with their weight and nothing else.
 
     Args:
         model: the model to train, which may be compiled or wrapped in DistributedDataParallel.
@@ -69,7 +70,8 @@ class BNP:
         bias_free: of layers without a free bias, `"rank-one"` or `"diagonal"` (T5).
         output_scale: `"estimated"` also divides units by estimated output scales (T10, this project's), `OutputScales`.
         include, exclude: names of layers, or of modules above them; default all, none.
-        also: types of layers that are covered only where they are asked for: `nn.Embedding`.
+        also: types of layers that are covered only where they are asked for: `nn.Embedding`, `nn.LayerNorm`,
+            `nn.RMSNorm`.
         reference_rows: a step of `R` rows leaves the past `rho^(R / reference_rows)`, so that a row weighs the same in
             batches of any size; None for `rho` at each step, as in the paper.
         check_every: steps between reading the flag of non-finite activations, default 1 on CPU and 100 elsewhere.

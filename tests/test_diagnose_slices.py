@@ -1,0 +1,179 @@
+"""Losses along directions, sharpness along steps, masses of eigenvectors: against formulas and the loss itself.
+
+Bugs that only this file catches: a direction that is not brought to length 1, a factor of two in a model or a critical
+step, axes of a plane exchanged, the mass of one layer under the name of another.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bnp_analysis as bnp
+from bnp_analysis.diagnose import directional_sharpness, eigenvector_mass
+from bnp_analysis.errors import InvalidInputError
+
+
+def quadratic(curvatures: list[float], seed: int = 0) -> tuple[bnp.EmpiricalRisk, Tensor]:
+    """`L = mean_i (w . x_i)^2` with a Hessian of these eigenvalues, exactly its own model; and that Hessian."""
+    n = len(curvatures)
+    Q = torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))[0]
+    x = math.sqrt(n / 2) * torch.tensor(curvatures, dtype=torch.float64).sqrt()[:, None] * Q.T
+    model = nn.Linear(n, 1, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.copy_(torch.linspace(-1, 2, n, dtype=torch.float64)[None])
+    risk = bnp.EmpiricalRisk(model, nn.functional.mse_loss, (x, torch.zeros(n, 1, dtype=torch.float64)))
+    return risk, (Q * torch.tensor(curvatures, dtype=torch.float64)) @ Q.T
+
+
+@pytest.fixture(scope="module")
+def risk() -> bnp.EmpiricalRisk:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 4, generator=g, dtype=torch.float64)
+    model = bnp.models.mlp([4, 5, 3], activation="tanh", dtype=torch.float64)
+    return bnp.EmpiricalRisk(model, nn.functional.cross_entropy, (x, torch.arange(30) % 3))
+
+
+@pytest.mark.parametrize("curvatures", [[4.0, 1.0, 0.25], [1e6, 1.0, 1e-6, 0.0]])
+def test_of_a_quadratic_the_model_is_the_loss(curvatures: list[float]) -> None:
+    risk, H = quadratic(curvatures)
+    theta = risk.theta
+    u = torch.arange(1.0, len(theta) + 1, dtype=torch.float64)
+    found = bnp.slice(risk, 7 * u, points=9, radius=2.0)
+    assert found.distances == pytest.approx(np.linspace(-2, 2, 9))
+    unit = u / u.norm()
+    for t, loss, model in zip(found.distances, found.loss, found.quadratic, strict=True):
+        at = theta + t * unit
+        assert loss == pytest.approx(float(at @ H @ at) / 2, rel=1e-9, abs=1e-9)
+        assert model == pytest.approx(loss, rel=1e-8, abs=1e-8)
+    assert found.slopes == pytest.approx([float(unit @ H @ theta)], rel=1e-9)
+    assert found.curvatures[0, 0] == pytest.approx(float(unit @ H @ unit), rel=1e-9)
+
+
+def test_in_a_plane_axes_are_where_they_say() -> None:
+    risk, H = quadratic([9.0, 1.0, 0.5])
+    first, second = torch.tensor([1.0, 0, 0]).double(), torch.tensor([1.0, 1, 0]).double()
+    found = bnp.slice(risk, first, second, points=5, radius=1.0)
+    v = torch.tensor([0.0, 1, 0]).double()  # what of the second is orthogonal to the first
+    for i, a in enumerate(found.distances):
+        for j, b in enumerate(found.distances):
+            at = risk.theta + a * first + b * v
+            assert found.loss[i, j] == pytest.approx(float(at @ H @ at) / 2, rel=1e-9)
+    assert found.quadratic == pytest.approx(found.loss, rel=1e-9)
+    assert found.curvatures == pytest.approx(H[:2, :2].numpy(), abs=1e-9)
+    row = found.records()[1]
+    assert (row["distance"], row["distance_2"], row["loss"]) == (-1.0, -0.5, found.loss[0, 1])
+
+
+def test_along_an_eigenvector_the_curvature_is_the_eigenvalue(risk: bnp.EmpiricalRisk, tmp_path) -> None:
+    pairs = bnp.eigenpairs(bnp.hessian(risk), k=1)
+    flat = bnp.slice(risk, pairs.vectors[:, 0], radius=1e-3, points=3)
+    assert flat.curvatures[0, 0] == pytest.approx(float(pairs.values[0]), rel=1e-8)
+    # The other oracle: the loss's own second difference.
+    second = (flat.loss[0] - 2 * flat.loss[1] + flat.loss[2]) / 1e-6
+    assert second == pytest.approx(float(pairs.values[0]), rel=1e-4)
+    tree = bnp.slice(risk, risk.space.unflatten(pairs.vectors[:, 0]), radius=1e-3, points=3)
+    assert np.array_equal(tree.loss, flat.loss)
+    assert flat.loss[1] == float(risk.value)
+    assert bnp.diagnose.Slice.load(flat.save(tmp_path / "slice.json")) == flat
+    assert "curvature" in str(flat)
+
+
+def test_points_where_the_loss_is_infinite_are_left_out() -> None:
+    model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    one = torch.ones(2, 1, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    risk = bnp.EmpiricalRisk(model, lambda o, y: -torch.log(o).mean() + (y * o).mean(), (one, one))
+    found = bnp.slice(risk, torch.ones(1), radius=2.0, points=5)
+    assert np.isnan(found.loss).tolist() == [True, True, False, False, False]
+    assert found.loss[2:] == pytest.approx([1.0, 2 - math.log(2), 3 - math.log(3)])
+    assert "not finite at 2 points" in str(found)
+
+
+def test_both_sharpnesses_of_a_quadratic_are_its_rayleigh_quotient() -> None:
+    risk, H = quadratic([8.0, 2.0, 0.1])
+    g = risk.gradient
+    truth = float(g @ H @ g / (g @ g))
+    found = directional_sharpness(risk)
+    assert found.value == pytest.approx(truth)
+    assert found.critical_lower <= truth * (1 + 1e-9)
+    assert truth <= found.critical_upper * (1 + 1e-9)
+    assert found.critical == pytest.approx(truth, rel=1e-5)
+    u = torch.tensor([0.1, 3.0, -0.2], dtype=torch.float64)
+    u = u * torch.sign(u @ g)
+    own = float(u @ H @ u / (u @ g))
+    found = directional_sharpness(risk, u)
+    assert (found.value, found.critical) == pytest.approx((own, own), rel=1e-5)
+
+
+def test_a_critical_step_is_where_the_loss_is_back(risk: bnp.EmpiricalRisk) -> None:
+    found = directional_sharpness(risk)
+    for critical, grows in ((found.critical_lower * 0.999, True), (found.critical_upper * 1.001, False)):
+        there = risk(risk.theta - 2 / critical * risk.gradient)
+        assert bool(there > risk.value) is grows
+    g, h = risk.gradient, 1e-5
+    quotient = (risk.at(risk.theta + h * g).gradient - risk.at(risk.theta - h * g).gradient) @ g / (2 * h)
+    assert found.value == pytest.approx(float(quotient / (g @ g)), rel=1e-6)
+
+
+def test_a_step_that_never_grows_the_loss_has_no_critical_size() -> None:
+    model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    one = torch.ones(2, 1, dtype=torch.float64)
+    risk = bnp.EmpiricalRisk(model, lambda o, y: (o * y).mean(), (one, one))
+    found = directional_sharpness(risk)
+    assert (found.critical, found.value) == (0.0, 0.0)
+    assert "not reached" in str(found)
+
+
+def test_mass_is_the_squared_length_in_each_layer(risk: bnp.EmpiricalRisk, tmp_path) -> None:
+    pairs = bnp.eigenpairs(bnp.hessian(risk), k=3)
+    found = eigenvector_mass(pairs, risk.space)
+    assert found.names == ("fc1", "fc2")
+    assert found.mass.sum(axis=1) == pytest.approx(np.ones(3))
+    tensors = risk.space.unflatten(pairs.vectors[:, 1])
+    own = float(tensors["fc2.weight"].norm() ** 2 + tensors["fc2.bias"].norm() ** 2)
+    assert found.mass[1, 1] == pytest.approx(own)
+    assert found.sizes == pytest.approx([25 / 43, 18 / 43])
+    rows = found.records()
+    assert rows[1]["fc2"] == pytest.approx(own)
+    units = eigenvector_mass(pairs, risk.space, blocks={"first unit": ("fc1", 0), "biases": "*.bias"})
+    assert units.mass[0, 0] == pytest.approx(float((pairs.vectors[:, 0][risk.space.indices(("fc1", 0))] ** 2).sum()))
+    assert bnp.diagnose.EigenvectorMass.load(found.save(tmp_path / "mass.json")) == found
+
+
+def test_mass_of_a_prescribed_spectrum_is_known() -> None:
+    space = bnp.ParameterSpace({"a.w": (2,), "b.w": (2,)})
+    rotated = torch.tensor([[0.6, 0, 0.8, 0], [0, 1, 0, 0], [-0.8, 0, 0.6, 0], [0, 0, 0, 1]], dtype=torch.float64)
+    A = bnp.DenseOperator(rotated.T @ torch.diag(torch.arange(4.0, 0, -1, dtype=torch.float64)) @ rotated)
+    found = eigenvector_mass(bnp.eigenpairs(A, k=3), space)
+    assert found.mass == pytest.approx(np.array([[0.36, 0.64], [1, 0], [0.64, 0.36]]), abs=1e-9)
+
+
+def test_bad_input_is_refused_with_words(risk: bnp.EmpiricalRisk) -> None:
+    n = risk.space.dim
+    for direction, words in (
+        ("hessian", "'gradient'"),
+        (torch.zeros(n), "zero or not finite"),
+        (torch.full((n,), math.nan), "not finite"),
+        (torch.ones(n, 1), "one column"),
+        (torch.ones(n + 1), "flat tensor"),
+        ({"fc1.weight": torch.ones(5, 4)}, "missing"),
+    ):
+        with pytest.raises(InvalidInputError, match=words):
+            bnp.slice(risk, direction)
+    with pytest.raises(InvalidInputError, match="parallel"):
+        bnp.slice(risk, torch.ones(n), -3 * torch.ones(n))
+    with pytest.raises(InvalidInputError, match="points"):
+        bnp.slice(risk, "gradient", points=2)
+    with pytest.raises(InvalidInputError, match="radius"):
+        bnp.slice(risk, "gradient", radius=-1.0)
+    with pytest.raises(InvalidInputError, match="other sign"):
+        directional_sharpness(risk, -risk.gradient)
+    pairs = bnp.eigenpairs(bnp.hessian(risk, block="fc1"), k=1)
+    with pytest.raises(InvalidInputError, match="25 entries, the space 43"):
+        eigenvector_mass(pairs, risk.space)
