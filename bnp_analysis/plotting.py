@@ -44,7 +44,7 @@ def plot_inputs(table: LayerTable, ax: Axes | None = None) -> Axes:
         _mark_one_sided(ax, places, numbers)
     _layer_axis(ax, table)
     ax.set_ylabel(r"$\sigma_{\max}/\sigma_{\min}^{+}$ of the layer's inputs")
-    ax.legend(frameon=False)
+    _legend_above(ax, columns=3)
     return ax
 
 
@@ -81,7 +81,7 @@ def plot_blocks(result: Comparison | LayerTable, ax: Axes | None = None) -> Axes
     ax.set_ylabel(r"$\kappa^*$ of the curvature")
     ax.plot([], [], ".", color=GREY, label="unit blocks")
     ax.plot([], [], "^", color=GREY, markerfacecolor="none", label="lower bound")
-    ax.legend(frameon=False, fontsize="small")
+    _legend_above(ax, columns=2)
     return ax
 
 
@@ -431,8 +431,12 @@ def _layer_axis(ax: Axes, table: LayerTable, more: Sequence[str] = ()) -> None:
     names = [row.layer or row.kind for row in table.layers] + list(more)
     ax.set_xticks(range(len(names)), names, rotation=0 if len(names) <= 8 else 90)
     ax.set_yscale("log")
-    # No condition number is below one; the room above is the legend's.
-    ax.set_ylim(bottom=0.7, top=ax.get_ylim()[1] ** 1.15)
+    ax.set_ylim(bottom=0.7)  # no condition number is below one
+
+
+def _legend_above(ax: Axes, columns: int) -> None:
+    """Outside of the axes, where its markers cannot be taken for data."""
+    ax.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns)
 
 
 def _points(

@@ -13,8 +13,18 @@
 # %% [markdown]
 # # A first condition number
 #
-# How badly conditioned is the loss of a small network on real data, and what does Batch Normalization Preconditioning
-# (BNP) do to it? Everything here runs on the embedded `digits` in well under a minute.
+# **What this page answers.** How badly conditioned is the loss of a small network on real data, and what does Batch
+# Normalization Preconditioning (BNP) do to it? When is such a number certain, and when is it only a lower bound?
+# Everything here runs on the embedded `digits` in well under a minute.
+#
+# | symbol | meaning |
+# |---|---|
+# | $\theta$ | all weights and biases of the network, as one vector |
+# | $L(\theta)$ | the risk: the mean loss over the data |
+# | $A$ | the curvature of $L$ at $\theta$, a symmetric matrix; here the Gauss-Newton matrix, $\lambda \ge 0$ |
+# | $\kappa^*$ | printed `kappa*` or `k*`: the largest eigenvalue of $A$ over its smallest *nonzero* one |
+# | $N$ | a basis of known null directions: $A N = 0$ |
+# | $P$, $z$ | the preconditioner, an invertible matrix, and the variables of $\theta = P z$ |
 
 # %%
 import torch
@@ -40,6 +50,7 @@ for route in bnp.linalg.routes(A):
     print(route)
 
 # %% [markdown]
+# `kappa* = a (b .. c)` claims that $\kappa^*$ lies between `b` and `c`; `kappa* >= b` claims a lower bound alone.
 # Without further words the smallest *nonzero* eigenvalue is not known: some eigenvalues lie below the noise floor,
 # and nothing says that they are zero. So the answer is one-sided.
 
@@ -74,28 +85,26 @@ print(f"BNP divides kappa* by {declared.value / conditioned.value:.3g}")
 # %% [markdown]
 # ## Layer by layer
 #
-# The inputs' condition numbers fall when they are centred and again when they are scaled; so do those of the
-# curvature blocks.
+# $\hat H$ is the matrix of a layer's inputs, a row for each example, with a column of ones for the bias. $\hat H U$ are
+# the same with each feature centred, $\hat G$ centred and divided by its standard deviation. `k(.)` is the largest over
+# the smallest nonzero singular value, `R` and `m` are the numbers of rows and features, `units k*` is the median (the
+# largest) of the curvature blocks of single units. The inputs' condition numbers fall when they are centred and again
+# when they are scaled; so do those of the curvature blocks.
 
 # %%
 table = bnp.layer_table(risk, P)
-table.to_dataframe()
+table
 
 # %%
+# alt: Bars on a logarithmic axis: the condition number of the inputs of layers fc1 and fc2, raw, centred and
+# normalized. In both layers each bar is lower than the one before; in fc1 they fall from about 9000 to 20.
 ax = bnp.plotting.plot_inputs(table)
 
 # %%
+# alt: Effective condition numbers of curvature blocks on a logarithmic axis, for layers fc1 and fc2, without P in blue
+# and with P in orange. Squares are blocks of layers, dots those of single units. Orange lies below blue by orders of
+# magnitude in both layers, most in fc1.
 ax = bnp.plotting.plot_blocks(table)
-
-# %% [markdown]
-# The claims of this page, asserted:
-
-# %%
-assert not undeclared.two_sided
-assert declared.two_sided
-assert conditioned.two_sided
-assert conditioned.value < declared.value / 10
-assert all(row.normalized.value < row.inputs.value for row in table.layers)
 
 # %% [markdown]
 # ## Your own model
@@ -120,4 +129,22 @@ A, N, P = bnp.gauss_newton(mine), bnp.null_directions(mine), bnp.bnp_preconditio
 without = bnp.condition_number(A, null=N)
 with_bnp = bnp.condition_number(A, null=N, preconditioner=P)
 print(f"without P: {without}\nwith P:    {with_bnp}")
+
+# %% [markdown]
+# ## To quote
+#
+# Each sentence is printed with the numbers of this run, and asserted below it.
+
+# %%
+print(f"* kappa* of the Gauss-Newton matrix of a 64-12-10 ReLU network on 1000 digits is {declared.value:.3g}.")
+print(f"* BNP makes it {conditioned.value:.3g}: smaller by a factor of {declared.value / conditioned.value:.2g}.")
+print(
+    f"* It is certain (two-sided) only because {declared.null_dim} of {risk.space.dim} directions are known to be null."
+)
+print(f"* Without these the same computation claims a lower bound alone: kappa* >= {undeclared.lower:.3g}.")
+assert not undeclared.two_sided
+assert declared.two_sided
+assert conditioned.two_sided
+assert conditioned.value < declared.value / 10
+assert all(row.normalized.value < row.inputs.value for row in table.layers)
 assert with_bnp.value < without.value

@@ -13,7 +13,9 @@
 # %% [markdown]
 # # What BNP does, layer by layer
 #
-# Each step of the derivation stands beside the same step in numbers. T-numbers are those of `docs/theory.md`.
+# **What this page answers.** Why are layers ill-conditioned, what exactly does BNP do to their curvature and to the
+# gradients, why does that help, and when does it not? Each step of the derivation stands beside the same step in
+# numbers. T-numbers are those of the page *Theory* of the documentation.
 #
 # One unit of a layer computes $a_i = w_i \cdot h + b_i$. With $\hat w_i = [b_i, w_i]$ and $\hat h = [1, h]$ this is
 # $a_i = \hat w_i \cdot \hat h$. The rows $\hat h$ of all examples form the matrix $\hat H = [e, H]$, where $e$ is a
@@ -165,9 +167,15 @@ comparison = bnp.compare(risk, P, progress=True)
 comparison.layers
 
 # %%
+# alt: Bars on a logarithmic axis: the condition number of the inputs of layers fc1, fc2 and fc3, raw, centred and
+# normalized. In every layer each bar is lower than the one before; normalized inputs are below 100, raw ones up to
+# 60000.
 ax = bnp.plotting.plot_inputs(comparison.layers)
 
 # %%
+# alt: Effective condition numbers on a logarithmic axis, without P in blue and with P in orange, for the blocks of
+# three layers (squares), their units (dots) and the whole network. With P each layer's square lies two to six orders of
+# magnitude lower, and so do the network's Gauss-Newton matrix and Hessian. Open triangles are lower bounds.
 ax = bnp.plotting.plot_blocks(comparison)
 
 # %% [markdown]
@@ -208,9 +216,20 @@ print("unit 0 of fc1, plain:    {:.4g} -> {:.4g}".format(*plain))
 print("unit 0 of fc1, with BNP: {:.6g} -> {:.6g}".format(*with_bnp))
 
 # %% [markdown]
-# The claims of this page, asserted:
+# ## To quote
+#
+# Each sentence is printed with the numbers of this run, and asserted below it.
 
 # %%
+print(f"* The Hessian block of a unit is H^^T S H^ to {t1:.0e}, with BNP G^^T S G^ / q^2 to {t2:.0e}.")
+print("* BNP multiplies gradients by P P^T; the forward pass and inference stay what they are.")
+for name, (before, _, after) in steps.items():
+    print(f"* Normalizing the inputs of {name} takes their condition number from {before:.3g} to {after:.3g}.")
+print(f"* Where rank is missing, centring alone can hurt: two examples go from {raw:.3g} to {centred:.3g}.")
+print(
+    f"* Pixels times 255 plus 3 multiply a unit's kappa* by {plain[1] / plain[0]:.2g} without BNP; with undamped BNP "
+    "it changes by less than a millionth."
+)
 assert max(t1, t2, t3, t3_bias) < 1e-12
 assert same_P < 1e-10
 assert inverse < 1e-9

@@ -13,6 +13,9 @@
 # %% [markdown]
 # # Checking the convergence theory
 #
+# **What this page answers.** Do the statements about conditioning hold for a network, do their rates of convergence
+# come true step by step, how many steps does BNP save at a minimizer, and where does the theory say nothing?
+#
 # Every statement is tried: a prediction, an observation that shares as little as possible with it, a verdict. A
 # statement whose hypotheses fail is *not applicable*, with the reason; that is no success, and no failure either.
 
@@ -68,6 +71,8 @@ heavy = bnp.check_convergence_rate(problem.risk, method="heavy_ball")
 print(heavy)
 
 # %%
+# alt: Gradient norm against iteration on a logarithmic axis. Gradient descent and heavy ball both fall along straight
+# lines, heavy ball about ten times as steeply; the predicted slopes, dashed and black, lie on the observed curves.
 figure, ax = plt.subplots(figsize=(5.5, 3.5), layout="constrained")
 for check, label, colour in ((gd, "gradient descent", "#0072B2"), (heavy, "heavy ball", "#D55E00")):
     norms = check.gradient_norms
@@ -118,9 +123,21 @@ silent = bnp.check_convergence_rate(nowhere, time_limit=20)
 print(silent)
 
 # %% [markdown]
-# The claims of this page, asserted:
+# ## To quote
+#
+# Each sentence is printed with the numbers of this run, and asserted below it.
 
 # %%
+print(f"* {sum(check.holds is True for check in checks.checks)} checks of five statements hold, none fails.")
+print(
+    f"* At kappa* = {gd.kappa:.4g} gradient descent needs {gd.observed:.4g} iterations per factor of e, heavy ball "
+    f"{heavy.observed:.3g}; predicted from the spectrum: {gd.predicted:.4g} and {heavy.predicted:.3g}."
+)
+print(f"* Counting the null space as curvature would have predicted {gd.without_deflation:.0e} iterations.")
+print(
+    f"* With shifted inputs BNP needs {gain.observed:.3g} times fewer iterations, as predicted ({gain.predicted:.3g})."
+)
+print("* On separable data cross-entropy has no minimizer: the rate is not applicable, and no rate is claimed.")
 assert checks.holds
 assert {check.source for check in checks.checks} >= {"Prop. 2 (T1)", "Theorem 4 (T7)", "T11"}
 assert gd.holds

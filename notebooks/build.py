@@ -2,11 +2,15 @@
 
 A notebook that fails, or warns, is not written. What would differ from run to run though nothing changed (ids, times,
 versions, bars that are gone) is left out, so that a new run gives a small diff.
+
+`python notebooks/build.py 01 05` runs those two. Every picture has alternative text: the comment that begins with
+`# alt:` in its cell. It is written where nbconvert looks for it, in the output's metadata, and as the output's text.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 import time
@@ -30,6 +34,24 @@ def sources() -> list[Path]:
     return sorted(HERE.glob("[0-9]*.py"))
 
 
+def chosen(names: list[str]) -> list[Path]:
+    """The sources whose names begin like one of these; all where there are none.
+
+    Raises:
+        SystemExit: no source begins like one of the names.
+    """
+    for name in names:
+        if not any(source.name.startswith(name) for source in sources()):
+            raise SystemExit(f"no notebook begins with {name!r}: {', '.join(source.stem for source in sources())}")
+    return [source for source in sources() if not names or source.name.startswith(tuple(names))]
+
+
+def alternative_text(code: str) -> str:
+    """What a cell says of its picture to those who do not see it: its comment from `# alt:` on, as one line."""
+    found = re.search(r"^# alt:((?:.*)(?:\n#.*)*)", code, flags=re.MULTILINE)
+    return " ".join(found[1].replace("\n#", " ").split()) if found else ""
+
+
 def convert(source: Path) -> nbformat.NotebookNode:
     """A source as a notebook without outputs, its cells numbered."""
     notebook = jupytext.read(source, fmt="py:percent")
@@ -48,7 +70,7 @@ def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """Run all cells in a folder that is gone afterwards.
 
     Raises:
-        CellExecutionError: a cell failed; RuntimeError: a cell wrote a warning.
+        CellExecutionError: a cell failed; RuntimeError: a cell wrote a warning, or a picture has no alternative text.
     """
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(
@@ -63,6 +85,14 @@ def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             for output in cell.outputs:
                 if output.get("name") == "stderr":
                     raise RuntimeError(f"{cell.id} wrote to stderr:\n{output.text}")
+                if "image/png" in output.get("data", {}):
+                    text = alternative_text(cell.source)
+                    if not text:
+                        raise RuntimeError(
+                            f"{cell.id} shows a picture without a comment '# alt: ...' that describes it"
+                        )
+                    output.metadata = nbformat.from_dict({"image/png": {"alt": text}})
+                    output.data["text/plain"] = text
     return notebook
 
 
@@ -78,8 +108,8 @@ def joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the sources named, or all."""
-    for source in [Path(name) for name in arguments] or sources():
+    """Run the sources named by their beginnings, or all."""
+    for source in chosen(arguments):
         began = time.perf_counter()
         notebook = execute(convert(source))
         target = source.with_suffix(".ipynb")

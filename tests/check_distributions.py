@@ -1,7 +1,8 @@
 """Do the wheel and the source distribution hold what they promise? `make dist-check` runs this on `dist/`.
 
-From the wheel, in an empty folder and without the checkout: the demo, `--help` of every command, one figure. In the
-unpacked source distribution: the tests of what is packed. Both use the dependencies of the Python that runs this.
+From the wheel, in an empty folder and without the checkout: the demo, `--help` of every command, one figure, two of the
+notebooks. In the unpacked source distribution: the tests of what is packed. Both use the dependencies of the Python
+that runs this.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 COMMANDS = ("condition", "spectrum", "train", "check", "figures", "bench")
 FIGURE = "fig06_largest_singular_value"
+NOTEBOOKS = ("01_first_condition_number.py", "07_from_the_paper_to_your_network.py")
 TESTS = ("packaging", "architecture", "recipes", "paper_map", "figures", "collection", "cli")
 
 
@@ -38,6 +40,10 @@ def check_wheel(wheel: Path, work: Path) -> None:
     run(folder, installed, "-m", "bnp_analysis", "condition", "--samples", "60", "--hidden", "6", "--json", "c.json")
     run(folder, installed, "-m", "bnp_analysis", "figures", FIGURE)
     assert (folder / "paper_figures" / "quick" / f"{FIGURE}.png").exists()
+    for name in NOTEBOOKS:
+        copy = folder / name
+        copy.write_bytes((Path(__file__).resolve().parent.parent / "notebooks" / name).read_bytes())
+        run(folder, installed, name)
 
 
 def check_sdist(sdist: Path, work: Path) -> None:

@@ -1,8 +1,9 @@
 """The committed notebooks are those of their sources, ran to the end, and are fit to be read.
 
 Bugs that only these tests catch: a source that was edited without running it again; a notebook without its outputs,
-with an error, a warning or a path of the machine that ran it; ids, times or widgets that make every run a large diff.
-Nothing is executed here: `make notebooks` does that.
+with an error, a warning or a path of the machine that ran it; ids, times or widgets that make every run a large diff; a
+picture that says nothing to those who do not see it; a page without a question or without sentences to quote; a cell
+that reads the checkout. Nothing is executed here: `make notebooks` does that.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def texts(output: dict[str, Any]) -> list[str]:
     return ["".join(value) for value in (*data.values(), output.get("text", []))]
 
 
-def test_there_are_six() -> None:
-    assert [path.name[:2] for path in SOURCES] == ["01", "02", "03", "04", "05", "06"]
+def test_they_are_numbered() -> None:
+    assert [path.name[:2] for path in SOURCES] == [f"{i:02}" for i in range(1, len(SOURCES) + 1)]
     assert sorted(FOLDER.glob("*.ipynb")) == NOTEBOOKS
 
 
@@ -71,6 +72,38 @@ def test_it_ran_from_top_to_bottom(path: Path) -> None:
     code = [cell for cell in read(path)["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     assert "assert " in "".join(code[-1]["source"]), "it ends in what it claims"
+
+
+@by_notebook
+def test_it_opens_with_a_question_and_ends_with_sentences_to_quote(path: Path) -> None:
+    cells = read(path)["cells"]
+    opening, heading, last = ("".join(cells[i]["source"]) for i in (0, -2, -1))
+    assert re.match(r"# .+\n\n\*\*What this page answers\.\*\*", opening)
+    assert "?" in opening
+    assert heading.startswith("## To quote\n")
+    assert "assert " in last
+    quoted = "".join("".join(output.get("text", [])) for output in cells[-1]["outputs"])
+    assert len(re.findall(r"^\* [A-Z].*\w", quoted, flags=re.MULTILINE)) >= 3
+
+
+@by_notebook
+def test_a_picture_says_what_it_shows(path: Path) -> None:
+    for cell in read(path)["cells"]:
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                text = output["metadata"]["image/png"]["alt"]
+                assert len(text) > 80
+                assert "".join(output["data"]["text/plain"]) == text
+                said = "\n".join(line.removeprefix("# ") for line in "".join(cell["source"]).splitlines())
+                assert said.replace("\n", " ").startswith(f"alt: {text} "), "the comment '# alt: ...' of its cell"
+
+
+@by_notebook
+def test_nothing_is_read_from_the_checkout(path: Path) -> None:
+    """Notebooks are read beside an installed package: neither its folders nor its files are at hand."""
+    for kind, cell in cells_of_source(path.with_suffix(".py").read_text(encoding="utf-8")):
+        assert re.search(r"\b(docs|benchmarks|tests|paper_figures|notebooks|shared)/", cell) is None, cell
+        assert kind == "markdown" or re.search(r"__file__|\bopen\(|Path\(|import (tests|paper_figures)", cell) is None
 
 
 @by_notebook
@@ -112,7 +145,7 @@ def test_they_show_tables_and_pictures() -> None:
 
 def test_the_first_one_ends_with_a_model_of_ones_own_in_ten_lines() -> None:
     cells = [cell for kind, cell in cells_of_source(SOURCES[0].read_text(encoding="utf-8")) if kind == "code"]
-    last = cells[-1]
+    last = cells[-2]  # before the sentences to quote
     assert "class " in last
     lines = [line for line in last.splitlines() if line.strip()]
     after_the_model = lines[max(i for i, line in enumerate(lines) if line.startswith((" ", "\t"))) + 1 :]

@@ -48,6 +48,14 @@ def test_every_number_is_drawn_and_bounds_look_different(result):
     plt.close("all")
 
 
+@pytest.mark.parametrize("draw", [plotting.plot_blocks, lambda result: plotting.plot_inputs(result.layers)])
+def test_no_marker_of_a_legend_is_among_the_data(result, draw):
+    ax = draw(result)
+    ax.figure.draw_without_rendering()
+    assert ax.get_legend().get_window_extent().y0 >= ax.get_window_extent().y1
+    plt.close("all")
+
+
 def test_density_keeps_its_values_and_files_are_written(result, tmp_path):
     A = bnp.DenseOperator(torch.diag(torch.linspace(1, 3, 50, dtype=torch.float64)))
     density = bnp.spectral_density(A, steps=20)
