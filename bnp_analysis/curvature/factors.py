@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.curvature.engines import Engine, Plan, tensors_of_columns
-from bnp_analysis.curvature.output_curvature import ROUNDINGS, OutputRoot, from_rows, to_rows
+from bnp_analysis.curvature.output_curvature import OutputRoot, from_rows, to_rows
 from bnp_analysis.curvature.products import TOGETHER, OutputGraph, output_graph
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.kernels import recording
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.network.saturation import has_vanished, product_eps
+from bnp_analysis.network.saturation import ROUNDINGS, has_vanished, product_eps
 from bnp_analysis.runtime.float32 import full_float32
 from bnp_analysis.runtime.trees import tensors_of
 

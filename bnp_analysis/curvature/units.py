@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnp_analysis.curvature.output_curvature import ROUNDINGS, output_root
+from bnp_analysis.curvature.output_curvature import output_root
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.matrices import RowScaled
 from bnp_analysis.linalg.operators import LinearOperator
@@ -26,7 +26,7 @@ from bnp_analysis.network.layer_kinds import Layer
 from bnp_analysis.network.layers import Coverage, products_only
 from bnp_analysis.network.moments import extended
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.network.saturation import has_vanished, product_eps
+from bnp_analysis.network.saturation import ROUNDINGS, has_vanished, product_eps
 from bnp_analysis.runtime.memory import available_memory
 from bnp_analysis.runtime.trees import tensors_of
 

@@ -207,7 +207,7 @@ def gated(function: Callable[Args, Out]) -> Callable[Args, Out]:
 
     Example:
         >>> @gated
-        ... def repeat(word: "str", times: "int" = 2, dtype: "torch.dtype | None" = None) -> str:
+        ... def repeat(word: str, times: int = 2) -> str:
         ...     return word * times
         >>> repeat("na")
         'nana'

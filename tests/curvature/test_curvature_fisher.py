@@ -152,7 +152,7 @@ def test_empirical_of_batch_coupled_networks() -> None:
     ("options", "match"),
     [
         ({"kind": "exact"}, "kind must be 'mc' or 'empirical'"),
-        ({"samples": 0}, "samples must be at least 1"),
+        ({"samples": 0}, "samples must be positive"),
         ({"seed": 1.5}, "seed must be an integer"),
     ],
 )

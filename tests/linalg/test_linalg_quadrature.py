@@ -150,7 +150,7 @@ def test_products_are_counted(generator: torch.Generator) -> None:
 def test_refusals(generator: torch.Generator) -> None:
     A = symmetric_with_spectrum(spectrum("log", 9, 10.0), generator).operator
     for settings in ({"probes": 0}, {"steps": 0}, {"points": 1}):
-        with pytest.raises(InvalidInputError, match="nothing to do"):
+        with pytest.raises(InvalidInputError, match=r"must be positive|nothing to do"):
             spectral_density(A, **settings)  # type: ignore[arg-type]
     for width in (0.0, -1.0, math.nan):
         with pytest.raises(InvalidInputError, match="width"):

@@ -199,8 +199,8 @@ def test_the_preconditioner_records_what_it_was_made_with() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eps1": -1e-3}, "must be finite and not negative"),
-        ({"eps2": math.nan}, "must be finite and not negative"),
+        ({"eps1": -1e-3}, "eps1 must be at least 0"),
+        ({"eps2": math.nan}, "eps2 must be a real number"),
         ({"eps1": math.inf}, "must be finite and not negative"),
         ({"q": "autp"}, "q must be 'auto'"),
         ({"q": 0.0}, "q must be 'auto'"),

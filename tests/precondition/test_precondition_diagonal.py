@@ -249,8 +249,8 @@ def test_given_scales_are_taken_as_they_are() -> None:
         (torch.ones(39), {"damping": 0.1}, "damping is Jacobi's"),
         ("adam", {}, "source must be 'gauss_newton'"),
         (None, {}, "source must be 'gauss_newton'"),
-        ("gauss_newton", {"damping": -1.0}, "must be finite and not negative"),
-        ("gauss_newton", {"damping": float("nan")}, "must be finite and not negative"),
+        ("gauss_newton", {"damping": -1.0}, "damping must be at least 0"),
+        ("gauss_newton", {"damping": float("nan")}, "damping must be a real number"),
     ],
 )
 def test_bad_sources_are_refused(source: Any, options: dict[str, Any], message: str) -> None:

@@ -350,8 +350,8 @@ def test_what_cannot_be_covered_is_named_and_left_alone() -> None:
     [
         ({"rho": 1.0}, "rho"),
         ({"rho": -0.1}, "rho"),
-        ({"eps1": -1.0}, "damping"),
-        ({"eps2": float("nan")}, "damping"),
+        ({"eps1": -1.0}, "eps1 must be at least 0"),
+        ({"eps2": float("nan")}, "eps2 must be"),
         ({"q": 0}, "q must be"),
         ({"q": True}, "q must be"),
         ({"q": "off"}, "q must be"),

@@ -270,9 +270,13 @@ def kind_of(module: nn.Module) -> LayerKind | None:
 
 def transposed_weights(model: nn.Module) -> dict[str, int]:
     """Names of the weights that are stored with their units last, or second in a convolution -> their groups."""
-    kinds = [(name, module, kind_of(module)) for name, module in model.named_modules()]
-    found = [(name, kind, kind.layer.groups_of(module)) for name, module, kind in kinds if kind is not None]
-    return {f"{name}.{kind.weight}" if name else kind.weight: g for name, kind, g in found if kind.transposed}
+    found = {}
+    for name, module in model.named_modules():
+        kind = kind_of(module)
+        # A normalization without gains has no weight.
+        if kind is not None and kind.transposed and getattr(module, kind.weight, None) is not None:
+            found[f"{name}.{kind.weight}" if name else kind.weight] = kind.layer.groups_of(module)
+    return found
 
 
 def register_layer(

@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +110,7 @@ class BNP:
         init: str = "corrected",
         statistics: str = "channel",
         bias_free: str = "rank-one",
-        output_scale: str = "none",
+        output_scale: Literal["none", "estimated"] = "none",
         include: Names | None = None,
         exclude: Names | None = None,
         also: Iterable[type[nn.Module]] = (),
