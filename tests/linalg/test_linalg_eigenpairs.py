@@ -185,8 +185,9 @@ def test_an_interrupt_keeps_what_is_there(generator: torch.Generator) -> None:
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
     p = symmetric_with_spectrum(spectrum("log", 30, 10.0), generator)
-    for k in (0, -1, 31):
-        with pytest.raises(InvalidInputError, match=r"operator with 30 dimensions|k must be positive"):
+    asked = "eigenpairs asked of an operator with 30 dimensions"
+    for k, words in ((0, "k must be positive"), (-1, "k must be positive"), (31, asked)):
+        with pytest.raises(InvalidInputError, match=words):
             eigenpairs(p.operator, k)
     with pytest.raises(InvalidInputError, match="which must be one of"):
         eigenpairs(p.operator, 1, which="LM")

@@ -254,8 +254,8 @@ def test_a_layer_without_curvature_or_input_gets_a_finite_block() -> None:
 
 def test_bad_input_is_refused() -> None:
     risk = classification("dense")
-    for damping in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(InvalidInputError, match="damping must be"):
+    for damping, words in ((-1.0, "at least 0"), (float("nan"), "a real number"), (float("inf"), "finite")):
+        with pytest.raises(InvalidInputError, match=f"damping must be {words}"):
             kfac_preconditioner(risk, damping=damping)
     # Softmax: two of three directions at most, in every layer.
     with pytest.raises(InvalidInputError, match="layer '0': the output factor is singular"):
