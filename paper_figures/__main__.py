@@ -1,4 +1,4 @@
-"""Make the figures: `python -m paper_figures [NAME ...] [--preset quick|full] [--force]`, or `bnp-analysis figures`."""
+"""Make the figures: `python -m paper_figures [NAME ...] [--preset quick|full]`, or `bnp-analysis figures`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"figures, default all: {', '.join(frame.names())}")
     parser.add_argument("--preset", choices=frame.PRESETS, default="quick", help="how much to compute")
     parser.add_argument("--force", action="store_true", help="compute again what is there")
+    parser.add_argument("--caption", action="store_true", help="draw the note of index.md below each picture too")
     parser.add_argument("--out", type=Path, help="folder; default paper_figures/PRESET, of the checkout or from here")
     arguments = parser.parse_args(argv)
     unknown = sorted(set(arguments.names) - set(frame.names()))
@@ -38,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = {False: 0, True: 0}  # by whether the claim is about times
     try:
         for place, name in enumerate(wanted, start=1):
-            holds = make_one(name, arguments.preset, folder, f"{place}/{len(wanted)}", force=arguments.force)
+            where = f"{place}/{len(wanted)}"
+            holds = make_one(name, arguments.preset, folder, where, caption=arguments.caption, force=arguments.force)
             failed[is_timed(name)] += not holds
     except KeyboardInterrupt:
         print("\ninterrupted; the figures that are done stay, and the same command goes on", file=sys.stderr)
@@ -61,7 +63,7 @@ def is_timed(name: str) -> bool:
     return bool(getattr(frame.module(name), "TIMED", False))
 
 
-def make_one(name: str, preset: str, folder: Path, place: str, *, force: bool) -> bool:
+def make_one(name: str, preset: str, folder: Path, place: str, *, caption: bool = False, force: bool = False) -> bool:
     """Compute where needed, draw, write PNG and PDF, and say whether the claim holds."""
     began = time.perf_counter()
     form = "{desc} {percentage:3.0f}% {elapsed}"
@@ -71,7 +73,7 @@ def make_one(name: str, preset: str, folder: Path, place: str, *, force: bool) -
             bar.update(max(0.0, 100 * fraction - bar.n))
 
         data, computed = frame.make(name, preset, folder, report, force=force)
-    failure = draw(name, data, folder)
+    failure = draw(name, data, folder, caption=caption)
     how = "computed" if computed else "data kept"
     print(
         f"{place} {name}: {how}, {time.perf_counter() - began:.1f} s" + (f"; CLAIM FAILS: {failure}" if failure else "")
@@ -79,11 +81,11 @@ def make_one(name: str, preset: str, folder: Path, place: str, *, force: bool) -
     return not failure
 
 
-def draw(name: str, data: frame.FigureData, folder: Path) -> str:
-    """Draw from the data alone, write the files, and return what of the claim fails."""
+def draw(name: str, data: frame.FigureData, folder: Path, *, caption: bool = False) -> str:
+    """Draw from the data alone, with the note below where `caption` says so, write the files, return what fails."""
     module = frame.module(name)
     failure = module.failure(data)
-    figure = style.finish(module.draw(data), note(name, data), failure)
+    figure = style.finish(module.draw(data), note(name, data) if caption else "", failure)
     figure.savefig(folder / f"{name}.png")
     figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "ModDate": None})
     plt.close(figure)

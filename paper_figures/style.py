@@ -20,7 +20,7 @@ COLOURS = {
     **{"vanilla": GREY, "BN": BLUE, "LN": GREEN, "GN": SKY, "renorm": PURPLE, "BNP": ORANGE, "BNP+GN": YELLOW},
 }
 MARKERS = {"vanilla": "o", "BN": "s", "LN": "^", "GN": "v", "renorm": "D", "BNP": "P", "BNP+GN": "X"}
-COLUMN, PAGE = 3.4, 7.0  # widths in inches
+COLUMN, PAGE = 3.3, 6.8  # widths in inches of one and of two columns of a journal
 
 _SETTINGS: dict[str, Any] = {
     **{"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 6.5, "xtick.labelsize": 7},
@@ -45,13 +45,26 @@ def panels(
 
 
 def band(
-    ax: Axes, x: Any, samples: Any, *, color: str, label: str | None = None, marker: str = "", line: str = "-"
+    ax: Axes,
+    x: Any,
+    samples: Any,
+    *,
+    color: str,
+    label: str | None = None,
+    marker: str = "",
+    line: str = "-",
+    **look: Any,
 ) -> None:
     """Median over the first axis of `samples`, with the range from smallest to largest as a band."""
     values = np.asarray(samples, dtype=float)
-    ax.plot(x, np.median(values, axis=0), line, color=color, label=label, marker=marker)
+    ax.plot(x, np.median(values, axis=0), line, color=color, label=label, marker=marker, **look)
     if len(values) > 1:
         ax.fill_between(x, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, linewidth=0)
+
+
+def below(width: float = 3.2, size: float = 7.0) -> dict[str, Any]:
+    """The look of a curve that others may cover: wide and pale, with open markers that show around theirs."""
+    return {"linewidth": width, "alpha": 0.5, "markersize": size, "markerfacecolor": "none"}
 
 
 def letters(axes: Sequence[Axes]) -> None:
@@ -62,9 +75,11 @@ def letters(axes: Sequence[Axes]) -> None:
 
 
 def finish(figure: Figure, note: str, failure: str = "") -> Figure:
-    """What a reader must know below the panels; a claim that fails in red above them."""
+    """A claim that fails in red above the panels, and `note`, where it is not empty, below them."""
     inches = figure.get_figwidth()
-    figure.supxlabel("\n".join(textwrap.wrap(note, int(23 * inches))), fontsize=5.5, color=GREY, x=0.01, ha="left")
+    if note:
+        lines = textwrap.wrap(note, int(23 * inches))
+        figure.supxlabel("\n".join(lines), fontsize=5.5, color=GREY, x=0.01, ha="left")
     if failure:
         lines = textwrap.wrap(f"The claim fails here: {failure}", int(15 * inches))
         text = "\n".join(lines)

@@ -132,7 +132,7 @@ def draw(data: FigureData) -> Figure:
         if not len(norms):  # too slow to observe, or in the recorded study only
             continue
         k = np.arange(1, len(norms) + 1)
-        left.plot(k, norms / norms[0], color=colour, label=label)
+        left.plot(k, norms / norms[0], color=colour, label=label, **(style.below() if c == 2 else {}))
         slope = np.log(float(data[f"factor{c}"])) * k + (np.log(k) if c == 1 else 0)
         anchor = len(norms) - 1
         if anchor > 0:

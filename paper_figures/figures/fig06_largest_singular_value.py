@@ -102,9 +102,10 @@ def draw(data: FigureData) -> Figure:
     for i, (source, colour) in enumerate(zip(data.words("sources"), colours, strict=True)):
         m = data["features"][i].mean(axis=1)
         x = m / data["rows"]
-        style.band(left, x, data["observed"][i].T, color=colour, label=source, marker="os^vD"[i])
+        look: dict[str, Any] = {"color": colour, "marker": "os^vD"[i], **(style.below() if i == 0 else {})}
+        style.band(left, x, data["observed"][i].T, label=source, **look)
         ratio = data["observed"][i] / np.maximum(data["features"][i] / data["rows"][:, None], 1)
-        style.band(right, x, ratio.T, color=colour, marker="os^vD"[i])
+        style.band(right, x, ratio.T, **look)
     grid = np.geomspace(0.03, 25, 200)
     left.plot(grid, np.maximum(grid, 1), color=style.BLACK, linestyle="--", label="$q^2=\\max(m/R,1)$")
     left.plot(grid, (1 + np.sqrt(grid)) ** 2, color=style.BLACK, linestyle=":", label=r"$(1+\sqrt{m/R})^2$")

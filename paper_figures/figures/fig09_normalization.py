@@ -156,8 +156,8 @@ def draw(data: FigureData) -> Figure:
     for method, (name, dash) in enumerate((("BatchNorm", "-"), ("BNP", "--"))):
         for live, colour in enumerate((style.BLUE, style.ORANGE)):
             label = f"{name}, {'live' if live else 'fixed'}"
-            right.plot(steps, np.median(data["losses"][method, live], axis=0), dash, color=colour, label=label)
-    right.set_yscale("log")
+            look = {} if method else style.below()
+            right.plot(steps, np.median(data["losses"][method, live], axis=0), dash, color=colour, label=label, **look)
     right.set_ylabel("training loss")
     right.set_title("loss, median over seeds")
     for ax in (left, right):

@@ -107,7 +107,8 @@ def draw(data: FigureData) -> Figure:
     colours = dict(zip(WAYS, (style.GREY, style.BLUE, style.ORANGE, style.GREEN), strict=True))
     for k, ax in enumerate((left, right)):
         for w, way in enumerate(WAYS):
-            style.band(ax, data["dials"], data["value"][k, w], color=colours[way], label=way, marker="os^D"[w])
+            look = style.below(4.5 - 1.2 * w, 9 - 2 * w) if w < len(WAYS) - 1 else {}
+            style.band(ax, data["dials"], data["value"][k, w], color=colours[way], label=way, marker="os^D"[w], **look)
         ax.set_xscale("symlog", linthresh=0.3)
         ax.set_yscale("log")
     left.set_xlabel("mean / standard deviation")

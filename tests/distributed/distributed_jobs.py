@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import faulthandler
+import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,8 +150,9 @@ def killed(group: Group, folder: Path) -> dict[str, Any]:
 
 def late(group: Group, folder: Path) -> dict[str, Any]:
     """One process comes later than the others wait."""
-    if group.rank == 1:
-        time.sleep(7)
+    if group.rank == 1:  # until rank 0, that has waited long enough, has ended
+        with open(folder / "alive-0") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
     error = _attempt(lambda: group.sum(lambda: torch.ones(3), "ones"))
     again = _attempt(lambda: group.sum(lambda: torch.ones(3), "ones again"))
     return {"error": error, "again": again}
@@ -160,6 +162,8 @@ def main(job: str, folder: Path) -> None:
     faulthandler.dump_traceback_later(280, exit=True)
     torch.set_num_threads(1)
     do = {"measure": measure, "killed": killed, "late": late}[job]
+    alive = open(folder / f"alive-{os.environ['RANK']}", "w")
+    fcntl.flock(alive, fcntl.LOCK_EX)  # held until the process ends
     try:
         with bnp.distributed.initialize(timeout=2 if job == "late" else 120) as group:
             torch.save(do(group, folder), folder / f"{job}-{group.rank}.pt")
