@@ -15,7 +15,7 @@ from matplotlib.ticker import SymmetricalLogLocator
 from bnp_analysis.diagnose import BlockSpectra, Comparison, Conditioning, EigenvectorMass, LayerTable, Slice
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg import ConditionNumber, ConditionProfile, Diagonal, SpectralDensity
-from bnp_analysis.runtime.kinds import require_kind
+from bnp_analysis.runtime.kinds import gated, require_kind
 from bnp_analysis.training import Sharpness
 
 # Okabe and Ito 2008: told apart by colour-blind readers, and in grey.
@@ -85,6 +85,7 @@ def plot_blocks(result: Comparison | LayerTable, ax: Axes | None = None) -> Axes
     return ax
 
 
+@gated
 def plot_spectral_density(
     density: SpectralDensity,
     ax: Axes | None = None,
@@ -155,6 +156,7 @@ def _on_both_signs(density: SpectralDensity, ax: Axes, label: str | None, color:
     return ax
 
 
+@gated
 def plot_profile(
     result: Conditioning | ConditionProfile, ax: Axes | None = None, *, label: str | None = None, color: str = BLUE
 ) -> Axes:
@@ -371,6 +373,7 @@ def plot_sharpness(result: Sharpness, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@gated
 def save_comparison(result: Comparison, path: str | Path, title: str = "") -> None:
     """Draw inputs and blocks side by side and write them to a file whose suffix says the format.
 
@@ -386,6 +389,7 @@ def save_comparison(result: Comparison, path: str | Path, title: str = "") -> No
     _write(figure, path, title)
 
 
+@gated
 def save_densities(densities: Sequence[tuple[str, SpectralDensity]], path: str | Path, title: str = "") -> None:
     """Draw labelled densities in panels of their own and write them to a file."""
     figure, axes = plt.subplots(
@@ -396,6 +400,7 @@ def save_densities(densities: Sequence[tuple[str, SpectralDensity]], path: str |
     _write(figure, path, title)
 
 
+@gated
 def save_block_spectra(result: BlockSpectra, path: str | Path, title: str = "") -> None:
     """Draw the spectra of blocks and their distances side by side and write them to a file."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 import bnp_analysis as bnp
 from bnp_analysis.errors import InvalidInputError, NotConvexError, StochasticModelError
-from bnp_analysis.runtime.kinds import WAYS
+from bnp_analysis.runtime.kinds import KINDS, WAYS, _kind
 
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.arange(12) % 3
@@ -131,6 +131,17 @@ def test_a_wrong_kind_is_answered_by_the_code_to_write(
 def test_every_verb_has_an_argument_that_is_checked() -> None:
     unchecked = [name for name, _, parameters in verbs() if not parameters.keys() & WRONG.keys()]
     assert not unchecked
+
+
+@pytest.mark.parametrize(
+    "room", ["curvature", "diagnose", "distributed", "linalg", "network", "plotting", "precondition"]
+)
+def test_arguments_of_every_public_function_are_looked_at_in_one_place(room: str) -> None:
+    functions = [f for name in getattr(bnp, room).__all__ if inspect.isfunction(f := getattr(getattr(bnp, room), name))]
+    assert functions
+    for function in functions:
+        kinds = {_kind(parameter.annotation)[0] for parameter in inspect.signature(function).parameters.values()}
+        assert hasattr(function, "__wrapped__") or not kinds & KINDS.keys(), function
 
 
 def test_every_name_of_the_advice_exists() -> None:

@@ -11,6 +11,7 @@ from bnp_analysis.errors import InvalidInputError, NotConvexError
 from bnp_analysis.linalg import ConditionNumber, Preconditioner, SymmetricOperator, singular_condition_number
 from bnp_analysis.linalg.preconditioner import check_fits
 from bnp_analysis.results import Result
+from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.memory import require_memory
 
 
@@ -38,6 +39,7 @@ class PreconditionerReport(Result):
         return f"P of {self.dim} parameters: |P| |P^-1| = {k.value:.4g}, stable rank {self.stable_rank:.4g}{near}"
 
 
+@gated
 def preconditioner_report(
     P: Preconditioner, A: SymmetricOperator | None = None, *, damping: float = 0.0
 ) -> PreconditionerReport:

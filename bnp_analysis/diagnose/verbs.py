@@ -238,6 +238,7 @@ def compare(
     )
 
 
+@gated
 def curvature_matrix(
     risk: EmpiricalRisk, name: str, seed: int = 0, *, engine: str = "auto", max_memory: int | None = None
 ) -> SymmetricOperator:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from bnp_analysis.distributed.group import ALONE, Group
 from bnp_analysis.distributed.link import Link
 from bnp_analysis.errors import DistributedError, InvalidInputError
+from bnp_analysis.runtime.kinds import gated
 
 # Starting takes processes longer, and differs more among them, than what they do together.
 _START = 300.0
@@ -21,6 +22,7 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
+@gated
 def initialize(*, timeout: float = 600.0) -> Group:
     """The group of the processes that `torchrun` started, or that `torch.distributed` already connects.
 

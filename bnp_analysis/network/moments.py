@@ -14,6 +14,7 @@ from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.network.layer_kinds import Layer
 from bnp_analysis.network.layers import Coverage, coverage
 from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.runtime.kinds import gated
 
 STATISTICS = ("channel", "patch")
 
@@ -101,6 +102,7 @@ class Accumulator:
         return self.high - self.low <= 8 * self.unit * size
 
 
+@gated
 def layer_moments(
     risk: EmpiricalRisk, *, statistics: str = "channel", layers: Coverage | None = None
 ) -> dict[str, Moments]:

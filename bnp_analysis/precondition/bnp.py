@@ -121,6 +121,7 @@ def surviving_mean(mean: Tensor, second: Tensor) -> float:
     return float(share.sum(dim=1).max())
 
 
+@gated
 def layer_block(
     layer: Layer,
     moments: Moments,

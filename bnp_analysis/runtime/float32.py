@@ -67,7 +67,7 @@ class Setting(NamedTuple):
     """
 
     read: Callable[[], Any]
-    write: Callable[[Any], None]
+    write: Callable[[Any], object]
     full: tuple[Any, ...]
 
 

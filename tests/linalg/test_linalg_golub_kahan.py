@@ -125,9 +125,11 @@ def test_golub_kahan_keeps_what_it_has_on_ctrl_c(tmp_path: Path, generator: torc
 
 def test_bad_factors() -> None:
     F = MatrixOperator(torch.ones(3, 2))
-    for steps, factor in ((0, F), (3, MatrixOperator(torch.ones(0, 2))), (3, MatrixOperator(torch.ones(2, 0)))):
+    with pytest.raises(InvalidInputError, match="steps must be positive, got steps=0"):
+        golub_kahan(F, 0)
+    for factor in (MatrixOperator(torch.ones(0, 2)), MatrixOperator(torch.ones(2, 0))):
         with pytest.raises(InvalidInputError, match="nothing to bidiagonalize"):
-            golub_kahan(factor, steps)
+            golub_kahan(factor, 3)
     with pytest.raises(NonFiniteError):
         golub_kahan(MatrixOperator(torch.tensor([[1.0, math.nan]])), 2)
     assert golub_kahan(MatrixOperator(torch.zeros(3, 2)), 2).singular_values().size == 0

@@ -17,7 +17,7 @@ from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.scale import exponent, scaled
 from bnp_analysis.linalg.spectra.null import DeclaredNull
 from bnp_analysis.results import Result
-from bnp_analysis.runtime.kinds import require_kind
+from bnp_analysis.runtime.kinds import gated, require_kind
 from bnp_analysis.runtime.memory import available_memory
 from bnp_analysis.runtime.progress import Progress
 
@@ -243,6 +243,7 @@ class Route(Result):
         return f"{self.method:<16} {'' if self.applies else 'does not apply; '}{cost}: {self.claim}"
 
 
+@gated
 def methods(A: SymmetricOperator, steps: int = LANCZOS_STEPS) -> list[Route]:
     """Every method for the condition number of an operator, with its cost and memory, before anything runs.
 
@@ -278,6 +279,7 @@ def methods(A: SymmetricOperator, steps: int = LANCZOS_STEPS) -> list[Route]:
 routes = methods  # its name before
 
 
+@gated
 def choose_method(A: SymmetricOperator, *, indefinite: bool = False) -> str:
     """The name of the method that `auto` takes: the first that fits of factor-svd, dense, lanczos.
 

@@ -117,6 +117,7 @@ def condition_number(
     return _measure(A, preconditioner, null, method, problem, seed, checkpoint=checkpoint, progress=progress)
 
 
+@gated
 def regularized_condition_number(
     A: SymmetricOperator,
     delta: float,
@@ -161,6 +162,7 @@ def regularized_condition_number(
     return dataclasses.replace(found, quantity=f"kappa({name} + {delta:g} I)")
 
 
+@gated
 def magnitude_condition_number(
     A: SymmetricOperator,
     *,

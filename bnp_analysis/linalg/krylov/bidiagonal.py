@@ -16,6 +16,7 @@ from bnp_analysis.linalg.krylov.lanczos import Floats
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.linalg.scale import comfortable, exponent, in_floats, require_resolution, scaled
 from bnp_analysis.runtime.files import Schedule, load_state, save_state
+from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.memory import require_memory
 from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.runtime.random import generator
@@ -67,6 +68,7 @@ class Bidiagonalization:
         )
 
 
+@gated
 def golub_kahan(
     F: LinearOperator,
     steps: int,

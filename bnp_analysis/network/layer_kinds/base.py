@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.layer_kinds.multiples import multiplier, where_stored
+from bnp_analysis.runtime.kinds import gated
 
 
 @dataclass(frozen=True)
@@ -279,6 +280,7 @@ def transposed_weights(model: nn.Module) -> dict[str, int]:
     return found
 
 
+@gated
 def register_layer(
     module_type: type[nn.Module],
     *,

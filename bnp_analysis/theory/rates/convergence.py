@@ -518,6 +518,7 @@ GAIN = "BNP is faster than gradient descent by the ratio of the predicted rates"
 _NOTHING = 0.05  # a gain within this of 1 is none
 
 
+@gated
 def check_bnp_gain(
     risk: EmpiricalRisk,
     preconditioner: BNPPreconditioner | None = None,
