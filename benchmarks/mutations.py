@@ -88,7 +88,7 @@ def nodes(tree: ast.AST) -> Iterator[ast.AST]:
                 continue
             for inner in part if isinstance(part, list) else [part]:
                 if isinstance(inner, ast.AST):
-                    holder = ast.Module([inner], [])  # type: ignore[list-item]
+                    holder = ast.Module([inner], [])
                     yield from nodes(holder)
 
 
@@ -101,13 +101,13 @@ def sites() -> dict[tuple[str, int], list[dict[str, Any]]]:
         starts = list(accumulate(map(len, lines), initial=0))
         for node in nodes(ast.parse(text)):
             for kind, new in broken(node):
-                begin = starts[node.lineno - 1] + node.col_offset  # type: ignore[attr-defined]
-                end = starts[node.end_lineno - 1] + node.end_col_offset  # type: ignore[attr-defined]
+                begin = starts[node.lineno - 1] + node.col_offset
+                end = starts[node.end_lineno - 1] + node.end_col_offset
                 after = ast.unparse(ast.fix_missing_locations(new))
                 if isinstance(node, ast.expr) and not isinstance(new, ast.Constant):
                     after = f"({after})"
                 before = text.encode()[begin:end].decode()
-                site = {"file": name, "line": node.lineno, "kind": kind, "before": before, "after": after}  # type: ignore[attr-defined]
+                site = {"file": name, "line": node.lineno, "kind": kind, "before": before, "after": after}
                 found.setdefault((name, site["line"]), []).append(site | {"begin": begin, "end": end})
     return found
 
@@ -151,7 +151,7 @@ def failing(tree: Path, files: list[str]) -> str:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", *files]
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, cwd=tree, env=environment, start_new_session=True, **both)  # type: ignore[call-overload]
+    process = subprocess.Popen(command, cwd=tree, env=environment, start_new_session=True, **both)
     try:
         said = process.communicate(timeout=TIMEOUT)[0]
     except subprocess.TimeoutExpired:

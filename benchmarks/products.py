@@ -51,6 +51,7 @@ WEIGHED = (OURS, "torch, double backward", "torch.func.linearize", "hessian-eige
 
 def product_of(p: Problem, matrix: str, method: str, reference: dict[str, Tensor]) -> Product | str:
     """The product, or what is wrong with it: an error, or another result than the reference's."""
+    # Other packages refuse networks in many ways; which of them cannot run is a result, with the error's name.
     try:
         product = METHODS[matrix][method](p)
         found = product(p.v).detach()

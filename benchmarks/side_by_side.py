@@ -187,11 +187,11 @@ def eig_for_pyhessian() -> Iterator[None]:
         return torch.stack([values, torch.zeros_like(values)], dim=1), vectors
 
     had = getattr(torch, "eig", None)
-    torch.eig = eig  # type: ignore[attr-defined]
+    torch.eig = eig
     try:
         yield
     finally:
         if had is None:
-            del torch.eig  # type: ignore[attr-defined]
+            del torch.eig
         else:
-            torch.eig = had  # type: ignore[attr-defined]
+            torch.eig = had

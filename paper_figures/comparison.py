@@ -209,7 +209,7 @@ def _costs(
     if not able:
         return {}
     examples = load(next(iter(able.values())), data_dir)
-    found = measure_cost(list(able.values()), examples.input_shape, examples.num_classes)
+    found = measure_cost(list(able.values()), examples.input_shape, examples.num_classes, memory=True)
     first = found[0].get("step_ms", math.nan)
     ratios = [own | {"step_ratio": own["step_ms"] / first} if own else own for own in found]
     return dict(zip(able, ratios, strict=True))

@@ -21,23 +21,30 @@ Shape = tuple[int, ...]
 
 
 def measure_cost(
-    experiments: Sequence[Experiment], input_shape: Shape, num_classes: int, *, rounds: int = 30, steps: int = 10
+    experiments: Sequence[Experiment],
+    input_shape: Shape,
+    num_classes: int,
+    *,
+    rounds: int = 30,
+    steps: int = 10,
+    memory: bool = False,
 ) -> list[dict[str, float]]:
-    """Time and memory of the training steps of several experiments, with nothing else of this package running.
+    """Time, and on request memory, of the training steps of several experiments, with nothing else of ours running.
 
     Times come from one fresh process with one thread, in which the experiments take turns, so that a machine that
-    slows down slows all of them. Each has a fresh process for its memory.
+    slows down slows all of them. For its memory each has a fresh process, which loads everything anew.
 
     Args:
         experiments: whose steps.
         input_shape, num_classes: of the data, which are random numbers here.
         rounds: turns of each experiment.
         steps: of one turn.
+        memory: also `peak_mb`.
 
     Returns:
-        Per experiment `step_ms`, the median over the rounds, and `peak_mb`, by how much the largest resident memory
-        of the process (on an accelerator: its largest allocated memory) grew with network, optimizer and steps.
-        Empty where the experiment cannot run.
+        Per experiment `step_ms`, the median over the rounds, and on request `peak_mb`, by how much the largest resident
+        memory of the process (on an accelerator: its largest allocated memory) grew with network, optimizer and
+        steps. Empty where the experiment cannot run.
     """
     size = (tuple(input_shape), num_classes)
     with fresh_processes(1) as pool:
@@ -47,9 +54,10 @@ def measure_cost(
         if milliseconds is None:
             found.append({})
             continue
-        with fresh_processes(1) as pool:
-            memory = pool.submit(_memory, experiment, *size, steps).result()
-        found.append({"step_ms": milliseconds, "peak_mb": memory})
+        found.append({"step_ms": milliseconds})
+        if memory:
+            with fresh_processes(1) as pool:
+                found[-1]["peak_mb"] = pool.submit(_memory, experiment, *size, steps).result()
     return found
 
 

@@ -44,6 +44,32 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.fixture
+def small_statements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks of the theory with fewer examples, random starts, scalings, steps and points: the same code, faster."""
+    from bnp_analysis.theory.statements import conditioning, layer_curvature, rates, spectra, symmetry
+
+    monkeypatch.setattr(layer_curvature, "_MOST_OFFSETS", 64)
+    monkeypatch.setattr(conditioning, "_SEARCH", 20)
+    monkeypatch.setattr(rates, "_WIDTHS", (4, 2, 2))
+    monkeypatch.setattr(rates, "_KAPPA", 30.0)
+    monkeypatch.setattr(rates, "_STEPS", 5)
+    monkeypatch.setattr(spectra, "_STARTS", 12)
+    monkeypatch.setattr(symmetry, "TIMES", (1e-3, 1e-1, 1.0, 1e3))
+    monkeypatch.setattr(symmetry, "_ROWS", 300)
+
+
+@pytest.fixture(scope="session")
+def tanh_risk() -> Any:
+    """30 examples, 4-5-3, cross-entropy."""
+    import bnp_analysis as bnp
+
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 4, generator=g, dtype=torch.float64)
+    model = bnp.models.mlp([4, 5, 3], activation="tanh", dtype=torch.float64)
+    return bnp.EmpiricalRisk(model, torch.nn.functional.cross_entropy, (x, torch.arange(30) % 3))
+
+
+@pytest.fixture
 def generator() -> torch.Generator:
     """A seeded generator of its own for each test; pass it as ``generator=``, the global one stays alone."""
     return torch.Generator().manual_seed(20220823)

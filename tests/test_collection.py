@@ -8,9 +8,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).resolve().parent
 
 
+@pytest.mark.slow
 def test_folders_with_fixtures_of_their_own_can_be_named_together() -> None:
     folders = [path.parent for path in sorted(TESTS.glob("*/conftest.py"), reverse=True)]
     assert len(folders) > 1

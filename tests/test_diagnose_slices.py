@@ -30,14 +30,6 @@ def quadratic(curvatures: list[float], seed: int = 0) -> tuple[bnp.EmpiricalRisk
     return risk, (Q * torch.tensor(curvatures, dtype=torch.float64)) @ Q.T
 
 
-@pytest.fixture(scope="module")
-def risk() -> bnp.EmpiricalRisk:
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(30, 4, generator=g, dtype=torch.float64)
-    model = bnp.models.mlp([4, 5, 3], activation="tanh", dtype=torch.float64)
-    return bnp.EmpiricalRisk(model, nn.functional.cross_entropy, (x, torch.arange(30) % 3))
-
-
 @pytest.mark.parametrize("curvatures", [[4.0, 1.0, 0.25], [1e6, 1.0, 1e-6, 0.0]])
 def test_of_a_quadratic_the_model_is_the_loss(curvatures: list[float]) -> None:
     risk, H = quadratic(curvatures)
@@ -69,16 +61,16 @@ def test_in_a_plane_axes_are_where_they_say() -> None:
     assert (row["distance"], row["distance_2"], row["loss"]) == (-1.0, -0.5, found.loss[0, 1])
 
 
-def test_along_an_eigenvector_the_curvature_is_the_eigenvalue(risk: bnp.EmpiricalRisk, tmp_path) -> None:
-    pairs = bnp.eigenpairs(bnp.hessian(risk), k=1)
-    flat = bnp.slice(risk, pairs.vectors[:, 0], radius=1e-3, points=3)
+def test_along_an_eigenvector_the_curvature_is_the_eigenvalue(tanh_risk: bnp.EmpiricalRisk, tmp_path) -> None:
+    pairs = bnp.eigenpairs(bnp.hessian(tanh_risk), k=1)
+    flat = bnp.slice(tanh_risk, pairs.vectors[:, 0], radius=1e-3, points=3)
     assert flat.curvatures[0, 0] == pytest.approx(float(pairs.values[0]), rel=1e-8)
     # The other oracle: the loss's own second difference.
     second = (flat.loss[0] - 2 * flat.loss[1] + flat.loss[2]) / 1e-6
     assert second == pytest.approx(float(pairs.values[0]), rel=1e-4)
-    tree = bnp.slice(risk, risk.space.unflatten(pairs.vectors[:, 0]), radius=1e-3, points=3)
+    tree = bnp.slice(tanh_risk, tanh_risk.space.unflatten(pairs.vectors[:, 0]), radius=1e-3, points=3)
     assert np.array_equal(tree.loss, flat.loss)
-    assert flat.loss[1] == float(risk.value)
+    assert flat.loss[1] == float(tanh_risk.value)
     assert bnp.diagnose.Slice.load(flat.save(tmp_path / "slice.json")) == flat
     assert "curvature" in str(flat)
 
@@ -111,13 +103,15 @@ def test_both_sharpnesses_of_a_quadratic_are_its_rayleigh_quotient() -> None:
     assert (found.value, found.critical) == pytest.approx((own, own), rel=1e-5)
 
 
-def test_a_critical_step_is_where_the_loss_is_back(risk: bnp.EmpiricalRisk) -> None:
-    found = directional_sharpness(risk)
+def test_a_critical_step_is_where_the_loss_is_back(tanh_risk: bnp.EmpiricalRisk) -> None:
+    found = directional_sharpness(tanh_risk)
     for critical, grows in ((found.critical_lower * 0.999, True), (found.critical_upper * 1.001, False)):
-        there = risk(risk.theta - 2 / critical * risk.gradient)
-        assert bool(there > risk.value) is grows
-    g, h = risk.gradient, 1e-5
-    quotient = (risk.at(risk.theta + h * g).gradient - risk.at(risk.theta - h * g).gradient) @ g / (2 * h)
+        there = tanh_risk(tanh_risk.theta - 2 / critical * tanh_risk.gradient)
+        assert bool(there > tanh_risk.value) is grows
+    g, h = tanh_risk.gradient, 1e-5
+    quotient = (
+        (tanh_risk.at(tanh_risk.theta + h * g).gradient - tanh_risk.at(tanh_risk.theta - h * g).gradient) @ g / (2 * h)
+    )
     assert found.value == pytest.approx(float(quotient / (g @ g)), rel=1e-6)
 
 
@@ -130,19 +124,21 @@ def test_a_step_that_never_grows_the_loss_has_no_critical_size() -> None:
     assert "not reached" in str(found)
 
 
-def test_mass_is_the_squared_length_in_each_layer(risk: bnp.EmpiricalRisk, tmp_path) -> None:
-    pairs = bnp.eigenpairs(bnp.hessian(risk), k=3)
-    found = eigenvector_mass(pairs, risk.space)
+def test_mass_is_the_squared_length_in_each_layer(tanh_risk: bnp.EmpiricalRisk, tmp_path) -> None:
+    pairs = bnp.eigenpairs(bnp.hessian(tanh_risk), k=3)
+    found = eigenvector_mass(pairs, tanh_risk.space)
     assert found.names == ("fc1", "fc2")
     assert found.mass.sum(axis=1) == pytest.approx(np.ones(3))
-    tensors = risk.space.unflatten(pairs.vectors[:, 1])
+    tensors = tanh_risk.space.unflatten(pairs.vectors[:, 1])
     own = float(tensors["fc2.weight"].norm() ** 2 + tensors["fc2.bias"].norm() ** 2)
     assert found.mass[1, 1] == pytest.approx(own)
     assert found.sizes == pytest.approx([25 / 43, 18 / 43])
     rows = found.records()
     assert rows[1]["fc2"] == pytest.approx(own)
-    units = eigenvector_mass(pairs, risk.space, blocks={"first unit": ("fc1", 0), "biases": "*.bias"})
-    assert units.mass[0, 0] == pytest.approx(float((pairs.vectors[:, 0][risk.space.indices(("fc1", 0))] ** 2).sum()))
+    units = eigenvector_mass(pairs, tanh_risk.space, blocks={"first unit": ("fc1", 0), "biases": "*.bias"})
+    assert units.mass[0, 0] == pytest.approx(
+        float((pairs.vectors[:, 0][tanh_risk.space.indices(("fc1", 0))] ** 2).sum())
+    )
     assert bnp.diagnose.EigenvectorMass.load(found.save(tmp_path / "mass.json")) == found
 
 
@@ -154,8 +150,8 @@ def test_mass_of_a_prescribed_spectrum_is_known() -> None:
     assert found.mass == pytest.approx(np.array([[0.36, 0.64], [1, 0], [0.64, 0.36]]), abs=1e-9)
 
 
-def test_bad_input_is_refused_with_words(risk: bnp.EmpiricalRisk) -> None:
-    n = risk.space.dim
+def test_bad_input_is_refused_with_words(tanh_risk: bnp.EmpiricalRisk) -> None:
+    n = tanh_risk.space.dim
     for direction, words in (
         ("hessian", "'gradient'"),
         (torch.zeros(n), "zero or not finite"),
@@ -165,15 +161,15 @@ def test_bad_input_is_refused_with_words(risk: bnp.EmpiricalRisk) -> None:
         ({"fc1.weight": torch.ones(5, 4)}, "missing"),
     ):
         with pytest.raises(InvalidInputError, match=words):
-            bnp.slice(risk, direction)
+            bnp.slice(tanh_risk, direction)
     with pytest.raises(InvalidInputError, match="parallel"):
-        bnp.slice(risk, torch.ones(n), -3 * torch.ones(n))
+        bnp.slice(tanh_risk, torch.ones(n), -3 * torch.ones(n))
     with pytest.raises(InvalidInputError, match="points"):
-        bnp.slice(risk, "gradient", points=2)
+        bnp.slice(tanh_risk, "gradient", points=2)
     with pytest.raises(InvalidInputError, match="radius"):
-        bnp.slice(risk, "gradient", radius=-1.0)
+        bnp.slice(tanh_risk, "gradient", radius=-1.0)
     with pytest.raises(InvalidInputError, match="other sign"):
-        directional_sharpness(risk, -risk.gradient)
-    pairs = bnp.eigenpairs(bnp.hessian(risk, block="fc1"), k=1)
+        directional_sharpness(tanh_risk, -tanh_risk.gradient)
+    pairs = bnp.eigenpairs(bnp.hessian(tanh_risk, block="fc1"), k=1)
     with pytest.raises(InvalidInputError, match="25 entries, the space 43"):
-        eigenvector_mass(pairs, risk.space)
+        eigenvector_mass(pairs, tanh_risk.space)

@@ -24,6 +24,13 @@ CHEAP = "fig06_largest_singular_value"
 KEPT = [name for name in frame.names() if frame.stored(name, FULL) is not None]
 
 
+@pytest.fixture(autouse=True)
+def _few_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the figure that is computed."""
+    few = frame.module(CHEAP).PRESETS["quick"] | {"rows": [4, 64, 256], "draws": 3}
+    monkeypatch.setitem(frame.module(CHEAP).PRESETS, "quick", few)
+
+
 def ignore(fraction: float) -> None:
     """Nobody looks."""
 

@@ -122,14 +122,14 @@ def test_what_cannot_run_is_said_in_its_row():
 def test_time_and_memory_of_a_step_grow_with_the_network():
     large = replace(BASE, hidden=(1500, 1500))
     refused = replace(BASE, norm="batch", batch_size=1)
-    small, big, none = measure_cost([BASE, large, refused], (64,), 10, rounds=3, steps=3)
+    small, big, none = measure_cost([BASE, large, refused], (64,), 10, rounds=3, steps=3, memory=True)
     assert big["step_ms"] > 2 * small["step_ms"] > 0
     assert big["peak_mb"] > 2 * 1500 * 1500 * 4 / 2**20 > small["peak_mb"] >= 0
     assert none == {}
 
 
 def test_the_cost_of_a_step_stands_in_the_table_beside_the_first_method(monkeypatch):
-    monkeypatch.setattr(comparison, "measure_cost", lambda experiments, *_: [{"step_ms": 2.0}, {"step_ms": 3.0}])
+    monkeypatch.setattr(comparison, "measure_cost", lambda experiments, *_, **__: [{"step_ms": 2.0}, {"step_ms": 3.0}])
     found = compare_methods(BASE, METHODS, **CALL | {"cost": True, "rates": [0.1], "seeds": [0]})
     assert [row["step_ratio"] for row in found.rows] == [1.0, 1.5]
 

@@ -342,6 +342,19 @@ class EngineOperator(SymmetricOperator, Generic[G]):
 CURVATURES: dict[str, Callable[..., SymmetricOperator]] = {}
 
 
+def curvature_name(given: str) -> str:
+    """The name in `CURVATURES` of a curvature that Python or the command line names: `gauss_newton`, `gauss-newton`.
+
+    Raises:
+        InvalidInputError: there is none of this name.
+    """
+    name = given.replace("_", "-")
+    if name not in CURVATURES:
+        known = ", ".join(k.replace("-", "_") for k in CURVATURES)
+        raise InvalidInputError(f"curvature must be one of {known}, got {given!r}")
+    return name
+
+
 def restricted(
     risk: EmpiricalRisk, block: Block | None, build: Callable[[EmpiricalRisk], SymmetricOperator]
 ) -> SymmetricOperator:

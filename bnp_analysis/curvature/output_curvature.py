@@ -213,7 +213,10 @@ class _Bends:
     def at(self, outputs: Tensor) -> Tensor | None:
         """`(rows, width, width)`; None if rows are coupled."""
         z, g = loss_gradient(self.risk, self.batch, outputs)
-        return _row_hessians(z, g, self.width, self.axis, self.risk.eps)
+        count = z.numel() // self.width
+        if count * self.width**2 > _LIMIT or _coupled(z, g, count, self.axis, self.risk.eps):
+            return None
+        return _row_hessians(z, g, self.width, self.axis)
 
     def elsewhere(self, rows: Tensor) -> Tensor | None:
         """The same at other rows of outputs, where the loss is defined there."""
@@ -231,6 +234,10 @@ class _Bends:
         """`S` at the outputs."""
         return self.at(self.outputs)
 
+    def again(self) -> Tensor:
+        """`S` once more, where rows are known not to be coupled."""
+        return _row_hessians(*loss_gradient(self.risk, self.batch, self.outputs), self.width, self.axis)
+
     def product(self, v: Tensor) -> Tensor:
         """`S v`, `(rows, width)`."""
         z, g = loss_gradient(self.risk, self.batch, self.outputs)
@@ -242,7 +249,7 @@ class _Bends:
         even = (torch.arange(self.width, device=self.outputs.device) % 2 == 0).expand_as(self.rows)
         return bool((self.product(even)[~even] != 0).any())
 
-    def roundings(self, S: Tensor, make: Callable[[_Bends], Tensor | None]) -> Tensor:
+    def roundings(self, S: Tensor, make: Callable[[_Bends], Tensor]) -> Tensor:
         """How far rounding may have moved each entry of `S`: every operation is repeated with a unit more or less.
 
         The last operation of the model too, which has rounded the outputs: `1 - p` has few digits where `p` is near 1.
@@ -251,22 +258,20 @@ class _Bends:
         for seed in range(_TRIALS):
             with Perturbed(seed) as perturbed:
                 other = make(replace(self, outputs=self.outputs * 1.0))
-            if other is None or perturbed.overflowed:
+            if perturbed.overflowed:
                 return torch.full_like(S, math.inf)
             moved = torch.maximum(moved, (other - S).abs())
         return _SAFETY * moved
 
-    def structural(self, make: Callable[[_Bends], Tensor | None]) -> Tensor | None:
+    def structural(self, make: Callable[[_Bends], Tensor]) -> Tensor:
         """The same with derivatives of ordinary size in the place of those that saturation makes tiny."""
         with watching(structural=True):
             return make(self)
 
 
-def _row_hessians(z: Tensor, g: Tensor, width: int, axis: int, eps: float) -> Tensor | None:
-    """The Hessian in each row of `width` outputs, `(rows, width, width)`; None if rows are coupled."""
+def _row_hessians(z: Tensor, g: Tensor, width: int, axis: int) -> Tensor:
+    """The Hessian in each row of `width` outputs that are not coupled to those of others, `(rows, width, width)`."""
     count = z.numel() // width
-    if count * width * width > _LIMIT or _coupled(z, g, count, axis, eps):
-        return None
     columns = []
     for c in range(width):
         onehot = z.new_zeros(count, width)
@@ -299,7 +304,7 @@ def _diagonal_root(bends: _Bends, S: Tensor) -> OutputRoot | None:
     d = torch.diagonal(S, dim1=1, dim2=2)
     if bool((d < 0).any()):
         return None
-    doubt = torch.diagonal(bends.roundings(S, _Bends.here), dim1=1, dim2=2)
+    doubt = torch.diagonal(bends.roundings(S, _Bends.again), dim1=1, dim2=2)
     rounding = _relative(doubt, d)
     lost = rounding > ROUNDINGS * bends.risk.eps or bool((d < torch.finfo(d.dtype).tiny).any())
     if lost and (weights := _logistic_weights(bends, d, doubt)) is not None:
@@ -307,7 +312,7 @@ def _diagonal_root(bends: _Bends, S: Tensor) -> OutputRoot | None:
         d, rounding = weights * SIGMOID.slope(bends.rows), 0.0
         counted = weights > 0
     else:
-        ordinary = bends.structural(_Bends.here) if bool((d == 0).any()) else None
+        ordinary = bends.structural(_Bends.again) if bool((d == 0).any()) else None
         counted = d > 0 if ordinary is None else (d > 0) | (torch.diagonal(ordinary, dim1=1, dim2=2) != 0)
     vanished = bool((counted & (d < torch.finfo(d.dtype).tiny)).any())
     return OutputRoot(
@@ -340,7 +345,7 @@ def _logistic_weights(bends: _Bends, d: Tensor, doubt: Tensor) -> Tensor | None:
 def _general_root(bends: _Bends, S: Tensor) -> OutputRoot | None:
     """By eigenvalues; what they leave out at ordinary outputs too is out by structure."""
     values, vectors, floor = _eigen(S, bends.risk.eps)
-    floor = torch.maximum(floor, bends.roundings(S, _Bends.here).double().sum(dim=2).amax(dim=1, keepdim=True))
+    floor = torch.maximum(floor, bends.roundings(S, _Bends.again).double().sum(dim=2).amax(dim=1, keepdim=True))
     if bool((values < -floor).any()):
         return None
     kept = values > floor

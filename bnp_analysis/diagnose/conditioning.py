@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bnp_analysis.curvature import CURVATURES
+from bnp_analysis.curvature.engines import curvature_name
 from bnp_analysis.diagnose.blocks import held, known_null
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg import ConditionProfile, Preconditioner, condition_profile
@@ -178,10 +179,7 @@ def condition(
     """
     began = time.perf_counter()
     require_kind(risk, "risk", EmpiricalRisk)
-    name = curvature.replace("_", "-")
-    if name not in CURVATURES:
-        known = ", ".join(k.replace("-", "_") for k in CURVATURES)
-        raise InvalidInputError(f"curvature must be one of {known}, got {curvature!r}")
+    name = curvature_name(curvature)
     risk = risk if dtype is None else risk.to(dtype, "cpu")
     require_digits(risk.eps, str(risk.precision), "ratios of eigenvalues", cast=True)
     P, label, uncovered = _preconditioner(risk, preconditioner, dtype)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from bnp_analysis.curvature import CURVATURES
+from bnp_analysis.curvature.engines import curvature_name
 from bnp_analysis.errors import InvalidInputError, ZeroOperatorError
 from bnp_analysis.linalg import (
     ConditionProfile,
@@ -178,10 +179,7 @@ def block_spectra(
     """
     began = time.perf_counter()
     require_kind(risk, "risk", EmpiricalRisk)
-    name = curvature.replace("_", "-")
-    if name not in CURVATURES:
-        known = ", ".join(k.replace("-", "_") for k in CURVATURES)
-        raise InvalidInputError(f"curvature must be one of {known}, got {curvature!r}")
+    name = curvature_name(curvature)
     if probes < 2:
         raise InvalidInputError(f"the noise of a distance needs at least two probes, got {probes}")
     risk = risk if dtype is None else risk.to(dtype, "cpu")

@@ -138,6 +138,7 @@ def add_layer(
         >>> list(modules)
         ['fc1', 'norm1', 'act1']
     """
+    # The two kinds that networks are built of here; `models` knows nothing of the registry, which is above it.
     if isinstance(layer, nn.Conv2d):
         kind, spatial, inputs, outputs = "conv", True, layer.in_channels, layer.out_channels
     else:

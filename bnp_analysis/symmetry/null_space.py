@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.curvature import CURVATURES, gauss_newton
+from bnp_analysis.curvature.engines import curvature_name
 from bnp_analysis.curvature.output_curvature import output_root
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, require_digits
@@ -162,10 +163,7 @@ def null_directions(
         {'softmax shift': 3}
     """
     require_kind(risk, "risk", EmpiricalRisk)
-    began, name = time.perf_counter(), curvature.replace("_", "-")
-    if name not in CURVATURES:
-        known = ", ".join(k.replace("-", "_") for k in CURVATURES)
-        raise InvalidInputError(f"curvature must be one of {known}, got {curvature!r}")
+    began, name = time.perf_counter(), curvature_name(curvature)
     require_digits(risk.eps, str(risk.precision), "null directions", cast=True)
     if block is not None:
         layer = block if isinstance(block, str) else block[0]

@@ -89,6 +89,7 @@ def teach(model: nn.Sequential, x: Tensor, generator: torch.Generator, *, margin
     layers = list(model)
     with torch.no_grad():
         for k, module in enumerate(layers):
+            # A network that is built here, of these kinds alone: weights are set, no kind is asked for its rows.
             if isinstance(module, nn.Linear | nn.Conv2d):
                 flat = torch.randn(module.weight.flatten(1).shape, generator=generator, dtype=x.dtype)
                 U, _, Vt = torch.linalg.svd(flat, full_matrices=False)

@@ -19,7 +19,7 @@ CLAIM = (
 )
 SHOWS = "T1, T1', T7a, T7b"
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {"samples": 400, "hidden": [12, 12], "steps": [0, 30, 150], "lr": 0.1, "batch": 60, "seed": 0},
+    "quick": {"samples": 200, "hidden": [8, 8], "steps": [0, 100], "lr": 0.1, "batch": 60, "seed": 0},
     "full": {
         "samples": 1400,
         "hidden": [32, 32, 32],

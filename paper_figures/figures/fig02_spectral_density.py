@@ -22,7 +22,7 @@ CLAIM = (
 )
 SHOWS = "T2, T7"
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {"samples": 300, "hidden": [12], "probes": 10, "steps": 60, "exact": True, "seed": 0},
+    "quick": {"samples": 200, "hidden": [8], "probes": 6, "steps": 40, "exact": True, "seed": 0},
     "full": {"samples": 1400, "hidden": [32, 32], "probes": 20, "steps": 100, "exact": True, "seed": 0},
 }
 MATRICES = ("Hessian", "Gauss-Newton")

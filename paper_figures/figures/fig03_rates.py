@@ -26,8 +26,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
         "widths": [3, 3, 2],
         "shift": 1.0,
-        "kappa": 500.0,
-        "seeds": [0, 1],
+        "kappa": 300.0,
+        "seeds": [0],
         "n": 80,
         "inputs": [RECORDED],
         "time_limit": 60,

@@ -21,7 +21,7 @@ CLAIM = (
 )
 SHOWS = "T10, T12"
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {"widths": [6, 5, 3], "samples": 60, "decades": 3, "points": 7, "seeds": [0, 1]},
+    "quick": {"widths": [6, 5, 3], "samples": 60, "decades": 3, "points": 5, "seeds": [0]},
     "full": {"widths": [6, 5, 3], "samples": 200, "decades": 3, "points": 25, "seeds": [0, 1, 2, 3, 4]},
 }
 WAYS = ("plain", "BNP", "BNP, output scaling")

@@ -22,7 +22,7 @@ CLAIM = (
 SHOWS = "T2, T7, T9"
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
-        **{"hidden": [12, 12], "epochs": 3, "every": 24, "layers": ["fc2", "fc3"], "measured": 200, "seeds": [0, 1]},
+        **{"hidden": [12, 12], "epochs": 2, "every": 24, "layers": ["fc2", "fc3"], "measured": 100, "seeds": [0]},
         **{"rates": {"vanilla": 0.3, "BN": 0.3, "BNP": 0.03}, "batch": 60},
     },
     "full": {

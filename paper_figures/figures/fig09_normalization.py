@@ -21,7 +21,7 @@ CLAIM = (
 )
 SHOWS = "T9"
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {"samples": 200, "hidden": [16], "steps": 100, "lr": 0.005, "seeds": [0, 1, 2]},
+    "quick": {"samples": 200, "hidden": [16], "steps": 50, "lr": 0.01, "seeds": [0]},
     "full": {"samples": 500, "hidden": [32, 32], "steps": 500, "lr": 0.0003, "seeds": [0, 1, 2, 3, 4]},
 }
 LOSS = nn.functional.cross_entropy

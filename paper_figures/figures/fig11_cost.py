@@ -27,7 +27,7 @@ SHOWS = "T3"
 TIMED = True
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
-        **{"batches": {"mlp": [1, 60, 512], "cnn": [16]}, "rounds": 10, "steps": 5, "repeats": 7, "seed": 0},
+        **{"batches": {"mlp": [1, 60], "cnn": [16]}, "rounds": 5, "steps": 5, "repeats": 5, "seed": 0},
         **{"products": {"mlp": 512, "cnn": 16}},
     },
     "full": {

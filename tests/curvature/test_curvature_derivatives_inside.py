@@ -193,6 +193,7 @@ def test_units_of_weights_that_act_twice_have_no_rows(name: str) -> None:
     assert set(unit_blocks(plain, coverage(plain))) == {"net.0", "net.2"}
 
 
+@pytest.mark.usefixtures("small_statements")
 @pytest.mark.parametrize("name", ["enable_grad", "forces"])
 def test_no_theorem_is_called_false(name: str) -> None:
     found = bnp.check_theory(problem_of(name).risk(), only=["T1", "T2", "T3", "T7", "T9", "T11"])

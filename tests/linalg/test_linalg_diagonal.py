@@ -11,19 +11,11 @@ import math
 import pytest
 import torch
 from linalg_problems import counting, exact_problem
-from torch import Tensor, nn
+from torch import Tensor
 
 import bnp_analysis as bnp
 from bnp_analysis.errors import InvalidInputError, MemoryLimitError, NonFiniteError
 from bnp_analysis.linalg import CallableOperator, DensePreconditioner, GramOperator, MatrixOperator, Restriction
-
-
-@pytest.fixture(scope="module")
-def risk() -> bnp.EmpiricalRisk:
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(30, 4, generator=g, dtype=torch.float64)
-    model = bnp.models.mlp([4, 5, 3], activation="tanh", dtype=torch.float64)
-    return bnp.EmpiricalRisk(model, nn.functional.cross_entropy, (x, torch.arange(30) % 3))
 
 
 def random_symmetric(n: int, seed: int = 0) -> Tensor:
@@ -86,40 +78,40 @@ def test_of_a_congruence_it_is_the_congruence_s() -> None:
     assert torch.all((estimated.value - truth).abs() < 5 * estimated.error)
 
 
-def test_of_a_network_it_is_the_derivative_of_the_gradient(risk: bnp.EmpiricalRisk) -> None:
+def test_of_a_network_it_is_the_derivative_of_the_gradient(tanh_risk: bnp.EmpiricalRisk) -> None:
     """Two oracles: difference quotients of the gradient, and for the Gauss-Newton matrix of the outputs, per class."""
-    H = bnp.diagonal(bnp.hessian(risk))
-    theta, h = risk.theta, 1e-5
-    for i in range(0, risk.space.dim, 5):
+    H = bnp.diagonal(bnp.hessian(tanh_risk))
+    theta, h = tanh_risk.theta, 1e-5
+    for i in range(0, tanh_risk.space.dim, 5):
         step = torch.zeros_like(theta)
         step[i] = h
-        quotient = float((risk.at(theta + step).gradient - risk.at(theta - step).gradient)[i]) / (2 * h)
+        quotient = float((tanh_risk.at(theta + step).gradient - tanh_risk.at(theta - step).gradient)[i]) / (2 * h)
         assert float(H.value[i]) == pytest.approx(quotient, abs=1e-8)
-    G, outputs = bnp.diagonal(bnp.gauss_newton(risk)), risk.outputs
+    G, outputs = bnp.diagonal(bnp.gauss_newton(tanh_risk)), tanh_risk.outputs
     p = outputs.softmax(dim=1)
-    for i in range(0, risk.space.dim, 5):
+    for i in range(0, tanh_risk.space.dim, 5):
         step = torch.zeros_like(theta)
         step[i] = h
-        slope = (risk.at(theta + step).outputs - risk.at(theta - step).outputs) / (2 * h)
+        slope = (tanh_risk.at(theta + step).outputs - tanh_risk.at(theta - step).outputs) / (2 * h)
         truth = float(((p * slope.square()).sum(1) - (p * slope).sum(1).square()).mean())
         assert float(G.value[i]) == pytest.approx(truth, abs=1e-8)
     assert "factor" in G.choice
 
 
-def test_entries_come_back_under_the_names_of_their_tensors(risk: bnp.EmpiricalRisk) -> None:
-    found = bnp.diagonal(bnp.hessian(risk))
+def test_entries_come_back_under_the_names_of_their_tensors(tanh_risk: bnp.EmpiricalRisk) -> None:
+    found = bnp.diagonal(bnp.hessian(tanh_risk))
     tensors = found.tensors()
-    assert {name: value.shape for name, (value, _) in tensors.items()} == risk.space.shapes
-    assert torch.equal(risk.space.flatten([value for value, _ in tensors.values()]), found.value)
+    assert {name: value.shape for name, (value, _) in tensors.items()} == tanh_risk.space.shapes
+    assert torch.equal(tanh_risk.space.flatten([value for value, _ in tensors.values()]), found.value)
     rows = found.records()
-    assert len(rows) == risk.space.dim
+    assert len(rows) == tanh_risk.space.dim
     assert rows[21] == {"tensor": "fc1.bias", "index": 1, "value": float(tensors["fc1.bias"][0][1]), "error": 0.0}
-    assert [row["entries"] for row in found.cells()] == [shape.numel() for shape in risk.space.shapes.values()]
-    own = bnp.diagonal(bnp.hessian(risk, block="fc2"))
+    assert [row["entries"] for row in found.cells()] == [shape.numel() for shape in tanh_risk.space.shapes.values()]
+    own = bnp.diagonal(bnp.hessian(tanh_risk, block="fc2"))
     assert torch.allclose(own.tensors()["fc2.weight"][0], tensors["fc2.weight"][0], rtol=1e-10)
-    P = bnp.bnp_preconditioner(risk)
-    assert bnp.diagonal(2 * bnp.hessian(risk), preconditioner=P).tensors().keys() == risk.space.shapes.keys()
-    loose = bnp.diagonal(Restriction(bnp.hessian(risk), torch.arange(3)))
+    P = bnp.bnp_preconditioner(tanh_risk)
+    assert bnp.diagonal(2 * bnp.hessian(tanh_risk), preconditioner=P).tensors().keys() == tanh_risk.space.shapes.keys()
+    loose = bnp.diagonal(Restriction(bnp.hessian(tanh_risk), torch.arange(3)))
     with pytest.raises(InvalidInputError, match="flat"):
         loose.tensors()
 

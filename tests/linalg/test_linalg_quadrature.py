@@ -50,15 +50,15 @@ def test_mass_and_moments(kind: str, dtype: torch.dtype, generator: torch.Genera
 
 
 def test_mass_of_an_interval_within_its_error(generator: torch.Generator) -> None:
-    values = torch.cat([torch.linspace(0.1, 1, 150), torch.linspace(3, 4, 50)])
+    values = torch.cat([torch.linspace(0.1, 1, 75), torch.linspace(3, 4, 25)])
     p = symmetric_with_spectrum(values, generator)
     inside = 0
-    for seed in range(30):
+    for seed in range(20):
         mass, error = spectral_density(p.operator, probes=8, steps=40, seed=seed, points=10).mass(2.0, 5.0)
         inside += abs(mass - 0.25) <= 2 * error
-        assert 0.001 < error < 0.05
+        assert 0.001 < error < 0.07
     # Student's t with 7 degrees of freedom: 92 % lie within two standard errors.
-    assert inside >= 23
+    assert inside >= 16
 
 
 def test_error_bars_shrink_with_the_probes(generator: torch.Generator) -> None:

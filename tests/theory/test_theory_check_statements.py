@@ -10,7 +10,7 @@ import functools
 
 import pytest
 import torch
-from theory_check_problems import AWKWARD, NETWORKS, checks, relu
+from theory_check_problems import AWKWARD, COSTLY, NETWORKS, checks, relu
 from torch import nn
 
 from bnp_analysis.theory.check import Source
@@ -68,7 +68,9 @@ def test_statements_hold_or_do_not_apply(statement: Statement, name: str) -> Non
         assert any(check.holds for check in found), [str(check) for check in found]
 
 
-@pytest.mark.parametrize("name", AWKWARD)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in COSTLY else []) for name in AWKWARD]
+)
 def test_no_wrong_verdict_in_awkward_places(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Of T13 what the network plays a part in.
     monkeypatch.setattr(spectra, "_factor_and_gram", lambda g: [])

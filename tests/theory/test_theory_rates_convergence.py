@@ -39,11 +39,13 @@ D = torch.float64
 mse = nn.functional.mse_loss
 
 
+@functools.cache
 def softmax(**dials: Any) -> KnownProblem:
     """Small, and 14 directions that are not null."""
     return softmax_regression(**({"n": 60} | dials))
 
 
+@functools.cache
 def relu(**dials: Any) -> KnownProblem:
     return teacher_student((4, 2, 2), **({"n": 60} | dials))
 
@@ -105,16 +107,14 @@ def test_against_a_spectrum_known_by_hand() -> None:
     assert check.observed == pytest.approx(-1 / np.log(0.8), rel=1e-3)
 
 
-@pytest.mark.parametrize(("method", "factor", "momentum"), [("gd", 0.6, 0.0), ("heavy_ball", 0.5, 0.6)])
-def test_steps_and_momenta_of_ones_own(method: str, factor: float, momentum: float) -> None:
+def test_a_step_and_a_momentum_of_ones_own() -> None:
     problem = softmax(kappa=10.0)
-    largest = largest_of(problem)
-    options = RateOptions(momentum=momentum) if momentum else None
-    check = check_convergence_rate(problem.risk, method=method, step=factor / largest, options=options)
-    expected = rates.heavy_ball_factor(check.eigenvalues, factor / largest, momentum)
+    step = 0.5 / largest_of(problem)
+    check = check_convergence_rate(problem.risk, method="heavy_ball", step=step, options=RateOptions(momentum=0.6))
+    expected = rates.heavy_ball_factor(check.eigenvalues, step, 0.6)
     assert check.holds, check
     assert check.predicted == pytest.approx(rates.time_constant(expected), rel=1e-6)
-    assert check.step == factor / largest
+    assert check.step == step
 
 
 def test_without_deflation_the_prediction_is_wrong() -> None:
@@ -129,6 +129,8 @@ def test_a_wrong_prediction_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     risk, step = problem.risk, 0.5 / largest_of(problem)
     honest = check_convergence_rate(risk, step=step)
     assert honest.holds
+    expected = rates.contraction_factor(honest.eigenvalues, step)
+    assert honest.predicted == pytest.approx(rates.time_constant(expected), rel=1e-6)
     true = convergence_study.predict
 
     def optimistic(spectrum: Any, *arguments: Any) -> Any:
@@ -154,9 +156,11 @@ def test_bnp_undoes_shifts_and_scales(make: Callable[..., KnownProblem]) -> None
     assert with_bnp[0].observed == pytest.approx(with_bnp[1].observed, rel=0.02)
     plain = check_convergence_rate(moved)
     assert plain.holds
-    gain = plain.observed / with_bnp[1].observed
-    assert gain == pytest.approx(plain.predicted / with_bnp[1].predicted, rel=0.03)
-    assert gain > 5
+    found = convergence_study.gain(plain, with_bnp[1], tolerance=0.03)
+    assert found.holds, found
+    assert found.observed == plain.observed / with_bnp[1].observed > 5
+    assert found.observed == pytest.approx(found.details["kappa*"] / found.details["kappa* with BNP"], rel=0.05)
+    assert convergence_study._statement(found.details["predicted gain"]).startswith("BNP helps")
 
 
 def test_a_fixed_preconditioner_is_its_own_congruence() -> None:
@@ -287,7 +291,7 @@ BAD: dict[str, tuple[Callable[[], EmpiricalRisk], dict[str, Any], str, str]] = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_gets_no_verdict(name: str) -> None:
     make, arguments, words, hypothesis = BAD[name]
-    check = check_convergence_rate(make(), time_limit=60.0, **arguments)
+    check = check_convergence_rate(make(), time_limit=3600.0, **arguments)  # no case ends by the clock
     assert check.holds is None
     assert words in check.reason
     assert check.hypotheses[hypothesis] is False
@@ -366,10 +370,6 @@ def test_the_gain_says_whether_bnp_helps() -> None:
     assert none.holds
     assert none.statement.startswith("BNP does not help")
     assert none.observed == pytest.approx(1.0, rel=0.02), "on white inputs"
-    much = check_bnp_gain(softmax(shift=1.0, kappa=150.0).risk)
-    assert much.holds
-    assert much.statement.startswith("BNP helps")
-    assert much.observed == pytest.approx(much.details["kappa*"] / much.details["kappa* with BNP"], rel=0.05)
     hopeless = check_bnp_gain(softmax(shift=30.0).risk, options=RateOptions(max_iterations=500))
     assert hopeless.holds is None
     assert "too slow" in hopeless.reason
@@ -410,7 +410,7 @@ def bnp_run(
     return rates.best_factor(s.kappa), run(iteration, state, below=0.0, most=count, deadline=1e18)
 
 
-@pytest.mark.parametrize(("rho", "count"), [(0.5, 300), (0.98, 450)])
+@pytest.mark.parametrize(("rho", "count"), [(0.5, 120), (0.95, 200)])
 def test_parameters_and_statistics_have_their_own_rates(rho: float, count: int) -> None:
     """T15's triangular map: gradients keep the factor of the limit, statistics the slower of both."""
     factor, trace = bnp_run(relu(), rho, 1e-4, count)

@@ -268,6 +268,9 @@ def _second_step(problem: Problem, batch: Batch, names: list[str]) -> Check:
     chart = second.chart_at(z)
     moved = chart.from_z(z)
     length = float((here - theta).norm())
+    weights = [problem.risk.space.indices(layer.weight) for layer in problem.layers if layer.name in names]
+    if not bool((here - theta)[torch.cat(weights)].any()):
+        return refused(_SECOND, "the step moves no weight: all units are dead, and BN changes nothing")
     return at_least(
         _SECOND,
         distance(chart.from_z(second.bn_step(z, alpha)) - moved, second.bnp_step(here, alpha) - here),

@@ -39,7 +39,7 @@ _EVERY = "every step of gradient descent contracts the distance to the nearest r
 _T14 = "gradient descent and heavy ball contract as the spectrum at the limit point says"
 _T15 = "BNP contracts as the spectrum of P^T Hess P at the limit point says"
 _WHERE = "teacher-student network on digits"
-_KAPPA = 300.0
+_WIDTHS, _KAPPA = (4, 3, 2), 300.0
 _SECONDS = 60.0
 _RADIUS = 0.1  # of 1/kappa*, in lengths of the minimizer
 _STEPS = 25
@@ -267,7 +267,7 @@ def _every_step(problem: Problem, orbit: Orbit) -> Iterator[Check]:
 
 
 def _embedded(problem: Problem) -> problems.KnownProblem:
-    return problems.teacher_student((4, 3, 2), kappa=_KAPPA, n=60, seed=problem.seed)
+    return problems.teacher_student(_WIDTHS, kappa=_KAPPA, n=60, seed=problem.seed)
 
 
 def _named(found: ConvergenceCheck, where: str) -> ConvergenceCheck:
