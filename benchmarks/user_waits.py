@@ -122,6 +122,29 @@ def mlp_table() -> Work:
     return lambda: [row.block.value for row in table(risk).layers if row.block is not None]
 
 
+def wide_block(block: str | None) -> Work:
+    """`kappa*` without and with `P`: of the layer fc1 of an MLP 784-32-10 on 1,000 digits, or of all of it."""
+    import torch
+
+    import bnp_analysis as bnp
+
+    found = bnp.data.load("mnist", n=1000, seed=0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = bnp.models.mlp([784, 32, 10], dtype=torch.float64)
+    x, y = found.tensors
+    risk = bnp.EmpiricalRisk(model, torch.nn.functional.cross_entropy, (x.double().flatten(1), y))
+    P = bnp.bnp_preconditioner(risk, block=block)
+
+    def work() -> list[float]:
+        A = bnp.gauss_newton(risk, block=block)
+        numbers = [bnp.condition_number(A, preconditioner=p) for p in (None, P)]
+        print(*numbers, sep="\n", file=sys.stderr)
+        return [float(k.two_sided) for k in numbers]
+
+    return work
+
+
 def construction() -> Work:
     import torch
 
@@ -147,6 +170,8 @@ WORKLOADS: dict[str, tuple[str, Callable[[], Work]]] = {
     "token-blocks": ("layer_table, blocks of 272 and more parameters of one GPT block", token_blocks),
     "classes-first": ("kappa of an 8-parameter convolution, outputs (4, 4, 24, 24)", classes_first),
     "mlp-table": ("layer_table, MLP 784-6-10, 100 random images", mlp_table),
+    "wide-layer": ("kappa* of fc1 without and with P, MNIST 784-32-10, 1,000 examples", lambda: wide_block("fc1")),
+    "wide-network": ("the same of the whole network", lambda: wide_block(None)),
     "construction": ("50 risks of an MLP 60-20-10-10", construction),
     "import": ("python -c 'import bnp_analysis'", lambda: _program("-c", "import bnp_analysis")),
     "help": ("bnp-analysis --help", lambda: _program("-m", "bnp_analysis", "--help")),

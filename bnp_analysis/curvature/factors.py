@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -15,6 +16,7 @@ from bnp_analysis.curvature.output_curvature import OutputRoot, from_rows, to_ro
 from bnp_analysis.curvature.products import TOGETHER, OutputGraph, output_graph
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator
+from bnp_analysis.linalg.row_products import RowProducts
 from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.kernels import recording
 from bnp_analysis.network.risk import EmpiricalRisk
@@ -66,13 +68,19 @@ class JacobianFactor(LinearOperator):
         risk: the empirical risk.
         roots: for each batch of this process the output-side rows `R`, batch weight not included.
         engine, max_memory: as in `hessian`.
+        products: finds the rows as Kronecker products, where they are some.
     """
 
     def __init__(
-        self, risk: EmpiricalRisk, roots: list[Root], engine: str = "auto", max_memory: int | None = None
+        self,
+        risk: EmpiricalRisk,
+        roots: list[Root],
+        engine: str = "auto",
+        max_memory: int | None = None,
+        products: Callable[[EmpiricalRisk], list[RowProducts] | None] | None = None,
     ) -> None:
         self._rows = [root.rows.shape[0] * root.rows.shape[1] for root in roots]
-        self._risk, self._roots, self.group = risk, roots, risk.group
+        self._risk, self._roots, self.group, self._products = risk, roots, risk.group, products
         doubt, lost = max((r.rounding for r in roots), default=0.0), any(r.vanished for r in roots)
         own = sum(self._rows), sum(r.rank for r in roots), self._own_dense_cost(), doubt, lost
         counts, ranks, costs, doubts, gone = zip(*self.group.share(lambda: own, "the rows of a factor"), strict=True)
@@ -96,6 +104,10 @@ class JacobianFactor(LinearOperator):
     @property
     def rank_bound(self) -> int:
         return min(*self.shape, self._rank)
+
+    @cached_property
+    def row_parts(self) -> list[RowProducts] | None:  # type: ignore[override]
+        return None if self._products is None else self._products(self._risk)
 
     @property
     def eps(self) -> float:

@@ -12,6 +12,7 @@ from bnp_analysis.curvature.engines import CURVATURES, Engine, EngineOperator, r
 from bnp_analysis.curvature.factors import JacobianFactor, batch_roots
 from bnp_analysis.curvature.output_curvature import hessian_product, loss_gradient, output_root, products_of_loss
 from bnp_analysis.curvature.products import OutputGraph, output_graph
+from bnp_analysis.curvature.units import row_products
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.derivatives import require_second
@@ -48,7 +49,9 @@ class GaussNewton(EngineOperator[_Recorded]):
     def factor(self) -> JacobianFactor | None:
         """`F = S^(1/2) J`, where the loss is convex and separate over examples in the outputs."""
         made = batch_roots(self._risk, partial(output_root, positions=True))
-        return None if made is None else JacobianFactor(self._risk, made, self._engine.name, self._engine.max_memory)
+        if made is None:
+            return None
+        return JacobianFactor(self._risk, made, self._engine.name, self._engine.max_memory, row_products)
 
     @property
     def eps(self) -> float:

@@ -53,6 +53,31 @@ class OutputRoot:
     rounding: float = 0.0
     vanished: bool = False
 
+    def independent(self) -> Tensor:
+        """A root of as many rows as the rank allows, `(rows, r, K)`: of a softmax one row less than classes.
+
+        For classes by ascending `p`, and `q_k` the sum of the probabilities behind the `k`-th, the rows
+        `sqrt(w p_k / (q_(k-1) q_k)) (q_k e_k - sum_(j > k) p_j e_j)` are the Cholesky factor of `w (diag p - p p^T)`,
+        every entry without a cancellation.
+
+        Source: Tanabe and Sagae 1992.
+
+        Example:
+            >>> p = torch.tensor([[0.25, 0.75]])
+            >>> OutputRoot(torch.zeros(1, 2, 2), 1, "softmax", p, torch.ones(1)).independent()
+            tensor([[[ 0.4330, -0.4330]]])
+        """
+        if self.kind != "softmax" or self.probabilities is None or self.scale is None:
+            return self.root
+        p, order = self.probabilities.sort(dim=1)
+        behind = p.flip(1).cumsum(1).flip(1)
+        rest, q = behind[:, :-1], behind[:, 1:]
+        size = (self.scale[:, None] * p[:, :-1]).sqrt() * (1 / rest).sqrt() * (1 / q).sqrt()
+        likeliest = q.new_zeros(*q.shape, 1)
+        rows = torch.cat([torch.diag_embed(q), likeliest], dim=2) - p.unsqueeze(1).expand(-1, q.shape[1], -1).triu(1)
+        rows = size.unsqueeze(2) * rows
+        return torch.zeros_like(rows).scatter_(2, order.unsqueeze(1).expand_as(rows), rows)
+
     def in_outputs(self, rows: Tensor, shape: torch.Size) -> Tensor:
         """`(rows, K)` in the shape of the outputs."""
         return from_rows(rows, shape, self.axis)

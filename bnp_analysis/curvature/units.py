@@ -19,11 +19,12 @@ from bnp_analysis.curvature.output_curvature import output_root
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.matrices import RowScaled
 from bnp_analysis.linalg.operators import LinearOperator
+from bnp_analysis.linalg.row_products import RowProducts
 from bnp_analysis.linalg.spectra.checks import Verifier, null_vectors
 from bnp_analysis.linalg.spectra.null import SomeNullDirections
 from bnp_analysis.network.kernels import derivative
 from bnp_analysis.network.layer_kinds import Layer
-from bnp_analysis.network.layers import Coverage, products_only
+from bnp_analysis.network.layers import Coverage, coverage, products_only
 from bnp_analysis.network.moments import extended
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.saturation import ROUNDINGS, has_vanished, product_eps
@@ -197,6 +198,45 @@ def unit_blocks(risk: EmpiricalRisk, layers: Coverage) -> dict[str, UnitBlocks]:
     return found
 
 
+def row_products(risk: EmpiricalRisk) -> list[RowProducts] | None:
+    """The rows of the Gauss-Newton factor as Kronecker products, a part for each layer, by one sweep over the data.
+
+    Args:
+        risk: the empirical risk.
+
+    Returns:
+        The parts; None unless all free parameters are those of dense layers that run once per example.
+
+    Source: T1.
+
+    Example:
+        >>> import bnp_analysis as bnp
+        >>> x, y = torch.eye(3), torch.tensor([0, 1, 1])
+        >>> risk = bnp.EmpiricalRisk(torch.nn.Linear(3, 2), torch.nn.functional.cross_entropy, (x, y))
+        >>> [(part.left.shape, part.right.shape) for part in row_products(risk)]
+        [(torch.Size([3, 1, 2]), torch.Size([3, 4]))]
+    """
+    if risk.coupled or risk.group.size > 1 or not risk.batches.ordered:
+        return None
+    layers, columns = list(coverage(risk)), {}
+    for layer in layers:
+        names = [layer.weight] + ([] if layer.bias is None else [layer.bias])
+        plain = not (layer.spatial or layer.groups > 1 or layer.kind.gain or layer.kind.transposed)
+        if not plain or list(risk.space.layer_names(layer.name)) != names:
+            return None
+        columns[layer.name] = risk.space.indices(layer.name)
+    if sum(len(positions) for positions in columns.values()) != risk.space.dim:
+        return None
+    own, parts = _own_rows(risk, layers, independent=True), []
+    for layer in layers:
+        mine = own.get(layer.name)
+        if mine is None or mine.cotangents is None:
+            return None
+        rows = extended(layer, mine.inputs)[:, 0]
+        parts.append(RowProducts(mine.cotangents, rows, columns[layer.name]))
+    return parts
+
+
 @dataclass(frozen=True)
 class _Own:
     """What this process's batches give of a layer; cotangents of one process alone, while they fit."""
@@ -214,8 +254,8 @@ class _Own:
         return GramOperator(DenseLayerFactor(self.cotangents, rows, bias=bias, rank=self.rank, **facts))
 
 
-def _own_rows(risk: EmpiricalRisk, layers: list[Layer]) -> dict[str, _Own]:
-    """One sweep over this process's batches, for layers that run once per example."""
+def _own_rows(risk: EmpiricalRisk, layers: list[Layer], *, independent: bool = False) -> dict[str, _Own]:
+    """One sweep over this process's batches, for layers that run once per example; all rows of the root, or few."""
     dense = {layer.name: layer for layer in layers}
     none = risk.theta.new_zeros
     inputs = {name: [none(0, 1, layer.features)] for name, layer in dense.items()}
@@ -235,14 +275,15 @@ def _own_rows(risk: EmpiricalRisk, layers: list[Layer]) -> dict[str, _Own]:
             return {}
         activations = [seen[name][0][1] for name in dense]
         width = sum(a.shape[1] * a.element_size() for a in activations)
-        kept = kept and found.root.shape[1] * examples * width < available_memory(risk.space.device) // 4
+        root = found.independent() if independent else found.root
+        kept = kept and root.shape[1] * examples * width < available_memory(risk.space.device) // 4
         rank += found.rank
         rounding, vanished = max(rounding, found.rounding), vanished or found.vanished
         pulled: list[list[Tensor]] = [[] for _ in dense]
         norms = [torch.zeros_like(a) for a in activations]
         weight = batch.count / risk.batches.total
-        for r in range(found.root.shape[1]):
-            cotangent = weight**0.5 * found.root[:, r].reshape(outputs.shape)
+        for r in range(root.shape[1]):
+            cotangent = weight**0.5 * root[:, r].reshape(outputs.shape)
             grads = derivative(outputs, activations, cotangent, retain_graph=True, what="the rows of units")
             norms = [torch.hypot(total, g.detach()) for total, g in zip(norms, grads, strict=True)]
             for one, g in zip(pulled, grads, strict=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, overload
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg.row_products import RowProducts
 from bnp_analysis.runtime.float32 import full_float32
 
 _IDENTITY_CHUNK = 64
@@ -79,6 +80,11 @@ class LinearOperator(ABC):
     def rank_bound(self) -> int:
         """An upper bound of the rank that follows from structure alone, here `min(m, n)`."""
         return min(self.shape)
+
+    @property
+    def row_parts(self) -> Sequence[RowProducts] | None:
+        """The rows as Kronecker products in disjoint sets of columns, up to an orthogonal mixture; None if unknown."""
+        return None
 
     @property
     def zeros_are_structural(self) -> bool:

@@ -53,6 +53,18 @@ class Preconditioner(LinearOperator):
         """`|fl(P^T g) - P^T g| <= roundings u |P|^T |g|`, entry by entry; enough for every form in the package."""
         return 5 * self.dim + 32
 
+    def part(self, positions: Tensor) -> Preconditioner | None:
+        """`P` on some variables, in their order, where it couples them with no others; None where it is not known."""
+        whole = torch.arange(self.dim, device=positions.device)
+        return self if torch.equal(positions, whole) else None
+
+    def across(self, units: int) -> tuple[Preconditioner, Tensor | None] | None:
+        """`(Q, s)` with `(g (x) h) P = (g / s) (x) (h Q)` for a layer of so many units; None where there are none.
+
+        Variables are the weights unit after unit, and then the biases; `h` has the bias column last. `s` of None is 1.
+        """
+        return None
+
     def row_magnitude(self, rows: Tensor) -> Tensor:
         """Entries at least `|H| |P|` for stored rows `H`."""
         return self.absolute()._rmatmat(rows.abs().T).T
@@ -136,6 +148,9 @@ class IdentityPreconditioner(Preconditioner):
     @property
     def roundings(self) -> int:
         return 0
+
+    def across(self, units: int) -> tuple[Preconditioner, Tensor | None] | None:
+        return IdentityPreconditioner(self.dim // units, self.dtype, self.device), None
 
     def absolute(self) -> LinearOperator:
         return self

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator
-from bnp_analysis.linalg.preconditioner import Preconditioner
+from bnp_analysis.linalg.preconditioner import IdentityPreconditioner, Preconditioner
 from bnp_analysis.network.layer_kinds import KINDS, Layer
 from bnp_analysis.network.layers import Coverage, coverage
 from bnp_analysis.network.parameters import Block, ParameterSpace
@@ -113,6 +113,15 @@ class BlockDiagonal(NetworkPreconditioner):
             elif bool(inside.any()):
                 parts[name] = (target[inside], _unit_inside(name, inner, block, inside))
         return BlockDiagonal(wanted.numel(), parts, self.dtype, self.device)
+
+    def part(self, positions: Tensor) -> Preconditioner | None:
+        met = torch.zeros(self.dim, dtype=torch.bool)
+        met[positions.cpu()] = True
+        inside = [entry for entry in self.blocks.values() if bool(met[entry[0].cpu()].any())]
+        if not inside:
+            return IdentityPreconditioner(positions.numel(), self.dtype, self.device)
+        (where, block), *others = inside
+        return None if others or not torch.equal(where.cpu(), positions.cpu()) else block
 
     def _each(self, x: Tensor, act: Callable[[Any, Tensor], Tensor]) -> Tensor:
         out = x.clone()

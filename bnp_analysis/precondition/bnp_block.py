@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator
+from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.precondition.base import SplitsByUnit
 
 
@@ -100,6 +101,12 @@ class BNPBlock(SplitsByUnit):
         mean, variance = self.mean[group : group + 1], self.variance[group : group + 1]
         scales = None if self.output_scales is None else self.output_scales[i : i + 1]
         return BNPBlock(mean, variance, self.q, units=1, bias=self.bias, output_scales=scales, dtype=self.dtype)
+
+    def across(self, units: int) -> tuple[Preconditioner, Tensor | None] | None:
+        if self.groups > 1 or units != self.units:
+            return None
+        one = BNPBlock(self.mean, self.variance, self.q, units=1, bias=self.bias, dtype=self.dtype)
+        return one, self.output_scales
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Self:
         """Made anew from the moments, which keep their precision."""

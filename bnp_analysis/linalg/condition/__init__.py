@@ -7,4 +7,5 @@ from bnp_analysis.linalg.condition import (  # noqa: F401
     golub_kahan,
     inverse_lanczos,
     lanczos,
+    row_gram,
 )

@@ -147,7 +147,7 @@ def register(method: Method) -> Method:
         InvalidInputError: the name is taken.
 
     Example:
-        >>> dense = registered()[2]
+        >>> dense = registered()[3]
         >>> register(dense)
         Traceback (most recent call last):
         bnp_analysis.errors.InvalidInputError: there is a method 'dense' already
@@ -163,7 +163,7 @@ def registered() -> list[Method]:
 
     Example:
         >>> [method.name for method in registered()][:3]
-        ['factor-svd', 'golub-kahan', 'dense']
+        ['factor-svd', 'row-gram', 'golub-kahan']
     """
     return sorted(_REGISTERED.values(), key=lambda method: method.order)
 
@@ -252,7 +252,7 @@ def methods(A: SymmetricOperator, steps: int = LANCZOS_STEPS) -> list[Route]:
         steps: of Lanczos.
 
     Returns:
-        A list of `Route`; the first that applies among factor-svd, dense, lanczos is what `"auto"` takes.
+        A list of `Route`; the first that applies among factor-svd, row-gram, dense, lanczos is what `"auto"` takes.
 
     Source: T13.
 
@@ -281,7 +281,7 @@ routes = methods  # its name before
 
 @gated
 def choose_method(A: SymmetricOperator, *, indefinite: bool = False) -> str:
-    """The name of the method that `auto` takes: the first that fits of factor-svd, dense, lanczos.
+    """The name of the method that `auto` takes: the first that fits of factor-svd, row-gram, dense, lanczos.
 
     Example:
         >>> import torch, bnp_analysis as bnp

@@ -85,9 +85,10 @@ def condition_number(
         preconditioner: `P` with `theta = P z`; the curvature measured is `P^T A P`.
         null: known null directions `(n, r)` in the coordinates of `A` (they are transported by `P`), or an
             object with `.basis` and `.sources`; shape `(n, 0)` declares a nonsingular `A`. None: nothing known.
-        method: `"auto"`, which takes the first of factor-svd, dense, lanczos that fits, or by name:
-            `"factor-svd"`, the dense factor; `"golub-kahan"`, the factor by products, to breakdown; `"dense"`, all
-            eigenvalues; `"inertia"`, the same with both ends decided by LDL^T counts; `"lanczos"`, Ritz values;
+        method: `"auto"`, which takes the first of factor-svd, row-gram, dense, lanczos that fits, or by name:
+            `"factor-svd"`, the dense factor; `"row-gram"`, the Gram matrix of rows that are Kronecker products, as
+            those of dense layers; `"golub-kahan"`, the factor by products, to breakdown; `"dense"`, all eigenvalues;
+            `"inertia"`, the same with both ends decided by LDL^T counts; `"lanczos"`, Ritz values;
             `"inverse-lanczos"`, both ends with an inner conjugate gradient. `routes(A)` lists their costs.
         steps: of Lanczos (100 by default) or Golub-Kahan (by default until nothing is left).
         failure_probability: of the bounds that rest on a random start.

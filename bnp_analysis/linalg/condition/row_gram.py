@@ -1,0 +1,353 @@
+"""The method row-gram: a wide factor whose rows are Kronecker products, by the Gram matrix of its scaled rows (T13)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.linalg import cho_solve, qr
+from torch import Tensor
+
+from bnp_analysis.linalg.condition.certificates import unexplained, unexplained_zeros, zero_matrix
+from bnp_analysis.linalg.condition.factor_svd import FACTOR_WORK, affordable
+from bnp_analysis.linalg.condition.lanczos import lanczos_ends
+from bnp_analysis.linalg.condition.methods import Method, Price, Problem, register
+from bnp_analysis.linalg.condition.number import Extremes
+from bnp_analysis.linalg.forming import UNIT, entry_rounding
+from bnp_analysis.linalg.krylov.lanczos import Tridiagonalization, lanczos, tridiagonal_eigh
+from bnp_analysis.linalg.matrices import CallableOperator
+from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
+from bnp_analysis.linalg.preconditioner import Preconditioner
+from bnp_analysis.linalg.row_products import RowProducts
+from bnp_analysis.linalg.scale import comfortable, scaled
+from bnp_analysis.linalg.spectra.checks import factor_rounding_norm, require_finite
+from bnp_analysis.linalg.spectra.null import require_null
+from bnp_analysis.runtime.memory import require_memory
+
+# Lanczos steps for either end; those for the largest one stop once it is known so well.
+_TOP, _BOTTOM, _TIGHT = 300, 24, 1e-9
+# Rows of the Gram matrix that are formed together.
+_TOGETHER = 512
+# How far below the estimate `lambda_min` is certified: the first that holds.
+_MARGINS = (1.0, 8.0, 64.0)
+_WIDEST = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Rows of `2^exponent F P`, scaled to length one: `d_a f_a` with `f_a = sum_p g_pa (x) h_pj` over the parts `p`.
+
+    Attributes:
+        parts: for each part `G_p` `(m, n)`, a row for each row, and `H_p` `(R, f)` with rows of length one.
+        examples: `(m,)`, `j`.
+        length: `d`, `(m,)`.
+        size: `(m,)`, lengths of `|F| |P|`, to which errors of `F P` are relative, over `d`: at least 1.
+        rounding: that error.
+        rank: what structure allows.
+    """
+
+    parts: list[tuple[Tensor, Tensor]]
+    examples: Tensor
+    length: Tensor
+    size: Tensor
+    rounding: float
+    exponent: int
+    rank: int
+
+    @property
+    def entry(self) -> float:
+        """A bound of the error of an entry of the scaled Gram matrix: two inner products of vectors of length one."""
+        longest = max(g.shape[1] + h.shape[1] for g, h in self.parts)
+        return UNIT * (longest + len(self.parts) + 8)
+
+    def times(self, y: Tensor) -> Tensor:
+        """`F F^T y` for the scaled rows, `(m, k)`, without the Gram matrix."""
+        total = torch.zeros_like(y)
+        for g, h in self.parts:
+            z = y.new_zeros(len(h), g.shape[1] * y.shape[1])
+            z.index_add_(0, self.examples, (g.unsqueeze(2) * y.unsqueeze(1)).flatten(1))
+            image = (h @ (h.T @ z)).view(len(h), g.shape[1], y.shape[1])
+            total += (g.unsqueeze(2) * image[self.examples]).sum(dim=1)
+        return total
+
+    def gram(self) -> Tensor:
+        """`F F^T` of the scaled rows."""
+        m = len(self.length)
+        K = self.length.new_zeros(m, m)
+        for g, h in self.parts:
+            inputs = h @ h.T
+            for begin in range(0, m, _TOGETHER):
+                rows = slice(begin, begin + _TOGETHER)
+                K[rows] += (g[rows] @ g.T).mul_(inputs[self.examples[rows]][:, self.examples])
+        return K
+
+
+def row_gram(problem: Problem) -> Extremes:
+    """Both ends of the spectrum of `P^T A P` from the Gram matrix `K = F P P^T F^T` of independent rows.
+
+    With `d` the lengths of the rows, `K = D K_s D` and `K_s` has ones on its diagonal. Errors of its entries, and of a
+    Cholesky factorization, are small relative to `d_a d_b`: each eigenvalue of `K` is known relative to itself, to
+    `m^2 u / lambda_min(K_s)`, whatever the condition number of `K` is (Demmel and Veselic 1992). Of the smallest one
+
+        `K_s - (m eta + tau) - l D^-2` has a Cholesky factorization  =>  `lambda_min(K) >= l`
+
+    where `eta` bounds all errors of entries (Higham 2002, theorem 10.3) and `tau` leaves room for those of `F P`:
+    `|delta F^T y| <= e sqrt(m / tau) |F^T y|`. A Rayleigh quotient bounds it from above. The largest one lies between a
+    Ritz value and what the Frobenius norm leaves beside the leading ones. Where the rows are dependent to rounding, or
+    `P` couples units, what Lanczos finds is returned with the reason.
+    """
+    factor, null = problem.factor("row-gram"), problem.null
+    parts = factor.row_parts
+    if parts is None:
+        return _refused(problem, "the rows of this factor are not known to be Kronecker products")
+    require_memory(_memory(parts), f"row-gram of {_count(parts)} rows", device=factor.device)
+    if null.dim:
+        checked = scaled(factor)
+        require_null(checked, null, factor_rounding_norm(checked), "F")
+    rows = _rows(factor, parts, problem.P)
+    if rows is None:
+        return _refused(problem, "P is not the same for every unit of a layer")
+    if not len(rows.length):
+        return zero_matrix(null, null.cost)
+    bottom = _bottom(rows, problem.seed)
+    if bottom is None:
+        return _refused(problem, "rows of the factor are dependent to rounding")
+    (low, value, high), (least, top, most) = bottom, _top(rows, problem.seed)
+    rank = len(rows.length)
+    unresolved, on_word = unexplained_zeros(rank, rows.rank, null, problem.A)
+    found = Extremes(
+        lambda_max=top,
+        lambda_min=value,
+        lower=least / high,
+        upper=most / low if unresolved == 0 else math.inf,
+        rank=rank,
+        null_dim=null.dim,
+        null_sources=null.sources,
+        on_your_word=on_word,
+        unresolved=unresolved,
+        zero=problem.A.dim - rank,
+        noise_floor=value - low,
+        residual_max=most - least,
+        residual_min=high - low,
+        matvecs=null.cost,
+        note=unexplained(unresolved, null, problem.A),
+    )
+    return found.times_power(-2 * rows.exponent)
+
+
+def _refused(problem: Problem, why: str) -> Extremes:
+    found = lanczos_ends(problem)
+    return _with_note(found, f"row-gram refused: {why}" + (f"; {found.note}" if found.note else ""))
+
+
+def _with_note(found: Extremes, note: str) -> Extremes:
+    return Extremes(**(vars(found) | {"note": note}))
+
+
+def _rows(factor: LinearOperator, parts: Sequence[RowProducts], P: Preconditioner | None) -> _Rows | None:
+    """The rows of `F P`, independent ones where structure makes some dependent; None where `P` has another form."""
+    made: list[tuple[Tensor, Tensor, Tensor]] = []
+    rounding = entry_rounding(factor)
+    for part in parts:
+        left, right, sizes = part.left.double(), part.right.double(), None
+        if P is not None:
+            inner = P.part(part.columns)
+            form = None if inner is None else inner.across(left.shape[2])
+            if form is None:
+                return None
+            Q, divisors = form
+            Q = Q if Q.dtype == torch.float64 else Q.to(torch.float64)
+            sizes, right = Q.row_magnitude(right), Q._rmatmat(right.T).T
+            left = left if divisors is None else left / divisors.double()
+            rounding = max(rounding, entry_rounding(factor) + (Q.roundings + 2) * UNIT / 2)
+        require_finite(right, "the factor")
+        require_finite(left, "the factor")
+        length = torch.linalg.vector_norm(right, dim=1)
+        more = length if sizes is None else torch.linalg.vector_norm(sizes, dim=1)
+        unit = right / torch.where(length > 0, length, 1.0)[:, None]
+        ratio = more / torch.where(length > 0, length, 1.0)
+        made.append(((left * length[:, None, None]).cpu(), unit.cpu(), ratio.cpu()))
+    whole, exponent = comfortable(torch.cat([left for left, _, _ in made], dim=2))
+    amplified = torch.cat([s[:, None].expand(-1, left.shape[2]) for left, _, s in made], dim=1)
+    kept, examples, sizes, mixing = _independent(whole, amplified, structural=factor.zeros_are_structural)
+    length = torch.linalg.vector_norm(kept, dim=1)
+    # Rows of a part, each to its own factor; a row of F P has length one then.
+    split = torch.split(kept / length[:, None], [left.shape[2] for left, _, _ in made], dim=1)
+    lost = whole.shape[0] * whole.shape[1] if not factor.zeros_are_structural else len(kept)
+    return _Rows(
+        parts=[(g, unit) for g, (_, unit, _) in zip(split, made, strict=True)],
+        examples=examples,
+        length=length,
+        size=torch.clamp(sizes / length, min=1.0),
+        # Lengths, and rows divided by them.
+        rounding=rounding + mixing + (whole.shape[2] + max(u.shape[1] for _, u, _ in made) + 8) * UNIT,
+        exponent=exponent,
+        rank=min(factor.rank_bound, lost),
+    )
+
+
+def _independent(whole: Tensor, amplified: Tensor, *, structural: bool) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Rows `(m, n)` with the Gram matrices of each example's, their examples and sizes, and what was rounded.
+
+    An example of `r` rows in `k < r` columns has `k` rows after a QR factorization, in which rows by descending length
+    and column pivots keep the error of each row small relative to itself (Cox and Higham 1998); here it is measured.
+    """
+    sizes = torch.linalg.vector_norm(whole * amplified[:, None, :], dim=2)
+    nonzero = whole != 0
+    short = nonzero.any(dim=2).sum(dim=1) > nonzero.any(dim=1).sum(dim=1)
+    keep = nonzero.any(dim=2) & ~short[:, None] if structural else nonzero.any(dim=2)
+    index = torch.arange(len(whole)).unsqueeze(1).expand_as(keep)
+    rows, examples, lengths, worst = [whole[keep]], [index[keep]], [sizes[keep]], 0.0
+    for j in torch.nonzero(short).flatten().tolist() if structural else []:
+        order = torch.linalg.vector_norm(whole[j], dim=1).argsort(descending=True)
+        order = order[nonzero[j][order].any(dim=1)]
+        columns = torch.nonzero(nonzero[j].any(dim=0)).flatten()
+        block = whole[j][order][:, columns].numpy()
+        Q, R, pivots = qr(block, mode="economic", pivoting=True)
+        error = np.linalg.norm(Q @ R - block[:, pivots], axis=1) / np.linalg.norm(block, axis=1)
+        worst = max(worst, float(error.max()) + len(columns) * UNIT)
+        made = whole.new_zeros(len(R), whole.shape[2])
+        made[:, columns[torch.from_numpy(pivots).long()]] = torch.from_numpy(R)
+        # sum_b |Q_ba| s_b bounds the length of what errors of the old rows put into a new one.
+        rows.append(made)
+        lengths.append(torch.from_numpy(np.abs(Q)).T @ sizes[j][order])
+        examples.append(torch.full((len(R),), j))
+    return torch.cat(rows), torch.cat(examples), torch.cat(lengths), worst
+
+
+def _smallest(rows: _Rows, seed: int) -> Tensor | None:
+    """`x = D y`, `|y| = 1`, for about the eigenvector `y` of `lambda_min(K)`; None where `K_s` has no factorization."""
+    d, L = rows.length, _cholesky(rows.gram())
+    if L is None:
+        return None
+    # In place, as LAPACK stores matrices: a copy in each of some fifty solutions would take longer than they do.
+    whole, lower = (L.numpy(), True) if L.mT.is_contiguous() else (L.mT.numpy(), False)
+
+    def solve(v: Tensor) -> Tensor:
+        return torch.from_numpy(cho_solve((whole, lower), (v / d).numpy(), check_finite=False))
+
+    inverse = CallableOperator(lambda v: solve(v) / d, len(d), dtype=torch.float64, eps=UNIT)
+    run = lanczos(inverse, min(_BOTTOM, len(d)), seed=seed)
+    y = run.basis @ torch.from_numpy(tridiagonal_eigh(run.alpha, run.beta)[1][:, -1]).to(run.basis)
+    # From one more solution: the entries of y where rows are long have no digits.
+    x = solve(y)
+    return x / torch.linalg.vector_norm(x / d)
+
+
+def _bottom(rows: _Rows, seed: int) -> tuple[float, float, float] | None:
+    """`lambda_min(K)` from below, about, and from above; None where it cannot be told from zero."""
+    m, d, e = len(rows.length), rows.length, rows.size
+    # Of entries of the Gram matrix, of its factorization, and of the numbers subtracted from its diagonal.
+    eta = rows.entry + (m + 8) * UNIT / 2
+    slack = m * eta
+    x = _smallest(rows, seed)
+    if x is None:
+        return None
+    value = float((x * rows.times(x[:, None])[:, 0]).sum())
+    off = rows.rounding * float((e * x.abs()).sum())
+    high = (math.sqrt(max(value, 0.0) + 2 * eta * float(x.abs().sum()) ** 2) + off) ** 2
+    room = float((e * x).square().sum())
+    if not value > 0:
+        return None
+    # What is subtracted costs tau |e x|^2 / value, and errors of F P twice e sqrt(m / tau): least of all together.
+    tau = (rows.rounding * math.sqrt(m) * value / room) ** (2 / 3) if rows.rounding else slack
+    loss = rows.rounding * math.sqrt(m / tau)
+    allowed = tau * e.square() + slack
+    first = 2 * float((allowed * x.square()).sum()) / value + 1e-9
+    for times in _MARGINS:
+        margin = times * first
+        if not margin < _WIDEST or loss >= 1:
+            break
+        shifted = rows.gram()
+        least = value * (1 - margin)
+        shifted.diagonal().sub_(allowed + least / d / d)
+        if _cholesky(shifted) is not None:
+            return least * (1 - loss) ** 2, value, high
+    return None
+
+
+def _top(rows: _Rows, seed: int) -> tuple[float, float, float]:
+    """`lambda_max(K)` from below, about, and from above."""
+    d, m = rows.length, len(rows.length)
+    operator = CallableOperator(
+        lambda v: d * rows.times((d * v)[:, None])[:, 0], m, dtype=torch.float64, device=d.device, eps=UNIT
+    )
+    trace = float(d.square().sum())
+    rest, frobenius = 2 * (rows.entry + m * UNIT) * trace, _square(rows)
+
+    def bounds(run: Tridiagonalization) -> tuple[float, float]:
+        values, vectors = tridiagonal_eigh(run.alpha, run.beta)
+        theta, last = values[::-1], vectors[-1, ::-1]
+        # The leading ones, how they couple with the rest, and the Frobenius norm of the rest: for every number of them.
+        coupling = run.residual_norm * np.sqrt(np.cumsum(last**2))
+        beside = np.sqrt(np.maximum(frobenius - np.cumsum(theta**2), 0.0) + 4 * rest * trace)
+        most = (theta[0] + beside) / 2 + np.hypot((theta[0] - beside) / 2, coupling)
+        return float(theta[0]), float(most.min()) + rest
+
+    def closed(run: Tridiagonalization) -> bool:
+        low, high = bounds(run)
+        return high <= (1 + _TIGHT) * low + rest
+
+    top, most = bounds(lanczos(operator, min(_TOP, m), seed=seed, restart=True, until=closed))
+    off = rows.rounding * float(torch.linalg.vector_norm(rows.size * d))
+    return max(math.sqrt(max(top - rest, 0.0)) - off, 0.0) ** 2, top, (math.sqrt(most) + off) ** 2
+
+
+def _square(rows: _Rows) -> float:
+    """`|K|_F^2`, a few rows at a time."""
+    total, weights = 0.0, rows.length.square()
+    for begin in range(0, len(rows.length), _TOGETHER):
+        part = slice(begin, begin + _TOGETHER)
+        K = sum((g[part] @ g.T) * (h @ h.T)[rows.examples[part]][:, rows.examples] for g, h in rows.parts)
+        assert isinstance(K, Tensor)
+        total += float(weights[part] @ (K.square() @ weights))
+    return total
+
+
+def _cholesky(matrix: Tensor) -> Tensor | None:
+    """The lower triangle `L` of `L L^T`, in the place of a matrix; None where it is not positive definite."""
+    L, info = torch.linalg.cholesky_ex(matrix)
+    return None if int(info) else L
+
+
+def _count(parts: Sequence[RowProducts]) -> int:
+    return parts[0].left.shape[0] * parts[0].left.shape[1]
+
+
+def _memory(parts: Sequence[RowProducts]) -> int:
+    """The Gram matrix, its factor, and some of its rows."""
+    m = _count(parts)
+    return 8 * (2 * m + 4 * _TOGETHER) * m
+
+
+def _work(rows: int) -> float:
+    return 2.0 / 3 * rows**3
+
+
+def _applies(A: SymmetricOperator) -> bool:
+    return A.factor is not None and _work(A.factor.rank_bound) <= FACTOR_WORK and A.factor.row_parts is not None
+
+
+def _price(A: SymmetricOperator, steps: int) -> Price:
+    if A.factor is None:
+        return Price(0.0, 0, 0.0)
+    m = A.factor.rank_bound
+    return Price(0.0, 8 * (2 * m + 4 * _TOGETHER) * m, _work(m) + 4.0 * _BOTTOM * m * m)
+
+
+ROW_GRAM = register(
+    Method(
+        name="row-gram",
+        claim="both sides, relative to themselves, if structure explains every zero and rows are independent",
+        price=_price,
+        solve=row_gram,
+        applies=_applies,
+        # Rows that factor-svd can take are its own: it bounds every rank.
+        automatic=lambda A: A.factor is not None and not affordable(A.factor.shape) and _applies(A),
+        decides=True,
+        order=15,
+    )
+)
