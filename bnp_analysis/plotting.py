@@ -58,7 +58,8 @@ def plot_blocks(result: Comparison | LayerTable, ax: Axes | None = None) -> Axes
     Returns:
         The axes.
     """
-    ax = _axes(ax, result, Comparison, LayerTable)
+    require_kind(result, "result", Comparison, LayerTable)
+    ax = _axes(ax)
     table = result.layers if isinstance(result, Comparison) else result
     sides = [
         ("unit_blocks", "block", "without $P$", BLUE, -0.15),
@@ -169,7 +170,8 @@ def plot_profile(
     Returns:
         The axes.
     """
-    ax = _axes(ax, result, Conditioning, ConditionProfile)
+    require_kind(result, "result", Conditioning, ConditionProfile)
+    ax = _axes(ax)
     sides: list[tuple[ConditionProfile | None, str | None, str]]
     if isinstance(result, Conditioning):
         sides = [
@@ -205,7 +207,8 @@ def plot_block_distances(result: BlockSpectra, ax: Axes | None = None) -> Axes:
     Returns:
         The axes.
     """
-    ax = _axes(ax, result, BlockSpectra)
+    require_kind(result, "result", BlockSpectra)
+    ax = _axes(ax)
     shown = result.distance + np.diag(result.noise)
     image = ax.imshow(shown, vmin=0.0, vmax=1.0, cmap="viridis")
     places = range(len(result.names))
@@ -237,7 +240,8 @@ def plot_block_densities(result: BlockSpectra, ax: Axes | None = None) -> Axes:
     Returns:
         The axes.
     """
-    ax = _axes(ax, result, BlockSpectra)
+    require_kind(result, "result", BlockSpectra)
+    ax = _axes(ax)
     largest = max(float(np.abs(density.nodes).max()) for density in result.densities)
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(result.names)))
     for name, density, colour in zip(result.names, result.densities, colours, strict=True):
@@ -264,7 +268,8 @@ def plot_diagonal(result: Diagonal, ax: Axes | None = None) -> Axes:
     Returns:
         The axes.
     """
-    ax = _axes(ax, result, Diagonal)
+    require_kind(result, "result", Diagonal)
+    ax = _axes(ax)
     named = result.tensors() if result.shapes else {"": (result.value, result.error)}
     value, (low, high) = result.value.numpy(), (end.numpy() for end in result.interval())
     told = (low > 0) | (high < 0)
@@ -294,7 +299,8 @@ def plot_slice(result: Slice, ax: Axes | None = None) -> Axes:
     Returns:
         The axes.
     """
-    ax = _axes(ax, result, Slice)
+    require_kind(result, "result", Slice)
+    ax = _axes(ax)
     if result.loss.ndim == 1:
         ax.plot(result.distances, result.loss, color=BLUE, label="loss")
         ax.plot(result.distances, result.quadratic, "--", color=ORANGE, label="quadratic model")
@@ -335,7 +341,8 @@ def plot_eigenvector_mass(result: EigenvectorMass, ax: Axes | None = None) -> Ax
     Returns:
         The axes.
     """
-    ax = _axes(ax, result, EigenvectorMass)
+    require_kind(result, "result", EigenvectorMass)
+    ax = _axes(ax)
     image = ax.imshow(result.mass.T, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
     ax.set_xticks(range(len(result.values)), [f"{v:.3g}" for v in result.values], rotation=90)
     ax.set_yticks(range(len(result.names)), list(result.names))
@@ -421,9 +428,7 @@ def _symmetric_log(ax: Axes, side: str, smallest: float, largest: float) -> None
         axis.set_major_locator(ticks)
 
 
-def _axes(ax: Axes | None, result: object, *kinds: type) -> Axes:
-    """Where to draw a result, which is of one of these kinds."""
-    require_kind(result, "result", *kinds)
+def _axes(ax: Axes | None) -> Axes:
     return plt.subplots(layout="constrained")[1] if ax is None else ax
 
 

@@ -39,30 +39,22 @@ def run(words: str, out: Path) -> tuple[int, dict[str, Any]]:
     return status, json.loads((out / "truth_suite.json").read_text())
 
 
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
-def test_the_quick_suite_finds_no_false_claim(every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of each kind of problem one in so many."""
-    import truth_catalog
-    import truth_networks
-    import truth_saturation
+def test_the_quick_suite_finds_no_false_claim(tmp_path: Path) -> None:
     import truth_suite
 
-    for module in (truth_catalog, truth_networks, truth_saturation):
-        some = [problem for problem in module.problems() if problem.quick][::every]
-        monkeypatch.setattr(module, "problems", lambda some=some: iter(some))
     assert truth_suite.main(["--quick", "--out", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "truth_suite.json").read_text())
     total = record["totals"]
     assert (total["two_sided_violations"], total["one_sided_violations"]) == (0, 0)
-    assert total["problems"] >= 50 / every
-    assert total["two_sided"] >= 120 / every, "bounds that are never finite are no evidence"
+    assert total["problems"] >= 50
+    assert total["two_sided"] >= 120, "bounds that are never finite are no evidence"
     assert all(claim["within"] for claim in record["chances"])
     assert all(network["unexplained"] >= 0 for network in record["nullity"])
     page = (tmp_path / "truth_suite.md").read_text()
     assert "two-sided intervals, 0 of them false" in page
     for line in record["accuracy"]:
         if "relative error" in line["line"] or "the claim holds" in line["line"]:
-            assert line["met"] == line["runs"] >= (1 if every == 1 else 0), line
+            assert line["met"] == line["runs"] > 0, line
 
 
 @pytest.mark.parametrize("method", ["factor-svd", "golub-kahan"])

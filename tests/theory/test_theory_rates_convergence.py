@@ -410,7 +410,7 @@ def bnp_run(
     return rates.best_factor(s.kappa), run(iteration, state, below=0.0, most=count, deadline=1e18)
 
 
-@pytest.mark.parametrize(("rho", "count"), [(0.5, 120), (0.95, 200)])
+@pytest.mark.parametrize(("rho", "count"), [(0.5, 300), (0.98, 450)])
 def test_parameters_and_statistics_have_their_own_rates(rho: float, count: int) -> None:
     """T15's triangular map: gradients keep the factor of the limit, statistics the slower of both."""
     factor, trace = bnp_run(relu(), rho, 1e-4, count)
