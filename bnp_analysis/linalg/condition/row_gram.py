@@ -234,7 +234,8 @@ def _smallest(rows: _Rows, seed: int) -> Tensor | None:
     y = run.basis @ torch.from_numpy(tridiagonal_eigh(run.alpha, run.beta)[1][:, -1]).to(run.basis)
     # From one more solution: the entries of y where rows are long have no digits.
     x = solve(y)
-    return x / torch.linalg.vector_norm(x / d)
+    unit: Tensor = x / torch.linalg.vector_norm(x / d)
+    return unit
 
 
 def _bottom(rows: _Rows, seed: int) -> tuple[float, float, float] | None:
