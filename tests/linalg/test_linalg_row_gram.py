@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bnp_analysis.linalg import DensePreconditioner, GramOperator, LinearOperator, condition_number
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg import DensePreconditioner, GramOperator, LinearOperator, MatrixOperator, condition_number
 from bnp_analysis.linalg.condition import row_gram
 from bnp_analysis.linalg.condition.methods import automatic
 from bnp_analysis.linalg.row_products import RowProducts
@@ -165,6 +166,13 @@ def test_a_preconditioner_that_couples_units_leaves_it_to_lanczos():
     assert "row-gram refused: P is not the same for every unit of a layer" in found.note
     assert not found.two_sided
     assert found.lower <= condition_number(GramOperator(Rows(left, right)), preconditioner=P, method="factor-svd").upper
+
+
+def test_a_factor_of_other_rows_is_refused():
+    with pytest.raises(
+        InvalidInputError, match=r"row-gram needs a factor whose rows are Kronecker products.*'factor-svd'"
+    ):
+        condition_number(GramOperator(MatrixOperator(torch.eye(3))), method="row-gram")
 
 
 def test_rows_that_structure_makes_dependent_are_not_counted():
