@@ -106,7 +106,7 @@ class JacobianFactor(LinearOperator):
         return min(*self.shape, self._rank)
 
     @cached_property
-    def row_parts(self) -> list[RowProducts] | None:  # type: ignore[override]
+    def row_parts(self) -> list[RowProducts] | None:
         return None if self._products is None else self._products(self._risk)
 
     @property

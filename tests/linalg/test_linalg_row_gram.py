@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bnp_analysis.linalg import DensePreconditioner, GramOperator, LinearOperator, condition_number
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg import DensePreconditioner, GramOperator, LinearOperator, MatrixOperator, condition_number
 from bnp_analysis.linalg.condition import row_gram
 from bnp_analysis.linalg.condition.methods import automatic
 from bnp_analysis.linalg.row_products import RowProducts
@@ -24,15 +25,15 @@ from bnp_analysis.runtime.random import generator as seeded
 
 
 class Rows(LinearOperator):
-    """`g_jr (x) h_j`, columns unit after unit and those of the last feature, the bias, at the end."""
+    """`g_jr (x) h_j`, columns unit after unit and those of the last feature, where that is the bias, at the end."""
 
-    def __init__(self, left: Tensor, right: Tensor) -> None:
+    def __init__(self, left: Tensor, right: Tensor, *, bias: bool = True) -> None:
         (examples, each, units), features = left.shape, right.shape[1]
         super().__init__((examples * each, units * features), left.dtype, "cpu")
         self.parts = [RowProducts(left, right, torch.arange(units * features))]
         g, h = left.flatten(0, 1), right.repeat_interleave(each, 0)
         whole = g[:, :, None] * h[:, None, :]
-        self.matrix = torch.cat([whole[:, :, :-1].flatten(1), whole[:, :, -1]], dim=1)
+        self.matrix = whole.flatten(1) if not bias else torch.cat([whole[:, :, :-1].flatten(1), whole[:, :, -1]], dim=1)
 
     @property
     def row_parts(self) -> list[RowProducts]:
@@ -136,6 +137,28 @@ def test_with_a_preconditioner_that_is_the_same_for_all_units(scales):
     assert found.upper <= 1.1 * found.lower
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_what_cancels_in_the_rows_of_a_preconditioned_layer_is_counted(seed):
+    """Without a bias `P` subtracts the mean direction from rows that are a million times longer than what is left."""
+    left, right = rows(seed)
+    right[:, -1] = torch.linspace(-1, 2, 6, dtype=torch.float64)
+    right = 1e6 + right
+    mean, variance = right.mean(0)[None], right.var(0, correction=0)[None]
+    block = BNPBlock(mean, variance, 1.0, units=3, bias=False)
+    found = condition_number(GramOperator(Rows(left, right, bias=False)), preconditioner=block, method="row-gram")
+    with mpmath.workdps(150):
+        sigma = [mpmath.sqrt(exact(v)) for v in variance[0].tolist()]
+        v = mpmath.matrix([exact(m) / s for m, s in zip(mean[0].tolist(), sigma, strict=True)])
+        size = (v.T * v)[0]
+        inner = mpmath.eye(7) - (1 - 1 / mpmath.sqrt(1 + size)) / size * (v * v.T)
+        H = mpmath.matrix(right.tolist()) * mpmath.diag([1 / s for s in sigma]) * inner
+        table = [[exact(a) * H[j, f] for a in g for f in range(7)] for j in range(6) for g in left[j].tolist()]
+        F = mpmath.matrix(table)
+        values = sorted(mpmath.eigsy(F * F.T, eigvals_only=True))
+        kappa = values[-1] / values[0]
+    assert found.lower <= kappa <= found.upper
+
+
 def test_a_preconditioner_that_couples_units_leaves_it_to_lanczos():
     left, right = rows(4)
     P = DensePreconditioner(torch.eye(21, dtype=torch.float64) + 0.1)
@@ -143,6 +166,13 @@ def test_a_preconditioner_that_couples_units_leaves_it_to_lanczos():
     assert "row-gram refused: P is not the same for every unit of a layer" in found.note
     assert not found.two_sided
     assert found.lower <= condition_number(GramOperator(Rows(left, right)), preconditioner=P, method="factor-svd").upper
+
+
+def test_a_factor_of_other_rows_is_refused():
+    with pytest.raises(
+        InvalidInputError, match=r"row-gram needs a factor whose rows are Kronecker products.*'factor-svd'"
+    ):
+        condition_number(GramOperator(MatrixOperator(torch.eye(3))), method="row-gram")
 
 
 def test_rows_that_structure_makes_dependent_are_not_counted():

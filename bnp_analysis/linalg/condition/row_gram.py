@@ -11,6 +11,7 @@ import torch
 from scipy.linalg import cho_solve, qr
 from torch import Tensor
 
+from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.condition.certificates import unexplained, unexplained_zeros, zero_matrix
 from bnp_analysis.linalg.condition.factor_svd import FACTOR_WORK, affordable
 from bnp_analysis.linalg.condition.lanczos import lanczos_ends
@@ -102,7 +103,11 @@ def row_gram(problem: Problem) -> Extremes:
     factor, null = problem.factor("row-gram"), problem.null
     parts = factor.row_parts
     if parts is None:
-        return _refused(problem, "the rows of this factor are not known to be Kronecker products")
+        raise InvalidInputError(
+            "row-gram needs a factor whose rows are Kronecker products, as that of a Gauss-Newton matrix in the "
+            f"parameters of dense layers that run once per example; those of {factor!r} are not known to be. Use method='auto', "
+            "'factor-svd' or 'golub-kahan'"
+        )
     require_memory(_memory(parts), f"row-gram of {_count(parts)} rows", device=factor.device)
     if null.dim:
         checked = scaled(factor)
@@ -234,7 +239,8 @@ def _smallest(rows: _Rows, seed: int) -> Tensor | None:
     y = run.basis @ torch.from_numpy(tridiagonal_eigh(run.alpha, run.beta)[1][:, -1]).to(run.basis)
     # From one more solution: the entries of y where rows are long have no digits.
     x = solve(y)
-    return x / torch.linalg.vector_norm(x / d)
+    unit: Tensor = x / torch.linalg.vector_norm(x / d)
+    return unit
 
 
 def _bottom(rows: _Rows, seed: int) -> tuple[float, float, float] | None:
