@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ from side_by_side import RESULTS, about, heading, table, write
 
 import bnp_analysis as bnp
 from bnp_analysis.cli import main as command
-from bnp_analysis.cli import parser_of
 from bnp_analysis.results import Result
 
 _SMALL = ["--samples", "100", "--hidden", "8", "--quiet", "--seed", "1"]
@@ -52,7 +52,7 @@ def search() -> int:
 
 #: Each is called in a folder of its own, and writes results there.
 WORKS: dict[str, Callable[[], int]] = {
-    "train": lambda: command(["train", *_SMALL, *_TRAIN, "--epochs", "40", "--resume", *_FILES]),
+    "train": lambda: command(["train", *_SMALL, *_TRAIN, "--epochs", "15", "--resume", *_FILES]),
     "spectrum": lambda: command(["spectrum", *_SMALL, "--steps", "20", "--probes", "4", "--json", "out.json"]),
     "condition": lambda: command(["condition", *_SMALL, "--json", "out.json"]),
     "check": lambda: command(["check", *_SMALL, "--only", "T1", "T2", "T5", "--json", "out.json"]),
@@ -142,9 +142,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the two files")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    bnp.data.load("digits", n=10)
-    for name in set(WORKS) - {"search"}:
-        parser_of(name)  # loads what the command needs, once for all processes
+    with tempfile.TemporaryDirectory() as root:  # loads what each needs, once for all processes
+        here, out = Path.cwd(), open(os.devnull, "w")  # noqa: SIM115
+        for name, work in WORKS.items():
+            (Path(root) / name).mkdir()
+            os.chdir(Path(root) / name)
+            with redirect_stdout(out):
+                work()
+        os.chdir(here)
     kills, draw = (2 if options.quick else options.kills), random.Random(options.seed)
     words = "python benchmarks/kills.py" + " --quick" * options.quick
     runs = []

@@ -73,7 +73,7 @@ def decompress(raw: bytes, source: str, size: int | None = None) -> bytes:
                 stream = gzip.GzipFile(fileobj=stream)
             case ".xz":
                 stream = lzma.LZMAFile(stream)  # noqa: SIM115 - of bytes in memory
-        content = stream.read(-1 if size is None else size + 1)
+        content: bytes = stream.read(-1 if size is None else size + 1)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise ChecksumError(f"{source} is damaged or cut short: {error}") from error
     if size is not None and len(content) > size:

@@ -8,6 +8,7 @@ import os
 import tempfile
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PosixPath
@@ -16,7 +17,6 @@ from typing import IO, Any, TypeVar
 import torch
 
 from bnp_analysis.errors import BNPAnalysisError, InvalidInputError, OutputError
-from bnp_analysis.runtime.trees import all_finite
 
 Found = TypeVar("Found")
 _EVERY, _SECONDS = 50, 30.0
@@ -217,10 +217,8 @@ class SavedRun:
         if self._path is None or not self._path.exists():
             return None
         try:
-            with reading(self._path, "a saved run"):
-                found = torch.load(self._path, map_location="cpu", weights_only=True)
-                stored, state = found["key"], dict(found["state"])
-                require_finite_state(state)
+            found = read_state(self._path, "a saved run")
+            stored, state = found.get("key"), found.get("state", {})
             if stored != self._key:
                 raise InvalidInputError(
                     f"{self._path} holds another run: saved for '{stored}', this is '{self._key}'. Resuming would mix "
@@ -241,8 +239,7 @@ class SavedRun:
     def save(self, state: Mapping[str, Any]) -> None:
         """Write tensors and numbers; never half a file."""
         if self._path is not None and not isinstance(self._path, ReadOnlyPath):
-            with whole_file(self._path) as file:
-                torch.save({"key": self._key, "state": dict(state)}, file)
+            write_state(self._path, {"key": self._key, "state": dict(state)})
 
 
 @contextmanager
@@ -287,21 +284,51 @@ def reading(
         raise InvalidInputError(f"{os.fspath(path)} is not {what}, or damaged ({words}); {ways}") from error
 
 
-def require_finite_state(state: object, where: str = "") -> None:
-    """Refuse a state with NaN or infinite numbers in a tensor.
+def write_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+    """Write tensors, numbers and words with a checksum of each; never half a file."""
+    with whole_file(path) as file:
+        torch.save(dict(state) | {"checksums": checksums(state)}, file)
+
+
+def read_state(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
+    """Read a state back, on the CPU; files with arbitrary pickled objects are not read.
 
     Raises:
-        ValueError: names the place.
+        InvalidInputError: it is not what `write_state` wrote, to the last bit; names the file and what is wrong.
+    """
+    with reading(path, what):
+        if not Path(path).is_file():
+            raise ValueError("it is a folder, a pipe or a device")
+        found = dict(torch.load(Path(path), map_location="cpu", weights_only=True))
+        saved, own = found.pop("checksums"), checksums(found)
+        if wrong := sorted(name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name)):
+            raise ValueError(f"other than saved: {', '.join(wrong[:3])}")
+    return found
+
+
+def checksums(state: Mapping[Any, Any], where: str = "") -> dict[str, int]:
+    """A number for every entry of a state, those of dicts inside it under names with points.
 
     Example:
-        >>> require_finite_state({"basis": torch.ones(2)})
+        >>> list(checksums({"key": "run", "state": {"w": torch.ones(2)}}))
+        ['key', 'state.w']
     """
-    if isinstance(state, torch.Tensor):
-        if not all_finite(state):
-            raise ValueError(f"{where} has NaN or infinite entries")
-    elif isinstance(state, Mapping):
-        for name, value in state.items():
-            require_finite_state(value, f"{where}.{name}" if where else str(name))
-    elif isinstance(state, list | tuple):
-        for place, value in enumerate(state):
-            require_finite_state(value, f"{where}[{place}]")
+    found: dict[str, int] = {}
+    for name, value in state.items():
+        if isinstance(value, Mapping) and value:
+            found |= checksums(value, f"{where}{name}.")
+        else:
+            found[f"{where}{name}"] = _checksum(value)
+    return found
+
+
+def _checksum(value: Any, before: int = 0) -> int:
+    if isinstance(value, torch.Tensor):
+        words = f"{value.dtype} {tuple(value.shape)}".encode()
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return zlib.crc32(memoryview(content), zlib.crc32(words, before))
+    if isinstance(value, list | tuple):
+        for item in value:
+            before = _checksum(item, before + 1)
+        return before
+    return zlib.crc32(repr(value).encode(), before)

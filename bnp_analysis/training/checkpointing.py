@@ -7,7 +7,6 @@ import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import nn
 
 from bnp_analysis.distributed.group import digest
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.runtime.files import reading, whole_file
+from bnp_analysis.runtime.files import read_state, write_state
 from bnp_analysis.runtime.trees import map_tensors
 
 FORMAT = "bnp_analysis.training/2"
@@ -123,8 +122,7 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 
 def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """Write a state, atomically and to the disk: the old file or the whole new one, nothing between."""
-    with whole_file(path) as file:
-        torch.save({"format": FORMAT} | dict(state), file)
+    write_state(path, {"format": FORMAT} | dict(state))
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -133,12 +131,11 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         InvalidInputError: damaged, or something else; files with arbitrary pickled objects are not read.
     """
-    with reading(path, "the checkpoint of a training run"):
-        found = torch.load(Path(path), map_location="cpu", weights_only=True)
-        form = found["format"]
+    found = read_state(path, "the checkpoint of a training run")
+    form = found.get("format")
     if form != FORMAT:
         raise InvalidInputError(f"{path} has the format {form}; this version reads {FORMAT}")
-    return dict(found)
+    return found
 
 
 def require_same(path: str | os.PathLike[str], saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:

@@ -192,7 +192,7 @@ def test_a_state_with_a_missing_or_wrong_field_is_named(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     lanczos(operator(), 20, checkpoint=path)
     saved = torch.load(path)
-    for change, word in (({"alpha": None}, "alpha"), ({"w": saved["state"]["w"] * torch.nan}, "w has NaN")):
+    for change, word in (({"alpha": None}, "alpha"), ({"w": saved["state"]["w"] * torch.nan}, "state.w")):
         state = {n: v for n, v in (saved["state"] | change).items() if v is not None}
         torch.save(saved | {"state": state}, path)
         with pytest.raises(InvalidInputError, match=rf"run\.pt is not a saved run, or damaged \(.*{word}"):

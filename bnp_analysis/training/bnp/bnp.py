@@ -475,9 +475,9 @@ def _read_state(
     layers = {clean_name(name): entry for name, entry in state["layers"].items()}
     misfit = [f"missing: {n}" for n in running.names if n not in layers]
     misfit += [f"unknown: {n}" for n in layers if n not in running.names]
-    for name, width in zip(running.names, running.widths, strict=True):
-        units = None if outputs is None else outputs.units[running.names.index(name)]
-        if name in layers and (wrong := _wrong_entry(layers[name], width, units)):
+    for index, (name, width) in enumerate(zip(running.names, running.widths, strict=True)):
+        units = None if outputs is None else outputs.units[index]
+        if name in layers and (wrong := _wrong_entry(layers[name], width, units, update.directions[index])):
             misfit.append(f"{name!r} {wrong}")
     if misfit:
         raise InvalidInputError(
@@ -499,7 +499,7 @@ def _read_state(
         measured.vector = entry.get("direction")
 
 
-def _wrong_entry(entry: Any, width: int, units: int | None) -> str:
+def _wrong_entry(entry: Any, width: int, units: int | None, direction_shape: tuple[int, ...]) -> str:
     """What is wrong with a layer's part of a state, in words; empty if nothing is."""
     if not isinstance(entry, Mapping):
         return "has no entries"
@@ -519,9 +519,11 @@ def _wrong_entry(entry: Any, width: int, units: int | None) -> str:
         return "has no counts of rows and examples"
     if not all(isinstance(share, float | int) and 0 <= share <= 1 for share in shares):
         return "has a weight of the start outside of [0, 1]"
-    direction = entry.get("direction", torch.zeros(1))
-    if not isinstance(direction, Tensor) or not bool(torch.isfinite(direction).all()):
-        return "has a direction that is no tensor, or not finite"
+    direction = entry.get("direction", torch.zeros(direction_shape))
+    if not isinstance(direction, Tensor) or direction.shape != direction_shape:
+        return f"has a direction that is no tensor {direction_shape}"
+    if not bool(torch.isfinite(direction).all()):
+        return "has a direction that is not finite"
     q2 = entry.get("q2")
     return "" if isinstance(q2, float | int) and 0 < q2 < math.inf else "has a q^2 that is not positive"
 

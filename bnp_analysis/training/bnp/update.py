@@ -397,6 +397,7 @@ class Update:
     Attributes:
         q2: `q^2` of the last step, layer by layer.
         measured: the power iterations of each layer, used where `q` is measured.
+        directions: the shapes of their vectors.
     """
 
     def __init__(
@@ -404,6 +405,7 @@ class Update:
     ) -> None:
         self._settings, self._layers, self._running, self._outputs = settings, layers, running, outputs
         self.measured = [MeasuredScale() for _ in layers]
+        self.directions = [(layer.groups, layer.features + (layer.bias is not None), 1) for layer in layers]
         self.q2: dict[int, float] = {}
         self._damped = DampedMoments(layers, running.widths, settings.eps1, settings.eps2)
 
