@@ -179,6 +179,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     Raises:
         InvalidInputError: the file is not strict JSON (``NaN`` and ``Infinity`` are not).
     """
+    if Path(path).exists() and not Path(path).is_file():
+        raise InvalidInputError(f"{path} is a folder, a pipe or a device, so no result can be read")
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:

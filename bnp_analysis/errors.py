@@ -71,5 +71,9 @@ class ChecksumError(BNPAnalysisError, ValueError):
     """A file of a data set is not the published one."""
 
 
+class OutputError(BNPAnalysisError, OSError):
+    """A file could not be written: the disk is full, its folder is gone or may not be written to."""
+
+
 class TrainingWarning(UserWarning):
     """A training loop does not do what it was set up for: gradients are not preconditioned, layers are left alone."""

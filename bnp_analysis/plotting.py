@@ -15,6 +15,7 @@ from matplotlib.ticker import SymmetricalLogLocator
 from bnp_analysis.diagnose import BlockSpectra, Comparison, Conditioning, EigenvectorMass, LayerTable, Slice
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg import ConditionNumber, ConditionProfile, Diagonal, SpectralDensity
+from bnp_analysis.runtime.files import whole_file
 from bnp_analysis.runtime.kinds import gated, require_kind
 from bnp_analysis.training import Sharpness
 
@@ -412,9 +413,11 @@ def save_block_spectra(result: BlockSpectra, path: str | Path, title: str = "") 
 def _write(figure: Any, path: str | Path, title: str) -> None:
     if title:
         figure.suptitle(title)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    try:
+        with whole_file(path) as file:
+            figure.savefig(file, dpi=150, format=Path(path).suffix.lower().removeprefix(".") or None)
+    finally:
+        plt.close(figure)
 
 
 def _symmetric_log(ax: Axes, side: str, smallest: float, largest: float) -> None:

@@ -15,15 +15,18 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from types import UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 from bnp_analysis._encoding import decode, encode, plain, read_json, write_json
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.runtime.kinds import article
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -219,6 +222,8 @@ class Result:
                 f"{path} has format version {version}; this package reads versions up to {FORMAT_VERSION}: "
                 "update bnp-analysis to read it"
             )
+        if not isinstance(raw.get("type"), str) or not isinstance(raw.get("fields"), dict):
+            raise InvalidInputError(f"{path} is damaged, or from another version: no 'type' with 'fields'")
         try:
             result = _decode_result(raw)
         except InvalidInputError as error:
@@ -302,7 +307,59 @@ def _decode_result(raw: Mapping[str, Any]) -> Result:
     def nested(value: Mapping[str, Any]) -> Result:
         return _decode_result(value["$result"])
 
-    return kind(**{name: decode(value, nested) for name, value in raw["fields"].items()})
+    found = {name: decode(value, nested) for name, value in raw["fields"].items()}
+    hints = _hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
+    strange = [f"unknown field {name!r}" for name in found.keys() - fields.keys()]
+    optional = (dataclasses.MISSING, dataclasses.MISSING)
+    strange += [
+        f"field {name!r} is missing"
+        for name, f in fields.items()
+        if name not in found and (f.default, f.default_factory) == optional
+    ]
+    strange += [
+        f"field {name!r} holds {article(type(value).__name__)} {type(value).__name__}, not {fields[name].type}"
+        for name, value in found.items()
+        if name in fields and not _fits(value, hints.get(name, Any))
+    ]
+    if strange:
+        raise InvalidInputError(f"damaged, or from another version: {'; '.join(sorted(strange))} of {raw['type']}")
+    return kind(**found)
+
+
+def _hints(kind: type[Result]) -> dict[str, Any]:
+    """The types of the fields; empty where a name in them is not known when the program runs."""
+    try:
+        return get_type_hints(kind)
+    except NameError:
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value may stand in a field of this type; types that are not known here take all.
+
+    Example:
+        >>> _fits((1, 2.0), tuple[float, ...]), _fits("one", float | None)
+        (True, False)
+    """
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is tuple and isinstance(value, tuple):
+        hints = inner[:1] * len(value) if inner[1:] == (Ellipsis,) else inner
+        return len(hints) == len(value) and all(map(_fits, value, hints))
+    if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
+        return all(_fits(key, inner[0]) and _fits(item, inner[1]) for key, item in value.items())
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return isinstance(value, list | tuple)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    wanted = origin or hint
+    if hint is Any or not isinstance(wanted, type) or issubclass(wanted, Enum):
+        return True
+    return isinstance(value, wanted)
 
 
 def _plain_other(value: Any) -> Any:

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         require_arguments(arguments)
         return int(arguments.run(arguments))
-    except (BNPAnalysisError, ImportError, FileNotFoundError) as error:
+    except (BNPAnalysisError, ImportError, OSError) as error:
         print(f"bnp-analysis: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

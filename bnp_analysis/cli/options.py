@@ -17,10 +17,12 @@ from bnp_analysis.curvature.engines import ENGINES
 from bnp_analysis.distributed import ALONE, initialize
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network import EmpiricalRisk
+from bnp_analysis.network.layers import layers_of
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.files import require_output
 from bnp_analysis.runtime.kinds import RANGES, require_range
 from bnp_analysis.training import fit
+from bnp_analysis.training.bnp.layers import trainable_space
 from bnp_analysis.training.experiment import Experiment, build
 
 Command = Callable[[argparse.Namespace], int]
@@ -95,6 +97,8 @@ def require_arguments(arguments: argparse.Namespace) -> None:
         raise InvalidInputError(f"--device {given['device']}: {str(error).splitlines()[0]}") from error
     for name in _OUTPUTS & given.keys() - ({"checkpoint"} if "log" not in vars(arguments) else set()):
         require_output(given[name], f"--{name} ")
+    if "blocks" in given and given["probes"] < 2:
+        raise InvalidInputError(f"--probes {given['probes']}: the noise of a distance needs at least two")
     if "figure" in given and Path(given["figure"]).suffix.lower() not in _FIGURES:
         raise InvalidInputError(f"--figure {given['figure']}: the suffix must be one of {', '.join(_FIGURES)}")
 
@@ -142,6 +146,7 @@ def risk_of(arguments: argparse.Namespace) -> EmpiricalRisk:
         download=arguments.download,
     )
     made = build(experiment, found.input_shape, found.num_classes)
+    require_parts(made.model, arguments)
     if arguments.checkpoint:
         _load(made.model, Path(arguments.checkpoint))
     losses = fit(made.model, made.loss, found.tensors, epochs=epochs, lr=experiment.lr, seed=experiment.seed)
@@ -153,6 +158,24 @@ def risk_of(arguments: argparse.Namespace) -> EmpiricalRisk:
     trained = f"{epochs} epochs, loss {losses[0]:.3f} -> {losses[-1]:.3f}" if losses else "not trained here"
     print(f"{arguments.data}: {len(found)} examples; {arguments.model}, {risk.space.dim} parameters; {trained}")
     return risk
+
+
+def require_parts(model: torch.nn.Module, arguments: argparse.Namespace) -> None:
+    """Refuse names of layers and blocks that the network does not have, before it is trained.
+
+    Raises:
+        InvalidInputError: names the option.
+    """
+    covered = [layer.name for layer in layers_of(model.named_modules())[0]]
+    for option in ("layers", "probe"):
+        if unknown := [name for name in getattr(arguments, option, None) or [] if name not in covered]:
+            known = ", ".join(covered)
+            raise InvalidInputError(f"--{option}: no covered layer named {', '.join(unknown)}; there are: {known}")
+    for block in getattr(arguments, "blocks", None) or []:
+        try:
+            trainable_space(model).indices(block)
+        except InvalidInputError as error:
+            raise InvalidInputError(f"--blocks: {error}") from error
 
 
 def _load(model: torch.nn.Module, path: Path) -> None:

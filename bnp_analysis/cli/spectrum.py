@@ -54,6 +54,8 @@ def _spectrum(arguments: argparse.Namespace) -> int:
             suffix = "" if factor is None else "-with-P"
             for name, result in (("eigenpairs", pairs), ("density", density)):
                 write(result, base.with_name(f"{base.stem}-{name}{suffix}{base.suffix or '.json'}"))
+        if pairs.stop == "interrupted" or len(density.nodes) < arguments.probes:
+            raise KeyboardInterrupt  # what there is was printed and written
     if arguments.figure:
         from bnp_analysis.plotting import save_densities
 

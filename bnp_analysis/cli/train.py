@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from bnp_analysis import models
-from bnp_analysis.cli.options import experiment_of, network_options, write
+from bnp_analysis.cli.options import experiment_of, network_options, require_parts, write
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.training.experiment import OPTIMIZERS, PRECONDITIONERS, SCHEDULES, load, run_experiment
+from bnp_analysis.training.experiment import OPTIMIZERS, PRECONDITIONERS, SCHEDULES, build, load, run_experiment
 from bnp_analysis.training.probes import ConditionProbe
 from bnp_analysis.training.run import Run
 
@@ -49,6 +49,8 @@ def run_train(arguments: argparse.Namespace) -> int:
     if exists and not arguments.resume:
         raise InvalidInputError(f"{arguments.checkpoint} exists: give --resume to go on from it, or another file")
     examples = load(experiment, arguments.data_dir, arguments.download)
+    if arguments.probe:
+        require_parts(build(experiment, examples.input_shape, examples.num_classes).model, arguments)
     x, y = (part[: arguments.probe_samples] for part in examples.tensors)
     probes = [ConditionProbe(layer, arguments.probe_every, (x, y), seed=arguments.seed) for layer in arguments.probe]
     run = run_experiment(

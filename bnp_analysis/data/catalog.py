@@ -10,10 +10,14 @@ from bnp_analysis.errors import InvalidInputError
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One published file: its name without compression suffix, and the md5 of its decompressed bytes."""
+    """One published file: its name without compression suffix, the md5 of its decompressed bytes, and their number.
+
+    Without the number (None) there is no limit to what is decompressed.
+    """
 
     name: str
     md5: str
+    size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,14 @@ class Catalogued:
 
 def _idx_files(md5: Mapping[str, str]) -> dict[str, tuple[SourceFile, ...]]:
     """The images and the labels of both splits, in the naming of the MNIST family."""
-    prefixes = {"train": "train", "test": "t10k"}
-    kinds = ("images-idx3-ubyte", "labels-idx1-ubyte")
+    prefixes = {"train": ("train", 60_000), "test": ("t10k", 10_000)}
+    kinds = {"images-idx3-ubyte": (16, 28 * 28), "labels-idx1-ubyte": (8, 1)}  # bytes of the header, of an example
     return {
-        split: tuple(SourceFile(f"{prefix}-{kind}", md5[f"{prefix}-{kind}"]) for kind in kinds)
-        for split, prefix in prefixes.items()
+        split: tuple(
+            SourceFile(f"{prefix}-{kind}", md5[f"{prefix}-{kind}"], head + count * each)
+            for kind, (head, each) in kinds.items()
+        )
+        for split, (prefix, count) in prefixes.items()
     }
 
 
@@ -109,13 +116,13 @@ _CIFAR10 = Catalogued(
     classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
     files={
         "train": (
-            SourceFile("data_batch_1", "c99cafc152244af753f735de768cd75f"),
-            SourceFile("data_batch_2", "d4bba439e000b95fd0a9bffe97cbabec"),
-            SourceFile("data_batch_3", "54ebc095f3ab1f0389bbae665268c751"),
-            SourceFile("data_batch_4", "634d18415352ddfa80567beed471001a"),
-            SourceFile("data_batch_5", "482c414d41f54cd18b22e5b47cb7c3cb"),
+            SourceFile("data_batch_1", "c99cafc152244af753f735de768cd75f", 31_035_704),
+            SourceFile("data_batch_2", "d4bba439e000b95fd0a9bffe97cbabec", 31_035_320),
+            SourceFile("data_batch_3", "54ebc095f3ab1f0389bbae665268c751", 31_035_999),
+            SourceFile("data_batch_4", "634d18415352ddfa80567beed471001a", 31_035_696),
+            SourceFile("data_batch_5", "482c414d41f54cd18b22e5b47cb7c3cb", 31_035_623),
         ),
-        "test": (SourceFile("test_batch", "40351d587109b95175f43aff81a1287e"),),
+        "test": (SourceFile("test_batch", "40351d587109b95175f43aff81a1287e", 31_035_526),),
     },
     folders=("cifar-10-batches-py", "cifar10", "cifar10/cifar-10-batches-py", "."),
     mirrors=("https://www.cs.toronto.edu/~kriz/",),

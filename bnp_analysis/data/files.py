@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import lzma
 import os
 import sys
@@ -47,33 +48,37 @@ def suffix_of(raw: bytes) -> str:
     return ".xz" if raw.startswith(_XZ_MAGIC) else ""
 
 
-def decompress(raw: bytes, source: str) -> bytes:
+def decompress(raw: bytes, source: str, size: int | None = None) -> bytes:
     """Undo gzip or xz, recognized by content, since mirrors and servers rename and recompress.
 
     Args:
         raw: the bytes of a file.
         source: what to call it in an error.
+        size: where to stop: a small file may stand for more than the memory holds.
 
     Returns:
         The decompressed bytes, or `raw` where it is not compressed.
 
     Raises:
-        ChecksumError: if the compressed stream is damaged or cut short.
+        ChecksumError: if the compressed stream is damaged, cut short, or goes on after `size` bytes.
 
     Example:
         >>> decompress(gzip.compress(b"pixels"), "x.gz")
         b'pixels'
     """
     try:
+        stream: Any = io.BytesIO(raw)
         match suffix_of(raw):
             case ".gz":
-                return gzip.decompress(raw)
+                stream = gzip.GzipFile(fileobj=stream)
             case ".xz":
-                return lzma.decompress(raw)
-            case _:
-                return raw
+                stream = lzma.LZMAFile(stream)  # noqa: SIM115 - of bytes in memory
+        content: bytes = stream.read(-1 if size is None else size + 1)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise ChecksumError(f"{source} is damaged or cut short: {error}") from error
+    if size is not None and len(content) > size:
+        raise ChecksumError(f"{source} goes on after the {size} bytes that were published: nothing more was read")
+    return content
 
 
 def verify(raw: bytes, file: SourceFile, source: str) -> bytes:
@@ -94,7 +99,7 @@ def verify(raw: bytes, file: SourceFile, source: str) -> bytes:
         >>> verify(b"pixels", SourceFile("x", md5_hex(b"pixels")), "x")
         b'pixels'
     """
-    content = decompress(raw, source)
+    content = decompress(raw, source, file.size)
     found = md5_hex(content)
     if found != file.md5:
         owner = whose(found)
@@ -136,7 +141,9 @@ def find(entry: Catalogued, file: SourceFile, root: Path) -> VerifiedFile | None
     for path in _candidates(entry, file, root):
         if path.is_file():
             try:
-                return VerifiedFile(path, file.md5, verify(path.read_bytes(), file, str(path)))
+                with path.open("rb") as stream:
+                    raw = stream.read(-1 if file.size is None else file.size + 1)  # compressed ones are smaller
+                return VerifiedFile(path, file.md5, verify(raw, file, str(path)))
             except ChecksumError as error:
                 wrong.append(str(error))
     if wrong:
@@ -292,7 +299,9 @@ def _fetch_archive(
                     stream = archive.extractfile(member)
                     if stream is None:
                         raise ChecksumError(f"{source}: {member} is not a file")
-                    content = verify(stream.read(), file, f"{source}: {member}")
+                    content = verify(
+                        stream.read(-1 if file.size is None else file.size + 1), file, f"{source}: {member}"
+                    )
                     (folder / file.name).write_bytes(content)
         except (tarfile.TarError, EOFError, zlib.error, KeyError) as error:
             raise ChecksumError(f"{source} is damaged or not the published archive: {error}") from error

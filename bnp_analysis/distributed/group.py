@@ -20,6 +20,7 @@ from bnp_analysis.runtime.files import ReadOnlyPath
 from bnp_analysis.runtime.trees import map_tensors, tensors_of
 
 _MIX = 0x5851F42D4C957F2D
+_PART = 2**20  # numbers that are mixed together
 
 
 class Group:
@@ -264,7 +265,11 @@ def digest(t: Tensor) -> int:
     """A number that depends on every bit of a tensor."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     t = torch.view_as_real(t) if t.is_complex() else t
-    bits = t.detach().contiguous().reshape(-1).view(kinds[t.dtype.itemsize]).long()
-    # Sums of what multiplication has mixed: differences in several entries do not cancel, nor do swapped ones.
-    mixed = (bits + torch.arange(bits.numel(), device=bits.device)) * _MIX
-    return int(((mixed ^ (mixed >> 29)) * _MIX).sum())
+    bits = t.detach().contiguous().reshape(-1).view(kinds[t.dtype.itemsize])
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, bits.numel(), _PART):  # no second copy of a data set
+        part = bits[start : start + _PART].long()
+        # Sums of what multiplication has mixed: differences in several entries do not cancel, nor do swapped ones.
+        mixed = (part + torch.arange(start, start + part.numel(), device=bits.device)) * _MIX
+        total += ((mixed ^ (mixed >> 29)) * _MIX).sum()
+    return int(total)

@@ -20,6 +20,7 @@ from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.precondition.base import BlockDiagonal, Entry, covered_layers, layer_positions
 from bnp_analysis.runtime.kinds import gated, require_kind
+from bnp_analysis.runtime.memory import require_memory
 
 _NEEDS = "the loss is not convex in the outputs, or not separate over examples: K-FAC has no output factor"
 
@@ -135,6 +136,7 @@ def kfac_preconditioner(
     Raises:
         InvalidInputError: no covered layer, a loss without a Gauss-Newton factor, negative damping, or none where a
             factor is singular (softmax: that of the output layer always is).
+        MemoryLimitError: the factors would not fit; said before any is made.
 
     Source: Martens and Grosse 2015; Grosse and Martens 2016 for convolutions.
 
@@ -152,6 +154,18 @@ def kfac_preconditioner(
         raise InvalidInputError(f"damping must be finite and not negative, got {damping}")
     layers = covered_layers(risk, "K-FAC")
     layers = layers.without(lambda layer: layer.kind.gain, "K-FAC has no factors of pruned and parametrized weights")
+    sizes = [
+        layer.groups * (d * d + n * n)
+        for layer in layers
+        for d, n in [(layer.features + int(layer.bias is not None), layer.units // layer.groups)]
+    ]
+    # Moments and their damped copies, the two roots of each, and of one layer eigenvectors and what makes them.
+    require_memory(
+        8 * (4 * sum(sizes) + 4 * max(sizes, default=0)),
+        f"K-FAC's factors of {len(sizes)} layers",
+        "Use bnp_preconditioner(risk) or diagonal_preconditioner(risk), which hold a vector",
+        device=risk.space.device,
+    )
     inputs, outputs = second_moments(risk, layers), output_moments(risk, layers)
     blocks: dict[str, Entry] = {}
     for layer in layers:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path, PosixPath
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 
-from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.errors import BNPAnalysisError, InvalidInputError, OutputError
 
+Found = TypeVar("Found")
 _EVERY, _SECONDS = 50, 30.0
 _LEAST_SPACE = 2**16  # bytes that must be free where a file is to be written
 
@@ -28,6 +32,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
     Raises:
         InvalidInputError: it is a folder, a pipe or a device.
+        OutputError: the disk is full, or the folder may not be written to; the old file is as it was.
 
     Example:
         >>> import tempfile
@@ -40,16 +45,117 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     path = Path(path).resolve()  # behind a link: the link stays
     if path.exists() and not path.is_file():
         raise InvalidInputError(f"{path} is a folder, a pipe or a device, which writing would replace")
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What the system refuses inside becomes an error of the package that names the file.
+
+    Raises:
+        OutputError: in place of an `OSError`, also of one that another error has followed: `torch.save` says only that
+            its archive is broken.
+
+    Example:
+        >>> from bnp_analysis.errors import OutputError
+        >>> try:
+        ...     with writing("run.pt"):
+        ...         raise OSError(28, "No space left on device")
+        ... except OutputError as error:
+        ...     print(error)
+        run.pt could not be written: No space left on device
+    """
     try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        yield
+    except BNPAnalysisError:
+        raise
+    except (OSError, RuntimeError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        raise OutputError(f"{os.fspath(path)} could not be written: {cause.strerror or cause}") from error
+
+
+@contextmanager
+def sole_writer(path: str | os.PathLike[str] | None, argument: str = "checkpoint") -> Iterator[None]:
+    """Keep other runs, of this process and of others, from writing a file as long as this one does.
+
+    The lock belongs to the open file `.NAME.lock` beside it, so a run that was killed leaves none. Where a file system
+    knows no locks there is none.
+
+    Args:
+        path: the file, or None for nothing.
+        argument: its name in the function that was called.
+
+    Raises:
+        InvalidInputError: another run has it.
+        OutputError: the folder cannot be written to.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "run.pt"
+        >>> with sole_writer(path):
+        ...     try:
+        ...         with sole_writer(path):
+        ...             pass
+        ...     except InvalidInputError as error:
+        ...         print(str(error).partition("run.pt ")[2])
+        is being written by another run (this process): wait for it, or give another file
+    """
+    if path is None or isinstance(path, ReadOnlyPath):
+        yield
+        return
+    target = Path(path).resolve()
+    lock = target.with_name(f".{target.name}.lock")
+    with writing(lock):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle = _locked(lock, f"{argument}={os.fspath(path)}")
+    try:
+        for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):  # by a run that was killed
+            left.unlink(missing_ok=True)
+        yield
     finally:
-        temporary.unlink(missing_ok=True)
+        lock.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _locked(lock: Path, said: str) -> int:
+    """The open file that holds the lock, with the number of this process in it."""
+    while True:
+        if lock.exists() and not lock.is_file():
+            raise InvalidInputError(f"{said} is locked by {lock}, which is no ordinary file: delete it")
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.read(handle, 20).decode(errors="replace")
+            os.close(handle)
+            process = f" (process {owner})" if owner.isdecimal() else ""
+            process = " (this process)" if owner == str(os.getpid()) else process
+            raise InvalidInputError(
+                f"{said} is being written by another run{process}: wait for it, or give another file"
+            ) from error
+        except OSError:
+            return handle  # no locks here
+        # Between opening and locking, a run that ended may have taken the file away.
+        if lock.exists() and os.path.samestat(os.fstat(handle), lock.stat()):
+            with suppress(OSError):
+                os.ftruncate(handle, 0)
+                os.write(handle, str(os.getpid()).encode())
+            return handle
+        os.close(handle)
 
 
 def require_output(path: str | os.PathLike[str], argument: str) -> None:
@@ -91,48 +197,138 @@ def require_output(path: str | os.PathLike[str], argument: str) -> None:
         raise InvalidInputError(f"{said} cannot be written in {folder} ({reason}): nothing was computed") from error
 
 
-class Schedule:
-    """When a run is saved: every 50 steps or 30 seconds, whichever comes first."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def due(self, steps: int) -> bool:
-        """Whether it is time after so many steps."""
-        if steps % _EVERY and time.monotonic() < self._last + _SECONDS:
-            return False
-        self._last = time.monotonic()
-        return True
-
-
 class ReadOnlyPath(PosixPath):
     """Where a state is read, and not written: by a process beside the one that does."""
 
 
-def save_state(path: str | Path, key: str, state: Mapping[str, Any]) -> None:
-    """Write tensors and numbers under a key that says what run they belong to; never half a file."""
-    if isinstance(path, ReadOnlyPath):
-        return
-    with whole_file(path) as file:
-        torch.save({"key": key, "state": dict(state)}, file)
+class SavedRun:
+    """The state of a long run on disk, under a key that says what run it is; see `saved_run`."""
+
+    def __init__(self, path: Path | None, key: str) -> None:
+        self._path, self._key = path, key
+        self._last = time.monotonic()
+
+    def restore(self, put: Callable[[dict[str, Any]], Found]) -> Found | None:
+        """Give `put` the state that there is, and return what it makes of it; None where there is no file yet.
+
+        Raises:
+            InvalidInputError: the file is damaged, or of another run: resuming it would mix two matrices.
+        """
+        if self._path is None or not self._path.exists():
+            return None
+        try:
+            found = read_state(self._path, "a saved run")
+            stored, state = found.get("key"), found.get("state", {})
+            if stored != self._key:
+                raise InvalidInputError(
+                    f"{self._path} holds another run: saved for '{stored}', this is '{self._key}'. Resuming would mix "
+                    "two matrices; delete it, or give another checkpoint="
+                )
+            with reading(self._path, "a saved run"):
+                return put(state)
+        finally:
+            self._last = time.monotonic()
+
+    def due(self, steps: int) -> bool:
+        """Whether it is time to save after so many steps: every 50, or 30 seconds, whichever comes first."""
+        if self._path is None or (steps % _EVERY and time.monotonic() < self._last + _SECONDS):
+            return False
+        self._last = time.monotonic()
+        return True
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Write tensors and numbers; never half a file."""
+        if self._path is not None and not isinstance(self._path, ReadOnlyPath):
+            write_state(self._path, {"key": self._key, "state": dict(state)})
 
 
-def load_state(path: str | Path, key: str) -> dict[str, Any]:
-    """Read a state back.
+@contextmanager
+def saved_run(path: str | Path | None, key: str) -> Iterator[SavedRun]:
+    """The file of a long run, which no other run writes meanwhile; None saves nothing.
 
     Raises:
-        InvalidInputError: damaged, or of another run: resuming it would mix two matrices.
+        InvalidInputError: another run is writing it.
+
+    Example:
+        >>> with saved_run(None, "a run") as saved:
+        ...     saved.restore(dict), saved.due(50)
+        (None, False)
+    """
+    with sole_writer(path):
+        yield SavedRun(Path(path) if path is not None and not isinstance(path, Path) else path, key)
+
+
+@contextmanager
+def reading(
+    path: str | os.PathLike[str], what: str, ways: str = "delete it, or give another checkpoint="
+) -> Iterator[None]:
+    """Errors of someone who reads a damaged file become one of the package, which names the file and what is missing.
+
+    Raises:
+        InvalidInputError: in place of an error that damaged data cause.
+
+    Example:
+        >>> try:
+        ...     with reading("run.pt", "a saved run"):
+        ...         {}["alpha"]
+        ... except InvalidInputError as error:
+        ...     print(error)
+        run.pt is not a saved run, or damaged (no 'alpha'); delete it, or give another checkpoint=
     """
     try:
-        found = torch.load(Path(path), map_location="cpu", weights_only=True)
-        stored, state = found["key"], found["state"]
+        yield
+    except BNPAnalysisError:
+        raise
     except Exception as error:
-        raise InvalidInputError(
-            f"{path} is not a saved run ({error}); delete it, or give another checkpoint="
-        ) from error
-    if stored != key:
-        raise InvalidInputError(
-            f"{path} holds another run: saved for '{stored}', this is '{key}'. Resuming would mix two matrices; delete "
-            "it, or give another checkpoint="
-        )
-    return dict(state)
+        words = f"no {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        raise InvalidInputError(f"{os.fspath(path)} is not {what}, or damaged ({words}); {ways}") from error
+
+
+def write_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+    """Write tensors, numbers and words with a checksum of each; never half a file."""
+    with whole_file(path) as file:
+        torch.save(dict(state) | {"checksums": checksums(state)}, file)
+
+
+def read_state(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
+    """Read a state back, on the CPU; files with arbitrary pickled objects are not read.
+
+    Raises:
+        InvalidInputError: it is not what `write_state` wrote, to the last bit; names the file and what is wrong.
+    """
+    with reading(path, what):
+        if not Path(path).is_file():
+            raise ValueError("it is a folder, a pipe or a device")
+        found = dict(torch.load(Path(path), map_location="cpu", weights_only=True))
+        saved, own = found.pop("checksums"), checksums(found)
+        if wrong := sorted(name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name)):
+            raise ValueError(f"other than saved: {', '.join(wrong[:3])}")
+    return found
+
+
+def checksums(state: Mapping[Any, Any], where: str = "") -> dict[str, int]:
+    """A number for every entry of a state, those of dicts inside it under names with points.
+
+    Example:
+        >>> list(checksums({"key": "run", "state": {"w": torch.ones(2)}}))
+        ['key', 'state.w']
+    """
+    found: dict[str, int] = {}
+    for name, value in state.items():
+        if isinstance(value, Mapping) and value:
+            found |= checksums(value, f"{where}{name}.")
+        else:
+            found[f"{where}{name}"] = _checksum(value)
+    return found
+
+
+def _checksum(value: Any, before: int = 0) -> int:
+    if isinstance(value, torch.Tensor):
+        words = f"{value.dtype} {tuple(value.shape)}".encode()
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return zlib.crc32(memoryview(content), zlib.crc32(words, before))
+    if isinstance(value, list | tuple):
+        for item in value:
+            before = _checksum(item, before + 1)
+        return before
+    return zlib.crc32(repr(value).encode(), before)

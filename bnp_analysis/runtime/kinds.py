@@ -184,7 +184,8 @@ _POSITIVE = (0, math.inf, True)
 RANGES: Mapping[str, tuple[float, float, bool]] = {
     **dict.fromkeys(("k", "probes", "steps", "points", "samples", "every", "most"), (1, 2**63 - 1, False)),
     **dict.fromkeys(
-        ("batch_size", "check_every", "checkpoint_every", "max_matvecs", "top", "probe_every"), (1, 2**63 - 1, False)
+        ("batch_size", "check_every", "checkpoint_every", "max_matvecs", "top", "probe_every", "probe_samples"),
+        (1, 2**63 - 1, False),
     ),
     **dict.fromkeys(
         ("epochs", "eps1", "eps2", "damping", "max_memory", "max_flops", "time_limit", "weight_decay"),

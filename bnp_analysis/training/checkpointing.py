@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
+from bnp_analysis.distributed.group import digest
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.runtime.files import whole_file
+from bnp_analysis.runtime.files import read_state, write_state
 from bnp_analysis.runtime.trees import map_tensors
 
-FORMAT = "bnp_analysis.training/1"
+FORMAT = "bnp_analysis.training/2"
 
 
 class Stateful(Protocol):
@@ -60,15 +61,23 @@ class Parts:
             raise InvalidInputError(
                 f"the checkpoint was saved without {', '.join(missing)}: leave it out, or start anew"
             )
+        before = copied(self.take())
         try:
-            self.model.load_state_dict(state["model"])
-            buffers = dict(self.model.named_buffers(remove_duplicate=False))
-            for name, value in state["hidden_buffers"].items():
-                buffers[name].copy_(value)
-            for name, other in self.others.items():
-                other.load_state_dict(state[name])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise InvalidInputError(f"the checkpoint does not fit this run: {error}") from error
+            self._put(state)
+        except Exception as error:
+            self._put(before)
+            words = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise InvalidInputError(
+                f"the checkpoint does not fit this run, or is damaged; nothing was changed: {words}"
+            ) from error
+
+    def _put(self, state: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        buffers = dict(self.model.named_buffers(remove_duplicate=False))
+        for name, value in state["hidden_buffers"].items():
+            buffers[name].copy_(value)
+        for name, other in self.others.items():
+            other.load_state_dict(state[name])
         set_random_states(state["now"])
 
     def order(self) -> dict[str, Any]:
@@ -113,8 +122,7 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 
 def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """Write a state, atomically and to the disk: the old file or the whole new one, nothing between."""
-    with whole_file(path) as file:
-        torch.save({"format": FORMAT} | dict(state), file)
+    write_state(path, {"format": FORMAT} | dict(state))
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -123,16 +131,11 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         InvalidInputError: damaged, or something else; files with arbitrary pickled objects are not read.
     """
-    try:
-        found = torch.load(Path(path), map_location="cpu", weights_only=True)
-        form = found["format"]
-    except Exception as error:
-        raise InvalidInputError(
-            f"{path} is not the checkpoint of a training run ({error}); delete it, or give another checkpoint="
-        ) from error
+    found = read_state(path, "the checkpoint of a training run")
+    form = found.get("format")
     if form != FORMAT:
         raise InvalidInputError(f"{path} has the format {form}; this version reads {FORMAT}")
-    return dict(found)
+    return found
 
 
 def require_same(path: str | os.PathLike[str], saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -141,12 +144,41 @@ def require_same(path: str | os.PathLike[str], saved: Mapping[str, Any], given: 
     Raises:
         InvalidInputError: naming what differs.
     """
-    differing = sorted(name for name in saved.keys() | given.keys() if saved.get(name) != given.get(name))
-    if differing:
-        listed = "; ".join(f"{n}: {saved.get(n)!r} there, {given.get(n)!r} here" for n in differing)
+    listed = "; ".join(_differences(saved, given))
+    if listed:
         raise InvalidInputError(
             f"{path} holds another run ({listed}). Resuming would mix two runs: delete it, or give another checkpoint="
         )
+
+
+def _differences(saved: Mapping[str, Any], given: Mapping[str, Any], within: str = "") -> Iterator[str]:
+    """What differs, in words; of settings inside settings only those that do."""
+    for name in sorted(saved.keys() | given.keys()):
+        there, here = saved.get(name), given.get(name)
+        if isinstance(there, Mapping) and isinstance(here, Mapping):
+            yield from _differences(there, here, f"{within}{name} ")
+        elif there != here:
+            yield f"{within}{name}: {there!r} there, {here!r} here"
+
+
+def describe_model(model: nn.Module) -> dict[str, str]:
+    """What each module computes, as far as its class, its own words and the functions that it holds say.
+
+    Example:
+        >>> describe_model(nn.Sequential(nn.Linear(2, 1), nn.Tanh()))["1"]
+        'Tanh()'
+    """
+
+    def words(module: nn.Module) -> str:
+        held = [f"{name}={value.__name__}" for name, value in vars(module).items() if inspect.isroutine(value)]
+        return f"{type(module).__name__}({', '.join(filter(None, [module.extra_repr(), *sorted(held)]))})"
+
+    return {name: words(module) for name, module in model.named_modules() if not isinstance(module, nn.Sequential)}
+
+
+def describe_tensors(tensors: Iterable[torch.Tensor]) -> list[str]:
+    """Shape, type and a number that depends on every bit and its place, of each."""
+    return [f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')} {digest(t) & (2**64 - 1):016x}" for t in tensors]
 
 
 _PROGRESS = {"last_epoch", "best", "num_bad_epochs", "cooldown_counter"}

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from bnp_analysis.results import Result
+from bnp_analysis.runtime.files import writing
 
 #: Why a run stopped.
 FINISHED, DIVERGED, SIGNALS = "finished", "diverged", ("SIGINT", "SIGTERM")
@@ -98,11 +99,13 @@ class Log:
         self._file: IO[bytes] | None = None
         if path is None:
             return
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "r+b" if keep and path.exists() else "wb")  # noqa: SIM115 - open as long as the run, see close()
-        self._file.truncate(min(keep, self._file.seek(0, os.SEEK_END)))
-        self._file.seek(0, os.SEEK_END)
+        self._path = Path(path)
+        with writing(path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            how = "r+b" if keep and self._path.exists() else "wb"
+            self._file = open(path, how, buffering=0)  # noqa: SIM115 - open as long as the run, see close()
+            self._file.truncate(min(keep, self._file.seek(0, os.SEEK_END)))
+            self._file.seek(0, os.SEEK_END)
 
     @property
     def size(self) -> int:
@@ -112,8 +115,10 @@ class Log:
     def write(self, **entry: Any) -> None:
         """Append a line."""
         if self._file is not None:
-            self._file.write(json.dumps(plain(entry), allow_nan=False).encode() + b"\n")
-            self._file.flush()
+            line = json.dumps(plain(entry), allow_nan=False).encode() + b"\n"
+            with writing(self._path):
+                while line:  # a disk that fills up takes a part, and then says why
+                    line = line[self._file.write(line) :]
 
     def close(self) -> None:
         """Close the file."""

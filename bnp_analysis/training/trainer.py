@@ -6,13 +6,11 @@ import itertools
 import math
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -21,15 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
+from bnp_analysis.network.snapshot import unwrap
+from bnp_analysis.runtime.files import reading, sole_writer
 from bnp_analysis.runtime.kinds import gated, require_kind, require_loss
 from bnp_analysis.runtime.progress import Progress, Update, reporting
 from bnp_analysis.runtime.random import random_state
+from bnp_analysis.runtime.stopping import stop_requests
+from bnp_analysis.runtime.trees import tensors_of
 from bnp_analysis.training import checkpointing
 from bnp_analysis.training.probes import Probe, bound, period
 from bnp_analysis.training.run import DIVERGED, FINISHED, SIGNALS, Log, Run
 from bnp_analysis.training.steps import (
     Step,
     StepsGradients,
+    TensorBatches,
     as_batches,
     begin_epoch,
     evaluate,
@@ -125,6 +128,7 @@ def train(
         step,
         parts,
         settings,
+        _identity(settings, source, parts) if checkpoint is not None else {},
         source,
         [bound(p, loss, preconditioner) for p in probes],
         eval_data,
@@ -133,7 +137,12 @@ def train(
         path=None if checkpoint is None else Path(checkpoint),
         save_every=checkpoint_every,
     )
-    with kept_modes(model), random_state(seed=seed, device=device):
+    with (
+        sole_writer(checkpoint),
+        sole_writer(log, "log"),
+        kept_modes(model),
+        random_state(seed=seed, device=device),
+    ):
         return loop.run(log, progress, seed)
 
 
@@ -207,6 +216,21 @@ def _settings(
     return own | {"parameters": shapes} | given
 
 
+def _identity(settings: dict[str, Any], source: Any, parts: checkpointing.Parts) -> dict[str, Any]:
+    """What a resumed run must have in common with the saved one, beside its settings: network, options, examples."""
+    own: dict[str, Any] = {"model": checkpointing.describe_model(unwrap(parts.model))}
+    for name, other in parts.others.items():
+        options = getattr(other, "settings", None)
+        if is_dataclass(options) and not isinstance(options, type):
+            own[f"{name} options"] = checkpointing.plain_settings(asdict(options))
+    data = getattr(source, "dataset", None)
+    held = (source.x, source.y) if isinstance(source, TensorBatches) else getattr(data, "tensors", ())
+    own["examples"] = checkpointing.describe_tensors(tensors_of(held))
+    sampler = getattr(source, "sampler", None)
+    own["order"] = None if sampler is None else [type(sampler).__name__, getattr(source, "batch_size", None)]
+    return settings | own
+
+
 @dataclass
 class _Loop:
     """A run under way: the parts, where it is, and what becomes of it."""
@@ -214,6 +238,7 @@ class _Loop:
     step: Step
     parts: checkpointing.Parts
     settings: dict[str, Any]
+    identity: dict[str, Any]
     source: Iterable[Any]
     probes: list[Probe]
     eval_data: Any
@@ -227,6 +252,7 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self.at, self.log = _Progressed(), Log(None)
+        self.last: Any = None  # the batch of the last step
         self.read_every = 1 if self.step.device.type == "cpu" else READ_EVERY
 
     def run(self, log: str | os.PathLike[str] | None, progress: Progress, seed: int) -> Run:
@@ -236,7 +262,10 @@ class _Loop:
             self.log.write(kind="start", seed=seed, settings=self.settings)
         length = len(self.source) if isinstance(self.source, Sized) else 0
         try:
-            with _stop_requests() as request, reporting(progress, self.epochs * length, "training") as update:
+            with (
+                stop_requests(signal.SIGINT, signal.SIGTERM) as request,
+                reporting(progress, self.epochs * length, "training") as update,
+            ):
                 self.at.began = time.perf_counter()
                 if self.at.step == 0 and not self.at.probes:
                     self._probe()
@@ -251,18 +280,20 @@ class _Loop:
         if self.path is None or not self.path.exists():
             return False
         state = checkpointing.load(self.path)
-        checkpointing.require_same(self.path, state["settings"], self.settings)
+        with reading(self.path, "the checkpoint of a training run"):
+            checkpointing.require_same(self.path, state["settings"], self.identity)
+            at, self.order = _Progressed.from_state(state["progress"]), state["order"]
         if state["progress"]["stopped"] == DIVERGED:
             raise InvalidInputError(
                 f"{self.path} holds a run that diverged ({state['progress']['message']}); going on would repeat it. "
                 "Start with a lower learning rate and another checkpoint=, or delete the file. Its last good "
                 "parameters are torch.load(FILE)['model']"
             )
-        self.at = _Progressed.from_state(state["progress"])
-        self.parts.put_back(state)
-        if self.at.batch == 0:
-            self.parts.set_order(state["order"])
-        self.order = state["order"]
+        with reading(self.path, "the checkpoint of a training run"):
+            self.parts.put_back(state)
+            if at.batch == 0:
+                self.parts.set_order(self.order)
+        self.at = at
         return True
 
     def _epoch(self, asked: Callable[[], str | None], update: Update) -> None:
@@ -276,10 +307,18 @@ class _Loop:
             self.order = self.parts.order()
         batches = iter(self.source)
         if self.at.batch:
-            skipped = sum(1 for _ in itertools.islice(batches, self.at.batch))
+            skipped = 0
+            for pair in itertools.islice(batches, self.at.batch):
+                self.last, skipped = pair, skipped + 1
             if skipped < self.at.batch:
                 raise InvalidInputError(
                     f"the loader has {skipped} batches, the checkpoint was saved after {self.at.batch} of them"
+                )
+            if self.at.targets and self._targets() != self.at.targets:
+                raise InvalidInputError(
+                    f"{self.path} holds a run on other data: the targets of batch {self.at.batch} of epoch "
+                    f"{self.at.epoch + 1} are not those that it was trained with, so their order or the labels are "
+                    "others. Resuming would mix two runs: delete it, or give another checkpoint="
                 )
             checkpointing.set_random_states(now)
         for pair in batches:
@@ -301,6 +340,7 @@ class _Loop:
         rate = float(self.step.optimizer.param_groups[0]["lr"])
         value, count, problem = self.step.take(pair, check=self.read_every == 1)
         self.at.note(value, count, rate)
+        self.last = pair
         if problem or self.at.step % self.read_every == 0:
             self._read(problem)
         if self.at.stopped:
@@ -362,7 +402,12 @@ class _Loop:
 
     def _state(self) -> dict[str, Any]:
         self.at.log_bytes = self.log.size
-        return {"order": self.order, "settings": self.settings, "progress": self.at.state()}
+        self.at.targets = self._targets() if self.at.batch else []
+        return {"order": self.order, "settings": self.identity, "progress": self.at.state()}
+
+    def _targets(self) -> list[str]:
+        """Of the batch of the last step, in short."""
+        return [] if self.last is None else checkpointing.describe_tensors(tensors_of(self.last[1]))
 
     def _save(self) -> None:
         if self.path is None:
@@ -433,6 +478,7 @@ class _Progressed:
     stopped: str = ""
     message: str = ""
     log_bytes: int = 0
+    targets: list[str] = field(default_factory=list)
     spent: float = 0.0
     began: float = 0.0
     pending: list[tuple[Tensor, int]] = field(default_factory=list)
@@ -495,48 +541,3 @@ class _Progressed:
     def series(self, name: str) -> npt.NDArray[np.float64]:
         """The values of `loss` or `lr`, one per step."""
         return np.array(getattr(self, name), dtype=np.float64)
-
-
-class _Request:
-    """Whether, and by which signal, the computation was asked to stop."""
-
-    def __init__(self) -> None:
-        self.signal: str | None = None
-
-
-@contextmanager
-def _stop_requests() -> Iterator[_Request]:
-    """SIGINT and SIGTERM set a flag in place of ending the process; a second one acts as it did before.
-
-    Handlers are those of before afterwards. Outside the main thread, where no handler can be set, signals keep
-    their meaning.
-
-    Example:
-        >>> with _stop_requests() as request:
-        ...     signal.raise_signal(signal.SIGTERM)
-        >>> request.signal
-        'SIGTERM'
-    """
-    request = _Request()
-    before: dict[signal.Signals, Any] = {}
-
-    def restore() -> None:
-        while before:
-            signum, handler = before.popitem()
-            signal.signal(signum, handler)
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        request.signal = signal.Signals(signum).name
-        restore()
-
-    if threading.current_thread() is threading.main_thread():
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            handler = signal.getsignal(signum)
-            # None: set by another language, and not to be put back from here.
-            if handler is not None:
-                before[signum] = handler
-                signal.signal(signum, note)
-    try:
-        yield request
-    finally:
-        restore()

@@ -8,6 +8,7 @@ how an argument is annotated, so that a new verb or argument is tried without a 
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import os
 import random
@@ -154,7 +155,9 @@ OPTIONS: dict[str, list[str]] = {
     **{name: ["no such", ""] for name in ("--data", "--model", "--activation", "--norm", "--dtype", "--optimizer")},
     **{name: ["no such", ""] for name in ("--preconditioner", "--engine", "--curvature", "--schedule", "--norm-at")},
     **{name: ["no such", "cuda:99", "meta"] for name in ("--device",)},
-    **{name: ["no such"] for name in ("--only",)},
+    **{name: ["no such"] for name in ("--only", "--layers", "--probe", "--blocks")},
+    **{name: [*_NUMBER, "0", "-3", "1.5"] for name in ("--probe-samples",)},
+    **{name: [*_NUMBER, "-1", "0"] for name in ("--timeout",)},
     **{name: ["rho", "rho=", "rho=2", "no=1", "q=no", "eps1=-1"] for name in ("--bnp",)},
     **dict.fromkeys(("--json", "--log", "--checkpoint"), _PATH),
     **{name: [*_PATH, "figure.no", "figure"] for name in ("--figure",)},
@@ -188,3 +191,144 @@ def test_a_wrong_command_line_ends_with_status_2_and_one_line(
     assert "Traceback" not in said.err
     assert said.out == ""  # nothing was computed before the answer
     assert state() == before
+
+
+def damages(state: Any, where: str = "") -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Every entry of a state taken out, of another type, with NaN or of another length: a word, and what makes it."""
+
+    def put(value: Any) -> Callable[[], Any]:
+        return lambda: value
+
+    if isinstance(state, dict):
+        for name, value in state.items():
+            here = f"{where}.{name}" if where else str(name)
+            yield f"{here} missing", put({n: v for n, v in state.items() if n != name})
+            for word, change in damages(value, here):
+                yield word, lambda name=name, change=change: state | {name: change()}
+    yield f"{where} a word", put("no such")
+    if isinstance(state, torch.Tensor) and state.is_floating_point() and state.numel():
+        yield f"{where} NaN", put(state * NAN)
+        yield f"{where} longer", put(torch.cat([state, state]))
+
+
+def sampled(state: Any, count: int) -> list[tuple[str, Callable[[], Any]]]:
+    """Some of them, the same in every run."""
+    found = list(damages(state))
+    return random.Random(0).sample(found, min(count, len(found)))
+
+
+def torn(path: Path) -> Iterator[str]:
+    """Put what no run has written in the place of a file, and say what it is."""
+    whole = path.read_bytes()
+    for word, content in {
+        "empty": b"",
+        "half": whole[: len(whole) // 2],
+        "one byte short": whole[:-1],
+        "noise": random.Random(0).randbytes(len(whole)),
+        "another format": b"PK\x03\x04",
+        "a pickle that would run": b"cos\nsystem\n(S'touch ran'\ntR.",
+    }.items():
+        path.write_bytes(content)
+        yield word
+    path.unlink()
+    path.mkdir()
+    yield "a folder"
+    path.rmdir()
+    os.mkfifo(path)
+    yield "a pipe"
+
+
+def refused(call: Callable[[], object], *words: str, given: str = "") -> None:
+    """The rule, for files and states: an error of the project with these words, and nothing has changed."""
+    before, kept = state(), {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    said = None
+    try:
+        call()
+    except BNPAnalysisError as error:
+        said = str(error)
+    assert said is not None, f"was taken: {given}"
+    assert all(word in said for word in words), said
+    assert state() == before
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == kept
+
+
+SAVED: dict[str, Callable[[Path], object]] = {
+    "eigenpairs": lambda path: bnp.eigenpairs(A, 2, checkpoint=path),
+    "density": lambda path: bnp.spectral_density(A, probes=2, steps=4, method="quadrature", checkpoint=path),
+    "lanczos": lambda path: bnp.linalg.lanczos(A, 5, checkpoint=path),
+    "condition number": lambda path: bnp.condition_number(A, method="golub-kahan", checkpoint=path),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_damaged_state_of_a_run_is_named(name: str) -> None:
+    path = Path("run.pt")
+    SAVED[name](path)
+    whole = torch.load(path)
+    for word, change in damages(whole["state"]):
+        torch.save(whole | {"state": change()}, path)
+        refused(lambda: SAVED[name](path), "run.pt", given=word)
+    torch.save(whole, path)
+    for word in torn(path):
+        refused(lambda: SAVED[name](path), "run.pt", given=word)
+
+
+def training(path: Path) -> object:
+    model = bnp.models.mlp([3, 4, 2], dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return bnp.train(
+        model, cross_entropy, (X, Y), optimizer, preconditioner=bnp.BNP(model), epochs=2, batch_size=4, checkpoint=path
+    )
+
+
+def test_a_damaged_checkpoint_of_a_training_is_named() -> None:
+    path = Path("run.pt")
+    training(path)
+    whole = torch.load(path)
+    for word, change in sampled({name: value for name, value in whole.items() if name != "checksums"}, 80):
+        torch.save(change() | {"checksums": whole["checksums"]} if isinstance(change(), dict) else change(), path)
+        refused(lambda: training(path), "run.pt", given=word)
+    torch.save(whole, path)
+    for word in torn(path):
+        refused(lambda: training(path), "run.pt", given=word)
+
+
+def test_a_damaged_state_of_bnp_changes_nothing() -> None:
+    model = bnp.models.mlp([3, 4, 2], dtype=torch.float64)
+    pre = bnp.BNP(model, q="measured", output_scale="estimated")
+    for _ in range(2):
+        cross_entropy(model(X), Y).backward()
+        pre.step()
+    whole = pre.state_dict()
+    for word, change in damages(whole):
+        if word.endswith(("direction missing", "examples missing")):
+            continue  # of earlier versions
+        refused(lambda change=change: pre.load_state_dict(change()), "state", given=word)
+        assert str(pre.state_dict()) == str(whole), word
+
+
+def test_a_damaged_result_file_is_named() -> None:
+    path = bnp.condition_number(A).save("result.json")
+    kept = json.loads(path.read_text())
+    for word, change in damages(kept["fields"], "fields"):
+        name = word.split(".")[1].split()[0] if "." in word else "fields"
+        if word.endswith("missing") or word.count(".") > 1:
+            continue  # a default stands in; inside of settings there are any words
+        if isinstance(kept["fields"].get(name), str):
+            continue
+        path.write_text(json.dumps(kept | {"fields": change()}))
+        refused(lambda: bnp.Result.load(path), "result.json", name)
+    path.write_text(json.dumps(kept))
+    for word in torn(path):
+        if word != "a pipe":  # whose reader would wait for a writer
+            refused(lambda: bnp.Result.load(path), "result.json")
+
+
+def test_lock_files_that_are_none_are_named() -> None:
+    for make in (Path.mkdir, os.mkfifo, lambda path: path.symlink_to("a-file")):
+        lock = Path(".run.pt.lock")
+        make(lock)
+        refused(lambda: bnp.eigenpairs(A, 2, checkpoint="run.pt"), "run.pt")
+        lock.rmdir() if lock.is_dir() else lock.unlink()
+    Path(".run.pt.lock").write_bytes(b"\xff no number of a process")
+    assert bnp.eigenpairs(A, 2, checkpoint="run.pt").stop == "converged"

@@ -3,6 +3,8 @@ loses what it had on Ctrl-C is caught here, for every run that can be saved."""
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -130,3 +132,68 @@ def test_a_file_of_another_run_is_refused(name: str, tmp_path: Path) -> None:
     path.write_bytes(b"damaged")
     with pytest.raises(InvalidInputError, match="not a saved run"):
         RUNS[name](operator(), path)
+
+
+FINISHED: dict[str, Callable[[CallableOperator, Path | None], Any]] = {
+    "lanczos": lambda A, path: lanczos(A, 30, seed=1, checkpoint=path).basis,
+    "lanczos until": lambda A, path: lanczos(A, 30, until=lambda run: len(run.alpha) >= 10, checkpoint=path).basis,
+    "eigenpairs": lambda A, path: bnp.eigenpairs(A, k=3, tol=1e-8, seed=1, checkpoint=path).vectors,
+    "golub-kahan": lambda A, path: golub_kahan(A, 30, seed=1, checkpoint=path).right,
+}
+
+
+@pytest.mark.parametrize("name", FINISHED)
+def test_a_finished_file_gives_the_same_vectors(name: str, tmp_path: Path) -> None:
+    whole = FINISHED[name](operator(), tmp_path / "run.pt")
+    assert torch.equal(FINISHED[name](operator(), tmp_path / "run.pt"), whole)
+
+
+@pytest.mark.parametrize("name", FINISHED)
+def test_ctrl_c_at_any_line_leaves_a_usable_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal at lines of the package all along a run; where it comes twice, the second one ends the run at once."""
+    monkeypatch.setattr(files, "_EVERY", 5)
+    whole, total = FINISHED[name](operator(), None), 0
+
+    def count(frame: Any, event: str, arg: object) -> Any:
+        nonlocal total
+        if "bnp_analysis" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            total += 1
+            if total in at:
+                signal.raise_signal(signal.SIGINT)
+        return count
+
+    def traced(path: Path) -> None:
+        nonlocal total
+        total = 0
+        sys.settrace(count)
+        try:
+            FINISHED[name](operator(), path)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+
+    at: set[int] = set()
+    traced(tmp_path / "length.pt")
+    length, before = total, signal.getsignal(signal.SIGINT)
+    for trial in range(8):
+        first = (2 * trial + 1) * length // 16
+        at = {first, first + 3} if trial % 2 else {first}
+        path = tmp_path / f"{trial}.pt"
+        traced(path)
+        assert signal.getsignal(signal.SIGINT) == before
+        assert torch.equal(FINISHED[name](operator(), path), whole), at
+        assert sorted(tmp_path.glob(".*")) == []
+
+
+def test_a_state_with_a_missing_or_wrong_field_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    lanczos(operator(), 20, checkpoint=path)
+    saved = torch.load(path)
+    for change, word in (({"alpha": None}, "alpha"), ({"w": saved["state"]["w"] * torch.nan}, "state.w")):
+        state = {n: v for n, v in (saved["state"] | change).items() if v is not None}
+        torch.save(saved | {"state": state}, path)
+        with pytest.raises(InvalidInputError, match=rf"run\.pt is not a saved run, or damaged \(.*{word}"):
+            lanczos(operator(), 20, checkpoint=path)

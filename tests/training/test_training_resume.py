@@ -5,6 +5,7 @@ so are signals that lose work, leave their handlers behind, or end in another ru
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bnp_analysis.errors import InvalidInputError
+import bnp_analysis as bnp
+from bnp_analysis.errors import InvalidInputError, OutputError
+from bnp_analysis.training import checkpointing
 from bnp_analysis.training.run import Run
 from bnp_analysis.training.trainer import train
 
@@ -230,6 +233,113 @@ def test_files_of_other_runs_and_damaged_ones_are_refused(tmp_path):
     (tmp_path / "run.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InvalidInputError, match="not the checkpoint of a training run"):
         start(tmp_path, "tensors", epochs=1)
+
+
+def perceptron(
+    folder: Path, *, activation: str = "relu", labels: int = 0, order: int = 1, epochs: int = 3, probe=None, **options
+) -> tuple[Run, torch.nn.Module]:
+    """A run with BNP, whose scale is measured by power steps that go on from the last ones."""
+    g = torch.Generator().manual_seed(2)
+    x, y = torch.randn(24, 5, generator=g)[::order], (torch.arange(24) + labels)[::order] % 3
+    model = bnp.models.mlp([5, 4, 3], activation=activation)
+    run = train(
+        model, torch.nn.functional.cross_entropy, (x.contiguous(), y), torch.optim.SGD(model.parameters(), lr=0.1),
+        preconditioner=bnp.BNP(model, **{"q": "measured"} | options), epochs=epochs, batch_size=5,
+        checkpoint=folder / "run.pt", checkpoint_every=2, probes=[] if probe is None else [probe],
+    )  # fmt: skip
+    return run, model
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"activation": "tanh"}, r"model \S+: 'ReLU\(\)' there, 'Tanh\(\)' here"),
+        ({"rho": 0.5}, "preconditioner options rho: 0.99 there, 0.5 here"),
+        ({"labels": 1}, "examples: .*int64"),
+    ],
+)
+def test_another_run_on_the_same_sizes_is_refused(tmp_path, change, words):
+    perceptron(tmp_path, epochs=1)
+    with pytest.raises(InvalidInputError, match=f"holds another run .*{words}"):
+        perceptron(tmp_path, **change)
+    assert perceptron(tmp_path)[0].finished
+
+
+def test_another_order_of_the_same_examples_is_refused(tmp_path):
+    pairs = [(torch.eye(3)[[i]], torch.tensor([i])) for i in range(3)]
+
+    def follow(loader: list, **options) -> Run:
+        model = bnp.models.mlp([3, 3])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        loss = torch.nn.functional.cross_entropy
+        return train(model, loss, loader, optimizer, checkpoint=tmp_path / "r.pt", **options)
+
+    def ask(step: int, model: object) -> dict:
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return {}
+
+    assert follow(pairs, probes=[ask]).stopped == "SIGINT"
+    with pytest.raises(InvalidInputError, match="the targets of batch 2 of epoch 1 are not those"):
+        follow(pairs[1:] + pairs[:1])
+    assert follow(pairs).finished
+
+
+def test_a_measured_scale_goes_on_bit_for_bit(tmp_path):
+    def ask(step: int, model: object) -> dict:
+        if step == 7:
+            signal.raise_signal(signal.SIGTERM)
+        return {}
+
+    assert perceptron(tmp_path, probe=ask)[0].stopped == "SIGTERM"
+    (found, model), (wanted, other) = perceptron(tmp_path), perceptron(tmp_path / "whole")
+    assert found.loss.tolist() == wanted.loss.tolist()
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(step: int, model: object) -> dict:
+        if step == 5:  # every file that grows beyond this is refused by the system
+            resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+        return {}
+
+    try:
+        with pytest.raises(OutputError, match=r"run\.pt could not be written: File too large"):
+            perceptron(tmp_path, probe=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
+    assert torch.load(tmp_path / "run.pt")["progress"]["step"] == 4
+    (_, model), (_, other) = perceptron(tmp_path), perceptron(tmp_path / "whole")
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path):
+    perceptron(tmp_path, epochs=1)
+    saved = torch.load(tmp_path / "run.pt")
+    layers = saved["preconditioner"]["layers"]
+    layers["fc2"]["variance"] -= 5
+    torch.save(saved, tmp_path / "run.pt")
+    model = bnp.models.mlp([5, 4, 3])
+    pre, optimizer = bnp.BNP(model, q="measured"), torch.optim.SGD(model.parameters(), lr=0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    parts = checkpointing.Parts(model, {"optimizer": optimizer, "preconditioner": pre})
+    with pytest.raises(InvalidInputError, match=r"nothing was changed: .*'fc2' has a variance that is not finite"):
+        parts.put_back(saved)
+    assert all(map(torch.equal, model.parameters(), before))
+    assert pre.state_dict()["step"] == 0
+
+
+def test_two_runs_do_not_write_one_checkpoint(tmp_path):
+    def second(step: int, model: object) -> dict:
+        with pytest.raises(InvalidInputError, match=r"run\.pt is being written by another run \(this process\)"):
+            perceptron(tmp_path)
+        return {}
+
+    assert perceptron(tmp_path, probe=second)[0].finished
+    assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
 
 
 if __name__ == "__main__":

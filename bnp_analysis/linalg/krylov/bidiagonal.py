@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.krylov.lanczos import Floats
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.linalg.scale import comfortable, exponent, in_floats, require_resolution, scaled
-from bnp_analysis.runtime.files import Schedule, load_state, save_state
+from bnp_analysis.runtime.files import saved_run
 from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.memory import require_memory
 from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.runtime.random import generator
+from bnp_analysis.runtime.stopping import stop_requests
 
 _CONTAMINATION = 1e-2
 
@@ -119,26 +121,25 @@ def golub_kahan(
     run = _Run(F, limit, null, seed, magnitude, given)
     require_resolution(F, max(F.shape))
     key = f"golub-kahan of {F.shape[0]}x{F.shape[1]} in {F.dtype}, {rank} null directions, seed {seed}"
-    if checkpoint is not None and Path(checkpoint).exists():
-        run.restore(load_state(checkpoint, key))
-    else:
-        run.begin()
-    stop, schedule = "steps", Schedule()
-    with reporting(progress, limit, "Golub-Kahan") as update:
-        try:
-            while run.columns < limit and stop == "steps":
-                stop = "steps" if run.advance() else "exhausted"
-                update(run.columns)
-                if checkpoint is not None and schedule.due(run.columns):
-                    save_state(checkpoint, key, run.state())
-        except KeyboardInterrupt:
-            if run.columns == 0:
-                raise
-            stop = "interrupted"
-    if run.columns == F.shape[1] - rank:
-        stop = "exhausted"  # as many directions as there are
-    if checkpoint is not None:
-        save_state(checkpoint, key, run.state())
+    with saved_run(checkpoint, key) as saved:
+        if not saved.restore(run.restore):
+            run.begin()
+        stop = "steps"
+        with reporting(progress, limit, "Golub-Kahan") as update, stop_requests(signal.SIGINT) as request:
+            try:
+                while run.columns < limit and stop == "steps":
+                    request.heed()
+                    stop = "steps" if run.advance() else "exhausted"
+                    update(run.columns)
+                    if saved.due(run.columns):
+                        saved.save(run.state())
+            except KeyboardInterrupt as error:
+                if run.columns == 0 or not request.is_clean(error):
+                    raise
+                stop = "interrupted"
+        if run.columns == F.shape[1] - rank:
+            stop = "exhausted"  # as many directions as there are
+        saved.save(run.state())
     return run.result(stop).times_power(exponent(given) - exponent(F))
 
 
@@ -280,7 +281,8 @@ class _Run:
         copies = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
         return bases | copies | numbers | {"w": at.w.cpu(), "random": at.random}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any]) -> bool:
+        """Go on from a saved state; True."""
         columns, rows = len(state["V"]), len(state["U"])
         if columns > self.limit:
             raise InvalidInputError(f"the saved run has {columns} columns, steps= allows {self.limit}; allow more")
@@ -292,6 +294,7 @@ class _Run:
         self.mark = _Mark(columns, rows, *numbers, state["w"].to(self.V), state["random"])
         if columns:
             self._require_same()
+        return True
 
     def _require_same(self) -> None:
         """One product: the last column of `F V = U B` tells another matrix, other null directions lie in `V`."""

@@ -6,6 +6,7 @@ What a run leaves is data: a tridiagonal matrix, its basis, residual, products, 
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,11 +22,12 @@ from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.bases import dots, length, orthogonalized, project_out
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.scale import comfortable, exponent, in_floats, require_resolution, scaled, times_power
-from bnp_analysis.runtime.files import Schedule, load_state, save_state
+from bnp_analysis.runtime.files import saved_run
 from bnp_analysis.runtime.kinds import gated, require_kind
 from bnp_analysis.runtime.memory import require_memory
 from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.runtime.random import generator, normal
+from bnp_analysis.runtime.stopping import stop_requests
 from bnp_analysis.runtime.threads import one_blas_thread
 
 Floats = NDArray[np.float64]
@@ -157,51 +159,57 @@ def lanczos(
         raise InvalidInputError(f"Lanczos needs at least one step: steps={steps}, n={A.dim}, null directions={rank}")
     how = "random start" if start is None else "given start"
     key = f"lanczos of dimension {A.dim} in {A.dtype}, {rank} null directions, seed {seed}, {how}"
-    if checkpoint is not None and Path(checkpoint).exists():
-        resume = _saved(A, load_state(checkpoint, key))
-    if resume is not None and len(resume.alpha) >= limit:
-        return resume.times_power(exponent(given) - exponent(A))
     bytes_needed = (limit + 1 + rank) * A.dim * A.dtype.itemsize
     require_memory(bytes_needed, f"a Lanczos basis of {limit} vectors of length {A.dim}", device=A.device)
-    require_resolution(A, A.dim)
-    run = _Run(A, limit, null, _start(A, start, null, seed) if resume is None else resume.residual, resume)
-    run.every = 1 if restart else run.every
 
     def in_units(found: Tridiagonalization) -> Tridiagonalization:
         return found.times_power(exponent(given) - exponent(A))
 
-    stop, schedule = "steps", Schedule()
-    with reporting(progress, limit, "Lanczos") as update:
-        try:
-            while run.size < limit:
-                if run.broken_down and not restart:
-                    stop = "invariant subspace"
-                    break
-                run.advance(seed)
-                update(run.size)
-                if checkpoint is not None and schedule.due(run.size):
-                    save_state(checkpoint, key, run.state())
-                if until is not None and run.size % 5 == 0 and until(in_units(run.snapshot("converged"))):
-                    stop = "converged"
-                    break
-            else:
-                stop = "exhausted" if run.size == A.dim - rank else stop
-        except KeyboardInterrupt:
-            if run.size == 0:
-                raise
-            stop = "interrupted"
-    if checkpoint is not None:
-        save_state(checkpoint, key, run.state())
+    with saved_run(checkpoint, key) as saved:
+        resume = saved.restore(lambda state: _saved(A, state)) or resume
+        if resume is not None and len(resume.alpha) > limit:
+            return in_units(resume)
+        require_resolution(A, A.dim)
+        run = _Run(A, limit, null, _start(A, start, null, seed) if resume is None else resume.residual, resume)
+        run.every = 1 if restart else run.every
+
+        def converged() -> bool:
+            return until is not None and run.size % 5 == 0 < run.size and until(in_units(run.snapshot("converged")))
+
+        stop = "steps"
+        with reporting(progress, limit, "Lanczos") as update, stop_requests(signal.SIGINT) as request:
+            try:
+                while run.size < limit:
+                    if converged():
+                        stop = "converged"
+                        break
+                    if run.broken_down and not restart:
+                        stop = "invariant subspace"
+                        break
+                    request.heed()
+                    run.advance(seed)
+                    update(run.size)
+                    if saved.due(run.size):
+                        saved.save(run.state())
+                else:
+                    stop = "exhausted" if run.size == A.dim - rank else "converged" if converged() else stop
+            except KeyboardInterrupt as error:
+                if run.size == 0 or not request.is_clean(error):
+                    raise
+                stop = "interrupted"
+        saved.save(run.state())
     return in_units(run.snapshot(stop))
 
 
 def _saved(A: SymmetricOperator, state: dict[str, Any]) -> Tridiagonalization:
     """A saved run; one product says whether it was with this operator."""
     alpha, basis, w = state["alpha"].numpy(), state["basis"].to(A.device), state["w"].to(A.device)
+    if not len(alpha) == len(state["beta"]) + 1 == len(basis) > 0 or w.shape != (A.dim,):
+        raise ValueError(f"{len(alpha)} entries alpha, {len(state['beta'])} beta, {len(basis)} vectors do not fit")
     q = basis[-1]
     scale = float(np.abs(alpha).max()) + float(w.double().norm())
     noise = 100 * float(np.sqrt(A.dim)) * A.eps * scale
-    if abs(float((A @ q).double() @ q.double()) - alpha[-1]) > noise:
+    if not abs(float((A @ q).double() @ q.double()) - alpha[-1]) <= noise:
         raise InvalidInputError(
             "the saved run belongs to another operator of the same size; delete the file, or give another checkpoint="
         )

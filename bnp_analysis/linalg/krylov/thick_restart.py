@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import signal
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,11 @@ from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.bases import dots, length, orthogonalized, project_out
 from bnp_analysis.linalg.krylov.lanczos import Floats
 from bnp_analysis.linalg.operators import SymmetricOperator
-from bnp_analysis.runtime.files import Schedule
+from bnp_analysis.runtime.files import SavedRun
 from bnp_analysis.runtime.memory import require_memory
-from bnp_analysis.runtime.progress import Progress, reporting
+from bnp_analysis.runtime.progress import Progress, Update, reporting
 from bnp_analysis.runtime.random import generator, normal
+from bnp_analysis.runtime.stopping import StopRequest, stop_requests
 from bnp_analysis.runtime.threads import one_blas_thread
 
 _LEAST_VERIFICATION = 8
@@ -81,16 +82,23 @@ class ThickRestart:
                 self.V[self.given] = v / norm
                 self.given += 1
 
-    def run(self, max_matvecs: int, progress: Progress, save: Callable[[], None] = lambda: None) -> None:
-        """Search until the wanted pairs have converged and a check in a new direction finds no others.
-
-        `save` is called every 50 products or 30 seconds, at the end and on Ctrl-C.
-        """
-        try:
-            self._search(max_matvecs, progress, save)
-        finally:
-            if self.size:
-                save()
+    def run(self, max_matvecs: int, progress: Progress, saved: SavedRun) -> None:
+        """Search until the wanted pairs have converged and a check in a new direction finds no others."""
+        with reporting(progress, max_matvecs, "eigenpairs") as update, stop_requests(signal.SIGINT) as request:
+            try:
+                self._search(max_matvecs, update, saved, request)
+            except KeyboardInterrupt as error:
+                if not request.is_clean(error):
+                    raise
+                self.stop = "interrupted"
+            except Exception:  # of a product: what there is stays
+                if self.size:
+                    saved.save(self.state())
+                raise
+        if self.size:
+            saved.save(self.state())
+        if self.stop == "interrupted" and self.size < self.k:
+            raise KeyboardInterrupt
 
     def state(self) -> dict[str, Any]:
         """Everything that another process needs to go on."""
@@ -105,8 +113,8 @@ class ThickRestart:
             "generator": self.g.get_state(),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state.
+    def restore(self, state: dict[str, Any]) -> bool:
+        """Go on from a saved state; True.
 
         Raises:
             InvalidInputError: the products in it are not those of this operator.
@@ -121,44 +129,38 @@ class ThickRestart:
         self.g.set_state(state["generator"])
         first = torch.eye(self.size, 1, dtype=self.H.dtype, device=self.H.device)
         image = (self.H[: self.size, :1].to(self.V.dtype).T @ self.V[: self.size] + self._residuals(first))[0]
-        if float((self.A @ self.V[0] - image).double().norm()) > 100 * self.noise:
+        if not float((self.A @ self.V[0] - image).double().norm()) <= 100 * self.noise:
             raise InvalidInputError(
                 "the saved search belongs to another operator of the same size; delete the file, or give another "
                 "checkpoint="
             )
         self.checks += 1
+        return True
 
-    def _search(self, max_matvecs: int, progress: Progress, save: Callable[[], None]) -> None:
-        schedule = Schedule()
-        with reporting(progress, max_matvecs, "eigenpairs") as update:
-            try:
-                while True:
-                    while self.size < self.width and self.matvecs < max(max_matvecs, self.k):
-                        self._expand()
-                        if schedule.due(self.matvecs):
-                            save()
-                        update(min(self.matvecs, max_matvecs))
-                        # Long searches are looked at less often: an eigenproblem each time.
-                        if self.full or self.matvecs < self.given or self.matvecs % (1 + self.matvecs // 100):
-                            continue
-                        if self._settled():
-                            break
-                    if self.full and self.size == self.width:
+    def _search(self, max_matvecs: int, update: Update, saved: SavedRun, request: StopRequest) -> None:
+        """Look, then one product: a state saved after a product is looked at again by the run that goes on from it."""
+        limit = max(max_matvecs, self.k)
+        while True:
+            # Long searches are looked at less often: an eigenproblem each time.
+            often = not self.full and self.matvecs >= self.given and not self.matvecs % (1 + self.matvecs // 100)
+            if often or self.size == self.width or self.matvecs >= limit:
+                if self.full and self.size == self.width:
+                    self.stop = "converged"
+                    return
+                if self._settled():
+                    if self._confirmed():
                         self.stop = "converged"
                         return
-                    if self._settled():
-                        if self._confirmed():
-                            self.stop = "converged"
-                            return
-                        self._verify()
-                    elif self.matvecs >= max(max_matvecs, self.k):
-                        return
-                    elif self.size == self.width:
-                        self._restart(self._next_direction())
-            except KeyboardInterrupt:
-                if self.size < self.k:
-                    raise
-                self.stop = "interrupted"
+                    self._verify()
+                elif self.size == self.width and self.matvecs < limit:
+                    self._restart(self._next_direction())
+            if self.matvecs >= limit:
+                return
+            self._expand()
+            if saved.due(self.matvecs):
+                saved.save(self.state())
+            update(min(self.matvecs, max_matvecs))
+            request.heed()
 
     def wanted_pairs(self) -> tuple[Tensor, Tensor, Tensor]:
         """Values `(k,)`, vectors `(n, k)` and residual norms `(k,)` of the wanted pairs."""

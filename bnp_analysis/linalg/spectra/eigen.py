@@ -19,7 +19,7 @@ from bnp_analysis.linalg.scale import comfortable, exponent, in_floats, require_
 from bnp_analysis.linalg.spectra.checks import measured, products_known_to, provenance, rounding_of_sums
 from bnp_analysis.linalg.spectra.null import HasBasis
 from bnp_analysis.results import Result
-from bnp_analysis.runtime.files import load_state, save_state
+from bnp_analysis.runtime.files import saved_run
 from bnp_analysis.runtime.float32 import full_float32
 from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.progress import Progress
@@ -136,11 +136,9 @@ def eigenpairs(
     search = ThickRestart(operator, declared.basis, k, which, tol, seed, multiplicity == "verify", begin)
     key = f"the {k} {which} eigenpairs of dimension {A.dim} in {A.dtype}, {declared.dim} null directions, seed {seed}"
     key += "" if begin is None else f", started from {origin}"
-    if checkpoint is not None and Path(checkpoint).exists():
-        search.restore(load_state(checkpoint, key))
-    search.run(
-        max_matvecs, progress, lambda: None if checkpoint is None else save_state(checkpoint, key, search.state())
-    )
+    with saved_run(checkpoint, key) as saved:
+        saved.restore(search.restore)
+        search.run(max_matvecs, progress, saved)
     values, vectors, residuals = search.wanted_pairs()
     spent = search.matvecs + search.checks + declared.cost
     if search.drift > search.noise and search.stop != "interrupted":

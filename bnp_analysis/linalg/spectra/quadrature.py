@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from bnp_analysis.linalg.spectra.checks import (
 )
 from bnp_analysis.linalg.spectra.null import NORM_STEPS, HasBasis
 from bnp_analysis.results import Result
-from bnp_analysis.runtime.files import load_state, save_state
+from bnp_analysis.runtime.files import saved_run
 from bnp_analysis.runtime.float32 import full_float32
 from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.memory import require_memory
@@ -517,13 +518,9 @@ def _by_probes(
         f"density with residuals of dimension {operator.dim} in {operator.dtype}, {probes} probes x {steps}, "
         f"{basis.shape[1]} left out, seed {seed}" + ("" if reorthogonalize else ", not reorthogonalized")
     )
-    if checkpoint is not None and Path(checkpoint).exists():
-        state = load_state(checkpoint, key)
-        nodes, weights, residuals = (state[name].numpy() for name in ("nodes", "weights", "residuals"))
-        done, matvecs = state["done"], state["matvecs"]
-        _require_same(operator, starts[0], basis, nodes[0] @ weights[0])
-        matvecs += 1
-    with reporting(progress, probes, "spectral density") as update:
+    with saved_run(checkpoint, key) as saved, reporting(progress, probes, "spectral density") as update:
+        if (state := saved.restore(lambda state: _probes_done(state, operator, starts[0], basis))) is not None:
+            (nodes, weights, residuals), done, matvecs = state
         try:
             for i in range(done, probes):
                 alpha, beta, products, stop = _run(operator, steps, starts[i], basis, reorthogonalize)
@@ -535,10 +532,9 @@ def _by_probes(
                 residuals[i, : values.size] = np.abs(vectors[-1]) * beta[-1]
                 done = i + 1
                 update(done)
-                if checkpoint is not None:
-                    kept = {"nodes": nodes, "weights": weights, "residuals": residuals}
-                    state = {name: torch.from_numpy(x) for name, x in kept.items()}
-                    save_state(checkpoint, key, state | {"done": done, "matvecs": matvecs})
+                kept = {"nodes": nodes, "weights": weights, "residuals": residuals}
+                arrays = {name: torch.from_numpy(x) for name, x in kept.items()}
+                saved.save(arrays | {"done": done, "matvecs": matvecs})
         except KeyboardInterrupt:
             # The probe in hand is incomplete; the finished ones are a result of their own.
             if done == 0:
@@ -546,6 +542,15 @@ def _by_probes(
     nodes, weights, residuals = nodes[:done], weights[:done], residuals[:done]
     rounding = math.sqrt(operator.dim) * operator.eps * max(float(np.abs(nodes).max()), amplification)
     return nodes, weights, residuals, rounding, matvecs
+
+
+def _probes_done(
+    state: dict[str, Any], operator: SymmetricOperator, start: Tensor, basis: Tensor
+) -> tuple[list[Floats], int, int]:
+    """What a saved run holds, the products with one more that shows that it is of this operator."""
+    arrays = [state[name].numpy() for name in ("nodes", "weights", "residuals")]
+    _require_same(operator, start, basis, arrays[0][0] @ arrays[1][0])
+    return arrays, int(state["done"]), int(state["matvecs"]) + 1
 
 
 def _all_eigenvalues(operator: SymmetricOperator, basis: Tensor) -> tuple[Floats, Floats, Floats, float]:
@@ -679,7 +684,7 @@ def _require_same(operator: SymmetricOperator, start: Tensor, basis: Tensor, mea
     v = v / v.norm()
     image = operator @ v
     quotient, size = float(v.double() @ image.double()), float(image.double().norm())
-    if abs(quotient - mean) > 1e3 * math.sqrt(operator.dim) * operator.eps * size:
+    if not abs(quotient - mean) <= 1e3 * math.sqrt(operator.dim) * operator.eps * size:
         raise InvalidInputError(
             "the saved density belongs to another operator of the same size; delete the file, or give another "
             "checkpoint="

@@ -475,8 +475,9 @@ def _read_state(
     layers = {clean_name(name): entry for name, entry in state["layers"].items()}
     misfit = [f"missing: {n}" for n in running.names if n not in layers]
     misfit += [f"unknown: {n}" for n in layers if n not in running.names]
-    for name, width in zip(running.names, running.widths, strict=True):
-        if name in layers and (wrong := _wrong_entry(layers[name], width, outputs is not None)):
+    for index, (name, width) in enumerate(zip(running.names, running.widths, strict=True)):
+        units = None if outputs is None else outputs.units[index]
+        if name in layers and (wrong := _wrong_entry(layers[name], width, units, update.directions[index])):
             misfit.append(f"{name!r} {wrong}")
     if misfit:
         raise InvalidInputError(
@@ -498,25 +499,31 @@ def _read_state(
         measured.vector = entry.get("direction")
 
 
-def _wrong_entry(entry: Any, width: int, scaled: bool) -> str:
+def _wrong_entry(entry: Any, width: int, units: int | None, direction_shape: tuple[int, ...]) -> str:
     """What is wrong with a layer's part of a state, in words; empty if nothing is."""
     if not isinstance(entry, Mapping):
         return "has no entries"
-    for key in ("mean", "variance", *(["output_squares"] if scaled else [])):
+    lengths = {"mean": width, "variance": width} | ({} if units is None else {"output_squares": units})
+    for key, length in lengths.items():
         values = entry.get(key)
         if not isinstance(values, Tensor) or not values.is_floating_point():
             unscaled = ", so it was saved without output_scale='estimated'" if key == "output_squares" else ""
             return f"has no {key}{unscaled}"
-        if key != "output_squares" and values.shape != (width,):
-            return f"has {tuple(values.shape)} as its {key}, expected {(width,)}"
+        if values.shape != (length,):
+            return f"has {tuple(values.shape)} as its {key}, expected {(length,)}"
         if not bool(torch.isfinite(values).all()) or (key != "mean" and bool((values < 0).any())):
             return f"has a {key} that is not finite, or negative"
     counts = [entry.get("rows"), entry.get("examples", entry.get("rows"))]
-    shares = [entry.get("start"), *([entry.get("output_start")] if scaled else [])]
+    shares = [entry.get("start"), *([] if units is None else [entry.get("output_start")])]
     if not all(map(_is_count, counts)):
         return "has no counts of rows and examples"
     if not all(isinstance(share, float | int) and 0 <= share <= 1 for share in shares):
         return "has a weight of the start outside of [0, 1]"
+    direction = entry.get("direction", torch.zeros(direction_shape))
+    if not isinstance(direction, Tensor) or direction.shape != direction_shape:
+        return f"has a direction that is no tensor {direction_shape}"
+    if not bool(torch.isfinite(direction).all()):
+        return "has a direction that is not finite"
     q2 = entry.get("q2")
     return "" if isinstance(q2, float | int) and 0 < q2 < math.inf else "has a q^2 that is not positive"
 

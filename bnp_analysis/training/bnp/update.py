@@ -329,10 +329,10 @@ class OutputScales:
 
     def __init__(self, layers: Sequence[Layer], rho: float, eps1: float) -> None:
         self._layers, self._rho, self._eps1 = tuple(layers), rho, eps1
-        self._units = [layer.units for layer in layers]
+        self.units = [layer.units for layer in layers]
         self._sums: dict[int, Tensor] = {}
         self.values: Tensor | None = None
-        self.start = [1.0] * len(self._units)
+        self.start = [1.0] * len(self.units)
 
     def receive(self, index: int, gradient: Tensor) -> None:
         """Take in the gradient at an output of a layer, from its hook."""
@@ -352,15 +352,15 @@ class OutputScales:
         if not found:
             return
         some = next(iter(found.values()))
-        parts = [found[i] if i in found else some.new_zeros(n) for i, n in enumerate(self._units)]
+        parts = [found[i] if i in found else some.new_zeros(n) for i, n in enumerate(self.units)]
         sums = torch.cat(parts)
         _sum_over_processes(sums)
         old = torch.ones_like(sums) if self.values is None else self.values.to(sums)
-        mean = sums.sum() / sum(self._units[i] for i in found)
+        mean = sums.sum() / sum(self.units[i] for i in found)
         # Overflowed or vanished gradients say nothing: what was known goes on.
         relative = torch.where(torch.isfinite(mean) & (mean > 0), sums / mean, old)
-        past = [without_start(self._rho, self.start[i]) if i in found else 1.0 for i in range(len(self._units))]
-        weights = torch.cat([torch.full((n,), 1 - p, dtype=old.dtype) for n, p in zip(self._units, past, strict=True)])
+        past = [without_start(self._rho, self.start[i]) if i in found else 1.0 for i in range(len(self.units))]
+        weights = torch.cat([torch.full((n,), 1 - p, dtype=old.dtype) for n, p in zip(self.units, past, strict=True)])
         self.values = torch.lerp(old, relative, weights.to(old.device, non_blocking=True))
         for i in found:
             self.start[i] *= self._rho
@@ -368,14 +368,14 @@ class OutputScales:
     def squares(self, index: int) -> Tensor:
         """`s_i^2` of the units of a layer, 1 where there is neither gradient nor damping."""
         if self.values is None:
-            return torch.ones(self._units[index])
-        own = torch.split(self.values, self._units)[index] + self._eps1
+            return torch.ones(self.units[index])
+        own = torch.split(self.values, self.units)[index] + self._eps1
         return torch.where(own > 0, own, torch.ones_like(own))
 
     def state(self, index: int) -> dict[str, Any]:
         """What a state dict keeps of a layer."""
-        values = torch.ones(sum(self._units)) if self.values is None else self.values
-        own = torch.split(values, self._units)[index].clone()
+        values = torch.ones(sum(self.units)) if self.values is None else self.values
+        own = torch.split(values, self.units)[index].clone()
         return {"output_squares": own, "output_start": self.start[index]}
 
     def load(self, entries: Sequence[Any]) -> None:
@@ -397,6 +397,7 @@ class Update:
     Attributes:
         q2: `q^2` of the last step, layer by layer.
         measured: the power iterations of each layer, used where `q` is measured.
+        directions: the shapes of their vectors.
     """
 
     def __init__(
@@ -404,6 +405,7 @@ class Update:
     ) -> None:
         self._settings, self._layers, self._running, self._outputs = settings, layers, running, outputs
         self.measured = [MeasuredScale() for _ in layers]
+        self.directions = [(layer.groups, layer.features + (layer.bias is not None), 1) for layer in layers]
         self.q2: dict[int, float] = {}
         self._damped = DampedMoments(layers, running.widths, settings.eps1, settings.eps2)
 
