@@ -263,6 +263,27 @@ def test_what_is_left_alone_is_named() -> None:
         bnp.register_layer(Scaled, like=nn.GRU)
 
 
+def test_states_that_are_given_to_a_stack() -> None:
+    """Each layer and direction starts from its own; the lower layer is made here as a layer by itself."""
+    g = torch.Generator().manual_seed(3)
+    net = nn.LSTM(3, 2, 2, bidirectional=True, batch_first=True).double()
+    lower = nn.LSTM(3, 2, bidirectional=True, batch_first=True).double()
+    lower.load_state_dict({name: t for name, t in net.state_dict().items() if "_l0" in name})
+    (x, _), h, c = sequences(), *torch.randn(2, 4, 16, 2, generator=g, dtype=torch.float64)
+    pre = bnp.BNP(net, rho=0.0)
+    out = net(x, (h, c))[0]
+    out.square().mean().backward()
+    pre.step()
+    inner, out = lower(x, (h[:2], c[:2]))[0].detach(), out.detach()
+    expected = {"*_ih_l0_reverse": x, "*_ih_l1": inner}
+    for k, own in enumerate((inner, out)):
+        expected[f"*_hh_l{k}"] = torch.cat([h[2 * k, :, None], own[:, :-1, :2]], 1)
+        expected[f"*_hh_l{k}_reverse"] = torch.cat([own[:, 1:, 2:], h[2 * k + 1, :, None]], 1)
+    blocks = pre.preconditioner().blocks
+    for name, rows in expected.items():
+        torch.testing.assert_close(blocks[name][1].mean[0], rows.flatten(0, 1).mean(0), rtol=1e-12, atol=1e-12)
+
+
 def test_one_map_can_be_frozen_chosen_or_given_its_first_states() -> None:
     """Blocks are patterns of the parameter space; states that are given are rows as well."""
     net = nn.GRU(3, 2, batch_first=True).double()
