@@ -66,6 +66,22 @@ class Recurrent(nn.Module):
         return out
 
 
+class Unrolled(nn.Module):
+    """A cell over the steps of a sequence, its last state classified."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.LSTMCell(2, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = None
+        for step in x.unbind(1):
+            state = self.cell(step, state)
+        assert state is not None
+        out: Tensor = self.head(state[0])
+        return out
+
+
 class Tied(nn.Module):
     """Embedding and head share their weight; a layer is between them."""
 
@@ -123,6 +139,8 @@ SITUATIONS = {
     "attention, tokens": Situation(Tokens, words, per_token),
     "RNN": Situation(partial(Recurrent, nn.RNN), lambda g: (torch.randn(9, 4, 2, generator=g), torch.arange(9) % 3)),
     "LSTM": Situation(partial(Recurrent, nn.LSTM), lambda g: (torch.randn(9, 4, 2, generator=g), torch.arange(9) % 3)),
+    "GRU": Situation(partial(Recurrent, nn.GRU), lambda g: (torch.randn(9, 4, 2, generator=g), torch.arange(9) % 3)),
+    "LSTMCell, unrolled": Situation(Unrolled, lambda g: (torch.randn(9, 4, 2, generator=g), torch.arange(9) % 3)),
     "tied weights": Situation(Tied, words, per_token),
     "frozen layers": Situation(frozen, vectors),
     "mean squared error": Situation(

@@ -209,7 +209,7 @@ def pulled_to_layers(
     """
     layers = list(layers)
     for batch in risk.batches:
-        outputs, seen = risk.record(batch, [layer.name for layer in layers])
+        outputs, seen = risk.record(batch, layers)
         weight = batch.count / risk.batches.total
         uses = [(layer, a) for layer in layers for _, a in seen[layer.name] if a.requires_grad]
         if not (uses and outputs.requires_grad):

@@ -264,7 +264,7 @@ def _own_rows(risk: EmpiricalRisk, layers: list[Layer], *, independent: bool = F
     kept, rank, rounding, vanished = risk.group.size == 1, 0, 0.0, False
     for batch in risk.batches:
         leaves = risk.leaves()
-        outputs, seen = risk.record(batch, dense, leaves)
+        outputs, seen = risk.record(batch, dense.values(), leaves)
         examples = tensors_of(batch.x)[0].shape[0]
         dense = {name: layer for name, layer in dense.items() if _simple(seen[name], examples)}
         alone = products_only(dense.values(), leaves, outputs, seen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.kernels import derivative
-from bnp_analysis.network.layer_kinds import KINDS, Layer, kind_of
+from bnp_analysis.network.layer_kinds import KINDS, Layer, by_module, kind_of, kinds_of
 from bnp_analysis.network.observation import transformed, untransformed
 from bnp_analysis.network.recorded_product import Recorded
 from bnp_analysis.network.risk import EmpiricalRisk
@@ -119,9 +120,9 @@ def layers_of(
                 holders.setdefault(id(parameter), []).append(name)
                 owners[full] = module, holders[id(parameter)]
     layers, why = [], {name: _reason(name, module, held) for name, (module, held) in owners.items()}
-    for name, module in modules:
-        kind, prefix = kind_of(module), f"{name}." if name else ""
-        if kind is None or len(owners.get(f"{prefix}{kind.weight}", (None, ()))[1]) != 1:
+    for name, module, kind in ((n, m, kind) for n, m in modules for kind in kinds_of(m)):
+        prefix = f"{name}." if name else ""
+        if len(owners.get(f"{prefix}{kind.weight}", (None, ()))[1]) != 1:
             continue
         if isinstance(kind.parameter(module), UninitializedParameter):
             raise InvalidInputError(f"lazy layer {name!r} has no shape yet: run one forward pass first")
@@ -182,7 +183,7 @@ def no_product(module: nn.Module) -> str:
 
 def _own_forward_uses(risk: EmpiricalRisk, layers: list[Layer]) -> tuple[set[str], dict[str, str]]:
     """Which layers run on this process's batches; why some are more, or less, than a product with their weight."""
-    known = {layer.name: layer for layer in layers}
+    known = by_module(layers)
     runs: dict[str, int] = {}
     other: dict[str, str] = {}
     weights: dict[str, Tensor] = {}
@@ -190,19 +191,26 @@ def _own_forward_uses(risk: EmpiricalRisk, layers: list[Layer]) -> tuple[set[str
     stored = risk.theta.untyped_storage().data_ptr()
 
     def visit(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        if (layer := known.get(name)) is not None:
-            runs[name] = runs.get(name, 0) + 1
-            weight = weights[name] = layer.own_weight
+        for layer in known.get(name, ()):
+            runs[layer.name] = runs.get(layer.name, 0) + 1
+            weight = weights[layer.name] = layer.own_weight
             if transformed(weight) or weight.untyped_storage().data_ptr() != stored:
-                other[name] = "its forward runs with other weights than its own (torch.func inside forward())"
+                other[layer.name] = "its forward runs with other weights than its own (torch.func inside forward())"
+            elif layer.inner and layer.kind.changes_product(module):
+                other[layer.name] = changed_product(module)
+            elif layer.inner:
+                with calls.paused():
+                    if not _is_loop(layer, args, output):
+                        other[layer.name] = f"{type(module).__name__} does not compute what a loop over its steps does"
             elif layer.kind.recognized:
                 if not calls.proves(layer, args[0], output):
-                    other[name] = no_product(module)
+                    other[layer.name] = no_product(module)
             elif not layer.kind.builtin:
                 if not _is_product(layer, args[0], output):
-                    other[name] = f"{type(module).__name__} does not compute the product that it was registered for"
+                    said = f"{type(module).__name__} does not compute the product that it was registered for"
+                    other[layer.name] = said
             elif layer.kind.changes_product(module) and not calls.multiply(args[0], weight):
-                other[name] = changed_product(module)
+                other[layer.name] = changed_product(module)
         if not name:
             calls.clear()
 
@@ -225,6 +233,29 @@ def _is_product(layer: Layer, h: Tensor, output: Tensor) -> bool:
             return False
 
 
+def _is_loop(layer: Layer, args: Any, output: Any) -> bool:
+    """Whether a module's output and its layers' inputs are, to half of the digits, those of its loop over time."""
+    try:
+        apart = layer.apart(args)
+        if apart is None:
+            return False
+        again, products = apart
+        seen = layer.rows(layer.inputs(args, output)[layer.kind.weight])
+        rows = torch.cat([layer.rows(h) for h, _ in products[layer.kind.weight]])
+        # Up to the order of the rows: a direction may run backwards.
+        found, expected = [*tensors_of(output), seen.sort(0)[0]], [*tensors_of(again), rows.sort(0)[0]]
+        return len(found) == len(expected) and all(map(_close, found, expected))
+    except (RuntimeError, TypeError, KeyError):  # arguments in another order, a pass without products
+        return False
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors agree to half of the digits."""
+    if not a.is_floating_point():
+        return bool(torch.equal(a, b))
+    return bool(((a - b).abs() <= torch.finfo(a.dtype).eps ** 0.5 * b.abs().amax().clamp_min(1)).all())
+
+
 class _Calls(TorchFunctionMode):
     """The inputs and weights of products as layers compute them; how often each tensor goes into a function."""
 
@@ -232,12 +263,15 @@ class _Calls(TorchFunctionMode):
         super().__init__()
         self._products: list[tuple[Any, Any]] = []
         self._recorded = recorded
+        self._open = True
         # By identity, which a freed tensor hands on: the reference tells whose count it is.
         self._uses: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if not self._open:
+            return out
         if func in _FUNCTIONS:
             named = dict(zip(("input", "weight"), args, strict=False)) | kwargs
             self._products.append((named["input"], named["weight"]))
@@ -247,6 +281,15 @@ class _Calls(TorchFunctionMode):
             for t in tensors_of((list(args), kwargs)):
                 self._uses[id(t)] = weakref.ref(t), self.uses_of(t) + 1
         return out
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is called meanwhile is no part of the pass."""
+        self._open = False
+        try:
+            yield
+        finally:
+            self._open = True
 
     def multiply(self, h: Tensor, weight: Tensor) -> bool:
         """Whether one of the products was that of these two."""

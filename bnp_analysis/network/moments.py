@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
-from bnp_analysis.network.layer_kinds import Layer
+from bnp_analysis.network.layer_kinds import Layer, by_module
 from bnp_analysis.network.layers import Coverage, coverage
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.runtime.kinds import gated
@@ -144,8 +144,8 @@ def _own_moments(
     sums = {layer.name: Accumulator() for layer in layers}
     counts = dict.fromkeys(sums, (0, 0))
 
-    def see(layer: Layer, h: Tensor, output: Tensor) -> None:
-        counts[layer.name] = _added(counts[layer.name], (layer.output_rows(output), layer.example_count(h)))
+    def see(layer: Layer, h: Tensor, rows: int) -> None:
+        counts[layer.name] = _added(counts[layer.name], (rows, layer.example_count(h)))
         if (indices := layer.counted(h)) is not None:
             sums[layer.name].add_counts(*indices)
             return
@@ -158,12 +158,15 @@ def _own_moments(
     return {name: found.to("cpu") for name, found in sums.items()}, counts
 
 
-def _each_input(risk: EmpiricalRisk, layers: Iterable[Layer], see: Callable[[Layer, Tensor, Tensor], None]) -> None:
-    """`see(layer, input, output)` for every time that one of the layers runs on this process's batches."""
-    known = {layer.name: layer for layer in layers}
+def _each_input(risk: EmpiricalRisk, layers: Iterable[Layer], see: Callable[[Layer, Tensor, int], None]) -> None:
+    """`see(layer, input, rows)` for every time that one of the layers runs on this process's batches."""
+    known = by_module(layers)
 
     def visit(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        see(known[name], args[0], output)
+        inputs = known[name][0].inputs(args, output)
+        for layer in known[name]:
+            h = inputs[layer.kind.weight]
+            see(layer, h, layer.row_count(h, output))
 
     risk.capture(visit, known)
 
@@ -191,7 +194,7 @@ def layer_rows(risk: EmpiricalRisk, layers: Coverage | None = None) -> dict[str,
     # Something to join also where this process has no batch.
     found = {layer.name: [risk.theta.new_zeros(0, layer.groups, layer.features)] for layer in layers}
 
-    def see(layer: Layer, h: Tensor, output: Tensor) -> None:
+    def see(layer: Layer, h: Tensor, _: int) -> None:
         # A copy: rows of a dense layer are its input, and what follows may write into that.
         found[layer.name].append(layer.rows(h).clone())
 
@@ -235,7 +238,7 @@ def _own_sums(
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys((layer.name for layer in layers), 0)
 
-    def see(layer: Layer, h: Tensor, output: Tensor) -> None:
+    def see(layer: Layer, h: Tensor, _: int) -> None:
         t = transform(layer, layer.rows(h).double()).transpose(0, 1)
         gram = t.transpose(1, 2) @ t
         sums[layer.name] = sums[layer.name] + gram if layer.name in sums else gram
@@ -292,7 +295,7 @@ def _own_triangles(risk: EmpiricalRisk, moments: dict[str, Moments], layers: Cov
     """For each layer and group the three triangles of this process's rows, formed batch by batch."""
     partial: dict[str, list[list[Tensor]]] = {layer.name: [[] for _ in range(layer.groups)] for layer in layers}
 
-    def see(layer: Layer, h: Tensor, output: Tensor) -> None:
+    def see(layer: Layer, h: Tensor, _: int) -> None:
         known, all_rows = moments[layer.name], layer.rows(h).double()
         for group, triangles in enumerate(partial[layer.name]):
             kept = ~known.constant[group]

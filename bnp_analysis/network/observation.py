@@ -188,7 +188,7 @@ def _empty(cell: Any) -> bool:
     return False
 
 
-Visit = Callable[[str, nn.Module, Any, Any], Tensor | None]
+Visit = Callable[[str, nn.Module, Any, Any], Any]
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from bnp_analysis.linalg.operators import require_no_autocast
 from bnp_analysis.network.batches import Batch, Batches, Count, arguments
 from bnp_analysis.network.derivatives import Trial, require_gradient
 from bnp_analysis.network.kernels import derivative, explained, recording, with_differentiable_kernels
+from bnp_analysis.network.layer_kinds import Layer, by_module
 from bnp_analysis.network.model_io import Inputs, one_tensor
 from bnp_analysis.network.observation import (
     Visit,
@@ -381,17 +382,25 @@ class EmpiricalRisk:
 
     @recording()
     def record(
-        self, batch: Batch, names: Iterable[str], leaves: Mapping[str, Tensor] | None = None
+        self, batch: Batch, layers: Iterable[Layer], leaves: Mapping[str, Tensor] | None = None
     ) -> tuple[Tensor, dict[str, list[tuple[Tensor, Tensor]]]]:
-        """Run one batch with gradients: its outputs, and each named module's `(input, output)` per occurrence."""
-        seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
+        """Run one batch with gradients: its outputs, and each layer's `(input, output)` per occurrence, by its name.
 
-        def note(name: str, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            # Copies: what follows may write into the layer's input, an activation in place into its output.
-            seen[name].append((untransformed(args[0]).detach().clone(), differentiable_part(output)))
-            return output.clone()
+        Modules with layers inside run as loops over time, in which every step is an occurrence.
+        """
+        known = by_module(layers)
+        seen: dict[str, list[tuple[Tensor, Tensor]]] = {layer.name: [] for own in known.values() for layer in own}
 
-        with LOCK, watched(self._model, note, seen):
+        def note(name: str, module: nn.Module, args: Any, output: Any) -> Any:
+            apart = known[name][0].apart(args)
+            handed, uses = (output.clone(), {}) if apart is None else apart
+            for layer in known[name]:
+                for h, a in uses.get(layer.kind.weight, [(args[0], output)]):
+                    # Copies: what follows may write into the layer's input, an activation in place into its output.
+                    seen[layer.name].append((untransformed(h).detach().clone(), differentiable_part(a)))
+            return handed
+
+        with LOCK, watched(self._model, note, known):
             return self.batch_outputs(self.leaves() if leaves is None else leaves, batch), seen
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:

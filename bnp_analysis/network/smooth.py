@@ -744,6 +744,10 @@ def _tanh_unit(x: Tensor, state: list[Tensor], w: Tensor, u: Tensor, *b: Tensor)
     return [_entrywise(torch.tanh, sum(b, F.linear(x, w) + F.linear(state[0], u)))]
 
 
+def _relu_unit(x: Tensor, state: list[Tensor], w: Tensor, u: Tensor, *b: Tensor) -> list[Tensor]:
+    return [torch.relu(sum(b, F.linear(x, w) + F.linear(state[0], u)))]
+
+
 def _lstm_unit(x: Tensor, state: list[Tensor], w: Tensor, u: Tensor, *b: Any) -> list[Tensor]:
     # The fifth weight, if there is one, projects what is put out.
     *biases, project = b if len(b) % 2 else (*b, None)
@@ -785,7 +789,7 @@ def _recurrent(unit: Callable[..., list[Tensor]], x: Tensor, *args: Any) -> list
     return [torch.cat(steps) if sizes else torch.stack(steps, axis), *map(torch.stack, zip(*ends, strict=True))]
 
 
-def _cell(unit: Callable[..., list[Tensor]], x: Tensor, hx: Any, *weights: Tensor | None) -> list[Tensor]:
+def _cell(unit: Callable[..., list[Tensor]], x: Tensor, hx: Any, *weights: Tensor | None) -> list[Tensor] | None:
     return unit(x, [hx] if isinstance(hx, Tensor) else [*hx], *(w for w in weights if w is not None))
 
 
@@ -818,6 +822,14 @@ def _named(func: Any, call: Callable[..., Any]) -> Callable[..., Any]:
     return replacement
 
 
+#: Recurrent layers and cells of torch -> the same by a loop over time, whose products are calls of `F.linear`; the
+#: output and the last states in a list, None where the layer is random.
+LOOPS: dict[Any, Callable[..., list[Tensor] | None]] = {
+    getattr(torch, name + suffix): partial(call, unit)
+    for name, unit in (("rnn_tanh", _tanh_unit), ("rnn_relu", _relu_unit), ("lstm", _lstm_unit), ("gru", _gru_unit))
+    for suffix, call in (("", _recurrent), ("_cell", _cell))
+}
+
 _REPLACED: dict[Any, Callable[..., Any]] = {
     **{func: _named(func, _entrywise) for func in _RULES},
     **{f: _named(f, partial(_softmaxed, Softmax)) for f in _all("softmax", inplace=False)},
@@ -830,17 +842,8 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
     F.soft_margin_loss: _named(F.soft_margin_loss, _soft_margin),
     F.cross_entropy: _named(F.cross_entropy, _cross_entropy),
     F.glu: _named(F.glu, _glu),
-    **{
-        getattr(torch, name): _named(getattr(torch, name), partial(_gated, partial(call, unit)))
-        for name, call, unit in (
-            ("rnn_tanh", _recurrent, _tanh_unit),
-            ("lstm", _recurrent, _lstm_unit),
-            ("gru", _recurrent, _gru_unit),
-            ("rnn_tanh_cell", _cell, _tanh_unit),
-            ("lstm_cell", _cell, _lstm_unit),
-            ("gru_cell", _cell, _gru_unit),
-        )
-    },
+    # Rectifiers do not saturate.
+    **{f: _named(f, partial(_gated, loop)) for f, loop in LOOPS.items() if "relu" not in f.__name__},
     F.scaled_dot_product_attention: _named(F.scaled_dot_product_attention, _attention),
 }
 

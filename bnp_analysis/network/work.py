@@ -63,7 +63,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch d
 
 def _counted(risk: EmpiricalRisk, batch: Batch, layers: Coverage) -> tuple[float, dict[str, float]]:
     size = tensors_of(batch.x)[0].shape[0]
-    _, seen = risk.record(batch, [layer.name for layer in layers])
+    _, seen = risk.record(batch, layers)
     rows = {layer.name: sum(layer.output_rows(output) for _, output in seen[layer.name]) / size for layer in layers}
     with _Operations() as counter:  # type: ignore[no-untyped-call]
         tensors = risk.leaves()

@@ -1,11 +1,20 @@
 """The registry of layer kinds: each file says how one kind turns inputs into rows; nothing outside asks for types."""
 
-from bnp_analysis.network.layer_kinds.base import KINDS, Layer, LayerKind, kind_of, register_layer
+from bnp_analysis.network.layer_kinds.base import (
+    KINDS,
+    Layer,
+    LayerKind,
+    by_module,
+    kind_of,
+    kinds_of,
+    register_layer,
+)
 from bnp_analysis.network.layer_kinds.convolution import ConvolutionLayer
 from bnp_analysis.network.layer_kinds.dense import DenseLayer
 from bnp_analysis.network.layer_kinds.embedding import EmbeddingLayer
 from bnp_analysis.network.layer_kinds.linear_like import recognize
 from bnp_analysis.network.layer_kinds.normalization import NormLayer
+from bnp_analysis.network.layer_kinds.recurrent import RecurrentMap
 from bnp_analysis.network.layer_kinds.transposed_convolution import TransposedConvolutionLayer
 
 __all__ = [
@@ -16,8 +25,11 @@ __all__ = [
     "Layer",
     "LayerKind",
     "NormLayer",
+    "RecurrentMap",
     "TransposedConvolutionLayer",
+    "by_module",
     "kind_of",
+    "kinds_of",
     "recognize",
     "register_layer",
 ]

@@ -8,7 +8,7 @@ Statistics, preconditioners, curvature factors, tables and training ask these qu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -33,6 +33,7 @@ class LayerKind:
         recognized: whether the type was found by the shape of a module; its forward pass must be proved a product.
         gain: where the fixed numbers are that the parameter is multiplied by to be the weight (`multiples`), or "".
         asked: whether layers of this type are covered only where they are asked for, with `also=`.
+        part: where a module holds several layers, the pattern of this one's tensors in it, else "".
     """
 
     module_type: type[nn.Module]
@@ -44,6 +45,7 @@ class LayerKind:
     recognized: bool = False
     gain: str = ""
     asked: bool = False
+    part: str = ""
 
     def parameter(self, module: nn.Module) -> nn.Parameter | None:
         """The weight's parameter in a module; None where it was replaced by something computed."""
@@ -67,11 +69,13 @@ class LayerKind:
         prefix = f"{name}." if name else ""
         bias_name = f"{prefix}{self.bias}" if bias and getattr(module, self.bias, None) is not None else None
         return self.layer(
-            name, module, self, f"{prefix}{self.weight}", bias_name, units, weight.numel() // units,
-            self.layer.groups_of(module),
+            f"{prefix}{self.part}" if self.part else name, module, self, f"{prefix}{self.weight}", bias_name, units,
+            weight.numel() // units, self.layer.groups_of(module),
         )  # fmt: skip
 
 
+#: A module's output, and weight's name in the module -> its products: their inputs and outputs.
+Apart = tuple[Any, Mapping[str, Sequence[tuple[Tensor, Tensor]]]]
 _FORWARD = ("forward", "_conv_forward")
 KINDS: dict[type[nn.Module], LayerKind] = {}
 # For modules whose type is not registered: each says of what kind a module may be by its shape.
@@ -85,7 +89,8 @@ class Layer(ABC):
     A new kind is a subclass in a file of its own, with `rows`, and `register_layer`.
 
     Attributes:
-        name: of the module; empty for a bare layer as root.
+        name: of the module, empty for a bare layer as root; where a module holds several layers with the pattern of
+            this one's tensors. A block of the parameter space either way.
         module: of the model, or of a risk's snapshot.
         kind: its entry in the registry.
         weight, bias: names in the parameter space; `bias` is None without one, or when it is frozen.
@@ -96,6 +101,8 @@ class Layer(ABC):
 
     #: Whether an input `(R, m)` is its own table of rows.
     rows_are_inputs: ClassVar[bool] = False
+    #: Whether it is one of several layers inside a module, whose inputs and outputs are not the module's.
+    inner: ClassVar[bool] = False
 
     name: str
     module: Any
@@ -130,6 +137,19 @@ class Layer(ABC):
         return 1
 
     @classmethod
+    def kinds(cls, kind: LayerKind, module: Any) -> list[LayerKind]:
+        """The layers that a module of this kind holds; one, unless it says otherwise."""
+        return [kind]
+
+    def inputs(self, args: Any, output: Any) -> Mapping[str, Tensor]:
+        """What the layers of the module got in a forward pass of it: name of the weight in the module -> input."""
+        return {self.kind.weight: args[0]}
+
+    def apart(self, args: Any) -> Apart | None:
+        """For a layer inside a module: this one's forward pass, every product by itself; else None."""
+        return None
+
+    @classmethod
     def refused(cls, module: Any) -> str:
         """Why a module of this kind is not covered as it is set up; empty if it is."""
         return ""
@@ -142,6 +162,11 @@ class Layer(ABC):
     def unlike(cls, module_type: type[nn.Module], like: type[nn.Module], *, transposed: bool) -> str:
         """Why modules of a type cannot be read as those that they are said to be like; empty if they can."""
         return ""
+
+    @property
+    def module_name(self) -> str:
+        """The name of the module, of which this may be one of several layers."""
+        return self.name.removesuffix(self.kind.part).removesuffix(".") if self.kind.part else self.name
 
     @property
     def spatial(self) -> int:
@@ -239,6 +264,10 @@ class Layer(ABC):
         """The number `R` of rows behind an output of the layer."""
         return output.numel() // self.units
 
+    def row_count(self, h: Tensor, output: Any) -> int:
+        """The number `R` of rows of an input, whose module gave this output."""
+        return self.output_rows(output)
+
     def product(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """`a = rows . w + b`, `(R, units)`, from the parameters of the module; and the sums of the terms' sizes."""
         rows = self.rows(h).to(self.own_weight.dtype)
@@ -267,6 +296,25 @@ def kind_of(module: nn.Module) -> LayerKind | None:
         weight, gain = where_stored(module, known.weight)
         return replace(known, weight=weight, gain=gain) if gain else known
     return next(filter(None, (recognize(module) for recognize in RECOGNIZERS)), None)
+
+
+def kinds_of(module: nn.Module) -> list[LayerKind]:
+    """The kinds of the layers that a module holds: none, one, or several as in a recurrent layer.
+
+    Example:
+        >>> [kind.part for kind in kinds_of(nn.GRU(2, 3))]
+        ['*_ih_l0', '*_hh_l0']
+    """
+    kind = kind_of(module)
+    return [] if kind is None else kind.layer.kinds(kind, module)
+
+
+def by_module(layers: Iterable[Layer]) -> dict[str, list[Layer]]:
+    """Name of a module -> its layers."""
+    found: dict[str, list[Layer]] = {}
+    for layer in layers:
+        found.setdefault(layer.module_name, []).append(layer)
+    return found
 
 
 def transposed_weights(model: nn.Module) -> dict[str, int]:

@@ -159,7 +159,7 @@ class Problem:
             NotApplicable: there is none.
         """
         found = coverage(self.risk).without(
-            lambda layer: layer.kind.gain or (layer.kind.transposed and layer.spatial),
+            lambda layer: layer.inner or layer.kind.gain or (layer.kind.transposed and layer.spatial),
             "the statements are about dense layers and convolutions whose weights are parameters",
         )
         if not found.covered:
@@ -204,7 +204,7 @@ class Problem:
     def alone(self) -> set[str]:
         """The covered layers whose weight acts through its product alone, not inside derivatives in `forward`."""
         leaves, batch = self.risk.leaves(), next(iter(self.risk.batches))
-        outputs, seen = self.risk.record(batch, [layer.name for layer in self.layers], leaves)
+        outputs, seen = self.risk.record(batch, self.layers, leaves)
         return products_only(self.layers, leaves, outputs, seen)
 
     @cached_property

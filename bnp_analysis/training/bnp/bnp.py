@@ -54,7 +54,8 @@ class BNP:
     Hooks collect mean and variance of each covered layer's inputs in grad-enabled forward passes in training mode;
     `step()` commits them and replaces `.grad` by `P P^T .grad` (T3). No layer is added; forward passes and inference
     are unchanged. Covered: `Linear` (any leading dimensions), `Conv1d/2d/3d`, `ConvTranspose1d/2d/3d`, with or without
-    a bias, pruned or not, and modules that compute `F.linear` with their weight and nothing else.
+    a bias, pruned or not, modules that compute `F.linear` with their weight and nothing else, and the input and
+    recurrent maps of `RNN`, `LSTM`, `GRU` and their cells.
 
     Args:
         model: the model to train, which may be compiled or wrapped in DistributedDataParallel.
@@ -125,7 +126,7 @@ class BNP:
         self.model = model
         self._choice: dict[str, Any] = {"include": frozen_names(include), "exclude": frozen_names(exclude)}
         self._choice["also"] = require_types(also)
-        found = find_candidates(unwrap(model), **self._choice)
+        found = find_candidates(unwrap(model), **self._choice, outputs=output_scale == "estimated")
         self._layers, self._reasons = found.layers, found.reasons
         for layer in self._layers:
             require_whole_units(layer, layer.own_weight)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
 from bnp_analysis.errors import InvalidInputError, TrainingWarning
-from bnp_analysis.network.layer_kinds import Layer
+from bnp_analysis.network.layer_kinds import Layer, by_module
 from bnp_analysis.network.recorded_product import Recorded, Recording
 from bnp_analysis.training.bnp.passes import failed
 
@@ -77,6 +77,41 @@ class InputHook(_Hook):
         owner = self._owner()
         if owner is not None:
             owner.receive(self._index, _first(args, kwargs))
+
+
+class InnerHook(_Hook):
+    """A forward hook that hands on the inputs of the layers inside a module, which its output and states tell.
+
+    Args:
+        layers: those of one module, with their places for their owner.
+        owner: what collects, by a weak reference.
+    """
+
+    def __init__(self, layers: Sequence[tuple[int, Layer]], owner: weakref.ref[Any]) -> None:
+        self._layers, self._owner = layers, owner
+
+    @property
+    def owner(self) -> Any:
+        """What collects, or None if it was forgotten."""
+        return self._owner()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            from bnp_analysis.training.bnp.eager import call
+
+            call(self.see, module, args, kwargs, output)
+        else:
+            self.see(module, args, kwargs, output)
+
+    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Hand on the inputs if this was a forward pass that trains."""
+        _, first = self._layers[0]
+        owner = self._owner()
+        if owner is None or module is not first.module or not _trains(module):
+            return
+        found = first.inputs((*args, *kwargs.values()), output)
+        for index, layer in self._layers:
+            owner.receive(index, found[layer.kind.weight])
 
 
 class Proof:
@@ -219,7 +254,13 @@ def add_hooks(
         model.register_forward_pre_hook(PassHook(model, owner, ends=False)),
         model.register_forward_hook(PassHook(model, owner, ends=True), always_call=True),
     ]
+    places = {layer.name: i for i, layer in enumerate(layers)}
+    for own in by_module(layer for layer in layers if layer.inner).values():
+        inner = InnerHook([(places[layer.name], layer) for layer in own], owner)
+        handles.append(own[0].module.register_forward_hook(inner, with_kwargs=True))
     for i, layer in enumerate(layers):
+        if layer.inner:
+            continue
         if layer.kind.recognized:
             Proof(layer, owner, i, outputs).add(handles)
         else:
@@ -238,8 +279,9 @@ def _collect(layer: Layer, owner: weakref.ref[Any], index: int, outputs: Any) ->
 
 def owners(layers: Iterable[Layer]) -> list[Any]:
     """Those whose hooks are on some of the layers."""
-    hooks = [hook for layer in layers for hook in layer.module._forward_pre_hooks.values()]
-    found = [hook.owner for hook in hooks if isinstance(hook, InputHook | ProofHook)]
+    tables = [table for layer in layers for table in (layer.module._forward_pre_hooks, layer.module._forward_hooks)]
+    hooks = [hook for table in tables for hook in table.values()]
+    found = [hook.owner for hook in hooks if isinstance(hook, InputHook | InnerHook | ProofHook)]
     return [owner for owner in dict.fromkeys(found) if owner is not None]
 
 

@@ -49,7 +49,12 @@ def refuse_replicas(model: nn.Module) -> None:
 
 
 def find_candidates(
-    model: nn.Module, include: Names | None, exclude: Names | None, also: Iterable[type[nn.Module]] = ()
+    model: nn.Module,
+    include: Names | None,
+    exclude: Names | None,
+    also: Iterable[type[nn.Module]] = (),
+    *,
+    outputs: bool = False,
 ) -> Candidates:
     """The layers of an unwrapped model that BNP can act on.
 
@@ -57,6 +62,7 @@ def find_candidates(
         model: without its outer wrappers.
         include, exclude: names of layers or of modules above them; default all, none.
         also: types of layers that are covered only where they are asked for.
+        outputs: whether the gradients at their outputs must be seen.
 
     Raises:
         InvalidInputError: names that match no layer, lazy layers without shapes, or nothing is left.
@@ -65,6 +71,10 @@ def find_candidates(
     changed = [layer for layer in layers if layer.kind.changes_product(layer.module)]
     reasons.update({layer.weight: changed_product(layer.module) for layer in changed})
     layers = [layer for layer in layers if layer not in changed]
+    hidden = [layer for layer in layers if outputs and layer.inner]
+    said = "output_scale='estimated' needs the gradients at its outputs, which torch's recurrent kernels do not show"
+    reasons.update({name: said for layer in hidden for name in (layer.weight, layer.bias) if name is not None})
+    layers = [layer for layer in layers if layer not in hidden]
     chosen = _select(layers, include, exclude)
     for layer in layers:
         for tensor in (layer.weight, layer.bias):
