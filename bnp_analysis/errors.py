@@ -77,3 +77,7 @@ class OutputError(BNPAnalysisError, OSError):
 
 class TrainingWarning(UserWarning):
     """A training loop does not do what it was set up for: gradients are not preconditioned, layers are left alone."""
+
+
+class MeasurementWarning(UserWarning):
+    """What is measured may not be one function: a pass uses what cannot be followed to what is decided by it."""

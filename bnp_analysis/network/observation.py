@@ -141,6 +141,11 @@ def custom_functions(outputs: Tensor) -> list[str]:
 
 def held_objects(roots: Iterable[Any], wanted: tuple[type, ...], depth: int = 6) -> Iterator[Any]:
     """Objects of some types within reach of modules and functions: attributes, closures, globals they name."""
+    return (value for value in reached(roots, depth) if isinstance(value, wanted))
+
+
+def reached(roots: Iterable[Any], depth: int = 6) -> Iterator[Any]:
+    """Everything within reach of modules and functions."""
     seen: set[int] = set()
     waiting = [(root, depth) for root in roots]
     while waiting:
@@ -148,9 +153,8 @@ def held_objects(roots: Iterable[Any], wanted: tuple[type, ...], depth: int = 6)
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, wanted):
-            yield value
-        elif left > 0:
+        yield value
+        if left > 0:
             waiting += [(part, left - 1) for part in _parts(value)]
 
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnp_analysis.errors import InvalidInputError, StochasticModelError
+from bnp_analysis.errors import InvalidInputError, MeasurementWarning, StochasticModelError
 from bnp_analysis.network.batches import Batch, slice_batch, with_examples
+from bnp_analysis.network.decisions import State, sources, turned_around
 from bnp_analysis.network.kernels import recording
 from bnp_analysis.network.observation import Observer, held_objects, require_own_tensors
 from bnp_analysis.network.precision import generic_point
@@ -97,6 +98,7 @@ def _couples_here(risk: EmpiricalRisk, live: Mapping[int, str]) -> tuple[bool, l
                 f"evaluation would use another mask, and products would belong to different functions{drawn.words}. "
                 "Call model.eval(), set p=0, or measure model.eval() with BatchNorm left in train mode"
             )
+        drawn.require_undecided(partial(_outputs, risk, tensors, batch), "the model")
         coupled = bool(coupled or found or (drawn.any and couples(risk, tensors, batch, outputs, by_inputs)))
         if coupled or tensors_of(batch.x)[0].shape[0] > 1:
             break
@@ -152,18 +154,59 @@ class _Draws:
         shared = (random._inst, np.random.mtrand._rand, torch.default_generator)
         private = [g for g in held if all(g is not other for other in shared)]
         self.seen = Observer(live)
+        kept, used = State(risk.code()), dict[str, None]()
         with random_state(seed=0, device=self._device):
             before, mine = _global_states(self._device), [_state(g) for g in private]
-            with self.seen:
+            with self.seen, sources(used):
                 self.value = run()
             after = _global_states(self._device)
             private += [g for g in self.seen.generators.values() if all(g is not other for other in private)]
             mine += [None] * (len(private) - len(mine))
+        self._ends, self._kept, self._used, self._went_on = after, kept.changed(), used, kept.moved()
         self._moved = [name for name, state in before.items() if state != after[name]]
         self._private = [(g, s) for g, s in zip(private, mine, strict=True) if s != _state(g)]
         names = [*self._moved, *(type(g).__name__ for g, _ in self._private)]
         self.any = bool(names)
         self.words = f" (it draws from: {', '.join(names)})" if names else ""
+
+    def require_undecided(self, run: Callable[[], Tensor], what: str) -> None:
+        """Refuse decisions by random numbers, the clock or a counter, however rarely they fall the other way.
+
+        Raises:
+            StochasticModelError: names the decision.
+        """
+        if not (self._moved or self._kept or self._used or self._went_on):
+            return
+        kept = State(self._risk.code())
+
+        def again(seed: int) -> Tensor:
+            with random_state(seed=seed, device=self._device):
+                value = run()
+                self._again = _global_states(self._device)
+            return value
+
+        again(1)
+        decision, unseen = turned_around(
+            partial(again, 0),
+            self._risk.code(),
+            kept.changed(),
+            partial(_differs, self._risk),
+            reseeded=all(self._ends[name] == self._again[name] for name in self._moved),
+        )
+        if decision:
+            raise StochasticModelError(
+                f"{what} decides by what may be another in the next pass ({decision}): had it fallen the other way, "
+                "the same inputs would have given other outputs, so that products might belong to different "
+                "functions. Call model.eval(), or fix what decides"
+            )
+        if unseen := [*dict.fromkeys([*unseen, *self._went_on])]:
+            warnings.warn(
+                f"{what} uses what may be another in the next pass, and cannot be followed to what it decides: "
+                f"{', '.join(unseen[:6])}. What was tried changed nothing, which does not show rare decisions; "
+                "call model.eval(), or take it out",
+                MeasurementWarning,
+                stacklevel=2,
+            )
 
     def matter(self, run: Callable[[], Tensor]) -> bool:
         """Whether other draws give other values, or the draws go on from pass to pass where they cannot be chosen."""
@@ -249,6 +292,7 @@ def _require_determined_loss(
             f"the loss is random: the same outputs and targets gave two values{drawn.words}, so every product would "
             "belong to another function. Fix what it samples"
         )
+    drawn.require_undecided(run, "the loss")
 
 
 def _differs(risk: EmpiricalRisk, a: Tensor, b: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -52,9 +53,6 @@ _TAME = {
         *("Convolution", "MaxPool2DWithIndices", "AvgPool2D", "Mean", "AdaptiveAvgPool2D", "Embedding"),
         *("Relu", "LeakyRelu", "Hardtanh", "Tanh", "Sigmoid", "Gelu", "Silu", "Elu", "Softplus", "LogSoftmax"),
         *(
-            "NativeLayerNorm",
-            "NativeBatchNorm",
-            "NativeGroupNorm",
             "Softmax",
             "Where",
             "Unsafe",
@@ -64,6 +62,8 @@ _TAME = {
         ),
     )
 } | {"torch::autograd::AccumulateGrad", "SmoothBackward", "SoftmaxBackward"}
+
+_NORMS = {"NativeLayerNormBackward0", "NativeBatchNormBackward0", "NativeGroupNormBackward0"}
 
 
 def product_eps(risk: EmpiricalRisk) -> float:
@@ -148,7 +148,9 @@ def _trial(risk: EmpiricalRisk, batch: Batch) -> tuple[float, bool]:
         for k, g in plain.inside.items():
             gap = (other.inside[k] - g).abs()
             lost = lost or bool(((gap > 0) & (_SAFETY * gap >= g.abs())).any())
-        moved = {n: max(moved[n], _square(other.derivatives[n] - t)) for n, t in plain.derivatives.items()}
+        # Where rounding can make a derivative no number, nothing is known of it: no NaN is smaller than another number.
+        gaps = {n: _square(other.derivatives[n] - t) for n, t in plain.derivatives.items()}
+        moved = {n: max(moved[n], gap if isfinite(gap) else inf) for n, gap in gaps.items()}
     layers: dict[str, list[float]] = {}
     for name, t in plain.derivatives.items():
         layer = layers.setdefault(name.rpartition(".")[0], [0.0, 0.0])
@@ -161,10 +163,26 @@ def _trial(risk: EmpiricalRisk, batch: Batch) -> tuple[float, bool]:
 
 
 def _tame(node: Any) -> bool:
-    """Whether no derivatives cancel at an operation; a product with a constant is one of those."""
+    """Whether no derivatives cancel at an operation; a product with a constant is one of those.
+
+    A normalization is one where what it normalizes is no small difference of large numbers (`|mean| / std`), and more
+    than two numbers: of two, only their order is left, and no derivative but rounding.
+    """
+    if node.name() in _NORMS:
+        mean, inverse, numbers = _normalized(node)
+        return numbers > 2 and float((mean.abs() * inverse).max()) <= _ALLOWED
     if node.name() in ("MulBackward0", "DivBackward0"):
         return all(argument is None for argument, _ in node.next_functions[1:])
     return node.name() in _TAME
+
+
+def _normalized(node: Any) -> tuple[Tensor, Tensor, int]:
+    """Means, inverse standard deviations and how many numbers each is of, at a normalization."""
+    h = node._saved_input
+    if node.name() == "NativeBatchNormBackward0" and not node._saved_training:
+        return node._saved_running_mean, (node._saved_running_var + node._saved_eps).rsqrt(), h.numel()
+    mean, inverse = node._saved_result1, node._saved_result2
+    return mean, inverse, h.numel() // max(1, mean.numel())
 
 
 def _square(t: Tensor) -> float:

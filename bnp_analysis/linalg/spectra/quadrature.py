@@ -293,7 +293,7 @@ class SpectralDensity(Result):
             ends(likely(wanted / self._room, above) < tail, likely(1 - (wanted - 1) / self._room, 1 - below) < tail)
         )
         middle = min(max(float(places[value >= min(share, value[-1])].min()), lower), upper)
-        half, open_ = (upper - lower) / 2, (outer - inner) / 2
+        half, open_ = (upper - lower) / 2, max(0.0, outer - inner) / 2  # bounds that a jump decides cross
         return Estimate(middle, lower, upper, min(half, open_), max(0.0, half - open_), confidence)
 
     def band(self, confidence: float = 0.95) -> tuple[Floats, Floats]:
