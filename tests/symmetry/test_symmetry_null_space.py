@@ -23,6 +23,7 @@ import bnp_analysis as bnp
 from bnp_analysis.errors import MemoryLimitError
 from bnp_analysis.linalg import MatrixOperator
 from bnp_analysis.linalg.spectra import checks
+from bnp_analysis.linalg.spectra.null import NORM_STEPS
 from bnp_analysis.symmetry import Cause, from_data, null_space
 from bnp_analysis.symmetry.basis import NullBasis
 from bnp_analysis.symmetry.candidates import Candidate, Part
@@ -177,6 +178,30 @@ def test_sizes_by_rows_kept_or_not_and_by_products_are_those_of_the_matrix(monke
         for size, exact in zip(found, wanted, strict=True):
             assert size.shape == exact.shape
             assert torch.allclose(size * verifier._scale, exact, rtol=1e-13, atol=0)
+
+
+def test_combined_rows_tell_null_from_not_and_what_is_near_is_measured() -> None:
+    class Costly(MatrixOperator):
+        dense_cost = 120
+
+    matrix = numbers(200, 120) / 200**0.5
+    null = torch.linalg.qr(numbers(120, 9, seed=1))[0]
+    matrix -= (matrix @ null) @ null.T
+    verifier = checks.Verifier(Costly(matrix, exact=False), 100)
+    # Lengths of images across the tolerance, in between of what is null and what is not.
+    across = verifier.tolerance * torch.tensor([0.3, 0.9, 1.1, 12.0], dtype=torch.float64)
+    other = numbers(120, 6, seed=2)
+    parts = [null, null[:, :4] + across * verifier._scale * other[:, :4] / (matrix @ other[:, :4]).norm(dim=0), other]
+    everywhere = torch.arange(120)
+    found = verifier.sizes([(everywhere, columns) for columns in parts])
+    exact = [(matrix @ columns).norm(dim=0) / columns.norm(dim=0) / verifier._scale for columns in parts]
+    assert float(found[0].max()) <= verifier.tolerance / checks._CAUTION
+    assert torch.allclose(found[1], exact[1], rtol=1e-9, atol=1e-4 * verifier.tolerance)
+    assert torch.equal(found[1] <= verifier.tolerance, torch.tensor([True, True, False, False]))
+    assert torch.allclose(found[2], exact[2], rtol=0.5)
+    assert not torch.allclose(found[2], exact[2], rtol=1e-9)
+    assert verifier.matvecs == NORM_STEPS + checks._COMBINED + 4
+    assert 0 < verifier.doubt < 1e-18
 
 
 def test_what_is_not_null_once_cleaned_is_dropped_and_what_came_later_made_again() -> None:
