@@ -15,6 +15,8 @@ from bnp_analysis.linalg.spectra.checks import Verifier
 from bnp_analysis.symmetry.candidates import Part
 from bnp_analysis.symmetry.linear_system import Floats, Ints, Sparse, coo_array
 
+# Coordinates and columns on them.
+Block = tuple[Tensor, Tensor]
 # Closer to the span of the others than this, relative, a direction does not count as new.
 _NEW = 5e-7
 # Longer than this, a direction outside the others has lost no digit that counts.
@@ -120,15 +122,12 @@ class NullBasis:
             found[chunk.cause] = found.get(chunk.cause, 0) + chunk.part.count
         return found
 
-    def dense(self, like: Tensor) -> Tensor:
-        """`(n, r)`, cause after cause as in `counts`."""
-        basis = torch.zeros(self._dim, sum(self.counts().values()), dtype=like.dtype, device=like.device)
-        begin = 0
-        for wanted in self.counts():
-            for part in (chunk.part for chunk in self._chunks if chunk.cause == wanted):
-                basis[part.positions.to(like.device), begin : begin + part.count] = part.values.to(like)
-                begin += part.count
-        return basis
+    def blocks(self, like: Tensor) -> tuple[Block, ...]:
+        """Positions `(p,)` and columns `(p, k)`, cause after cause as in `counts`; where there is none, one of none."""
+        none = like.new_zeros(0, 0)
+        parts = [chunk.part for wanted in self.counts() for chunk in self._chunks if chunk.cause == wanted]
+        found = tuple((part.positions.to(like.device), part.values.to(like)) for part in parts)
+        return found or ((none.reshape(0).long(), none),)
 
 
 class _Known:
