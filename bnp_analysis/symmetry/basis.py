@@ -138,9 +138,9 @@ class _Known:
     """
 
     def __init__(self, dim: int) -> None:
-        self._columns = sparse.csc_array((dim, 0))
+        self._columns: Sparse = sparse.csc_array((dim, 0))
         # Which parts have a coordinate, and where the columns of each begin.
-        self._parts = sparse.csr_array((dim, 0))
+        self._parts: Sparse = sparse.csr_array((dim, 0))
         self._begins = np.zeros(1, np.int64)
 
     def extend(self, parts: Sequence[Part]) -> None:
