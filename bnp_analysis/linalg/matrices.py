@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 
 import torch
 from scipy.sparse import csgraph, csr_matrix
@@ -74,6 +75,63 @@ class MatrixOperator(LinearOperator):
 
     def to_dense(self) -> Tensor:
         return self._matrix
+
+
+class LocalColumns(LinearOperator):
+    """A matrix whose columns live on few coordinates: blocks of columns, each dense on coordinates of its own.
+
+    `N c = sum_b E_b V_b c_b`, with `E_b` the columns of the identity at the coordinates of block `b`: what is held and
+    what a product costs is the size of the blocks, not `n k`.
+
+    Args:
+        rows: `n`.
+        blocks: at least one pair of coordinates `(p,)` and columns `(p, k)`, in the order of the columns of `N`.
+
+    Example:
+        >>> import torch
+        >>> one = torch.ones(2, 1, dtype=torch.float64)
+        >>> N = LocalColumns(5, [(torch.tensor([0, 3]), one), (torch.tensor([3, 4]), 2 * one)])
+        >>> N @ torch.ones(2, dtype=torch.float64)
+        tensor([1., 0., 0., 3., 2.], dtype=torch.float64)
+        >>> N.T @ torch.ones(5, dtype=torch.float64)
+        tensor([2., 4.], dtype=torch.float64)
+    """
+
+    def __init__(self, rows: int, blocks: Sequence[tuple[Tensor, Tensor]]) -> None:
+        counts = [columns.shape[1] for _, columns in blocks]
+        super().__init__((rows, sum(counts)), blocks[0][1].dtype, blocks[0][1].device)
+        alike: dict[torch.Size, list[int]] = {}
+        for b, (_, columns) in enumerate(blocks):
+            if columns.numel():
+                alike.setdefault(columns.shape, []).append(b)
+        begins = [0, *accumulate(counts)]
+        # Blocks of one shape are multiplied together: coordinates (b, p), columns (b, p, k), their numbers (b, k).
+        self._groups = [
+            (
+                torch.stack([blocks[b][0] for b in some]),
+                torch.stack([blocks[b][1] for b in some]),
+                torch.stack([torch.arange(begins[b], begins[b + 1], device=self.device) for b in some]),
+            )
+            for some in alike.values()
+        ]
+
+    def _matmat(self, x: Tensor) -> Tensor:
+        out = x.new_zeros(self.shape[0], x.shape[1])
+        for where, columns, numbers in self._groups:
+            out.index_add_(0, where.reshape(-1), (columns @ x[numbers]).reshape(-1, x.shape[1]))
+        return out
+
+    def _rmatmat(self, y: Tensor) -> Tensor:
+        out = y.new_zeros(self.shape[1], y.shape[1])
+        for where, columns, numbers in self._groups:
+            out[numbers.reshape(-1)] = (columns.mT @ y[where]).reshape(-1, y.shape[1])
+        return out
+
+    def to_dense(self) -> Tensor:
+        dense = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        for where, columns, numbers in self._groups:
+            dense[where.unsqueeze(2), numbers.unsqueeze(1)] = columns
+        return dense
 
 
 class DenseOperator(SymmetricOperator):

@@ -13,10 +13,16 @@ from torch import Tensor
 
 from bnp_analysis.linalg.spectra.checks import Verifier
 from bnp_analysis.symmetry.candidates import Part
-from bnp_analysis.symmetry.linear_system import Ints, Sparse, coo_array
+from bnp_analysis.symmetry.linear_system import Floats, Ints, Sparse, coo_array
 
+# Coordinates and columns on them.
+Block = tuple[Tensor, Tensor]
 # Closer to the span of the others than this, relative, a direction does not count as new.
 _NEW = 5e-7
+# Longer than this, a direction outside the others has lost no digit that counts.
+_CLEAR = 0.1
+# Columns that are compared with the others at once.
+_TOGETHER = 64
 # Entries of unit columns, and scalar products of two, that are rounding.
 _ROUNDING = 2.0**-52
 
@@ -48,7 +54,7 @@ class NullBasis:
     def __init__(self, dim: int) -> None:
         self._dim = dim
         self._chunks: list[Chunk] = []
-        self._known = sparse.csc_array((dim, 0))
+        self._known = _Known(dim)
 
     def add(self, cause: str, parts: Sequence[Part], turn: int) -> None:
         """Add the span of null columns, but for what is in it already: in one go what shares no coordinates."""
@@ -56,26 +62,29 @@ class NullBasis:
         unit = [Part(part.positions, part.values / length) for part, length in zip(parts, lengths, strict=True)]
         units = _columns(self._dim, unit)
         owner = np.repeat(np.arange(len(parts)), [part.count for part in parts])
-        overlaps = self._overlaps(units)
+        rest, reduced = self._known.taken_off(units)
         spread = np.zeros(len(parts), bool)
-        spread[owner[np.diff(overlaps.indptr) > 0]] = True
-        rest = self._without_known(units, overlaps)
+        spread[owner[reduced]] = True
         direct: list[Chunk] = []
+        clean: list[Chunk] = []
         again: list[Part] = []
         for columns in _components(rest):
             source = np.unique(owner[columns])
             if len(source) == 1 and not spread[source[0]]:
                 own = unit[source[0]] if len(columns) == unit[source[0]].count else _dense_part(rest, columns)
-                direct.append(Chunk(cause, Part(own.positions, _span(own.values)), turn, True))
+                direct.append(Chunk(cause, Part(own.positions, _span(own.values)[0]), turn, True))
             else:
                 part = _dense_part(rest, columns)
-                again.append(Part(part.positions, _span(part.values)))
+                values, least = _span(part.values)
+                part = Part(part.positions, values)
+                if least > _CLEAR:
+                    clean.append(Chunk(cause, part, turn, False))
+                elif part.count:
+                    again.append(part)
         # What is left of nearly dependent columns is their rounding, enlarged: cleaned, and verified once more.
-        again = [part for part in again if part.count]
-        fresh = _columns(self._dim, again)
-        cleaned = self._without_known(fresh, self._overlaps(fresh))
+        cleaned, _ = self._known.taken_off(_columns(self._dim, again))
         ends = np.cumsum([part.count for part in again])
-        clean = [
+        clean += [
             Chunk(cause, Part(part.positions, torch.linalg.qr(part.values)[0]), turn, False)
             for part in (_dense_part(cleaned, np.arange(e - p.count, e)) for p, e in zip(again, ends, strict=True))
         ]
@@ -98,25 +107,13 @@ class NullBasis:
             if chunk.turn <= last:
                 values = chunk.part.values[:, null[i]] if i in null else chunk.part.values
                 kept += [Chunk(chunk.cause, Part(chunk.part.positions, values), chunk.turn, True)]
-        self._chunks, self._known = [], sparse.csc_array((self._dim, 0))
+        self._chunks, self._known = [], _Known(self._dim)
         self._extend([chunk for chunk in kept if chunk.part.count])
         return last if failed else None
 
     def _extend(self, chunks: list[Chunk]) -> None:
         self._chunks += chunks
-        more = _columns(self._dim, [chunk.part for chunk in chunks])
-        self._known = sparse.hstack([self._known, more], format="csc")
-
-    def _overlaps(self, columns: Sparse) -> Sparse:
-        """Scalar products of the basis with unit columns, those that are not rounding."""
-        return _cleaned(self._known.T @ columns)
-
-    def _without_known(self, columns: Sparse, overlaps: Sparse) -> Sparse:
-        """Columns minus their part in the basis, twice for rounding; exact zeros stay."""
-        if overlaps.nnz:
-            columns = _cleaned(columns - self._known @ overlaps)
-            columns = _cleaned(columns - self._known @ self._overlaps(columns))
-        return columns
+        self._known.extend([chunk.part for chunk in chunks])
 
     def counts(self) -> dict[str, int]:
         """Cause -> dimensions, in the order in which the causes came."""
@@ -125,27 +122,88 @@ class NullBasis:
             found[chunk.cause] = found.get(chunk.cause, 0) + chunk.part.count
         return found
 
-    def dense(self, like: Tensor) -> Tensor:
-        """`(n, r)`, cause after cause as in `counts`."""
-        basis = torch.zeros(self._dim, sum(self.counts().values()), dtype=like.dtype, device=like.device)
-        begin = 0
-        for wanted in self.counts():
-            for part in (chunk.part for chunk in self._chunks if chunk.cause == wanted):
-                basis[part.positions.to(like.device), begin : begin + part.count] = part.values.to(like)
-                begin += part.count
-        return basis
+    def blocks(self, like: Tensor) -> tuple[Block, ...]:
+        """Positions `(p,)` and columns `(p, k)`, cause after cause as in `counts`; where there is none, one of none."""
+        none = like.new_zeros(0, 0)
+        parts = [chunk.part for wanted in self.counts() for chunk in self._chunks if chunk.cause == wanted]
+        found = tuple((part.positions.to(like.device), part.values.to(like)) for part in parts)
+        return found or ((none.reshape(0).long(), none),)
 
 
-def _span(columns: Tensor) -> Tensor:
-    """An orthonormal basis of the columns' span; themselves where they are one."""
+class _Known:
+    """Orthonormal columns, and what is orthogonal to them; some columns at a time, on the coordinates that count.
+
+    A product of two sparse matrices costs ten times what a sparse one with a narrow dense one does, operation for
+    operation.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self._columns: Sparse = sparse.csc_array((dim, 0))
+        # Which parts have a coordinate, and where the columns of each begin.
+        self._parts: Sparse = sparse.csr_array((dim, 0))
+        self._begins = np.zeros(1, np.int64)
+
+    def extend(self, parts: Sequence[Part]) -> None:
+        dim = self._columns.shape[0]
+        self._columns = sparse.hstack([self._columns, _columns(dim, parts)], format="csc")
+        one = [Part(part.positions, torch.ones(len(part.positions), 1, dtype=torch.float64)) for part in parts]
+        self._parts = sparse.hstack([self._parts, _columns(dim, one)], format="csr")
+        self._begins = np.concatenate([self._begins, self._begins[-1] + np.cumsum([part.count for part in parts])])
+
+    def taken_off(self, columns: Sparse) -> tuple[Sparse, Ints]:
+        """Unit columns minus their part in the span, twice for rounding, and the numbers of those that have one.
+
+        What shares no coordinates keeps its exact zeros.
+        """
+        parts, numbers = [columns[:, :0]], [np.zeros(0, np.int64)]
+        for begin in range(0, columns.shape[1], _TOGETHER):
+            some, reduced = self._taken_off(columns[:, begin : begin + _TOGETHER])
+            parts.append(some)
+            numbers.append(begin + reduced)
+        return sparse.hstack(parts, format="csc"), np.concatenate(numbers)
+
+    def _taken_off(self, columns: Sparse) -> tuple[Sparse, Ints]:
+        parts = _marked(self._parts[_marked(columns.indices, columns.shape[0])].indices, self._parts.shape[1])
+        met = [np.arange(*self._begins[part : part + 2]) for part in parts]
+        known = self._columns[:, np.concatenate(met)] if met else self._columns[:, :0]
+        where = _marked(np.concatenate([columns.indices, known.indices]), columns.shape[0])
+        known, rest = known[where], columns[where].toarray()
+        overlaps = _rounded(known.T @ rest)
+        live = overlaps.any(axis=1)
+        if not live.any():
+            return columns, np.zeros(0, np.int64)
+        known, overlaps = known[:, np.flatnonzero(live)], overlaps[live]
+        rest = _rounded(rest - known @ overlaps)
+        rest = _rounded(rest - known @ _rounded(known.T @ rest))
+        column, row = np.nonzero(rest.T)
+        ends = np.searchsorted(column, np.arange(rest.shape[1] + 1))
+        left = sparse.csc_array((rest[row, column], where[row], ends), shape=columns.shape)
+        return left, np.flatnonzero(overlaps.any(axis=0))
+
+
+def _marked(indices: Ints, size: int) -> Ints:
+    """Which of the numbers below `size` there are, in order."""
+    found = np.zeros(size, bool)
+    found[indices] = True
+    return np.flatnonzero(found)
+
+
+def _rounded(columns: Floats) -> Floats:
+    """Without what rounding explains in unit columns."""
+    return np.where(np.abs(columns) <= _ROUNDING, 0.0, columns)
+
+
+def _span(columns: Tensor) -> tuple[Tensor, float]:
+    """An orthonormal basis of the columns' span, themselves where they are one; and their least length in it."""
     if columns.shape[1] == 1:
-        return columns / columns.norm() if float(columns.norm()) > _NEW else columns[:, :0]
+        size = float(columns.norm())
+        return (columns / size, size) if size > _NEW else (columns[:, :0], 0.0)
     gram = columns.T @ columns
     if float((gram - torch.eye(len(gram), dtype=gram.dtype)).abs().max()) < 1e-14:
-        return columns
+        return columns, 1.0
     u, s, _ = torch.linalg.svd(columns, full_matrices=False)
     basis: Tensor = u[:, s > _NEW]
-    return basis
+    return basis, float(s[s > _NEW].min()) if basis.shape[1] else 0.0
 
 
 def _columns(dim: int, parts: Sequence[Part]) -> Sparse:
@@ -155,13 +213,8 @@ def _columns(dim: int, parts: Sequence[Part]) -> Sparse:
     values = torch.cat([part.values.T.reshape(-1) for part in parts]).numpy()
     where = torch.cat([part.positions.repeat(part.count) for part in parts]).numpy()
     ends = np.cumsum([0, *(len(part.positions) for part in parts for _ in range(part.count))])
+    matrix = sparse.csc_array((values, where, ends), shape=(dim, len(ends) - 1))
     # Zeros that are stored would pass for shared coordinates.
-    return _cleaned(sparse.csc_array((values, where, ends), shape=(dim, len(ends) - 1)))
-
-
-def _cleaned(matrix: Sparse) -> Sparse:
-    """By columns, without what rounding explains in unit columns."""
-    matrix = matrix.tocsc()
     matrix.data[np.abs(matrix.data) <= _ROUNDING] = 0.0
     matrix.eliminate_zeros()
     return matrix

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 import bnp_analysis as bnp
 from bnp_analysis.errors import MemoryLimitError
 from bnp_analysis.linalg import MatrixOperator
+from bnp_analysis.linalg.matrices import LocalColumns
 from bnp_analysis.linalg.spectra import checks
+from bnp_analysis.linalg.spectra.null import NORM_STEPS
 from bnp_analysis.symmetry import Cause, from_data, null_space
 from bnp_analysis.symmetry.basis import NullBasis
 from bnp_analysis.symmetry.candidates import Candidate, Part
@@ -179,6 +181,44 @@ def test_sizes_by_rows_kept_or_not_and_by_products_are_those_of_the_matrix(monke
             assert torch.allclose(size * verifier._scale, exact, rtol=1e-13, atol=0)
 
 
+def test_products_with_directions_are_those_of_their_dense_matrix(tmp_path: Path) -> None:
+    N, g = solved("layer norm").null, torch.Generator().manual_seed(0)
+    n, r = N.basis.shape
+    assert len(N.blocks) > 1
+    assert sum(columns.numel() for _, columns in N.blocks) < n * r
+    c, v = (torch.randn(k, 3, generator=g, dtype=torch.float64) for k in (r, n))
+    assert torch.allclose(N.columns @ c, N.basis @ c, rtol=0, atol=1e-14)
+    assert torch.allclose(N.columns.T @ v, N.basis.T @ v, rtol=0, atol=1e-14)
+    assert torch.equal(N.columns @ c[:, 0], (N.columns @ c)[:, 0])
+    read = bnp.symmetry.NullDirections.load(N.save(tmp_path / "null.json"))
+    assert read == N
+    assert torch.equal(read.basis, N.basis)
+
+
+def test_combined_rows_tell_null_from_not_and_what_is_near_is_measured() -> None:
+    class Costly(MatrixOperator):
+        dense_cost = 120
+
+    matrix = numbers(200, 120) / 200**0.5
+    null = torch.linalg.qr(numbers(120, 9, seed=1))[0]
+    matrix -= (matrix @ null) @ null.T
+    verifier = checks.Verifier(Costly(matrix, exact=False), 100)
+    # Lengths of images across the tolerance, in between of what is null and what is not.
+    across = verifier.tolerance * torch.tensor([0.3, 0.9, 1.1, 12.0], dtype=torch.float64)
+    other = numbers(120, 6, seed=2)
+    parts = [null, null[:, :4] + across * verifier._scale * other[:, :4] / (matrix @ other[:, :4]).norm(dim=0), other]
+    everywhere = torch.arange(120)
+    found = verifier.sizes([(everywhere, columns) for columns in parts])
+    exact = [(matrix @ columns).norm(dim=0) / columns.norm(dim=0) / verifier._scale for columns in parts]
+    assert float(found[0].max()) <= verifier.tolerance / checks._CAUTION
+    assert torch.allclose(found[1], exact[1], rtol=1e-9, atol=1e-4 * verifier.tolerance)
+    assert torch.equal(found[1] <= verifier.tolerance, torch.tensor([True, True, False, False]))
+    assert torch.allclose(found[2], exact[2], rtol=0.5)
+    assert not torch.allclose(found[2], exact[2], rtol=1e-9)
+    assert verifier.matvecs == NORM_STEPS + checks._COMBINED + 4
+    assert 0 < verifier.doubt < 1e-18
+
+
 def test_what_is_not_null_once_cleaned_is_dropped_and_what_came_later_made_again() -> None:
     # e_0 is null and e_1 is not: what is left of (e_0 + 1e-3 e_1) beside e_0 is e_1.
     diagonal = torch.ones(6, dtype=torch.float64)
@@ -195,8 +235,8 @@ def test_what_is_not_null_once_cleaned_is_dropped_and_what_came_later_made_again
     basis.add("again", [Part(torch.tensor([0, 3]), torch.ones(2, 1, dtype=torch.float64))], 3)
     assert basis.settle(verifier) is None
     assert basis.counts() == {"first": 1, "later": 2}
-    like = torch.zeros(0, dtype=torch.float64)
-    assert torch.equal(basis.dense(like).abs().sum(dim=1), (diagonal == 0).double())
+    dense = LocalColumns(6, basis.blocks(diagonal)).to_dense()
+    assert torch.equal(dense.abs().sum(dim=1), (diagonal == 0).double())
 
 
 def test_memory_is_looked_at_before_the_basis_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,8 +246,8 @@ def test_memory_is_looked_at_before_the_basis_is_built(monkeypatch: pytest.Monke
         pytest.fail("a dense basis was built")
 
     monkeypatch.setattr(null_space, "NullBasis", never)
-    # Enough for the rows of a layer, not for 26 columns of 58 numbers and what comes with them.
-    monkeypatch.setattr("bnp_analysis.runtime.memory.available_memory", lambda *_: 8 * 58 * 26)
+    # Enough for the rows of a layer, not for 26 columns on their coordinates and what comes with them.
+    monkeypatch.setattr("bnp_analysis.runtime.memory.available_memory", lambda *_: 8 * 26)
     require = null_space.require_memory
 
     def only_the_basis(size: int, what: str, **options: object) -> None:

@@ -310,7 +310,7 @@ def test_invented_null_directions() -> None:
     given = Problem(relu())
     found = given.null
     basis = torch.linalg.qr(torch.randn(53, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
-    given.__dict__["null"] = dataclasses.replace(found, basis=basis, sources={"invented": 30})
+    given.__dict__["null"] = dataclasses.replace(found, blocks=((torch.arange(53), basis),), sources={"invented": 30})
     words = "explained null dimensions", "every direction found is null"
     fails(symmetry.check_null_directions, given, *words)
 
@@ -318,7 +318,8 @@ def test_invented_null_directions() -> None:
 def test_what_is_not_explained_is_named() -> None:
     given = Problem(relu())
     found = given.null
-    given.__dict__["null"] = dataclasses.replace(found, basis=found.basis[:, :2], sources={"some": 2})
+    two = ((torch.arange(53), found.basis[:, :2]),)
+    given.__dict__["null"] = dataclasses.replace(found, blocks=two, sources={"some": 2})
     check = symmetry.check_null_directions(given)[0]
     assert check.holds
     rest = int(check.details["nullity"]) - 2
