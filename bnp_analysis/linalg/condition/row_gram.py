@@ -105,8 +105,8 @@ def row_gram(problem: Problem) -> Extremes:
     if parts is None:
         raise InvalidInputError(
             "row-gram needs a factor whose rows are Kronecker products, as that of a Gauss-Newton matrix in the "
-            f"parameters of dense layers that run once per example; those of {factor!r} are not known to be. Use method='auto', "
-            "'factor-svd' or 'golub-kahan'"
+            "parameters of dense layers that run once per example; those of "
+            f"{factor!r} are not known to be. Use method='auto', 'factor-svd' or 'golub-kahan'"
         )
     require_memory(_memory(parts), f"row-gram of {_count(parts)} rows", device=factor.device)
     if null.dim:
