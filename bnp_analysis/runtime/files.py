@@ -326,7 +326,7 @@ def _checksum(value: Any, before: int = 0) -> int:
     if isinstance(value, torch.Tensor):
         words = f"{value.dtype} {tuple(value.shape)}".encode()
         content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        return zlib.crc32(memoryview(content), zlib.crc32(words, before))
+        return zlib.crc32(content.data, zlib.crc32(words, before))
     if isinstance(value, list | tuple):
         for item in value:
             before = _checksum(item, before + 1)
