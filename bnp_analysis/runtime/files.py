@@ -325,13 +325,8 @@ def checksums(state: Mapping[Any, Any], where: str = "") -> dict[str, int]:
 def _checksum(value: Any, before: int = 0) -> int:
     if isinstance(value, torch.Tensor):
         words = f"{value.dtype} {tuple(value.shape)}".encode()
-<<<<<<< HEAD
         content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         return zlib.crc32(content.data, zlib.crc32(words, before))
-=======
-        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        return zlib.crc32(content, zlib.crc32(words, before))
->>>>>>> resume
     if isinstance(value, list | tuple):
         for item in value:
             before = _checksum(item, before + 1)
