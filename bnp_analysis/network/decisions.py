@@ -30,7 +30,16 @@ _BELOW_ONE = math.nextafter(1.0, 0.0)
 _UNBOUNDED = (-math.inf, math.inf)
 _CLOCKS = [f for name, f in vars(time).items() if name.removesuffix("_ns") in ("time", "perf_counter", "monotonic")]
 _CLOCKS += [time.process_time, time.process_time_ns, time.thread_time, time.thread_time_ns]
-_RANDOM: tuple[str, ...] = ("random", "getrandbits", "randint", "randrange", "uniform", "gauss", "normalvariate", "expovariate")
+_RANDOM: tuple[str, ...] = (
+    "random",
+    "getrandbits",
+    "randint",
+    "randrange",
+    "uniform",
+    "gauss",
+    "normalvariate",
+    "expovariate",
+)
 _RANDOM += ("betavariate", "gammavariate", "lognormvariate", "triangular", "vonmisesvariate", "paretovariate")
 _RANDOM += ("weibullvariate", "choice")
 _NUMPY: tuple[str, ...] = (
@@ -115,11 +124,16 @@ class State:
     """
 
     def __init__(self, roots: list[Any]) -> None:
-        within = [*reached(roots)]
-        self.spaces = _namespaces(within)
+        self.within = [*reached(roots)]
+        self.spaces = _namespaces(self.within)
+        self._going = [x for x in self.within if isinstance(x, itertools.count | types.GeneratorType)]
+        self.begin()
+
+    def begin(self) -> None:
+        """Remembers what there is now."""
         self._before = self._numbers()
-        self._counts = [(x, repr(x)) for x in within if isinstance(x, itertools.count)]
-        self._running = [(x, _progress(x)) for x in within if isinstance(x, types.GeneratorType)]
+        self._counts = [(x, repr(x)) for x in self._going if isinstance(x, itertools.count)]
+        self._running = [(x, _progress(x)) for x in self._going if isinstance(x, types.GeneratorType)]
         self._environment = dict(os.environ)
 
     def _numbers(self) -> dict[tuple[int, Any], tuple[Any, Any]]:
@@ -218,9 +232,12 @@ def _namespaces(within: list[Any]) -> list[Any]:
     found: list[Any] = []
     for value in within:
         if isinstance(value, types.FunctionType):
-            found += [_Globals(value), _Cells(value)]
+            if str(value.__module__).partition(".")[0] not in _LIBRARIES:
+                found += [_Globals(value), _Cells(value)]
         elif type(value) is dict:
             found.append(value)
+        elif type(value).__module__.startswith("torch."):
+            continue  # torch's own modules keep no numbers between calls but buffers, of which passes get copies
         elif not isinstance(value, Tensor | type | types.ModuleType) and type(getattr(value, "__dict__", None)) is dict:
             found.append(vars(value))
     return [*{id(space): space for space in found}.values()]
@@ -416,13 +433,11 @@ class _Followed:
     trail: Trail
     bounds: tuple[float, float]
     what: str
+    plain: Callable[[], Any]
 
     def by(self, trail: Trail, bounds: tuple[float, float], what: str) -> Any:
         self.trail, self.bounds, self.what = trail, bounds, what
         return self
-
-    def plain(self) -> Any:
-        raise NotImplementedError
 
     def another(self) -> Any:
         """Another number within the bounds."""
