@@ -74,17 +74,17 @@ def _couples_here(risk: EmpiricalRisk, live: Mapping[int, str]) -> tuple[bool, l
     normalizing = _that_run(risk, coupled_layers(risk))
     coupled = bool(normalizing)
     tensors = risk.space.unflatten(generic_point(risk))
-    kept = State(risk.code())
-    held = [x for x in kept.within if isinstance(x, _GENERATORS)]
+    state = State(risk.code())
+    held = [x for x in state.within if isinstance(x, _GENERATORS)]
     for batch in risk.batches:
         by_inputs = _ByInputs(risk, tensors, batch, plain=coupled or bool(random))
-        drawn = _Draws(risk, held, kept, by_inputs)
+        drawn = _Draws(risk, held, state, by_inputs)
         if not bool(torch.isfinite(drawn.value).all()):
             tensors = risk.space.unflatten(risk.theta)
             by_inputs = _ByInputs(risk, tensors, batch, plain=coupled or bool(random))
-            drawn = _Draws(risk, held, kept, by_inputs)
+            drawn = _Draws(risk, held, state, by_inputs)
         outputs = drawn.value
-        _require_determined_loss(risk, held, kept, tensors, live, batch, outputs)
+        _require_determined_loss(risk, held, state, tensors, live, batch, outputs)
         found = None if coupled or random or drawn.any else couples(risk, tensors, batch, outputs, by_inputs)
         # Outputs that were the same beside other examples have been seen to be the same twice.
         if found is not False and not random and not drawn.any and (kept := _kept_between_calls(risk, tensors, batch)):
