@@ -116,11 +116,16 @@ class State:
     """
 
     def __init__(self, roots: list[Any]) -> None:
-        within = [*reached(roots)]
-        self.spaces = _namespaces(within)
+        self.within = [*reached(roots)]
+        self.spaces = _namespaces(self.within)
+        self._going = [x for x in self.within if isinstance(x, itertools.count | types.GeneratorType)]
+        self.begin()
+
+    def begin(self) -> None:
+        """Remembers what there is now."""
         self._before = self._numbers()
-        self._counts = [(x, repr(x)) for x in within if isinstance(x, itertools.count)]
-        self._running = [(x, _progress(x)) for x in within if isinstance(x, types.GeneratorType)]
+        self._counts = [(x, repr(x)) for x in self._going if isinstance(x, itertools.count)]
+        self._running = [(x, _progress(x)) for x in self._going if isinstance(x, types.GeneratorType)]
         self._environment = dict(os.environ)
 
     def _numbers(self) -> dict[tuple[int, Any], tuple[Any, Any]]:
@@ -219,9 +224,12 @@ def _namespaces(within: list[Any]) -> list[Any]:
     found: list[Any] = []
     for value in within:
         if isinstance(value, types.FunctionType):
-            found += [_Globals(value), _Cells(value)]
+            if str(value.__module__).partition(".")[0] not in _LIBRARIES:
+                found += [_Globals(value), _Cells(value)]
         elif type(value) is dict:
             found.append(value)
+        elif type(value).__module__.startswith("torch."):
+            continue  # torch's own modules keep no numbers between calls but buffers, of which passes get copies
         elif not isinstance(value, Tensor | type | types.ModuleType) and type(getattr(value, "__dict__", None)) is dict:
             found.append(vars(value))
     return [*{id(space): space for space in found}.values()]
@@ -417,13 +425,11 @@ class _Followed:
     trail: Trail
     bounds: tuple[float, float]
     what: str
+    plain: Callable[[], Any]
 
     def by(self, trail: Trail, bounds: tuple[float, float], what: str) -> Any:
         self.trail, self.bounds, self.what = trail, bounds, what
         return self
-
-    def plain(self) -> Any:
-        raise NotImplementedError
 
     def another(self) -> Any:
         """Another number within the bounds."""

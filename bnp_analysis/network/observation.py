@@ -139,13 +139,8 @@ def custom_functions(outputs: Tensor) -> list[str]:
     return [*dict.fromkeys(name.removesuffix("Backward") for name in custom)]
 
 
-def held_objects(roots: Iterable[Any], wanted: tuple[type, ...], depth: int = 6) -> Iterator[Any]:
-    """Objects of some types within reach of modules and functions: attributes, closures, globals they name."""
-    return (value for value in reached(roots, depth) if isinstance(value, wanted))
-
-
 def reached(roots: Iterable[Any], depth: int = 6) -> Iterator[Any]:
-    """Everything within reach of modules and functions."""
+    """What is within reach of modules and functions: attributes, closures, globals they name."""
     seen: set[int] = set()
     waiting = [(root, depth) for root in roots]
     while waiting:

@@ -20,7 +20,7 @@ from bnp_analysis.errors import InvalidInputError, MeasurementWarning, Stochasti
 from bnp_analysis.network.batches import Batch, slice_batch, with_examples
 from bnp_analysis.network.decisions import State, sources, turned_around
 from bnp_analysis.network.kernels import recording
-from bnp_analysis.network.observation import Observer, held_objects, require_own_tensors
+from bnp_analysis.network.observation import Observer, require_own_tensors
 from bnp_analysis.network.precision import generic_point
 from bnp_analysis.runtime.random import random_state
 from bnp_analysis.runtime.trees import map_tensors, tensors_of
@@ -74,16 +74,17 @@ def _couples_here(risk: EmpiricalRisk, live: Mapping[int, str]) -> tuple[bool, l
     normalizing = _that_run(risk, coupled_layers(risk))
     coupled = bool(normalizing)
     tensors = risk.space.unflatten(generic_point(risk))
-    held = [*held_objects(risk.code(), _GENERATORS)]
+    state = State(risk.code())
+    held = [x for x in state.within if isinstance(x, _GENERATORS)]
     for batch in risk.batches:
         by_inputs = _ByInputs(risk, tensors, batch, plain=coupled or bool(random))
-        drawn = _Draws(risk, held, by_inputs)
+        drawn = _Draws(risk, held, state, by_inputs)
         if not bool(torch.isfinite(drawn.value).all()):
             tensors = risk.space.unflatten(risk.theta)
             by_inputs = _ByInputs(risk, tensors, batch, plain=coupled or bool(random))
-            drawn = _Draws(risk, held, by_inputs)
+            drawn = _Draws(risk, held, state, by_inputs)
         outputs = drawn.value
-        _require_determined_loss(risk, held, tensors, live, batch, outputs)
+        _require_determined_loss(risk, held, state, tensors, live, batch, outputs)
         found = None if coupled or random or drawn.any else couples(risk, tensors, batch, outputs, by_inputs)
         # Outputs that were the same beside other examples have been seen to be the same twice.
         if found is not False and not random and not drawn.any and (kept := _kept_between_calls(risk, tensors, batch)):
@@ -148,13 +149,19 @@ class _Draws:
     """
 
     def __init__(
-        self, risk: EmpiricalRisk, held: list[Any], run: Callable[[], Tensor], live: Mapping[int, str] | None = None
+        self,
+        risk: EmpiricalRisk,
+        held: list[Any],
+        kept: State,
+        run: Callable[[], Tensor],
+        live: Mapping[int, str] | None = None,
     ) -> None:
         self._risk, self._device = risk, risk.space.device
         shared = (random._inst, np.random.mtrand._rand, torch.default_generator)
         private = [g for g in held if all(g is not other for other in shared)]
         self.seen = Observer(live)
-        kept, used = State(risk.code()), dict[str, None]()
+        used = dict[str, None]()
+        kept.begin()
         with random_state(seed=0, device=self._device):
             before, mine = _global_states(self._device), [_state(g) for g in private]
             with self.seen, sources(used):
@@ -277,6 +284,7 @@ def _drawing_layers(risk: EmpiricalRisk, batch: Batch) -> list[str]:
 def _require_determined_loss(
     risk: EmpiricalRisk,
     held: list[Any],
+    kept: State,
     tensors: Mapping[str, Tensor],
     live: Mapping[int, str],
     batch: Batch,
@@ -285,7 +293,7 @@ def _require_determined_loss(
     def run() -> Tensor:
         return risk.batch_loss(outputs.detach().requires_grad_().clone(), batch, tensors)
 
-    drawn = _Draws(risk, held, run, live)
+    drawn = _Draws(risk, held, kept, run, live)
     require_own_tensors(live, drawn.seen, drawn.value)
     if drawn.matter(run):
         raise StochasticModelError(
