@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import operator
@@ -372,9 +373,15 @@ def _package(frame: FrameType) -> str:
 
 
 def _place(frame: FrameType | None) -> str:
-    """`" at net.py:12"` of a frame; empty where it is a library's."""
+    """`" at net.py:12"` of a frame; empty where it is a library's, or of what runs when garbage is collected."""
     if frame is None or _package(frame) in _LIBRARIES:
         return ""
+    collecting = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+    above: FrameType | None = frame
+    while above is not None:
+        if above.f_code in collecting:
+            return ""
+        above = above.f_back
     return f" at {frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
 
 

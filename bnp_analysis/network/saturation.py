@@ -170,7 +170,7 @@ def _tame(node: Any) -> bool:
     """
     if node.name() in _NORMS:
         mean, inverse, numbers = _normalized(node)
-        return numbers > 2 and float((mean.abs() * inverse).max()) <= _ALLOWED
+        return numbers > 2 and float((mean.abs() * inverse).detach().max()) <= _ALLOWED
     if node.name() in ("MulBackward0", "DivBackward0"):
         return all(argument is None for argument, _ in node.next_functions[1:])
     return node.name() in _TAME

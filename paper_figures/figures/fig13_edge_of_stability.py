@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import bnp_analysis as bnp
-from bnp_analysis.runtime.files import load_state, save_state
+from bnp_analysis.runtime.files import saved_run
 from paper_figures import style
 from paper_figures.frame import FigureData, Report, Settings
 
@@ -88,22 +88,22 @@ def run(settings: Settings, own: Settings, report: Report) -> tuple[bnp.training
     # Without the number of steps: a longer run goes on from a shorter one.
     key = json.dumps([{**settings, "runs": None}, {**own, "steps": None}], sort_keys=True)
     path = Path(tempfile.gettempdir()) / f"bnp_edge_{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
-    if path.exists():
-        state = load_state(path, key)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        tracker.load_state_dict(state["tracker"])
-        losses = state["losses"]
-    for step in range(len(losses), own["steps"]):
-        optimizer.zero_grad()
-        value = loss(model(data[0]), data[1])
-        value.backward()
-        optimizer.step()
-        losses.append(float(value.detach()))
-        if tracker.step() is not None:
-            parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "tracker": tracker.state_dict()}
-            save_state(path, key, parts | {"losses": losses})
-        report((step + 1) / own["steps"])
+    with saved_run(path, key) as saved:
+        if state := saved.restore(dict):
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            tracker.load_state_dict(state["tracker"])
+            losses = state["losses"]
+        for step in range(len(losses), own["steps"]):
+            optimizer.zero_grad()
+            value = loss(model(data[0]), data[1])
+            value.backward()
+            optimizer.step()
+            losses.append(float(value.detach()))
+            if tracker.step() is not None:
+                parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                saved.save(parts | {"tracker": tracker.state_dict(), "losses": losses})
+            report((step + 1) / own["steps"])
     return tracker.result(), losses
 
 

@@ -161,8 +161,9 @@ def main(job: str, folder: Path) -> None:
     faulthandler.dump_traceback_later(280, exit=True)
     torch.set_num_threads(1)
     do = {"measure": measure, "killed": killed, "late": late}[job]
-    alive = os.open(folder / f"alive-{os.environ['RANK']}", os.O_CREAT | os.O_WRONLY)
-    fcntl.flock(alive, fcntl.LOCK_EX)  # held until the process ends
+    if job == "late":
+        alive = os.open(folder / f"alive-{os.environ['RANK']}", os.O_CREAT | os.O_WRONLY)
+        fcntl.flock(alive, fcntl.LOCK_EX)  # held until the process ends
     try:
         with bnp.distributed.initialize(timeout=2 if job == "late" else 120) as group:
             torch.save(do(group, folder), folder / f"{job}-{group.rank}.pt")

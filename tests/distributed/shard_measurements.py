@@ -167,7 +167,9 @@ def _numbers(risk: bnp.EmpiricalRisk) -> Found:
     density = bnp.spectral_density(H, probes=2, steps=6, seed=1)
     found |= {"density": density.density, "quadrature nodes": density.nodes}
     found["trace"] = bnp.trace(A, probes=4, seed=1).value
-    found["a route"] = [route.method for route in bnp.linalg.routes(A) if route.applies]
+    # row-gram needs the rows of all examples in one process.
+    routes = [route.method for route in bnp.linalg.routes(A) if route.applies]
+    found["a route"] = [method for method in routes if method != "row-gram"]
     return found
 
 

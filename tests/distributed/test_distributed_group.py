@@ -28,7 +28,7 @@ from bnp_analysis.cli import main
 from bnp_analysis.distributed import ALONE, Group
 from bnp_analysis.errors import DistributedError, InvalidInputError
 from bnp_analysis.network.moments import Accumulator
-from bnp_analysis.runtime.files import ReadOnlyPath, save_state
+from bnp_analysis.runtime.files import ReadOnlyPath, saved_run
 from bnp_analysis.runtime.random import uniform_at
 
 
@@ -91,7 +91,8 @@ def test_alone_everything_is_its_own_sum(tmp_path: Path) -> None:
 
 
 def test_a_process_that_only_reads_writes_no_state(tmp_path: Path) -> None:
-    save_state(ReadOnlyPath(tmp_path / "state.pt"), "key", {})
+    with saved_run(ReadOnlyPath(tmp_path / "state.pt"), "key") as saved:
+        saved.save({})
     assert list(tmp_path.iterdir()) == []
 
 

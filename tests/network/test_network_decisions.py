@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import random
@@ -189,3 +190,27 @@ def test_nothing_of_the_search_stays_behind() -> None:
         assert sys.getprofile() is None
         assert type(KEPT["passes"]) is int
     assert type(made[0]) is bool
+
+
+def test_what_runs_when_garbage_is_collected_is_not_the_models() -> None:
+    def collected(phase: str, info: object) -> None:
+        times.append(time.perf_counter())
+
+    class Littering(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            gc.collect()
+            return x * self.w
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(2))
+
+    times: list[float] = []
+    gc.callbacks.append(collected)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            bnp.EmpiricalRisk(Littering(), F.mse_loss, (torch.ones(3, 2), torch.zeros(3, 2)))
+    finally:
+        gc.callbacks.remove(collected)
+    assert times

@@ -423,6 +423,7 @@ class OrbitCurve:
         times: `t`.
         observed, predicted: name of the coordinates (`"plain"`, `"bnp"`, `"bnp, output scaling"`) -> values.
         ranks: the ranks found at each point, in the same order.
+        predicted_ranks: those found of the matrices that the law predicts.
         uncertainty: name -> the largest relative half width of an interval.
     """
 
@@ -430,6 +431,7 @@ class OrbitCurve:
     observed: dict[str, list[float]] = field(default_factory=dict)
     predicted: dict[str, list[float]] = field(default_factory=dict)
     ranks: dict[str, list[int | None]] = field(default_factory=dict)
+    predicted_ranks: dict[str, list[int | None]] = field(default_factory=dict)
     uncertainty: dict[str, float] = field(default_factory=dict)
 
     def note(self, name: str, found: ConditionNumber, law: ConditionNumber) -> None:
@@ -437,6 +439,7 @@ class OrbitCurve:
         self.observed.setdefault(name, []).append(found.value)
         self.predicted.setdefault(name, []).append(law.value)
         self.ranks.setdefault(name, []).append(found.rank)
+        self.predicted_ranks.setdefault(name, []).append(law.rank)
         # How far the ends of the resolved part are known; the zeros that structure does not explain play no part.
         widths = [2 * math.sqrt(k.noise_floor / k.lambda_min) for k in (found, law)]
         self.uncertainty[name] = max(self.uncertainty.get(name, 0.0), *widths)
@@ -561,9 +564,13 @@ def _curves(problem: Problem, risk: EmpiricalRisk, orbits: list[Scaling]) -> Ite
 
 def _along(curve: OrbitCurve, name: str, words: str, observed: float, *, reason: str, details: dict[str, Any]) -> Check:
     """A statement about one kind of number along an orbit, where its rank is the same everywhere."""
-    ranks = curve.ranks[name]
-    if len(set(ranks)) > 1:
-        found = ", ".join(f"{rank} at t = {t:g}" for t, rank in zip(curve.times, ranks, strict=True))
+    ranks, predicted = curve.ranks[name], curve.predicted_ranks[name]
+    if len({*ranks, *predicted}) > 1:
+        pairs = zip(curve.times, ranks, predicted, strict=True)
+        found = ", ".join(
+            f"{rank} at t = {t:g}" if rank == law else f"{rank} and, predicted, {law} at t = {t:g}"
+            for t, rank, law in pairs
+        )
         why = f"the smallest eigenvalue sinks below the rounding level along the orbit: rank {found}"
         return refused(words, why)
     unsure = curve.uncertainty[name]
