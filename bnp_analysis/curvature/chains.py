@@ -103,7 +103,7 @@ class Chain:
     """
 
     def __init__(self, nodes: Sequence[Node], leaves: Sequence[Tensor], g: Tensor | None = None) -> None:
-        self._leaves, self._shape = leaves, _shape(nodes[0])
+        self._leaves, self._shape = leaves, nodes[0]._input_metadata[0].shape
         steps: list[Any] = []
         for node in nodes:  # those that reshape are no steps: each step brings what it is given into its shape
             if node.name() in _DENSE:
@@ -196,7 +196,7 @@ def _place(node: Node, leaves: Sequence[Tensor]) -> int | None:
 
 def _bend(node: Node, g: Tensor | None) -> tuple[Bend, Tensor | None]:
     """With the cotangent of `x`, if `g` is that of `y`."""
-    shape = _shape(node)
+    shape = node._input_metadata[0].shape
     if _is_smooth(node):
         return _smooth_bend(node, shape, g)
     if g is None:
@@ -208,12 +208,6 @@ def _bend(node: Node, g: Tensor | None) -> tuple[Bend, Tensor | None]:
     cotangent = below.new_ones(()).expand(shape)
     (curve,) = derivative(below, before, cotangent, retain_graph=True, what="the curvature of an activation")
     return Bend(node, shape, curve), below.detach()
-
-
-def _shape(node: Node) -> Sequence[int]:
-    """Of what the node made; a function written in Python does not say it before torch 2.10."""
-    shape: Sequence[int] = node.saved_tensors[0].shape if _is_smooth(node) else node._input_metadata[0].shape
-    return shape
 
 
 def _is_smooth(node: Node) -> bool:

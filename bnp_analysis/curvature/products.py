@@ -194,8 +194,9 @@ def gradient_graph(risk: EmpiricalRisk, batch: Batch) -> GradientGraph | ChainGr
     tensors = risk.leaves()
     leaves = list(tensors.values())
     with TwiceDifferentiable():
-        outputs = risk.batch_outputs(tensors, batch)
-        nodes = None if risk.with_model else read_chain(outputs, leaves)
+        # Held until the chain is made: in torch 2.9 a node written in Python ends with the tensor that it made.
+        recorded = outputs = risk.batch_outputs(tensors, batch)
+        nodes = None if risk.with_model else read_chain(recorded, leaves)
         inputs = leaves
         if nodes:
             # A leaf at the outputs that takes no memory. The sum is a copy: a loss may write into it.
@@ -218,8 +219,8 @@ def output_graph(risk: EmpiricalRisk, batch: Batch, *, forward: bool = True) -> 
         outputs = risk.batch_outputs(tensors, batch)
     weight = batch.count / risk.batches.total
     if forward and (nodes := read_chain(outputs, leaves)):
-        outputs = outputs.detach()
-        return OutputGraph(batch, weight, leaves, outputs, outputs.new_zeros(0), [], Chain(nodes, leaves))
+        chain, outputs = Chain(nodes, leaves), outputs.detach()
+        return OutputGraph(batch, weight, leaves, outputs, outputs.new_zeros(0), [], chain)
     cotangent = torch.zeros_like(outputs, requires_grad=True)
     pulled: list[Tensor] | None = [torch.zeros_like(t) for t in leaves]
     if forward and outputs.requires_grad:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from contextlib import ContextDecorator
-from functools import cache, partial
-from typing import Any, NamedTuple
+from functools import cache
 
 import torch
+
+_OPERATIONS = ("matmul", "conv", "rnn")
+_FULL = ("ieee", "none")
 
 
 class FullFloat32(ContextDecorator):
@@ -22,68 +23,43 @@ class FullFloat32(ContextDecorator):
     Example:
         >>> torch.set_float32_matmul_precision("medium")
         >>> with full_float32:
-        ...     reduced = [setting for setting in settings() if setting.read() not in setting.full]
-        >>> reduced, torch.get_float32_matmul_precision()
-        ([], 'medium')
+        ...     torch.backends.mkldnn.matmul.fp32_precision
+        'ieee'
+        >>> torch.get_float32_matmul_precision()
+        'medium'
         >>> torch.set_float32_matmul_precision("highest")
     """
 
     def __init__(self) -> None:
         self._lock, self._inside = threading.Lock(), 0
-        self._before: list[tuple[Setting, Any]] = []
+        self._before: dict[tuple[str, str], str] = {}
 
     def __enter__(self) -> None:
         with self._lock:
             if self._inside == 0:
-                for setting in settings():
-                    found = setting.read()
-                    if found not in setting.full:
-                        self._before.append((setting, found))
-                        setting.write(setting.full[0])
+                for place in _places():
+                    found = torch._C._get_fp32_precision_getter(*place)
+                    if found not in _FULL:
+                        self._before[place] = found
+                        torch._C._set_fp32_precision_setter(*place, "ieee")
             self._inside += 1
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._inside -= 1
-            if self._inside == 0:
-                while self._before:
-                    setting, found = self._before.pop()
+            if self._inside == 0 and self._before:
+                for place, found in self._before.items():
                     # What was inherited from the backend's own or torch's setting is inherited again.
-                    setting.write(setting.full[-1])
-                    if setting.read() != found:
-                        setting.write(found)
+                    torch._C._set_fp32_precision_setter(*place, "none")
+                    if torch._C._get_fp32_precision_getter(*place) != found:
+                        torch._C._set_fp32_precision_setter(*place, found)
+                self._before.clear()
 
 
 full_float32 = FullFloat32()
 
 
-class Setting(NamedTuple):
-    """A switch of the process that decides how products of float32 numbers are rounded.
-
-    Attributes:
-        read: its value.
-        write: gives it a value.
-        full: the values that leave float32 as it is; the last leaves that to a setting above, where there is one.
-    """
-
-    read: Callable[[], Any]
-    write: Callable[[Any], object]
-    full: tuple[Any, ...]
-
-
 @cache
-def settings() -> list[Setting]:
-    """Every setting of this version of torch: one per backend and operation from 2.9 on, two before."""
-    if not hasattr(torch._C, "_get_fp32_precision_getter"):
-        allowed = partial(setattr, torch.backends.cudnn, "allow_tf32")
-        return [
-            Setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, ("highest",)),
-            Setting(lambda: torch.backends.cudnn.allow_tf32, allowed, (False,)),
-        ]
-    get, put = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+def _places() -> list[tuple[str, str]]:
     backends = ("mkldnn", "cuda") if torch.cuda.is_available() else ("mkldnn",)
-    return [
-        Setting(partial(get, backend, operation), partial(put, backend, operation), ("ieee", "none"))
-        for backend in backends
-        for operation in ("matmul", "conv", "rnn")
-    ]
+    return [(backend, operation) for backend in backends for operation in _OPERATIONS]
