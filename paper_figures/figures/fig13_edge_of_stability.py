@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import bnp_analysis as bnp
+from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.runtime.files import saved_run
 from paper_figures import style
 from paper_figures.frame import FigureData, Report, Settings
@@ -89,7 +90,11 @@ def run(settings: Settings, own: Settings, report: Report) -> tuple[bnp.training
     key = json.dumps([{**settings, "runs": None}, {**own, "steps": None}], sort_keys=True)
     path = Path(tempfile.gettempdir()) / f"bnp_edge_{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
     with saved_run(path, key) as saved:
-        if state := saved.restore(dict):
+        try:
+            state = saved.restore(dict)
+        except InvalidInputError:  # of another version of the package: from the beginning
+            state = None
+        if state:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             tracker.load_state_dict(state["tracker"])
