@@ -81,9 +81,9 @@ class Sharpness(Result):
 class SharpnessTracker:
     """The `k` largest eigenvalues of `P^T H P` every few steps of a training loop, and where stability ends.
 
-    Each search begins with the eigenvectors of the last one and the gradient: where the point has moved little, it
-    takes a fraction of the products of a search from nothing; where it has moved far, hardly fewer. When the smallest
-    tracked value comes near the threshold, one more is tracked.
+    Each search begins with the gradient and the eigenvectors of the last one, carried on along the line through the
+    last two where that was nearer the time before: it takes a fraction of the products of a search from nothing. When
+    the smallest tracked value comes near the threshold, one more is tracked.
     Coupled weight decay `c` belongs to what is minimized: `H + c I` is measured then.
 
     Args:
@@ -172,7 +172,10 @@ class SharpnessTracker:
         }
         self._dtype, self._seed, self._output = dtype, seed, output
         self.k, self._done = k, 0
+        # The last eigenvectors and those before, and whether the line through both has led closer to the next ones.
         self._vectors: Tensor | None = None
+        self._older: Tensor | None = None
+        self._goes_on = False
         self._rows: list[dict[str, Any]] = []
         self._risk: EmpiricalRisk | None = None
         self._seconds = 0.0
@@ -215,7 +218,7 @@ class SharpnessTracker:
         start: Tensor | str = "auto"
         if self._vectors is not None:
             proposed = B.start
-            columns = [self._vectors.to(B.device, B.dtype)]
+            columns = [(self._ahead() if self._goes_on else self._vectors).to(B.device, B.dtype)]
             if proposed is not None and float(proposed.norm()) > 0:
                 columns.append(proposed.unsqueeze(1) / proposed.norm())
             start = torch.cat(columns, dim=1)[:, : A.dim]
@@ -228,7 +231,9 @@ class SharpnessTracker:
             start=start,
             seed=self._seed,
         )
-        self._vectors = found.vectors
+        if self._vectors is not None:
+            self._goes_on = _apart(found.vectors, self._ahead()) < _apart(found.vectors, self._vectors)
+        self._older, self._vectors = self._vectors, found.vectors
         threshold, _ = self._threshold()
         row: dict[str, Any] = {
             "step": self._done,
@@ -267,7 +272,8 @@ class SharpnessTracker:
 
     def state_dict(self) -> dict[str, Any]:
         """All that another process needs to go on: measurements, eigenvectors, how many are tracked, steps."""
-        return {"rows": [dict(row) for row in self._rows], "vectors": self._vectors, "k": self.k, "done": self._done}
+        vectors = {"vectors": self._vectors, "older": self._older, "goes_on": self._goes_on}
+        return vectors | {"rows": [dict(row) for row in self._rows], "k": self.k, "done": self._done}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`.
@@ -275,14 +281,23 @@ class SharpnessTracker:
         Raises:
             InvalidInputError: it is none, or of a model of another size.
         """
-        if not isinstance(state, Mapping) or set(state) != {"rows", "vectors", "k", "done"}:
+        if not isinstance(state, Mapping) or set(state) != set(self.state_dict()):
             raise InvalidInputError("this is no state of a SharpnessTracker: state_dict() makes one")
         vectors = state["vectors"]
         dim = sum(p.numel() for p in unwrap(self.model).parameters() if p.requires_grad)
         if vectors is not None and vectors.shape[0] != dim:
             raise InvalidInputError(f"the saved eigenvectors have {vectors.shape[0]} entries, the model {dim}")
         self._rows, self._vectors = [dict(row) for row in state["rows"]], vectors
+        self._older, self._goes_on = state["older"], bool(state["goes_on"])
         self.k, self._done = int(state["k"]), int(state["done"])
+
+    def _ahead(self) -> Tensor:
+        """Where eigenvectors come to that move on as they did: `2 V - V' Q`, where `Q` turns the older `V'` to `V`."""
+        assert self._vectors is not None
+        if self._older is None or self._older.shape != self._vectors.shape:
+            return self._vectors
+        U, _, Vh = torch.linalg.svd(self._older.T @ self._vectors)
+        return 2 * self._vectors - self._older @ (U @ Vh)
 
     @property
     def _own(self) -> bool:
@@ -323,6 +338,12 @@ class SharpnessTracker:
         if not trains:
             return math.nan, f"P = {self._word} is not what {type(self.optimizer).__name__} applies"
         return stability_threshold(self.optimizer)
+
+
+def _apart(vectors: Tensor, start: Tensor) -> float:
+    """How much of orthonormal columns lies outside of the span of others."""
+    basis = torch.linalg.qr(start)[0]
+    return float((vectors - basis @ (basis.T @ vectors)).norm())
 
 
 def _is_object(preconditioner: Any) -> bool:
