@@ -171,7 +171,7 @@ def command_lines() -> Iterator[Any]:
         known = parser_of(command)._option_string_actions
         for option, values in OPTIONS.items():
             for value in values if option in known else []:
-                more = ["--preconditioner", "bnp"] if option == "--bnp" else []
+                more = {"--bnp": ["--preconditioner", "bnp"], "--blocks": ["--probes", "2"]}.get(option, [])
                 yield pytest.param([command, *words, *more, option, value], option, id=f"{command} {option} {value!r}")
 
 
