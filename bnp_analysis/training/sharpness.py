@@ -297,7 +297,8 @@ class SharpnessTracker:
         if self._older is None or self._older.shape != self._vectors.shape:
             return self._vectors
         U, _, Vh = torch.linalg.svd(self._older.T @ self._vectors)
-        return 2 * self._vectors - self._older @ (U @ Vh)
+        ahead: Tensor = 2 * self._vectors - self._older @ (U @ Vh)
+        return ahead
 
     @property
     def _own(self) -> bool:
