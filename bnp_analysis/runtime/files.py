@@ -119,43 +119,55 @@ def sole_writer(path: str | os.PathLike[str] | None, argument: str = "checkpoint
         return
     target = Path(path).resolve()
     lock = target.with_name(f".{target.name}.lock")
-    with writing(lock):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle = _locked(lock, f"{argument}={os.fspath(path)}")
+    handle: IO[bytes] | None = None
     try:
+        with writing(lock):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            handle = _locked(lock, f"{argument}={os.fspath(path)}")
         for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):  # by a run that was killed
             left.unlink(missing_ok=True)
         yield
     finally:
-        lock.unlink(missing_ok=True)
-        os.close(handle)
+        if handle is not None:
+            lock.unlink(missing_ok=True)
+            handle.close()
 
 
-def _locked(lock: Path, said: str) -> int:
+def _locked(lock: Path, said: str) -> IO[bytes]:
     """The open file that holds the lock, with the number of this process in it."""
     while True:
         if lock.exists() and not lock.is_file():
             raise InvalidInputError(f"{said} is locked by {lock}, which is no ordinary file: delete it")
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        handle = os.fdopen(os.open(lock, flags, 0o666), "r+b", buffering=0)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = os.read(handle, 20).decode(errors="replace")
-            os.close(handle)
-            process = f" (process {owner})" if owner.isdecimal() else ""
-            process = " (this process)" if owner == str(os.getpid()) else process
-            raise InvalidInputError(
-                f"{said} is being written by another run{process}: wait for it, or give another file"
-            ) from error
-        except OSError:
-            return handle  # no locks here
-        # Between opening and locking, a run that ended may have taken the file away.
-        if lock.exists() and os.path.samestat(os.fstat(handle), lock.stat()):
-            with suppress(OSError):
-                os.ftruncate(handle, 0)
-                os.write(handle, str(os.getpid()).encode())
-            return handle
-        os.close(handle)
+            if _is_held(handle, lock, said):
+                return handle
+        except BaseException:  # an interrupt too frees the lock
+            handle.close()
+            raise
+        handle.close()
+
+
+def _is_held(handle: IO[bytes], lock: Path, said: str) -> bool:
+    """Lock an open file; False where a run that ended has taken it away meanwhile."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        owner = (handle.read(20) or b"").decode(errors="replace")
+        process = f" (process {owner})" if owner.isdecimal() else ""
+        process = " (this process)" if owner == str(os.getpid()) else process
+        raise InvalidInputError(
+            f"{said} is being written by another run{process}: wait for it, or give another file"
+        ) from error
+    except OSError:
+        return True  # no locks here
+    if not lock.exists() or not os.path.samestat(os.fstat(handle.fileno()), lock.stat()):
+        return False
+    with suppress(OSError):
+        handle.truncate(0)
+        handle.write(str(os.getpid()).encode())
+    return True
 
 
 def require_output(path: str | os.PathLike[str], argument: str) -> None:
