@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import chdir, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -142,16 +142,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the two files")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as root:  # loads what each needs, once for all processes
-        here, out = Path.cwd(), open(os.devnull, "w")  # noqa: SIM115
+    # Loads what each needs, once for all processes.
+    with tempfile.TemporaryDirectory() as root, open(os.devnull, "w") as out, redirect_stdout(out):
         for name, work in WORKS.items():
             (Path(root) / name).mkdir()
-            os.chdir(Path(root) / name)
-            with redirect_stdout(out):
+            with chdir(Path(root) / name):
                 work()
-        os.chdir(here)
     kills, draw = (2 if options.quick else options.kills), random.Random(options.seed)
-    words = "python benchmarks/kills.py" + " --quick" * options.quick
+    words = "python benchmarks/kills.py" + (" --quick" if options.quick else f" --kills {options.kills}")
     runs = []
     for name in WORKS:
         runs.append(one(name, kills, draw))

@@ -570,7 +570,7 @@ def _follows(trail: Trail, function: Callable[..., Any], kind: str) -> Callable[
         elif name == "getrandbits":
             bounds = (0.0, float(2 ** min(args[0], 1000)))
         elif name == "uniform":
-            bounds = tuple(sorted(map(float, args))) if len(args) == 2 else (0.0, 1.0)  # type: ignore[assignment]
+            bounds = (float(min(args)), float(max(args))) if len(args) == 2 else (0.0, 1.0)
         elif kind == "random" and name == "randint":
             bounds = (float(args[0]), float(args[1]))
         elif name in ("randrange", "randint"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -145,11 +145,7 @@ def row_gram(problem: Problem) -> Extremes:
 
 def _refused(problem: Problem, why: str) -> Extremes:
     found = lanczos_ends(problem)
-    return _with_note(found, f"row-gram refused: {why}" + (f"; {found.note}" if found.note else ""))
-
-
-def _with_note(found: Extremes, note: str) -> Extremes:
-    return Extremes(**(vars(found) | {"note": note}))
+    return replace(found, note=f"row-gram refused: {why}" + (f"; {found.note}" if found.note else ""))
 
 
 def _rows(factor: LinearOperator, parts: Sequence[RowProducts], P: Preconditioner | None) -> _Rows | None:
