@@ -37,6 +37,12 @@ WAYS: Mapping[str, Mapping[str, str]] = {
         "ndarray": "bnp.DenseOperator(torch.as_tensor(matrix))",
         "object": "bnp.gauss_newton(risk), or bnp.DenseOperator(matrix)",
     },
+    "LinearOperator": {
+        "EmpiricalRisk": "bnp.gauss_newton(risk).factor",
+        "Module": f"bnp.gauss_newton({_RISK}).factor",
+        "Tensor": "bnp.linalg.MatrixOperator(matrix)",
+        "object": "bnp.linalg.MatrixOperator(matrix), or bnp.gauss_newton(risk).factor",
+    },
     "Preconditioner": {
         "EmpiricalRisk": "bnp.bnp_preconditioner(risk)",
         "Module": f"bnp.bnp_preconditioner({_RISK})",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
-from bnp_analysis.linalg import LinearOperator, MatrixOperator, condition_number, golub_kahan
+from bnp_analysis.linalg import LinearOperator, MatrixOperator, condition_number, golub_kahan, singular_condition_number
 from bnp_analysis.testing import KINDS, random_orthogonal, spectrum, symmetric_with_spectrum
 
 
@@ -125,6 +125,10 @@ def test_golub_kahan_keeps_what_it_has_on_ctrl_c(tmp_path: Path, generator: torc
 
 def test_bad_factors() -> None:
     F = MatrixOperator(torch.ones(3, 2))
+    for measure in (lambda matrix: golub_kahan(matrix, 2), singular_condition_number):
+        words = r"F must be a LinearOperator, not a Tensor: write bnp\.linalg\.MatrixOperator\(matrix\)$"
+        with pytest.raises(InvalidInputError, match=words):
+            measure(torch.ones(3, 2))
     with pytest.raises(InvalidInputError, match="steps must be positive, got steps=0"):
         golub_kahan(F, 0)
     for factor in (MatrixOperator(torch.ones(0, 2)), MatrixOperator(torch.ones(2, 0))):

@@ -46,6 +46,7 @@ def singular_condition_number(F: LinearOperator, null: Tensor | None = None) -> 
         >>> singular_condition_number(MatrixOperator(torch.tensor([[3.0, 0.0], [0.0, 2.0]]))).value
         1.5
     """
+    require_kind(F, "F", LinearOperator)
     found = condition_number(GramOperator(F), null=null, method="factor-svd")
     roots = {name: math.sqrt(getattr(found, name)) for name in ("lambda_max", "lambda_min", "gap_ratio", "noise_floor")}
     # Eigenvalues beyond the floats are in units of an even power of two, and their roots are floats.
