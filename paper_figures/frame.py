@@ -19,7 +19,9 @@ import hashlib
 import importlib
 import json
 import pkgutil
+import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -120,7 +122,22 @@ def make(name: str, preset: str, folder: Path, report: Report, *, force: bool = 
         "seconds": round(time.perf_counter() - began, 2),
     }
     save(FigureData(arrays, about), folder / name)
+    shutil.rmtree(scratch(name, settings))
     return FigureData(arrays, about), True
+
+
+def scratch(name: str, settings: Settings) -> Path:
+    """A folder for what an interrupted computation goes on from; `make` removes it once the data are written.
+
+    It lies among the temporary files, under a hash of the settings and of all code, so that no figure is put together
+    from states that two versions of the code have computed.
+    """
+    digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode())
+    for path in [HERE / "figures" / f"{name}.py", *sorted(Path(bnp_analysis.__file__).parent.rglob("*.py"))]:
+        digest.update(path.read_bytes())
+    folder = Path(tempfile.gettempdir()) / f"bnp_analysis-{name}-{digest.hexdigest()[:16]}"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def save(data: FigureData, stem: Path) -> None:

@@ -91,6 +91,25 @@ def test_an_interrupted_run_keeps_what_is_done(tmp_path: Path, monkeypatch: pyte
     assert CHEAP in (tmp_path / "index.md").read_text()
 
 
+def test_what_a_computation_keeps_to_go_on_is_bound_to_the_code_and_goes_with_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    settings = frame.module(CHEAP).PRESETS["quick"]
+    folder = frame.scratch(CHEAP, settings)
+    (folder / "state").write_text("half done")
+    assert frame.scratch(CHEAP, settings) == folder
+    assert frame.scratch(CHEAP, {**settings, "seed": -1}) != folder
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("# another version of the code\n")
+    with monkeypatch.context() as other:
+        other.setattr(frame.bnp_analysis, "__file__", str(package / "__init__.py"))
+        assert frame.scratch(CHEAP, settings) != folder
+    frame.make(CHEAP, "quick", tmp_path / "out", ignore)
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize("timed", [False, True])
 def test_only_claims_that_are_not_about_times_decide_the_exit_status(
     timed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

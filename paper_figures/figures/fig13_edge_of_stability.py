@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +12,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import bnp_analysis as bnp
-from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.runtime.files import saved_run
 from paper_figures import style
-from paper_figures.frame import FigureData, Report, Settings
+from paper_figures.frame import FigureData, Report, Settings, scratch
 
 TITLE = "The edge of stability, for three optimizers and their own preconditioners"
 CLAIM = (
@@ -86,14 +83,10 @@ def run(settings: Settings, own: Settings, report: Report) -> tuple[bnp.training
     optimizer = getattr(torch.optim, own["optimizer"])(model.parameters(), lr=own["lr"])
     tracker = bnp.SharpnessTracker(model, loss, data, optimizer, every=own["every"], k=2, most=4)
     losses: list[float] = []
-    # Without the number of steps: a longer run goes on from a shorter one.
-    key = json.dumps([{**settings, "runs": None}, {**own, "steps": None}], sort_keys=True)
-    path = Path(tempfile.gettempdir()) / f"bnp_edge_{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
+    key = json.dumps([dict(settings), dict(own)], sort_keys=True)
+    path = scratch("fig13_edge_of_stability", settings) / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
     with saved_run(path, key) as saved:
-        try:
-            state = saved.restore(dict)
-        except InvalidInputError:  # of another version of the package: from the beginning
-            state = None
+        state = saved.restore(dict)
         if state:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])

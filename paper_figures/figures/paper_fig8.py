@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,7 @@ from bnp_analysis.linalg import MatrixOperator, condition_number
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.precondition import BNPBlock
 from paper_figures import style
-from paper_figures.frame import FigureData, Report, Settings
+from paper_figures.frame import FigureData, Report, Settings, scratch
 
 TITLE = "The paper's Figure 8, certified: conditioning of one output unit's Hessian"
 CLAIM = (
@@ -53,14 +50,11 @@ METHODS = ("vanilla", "BNP")
 def compute(settings: Settings, report: Report) -> dict[str, Any]:
     """`steps`, and `measured/METHOD` `(seeds, points, numbers)`; and the published curves.
 
-    A training that was finished is kept among the temporary files, under a hash of this file and of the settings, until
-    the figure is made: an interrupted computation goes on after it.
+    A training that was finished is kept until the figure is made: an interrupted computation goes on after it.
     """
     x, y = bnp.data.load(settings["data"], standardize=True, flatten=True).tensors
     jobs = [(method, seed) for method in METHODS for seed in settings["seeds"][method]]
-    words = Path(__file__).read_text() + json.dumps(dict(settings), sort_keys=True)
-    folder = Path(tempfile.gettempdir()) / f"paper_fig8-{hashlib.sha256(words.encode()).hexdigest()[:16]}"
-    folder.mkdir(exist_ok=True)
+    folder = scratch("paper_fig8", settings)
     found: dict[str, list[np.ndarray]] = {method: [] for method in METHODS}
     for k, (method, seed) in enumerate(jobs):
         kept = folder / f"{method}.{seed}.npy"
@@ -69,7 +63,6 @@ def compute(settings: Settings, report: Report) -> dict[str, Any]:
             kept.with_suffix(".part.npy").replace(kept)
         found[method].append(np.load(kept))
         report((k + 1) / len(jobs))
-    shutil.rmtree(folder)
     published = json.loads((Path(__file__).parents[2] / settings["published"]).read_text())["figure_8"]
     curves = {
         name: published[panel]["curves"][curve]["log10_condition_number"]
