@@ -81,9 +81,9 @@ class Sharpness(Result):
 class SharpnessTracker:
     """The `k` largest eigenvalues of `P^T H P` every few steps of a training loop, and where stability ends.
 
-    Each search begins with the gradient and the eigenvectors of the last one, carried on along the line through the
-    last two where that was nearer the time before: it takes a fraction of the products of a search from nothing. When
-    the smallest tracked value comes near the threshold, one more is tracked.
+    Each search begins with the eigenvectors of the last one, carried on along the line through the last two where that
+    was nearer the time before: it takes a fraction of the products of a search from nothing. When the smallest tracked
+    value comes near the threshold, one more is tracked.
     Coupled weight decay `c` belongs to what is minimized: `H + c I` is measured then.
 
     Args:
@@ -217,11 +217,7 @@ class SharpnessTracker:
         k = min(self.k, A.dim)
         start: Tensor | str = "auto"
         if self._vectors is not None:
-            proposed = B.start
-            columns = [(self._ahead() if self._goes_on else self._vectors).to(B.device, B.dtype)]
-            if proposed is not None and float(proposed.norm()) > 0:
-                columns.append(proposed.unsqueeze(1) / proposed.norm())
-            start = torch.cat(columns, dim=1)[:, : A.dim]
+            start = (self._ahead() if self._goes_on else self._vectors).to(B.device, B.dtype)
         found = eigenpairs(
             B,
             k,
