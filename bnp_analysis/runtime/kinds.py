@@ -47,7 +47,7 @@ WAYS: Mapping[str, Mapping[str, str]] = {
         "EmpiricalRisk": "bnp.bnp_preconditioner(risk)",
         "Module": f"bnp.bnp_preconditioner({_RISK})",
         "BNP": "pre.preconditioner(risk.space)",
-        "Optimizer": "bnp.diagonal_preconditioner(risk, optimizer, model=model)",
+        "Optimizer": "bnp.optimizer_preconditioner(optimizer, model, space=risk)",
         "SymmetricOperator": "bnp.linalg.DensePreconditioner(matrix), or bnp.bnp_preconditioner(risk)",
         "Tensor": "bnp.linalg.DensePreconditioner(matrix)",
         "object": "bnp.bnp_preconditioner(risk), or bnp.linalg.DensePreconditioner(matrix)",
