@@ -178,7 +178,6 @@ def condition(
         (True, True)
     """
     began = time.perf_counter()
-    require_kind(risk, "risk", EmpiricalRisk)
     name = curvature_name(curvature)
     risk = risk if dtype is None else risk.to(dtype, "cpu")
     require_digits(risk.eps, str(risk.precision), "ratios of eigenvalues", cast=True)

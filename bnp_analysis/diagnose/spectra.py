@@ -30,7 +30,7 @@ from bnp_analysis.network import EmpiricalRisk, ParameterSpace
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.float32 import full_float32
-from bnp_analysis.runtime.kinds import require_kind
+from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.progress import Progress, reporting
 
 Floats = NDArray[np.float64]
@@ -128,6 +128,7 @@ class BlockSpectra(Result):
 
 
 @full_float32
+@gated
 def block_spectra(
     risk: EmpiricalRisk,
     *,
@@ -178,7 +179,6 @@ def block_spectra(
         (('fc1', 'fc2'), (15, 8), True)
     """
     began = time.perf_counter()
-    require_kind(risk, "risk", EmpiricalRisk)
     name = curvature_name(curvature)
     if probes < 2:
         raise InvalidInputError(f"the noise of a distance needs at least two probes, got {probes}")

@@ -260,7 +260,6 @@ def _measured(
     risk: EmpiricalRisk, P: NetworkPreconditioner | None, dtype: torch.dtype | None
 ) -> tuple[EmpiricalRisk, NetworkPreconditioner]:
     """The risk and `P` as they are measured: in float64 on the CPU unless told otherwise; BNP unless given."""
-    require_kind(risk, "risk", EmpiricalRisk)
     if P is not None:
         require_kind(P, "P", Preconditioner)
     if dtype is not None:

@@ -15,7 +15,7 @@ from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.precondition.bnp import BNPPreconditioner, bnp_preconditioner
-from bnp_analysis.runtime.kinds import gated, require_kind
+from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.symmetry import Cause
 from bnp_analysis.theory.check import Check, Source
@@ -469,13 +469,10 @@ def check_convergence_rate(
         >>> check.holds, round(check.kappa, 6), round(check.factor, 6)
         (True, 4.0, 0.6)
     """
-    require_kind(risk, "risk", EmpiricalRisk)
     if method not in METHODS:
         raise InvalidInputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if not (step == "optimal" or (isinstance(step, float | int) and 0 < step < math.inf)):
         raise InvalidInputError(f"step must be 'optimal' or a positive number, got {step!r}")
-    if preconditioner is not None:
-        require_kind(preconditioner, "preconditioner", Preconditioner)
     if preconditioner is not None and preconditioner.dim != risk.space.dim:
         raise InvalidInputError(
             f"the preconditioner acts on {preconditioner.dim} parameters, the risk has {risk.space.dim}; build it from "
