@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from bnp_analysis.curvature import CURVATURES
 from bnp_analysis.curvature.engines import curvature_name
+from bnp_analysis.diagnose.blocks import measured
 from bnp_analysis.errors import InvalidInputError, ZeroOperatorError
 from bnp_analysis.linalg import (
     ConditionProfile,
@@ -24,7 +25,6 @@ from bnp_analysis.linalg import (
     off_block_share,
     spectral_density,
 )
-from bnp_analysis.linalg.operators import require_digits
 from bnp_analysis.linalg.spectra.quadrature import on_symmetric_axis, symmetric_grid
 from bnp_analysis.network import EmpiricalRisk, ParameterSpace
 from bnp_analysis.network.parameters import Block
@@ -182,8 +182,7 @@ def block_spectra(
     name = curvature_name(curvature)
     if probes < 2:
         raise InvalidInputError(f"the noise of a distance needs at least two probes, got {probes}")
-    risk = risk if dtype is None else risk.to(dtype, "cpu")
-    require_digits(risk.eps, str(risk.precision), "spectra of blocks", cast=True)
+    risk = measured(risk, dtype, "spectra of blocks")
     wanted = _labelled(blocks, risk.space)
     positions = [risk.space.indices(block) for block in wanted.values()]
 

@@ -221,10 +221,10 @@ def test_strictness_where_it_is_not(monkeypatch: Patch) -> None:
 
 
 def test_prop_11_without_the_square(monkeypatch: Patch) -> None:
-    original = conditioning._kappa_of_rank
-    monkeypatch.setattr(conditioning, "_kappa_of_rank", lambda m, rank: original(m, rank) if m.shape[1] < 6 else 1.1)
+    original = conditioning.kappa_of_rank
+    monkeypatch.setattr(conditioning, "kappa_of_rank", lambda m, rank: original(m, rank) if m.shape[1] < 6 else 1.1)
     failing(conditioning.check_through_curvature(relu()), "random cases: S > 0")
-    monkeypatch.setattr(conditioning, "_kappa_of_rank", lambda m, rank: 1.0)
+    monkeypatch.setattr(conditioning, "kappa_of_rank", lambda m, rank: 1.0)
     failing(conditioning.check_through_curvature(relu()), "for singular S without full row rank")
 
 

@@ -21,10 +21,17 @@ from bnp_analysis.precondition import bnp_preconditioner
 from bnp_analysis.precondition.base import layer_positions
 from bnp_analysis.runtime.random import normal
 from bnp_analysis.symmetry import NullDirections
-from bnp_analysis.symmetry.candidates import Cause, Orbit, Part
+from bnp_analysis.symmetry.candidates import Candidate, Cause, Orbit, Part
 from bnp_analysis.symmetry.null_space import candidate_directions
 from bnp_analysis.theory.check import Check, Source
-from bnp_analysis.theory.statements.reference import first_examples, own_moments, per_unit, rewritten
+from bnp_analysis.theory.statements.reference import (
+    decided_rank,
+    first_examples,
+    own_moments,
+    per_unit,
+    rewritten,
+    singular_values,
+)
 from bnp_analysis.theory.statements.setting import (
     NotApplicable,
     Problem,
@@ -36,7 +43,6 @@ from bnp_analysis.theory.statements.setting import (
     refused,
     statement,
 )
-from bnp_analysis.theory.statements.spectra import decided_rank, singular_values
 
 _T11 = "the null directions that symmetries and data explain are null, and at most the nullity"
 _COUNT = "explained null dimensions <= dense nullity of the Gauss-Newton matrix"
@@ -102,10 +108,17 @@ class Scaling:
         return f"{self.producer or 'layer'}, {units}"
 
 
+def _candidates(problem: Problem) -> list[Candidate]:
+    """What structure and data suggest, found once for all statements."""
+    if "candidates" not in problem.results:
+        problem.results["candidates"], _ = candidate_directions(problem.risk)
+    found: list[Candidate] = problem.results["candidates"]
+    return found
+
+
 def linear_orbits(problem: Problem) -> list[Orbit]:
     """The linear symmetries that the structure of the network gives: scales of units, mixings of two channels."""
-    candidates, _ = candidate_directions(problem.risk)
-    orbits = [orbit for one in candidates for orbit in one.orbits if orbit is not None]
+    orbits = [orbit for one in _candidates(problem) for orbit in one.orbits if orbit is not None]
     return [orbit for orbit in orbits if len(orbit.scaled) or orbit.sheared]
 
 
@@ -189,9 +202,8 @@ def rescalings(problem: Problem) -> Tensor:
 
 def logit_shifts(problem: Problem) -> Tensor:
     """Unit directions that add one number to a weight of every output, where the loss ignores it, `(n, c)`."""
-    candidates, _ = candidate_directions(problem.risk)
     found = [problem.risk.theta.new_zeros(problem.risk.space.dim, 0)]
-    for part in (part for one in candidates if one.cause == Cause.SOFTMAX_SHIFT for part in one.parts):
+    for part in (part for one in _candidates(problem) if one.cause == Cause.SOFTMAX_SHIFT for part in one.parts):
         if any(_is_translation(problem, layer, part) for layer in problem.layers):
             column = torch.zeros_like(problem.risk.theta)
             column[part.positions] = part.values[:, 0].to(column)
