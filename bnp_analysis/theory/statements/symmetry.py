@@ -172,7 +172,11 @@ def scalings(problem: Problem) -> list[Scaling]:
     if not live:
         raise NotApplicable("no unit or channel reaches the next layer through positively homogeneous operations alone")
     return [
-        replace(some[0], units=tuple(one.units[0] for one in some), exponents=sum(one.exponents for one in some))
+        replace(
+            some[0],
+            units=tuple(one.units[0] for one in some),
+            exponents=torch.stack([one.exponents for one in some]).sum(dim=0),
+        )
         for units in live.values()
         for some in ([units] if len(units) == 1 else [units[:1], units])
     ]
