@@ -21,7 +21,7 @@ from bnp_analysis.network import EmpiricalRisk
 from bnp_analysis.network.snapshot import unwrap
 from bnp_analysis.precondition import bnp_preconditioner, optimizer_preconditioner
 from bnp_analysis.results import Result
-from bnp_analysis.runtime.kinds import gated, require_kind, require_loss
+from bnp_analysis.runtime.kinds import gated, require_loss
 from bnp_analysis.training.steps import kept_modes
 
 Floats = NDArray[np.float64]
@@ -146,9 +146,7 @@ class SharpnessTracker:
         output: Callable[[Any], Tensor] | None = None,
         seed: int = 0,
     ) -> None:
-        require_kind(model, "model", nn.Module)
         require_loss(loss)
-        require_kind(optimizer, "optimizer", torch.optim.Optimizer)
         if min(k, every, most, max_matvecs) < 1 or not 0 < tol < 1 or not grow > 0:
             raise InvalidInputError(
                 f"k={k}, every={every}, most={most}, max_matvecs={max_matvecs} and grow={grow} must be positive, and "
