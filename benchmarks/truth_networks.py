@@ -41,20 +41,18 @@ def build(kind: str, hidden: int) -> nn.Sequential:
 
 
 @cache
-def trained(kind: str, loss: str, hidden: int) -> dict[int, dict[str, Tensor]]:
-    """The parameters after 0, 100 and 800 steps of gradient descent with momentum on 400 digits."""
-    model, found = build(kind, hidden), {}
+def trained(kind: str, loss: str, hidden: int, steps: int) -> dict[str, Tensor]:
+    """The parameters after some steps of gradient descent with momentum on 400 digits."""
+    model = build(kind, hidden)
     x, y = digits(400, kind)
     order = torch.Generator().manual_seed(0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02 if kind == "conv" else 0.1, momentum=0.9)
-    for step in range(max(STAGES) + 1):
-        if step in STAGES:
-            found[step] = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    for _ in range(steps):
         rows = torch.randperm(len(x), generator=order)[:50]
         optimizer.zero_grad(set_to_none=True)
         LOSSES[loss](model(x[rows]), y[rows]).backward()
         optimizer.step()
-    return found
+    return {name: value.detach() for name, value in model.state_dict().items()}
 
 
 def digits(n: int, kind: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -67,7 +65,7 @@ def risk_of(
 ) -> bnp.EmpiricalRisk:
     hidden, examples = shape
     model = build(kind, hidden)
-    model.load_state_dict(trained(kind, loss, hidden)[stage])
+    model.load_state_dict(trained(kind, loss, hidden, stage))
     return bnp.EmpiricalRisk(model.to(dtype), LOSSES[loss], digits(examples, kind, dtype))
 
 

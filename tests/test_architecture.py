@@ -8,6 +8,7 @@ outside `plotting`; a stub left behind; a committed file that works only on the 
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import re
 import subprocess
@@ -75,6 +76,16 @@ def reached(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield node.lineno, ".".join([names[inner.id], *parts])
 
 
+@functools.cache
+def parsed_text(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
+def parsed(path: Path) -> ast.Module:
+    """The tree of a file, which several tests read and none changes."""
+    return parsed_text(path.read_text(encoding="utf-8"))
+
+
 def violations(package: Path) -> list[str]:
     """What the files of a package do against the plan of the house, one line each."""
     found = []
@@ -89,7 +100,7 @@ def violations(package: Path) -> list[str]:
         if room not in LEFT_OF:
             found.append(f"{where}: {room} is no known room")
             continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = parsed(path)
         imports = list(imported(tree, module, is_package=is_package))
         for line, name in imports:
             top, _, rest = name.partition(".")
@@ -117,7 +128,7 @@ def test_a_risk_is_used_by_its_public_names() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{node.lineno} reads {node.attr}"
         for path in (ROOT / PACKAGE).rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.Attribute) and node.attr in own and path.parent.name != "network"
         if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "other", "cls"))
     ]
@@ -135,7 +146,7 @@ def test_linear_algebra_has_an_order_too() -> None:
         own = INNER.index(parts[0]) if len(parts) > 1 else -1
         if parts == ("__init__.py",):
             continue
-        for line, name in imported(ast.parse(path.read_text(encoding="utf-8")), PACKAGE, is_package=False):
+        for line, name in imported(parsed(path), PACKAGE, is_package=False):
             inner = name.removeprefix(f"{PACKAGE}.linalg.").split(".")[0]
             if name.startswith(f"{PACKAGE}.linalg.") and inner in INNER and INNER.index(inner) > own:
                 found.append(f"{path.name}:{line} imports {name}")
@@ -201,7 +212,7 @@ def test_nothing_is_left_unimplemented() -> None:
     stubs = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in (ROOT / PACKAGE).rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.Name) and node.id == "NotImplementedError"
     ]
     assert stubs == []
@@ -262,7 +273,7 @@ def import_graph(package: Path) -> dict[str, set[str]]:
         names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     graph: dict[str, set[str]] = {}
     for name, path in names.items():
-        statements = ast.Module(body=list(loaded(ast.parse(path.read_text()))), type_ignores=[])
+        statements = ast.Module(body=list(loaded(parsed(path))), type_ignores=[])
         wanted = {target for _, target in imported_here(statements, name, is_package=path.name == "__init__.py")}
         graph[name] = {t if t in names else t.rpartition(".")[0] for t in wanted} & names.keys() - {name}
     return graph

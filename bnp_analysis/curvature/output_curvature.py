@@ -329,7 +329,9 @@ def _diagonal_root(bends: _Bends, S: Tensor) -> OutputRoot | None:
     d = torch.diagonal(S, dim1=1, dim2=2)
     if bool((d < 0).any()):
         return None
-    doubt = torch.diagonal(bends.roundings(S, _Bends.again), dim1=1, dim2=2)
+    # The product of a diagonal matrix with ones is its diagonal.
+    make = partial(_Bends.product, v=torch.ones_like(d))
+    doubt = bends.roundings(d, make)
     rounding = _relative(doubt, d)
     lost = rounding > ROUNDINGS * bends.risk.eps or bool((d < torch.finfo(d.dtype).tiny).any())
     if lost and (weights := _logistic_weights(bends, d, doubt)) is not None:
@@ -337,8 +339,8 @@ def _diagonal_root(bends: _Bends, S: Tensor) -> OutputRoot | None:
         d, rounding = weights * SIGMOID.slope(bends.rows), 0.0
         counted = weights > 0
     else:
-        ordinary = bends.structural(_Bends.again) if bool((d == 0).any()) else None
-        counted = d > 0 if ordinary is None else (d > 0) | (torch.diagonal(ordinary, dim1=1, dim2=2) != 0)
+        ordinary = bends.structural(make) if bool((d == 0).any()) else d
+        counted = (d > 0) | (ordinary != 0)
     vanished = bool((counted & (d < torch.finfo(d.dtype).tiny)).any())
     return OutputRoot(
         torch.diag_embed(d.sqrt()), int(counted.sum()), "diagonal", rounding=rounding / 2, vanished=vanished

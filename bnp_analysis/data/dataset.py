@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -224,7 +225,7 @@ def load(
     raw = _read_split(name, split, root)
     chosen = _choose(raw, name, split, n, seed)
     x = torch.from_numpy(raw.pixels[chosen]).to(dtype)
-    files, constant = raw.files, None
+    files, constant = [dict(file) for file in raw.files], None
     if standardize:
         training = raw
         if split != "train":
@@ -275,7 +276,9 @@ def _read_split(name: str, split: str, root: Path | None) -> _Raw:
     return _read_digits(split) if name == "digits" else _read_files(CATALOG[name], split, root)
 
 
+@cache
 def _read_digits(split: str) -> _Raw:
+    """Parsed once in a process: scikit-learn takes a tenth of a second for what is 100 kB. `load` copies of it."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()

@@ -109,6 +109,8 @@ class Scaled(Derived):
 
     def _at(self, product: Callable[[Tensor], Tensor], x: Tensor, exponent: int) -> Tensor:
         dtype = self.inner.dtype
+        if exponent == 0 and dtype == self.dtype:
+            return product(x)
         # An exponent beyond the floats is divided between the vector and its image.
         most = -math.frexp(torch.finfo(dtype).tiny)[1] - 8
         first = max(-most, min(most, exponent))

@@ -360,14 +360,16 @@ class Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if any(r.alias_info is not None for r in func._schema.returns):
+            return out
         # Zeros without memory, which autograd makes, cannot be looked at.
-        inputs = [t for t in tensors_of((list(args), kwargs or {})) if not (t._is_zerotensor() or t.is_meta)]
+        inputs = [t for t in tensors_of((args, kwargs or {})) if not (t._is_zerotensor() or t.is_meta)]
         given = {id(t) for t in inputs}
         numbers = [a for a in args if isinstance(a, float | int) and not isinstance(a, bool)]
-        if any(bool(t.isinf().any()) for t in tensors_of([out]) if _has_numbers(t)):
+        if any(bool(t.isinf().any()) for t in tensors_of(out) if _has_numbers(t)):
             finite = all(map(math.isfinite, numbers)) and not any(bool(t.isinf().any()) for t in inputs)
             self.overflowed = self.overflowed or finite
-        if any(r.alias_info is not None for r in func._schema.returns) or not given:
+        if not given:
             return out
         name = func.overloadpacket.__name__.strip("_")
         if name in _CHOOSE:
@@ -383,6 +385,8 @@ class Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return t + by * (t * number.eps)
             # What underflows has an error as large as the least number, which a large factor may bring back.
             lost = t.abs() < number.tiny
+            if not bool(lost.any()):
+                return t + by * (t * number.eps)
             for factor in inputs:
                 lost = lost & (factor != 0)
             return t + by * (t * number.eps + number.tiny * lost.to(t))
@@ -394,10 +398,12 @@ class Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         bits = t.contiguous().view(_BITS[t.element_size()]).long()
         self._calls += not self._alike
         key = random.Random(f"{self._seed} {self._calls} {name}").getrandbits(62)
-        mixed = (bits ^ key) * 0x1E3779B97F4A7C15
-        mixed = (mixed ^ (mixed >> 29)) * 0x3F58476D1CE4E5B9
-        share = ((mixed >> 32) & 0xFFFF).to(t) / 2**16
-        return (0.5 + 2 * share) * (1 - 2 * ((mixed >> 50) & 1).to(t))
+        mixed = (bits ^ key).mul_(0x1E3779B97F4A7C15)
+        mixed.bitwise_xor_(mixed >> 29).mul_(0x3F58476D1CE4E5B9)
+        # Sixteen bits for the size in units of 2^-15, and one for the sign; float32 holds them all, float16 does not.
+        size = (mixed >> 32).bitwise_and_(0xFFFF).add_(1 << 14)
+        sign = (mixed << 13).bitwise_right_shift_(63).bitwise_or_(1)
+        return (size.mul_(sign).double() / 2**15).to(t)
 
 
 def _has_numbers(t: Tensor) -> bool:

@@ -416,8 +416,9 @@ class EmpiricalRisk:
             self._constants = self._constants | {n: own[n].detach() for n in rest if n in self._constants}
 
     def _require_finite_parameters(self) -> None:
-        found = self.named_tensors().items()
-        bad = [n for n, t in found if not all_finite(t)]
+        if all_finite(self.theta) and all(map(all_finite, self._constants.values())):
+            return
+        bad = [n for n, t in self.named_tensors().items() if not all_finite(t)]
         if bad:
             raise NonFiniteError(f"parameters with NaN or infinite entries: {', '.join(bad)}")
 

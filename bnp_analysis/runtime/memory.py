@@ -56,12 +56,14 @@ def _within_control_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path
 
 
 _FIRST_VERSION = ("limit_in_bytes", "usage_in_bytes")
+_NO_LIMIT = 2**62
 
 
 def _left(group: Path, limit: str, used: str) -> int:
     try:
         most = (group / f"memory.{limit}").read_text().strip()
-        if most == "max":
+        # The first version says "no limit" by the largest number of pages, and its statistics are slow to read.
+        if most == "max" or int(most) >= _NO_LIMIT:
             return sys.maxsize
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         return max(0, int(most) - int((group / f"memory.{used}").read_text()) + int(stat.get("inactive_file", 0)))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from curvature_reference import Problem, classes, numbers, relative, split, spread
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -265,6 +265,7 @@ def test_softmax_regression(build: Callable[..., Any]) -> None:
 
 
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=6), st.booleans())
+@settings(max_examples=5)
 def test_any_split_gives_the_same_matrices(sizes: list[int], seeded: bool) -> None:
     n = sum(sizes)
     x, y = numbers(n, 3, seed=n), classes(n, 3, seed=n)

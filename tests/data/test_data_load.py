@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bnp_analysis import data
-from bnp_analysis.data.dataset import pixel_statistics, stratified_order
+from bnp_analysis.data.dataset import _read_digits, pixel_statistics, stratified_order
 from bnp_analysis.errors import ChecksumError, InvalidInputError
 
 # digits
@@ -51,6 +51,7 @@ def test_changed_digits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     bunch = sklearn.datasets.load_digits()
     bunch.images[0, 0, 0] += 1
     monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: bunch)
+    _read_digits.cache_clear()
     with pytest.raises(ChecksumError, match="digits are not the known ones"):
         data.load("digits")
 

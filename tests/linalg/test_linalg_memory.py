@@ -72,3 +72,6 @@ def test_the_limits_of_a_container_count(tmp_path: Path) -> None:
     (tmp_path / "memory" / "c" / "memory.stat").write_text("")
     own.write_text("4:memory:/c\n")
     assert _within_control_groups(tmp_path, own) == 700
+    # What the first version writes where there is no limit.
+    (tmp_path / "memory" / "c" / "memory.limit_in_bytes").write_text(f"{2**63 - 4096}\n")
+    assert _within_control_groups(tmp_path, own) == sys.maxsize

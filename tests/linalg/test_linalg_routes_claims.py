@@ -26,7 +26,7 @@ from bnp_analysis.linalg import (
     regularized_condition_number,
     routes,
 )
-from bnp_analysis.linalg.condition import inverse_lanczos
+from bnp_analysis.linalg.condition import factor_svd, inverse_lanczos
 from bnp_analysis.linalg.condition.methods import registered
 from bnp_analysis.runtime.memory import available_memory
 from bnp_analysis.testing import random_orthogonal, spectrum, symmetric_with_spectrum
@@ -143,16 +143,16 @@ def test_inertia_beside_the_noise_floor(generator: torch.Generator) -> None:
 
 
 def test_inverse_lanczos_over_seeds(generator: torch.Generator) -> None:
-    """At `failure_probability` 0.2 and 30 starts, 6 misses would be allowed; the bounds are far safer than that."""
+    """At `failure_probability` 0.2 and 10 starts, 2 misses would be allowed; the bounds are far safer than that."""
     p = symmetric_with_spectrum(spectrum("clustered", 60, 1e4, rank=50), generator)
     ks = [
         condition_number(
             p.operator, null=p.null, method="inverse-lanczos", steps=20, failure_probability=0.2, seed=seed
         )
-        for seed in range(30)
+        for seed in range(10)
     ]
     assert all(k.two_sided for k in ks)
-    assert sum(not holds(k, 1e4) for k in ks) <= 6
+    assert sum(not holds(k, 1e4) for k in ks) <= 2
     assert max(k.upper for k in ks) <= 2e4
     assert {k.failure_probability for k in ks} == {0.2}
 
@@ -195,7 +195,7 @@ def test_regularized_on_every_route(dtype: torch.dtype, generator: torch.Generat
             assert k.null_dim == 0
 
 
-def test_costs_before_a_run(generator: torch.Generator) -> None:
+def test_costs_before_a_run(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     p = symmetric_with_spectrum(spectrum("log", 60, 1e3, rank=20), generator, factor_rows=20)
     table = {route.method: route for route in routes(p.operator, steps=30)}
     assert list(table) == ["factor-svd", "row-gram", "golub-kahan", "dense", "inertia", "inverse-lanczos", "lanczos"]
@@ -206,5 +206,7 @@ def test_costs_before_a_run(generator: torch.Generator) -> None:
     assert all(route.applies == (route.memory < available_memory()) for route in table.values())
     assert "22 products" in str(table["golub-kahan"])
     assert "depends on the spectrum" in str(table["inverse-lanczos"])
-    large = MatrixOperator(torch.ones(1, 1).expand(12_000, 15_000))
-    assert not {route.method: route for route in routes(GramOperator(large))}["factor-svd"].applies
+    large = GramOperator(MatrixOperator(torch.ones(1, 1).expand(120, 150)))
+    for most, applies in ((1e9, True), (1e5, False)):
+        monkeypatch.setattr(factor_svd, "FACTOR_WORK", most)
+        assert {route.method: route for route in routes(large)}["factor-svd"].applies == applies

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bnp_analysis as bnp
+from bnp_analysis.network.precision import Perturbed
 
 DOUBLE, SINGLE, HALF, BRAIN = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
@@ -399,3 +400,16 @@ def test_losses_and_data_may_be_complex() -> None:
     target = torch.view_as_complex(numbers(4, 2, dtype=SINGLE).double())
     expected = (z * y.to(torch.complex128) - target).abs().square().mean()
     torch.testing.assert_close(risk.value, expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_every_number_is_moved_by_half_a_unit_to_two_and_a_half(dtype: torch.dtype) -> None:
+    """Up as often as down, sizes evenly, equal numbers alike, another way for another seed."""
+    t = torch.randn(40_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    moves, others = (Perturbed(seed)._moves(t, "mul").double() for seed in (0, 1))
+    assert ((moves.abs() >= 0.5) & (moves.abs() <= 2.5)).all()
+    distinct = len(t.unique())
+    assert abs(float(moves.sign().mean())) < 6 / distinct**0.5
+    assert abs(float(moves.abs().mean()) - 1.5) < 4 / distinct**0.5
+    assert torch.equal(Perturbed(0)._moves(t.flip(0), "mul").double(), moves.flip(0))
+    assert float((moves == others).double().mean()) < 0.1

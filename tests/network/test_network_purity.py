@@ -300,12 +300,13 @@ def test_any_two_examples_that_are_coupled_are_seen(name: str, dtype: torch.dtyp
     model = drawn(lambda: Mixing(MIXES[name], tokens))
     risk = classify(model, (x, y), dtype=dtype)
     assert risk.coupled
-    # The units of the table are those of the matrix, not those of independent examples.
-    table_of = bnp.layer_table(risk, layers=["out"])
-    truth = [bnp.condition_number(bnp.gauss_newton(risk, block=("out", i))).value for i in range(3)]
-    assert [k.value for k in table_of.layers[0].unit_blocks] == pytest.approx(truth, rel=1e-2)
     with pytest.raises(StochasticModelError, match="batch-coupled"):
         classify(model, split(x, y, (12, 2)), dtype=dtype)
+    if not tokens:
+        # The units of the table are those of the matrix, not those of independent examples.
+        table_of = bnp.layer_table(risk, layers=["out"])
+        truth = [bnp.condition_number(bnp.gauss_newton(risk, block=("out", i))).value for i in range(3)]
+        assert [k.value for k in table_of.layers[0].unit_blocks] == pytest.approx(truth, rel=1e-2)
 
 
 SEPARATE: dict[str, Callable[[Tensor], Tensor]] = {
