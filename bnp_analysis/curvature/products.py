@@ -165,7 +165,8 @@ def backward(
     if not batched:
         # Not materialize_grads: a zero that nobody reads takes memory.
         found = derivative(outputs, inputs, cotangents, what=what, retain_graph=retain, materialize_grads=False)
-        return [torch.zeros_like(t) if g is None else g for g, t in zip(found, inputs, strict=True)]
+        # Before torch 2.13 a derivative that the model takes itself leaves its graph on the result.
+        return [torch.zeros_like(t) if g is None else g.detach() for g, t in zip(found, inputs, strict=True)]
     used: list[int] = []
 
     def pulled(*u: Tensor) -> tuple[Tensor, ...]:
@@ -175,7 +176,10 @@ def backward(
 
     # Not is_grads_batched, whose older vmap runs norms, GELU, softmax and embeddings one cotangent after the other.
     parts = dict(zip(used, torch.func.vmap(pulled)(*cotangents), strict=True))
-    return [parts[i] if i in parts else t.new_zeros((*cotangents[0].shape[:1], *t.shape)) for i, t in enumerate(inputs)]
+    return [
+        parts[i].detach() if i in parts else t.new_zeros((*cotangents[0].shape[:1], *t.shape))
+        for i, t in enumerate(inputs)
+    ]
 
 
 def saved_tensors(graph: object) -> Iterator[Tensor]:

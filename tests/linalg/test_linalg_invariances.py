@@ -146,6 +146,7 @@ def test_eigenpairs_and_densities_scale(problem: Problem, exponent: int) -> None
     one, other = (eigenpairs(x, 1) for x in (p.operator, scaled))
     assert other.values.tolist() == pytest.approx([v * 2.0**exponent for v in one.values.tolist()], rel=1e-12)
     first, second = (spectral_density(x, probes=2, steps=8, points=20) for x in (p.operator, scaled))
-    assert (second.weights == first.weights).all()
-    assert (second.nodes == first.nodes * 2.0**exponent).all()
+    # Not to the bit: LAPACK scales the small matrix by itself.
+    assert second.weights == pytest.approx(first.weights, abs=1e-12)
+    assert second.nodes == pytest.approx(first.nodes * 2.0**exponent, rel=1e-12)
     assert second.density * 2.0**exponent == pytest.approx(first.density, rel=1e-9)
