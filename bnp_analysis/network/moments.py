@@ -165,7 +165,7 @@ def _each_input(risk: EmpiricalRisk, layers: Iterable[Layer], see: Callable[[Lay
     def visit(name: str, module: nn.Module, args: Any, output: Any) -> None:
         inputs = known[name][0].inputs(args, output)
         for layer in known[name]:
-            h = inputs[layer.kind.weight]
+            h = inputs[layer.kind.weight].detach()
             see(layer, h, layer.row_count(h, output))
 
     risk.capture(visit, known)
