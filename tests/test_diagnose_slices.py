@@ -7,6 +7,7 @@ step, axes of a plane exchanged, the mass of one layer under the name of another
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -173,3 +174,54 @@ def test_bad_input_is_refused_with_words(tanh_risk: bnp.EmpiricalRisk) -> None:
     pairs = bnp.eigenpairs(bnp.hessian(tanh_risk, block="fc1"), k=1)
     with pytest.raises(InvalidInputError, match="25 entries, the space 43"):
         eigenvector_mass(pairs, tanh_risk.space)
+
+
+class Shifted(nn.Module):
+    """`(w - 1)^2` behind a constant."""
+
+    def __init__(self, w: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([w], dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w * x
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("constant", [0.0, 1.0, 1e4, 1e12])
+@pytest.mark.parametrize("away", [1.0, 1e-3, 1e-6])
+def test_the_critical_bracket_holds_in_exact_numbers(constant: float, away: float, dtype: torch.dtype) -> None:
+    """`c + (w - 1)^2` crosses where `w - eta g = 1 - (w - 1)`: rounding of `c` must not move the bracket beside it."""
+
+    def loss(output: Tensor, y: Tensor) -> Tensor:
+        return (output - y).square().mean() + constant
+
+    x = torch.ones(3, 1, dtype=dtype)
+    risk = bnp.EmpiricalRisk(Shifted(1 + away, dtype), loss, (x, x))
+    w, g = (Fraction(float(v)) for v in (risk.theta, risk.gradient))
+    truth = Fraction(2) * g / (2 * (w - 1))  # 2 / eta_c
+    found = directional_sharpness(risk)
+    assert found.critical_lower <= found.critical <= found.critical_upper
+    assert Fraction(found.critical_lower) <= truth
+    assert found.critical_upper == math.inf or truth <= Fraction(found.critical_upper)
+    if constant <= 1 and away == 1:
+        assert found.critical_upper <= (1 + 1e-4) * found.critical_lower
+
+
+@pytest.mark.parametrize("scale", [1e-155, 1e-170])
+def test_tiny_gradients_and_directions_have_a_length(scale: float) -> None:
+    """Their squares vanish; unit vectors, slopes and curvatures are those of the loss without the factor."""
+    x = torch.tensor([[2.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+    y = torch.zeros(2, 1, dtype=torch.float64)
+    model = nn.Linear(2, 1, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1e-3, -2e-3]]))
+    plain = bnp.slice(bnp.EmpiricalRisk(model, nn.functional.mse_loss, (x, y)), "gradient", points=3, radius=1.0)
+    small = bnp.EmpiricalRisk(model, lambda o, t: scale * nn.functional.mse_loss(o, t), (x, y))
+    found = bnp.slice(small, "gradient", points=3, radius=1.0)
+    assert found.curvatures / scale == pytest.approx(plain.curvatures, rel=1e-12)
+    assert found.slopes / scale == pytest.approx(plain.slopes, rel=1e-12)
+    along = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    far, near = (bnp.slice(small, s * along, points=3, radius=1.0) for s in (1e-250, 1.0))
+    assert far.loss == pytest.approx(near.loss, rel=1e-14)
+    assert directional_sharpness(small).value / scale == pytest.approx(plain.curvatures.item(), rel=1e-9)

@@ -6,6 +6,8 @@ wrong rows, a share with the wrong square or root, bars of a share that are too 
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -237,3 +239,21 @@ def test_bad_input_is_refused_with_words(risk: bnp.EmpiricalRisk) -> None:
 
 def test_overlapping_blocks_have_no_share(risk: bnp.EmpiricalRisk) -> None:
     assert bnp.block_spectra(risk, blocks=["head", "head.*"], profiles=False).off_block is None
+
+
+@pytest.mark.parametrize(("dtype", "small"), [(torch.float64, 1e-18), (torch.float32, 1e-9), (torch.float32, 3e-6)])
+def test_a_share_below_rounding_is_inside_the_bounds(dtype: torch.dtype, small: float) -> None:
+    """Its products cancel it: a share of exactly zero would be a false claim."""
+    matrix = torch.diag(torch.tensor([1.0, 0.5, 2.0, 1.0], dtype=torch.float64))
+    matrix[0, 1] = matrix[1, 0] = 0.7
+    matrix[1, 2] = matrix[2, 1] = small
+    matrix = matrix.to(dtype)
+    exact = [[Fraction(x) for x in row] for row in matrix.tolist()]
+    outside = sum(exact[i][j] ** 2 for i in range(4) for j in range(4) if (i < 2) != (j < 2))
+    squared = outside / sum(x**2 for row in exact for x in row)
+    for seed in range(5):
+        share = off_block_share(
+            bnp.DenseOperator(matrix), [torch.arange(2), torch.arange(2, 4)], method="stochastic", seed=seed
+        )
+        assert Fraction(share.lower) ** 2 <= squared <= Fraction(share.upper) ** 2
+        assert share.lower <= share.value <= share.upper <= max(2 * small, 20 * torch.finfo(dtype).eps)

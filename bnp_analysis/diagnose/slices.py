@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from bnp_analysis.curvature import hessian
 from bnp_analysis.errors import InvalidInputError, NoDerivativeError, NonFiniteError
 from bnp_analysis.linalg import Eigenpairs
+from bnp_analysis.linalg.scale import comfortable, times_power
 from bnp_analysis.network import EmpiricalRisk, ParameterSpace
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.results import Result
@@ -26,6 +27,8 @@ Floats = NDArray[np.float64]
 Direction = Tensor | Mapping[str, Tensor] | str
 # Halvings of the interval of a critical step, and doublings that look for one.
 _HALVINGS, _DOUBLINGS = 20, 40
+# Units of `eps` that a loss is rounded to, relative to its value and to what its arguments' rounding does to it.
+_LOSS_ROUNDINGS = 8
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -131,7 +134,7 @@ def slice(
             u = _unit(rest - (units[0] @ rest) * units[0], f"direction {i + 1} is")
         units.append(u)
     basis = torch.stack(units, dim=1)
-    radius = float(risk.theta.norm()) / 10 or 1.0 if radius is None else float(radius)
+    radius = _length(risk.theta) / 10 or 1.0 if radius is None else float(radius)
     distances = np.linspace(-radius, radius, points)
     slopes = (basis.T @ risk.gradient).double().cpu().numpy()
     products, curvatures = len(units), np.full((len(units), len(units)), math.nan)
@@ -173,7 +176,8 @@ class DirectionalSharpness(Result):
         value: `u.Hu / u.g`, for a gradient step `g.Hg / |g|^2`; NaN where the risk has no second derivative.
         critical: `2 / eta_c`, `eta_c` the step size at which `L(theta - eta u)` is `L(theta)` again; 0 where it never
             is within the doublings tried. Of a quadratic loss it equals `value`.
-        critical_lower, critical_upper: between them the loss crosses `L(theta)`.
+        critical_lower, critical_upper: between them the loss crosses `L(theta)`, whatever rounding has done to its
+            values; 0 and infinity where it hides all growth, or every loss below `L(theta)`.
         evaluations: of the loss.
         label: of the step.
     """
@@ -227,7 +231,7 @@ def directional_sharpness(risk: EmpiricalRisk, step: Direction = "gradient") -> 
     """
     began = time.perf_counter()
     u, value = _flat(risk, step), math.nan
-    length = float(u.double().norm())
+    length = _length(u)
     u = _unit(u, "the step is")
     slope = float(u.double() @ risk.gradient.double())
     if not slope > 0:
@@ -242,20 +246,24 @@ def directional_sharpness(risk: EmpiricalRisk, step: Direction = "gradient") -> 
     except NoDerivativeError:
         pass
     here, count = float(risk.value), 0
+    sensitivity = _length(risk.theta) * _length(risk.gradient)
 
-    def grows(eta: float) -> bool:
+    def growth(eta: float) -> tuple[float, float]:
+        """`L(theta - eta u) - L(theta)`, and what rounding leaves of it: of values, and of what goes into the model."""
         nonlocal count
         count += 1
         try:
-            return float(risk(risk.theta - eta * u)) > here
+            there = float(risk(risk.theta - eta * u))
         except NonFiniteError:
-            return True
+            return math.inf, 0.0
+        moved = sensitivity + eta * slope
+        return there - here, _LOSS_ROUNDINGS * risk.eps * (abs(here) + abs(there) + moved)
 
     # In units of the unit step: where a quadratic would be back, else a tenth of the parameters' length.
-    eta = 2 * length / value if value > 0 else float(risk.theta.norm()) / 10 or 1.0
+    eta = 2 * length / value if value > 0 else _length(risk.theta) / 10 or 1.0
     low, high = 0.0, math.inf
     for _ in range(_DOUBLINGS):
-        if grows(eta):
+        if growth(eta)[0] > 0:
             high, eta = eta, eta / 2
         else:
             low, eta = eta, 2 * eta
@@ -263,11 +271,16 @@ def directional_sharpness(risk: EmpiricalRisk, step: Direction = "gradient") -> 
             break
     for _ in range(_HALVINGS if low > 0 and high < math.inf else 0):
         middle = (low + high) / 2
-        low, high = (low, middle) if grows(middle) else (middle, high)
+        low, high = (low, middle) if growth(middle)[0] > 0 else (middle, high)
+    critical = 4 * length / (low + high) if high < math.inf else 0.0
+    # Outwards to where rounding cannot have decided.
+    width = high - low
+    low = _outwards(growth, low, -width)
+    high = _outwards(growth, high, width)
     ends = [2 * length / x if x else math.inf for x in (high, low)]
     return DirectionalSharpness(
         value=value,
-        critical=4 * length / (low + high) if high < math.inf else 0.0,
+        critical=critical,
         critical_lower=ends[0],
         critical_upper=ends[1],
         evaluations=count,
@@ -276,6 +289,18 @@ def directional_sharpness(risk: EmpiricalRisk, step: Direction = "gradient") -> 
         matvecs=products,
         seconds=time.perf_counter() - began,
     )
+
+
+def _outwards(growth: Callable[[float], tuple[float, float]], end: float, width: float) -> float:
+    """The end of a bracket moved until its growth is surely of one sign; 0 or infinity where it nowhere is."""
+    for _ in range(_DOUBLINGS):
+        if not 0 < end < math.inf:
+            return end
+        found, rounding = growth(end)
+        if (found if width > 0 else -found) > rounding:
+            return end
+        end, width = max(0.0, end + width), 2 * width
+    return 0.0 if width < 0 else math.inf
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -380,13 +405,20 @@ def _flat(risk: EmpiricalRisk, direction: Direction) -> Tensor:
 
 
 def _unit(direction: Tensor, what: str) -> Tensor:
-    length = float(direction.double().norm())
+    # Squares of entries far from 1 leave the floats.
+    near, _ = comfortable(direction.double())
+    length = float(near.norm())
     if not 0 < length < math.inf:
         raise InvalidInputError(
             f"{what} zero or not finite (its length is {length}), so there is no line along it; at a critical point "
             "the gradient is zero: take an eigenvector"
         )
-    return direction / length
+    return (near / length).to(direction.dtype)
+
+
+def _length(direction: Tensor) -> float:
+    near, power = comfortable(direction.double())
+    return float(times_power(near.norm(), -power))
 
 
 def _name(direction: Direction, place: int) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.func import functional_call
 
 from bnp_analysis.distributed import ALONE, Group
@@ -374,7 +375,9 @@ class EmpiricalRisk:
             return untransformed(t).detach()
 
         def look(name: str, module: nn.Module, args: Any, output: Any) -> None:
-            visit(name, module, map_tensors(args, plain), map_tensors(output, plain))
+            # What a visitor computes is no part of the transforms that the model runs.
+            with temporarily_clear_interpreter_stack():
+                visit(name, module, map_tensors(args, plain), map_tensors(output, plain))
 
         with LOCK, watched(self._model, look if numbers else visit, names), torch.no_grad():
             for batch in self.batches:
@@ -397,7 +400,9 @@ class EmpiricalRisk:
             for layer in known[name]:
                 for h, a in uses.get(layer.kind.weight, [(args[0], output)]):
                     # Copies: what follows may write into the layer's input, an activation in place into its output.
-                    seen[layer.name].append((untransformed(h).detach().clone(), differentiable_part(a)))
+                    with temporarily_clear_interpreter_stack():
+                        received = untransformed(h).detach().clone()
+                    seen[layer.name].append((received, differentiable_part(a)))
             return handed
 
         with LOCK, watched(self._model, note, known):

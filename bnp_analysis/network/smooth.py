@@ -23,7 +23,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import TransformType, get_interpreter_stack, get_unwrapped, is_functorch_wrapped_tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode, handle_torch_function
 from torch.utils._python_dispatch import _disable_current_modes
@@ -104,7 +106,8 @@ class Function(torch.autograd.Function):
     def apply(cls, *args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)  # type: ignore[no-untyped-call]
-        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+        # What a transform has left behind, as `torch.func.vjp` does, is no part of the graph; the tensors inside are.
+        return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
 
 class Smooth(Function):
@@ -550,16 +553,42 @@ def _entrywise(func: Any, x: Tensor, *rest: Any, inplace: bool = False, **kwargs
     return found
 
 
+def _forwards_twice() -> bool:
+    """Whether forward derivatives of forward derivatives are computed, which torch takes for 0 in custom functions."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    return sum(level.key() == TransformType.Jvp for level in get_interpreter_stack() or ()) > 1
+
+
+def _by_torch(func: Any, x: Tensor, *rest: Any, **kwargs: Any) -> Any:
+    """A function with the derivatives that torch has, which keep the fewer digits the smaller they are beside 1."""
+    if (watch := _WATCH.get()) is not None:
+        watch.vanished, slope = True, 0.0
+        if func in _RULES:
+            given = {k: v for k, v in kwargs.items() if k != "inplace"}
+            with temporarily_clear_interpreter_stack(), torch.no_grad():
+                slopes = _RULES[func](*[r for r in rest if not isinstance(r, bool)], **given).slope(_numbers(x)).abs()
+                slope = float(slopes.min()) if slopes.numel() else 1.0
+        watch.amplify(1 / max(slope, torch.finfo(x.dtype).eps))
+    return func(x, *rest, **kwargs)
+
+
+def _numbers(x: Tensor) -> Tensor:
+    """What lies inside the transforms around a tensor."""
+    while is_functorch_wrapped_tensor(x):
+        x = get_unwrapped(x)
+    return x
+
+
 def _note(watch: Watch, x: Tensor, rule: Rule) -> None:
     """Remember what derivatives of one call amplify, where they arrive, and whether its value has vanished."""
     if x.requires_grad:
         watch.edges.append(get_gradient_edge(x))
-    if is_functorch_wrapped_tensor(x):
-        # Inside a transformation numbers cannot be looked at.
-        watch.vanished = True
-        return
-    with torch.no_grad():
-        z, tiny = x.detach(), torch.finfo(x.dtype).tiny
+    inside = is_functorch_wrapped_tensor(x)
+    # Inside a transform the gradients of two passes cannot be compared.
+    watch.vanished = watch.vanished or inside
+    with temporarily_clear_interpreter_stack() if inside else nullcontext(), torch.no_grad():
+        z, tiny = _numbers(x).detach(), torch.finfo(x.dtype).tiny
         slope = rule.slope(z)
         watch.least = min(watch.least, float(slope.abs().min()) if z.numel() else math.inf)
         change = (z * rule.curvature(z) / slope).abs()
@@ -873,6 +902,8 @@ class Accurate(TorchFunctionMode):
             return found
         if (replacement := _PROBABILITIES[func] if known else _REPLACED.get(func)) is not None:
             if (torch.is_grad_enabled() or _WATCH.get()) and _plain(args) and kwargs.get("out") is None:
+                if _forwards_twice():
+                    return _by_torch(func, *args, **kwargs)
                 if torch._C._len_torch_function_stack():
                     return handle_torch_function(replacement, (args[0],), *args, **kwargs)
                 return replacement(*args, **kwargs)

@@ -124,7 +124,8 @@ class Graph:
         nodes: the calls.
         output: the tensor that is the network's output, where a node made it.
         moved: free parameter -> which of its entries that output depends on, to first order.
-        transformed: whether operations inside transforms of `torch.func` are missing among the nodes.
+        transformed: whether operations inside transforms of `torch.func`, or gradients read from `.grad`, are missing
+            among the nodes.
     """
 
     nodes: list[Node] = field(default_factory=list)

@@ -366,7 +366,7 @@ def candidate_directions(risk: EmpiricalRisk, counted: Counted = None) -> tuple[
     chart = Chart(risk, graph)
     found = [without_effect(chart, graphs), *dependent_inputs(chart, graphs, skipped)]
     if graph.transformed:
-        return [c for c in found if c.count], [*skipped, "passes through transforms of torch.func"]
+        return [c for c in found if c.count], [*skipped, "passes through transforms of torch.func or .grad"]
     constraints, unfollowed = follow(Constraints(chart, _with_calls(risk, graph), graphs))
     found += unread_outputs(risk, chart, graph, constraints.uses, counted)
     found += scale_candidates(constraints)

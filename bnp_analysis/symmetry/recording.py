@@ -75,7 +75,8 @@ class _Recorder(TorchFunctionMode):
             with self:
                 return opened(func)(*args, **kwargs)
         given = tensors_of((list(args), kwargs))
-        if any(transformed(t) for t in given):
+        # What backward() leaves in `.grad` depends on tensors that are not among the arguments.
+        if any(transformed(t) for t in given) or func == Tensor.grad.__get__:  # type: ignore[union-attr]
             self.transformed = True
             return func(*args, **kwargs)
         node = self._node(func, args, kwargs, given)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import mpmath
 import pytest
 import torch
 from curvature_reference import Problem, numbers, relative, spread
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, jacfwd, jvp, stack_module_state, vmap
+from torch.func import functional_call, grad, jacfwd, jvp, stack_module_state, vjp, vmap
 from torch.func import hessian as second
 from torch.nn import functional as F
 
@@ -64,6 +65,29 @@ def dual(net: nn.Module, x: Tensor) -> Tensor:
         return forward_ad.unpack_dual(net(forward_ad.make_dual(x, torch.ones_like(x)))).tangent  # type: ignore[no-any-return]
 
 
+def twice(net: nn.Module, x: Tensor) -> Tensor:
+    """The Laplacian by forward derivatives of forward derivatives."""
+    found = []
+    for e in torch.eye(x.shape[1], dtype=x.dtype):
+        along = e.expand_as(x)
+        found.append(jvp(lambda q, v=along: jvp(net, (q,), (v,))[1], (x,), (along,))[1])
+    return sum(found)  # type: ignore[return-value]
+
+
+def pulled_back(net: nn.Module, x: Tensor) -> Tensor:
+    """`vjp` is over when what it gave is called: tensors that it wrapped are left behind."""
+    u, back = vjp(net, x)
+    return back(torch.ones_like(u))[0]  # type: ignore[no-any-return]
+
+
+def left_in_grad(net: nn.Module, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        net(x).sum().backward(inputs=[x], create_graph=True)
+        assert x.grad is not None
+        return x.grad
+
+
 def force(net: nn.Module, x: Tensor) -> Tensor:
     x = x.unsqueeze(1).requires_grad_()
     return -torch.autograd.grad(net(x).square().sum(), x, create_graph=True)[0].squeeze(1)
@@ -104,6 +128,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "enable_grad": lambda: Inside(guarded),
     "laplacian": lambda: Inside(laplacian),
     "jvp": lambda: Inside(transport),
+    "jvp twice": lambda: Inside(twice),
+    "vjp": lambda: Inside(pulled_back),
+    ".grad": lambda: Inside(left_in_grad),
     "jacfwd": lambda: Inside(jacobians),
     "dual numbers": lambda: Inside(dual),
     "forces": lambda: Inside(force, convolutions()),
@@ -138,6 +165,7 @@ def truth(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     return g.detach(), H, 2 * J.T @ J / y.numel()
 
 
+@pytest.mark.filterwarnings("ignore:Using backward")
 @pytest.mark.parametrize("name", MODELS)
 def test_all_products_are_those_of_torch_alone(name: str) -> None:
     problem = problem_of(name)
@@ -156,7 +184,8 @@ def test_all_products_are_those_of_torch_alone(name: str) -> None:
     assert not any(batch.x.requires_grad for batch in risk.batches)
 
 
-@pytest.mark.parametrize("name", ["enable_grad", "laplacian", "ensemble"])
+@pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize("name", ["enable_grad", "laplacian", "ensemble", "jvp twice", "vjp", ".grad"])
 def test_preconditioners_tables_and_null_directions_work(name: str) -> None:
     """The null directions of the Gauss-Newton matrix are null, and a layer's number is that of its dense block."""
     problem = problem_of(name)
@@ -204,3 +233,34 @@ def test_no_theorem_is_called_false(name: str) -> None:
 def test_weights_of_an_inner_step_are_not_the_layers_own() -> None:
     with pytest.raises(bnp.errors.InvalidInputError, match=r"net.0.weight: its forward runs with other weights"):
         bnp.bnp_preconditioner(problem_of("inner step").risk())
+
+
+@pytest.mark.parametrize("bias", [0.5, 9.0, 16.0])
+@pytest.mark.parametrize("how", [laplacian, twice])
+def test_saturated_second_derivatives_inside_claim_no_more_than_they_know(
+    how: Callable[[nn.Module, Tensor], Tensor], bias: float
+) -> None:
+    """`d2/dx2 tanh(w x + b) = w^2 tanh''(z)`, its derivatives in `w` and `b` to 60 digits."""
+    net = nn.Sequential(nn.Linear(1, 1), nn.Tanh()).double()
+    x = torch.tensor([[0.25], [-0.75], [1.0]], dtype=torch.float64)
+    with torch.no_grad():
+        net[0].weight.fill_(1.25)
+        net[0].bias.fill_(bias)
+    risk = Problem(Inside(how, net), F.mse_loss, [(x, torch.zeros_like(x))]).risk()
+    with mpmath.workdps(60):
+        rows = []
+        for point in x.flatten().tolist():
+            w = mpmath.mpf(1.25)
+            t, s = mpmath.tanh(w * point + bias), mpmath.sech(w * point + bias) ** 2
+            second_, third = -2 * t * s, 4 * t * t * s - 2 * s * s
+            rows.append([2 * w * second_ + w * w * third * point, w * w * third])
+        ends = mpmath.eigsy(mpmath.matrix(rows).T * mpmath.matrix(rows), eigvals_only=True)
+        truth = max(ends) / min(ends)
+    if how is twice and bias == 16.0:
+        # torch's own forward derivatives, of which nothing is left.
+        with pytest.raises(bnp.errors.InvalidInputError, match="keeps 2 digits"):
+            bnp.condition_number(bnp.gauss_newton(risk))
+        return
+    found = bnp.condition_number(bnp.gauss_newton(risk))
+    assert found.lower <= truth <= found.upper
+    assert found.lower <= found.value <= found.upper

@@ -297,3 +297,19 @@ def test_a_value_lies_in_its_interval() -> None:
     assert inside.value == k.upper
     with pytest.raises(AssertionError, match="exclude each other"):
         ConditionNumber(**(vars(k) | {"lower": k.upper + 1}))
+
+
+@pytest.mark.parametrize("power", [-300, -130, 0, 300])
+@pytest.mark.parametrize("scale", [0, -40])
+def test_a_matrix_is_inverted_at_any_scale(power: int, scale: int) -> None:
+    """Eigenvalues 9, 1 and 1/16 of `F^T F`, with a null direction that leaves nothing of some solutions."""
+    F = times(torch.diag(torch.tensor([3.0, 1.0, 0.25, 0.0], dtype=torch.float64)), power)
+    P = None if not scale else DensePreconditioner(2.0**scale * torch.eye(4, dtype=torch.float64))
+    A = GramOperator(MatrixOperator(F))
+    k = condition_number(A, preconditioner=P, null=torch.eye(4, dtype=torch.float64)[:, 3:], method="inverse-lanczos")
+    assert k.lower <= 144 <= k.upper
+    one = GramOperator(MatrixOperator(times(torch.tensor([[32.0, -(2.0**38)]], dtype=torch.float64), power)))
+    null = torch.tensor([[2.0**33], [1.0]], dtype=torch.float64)
+    Q = DensePreconditioner(torch.diag(torch.tensor([2.0**scale, 2.0**-20], dtype=torch.float64)))
+    k = condition_number(one, preconditioner=Q, null=null, method="inverse-lanczos")
+    assert k.lower <= 1 <= k.upper

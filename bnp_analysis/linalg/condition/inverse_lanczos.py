@@ -18,6 +18,7 @@ from bnp_analysis.linalg.condition.number import Extremes
 from bnp_analysis.linalg.krylov.lanczos import lanczos
 from bnp_analysis.linalg.matrices import CallableOperator
 from bnp_analysis.linalg.operators import SymmetricOperator
+from bnp_analysis.linalg.scale import comfortable, times_power
 
 # Lanczos steps on the pseudo-inverse: its top end stands apart, few are enough.
 _OUTER = 24
@@ -39,7 +40,10 @@ class _Solver:
     failed: str = ""
 
     def __call__(self, b: Tensor) -> Tensor:
-        b = self._clean(b.double())
+        # Squares of what is far from 1 leave the floats.
+        b, power = comfortable(self._clean(b.double()))
+        if not b.any():
+            return times_power(b, -power).to(self.B.dtype)
         x, r = torch.zeros_like(b), b.clone()
         p, rr, size = r.clone(), float(r @ r), float(b.norm())
         for _ in range(self.limit):
@@ -62,7 +66,7 @@ class _Solver:
         self.worst = max(self.worst, true)
         if true > math.sqrt(self.tolerance) and not self.failed:
             self.failed = f"an inner solve stopped at relative residual {true:.2g} after {self.limit} products"
-        return x.to(self.B.dtype)
+        return times_power(x, -power).to(self.B.dtype)
 
     def _clean(self, v: Tensor) -> Tensor:
         return project_out(v.unsqueeze(1), self.null.double()).squeeze(1)

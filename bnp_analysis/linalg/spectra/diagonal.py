@@ -58,10 +58,18 @@ class Diagonal(Result):
             confidence: of each interval, not of all at once.
 
         Raises:
-            InvalidInputError: a confidence outside (0, 1).
+            InvalidInputError: a confidence outside (0, 1), or above what so few probes can give: with a chance of
+            `2^(1 - probes)` all samples of an entry beside a single large one are equal, and show no scatter.
         """
         if not 0 < confidence < 1:
             raise InvalidInputError(f"confidence must lie in (0, 1), got {confidence}")
+        if self.probes and 1 - confidence < 2.0 ** (1 - self.probes):
+            needed = 1 + math.ceil(-math.log2(1 - confidence))
+            raise InvalidInputError(
+                f"{self.probes} probes give no interval at {100 * confidence:g} %: with a chance of "
+                f"{2.0 ** (1 - self.probes):.2g} all samples of an entry are equal by accident, and it would claim no "
+                f"error at all. Draw at least {needed}, probes={needed}, or ask for less"
+            )
         times = float(stdtrit(self.probes - 1, (1 + confidence) / 2)) if self.probes else 0.0
         half = times * self.error + self.rounding
         return self.value - half, self.value + half

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, ZeroOperatorError
 from bnp_analysis.linalg.derived import Restriction, check_positions
-from bnp_analysis.linalg.forming import formed
+from bnp_analysis.linalg.forming import amplified, formed
 from bnp_analysis.linalg.krylov.lanczos import Floats
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.scale import exponent, scaled, times_power
-from bnp_analysis.linalg.spectra.checks import provenance, require_finite, require_operator
+from bnp_analysis.linalg.spectra.checks import provenance, require_finite, require_operator, rounding_norm
+from bnp_analysis.linalg.spectra.null import NORM_STEPS
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.float32 import full_float32
 from bnp_analysis.runtime.memory import available_memory
@@ -36,7 +37,7 @@ class OffBlockShare(Result):
 
     Attributes:
         value: between 0 and 1.
-        lower, upper: bounds with the given confidence; of an exact share what rounding leaves open.
+        lower, upper: bounds with the given confidence, and what rounding leaves open; of an exact share that alone.
         confidence: 1 where nothing was sampled.
         norm: `|A|_F`, estimated by the same products.
         probes: random vectors drawn, 0 of an exact share.
@@ -149,9 +150,14 @@ def off_block_share(
         drawn, power = len(off), -exponent(operator)
         cost = drawn * (1 + len(blocks))
         whole = math.sqrt(float(all_.mean()))
-        # What is no larger than rounding is none.
-        noise = (n * operator.eps**2) * all_
-        value, bounds = _ratio(np.where(off <= noise, 0.0, off), all_, confidence) if whole else (0.0, (0.0, 0.0))
+        size, extra = (rounding_norm(operator, seed), 2 * NORM_STEPS) if amplified(operator) else (0.0, 0)
+        cost += extra
+        # What two products round, those with the matrix and with its blocks.
+        noise = 2 * math.sqrt(n) * operator.eps * max(1.0, size / whole if whole else 1.0)
+        value, bounds = (
+            _ratio(np.where(off <= noise**2 * all_, 0.0, off), all_, confidence) if whole else (0.0, (0.0, 0.0))
+        )
+        bounds = max(0.0, bounds[0] - noise), min(1.0, bounds[1] + noise)
     if not whole:
         raise ZeroOperatorError(f"{A!r} is zero in every product, so no share of it lies anywhere")
     return OffBlockShare(
