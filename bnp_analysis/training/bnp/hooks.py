@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bnp_analysis.errors import InvalidInputError, TrainingWarning
 from bnp_analysis.network.layer_kinds import Layer, by_module
+from bnp_analysis.network.observation import in_order
 from bnp_analysis.network.recorded_product import Recorded, Recording
 from bnp_analysis.training.bnp.passes import failed
 
@@ -77,7 +78,7 @@ class InputHook(_Hook):
             return
         owner = self._owner()
         if owner is not None:
-            owner.receive(self._index, _first(args, kwargs))
+            owner.receive(self._index, args[0] if args else in_order(module, args, kwargs)[0])
 
 
 class InnerHook(_Hook):
@@ -110,7 +111,7 @@ class InnerHook(_Hook):
         owner = self._owner()
         if owner is None or module is not first.module or not _trains(module):
             return
-        found = first.inputs((*args, *kwargs.values()), output)
+        found = first.inputs(in_order(module, args, kwargs), output)
         for index, layer in self._layers:
             owner.receive(index, found[layer.kind.weight])
 
@@ -144,7 +145,7 @@ class Proof:
         """A forward pass begins."""
         if not self._open or module is not self._layer.module or not _trains(module) or not self._layer.trains:
             return
-        h = _first(args, kwargs)
+        h = in_order(module, args, kwargs)[0]
         recording = Recording()
         self._running = recording, recording.__enter__(), h, h._version if isinstance(h, Tensor) else 0
 
@@ -259,7 +260,8 @@ def add_hooks(
     places = {layer.name: i for i, layer in enumerate(layers)}
     for own in by_module(layer for layer in layers if layer.inner).values():
         inner = InnerHook([(places[layer.name], layer) for layer in own], owner)
-        handles.append(own[0].module.register_forward_hook(inner, with_kwargs=True))
+        # Before other hooks: that of fully_shard takes the weights away, with which lower layers run once more.
+        handles.append(own[0].module.register_forward_hook(inner, with_kwargs=True, prepend=True))
     for i, layer in enumerate(layers):
         if layer.inner:
             continue
@@ -294,11 +296,6 @@ def inert(module: nn.Module, *_: Any) -> None:
 def make_inert() -> Callable[..., None]:
     """The same, made anew: what a pickle of a hook calls."""
     return inert
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The input of a layer among the arguments of its forward."""
-    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _trains(module: nn.Module) -> bool:
