@@ -7,7 +7,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bnp_analysis.network.layer_kinds.base import KINDS, Layer, LayerKind
 
@@ -56,8 +55,8 @@ class ChannelNormLayer(NormLayer):
 
     def _axis(self, h: Tensor) -> int:
         """The axis of the channels; only an instance normalization takes an example by itself."""
-        one = isinstance(self.module, _InstanceNorm) and h.ndim == self.module._get_no_batch_dim()
-        return 0 if one else 1
+        alone: Any = getattr(self.module, "_get_no_batch_dim", None)
+        return 0 if alone is not None and h.ndim == alone() else 1
 
 
 class BatchNormLayer(ChannelNormLayer):
@@ -71,14 +70,17 @@ def _normalized(module: Any, h: Tensor) -> Tensor:
     if isinstance(module, nn.GroupNorm):
         return F.group_norm(h, module.num_groups, eps=module.eps)
     norm: Any = F.batch_norm if isinstance(module, _BatchNorm) else F.instance_norm
-    if module.training or module.running_mean is None:
-        return norm(h, None, None, None, None, True, eps=module.eps)
-    return norm(h, module.running_mean.to(h), module.running_var.to(h), None, None, False, eps=module.eps)
+    own = module.training or module.running_mean is None
+    mean, variance = (None, None) if own else (module.running_mean.to(h), module.running_var.to(h))
+    found: Tensor = norm(h, mean, variance, None, None, own, eps=module.eps)
+    return found
 
 
-for kind in (nn.LayerNorm, nn.RMSNorm):
-    KINDS[kind] = LayerKind(kind, FeatureNormLayer, builtin=True, asked=True)
-for kind in (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d):
-    KINDS[kind] = LayerKind(kind, ChannelNormLayer, builtin=True, asked=True)
-for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-    KINDS[kind] = LayerKind(kind, BatchNormLayer, builtin=True, asked=True)
+_TYPES: dict[type[Layer], tuple[type[nn.Module], ...]] = {
+    FeatureNormLayer: (nn.LayerNorm, nn.RMSNorm),
+    ChannelNormLayer: (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    BatchNormLayer: (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+}
+for layer, types in _TYPES.items():
+    for module_type in types:
+        KINDS[module_type] = LayerKind(module_type, layer, builtin=True, asked=True)
