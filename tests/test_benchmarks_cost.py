@@ -82,6 +82,25 @@ def test_residuals_are_checked_by_another_product() -> None:
     assert min(network.residuals(found.values, wrong)) > 1e-2
 
 
+def test_architectures_write_their_table(tmp_path: Path) -> None:
+    """A graph network and a GPT whose dense layers are all covered, stored as they are."""
+    import architectures
+
+    words = ("qkv", "out", "up", "down")
+    layers = {f"blocks.{i}.{word}" for i in range(2) for word in words} | {"head"}
+    text = architectures.gpt()
+    model = text.network(0)
+    pre = bnp.BNP(model)
+    text.loss(model(text.x[:2]), text.y[:2]).backward()
+    pre.step()
+    assert set(pre.covered) == layers
+    assert architectures.main(["--quick", "--only", "gcn", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "architectures.json").read_text())["tasks"]["gcn"]
+    assert [row[2] for row in found["runs"]] == list(architectures.METHODS)
+    assert float(found["runs"][1][4]) <= 20  # with BNP it is there within these steps
+    assert all(float(row[-1]) > 1 for row in found["profiles"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["krylov", "kill_resume"])
 def test_the_others_run(name: str, tmp_path: Path) -> None:

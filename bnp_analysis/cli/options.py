@@ -97,7 +97,7 @@ def require_arguments(arguments: argparse.Namespace) -> None:
     except (RuntimeError, AssertionError) as error:
         raise InvalidInputError(f"--device {given['device']}: {str(error).splitlines()[0]}") from error
     for name in _OUTPUTS & given.keys() - ({"checkpoint"} if "log" not in vars(arguments) else set()):
-        require_output(given[name], f"--{name} ")
+        require_output(given[name], f"--{name}")
     if "blocks" in given and given["probes"] < 2:
         raise InvalidInputError(f"--probes {given['probes']}: the noise of a distance needs at least two")
     if "figure" in given and Path(given["figure"]).suffix.lower() not in _FIGURES:

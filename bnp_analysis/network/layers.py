@@ -124,12 +124,12 @@ def layers_of(
         prefix = f"{name}." if name else ""
         if len(owners.get(f"{prefix}{kind.weight}", (None, ()))[1]) != 1:
             continue
-        if isinstance(kind.parameter(module), UninitializedParameter):
-            raise InvalidInputError(f"lazy layer {name!r} has no shape yet: run one forward pass first")
         not_asked = f"covered where it is asked for, also=[{kind.module_type.__name__}]"
         if left := kind.layer.refused(module) if not kind.asked or isinstance(module, wanted) else not_asked:
             why |= {n: left for n in (f"{prefix}{kind.weight}", f"{prefix}{kind.bias}") if n in why}
             continue
+        if isinstance(kind.parameter(module), UninitializedParameter):
+            raise InvalidInputError(f"lazy layer {name!r} has no shape yet: run one forward pass first")
         layers.append(kind.of(name, module, bias=len(owners.get(f"{prefix}{kind.bias}", (None, ()))[1]) == 1))
     return layers, why
 

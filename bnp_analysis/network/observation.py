@@ -205,7 +205,7 @@ def watched(model: nn.Module, visit: Visit, names: Iterable[str] | None) -> Iter
             if wanted is None or name in wanted:
 
                 def hook(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> Any:
-                    return visit(name, module, (*args, *kwargs.values()), output)
+                    return visit(name, module, in_order(module, args, kwargs), output)
 
                 handles.append(module.register_forward_hook(hook, with_kwargs=True))
         yield
@@ -215,6 +215,19 @@ def watched(model: nn.Module, visit: Visit, names: Iterable[str] | None) -> Iter
         except KeyboardInterrupt:
             remove()
             raise
+
+
+def in_order(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The arguments of a forward pass, those given by name in the order of the method's parameters.
+
+    Example:
+        >>> in_order(nn.LSTM(1, 1), (), {"hx": "state", "input": "x"})
+        ('x', 'state')
+    """
+    if len(kwargs) > 1:
+        places = {name: i for i, name in enumerate(inspect.signature(module.forward).parameters)}
+        kwargs = dict(sorted(kwargs.items(), key=lambda given: places.get(given[0], len(places))))
+    return (*args, *kwargs.values())
 
 
 def transformed(t: Tensor) -> bool:

@@ -81,7 +81,7 @@ def require_memory(needed: int, what: str, advice: str = "", *, device: torch.de
     where = "" if device is None or device.type == "cpu" else f" on {device}"
     if needed > free:
         raise MemoryLimitError(
-            f"{what} needs about {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are available{where}. "
+            f"{what} would take about {needed / 2**30:.3g} GiB, {free / 2**30:.3g} GiB are available{where}. "
             + (advice or "Use fewer steps, fewer samples, a smaller block, or float32")
             + ("; linalg.on_host(A) keeps the vectors of a Krylov run in host memory" if where and not advice else "")
         )

@@ -253,10 +253,10 @@ class _Loop:
     def run(self, log: str | os.PathLike[str] | None, progress: Progress, seed: int) -> Run:
         resumed = self._resume()
         self.log = Log(log, self.at.log_bytes)
-        if not resumed:
-            self.log.write(kind="start", seed=seed, settings=self.settings)
         length = len(self.source) if isinstance(self.source, Sized) else 0
         try:
+            if not resumed:
+                self.log.write(kind="start", seed=seed, settings=self.settings)
             with (
                 stop_requests(signal.SIGINT, signal.SIGTERM) as request,
                 reporting(progress, self.epochs * length, "training") as update,

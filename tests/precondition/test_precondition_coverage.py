@@ -50,8 +50,8 @@ def test_every_parameter_is_covered_or_named() -> None:
     risk = entropy_risk(model, uneven((12, 4), 1))
     kinds = {"1": "BatchNorm1d", "2": "PReLU", "3": "LayerNorm"}
     names = ["1.weight", "1.bias", "2.weight", "3.weight", "3.bias"]
-    said = {n: f"{kinds[n[0]]} is not a covered layer type" for n in names if n[0] != "3"}
-    P = check_named(risk, said | dict.fromkeys(["3.weight", "3.bias"], "also=[LayerNorm]"))
+    said = {n: f"also=[{kinds[n[0]]}]" for n in names} | {"2.weight": "PReLU is not a covered layer type"}
+    P = check_named(risk, said)
     assert list(P.q) == ["0", "4"]
 
 

@@ -577,3 +577,94 @@ def test_gains_and_offsets_of_normalizations(kind: type[nn.Module]) -> None:
     assert bnp.BNP(headed(kind(5), 10)).uncovered["0.weight"] == said
     several = nn.Sequential(kind([2, 5]), nn.Flatten(), nn.Linear(10, 3))
     assert bnp.BNP(several, also=[kind]).uncovered["0.weight"] == "it normalizes several dimensions"
+
+
+# The norm, its mode, the shape of its input, and the axes whose mean and variance it takes out; None: running ones.
+CHANNELS: dict[str, tuple[Callable[[], nn.Module], bool, tuple[int, ...], tuple[int, ...] | None]] = {
+    "group": (lambda: nn.GroupNorm(2, 4, eps=0.1), True, (9, 4, 3), (2, 3)),
+    "group, one channel": (lambda: nn.GroupNorm(1, 1), True, (9, 1, 2, 2), (2, 3, 4)),
+    "group, without positions": (lambda: nn.GroupNorm(2, 6), True, (9, 6), (2,)),
+    "instance 1d": (lambda: nn.InstanceNorm1d(2, affine=True), True, (9, 2, 4), (2,)),
+    "instance 2d": (lambda: nn.InstanceNorm2d(2, affine=True), True, (9, 2, 2, 3), (2, 3)),
+    "instance 3d": (lambda: nn.InstanceNorm3d(2, affine=True, eps=0.1), True, (6, 2, 2, 1, 3), (2, 3, 4)),
+    "instance, tracked": (lambda: nn.InstanceNorm1d(2, affine=True, track_running_stats=True), True, (9, 2, 4), (2,)),
+    "batch, running": (lambda: nn.BatchNorm1d(4), False, (9, 4), None),
+    "batch 1d, running": (lambda: nn.BatchNorm1d(2, eps=0.1), False, (9, 2, 3), None),
+    "batch 2d, running": (lambda: nn.BatchNorm2d(2), False, (9, 2, 2, 2), None),
+    "batch 3d, running": (lambda: nn.BatchNorm3d(2), False, (6, 2, 1, 2, 2), None),
+    "batch, untracked": (lambda: nn.BatchNorm1d(2, track_running_stats=False), False, (9, 2, 3), (0, 2)),
+    "batch, training": (lambda: nn.BatchNorm2d(2), True, (9, 2, 2, 2), (0, 2, 3)),
+}  # fmt: skip
+
+
+def channels_normalized(norm: Any, x: Tensor, axes: tuple[int, ...] | None) -> Tensor:
+    """The normalized channels of every position, `(R, c)`."""
+    grouped = x.unflatten(1, (norm.num_groups, -1)) if isinstance(norm, nn.GroupNorm) else x
+    if axes is None:
+        per_channel = [-1, *[1] * (x.ndim - 2)]
+        mean, variance = norm.running_mean.view(per_channel), norm.running_var.view(per_channel)
+    else:
+        mean = grouped.mean(axes, keepdim=True)
+        variance = (grouped - mean).square().mean(axes, keepdim=True)
+    found = ((grouped - mean) / (variance + norm.eps).sqrt()).reshape(x.shape)
+    return found.movedim(1, -1).reshape(-1, x.shape[1])
+
+
+def channel_norm(name: str) -> tuple[Callable[[], nn.Module], Tensor]:
+    """A network that begins with a norm in its mode, all else in training; its data."""
+    make, training, shape, _ = CHANNELS[name]
+
+    def made() -> nn.Module:
+        model = headed(make(), torch.Size(shape[1:]).numel())
+        model[0].train(training)
+        if getattr(model[0], "running_mean", None) is not None:
+            nn.init.normal_(model[0].running_mean)
+            nn.init.uniform_(model[0].running_var, 0.2, 3.0)
+        return model
+
+    return drawn(made), numbers(*shape)
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_gains_and_offsets_of_normalized_channels(name: str) -> None:
+    make, x = channel_norm(name)
+    check_kind(
+        make, x, labels(len(x)),
+        lambda model, x: {"0": channels_normalized(model[0], x, CHANNELS[name][3]).unsqueeze(2)},
+        also=[type(make()[0])],
+    )  # fmt: skip
+
+
+def test_normalized_channels_are_counted_and_asked_for() -> None:
+    """Rows and examples, also of one example by itself; K-FAC; what is no layer of the kind is named."""
+    make, x = channel_norm("batch 2d, running")
+    risk = bnp.EmpiricalRisk(make(), F.cross_entropy, (x, labels(9)))
+    found = coverage(risk, [nn.BatchNorm2d])
+    moments = bnp.network.layer_moments(risk, layers=found)["0"]
+    assert (moments.rows, moments.examples, found["0"].positions(x)) == (36, 9, 4)
+    pre = bnp.BNP(make(), also=[nn.BatchNorm2d], output_scale="estimated")
+    F.cross_entropy(pre.model(x), labels(9)).backward()
+    pre.step()
+    entry = pre.state_dict()["layers"]["0"]
+    assert (entry["rows"], entry["examples"]) == (36, 9)
+    assert bool((entry["output_squares"] != 1).all())
+    pre.model.eval()
+    pre.model(x)
+    with pytest.raises(InvalidInputError, match="without a forward pass in training mode"):
+        pre.step()
+    one = bnp.BNP(nn.InstanceNorm1d(2, affine=True).double(), also=[nn.InstanceNorm1d])
+    one.model(numbers(2, 5)).square().sum().backward()
+    one.step()
+    assert (one.state_dict()["layers"][""]["rows"], one.state_dict()["layers"][""]["examples"]) == (5, 1)
+    low = make().bfloat16()
+    half = bnp.BNP(low, also=[nn.BatchNorm2d])
+    low(x.bfloat16()).square().sum().backward()
+    half.step()
+    seen = half.state_dict()["layers"]["0"]["mean"]
+    torch.testing.assert_close(seen, moments.mean[:, 0].float(), rtol=0.02, atol=0.02)
+    said = "covered where it is asked for, also=[BatchNorm2d]"
+    assert bnp.BNP(make()).uncovered["0.weight"] == said
+    own = type("Own", (nn.GroupNorm,), {"forward": lambda self, x: 2 * x * self.weight[:, None] + self.bias[:, None]})
+    twice = bnp.EmpiricalRisk(drawn(lambda: headed(own(2, 4), 12))(), F.cross_entropy, (numbers(9, 4, 3), labels(9)))
+    said = "Own computes something else with its weight or its input"
+    assert coverage(twice, [nn.GroupNorm]).uncovered["0.weight"] == said

@@ -289,7 +289,7 @@ def test_one_map_can_be_frozen_chosen_or_given_its_first_states() -> None:
     net = nn.GRU(3, 2, batch_first=True).double()
     (x, _), start = sequences(), torch.full((1, 16, 2), 5.0).double()
     pre = bnp.BNP(net, exclude="*_ih_l0", rho=0.0)
-    out = net(x, start)[0]
+    out = net(hx=start, input=x)[0]  # by name, in any order
     out.square().mean().backward()
     pre.step()
     assert pre.covered == ("*_hh_l0",)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import faulthandler
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 import bnp_analysis as bnp
@@ -386,6 +388,63 @@ def test_two_processes_are_one(tmp_path: Path, sharded: bool) -> None:
         assert relative(found["parameters"], parameters(model)) < 1e-12
         assert found["state"]["layers"]["0"]["rows"] == pre.state_dict()["layers"]["0"]["rows"]
         pre.load_state_dict(found["state"])
+
+
+class Recurrent(nn.Module):
+    """Two recurrent layers on packed sequences, and a dense one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(3, 4, num_layers=2, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, lengths: list[int]) -> Tensor:
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        out, _ = pad_packed_sequence(self.rnn(packed)[0], batch_first=True)
+        return self.head(out.sum(1))
+
+
+def _recurrent(wrap: Callable[[nn.Module], nn.Module], part: slice) -> Tensor:
+    """The parameters after three steps on a part of the sequences."""
+    x = torch.randn(8, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y, lengths = torch.arange(8) % 3, [4, 3, 4, 1, 2, 4, 4, 2]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Recurrent().double()
+    outer = wrap(model)
+    pre, optimizer = BNP(outer), torch.optim.SGD(model.parameters(), lr=0.1)
+    assert len(pre.covered) == 9
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(outer(x[part], lengths[part]), y[part]).backward()
+        pre.step()
+        optimizer.step()
+    whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    return torch.cat([p.detach().flatten() for p in whole])
+
+
+def _recurrent_worker(rank: int, folder: str) -> None:
+    _join(rank, folder)
+    mesh, part = init_device_mesh("cpu", (2,)), slice(rank * 4, rank * 4 + 4)
+
+    def sharded(model: Any) -> nn.Module:
+        fully_shard(model.rnn, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    found = [_recurrent(wrap, part) for wrap in (DistributedDataParallel, sharded)]
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_recurrent_layers_in_two_processes_are_those_of_one(tmp_path: Path) -> None:
+    """Replicated, and sharded by a wrapper of their own, which takes weights away behind the forward pass."""
+    mp.spawn(_recurrent_worker, (str(tmp_path),), nprocs=2)
+    expected = _recurrent(lambda model: model, slice(None))
+    for rank in range(2):
+        for found in torch.load(tmp_path / f"{rank}.pt"):
+            assert relative(found, expected) < 1e-12
 
 
 def test_parts_of_units_are_refused(tmp_path: Path) -> None:

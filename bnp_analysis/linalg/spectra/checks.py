@@ -35,7 +35,7 @@ from bnp_analysis.linalg.scale import Scaled, ScaledSymmetric, scaled
 from bnp_analysis.linalg.spectra.null import NORM_STEPS, DeclaredNull, HasBasis, null_tolerance, read_null, require_null
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.kinds import require_kind
-from bnp_analysis.runtime.memory import available_memory
+from bnp_analysis.runtime.memory import available_memory, require_memory
 from bnp_analysis.runtime.random import generator, normal
 
 # Columns that are multiplied together by an operator without a matrix, and rows that are read together.
@@ -308,12 +308,18 @@ def null_vectors(matrix: Tensor, slack: float = 1.0) -> Tensor:
     Columns are compared at one scale, so that a small one does not pass for zero; in float64 whatever the dtype, so
     that rounded columns do not pass for dependent ones. `slack` allows for a matrix that was computed.
 
+    Raises:
+        MemoryLimitError: the basis of all columns would not fit.
+
     Example:
         >>> import torch
         >>> null_vectors(torch.tensor([[1.0, 1e-20, 2.0], [1.0, 0.0, 2.0]], dtype=torch.float64)).shape
         torch.Size([3, 1])
     """
     count, width = matrix.shape
+    # All right singular vectors, the part of them that is returned, and its factorization.
+    what = f"the dependences between {width} columns"
+    require_memory(8 * width * (4 * width + 3 * count), what, device=matrix.device)
     matrix = matrix.double()
     size = matrix.norm(dim=0) if count else matrix.new_zeros(width)
     scale = torch.where(size > 0, size, 1.0)

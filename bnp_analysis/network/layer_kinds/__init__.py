@@ -13,18 +13,20 @@ from bnp_analysis.network.layer_kinds.convolution import ConvolutionLayer
 from bnp_analysis.network.layer_kinds.dense import DenseLayer
 from bnp_analysis.network.layer_kinds.embedding import EmbeddingLayer
 from bnp_analysis.network.layer_kinds.linear_like import recognize
-from bnp_analysis.network.layer_kinds.normalization import NormLayer
+from bnp_analysis.network.layer_kinds.normalization import BatchNormLayer, ChannelNormLayer, FeatureNormLayer
 from bnp_analysis.network.layer_kinds.recurrent import RecurrentMap
 from bnp_analysis.network.layer_kinds.transposed_convolution import TransposedConvolutionLayer
 
 __all__ = [
     "KINDS",
+    "BatchNormLayer",
+    "ChannelNormLayer",
     "ConvolutionLayer",
     "DenseLayer",
     "EmbeddingLayer",
+    "FeatureNormLayer",
     "Layer",
     "LayerKind",
-    "NormLayer",
     "RecurrentMap",
     "TransposedConvolutionLayer",
     "by_module",

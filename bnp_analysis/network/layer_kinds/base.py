@@ -103,6 +103,8 @@ class Layer(ABC):
     rows_are_inputs: ClassVar[bool] = False
     #: Whether it is one of several layers inside a module, whose inputs and outputs are not the module's.
     inner: ClassVar[bool] = False
+    #: Whether the module's `training` says that it trains; False where it chooses statistics, and the model's says so.
+    own_mode: ClassVar[bool] = True
 
     name: str
     module: Any

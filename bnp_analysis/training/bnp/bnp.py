@@ -71,8 +71,8 @@ class BNP:
         bias_free: of layers without a free bias, `"rank-one"` or `"diagonal"` (T5).
         output_scale: `"estimated"` also divides units by estimated output scales (T10, this project's), `OutputScales`.
         include, exclude: names of layers, or of modules above them; default all, none.
-        also: types of layers that are covered only where they are asked for: `nn.Embedding`, `nn.LayerNorm`,
-            `nn.RMSNorm`.
+        also: types of layers that are covered only where they are asked for: `nn.Embedding`, and normalizations such
+            as `nn.LayerNorm`, `nn.GroupNorm` and `nn.BatchNorm2d`.
         reference_rows: a step of `R` rows leaves the past `rho^(R / reference_rows)`, so that a row weighs the same in
             batches of any size; None for `rho` at each step, as in the paper.
         check_every: steps between reading the flag of non-finite activations, default 1 on CPU and 100 elsewhere.

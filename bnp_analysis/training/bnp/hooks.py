@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bnp_analysis.errors import InvalidInputError, TrainingWarning
 from bnp_analysis.network.layer_kinds import Layer, by_module
+from bnp_analysis.network.observation import in_order
 from bnp_analysis.network.recorded_product import Recorded, Recording
 from bnp_analysis.training.bnp.passes import failed
 
@@ -50,10 +51,11 @@ class InputHook(_Hook):
         module: the layer.
         owner: what collects, by a weak reference: a forgotten one is not kept alive.
         index: of the layer, for its owner.
+        mode: the module whose mode says whether a pass trains.
     """
 
-    def __init__(self, module: nn.Module, owner: weakref.ref[Any], index: int) -> None:
-        self._module, self._owner, self._index = module, owner, index
+    def __init__(self, module: nn.Module, owner: weakref.ref[Any], index: int, mode: nn.Module) -> None:
+        self._module, self._owner, self._index, self._mode = module, owner, index, mode
 
     @property
     def owner(self) -> Any:
@@ -72,11 +74,11 @@ class InputHook(_Hook):
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hand on the input if this is a forward pass that trains."""
         # Shallow copies share the table of hooks: replicas of DataParallel.
-        if module is not self._module or not _trains(module):
+        if module is not self._module or not _trains(self._mode):
             return
         owner = self._owner()
         if owner is not None:
-            owner.receive(self._index, _first(args, kwargs))
+            owner.receive(self._index, args[0] if args else in_order(module, args, kwargs)[0])
 
 
 class InnerHook(_Hook):
@@ -109,7 +111,7 @@ class InnerHook(_Hook):
         owner = self._owner()
         if owner is None or module is not first.module or not _trains(module):
             return
-        found = first.inputs((*args, *kwargs.values()), output)
+        found = first.inputs(in_order(module, args, kwargs), output)
         for index, layer in self._layers:
             owner.receive(index, found[layer.kind.weight])
 
@@ -143,7 +145,7 @@ class Proof:
         """A forward pass begins."""
         if not self._open or module is not self._layer.module or not _trains(module) or not self._layer.trains:
             return
-        h = _first(args, kwargs)
+        h = in_order(module, args, kwargs)[0]
         recording = Recording()
         self._running = recording, recording.__enter__(), h, h._version if isinstance(h, Tensor) else 0
 
@@ -162,10 +164,10 @@ class Proof:
         if not proved or h._version != version or recorded.returned(h):
             owner.refuse(self._index)
             return
-        self._handles += _collect(layer, self.owner, self._index, self._outputs)
+        self._handles += _collect(layer, self.owner, self._index, self._outputs, module)
         owner.receive(self._index, h)
         if self._outputs is not None:
-            OutputHook(layer, weakref.ref(self._outputs), self._index).watch(module, output)
+            OutputHook(layer, weakref.ref(self._outputs), self._index, module).watch(module, output)
 
 
 class ProofHook(_Hook):
@@ -217,10 +219,11 @@ class OutputHook(_Hook):
         layer: the layer.
         owner: what collects, by a weak reference.
         index: of the layer, for its owner.
+        mode: the module whose mode says whether a pass trains.
     """
 
-    def __init__(self, layer: Layer, owner: weakref.ref[Any], index: int) -> None:
-        self._layer, self._owner, self._index = layer, owner, index
+    def __init__(self, layer: Layer, owner: weakref.ref[Any], index: int, mode: nn.Module) -> None:
+        self._layer, self._owner, self._index, self._mode = layer, owner, index, mode
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_dynamo_compiling():
@@ -233,7 +236,7 @@ class OutputHook(_Hook):
     def watch(self, module: nn.Module, output: Tensor) -> None:
         """Register for the gradient at an output in training."""
         # A forward pass that activation checkpointing repeats gets a hook that is never called.
-        if not module.training or module is not self._layer.module or not output.requires_grad:
+        if not self._mode.training or module is not self._layer.module or not output.requires_grad:
             return
         if self._layer.trains:
             owner, index = self._owner, self._index
@@ -257,23 +260,24 @@ def add_hooks(
     places = {layer.name: i for i, layer in enumerate(layers)}
     for own in by_module(layer for layer in layers if layer.inner).values():
         inner = InnerHook([(places[layer.name], layer) for layer in own], owner)
-        handles.append(own[0].module.register_forward_hook(inner, with_kwargs=True))
+        # Before other hooks: that of fully_shard takes the weights away, with which lower layers run once more.
+        handles.append(own[0].module.register_forward_hook(inner, with_kwargs=True, prepend=True))
     for i, layer in enumerate(layers):
         if layer.inner:
             continue
         if layer.kind.recognized:
             Proof(layer, owner, i, outputs).add(handles)
         else:
-            handles += _collect(layer, owner, i, outputs)
+            handles += _collect(layer, owner, i, outputs, layer.module if layer.own_mode else model)
     return handles
 
 
-def _collect(layer: Layer, owner: weakref.ref[Any], index: int, outputs: Any) -> list[RemovableHandle]:
+def _collect(layer: Layer, owner: weakref.ref[Any], index: int, outputs: Any, mode: nn.Module) -> list[RemovableHandle]:
     """The hooks of a covered layer."""
     module = layer.module
-    handles = [module.register_forward_pre_hook(InputHook(module, owner, index), with_kwargs=True)]
+    handles = [module.register_forward_pre_hook(InputHook(module, owner, index, mode), with_kwargs=True)]
     if outputs is not None:
-        handles.append(module.register_forward_hook(OutputHook(layer, weakref.ref(outputs), index)))
+        handles.append(module.register_forward_hook(OutputHook(layer, weakref.ref(outputs), index, mode)))
     return handles
 
 
@@ -292,11 +296,6 @@ def inert(module: nn.Module, *_: Any) -> None:
 def make_inert() -> Callable[..., None]:
     """The same, made anew: what a pickle of a hook calls."""
     return inert
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The input of a layer among the arguments of its forward."""
-    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _trains(module: nn.Module) -> bool:

@@ -294,7 +294,7 @@ class RunningMoments:
 
     def _report(self, bad: Tensor, step: int) -> None:
         layers = [name for name, wrong in zip(self.names, bad.tolist(), strict=True) if wrong]
-        others = f", and those of {len(layers) - 1} layers more" if len(layers) > 1 else ""
+        others = f"; {len(layers)} layers in all" if len(layers) > 1 else ""
         raise NonFiniteError(
             f"the input of layer {layers[0]!r} has NaN or infinite entries at step {step}, or some whose squares are"
             f"{others}. The statistics of that step were left out; lower the learning rate, or look at the data, and "

@@ -1,0 +1,312 @@
+"""Catches: an output that a full or read-only disk leaves torn, that replaces the old file before it is whole, or that
+fails in foreign words; memory that is taken before it is asked for."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import os
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import bnp_analysis as bnp
+from bnp_analysis.cli import main
+from bnp_analysis.errors import InvalidInputError, MemoryLimitError, OutputError
+from bnp_analysis.runtime import memory
+
+G = torch.Generator().manual_seed(0)
+X, Y = torch.randn(8, 3, generator=G, dtype=torch.float64), torch.arange(8) % 2
+OLD = b"what was there before"
+
+
+class Disk:
+    """A stand-in for the disk under the current folder, since root may write everywhere.
+
+    Attributes:
+        free: bytes that fit on it; None for any number.
+        error: a number of `errno` with which it refuses to write at all; 0 for none.
+        early: whether a trial in a file without a name notices, as where the disk does not change meanwhile.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.free: int | None = None
+        self.error, self.early = 0, False
+        self._open, self._os_open, self._mkdir = io.open, os.open, os.mkdir
+        for module, name, stand_in in ((io, "open", self.open), (builtins, "open", self.open)):
+            monkeypatch.setattr(module, name, stand_in)
+        monkeypatch.setattr(os, "open", self.os_open)
+        monkeypatch.setattr(os, "mkdir", self.mkdir)
+
+    def refuse(self, named: bool = True) -> None:
+        if self.error and (named or self.early):
+            raise OSError(self.error, os.strerror(self.error))
+
+    def open(self, file: Any, mode: str = "r", buffering: int = -1, *args: Any, **kwargs: Any) -> Any:
+        named = not isinstance(file, int) and "opener" not in kwargs
+        if set(mode) & set("wxa+"):
+            self.refuse(named)
+        if not set(mode) & set("wxa+") or not named:
+            return self._open(file, mode, buffering, *args, **kwargs)
+        raw = Writer(file, mode.replace("b", ""), self)
+        return raw if buffering == 0 else io.BufferedWriter(raw)
+
+    def os_open(self, path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            self.refuse(named=not flags & getattr(os, "O_TMPFILE", 0) and ".lock" in str(path))
+        return self._os_open(path, flags, *args, **kwargs)
+
+    def mkdir(self, *args: Any, **kwargs: Any) -> None:
+        self.refuse()
+        self._mkdir(*args, **kwargs)
+
+
+class Writer(io.FileIO):
+    """A file on it, which takes a part of what does not fit, as the system does, and nothing after that."""
+
+    def __init__(self, file: Any, mode: str, disk: Disk) -> None:
+        super().__init__(file, mode)
+        self.disk = disk
+
+    def write(self, data: Any) -> int:
+        data = memoryview(data).cast("B")
+        if self.disk.free is not None:
+            used = sum(path.stat().st_size for path in Path().rglob("*") if path.is_file())
+            data = data[: max(0, self.disk.free - used)]
+            if not len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
+@pytest.fixture
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Disk:
+    monkeypatch.chdir(tmp_path)
+    return Disk(monkeypatch)
+
+
+def operator() -> bnp.linalg.SymmetricOperator:
+    return bnp.DenseOperator(torch.diag(torch.arange(1.0, 9, dtype=torch.float64)))
+
+
+def network() -> torch.nn.Module:
+    return bnp.models.mlp([3, 4, 2], dtype=torch.float64)
+
+
+def training(epochs: int = 2, **outputs: Any) -> list[torch.Tensor]:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    bnp.train(
+        model, cross_entropy, (X, Y), optimizer,
+        preconditioner=bnp.BNP(model), epochs=epochs, batch_size=4, **outputs,
+    )  # fmt: skip
+    return list(model.parameters())
+
+
+def figure(path: Path) -> None:
+    from bnp_analysis.plotting import save_densities
+
+    density = bnp.spectral_density(operator(), probes=2, steps=4, method="quadrature")
+    save_densities([("A", density)], path)
+
+
+#: Name of a file -> what writes it.
+OUTPUTS: dict[str, Callable[[Path], object]] = {
+    "result.json": lambda path: bnp.condition_number(operator()).save(path),
+    "eigenpairs.pt": lambda path: bnp.eigenpairs(operator(), 2, checkpoint=path),
+    "density.pt": lambda path: bnp.spectral_density(
+        operator(), probes=2, steps=4, method="quadrature", checkpoint=path
+    ),
+    "lanczos.pt": lambda path: bnp.linalg.lanczos(operator(), 5, checkpoint=path),
+    "bidiagonal.pt": lambda path: bnp.condition_number(
+        bnp.gauss_newton(bnp.EmpiricalRisk(network(), cross_entropy, (X, Y))), method="golub-kahan", checkpoint=path
+    ),
+    "training.pt": lambda path: training(checkpoint=path),
+    "figure.png": figure,
+}  # fmt: skip
+#: Those of them that are read before they are written: a run goes on from its own.
+STATES = tuple(name for name in OUTPUTS if name.endswith(".pt"))
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_a_disk_that_fills_up_leaves_the_old_file(name: str, disk: Disk) -> None:
+    """At the first byte, in the middle, and near the end; what did not fit is taken away again."""
+    path = Path(name)
+    OUTPUTS[name](path)
+    size = path.stat().st_size
+    path.unlink()
+    kept = {} if name in STATES else {path: OLD}
+    for at in (size // 2,) if name == "figure.png" else (0, size // 2, size - 64):
+        for old, content in kept.items():
+            old.write_bytes(content)
+        disk.free = at + sum(map(len, kept.values()))
+        with pytest.raises(OutputError, match=rf"^\S*{name} could not be written: No space left on device$"):
+            OUTPUTS[name](path)
+        assert {found: found.read_bytes() for found in Path().iterdir()} == kept
+        disk.free = None
+    OUTPUTS[name](path)
+    assert OLD not in path.read_bytes()
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_a_disk_that_takes_nothing_is_noticed_before_anything_is_computed(name: str, code: int, disk: Disk) -> None:
+    """A result in memory is computed already: where it is saved."""
+    disk.error, disk.early = code, True
+    argument = "checkpoint" if name in STATES else "path"
+    expected = rf"^{argument}='{name}' cannot be written in \S* \({os.strerror(code)}\): nothing was computed$"
+    if name == "result.json":
+        expected = rf"^\S*{name} could not be written: {os.strerror(code)}$"
+    with pytest.raises((InvalidInputError, OutputError), match=expected):
+        OUTPUTS[name](Path(name))
+    assert not list(Path().iterdir())
+
+
+def test_a_training_goes_on_when_there_is_room_again(disk: Disk) -> None:
+    """From the last checkpoint, with the log cut to what belongs to it: as if nothing had been."""
+    wanted = training(4, checkpoint="whole.pt", log="whole.jsonl")
+    training(1, checkpoint="run.pt", log="run.jsonl")
+    before, used = Path("run.pt").read_bytes(), sum(path.stat().st_size for path in Path().iterdir())
+    # The log grows first; with room for it the next checkpoint does not fit beside the old one.
+    for name, more in (("run.jsonl", 20), ("run.pt", 1500)):
+        disk.free = used + more
+        with pytest.raises(OutputError, match=rf"{name} could not be written: No space left on device"):
+            training(4, checkpoint="run.pt", log="run.jsonl")
+        assert Path("run.pt").read_bytes() == before
+        assert {path.name for path in Path().iterdir()} == {"whole.pt", "whole.jsonl", "run.pt", "run.jsonl"}
+        disk.free = None
+    assert all(map(torch.equal, training(4, checkpoint="run.pt", log="run.jsonl"), wanted))
+    lengths = [len(Path(name).read_text().splitlines()) for name in ("run.jsonl", "whole.jsonl")]
+    assert lengths[0] == lengths[1]
+
+
+SMALL = ["--samples", "20", "--hidden", "3", "--quiet"]
+#: Words of a command, and its outputs.
+COMMANDS: dict[str, tuple[list[str], list[str]]] = {
+    "condition": (["--epochs", "0", "--curvature", "gauss-newton"], ["--json out.json", "--figure out.png"]),
+    "spectrum": (
+        ["--epochs", "0", "--top", "1", "--steps", "3", "--probes", "1"],
+        ["--json out.json", "--figure out.png"],
+    ),
+    "train": (["--epochs", "1"], ["--checkpoint out.pt", "--log out.jsonl", "--json out.json"]),
+    "check": (["--epochs", "0", "--only", "T1"], ["--json out.json"]),
+}
+LINES = [
+    pytest.param(
+        command, output, full,
+        id=f"{command} {output}, {'full at byte 100' if full else 'read-only'}",
+        marks=[pytest.mark.slow] if full and command in ("condition", "check") else [],
+    )
+    for command, (_, outputs) in COMMANDS.items()
+    for output in outputs
+    for full in (False, True)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "output", "full"), LINES)
+def test_commands_say_one_sentence_and_leave_old_files(
+    command: str, output: str, full: bool, disk: Disk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    option, file = output.split()
+    written = Path("out-eigenpairs.json" if output == "--json out.json" and command == "spectrum" else file)
+    if option != "--checkpoint":
+        written.write_bytes(OLD)
+    before = {path: path.read_bytes() for path in Path().iterdir()}
+    if full:
+        disk.free = 100 + len(OLD)
+    else:
+        disk.error, disk.early = errno.EROFS, True
+    assert main([command, *SMALL, *COMMANDS[command][0], option, file]) == 2
+    said = capsys.readouterr()
+    (sentence,) = said.err.splitlines()
+    if full:
+        assert re.fullmatch(
+            rf"bnp-analysis: error: \S*{written} could not be written: No space left on device", sentence
+        )
+    else:
+        reason = r"\(Read-only file system\): nothing was computed"
+        assert re.fullmatch(rf"bnp-analysis: error: {option}='{file}' cannot be written in \S* {reason}", sentence)
+        assert said.out == ""
+    after = {path: path.read_bytes() for path in Path().iterdir()}
+    if full and option == "--log":  # that of an earlier run is begun anew, line by line
+        assert after.pop(written).startswith(b'{"kind"')
+        del before[written]
+    assert after == before
+
+
+# memory
+
+
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does not annotate it
+    """The bytes of the largest storage that an operation has made."""
+
+    found = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                self.found = max(self.found, t.untyped_storage().nbytes())
+        return out
+
+
+def wide() -> bnp.EmpiricalRisk:
+    """600 inputs of 8 units: the data have .4 MB, what multiplies all weights by themselves 180 MB."""
+    x = torch.randn(80, 600, generator=G, dtype=torch.float64)
+    return bnp.EmpiricalRisk(bnp.models.mlp([600, 8, 2], dtype=torch.float64), cross_entropy, (x, torch.arange(80) % 2))
+
+
+#: What takes more than its input does.
+TAKES: dict[str, Callable[[bnp.EmpiricalRisk], object]] = {
+    **{
+        method: lambda risk, method=method: bnp.condition_number(bnp.gauss_newton(risk), method=method)
+        for method in ("dense", "factor-svd", "golub-kahan", "lanczos")
+    },
+    "process": lambda risk: bnp.linalg.lanczos(bnp.gauss_newton(risk), 200),
+    "eigenpairs": lambda risk: bnp.eigenpairs(bnp.gauss_newton(risk), 40),
+    "density": lambda risk: bnp.spectral_density(bnp.gauss_newton(risk), method="dense"),
+    "K-FAC": bnp.kfac_preconditioner,
+    "null directions": bnp.null_directions,
+    "report": lambda risk: bnp.diagnose.preconditioner_report(bnp.bnp_preconditioner(risk)),
+    "condition": bnp.condition,
+    "table": bnp.layer_table,
+    "compare": bnp.compare,
+}
+
+
+@pytest.fixture
+def container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """A process in a control group whose limit leaves it a megabyte."""
+    group, own = tmp_path / "groups" / "a", tmp_path / "own"
+    group.mkdir(parents=True)
+    own.write_text("0::/a\n")
+    for name, text in (("max", f"{2**30}\n"), ("current", f"{2**30 - 2**20}\n"), ("stat", "inactive_file 0\n")):
+        (group / f"memory.{name}").write_text(text)
+    monkeypatch.setattr(memory, "_within_control_groups", partial(memory._within_control_groups, group.parent, own))
+    return 2**20
+
+
+@pytest.mark.parametrize("name", TAKES)
+def test_memory_is_refused_before_it_is_taken(name: str, container: int) -> None:
+    risk = wide()
+    with Largest() as largest, pytest.raises(MemoryLimitError, match=r" would take about \S+ GiB, 0\.000977 GiB are "):
+        TAKES[name](risk)
+    assert 0 < largest.found <= container or name in ("process", "density")  # which make no tensor at all
+
+
+@pytest.mark.parametrize("command", ["condition", "spectrum"])
+def test_commands_refuse_memory_in_a_sentence(
+    command: str, container: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--samples", "200", "--hidden", "60", "--epochs", "0", "--quiet", "--json", str(tmp_path / "out.json")]
+    assert main([command, *words]) == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert re.match(r"bnp-analysis: error: .* would take about \S+ GiB, 0\.000977 GiB are available", sentence)
+    assert not (tmp_path / "out.json").exists()
