@@ -4,7 +4,7 @@
 
 The cold search is `eigenpairs(B, k, tol=tol)` as it is called by default: it begins with the gradient and ends with a
 check for further copies of repeated eigenvalues. Without that check (`multiplicity="trust"`) it is cheaper, and sees
-one copy of each; the tracker's block of `k + 1` directions sees as many as it has. Both columns are measured.
+one copy of each; the tracker's block of `k` directions sees as many as it has. Both columns are measured.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OPTIMIZERS = {
     "RMSprop, lr 1e-4": lambda p: torch.optim.RMSprop(p, lr=1e-4),
     "Adam, lr 1e-4": lambda p: torch.optim.Adam(p, lr=1e-4),
 }
-K, TOL, BEFORE, MEASURED = 3, 1e-2, 200, 8
+K, TOL, BEFORE, MEASURED = 3, 1e-2, 200, 24
 
 
 def loss(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from bnp_analysis.diagnose import BlockSpectra, Comparison, Conditioning, Eigenv
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg import ConditionNumber, ConditionProfile, Diagonal, SpectralDensity
 from bnp_analysis.runtime.files import whole_file
-from bnp_analysis.runtime.kinds import gated, require_kind
+from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.training import Sharpness
 
 # Okabe and Ito 2008: told apart by colour-blind readers, and in grey.
@@ -25,6 +25,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 _DRAWN = 400
 
 
+@gated
 def plot_inputs(table: LayerTable, ax: Axes | None = None) -> Axes:
     """Bars of `kappa(H^)`, `kappa(H^U)`, `kappa(G^)` per layer: raw, centred, normalized inputs (T7).
 
@@ -35,7 +36,6 @@ def plot_inputs(table: LayerTable, ax: Axes | None = None) -> Axes:
     Returns:
         The axes.
     """
-    require_kind(table, "table", LayerTable)
     ax = _axes(ax)
     forms = [("inputs", "raw", GREY), ("centered", "centred", BLUE), ("normalized", "normalized", ORANGE)]
     for shift, (name, label, colour) in enumerate(forms):
@@ -49,6 +49,7 @@ def plot_inputs(table: LayerTable, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@gated
 def plot_blocks(result: Comparison | LayerTable, ax: Axes | None = None) -> Axes:
     """Effective condition numbers of unit blocks (dots), layer blocks and the network, without and with `P`.
 
@@ -59,7 +60,6 @@ def plot_blocks(result: Comparison | LayerTable, ax: Axes | None = None) -> Axes
     Returns:
         The axes.
     """
-    require_kind(result, "result", Comparison, LayerTable)
     ax = _axes(ax)
     table = result.layers if isinstance(result, Comparison) else result
     sides = [
@@ -113,7 +113,6 @@ def plot_spectral_density(
     Returns:
         The axes.
     """
-    require_kind(density, "density", SpectralDensity)
     if axis not in ("own", "symlog"):
         raise InvalidInputError(f"axis must be 'own' or 'symlog', got {axis!r}")
     ax = _axes(ax)
@@ -171,7 +170,6 @@ def plot_profile(
     Returns:
         The axes.
     """
-    require_kind(result, "result", Conditioning, ConditionProfile)
     ax = _axes(ax)
     sides: list[tuple[ConditionProfile | None, str | None, str]]
     if isinstance(result, Conditioning):
@@ -198,6 +196,7 @@ def plot_profile(
     return ax
 
 
+@gated
 def plot_block_distances(result: BlockSpectra, ax: Axes | None = None) -> Axes:
     """A heat map of the Jensen-Shannon distances between the spectra of blocks; the diagonal shows their noise.
 
@@ -208,7 +207,6 @@ def plot_block_distances(result: BlockSpectra, ax: Axes | None = None) -> Axes:
     Returns:
         The axes.
     """
-    require_kind(result, "result", BlockSpectra)
     ax = _axes(ax)
     shown = result.distance + np.diag(result.noise)
     image = ax.imshow(shown, vmin=0.0, vmax=1.0, cmap="viridis")
@@ -231,6 +229,7 @@ def plot_block_distances(result: BlockSpectra, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@gated
 def plot_block_densities(result: BlockSpectra, ax: Axes | None = None) -> Axes:
     """The share of each block's eigenvalues up to a value, on an axis of logarithms of both signs.
 
@@ -241,7 +240,6 @@ def plot_block_densities(result: BlockSpectra, ax: Axes | None = None) -> Axes:
     Returns:
         The axes.
     """
-    require_kind(result, "result", BlockSpectra)
     ax = _axes(ax)
     largest = max(float(np.abs(density.nodes).max()) for density in result.densities)
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(result.names)))
@@ -257,6 +255,7 @@ def plot_block_densities(result: BlockSpectra, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@gated
 def plot_diagonal(result: Diagonal, ax: Axes | None = None) -> Axes:
     """Every diagonal entry, tensor by tensor, with a 95 % bar; those whose bar contains zero are grey.
 
@@ -269,7 +268,6 @@ def plot_diagonal(result: Diagonal, ax: Axes | None = None) -> Axes:
     Returns:
         The axes.
     """
-    require_kind(result, "result", Diagonal)
     ax = _axes(ax)
     named = result.tensors() if result.shapes else {"": (result.value, result.error)}
     value, (low, high) = result.value.numpy(), (end.numpy() for end in result.interval())
@@ -290,6 +288,7 @@ def plot_diagonal(result: Diagonal, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@gated
 def plot_slice(result: Slice, ax: Axes | None = None) -> Axes:
     """The loss along a direction beside its quadratic model, or its level lines in a plane, the model's dashed.
 
@@ -300,7 +299,6 @@ def plot_slice(result: Slice, ax: Axes | None = None) -> Axes:
     Returns:
         The axes.
     """
-    require_kind(result, "result", Slice)
     ax = _axes(ax)
     if result.loss.ndim == 1:
         ax.plot(result.distances, result.loss, color=BLUE, label="loss")
@@ -332,6 +330,7 @@ def plot_slice(result: Slice, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@gated
 def plot_eigenvector_mass(result: EigenvectorMass, ax: Axes | None = None) -> Axes:
     """A heat map of which part of each eigenvector lies in which layer.
 
@@ -342,7 +341,6 @@ def plot_eigenvector_mass(result: EigenvectorMass, ax: Axes | None = None) -> Ax
     Returns:
         The axes.
     """
-    require_kind(result, "result", EigenvectorMass)
     ax = _axes(ax)
     image = ax.imshow(result.mass.T, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
     ax.set_xticks(range(len(result.values)), [f"{v:.3g}" for v in result.values], rotation=90)
@@ -352,6 +350,7 @@ def plot_eigenvector_mass(result: EigenvectorMass, ax: Axes | None = None) -> Ax
     return ax
 
 
+@gated
 def plot_sharpness(result: Sharpness, ax: Axes | None = None) -> Axes:
     """The tracked eigenvalues along training, with the threshold above which a quadratic would be unstable.
 
@@ -383,7 +382,6 @@ def save_comparison(result: Comparison, path: str | Path, title: str = "") -> No
         path: for instance `condition.png` or `condition.pdf`; missing folders are made.
         title: above both panels.
     """
-    require_kind(result, "result", Comparison)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(2, 3), layout="constrained")
     plot_inputs(result.layers, left)
     plot_blocks(result, right)

@@ -50,7 +50,7 @@ WRONG: dict[str, list[tuple[object, str]]] = {
     "preconditioner": [
         (RISK, "bnp.bnp_preconditioner(risk)"),
         (MODEL, "bnp.bnp_preconditioner(bnp.EmpiricalRisk(model, loss, (x, y)))"),
-        (OPTIMIZER, "bnp.diagonal_preconditioner(risk, optimizer, model=model)"),
+        (OPTIMIZER, "bnp.optimizer_preconditioner(optimizer, model, space=risk)"),
         (A, "bnp.linalg.DensePreconditioner(matrix)"),
         (torch.eye(3), "bnp.linalg.DensePreconditioner(matrix)"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import textwrap
 
-from bnp_analysis.cli.options import PRECONDITIONERS, engine_of, in_processes, operator_options, risk_of, write
+from bnp_analysis.cli.options import PRECONDITIONERS, draw, engine_of, in_processes, operator_options, risk_of, write
 from bnp_analysis.curvature import CURVATURES
 from bnp_analysis.diagnose import LEGEND, MOST_WORK, Comparison, compare
 
@@ -39,12 +39,7 @@ def _condition(arguments: argparse.Namespace) -> int:
     )
     print(report(result))
     write(result, arguments.json)
-    if arguments.figure:
-        from bnp_analysis.plotting import save_comparison
-
-        title = f"{arguments.data}, {arguments.model}: what BNP does to the conditioning"
-        save_comparison(result, arguments.figure, title)
-        print(f"wrote {arguments.figure}")
+    draw("save_comparison", result, arguments, ": what BNP does to the conditioning")
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import os
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -197,6 +198,14 @@ def write(result: Result, path: str | Path | None) -> None:
     """Save a result and say so, where a file is given."""
     if path is not None:
         print(f"wrote {result.save(path)}")
+
+
+def draw(save: str, result: Any, arguments: argparse.Namespace, title: str = "") -> None:
+    """Draw a result by a function of `plotting` and say so, where a file is given."""
+    if arguments.figure:
+        plotting = importlib.import_module("bnp_analysis.plotting")  # matplotlib takes its time
+        getattr(plotting, save)(result, arguments.figure, f"{arguments.data}, {arguments.model}{title}")
+        print(f"wrote {arguments.figure}")
 
 
 def in_processes(run: Command) -> Command:

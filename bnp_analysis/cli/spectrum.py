@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bnp_analysis.cli.options import PRECONDITIONERS, engine_of, in_processes, operator_options, risk_of, write
+from bnp_analysis.cli.options import PRECONDITIONERS, draw, engine_of, in_processes, operator_options, risk_of, write
 from bnp_analysis.curvature import CURVATURES
 from bnp_analysis.diagnose import block_spectra, curvature_matrix
 from bnp_analysis.linalg import eigenpairs, spectral_density
@@ -56,11 +56,7 @@ def _spectrum(arguments: argparse.Namespace) -> int:
                 write(result, base.with_name(f"{base.stem}-{name}{suffix}{base.suffix or '.json'}"))
         if pairs.stop == "interrupted" or len(density.nodes) < arguments.probes:
             raise KeyboardInterrupt  # what there is was printed and written
-    if arguments.figure:
-        from bnp_analysis.plotting import save_densities
-
-        save_densities(densities, arguments.figure, f"{arguments.data}, {arguments.model}")
-        print(f"wrote {arguments.figure}")
+    draw("save_densities", densities, arguments)
     return 0
 
 
@@ -77,11 +73,6 @@ def _blocks(arguments: argparse.Namespace, risk: EmpiricalRisk) -> int:
         progress=not arguments.quiet,
     )
     print(found)
-    if arguments.json:
-        write(found, arguments.json)
-    if arguments.figure:
-        from bnp_analysis.plotting import save_block_spectra
-
-        save_block_spectra(found, arguments.figure, f"{arguments.data}, {arguments.model}")
-        print(f"wrote {arguments.figure}")
+    write(found, arguments.json)
+    draw("save_block_spectra", found, arguments)
     return 0

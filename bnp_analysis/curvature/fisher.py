@@ -21,7 +21,7 @@ from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.purity import is_mean
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.smooth import watching
-from bnp_analysis.runtime.kinds import gated, require_kind
+from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.random import generator, uniform_at
 from bnp_analysis.runtime.trees import tensors_of
 
@@ -94,7 +94,6 @@ def fisher(
         >>> bnp.fisher(risk, "empirical").factor.shape
         (3, 8)
     """
-    require_kind(risk, "risk", EmpiricalRisk)
     if kind not in KINDS:
         raise InvalidInputError(f"kind must be 'mc' or 'empirical', got {kind!r}")
     if samples < 1:

@@ -19,7 +19,7 @@ from bnp_analysis.network.derivatives import require_second
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.saturation import has_vanished, product_eps
-from bnp_analysis.runtime.kinds import gated, require_kind
+from bnp_analysis.runtime.kinds import gated
 
 # Products whose derivatives have lost so many roundings more go through the factor, if that has not.
 _LOST = 100
@@ -111,7 +111,6 @@ def gauss_newton(
         >>> A.factor.shape, bool(torch.allclose(A.to_dense(), torch.eye(2)))
         ((2, 2), True)
     """
-    require_kind(risk, "risk", EmpiricalRisk)
     require_output_curvature(risk, "gauss_newton")
     return restricted(risk, block, lambda r: GaussNewton(r, engine, max_memory))
 

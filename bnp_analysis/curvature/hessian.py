@@ -13,7 +13,7 @@ from bnp_analysis.network.derivatives import require_second
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.saturation import has_vanished
-from bnp_analysis.runtime.kinds import gated, require_kind
+from bnp_analysis.runtime.kinds import gated
 
 
 class Hessian(EngineOperator[GradientGraph | ChainGradient]):
@@ -80,7 +80,6 @@ def hessian(
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    require_kind(risk, "risk", EmpiricalRisk)
     require_second(risk, "Hessian", _product, _gradient)
     return restricted(risk, block, lambda r: Hessian(r, engine, max_memory))
 

@@ -22,7 +22,7 @@ from bnp_analysis.linalg import (
     condition_number,
 )
 from bnp_analysis.linalg.condition.reduction import reduced, reduced_parts, reducible
-from bnp_analysis.linalg.operators import LinearOperator
+from bnp_analysis.linalg.operators import LinearOperator, require_digits
 from bnp_analysis.linalg.spectra.null import HasBasis, SomeNullDirections
 from bnp_analysis.network import EmpiricalRisk, Layer
 from bnp_analysis.precondition import NetworkPreconditioner
@@ -160,6 +160,13 @@ def known_null(
         return null_directions(risk, curvature=curvature, block=block, factor=factor)
     except MemoryLimitError:
         return None
+
+
+def measured(risk: EmpiricalRisk, dtype: torch.dtype | None, what: str) -> EmpiricalRisk:
+    """The risk in the precision in which it is measured, on the CPU; None for its own. It must have enough digits."""
+    risk = risk if dtype is None else risk.to(dtype, "cpu")
+    require_digits(risk.eps, str(risk.precision), what, cast=True)
+    return risk
 
 
 def _own_block(

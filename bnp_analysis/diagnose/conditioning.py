@@ -15,11 +15,10 @@ from torch import Tensor
 
 from bnp_analysis.curvature import CURVATURES
 from bnp_analysis.curvature.engines import curvature_name
-from bnp_analysis.diagnose.blocks import held, known_null
+from bnp_analysis.diagnose.blocks import held, known_null, measured
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg import ConditionProfile, Preconditioner, condition_profile
 from bnp_analysis.linalg.condition.methods import automatic, named
-from bnp_analysis.linalg.operators import require_digits
 from bnp_analysis.linalg.spectra.null import HasBasis
 from bnp_analysis.network import EmpiricalRisk
 from bnp_analysis.precondition import NetworkPreconditioner, bnp_preconditioner
@@ -178,10 +177,8 @@ def condition(
         (True, True)
     """
     began = time.perf_counter()
-    require_kind(risk, "risk", EmpiricalRisk)
     name = curvature_name(curvature)
-    risk = risk if dtype is None else risk.to(dtype, "cpu")
-    require_digits(risk.eps, str(risk.precision), "ratios of eigenvalues", cast=True)
+    risk = measured(risk, dtype, "ratios of eigenvalues")
     P, label, uncovered = _preconditioner(risk, preconditioner, dtype)
     A = CURVATURES[name](risk, seed=seed, block=block, engine=engine, max_memory=max_memory)
     own: Preconditioner | None = P if P is None or block is None else P.block(block)

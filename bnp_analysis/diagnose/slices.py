@@ -19,7 +19,7 @@ from bnp_analysis.network import EmpiricalRisk, ParameterSpace
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.float32 import full_float32
-from bnp_analysis.runtime.kinds import require_kind
+from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.progress import Progress, reporting
 
 Floats = NDArray[np.float64]
@@ -74,6 +74,7 @@ class Slice(Result):
 
 
 @full_float32
+@gated
 def slice(
     risk: EmpiricalRisk,
     direction: Direction,
@@ -114,7 +115,6 @@ def slice(
         (True, 1.0)
     """
     began = time.perf_counter()
-    require_kind(risk, "risk", EmpiricalRisk)
     if isinstance(points, bool) or not isinstance(points, int) or points < 3:
         raise InvalidInputError(f"points must be an integer of at least 3, got {points!r}")
     if radius is not None and not 0 < radius < math.inf:
@@ -196,6 +196,7 @@ class DirectionalSharpness(Result):
 
 
 @full_float32
+@gated
 def directional_sharpness(risk: EmpiricalRisk, step: Direction = "gradient") -> DirectionalSharpness:
     """How sharp the loss is along one step: `u.Hu / u.g`, and `2 / eta_c` from evaluations of the loss alone.
 
@@ -225,7 +226,6 @@ def directional_sharpness(risk: EmpiricalRisk, step: Direction = "gradient") -> 
         (1.0, 1.0)
     """
     began = time.perf_counter()
-    require_kind(risk, "risk", EmpiricalRisk)
     u, value = _flat(risk, step), math.nan
     length = float(u.double().norm())
     u = _unit(u, "the step is")
@@ -310,6 +310,7 @@ class EigenvectorMass(Result):
         return [{"eigenvalue": v, "residual": r} | dict(zip(self.names, row, strict=True)) for v, r, row in columns]
 
 
+@gated
 def eigenvector_mass(
     pairs: Eigenpairs, space: ParameterSpace, *, blocks: Mapping[str, Block] | Sequence[str] | None = None
 ) -> EigenvectorMass:
@@ -336,8 +337,6 @@ def eigenvector_mass(
         >>> eigenvector_mass(bnp.eigenpairs(A, k=1), space).mass.round(6).tolist()
         [[0.0, 1.0]]
     """
-    require_kind(pairs, "pairs", Eigenpairs)
-    require_kind(space, "space", ParameterSpace)
     if pairs.vectors.shape[0] != space.dim:
         raise InvalidInputError(
             f"the eigenvectors have {pairs.vectors.shape[0]} entries, the space {space.dim}; give the space of the "

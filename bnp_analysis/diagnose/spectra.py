@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from bnp_analysis.curvature import CURVATURES
 from bnp_analysis.curvature.engines import curvature_name
+from bnp_analysis.diagnose.blocks import measured
 from bnp_analysis.errors import InvalidInputError, ZeroOperatorError
 from bnp_analysis.linalg import (
     ConditionProfile,
@@ -24,13 +25,12 @@ from bnp_analysis.linalg import (
     off_block_share,
     spectral_density,
 )
-from bnp_analysis.linalg.operators import require_digits
 from bnp_analysis.linalg.spectra.quadrature import on_symmetric_axis, symmetric_grid
 from bnp_analysis.network import EmpiricalRisk, ParameterSpace
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.float32 import full_float32
-from bnp_analysis.runtime.kinds import require_kind
+from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.progress import Progress, reporting
 
 Floats = NDArray[np.float64]
@@ -128,6 +128,7 @@ class BlockSpectra(Result):
 
 
 @full_float32
+@gated
 def block_spectra(
     risk: EmpiricalRisk,
     *,
@@ -178,12 +179,10 @@ def block_spectra(
         (('fc1', 'fc2'), (15, 8), True)
     """
     began = time.perf_counter()
-    require_kind(risk, "risk", EmpiricalRisk)
     name = curvature_name(curvature)
     if probes < 2:
         raise InvalidInputError(f"the noise of a distance needs at least two probes, got {probes}")
-    risk = risk if dtype is None else risk.to(dtype, "cpu")
-    require_digits(risk.eps, str(risk.precision), "spectra of blocks", cast=True)
+    risk = measured(risk, dtype, "spectra of blocks")
     wanted = _labelled(blocks, risk.space)
     positions = [risk.space.indices(block) for block in wanted.values()]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bnp_analysis.curvature import CURVATURES, gauss_newton, hessian
 from bnp_analysis.curvature.units import unit_blocks
-from bnp_analysis.diagnose.blocks import block_numbers, known_null, pair
+from bnp_analysis.diagnose.blocks import block_numbers, known_null, measured, pair
 from bnp_analysis.diagnose.conditioning import condition
 from bnp_analysis.diagnose.price import MOST_WORK, off_block_is_cheap, require_work, table_work
 from bnp_analysis.diagnose.spectra import off_block as share_outside
@@ -26,7 +26,6 @@ from bnp_analysis.linalg import (
     singular_condition_number,
 )
 from bnp_analysis.linalg.condition.methods import automatic
-from bnp_analysis.linalg.operators import require_digits
 from bnp_analysis.linalg.spectra.checks import null_vectors
 from bnp_analysis.network import Coverage, EmpiricalRisk, Layer, coverage
 from bnp_analysis.network.layers import asked_types
@@ -260,13 +259,10 @@ def _measured(
     risk: EmpiricalRisk, P: NetworkPreconditioner | None, dtype: torch.dtype | None
 ) -> tuple[EmpiricalRisk, NetworkPreconditioner]:
     """The risk and `P` as they are measured: in float64 on the CPU unless told otherwise; BNP unless given."""
-    require_kind(risk, "risk", EmpiricalRisk)
     if P is not None:
         require_kind(P, "P", Preconditioner)
-    if dtype is not None:
-        risk = risk.to(dtype, "cpu")
-        P = None if P is None else P.to(dtype, "cpu")
-    require_digits(risk.eps, str(risk.precision), "the numbers of a table", cast=True)
+    risk = measured(risk, dtype, "the numbers of a table")
+    P = P if P is None or dtype is None else P.to(dtype, "cpu")
     return risk, bnp_preconditioner(risk) if P is None else P
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.models.normalization import Normalization
-from bnp_analysis.models.parts import add_layer, check_activation, check_size, make_activation, seeded
+from bnp_analysis.models.parts import add_layer, check_activation, check_sizes, make_activation, seeded
 from bnp_analysis.models.transformer import transformer
 
 
@@ -62,8 +62,7 @@ def mlp(
     sizes = list(widths)
     if len(sizes) < 2:
         raise InvalidInputError(f"widths needs an input and an output size, not {sizes}")
-    for size in sizes:
-        check_size(size, "each of widths")
+    check_sizes(widths=sizes)
     check_activation(activation)
     placed = Normalization(norm, norm_at, norm_affine, norm_groups)
 
@@ -133,7 +132,15 @@ def cnn(
         >>> [name for name, _ in model.named_children() if name.startswith(("conv", "fc"))]
         ['conv1', 'conv2', 'conv3', 'fc4', 'fc5']
     """
-    in_channels, height, width = _check_sizes(input_shape, channels, hidden, num_classes)
+    shape = tuple(input_shape)
+    if len(shape) != 3:
+        raise InvalidInputError(f"input_shape must be (C, H, W), not {shape}; load images with flatten=False")
+    if len(channels) != 3:
+        raise InvalidInputError(f"channels must name three convolutions, not {tuple(channels)}")
+    check_sizes(input_shape=shape, channels=tuple(channels), hidden=hidden, num_classes=num_classes)
+    in_channels, height, width = shape
+    if height % 2**_HALVINGS or width % 2**_HALVINGS:
+        raise InvalidInputError(f"image size {height} x {width} is not divisible by {2**_HALVINGS}")
     if pool not in _POOLS:
         raise InvalidInputError(f"unknown pool {pool!r}; known: {', '.join(_POOLS)}")
     if padding_mode not in {"zeros", "circular"}:
@@ -157,27 +164,6 @@ def cnn(
         return nn.Sequential(modules)
 
     return seeded(make, seed, dtype)
-
-
-def _check_sizes(
-    input_shape: Sequence[int], channels: Sequence[int], hidden: int, num_classes: int
-) -> tuple[int, int, int]:
-    if len(input_shape) != 3:
-        raise InvalidInputError(
-            f"input_shape must be (C, H, W), not {tuple(input_shape)}; load images with flatten=False"
-        )
-    if len(channels) != 3:
-        raise InvalidInputError(f"channels must name three convolutions, not {tuple(channels)}")
-    for size in input_shape:
-        check_size(size, "each of input_shape")
-    for size in channels:
-        check_size(size, "each of channels")
-    check_size(hidden, "hidden")
-    check_size(num_classes, "num_classes")
-    in_channels, height, width = input_shape
-    if height % 2**_HALVINGS or width % 2**_HALVINGS:
-        raise InvalidInputError(f"image size {height} x {width} is not divisible by {2**_HALVINGS}")
-    return in_channels, height, width
 
 
 _SHORTCUTS = ("pad", "projection")
@@ -284,11 +270,10 @@ def resnet(
         >>> [name for name, _ in model.stage2.block1.branch.named_children()]
         ['conv1', 'norm1', 'act1', 'conv2', 'norm2']
     """
-    check_size(depth, "depth")
+    check_sizes(depth=depth)
     if depth < 8 or (depth - 2) % 6:
         raise InvalidInputError(f"depth must be 6 n + 2 with n >= 1 (8, 14, 20, 32, 56, ...), not {depth}")
-    for size, what in ((in_channels, "in_channels"), (num_classes, "num_classes"), (width, "width")):
-        check_size(size, what)
+    check_sizes(in_channels=in_channels, num_classes=num_classes, width=width)
     if shortcut not in _SHORTCUTS:
         raise InvalidInputError(f"unknown shortcut {shortcut!r}; known: {', '.join(_SHORTCUTS)}")
     check_activation(activation)

@@ -195,10 +195,10 @@ class Normalization:
 
     Example:
         >>> norm = Normalization("batch", at="input", affine=False)
-        >>> module = norm.before(3, spatial=True)
+        >>> module = norm.at_place("input", 3, spatial=True)
         >>> type(module).__name__, module.num_features, module.affine
         ('BatchNorm2d', 3, False)
-        >>> norm.after(16, spatial=True) is None
+        >>> norm.at_place("preactivation", 16, spatial=True) is None
         True
     """
 
@@ -213,15 +213,6 @@ class Normalization:
         if self.at not in NORM_PLACES:
             raise InvalidInputError(f"unknown place norm_at={self.at!r}; known: {', '.join(NORM_PLACES)}")
 
-    def before(self, channels: int, *, spatial: bool) -> nn.Module | None:
-        """The module in front of a layer with that many input channels, or None."""
-        return self._make("input", channels, spatial)
-
-    def after(self, channels: int, *, spatial: bool) -> nn.Module | None:
-        """The module behind a hidden layer with that many output channels, or None."""
-        return self._make("preactivation", channels, spatial)
-
-    def _make(self, place: str, channels: int, spatial: bool) -> nn.Module | None:
-        if place != self.at:
-            return None
-        return NORMS[self.name](NormSite(channels, spatial, self.affine, self.groups))
+    def at_place(self, place: str, channels: int, *, spatial: bool) -> nn.Module | None:
+        """The module for `channels` features where the normalization stands at this place, else None."""
+        return NORMS[self.name](NormSite(channels, spatial, self.affine, self.groups)) if place == self.at else None

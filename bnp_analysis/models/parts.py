@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -96,21 +96,24 @@ def seeded(make: Callable[[], M], seed: int, dtype: torch.dtype | None) -> M:
     return module if dtype is None else module.to(dtype)
 
 
-def check_size(value: object, name: str) -> None:
-    """Refuse anything but a positive integer.
+def check_sizes(**sizes: object) -> None:
+    """Refuse anything but positive integers.
 
     Args:
-        value: the argument.
-        name: what the caller calls it.
+        sizes: the arguments by their names; a sequence is looked at entry by entry.
 
     Raises:
         InvalidInputError: naming the argument and its value.
 
     Example:
-        >>> check_size(3, "in_channels")
+        >>> check_sizes(in_channels=3, widths=[4, 2])
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InvalidInputError(f"{name} must be a positive integer, not {value!r}")
+    for name, value in sizes.items():
+        several = isinstance(value, Sequence)
+        for size in value if isinstance(value, Sequence) else [value]:
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                what = f"each of {name}" if several else name
+                raise InvalidInputError(f"{what} must be a positive integer, not {size!r}")
 
 
 def add_layer(
@@ -143,10 +146,10 @@ def add_layer(
         kind, spatial, inputs, outputs = "conv", True, layer.in_channels, layer.out_channels
     else:
         kind, spatial, inputs, outputs = "fc", False, layer.in_features, layer.out_features
-    if (before := norm.before(inputs, spatial=spatial)) is not None:
+    if (before := norm.at_place("input", inputs, spatial=spatial)) is not None:
         modules[f"norm{suffix}"] = before
     modules[f"{kind}{suffix}"] = layer
-    after = None if output else norm.after(outputs, spatial=spatial)
+    after = None if output else norm.at_place("preactivation", outputs, spatial=spatial)
     if after is not None:
         modules[f"norm{suffix}"] = after
     if activation is not None:

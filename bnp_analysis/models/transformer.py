@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.models.parts import check_activation, check_size, make_activation, seeded
+from bnp_analysis.models.parts import check_activation, check_sizes, make_activation, seeded
 
 _NORMS = ("layer", "none")
 
@@ -153,10 +153,8 @@ def transformer(
     shape = tuple(input_shape)
     if len(shape) != 3:
         raise InvalidInputError(f"input_shape must be (C, H, W), not {shape}; load the data with flatten=False")
-    named = {"patch": patch, "width": width, "depth": depth, "heads": heads, "hidden": hidden}
-    sizes = {**named, "num_classes": num_classes, **{f"input_shape[{i}]": size for i, size in enumerate(shape)}}
-    for name, size in sizes.items():
-        check_size(size, name)
+    check_sizes(patch=patch, width=width, depth=depth, heads=heads, hidden=hidden, num_classes=num_classes)
+    check_sizes(input_shape=shape)
     if shape[1] % patch or shape[2] % patch:
         raise InvalidInputError(f"patch={patch} does not divide images of {shape[1]} x {shape[2]}")
     if width % heads:

@@ -186,7 +186,7 @@ def _normalized(node: Any) -> tuple[Tensor, Tensor, int]:
 
 
 def _square(t: Tensor) -> float:
-    return float(t.double().square().sum())
+    return float(t.detach().double().square().sum())
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from bnp_analysis.network.parameters import Block, ParameterSpace
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.precondition.base import BlockDiagonal, Entry, covered_layers, layer_positions
 from bnp_analysis.precondition.bnp_block import BNPBlock
-from bnp_analysis.runtime.kinds import gated, require_kind
+from bnp_analysis.runtime.kinds import gated
 
 _NEEDS = (
     "output_scale needs the curvature of the loss in the outputs, which must be convex there, a mean over examples, "
@@ -245,7 +245,6 @@ def bnp_preconditioner(
         >>> P.dim, P.q, P.uncovered
         (8, {'': 1.0}, {})
     """
-    require_kind(risk, "risk", EmpiricalRisk)
     if preset not in PRESETS:
         raise InvalidInputError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     given = {"eps1": eps1, "eps2": eps2, "q": q, "statistics": statistics, "bias_free": bias_free}

@@ -18,7 +18,7 @@ from bnp_analysis.network.parameters import Block, ParameterSpace
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.snapshot import unwrap
 from bnp_analysis.precondition.base import NetworkPreconditioner
-from bnp_analysis.runtime.kinds import gated, require_kind
+from bnp_analysis.runtime.kinds import gated
 
 ADAPTIVE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad)
 
@@ -126,9 +126,6 @@ def diagonal_preconditioner(
         >>> bnp.diagonal_preconditioner(risk).scales.tolist()
         [0.25, 1.0]
     """
-    require_kind(risk, "risk", EmpiricalRisk)
-    if model is not None:
-        require_kind(model, "model", nn.Module)
     if not 0 <= damping < math.inf:
         raise InvalidInputError(f"damping must be finite and not negative, got {damping}")
     if damping and not isinstance(source, str):

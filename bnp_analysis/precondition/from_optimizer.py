@@ -25,7 +25,7 @@ from bnp_analysis.precondition.diagonal import (
     optimizer_divisors,
     require_shape,
 )
-from bnp_analysis.runtime.kinds import gated, require_kind
+from bnp_analysis.runtime.kinds import gated
 
 #: What reads an optimizer's state: (optimizer, space, model) -> P.
 Reader = Callable[[torch.optim.Optimizer, ParameterSpace, nn.Module | None], NetworkPreconditioner]
@@ -73,9 +73,6 @@ def optimizer_preconditioner(
         >>> round(bnp.optimizer_preconditioner(adam, model).apply(torch.ones(1)).item(), 4)
         0.5
     """
-    require_kind(optimizer, "optimizer", torch.optim.Optimizer)
-    if model is not None:
-        require_kind(model, "model", nn.Module)
     if isinstance(space, EmpiricalRisk):
         space = space.space
     if space is None:

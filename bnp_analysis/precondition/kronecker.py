@@ -19,7 +19,7 @@ from bnp_analysis.network.moments import second_moments
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.precondition.base import BlockDiagonal, Entry, covered_layers, layer_positions
-from bnp_analysis.runtime.kinds import gated, require_kind
+from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.memory import require_memory
 
 _NEEDS = "the loss is not convex in the outputs, or not separate over examples: K-FAC has no output factor"
@@ -149,7 +149,6 @@ def kfac_preconditioner(
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    require_kind(risk, "risk", EmpiricalRisk)
     if not 0 <= damping < math.inf:
         raise InvalidInputError(f"damping must be finite and not negative, got {damping}")
     layers = covered_layers(risk, "K-FAC")

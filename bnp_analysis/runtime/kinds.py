@@ -47,7 +47,7 @@ WAYS: Mapping[str, Mapping[str, str]] = {
         "EmpiricalRisk": "bnp.bnp_preconditioner(risk)",
         "Module": f"bnp.bnp_preconditioner({_RISK})",
         "BNP": "pre.preconditioner(risk.space)",
-        "Optimizer": "bnp.diagonal_preconditioner(risk, optimizer, model=model)",
+        "Optimizer": "bnp.optimizer_preconditioner(optimizer, model, space=risk)",
         "SymmetricOperator": "bnp.linalg.DensePreconditioner(matrix), or bnp.bnp_preconditioner(risk)",
         "Tensor": "bnp.linalg.DensePreconditioner(matrix)",
         "object": "bnp.bnp_preconditioner(risk), or bnp.linalg.DensePreconditioner(matrix)",
@@ -206,8 +206,9 @@ _OUTPUTS = ("str | Path", "str | os.PathLike[str]")
 def gated(function: Callable[Args, Out]) -> Callable[Args, Out]:
     """Let a public verb be called only with arguments of the kinds that its signature names, in the ranges of `RANGES`.
 
-    Every argument is looked at before anything is done, so that a call which is refused has changed nothing. What an
-    annotation outside of `KINDS` means, the verb checks itself.
+    Every argument is looked at before anything is done, so that a call which is refused has changed nothing: numbers,
+    words and such by `KINDS`, objects of the package and of torch by `WAYS`. What another annotation means, the verb
+    checks itself.
 
     Raises:
         InvalidInputError: when the verb is called: names the argument, what it must be and what was given.
@@ -235,7 +236,11 @@ def gated(function: Callable[Args, Out]) -> Callable[Args, Out]:
             return function(*args, **kwargs)  # which says so itself
         for name, value in given.items():
             kind, optional = known[name]
-            if kind not in KINDS or (optional and value is None):
+            if optional and value is None:
+                continue
+            if classes := _classes(kind, function):
+                require_kind(value, name, *classes)
+            if kind not in KINDS:
                 continue
             fits, words = KINDS[kind]
             if not fits(value):
@@ -254,6 +259,19 @@ def _kind(annotation: object) -> tuple[str, bool]:
     words = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
     kind = words.removesuffix(" | None")
     return kind, kind != words
+
+
+def _classes(annotation: str, function: Callable[..., object]) -> tuple[type, ...]:
+    """The classes of an annotation such as `nn.Module` or `Comparison | LayerTable`; none where `WAYS` lacks them."""
+    found = []
+    for words in annotation.split(" | "):
+        first, *rest = words.split(".")
+        value = functools.reduce(
+            lambda parent, part: getattr(parent, part, None), rest, function.__globals__.get(first)
+        )
+        found.append(value)
+    classes = tuple(value for value in found if isinstance(value, type))
+    return classes if len(classes) == len(found) and classes[0].__name__ in WAYS else ()
 
 
 def require_range(name: str, value: object) -> None:

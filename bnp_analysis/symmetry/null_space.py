@@ -25,7 +25,7 @@ from bnp_analysis.network.batches import slice_batch
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.results import Result
-from bnp_analysis.runtime.kinds import gated, require_kind
+from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.memory import require_memory
 from bnp_analysis.runtime.trees import tensors_of
 from bnp_analysis.symmetry.basis import NullBasis
@@ -189,7 +189,6 @@ def null_directions(
         >>> bnp.null_directions(risk, curvature="hessian").sources
         {'softmax shift': 3}
     """
-    require_kind(risk, "risk", EmpiricalRisk)
     began, name = time.perf_counter(), curvature_name(curvature)
     require_digits(risk.eps, str(risk.precision), "null directions", cast=True)
     if block is not None:

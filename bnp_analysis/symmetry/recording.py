@@ -30,7 +30,7 @@ _UNKNOWN = Operation()
 _COMPUTED = " with computed weights"
 
 
-def _kind_of(function: Any) -> str:
+def kind_of(function: Any) -> str:
     """The name in the table of a function of torch, or its own: `__iadd__`, `__add__` and `add_` are `add`."""
     name = str(getattr(function, "__name__", function))
     if name == "__get__":  # of an attribute such as `x.T`
@@ -94,7 +94,7 @@ class _Recorder(TorchFunctionMode):
 
     def _node(self, func: Any, args: Any, kwargs: Any, given: list[Tensor]) -> Node:
         """The node of a call, as far as it is known before it runs."""
-        kind, names = _kind_of(func), self._names
+        kind, names = kind_of(func), self._names
         parts = _by_name(kind, args, kwargs)
         used = [names[id(t)] for t in given if id(t) in names]
         parameters = {role: names[id(value)] for role, value in parts.items() if id(value) in names}

@@ -9,7 +9,7 @@ import torch
 
 from bnp_analysis.linalg import Preconditioner
 from bnp_analysis.network import EmpiricalRisk
-from bnp_analysis.runtime.kinds import gated, require_kind
+from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.theory.check import Check, CheckTable, Source, named
 
@@ -75,9 +75,6 @@ def check_theory(
         >>> bnp.check_theory(risk, only=["Prop. 2"]).holds
         True
     """
-    require_kind(risk, "risk", EmpiricalRisk)
-    if preconditioner is not None:
-        require_kind(preconditioner, "preconditioner", Preconditioner)
     chosen = None if only is None else named(only)
     wanted = [one for one in STATEMENTS if chosen is None or one.source in chosen]
     risk.require_loss_of_outputs("what the theory speaks of")

@@ -14,7 +14,7 @@ from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.network.names import clean_name
 from bnp_analysis.network.snapshot import unwrap
-from bnp_analysis.runtime.kinds import gated, require_kind
+from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.random import generator, normal
 from bnp_analysis.training.bnp import BNP
 from bnp_analysis.training.bnp.layers import trainable_space
@@ -80,8 +80,6 @@ class SGLD(Optimizer):
     ) -> None:
         _require_number("lr", lr, positive=True)
         _require_number("temperature", temperature, positive=False)
-        if preconditioner is not None:
-            require_kind(preconditioner, "preconditioner", Preconditioner, BNP)
         self._generator = generator(seed)
         self.preconditioner = preconditioner
         super().__init__(_given(params), {"lr": lr, "temperature": temperature})

@@ -21,7 +21,7 @@ from bnp_analysis.network import EmpiricalRisk
 from bnp_analysis.network.snapshot import unwrap
 from bnp_analysis.precondition import bnp_preconditioner, optimizer_preconditioner
 from bnp_analysis.results import Result
-from bnp_analysis.runtime.kinds import gated, require_kind, require_loss
+from bnp_analysis.runtime.kinds import gated, require_loss
 from bnp_analysis.training.steps import kept_modes
 
 Floats = NDArray[np.float64]
@@ -81,9 +81,9 @@ class Sharpness(Result):
 class SharpnessTracker:
     """The `k` largest eigenvalues of `P^T H P` every few steps of a training loop, and where stability ends.
 
-    Each search begins with the gradient and the eigenvectors of the last one, carried on along the line through the
-    last two where that was nearer the time before: it takes a fraction of the products of a search from nothing. When
-    the smallest tracked value comes near the threshold, one more is tracked.
+    Each search begins with the eigenvectors of the last one, carried on along the line through the last two where that
+    was nearer the time before: it takes a fraction of the products of a search from nothing. When the smallest tracked
+    value comes near the threshold, one more is tracked.
     Coupled weight decay `c` belongs to what is minimized: `H + c I` is measured then.
 
     Args:
@@ -146,9 +146,7 @@ class SharpnessTracker:
         output: Callable[[Any], Tensor] | None = None,
         seed: int = 0,
     ) -> None:
-        require_kind(model, "model", nn.Module)
         require_loss(loss)
-        require_kind(optimizer, "optimizer", torch.optim.Optimizer)
         if min(k, every, most, max_matvecs) < 1 or not 0 < tol < 1 or not grow > 0:
             raise InvalidInputError(
                 f"k={k}, every={every}, most={most}, max_matvecs={max_matvecs} and grow={grow} must be positive, and "
@@ -217,11 +215,7 @@ class SharpnessTracker:
         k = min(self.k, A.dim)
         start: Tensor | str = "auto"
         if self._vectors is not None:
-            proposed = B.start
-            columns = [(self._ahead() if self._goes_on else self._vectors).to(B.device, B.dtype)]
-            if proposed is not None and float(proposed.norm()) > 0:
-                columns.append(proposed.unsqueeze(1) / proposed.norm())
-            start = torch.cat(columns, dim=1)[:, : A.dim]
+            start = (self._ahead() if self._goes_on else self._vectors).to(B.device, B.dtype)
         found = eigenpairs(
             B,
             k,

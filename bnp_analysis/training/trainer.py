@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.network.snapshot import unwrap
 from bnp_analysis.runtime.files import reading, sole_writer
-from bnp_analysis.runtime.kinds import gated, require_kind, require_loss
+from bnp_analysis.runtime.kinds import gated, require_loss
 from bnp_analysis.runtime.progress import Progress, Update, reporting
 from bnp_analysis.runtime.random import random_state
 from bnp_analysis.runtime.stopping import stop_requests
@@ -113,11 +113,7 @@ def train(
             f"epochs={epochs} >= 0, schedule_by={schedule_by!r} in ('epoch', 'step') and "
             f"checkpoint_every={checkpoint_every} >= 1 must hold"
         )
-    require_kind(model, "model", nn.Module)
     require_loss(loss)
-    require_kind(optimizer, "optimizer", torch.optim.Optimizer)
-    if preconditioner is not None:
-        require_kind(preconditioner, "preconditioner", StepsGradients)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     source = as_batches(loader, batch_size, seed, device)
     others = {"optimizer": optimizer, "scheduler": scheduler, "preconditioner": preconditioner}
@@ -186,7 +182,6 @@ def fit(
         >>> losses[-1] < losses[0]
         True
     """
-    require_kind(model, "model", nn.Module)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
     run = train(model, loss, data, optimizer, epochs=epochs, batch_size=batch_size, seed=seed, progress=progress)
     if run.stopped == DIVERGED:

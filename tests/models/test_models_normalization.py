@@ -100,7 +100,7 @@ def test_batch_norm_of_the_input_normalizes_each_feature_or_channel(name: str) -
 
 @pytest.mark.parametrize("spatial", [False, True])
 def test_layer_norm_normalizes_each_example(spatial: bool) -> None:
-    module = Normalization("layer").after(8, spatial=spatial)
+    module = Normalization("layer").at_place("preactivation", 8, spatial=spatial)
     assert module is not None
     x = torch.rand((5, 8, 3, 3) if spatial else (5, 8), generator=torch.Generator().manual_seed(0))
     x = x + torch.arange(8.0).view(8, 1, 1) if spatial else x
@@ -145,7 +145,7 @@ def test_norms_share_the_number_of_their_layer() -> None:
     ("channels", "groups"), [(64, 8), (32, 8), (16, 4), (10, 2), (12, 2), (8, 2), (6, 1), (3, 1), (1, 1)]
 )
 def test_fitting_groups_divide_and_are_not_tiny(channels: int, groups: int) -> None:
-    module = Normalization("group").after(channels, spatial=True)
+    module = Normalization("group").at_place("preactivation", channels, spatial=True)
     assert isinstance(module, nn.GroupNorm)
     assert module.num_groups == groups
 

@@ -308,6 +308,11 @@ def test_our_own_models_too(name: str) -> None:
 )
 def test_targets_and_weights_in_float32_are_data(loss: Callable[[Tensor, Any], Tensor]) -> None:
     targets = torch.rand(20, 3, generator=torch.Generator().manual_seed(2))
+    outputs = torch.zeros(20, 3, dtype=DOUBLE, requires_grad=True)
+    try:
+        loss(outputs, targets).backward()
+    except RuntimeError as error:  # torch 2.9 has no derivative of its mean squared error in two precisions
+        pytest.skip(str(error))
     risk = bnp.EmpiricalRisk(nn.Linear(6, 3), loss, (numbers(20, 6), targets), dtype=DOUBLE)
     assert str(risk.precision) == "float64"
 

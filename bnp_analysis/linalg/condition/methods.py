@@ -17,7 +17,7 @@ from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.scale import exponent, scaled
 from bnp_analysis.linalg.spectra.null import DeclaredNull
 from bnp_analysis.results import Result
-from bnp_analysis.runtime.kinds import gated, require_kind
+from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.memory import available_memory
 from bnp_analysis.runtime.progress import Progress
 
@@ -261,7 +261,6 @@ def methods(A: SymmetricOperator, steps: int = LANCZOS_STEPS) -> list[Route]:
         >>> [route.method for route in bnp.linalg.routes(bnp.DenseOperator(torch.eye(3))) if route.applies]
         ['dense', 'inertia', 'inverse-lanczos', 'lanczos']
     """
-    require_kind(A, "A", SymmetricOperator)
     free = available_memory(A.device)
     prices = [(method, method.price(A, steps)) for method in registered()]
     return [

@@ -153,7 +153,6 @@ def regularized_condition_number(
         >>> print(bnp.linalg.regularized_condition_number(A, 0.5))
         kappa(A + 0.5 I) = 7 (7 .. 7), dense float64, rank 3 of 3
     """
-    require_kind(A, "A", SymmetricOperator)
     if not (delta > 0 and math.isfinite(delta)):
         raise InvalidInputError(f"delta must be positive and finite, got {delta}; for delta = 0 use condition_number")
     B = Shifted(A if preconditioner is None else congruence(A, preconditioner), delta)

@@ -18,7 +18,7 @@ from bnp_analysis.linalg.matrices import Columns
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.linalg.scale import comfortable, exponent, in_floats, require_resolution, scaled
 from bnp_analysis.runtime.files import saved_run
-from bnp_analysis.runtime.kinds import gated, require_kind
+from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.memory import require_memory
 from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.runtime.random import generator
@@ -114,7 +114,6 @@ def golub_kahan(
         >>> run.singular_values().round(12).tolist(), run.stop
         ([3.0, 2.0], 'exhausted')
     """
-    require_kind(F, "F", LinearOperator)
     rank = 0 if null is None else null.shape[1]
     limit = min(int(steps), F.shape[1] - rank)
     if limit < 1 or F.shape[0] < 1:

@@ -24,7 +24,7 @@ from bnp_analysis.linalg.matrices import Columns, LocalColumns
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.scale import comfortable, exponent, in_floats, require_resolution, scaled, times_power
 from bnp_analysis.runtime.files import saved_run
-from bnp_analysis.runtime.kinds import gated, require_kind
+from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.memory import require_memory
 from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.runtime.random import generator, normal
@@ -147,7 +147,6 @@ def lanczos(
         >>> [round(float(v), 4) for v in run.ritz()[0]]
         [1.0, 2.0, 3.0]
     """
-    require_kind(A, "A", SymmetricOperator)
     rank = 0 if null is None else null.shape[1]
     limit = min(int(steps), A.dim - rank)
     given, A = A, scaled(A)

@@ -15,7 +15,7 @@ from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.precondition.bnp import BNPPreconditioner, bnp_preconditioner
-from bnp_analysis.runtime.kinds import gated, require_kind
+from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.symmetry import Cause
 from bnp_analysis.theory.check import Check, Source
@@ -44,7 +44,6 @@ from bnp_analysis.theory.rates.limit_point import (
     balanced,
     find_minimizer,
     given_or_identity,
-    gradient_floor,
     measure,
     off_the_minimizers,
     remainder,
@@ -139,9 +138,8 @@ class Study:
         self._require("minimizer attained", found.attained, found.reason)
         here, size = self.risk.at(found.theta), self.options.perturbation
         for _ in range(4):
-            P = self._preconditioner(here)
-            spectrum, prediction = self._measure(here, P)
-            seen, size = self._run(here, P, spectrum, prediction, size, update)
+            spectrum, prediction = self._measure(here)
+            seen, size = self._run(spectrum, prediction, size, update)
             if seen.stop == DIVERGED:
                 size /= 30
                 continue
@@ -202,13 +200,13 @@ class Study:
         return P
 
     def _spectrum(self, here: EmpiricalRisk, P: Preconditioner, *, null: bool = True) -> Spectrum:
-        s = measure(here, P, null=null)
+        s = measure(here, P, null=null, seed=self.seed)
         self.known["matvecs"] += s.products
         return s
 
-    def _measure(self, here: EmpiricalRisk, P: Preconditioner) -> tuple[Spectrum, Prediction]:
+    def _measure(self, here: EmpiricalRisk) -> tuple[Spectrum, Prediction]:
         """Spectrum, hypotheses about it, prediction."""
-        s = self._spectrum(here, P)
+        s = self._spectrum(here, self._preconditioner(here))
         if len(s.values):
             self.known |= {
                 "kappa": s.kappa,
@@ -224,8 +222,7 @@ class Study:
             "saddle, from which the iteration would leave",
         )
         self._require("Hessian not zero", len(s.values) > 0, "the Hessian at the limit point is zero to rounding")
-        floor = gradient_floor(here, P, seed=self.seed)
-        singular = undetermined(here, P, s, floor)
+        singular = undetermined(s)
         self._require(
             "eigenvalues resolved",
             s.unresolved == 0,
@@ -234,18 +231,14 @@ class Study:
             f"1000 times the noise {s.noise:.1g} of the computed Hessian",
         )
         doubtful = s.unexplained or any(cause in s.sources for cause in _AT_A_POINT)
-        why = singular or (off_the_minimizers(here, P, s, floor) if doubtful else "")
+        why = singular or (off_the_minimizers(s) if doubtful else "")
         self._require(
             "null space tangent to the minimizers",
             not why,
             f"{why}: a singular minimizer (redundant units?), where convergence is sublinear",
         )
         p = predict(s, self.method, self.step, self.options.momentum)
-        self.known |= {
-            "step": p.step,
-            "momentum": p.momentum,
-            "factor": p.factor,
-        }
+        self.known |= {"step": p.step, "momentum": p.momentum, "factor": p.factor}
         if s.null_dim:
             self.known["without_deflation"] = undeflated(s, self.method)
         self._require(
@@ -261,34 +254,26 @@ class Study:
         )
         return s, p
 
-    def _iteration(self, here: EmpiricalRisk, P: Preconditioner, p: Prediction) -> Iteration:
+    def _iteration(self, s: Spectrum, p: Prediction) -> Iteration:
         if self.method == "bnp":
-            assert isinstance(P, BNPPreconditioner)
-            return RunningBNP(here, P, p.step, self.options.rho)
-        return HeavyBallIteration(here, P, p.step, p.momentum)
+            assert isinstance(s.P, BNPPreconditioner)
+            return RunningBNP(s.risk, s.P, p.step, self.options.rho)
+        return HeavyBallIteration(s.risk, s.P, p.step, p.momentum)
 
-    def _run(
-        self,
-        here: EmpiricalRisk,
-        P: Preconditioner,
-        s: Spectrum,
-        p: Prediction,
-        size: float,
-        update: Callable[[int], None],
-    ) -> tuple[Trace, float]:
-        iteration, known = self._iteration(here, P, p), self.known
-        floor = gradient_floor(here, P, seed=self.seed)
-        below = 10 * floor * max(1.0, math.sqrt(s.kappa))
-        length = float(P.solve(here.theta).norm()) or 1.0  # 1 at the origin
-        smooth = self._smooth(here, P, s, length / s.kappa, size, floor, below)
+    def _run(self, s: Spectrum, p: Prediction, size: float, update: Callable[[int], None]) -> tuple[Trace, float]:
+        iteration, known, theta = self._iteration(s, p), self.known, s.risk.theta
+        below = 10 * s.floor * max(1.0, math.sqrt(s.kappa))
+        length = float(s.P.solve(theta).norm()) or 1.0  # 1 at the origin
+        smooth = self._smooth(s, length / s.kappa, size, below)
         left = self.options.max_iterations - known["iterations"]
-        self._require_time(iteration, iteration.at_rest(here.theta), p, left)
+        self._require_time(iteration, iteration.at_rest(theta), p, left)
         if smooth is None:
             self._refuse(
-                f"the rounding floor of the gradient ({floor:.2g}) leaves no digits for a run: kappa* is {s.kappa:.3g}"
+                f"the rounding floor of the gradient ({s.floor:.2g}) leaves no digits for a run: kappa* is "
+                f"{s.kappa:.3g}"
             )
         z, part = balanced(s, torch.Generator().manual_seed(self.seed)), smooth / s.kappa
-        start = perturbed(iteration, here.theta, length * part * z, min(part, _STATISTICS), self.seed)
+        start = perturbed(iteration, theta, length * part * z, min(part, _STATISTICS), self.seed)
         seen = observe(
             iteration,
             start,
@@ -306,21 +291,19 @@ class Study:
         known["losses"] = torch.tensor(seen.losses, dtype=torch.float64).reshape(-1, 2)
         return seen, smooth
 
-    def _smooth(
-        self, here: EmpiricalRisk, P: Preconditioner, s: Spectrum, unit: float, size: float, floor: float, below: float
-    ) -> float | None:
+    def _smooth(self, s: Spectrum, unit: float, size: float, below: float) -> float | None:
         """The largest perturbation, from `size` down, with a nearly linear gradient; None if rounding hides all."""
         found = None
         # Equal gradients in all modes: |grad| is about lambda_min sqrt(rank) |z|.
         while s.smallest * math.sqrt(len(s.values)) * size * unit > 50 * below:
-            found = remainder(here, P, s, size * unit, floor)
+            found = remainder(s, size * unit)
             if found.nonlinear <= _NONLINEAR and found.kink <= KINK:
                 self.known["hypotheses"]["smooth neighbourhood"] = True
                 self.known["details"]["nonlinearity at the start"] = found.nonlinear
                 return size
             size /= 10
         if found is not None:
-            self._require("smooth neighbourhood", False, roughness(here, found.kink, found.nonlinear))
+            self._require("smooth neighbourhood", False, roughness(s.risk, found.kink, found.nonlinear))
         return None
 
     def _require_time(self, iteration: Iteration, start: State, p: Prediction, iterations: int) -> None:
@@ -469,13 +452,10 @@ def check_convergence_rate(
         >>> check.holds, round(check.kappa, 6), round(check.factor, 6)
         (True, 4.0, 0.6)
     """
-    require_kind(risk, "risk", EmpiricalRisk)
     if method not in METHODS:
         raise InvalidInputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if not (step == "optimal" or (isinstance(step, float | int) and 0 < step < math.inf)):
         raise InvalidInputError(f"step must be 'optimal' or a positive number, got {step!r}")
-    if preconditioner is not None:
-        require_kind(preconditioner, "preconditioner", Preconditioner)
     if preconditioner is not None and preconditioner.dim != risk.space.dim:
         raise InvalidInputError(
             f"the preconditioner acts on {preconditioner.dim} parameters, the risk has {risk.space.dim}; build it from "

@@ -335,39 +335,24 @@ def expected_bias(eigenvalues: Values, step: float, momentum: float, *, first: i
         >>> expected_bias([4.0, 1.0], 0.4, 0.0, first=50, last=100) < 1e-6
         True
     """
-    values = positive(eigenvalues)
-    beta = check_momentum(momentum)
+    values, beta = positive(eigenvalues), check_momentum(momentum)
     k = np.unique(np.linspace(first, last - 1, _SAMPLES).astype(np.int64))
-    shift, trace = _log_norms(values, step, beta, k)
+    # (e_(k+1), e_k) = M (e_k, e_(k-1)) for every mode, over the asymptotic factor r; started at rest, e_(-1) = e_0.
+    M = np.zeros((len(values), 2, 2))
+    M[:, 0, 0], M[:, 0, 1], M[:, 1, 0] = 1 + beta - step * values, -beta, 1
+    r = heavy_ball_factor(values, step, beta)
+    if r == 0:
+        return 0.0
+    gaps = np.diff(k, prepend=0)
+    powers = {int(gap): np.linalg.matrix_power(M / r, int(gap)) for gap in set(gaps)}
+    e, norms = np.ones((len(values), 2, 1)), []
+    for gap in gaps:
+        e = powers[int(gap)] @ e
+        norms.append(np.linalg.norm(e[:, 0]))
+    trace = np.log(np.maximum(norms, np.finfo(np.float64).tiny))
     slope = _slope(k.astype(np.float64), trace - power * np.log(np.maximum(k, 1)))
-    # `shift` is the log of the asymptotic factor, which was divided out of the trace.
+    shift = math.log(r)
     return abs(shift / (shift + slope) - 1) if shift + slope < 0 else math.inf
-
-
-def _log_norms(
-    values: npt.NDArray[np.float64], step: float, beta: float, k: npt.NDArray[np.int64]
-) -> tuple[float, npt.NDArray[np.float64]]:
-    """`log r`, and `log(|g_k| / r^k)` on the quadratic, at some iterations."""
-    steps = k[:, None].astype(np.float64)
-    if beta == 0:
-        modes = np.abs(1 - step * values)
-        r = float(modes.max())
-        sizes = (modes / r) ** steps if r > 0 else np.zeros((len(k), len(values)))
-    else:
-        half = (1 + beta - step * values) / 2
-        root = np.sqrt((half**2 - beta).astype(np.complex128))
-        plus, minus = half + root, half - root
-        r = float(np.maximum(np.abs(plus), np.abs(minus)).max())
-        plus, minus = plus / r, minus / r
-        first = (1 - step * values) / r  # started at rest: e_(-1) = e_0
-        double = np.abs(plus - minus) < 1e-7
-        gap = np.where(double, 1, plus - minus)
-        share = (first - minus) / gap
-        mean = (plus + minus) / 2  # not 0: the product of the roots is beta
-        repeated = mean**steps * (1 + steps * (first / np.where(double, mean, 1) - 1))
-        sizes = np.abs(np.where(double, repeated, share * plus**steps + (1 - share) * minus**steps))
-    trace = np.log(np.maximum(np.linalg.norm(sizes, axis=1), np.finfo(np.float64).tiny))
-    return (math.log(r) if r > 0 else -math.inf), trace
 
 
 def _slope(k: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> float:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -219,6 +220,8 @@ class Spectrum:
     """Eigenvalues and eigenvectors of `B = P^T Hess P` at a point, and which of them are zero.
 
     Attributes:
+        risk, P: the risk at the point, and the preconditioner in whose variables `z`, `theta = P z`, it is studied.
+        seed: of the perturbations that measure `floor`.
         values, vectors: the nonzero ones, ascending, `(r,)` and `(n, r)` in the variables `z`.
         null: `(n, n - r)`, orthonormal basis of the rest, in `z`.
         zeros: what was computed in place of the zero eigenvalues.
@@ -229,6 +232,9 @@ class Spectrum:
         products: Hessian products spent.
     """
 
+    risk: EmpiricalRisk
+    P: Preconditioner
+    seed: int
     values: Tensor
     vectors: Tensor
     null: Tensor
@@ -238,6 +244,11 @@ class Spectrum:
     unresolved: int
     sources: Mapping[str, int]
     products: int
+
+    @cached_property
+    def floor(self) -> float:
+        """What rounding alone makes of `|P^T grad|` here."""
+        return gradient_floor(self.risk, self.P, seed=self.seed)
 
     @property
     def null_dim(self) -> int:
@@ -261,7 +272,7 @@ class Spectrum:
         return self.largest / self.smallest
 
 
-def measure(risk: EmpiricalRisk, P: Preconditioner | None, *, null: bool = True) -> Spectrum:
+def measure(risk: EmpiricalRisk, P: Preconditioner | None, *, null: bool = True, seed: int = 0) -> Spectrum:
     """Diagonalize `P^T Hess P` at a risk's point.
 
     The backward error is measured where it can be: by the asymmetry of the computed Hessian and by what it does to
@@ -271,6 +282,7 @@ def measure(risk: EmpiricalRisk, P: Preconditioner | None, *, null: bool = True)
         risk: at the point, in float64.
         P: the preconditioner, None for the identity.
         null: whether to look for the causes of the null space.
+        seed: of the perturbations that measure the rounding of the gradient.
     """
     P, H = given_or_identity(risk, P), hessian(risk).to_dense()
     slack = float(both_sides(H - H.T, P).norm())
@@ -291,6 +303,9 @@ def measure(risk: EmpiricalRisk, P: Preconditioner | None, *, null: bool = True)
     between = ~zero & (size <= 1000 * noise)
     kept = values > 1000 * noise
     return Spectrum(
+        risk=risk,
+        P=P,
+        seed=seed,
         values=values[kept],
         vectors=vectors[:, kept],
         null=vectors[:, zero],
@@ -335,15 +350,13 @@ class Remainder:
     kink: float
 
 
-def remainder(
-    risk: EmpiricalRisk, P: Preconditioner | None, spectrum: Spectrum, size: float, floor: float
-) -> Remainder:
+def remainder(spectrum: Spectrum, size: float) -> Remainder:
     """Compare the gradient with its linear part at perturbations `z` of length `size` and a tenth of it.
 
     For a C^3 risk the remainder falls by 100 when `d` is divided by 10. At a kink, a pre-activation that is zero or
     changes sign within `d`, it falls by 10. Random `d` of both signs are tried.
     """
-    g, P = torch.Generator().manual_seed(0), given_or_identity(risk, P)
+    g, risk, P = torch.Generator().manual_seed(0), spectrum.risk, spectrum.P
     base, nonlinear, kink = risk.gradient, 0.0, 0.0
     for _ in range(6):
         z = size * balanced(spectrum, g)
@@ -356,11 +369,11 @@ def remainder(
                 rest.append((float((change - linear).norm()), float(linear.norm())))
             (coarse, first), (fine, second) = rest
             nonlinear = max(nonlinear, coarse / first)
-            kink = max(kink, (fine - 0.3 * coarse / first * second - 20 * floor) / second)
+            kink = max(kink, (fine - 0.3 * coarse / first * second - 20 * spectrum.floor) / second)
     return Remainder(nonlinear, kink)
 
 
-def off_the_minimizers(risk: EmpiricalRisk, P: Preconditioner | None, spectrum: Spectrum, floor: float) -> str:
+def off_the_minimizers(spectrum: Spectrum) -> str:
     """Whether the null space is tangent to a manifold of minimizers: empty if so, else what was seen.
 
     From a point a little along a random null direction, Newton steps on as many eigenvectors as the rank come back to
@@ -369,7 +382,7 @@ def off_the_minimizers(risk: EmpiricalRisk, P: Preconditioner | None, spectrum: 
     """
     if not spectrum.null_dim:
         return ""
-    g, chart = torch.Generator().manual_seed(1), given_or_identity(risk, P)
+    g, risk, chart = torch.Generator().manual_seed(1), spectrum.risk, spectrum.P
     seen, rank = "", len(spectrum.values)
 
     def by_size(there: EmpiricalRisk) -> tuple[Tensor, Tensor, Tensor]:
@@ -390,17 +403,17 @@ def off_the_minimizers(risk: EmpiricalRisk, P: Preconditioner | None, spectrum: 
             there = there.at(there.theta - chart.apply(top @ ((top.T @ z) / values[:rank])))
         left, _, z = by_size(there)
         rest, curvature = float(z.norm()), float(left[rank:].abs().max()) if len(left) > rank else 0.0
-        if rest <= 1e3 * floor and curvature <= 1000 * spectrum.noise:
+        if rest <= 1e3 * spectrum.floor and curvature <= 1000 * spectrum.noise:
             return ""
         seen = (
             f"{part:g} |theta| along the null space there is no minimizer of the same rank: after Newton steps |grad| "
-            f"is {rest:.2g} (rounding {floor:.2g}) and the largest eigenvalue that was zero is {curvature:.2g} "
-            f"(noise {spectrum.noise:.2g})"
+            f"is {rest:.2g} (rounding {spectrum.floor:.2g}) and the largest eigenvalue that was zero is "
+            f"{curvature:.2g} (noise {spectrum.noise:.2g})"
         )
     return seen
 
 
-def undetermined(risk: EmpiricalRisk, P: Preconditioner | None, spectrum: Spectrum, floor: float) -> str:
+def undetermined(spectrum: Spectrum) -> str:
     """Whether rounding leaves the smallest eigenvalue open, as on the way to a singular minimizer.
 
     There the risk grows like the fourth power, its curvature like the square of a distance, and the search stops where
@@ -412,8 +425,8 @@ def undetermined(risk: EmpiricalRisk, P: Preconditioner | None, spectrum: Spectr
     """
     if spectrum.kappa < 1e6:
         return ""
-    v = given_or_identity(risk, P).apply(spectrum.vectors[:, 0])
-    d = max(abs(float(v @ risk.gradient)), floor) / spectrum.smallest
+    risk, v = spectrum.risk, spectrum.P.apply(spectrum.vectors[:, 0])
+    d = max(abs(float(v @ risk.gradient)), spectrum.floor) / spectrum.smallest
     size = 1e-3 * float(risk.theta.norm() / v.norm())
     both = [float(v @ (hessian(risk.at(risk.theta + sign * size * v)) @ v)) for sign in (1, -1)]
     full = sum(both) / 2

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,8 +18,10 @@ from bnp_analysis.precondition import bnp_preconditioner
 from bnp_analysis.theory.check import Check, Source
 from bnp_analysis.theory.statements.reference import (
     block_of,
+    decided_rank,
     extended,
     first_examples,
+    kappa_of_rank,
     of_group,
     own_moments,
     rewritten,
@@ -249,8 +252,8 @@ def _random_curvature(g: torch.Generator) -> Iterator[Check]:
                 left, right = (torch.randn(n, rank, generator=g, dtype=torch.float64) for n in (rows, columns))
                 root = torch.randn(rows, rows, generator=g, dtype=torch.float64)[: rows - short]
                 H = left @ right.T
-                found = _kappa_of_rank(root @ H, min(rank, len(root)))
-                ratios.append(found**2 / (_kappa_of_rank(H, rank) * _kappa_of_rank(root, len(root))) ** 2)
+                found = kappa_of_rank(root @ H, min(rank, len(root)))
+                ratios.append(found**2 / (kappa_of_rank(H, rank) * kappa_of_rank(root, len(root))) ** 2)
         words = f"{_THROUGH} [the largest ratio of {len(ratios)} random cases: {what}]"
         yield at_most(words, max(ratios), 1.0, tolerance=1e-6, given=(what,))
     e = 1e-3
@@ -258,16 +261,11 @@ def _random_curvature(g: torch.Generator) -> Iterator[Check]:
     yield at_least(
         "for singular S without full row rank of H^ it fails, without bound [S = diag(1, 1, 0), rows (1, 0), (1, e), "
         "(0, 1)]",
-        _kappa_of_rank(H[:2], 2) ** 2,
-        1e3 * _kappa_of_rank(H, 2) ** 2,
+        kappa_of_rank(H[:2], 2) ** 2,
+        1e3 * kappa_of_rank(H, 2) ** 2,
         hypotheses={"S is singular": True, "H^ has full row rank": False},
         details={"e": e, "kappa*(S)": 1.0},
     )
-
-
-def _kappa_of_rank(matrix: Tensor, rank: int) -> float:
-    values = torch.linalg.svdvals(matrix)
-    return float(values[0] / values[rank - 1])
 
 
 def _units(problem: Problem, layer: Layer) -> list[tuple[int, Tensor, float]]:
@@ -318,11 +316,8 @@ def _sharp(problem: Problem, layer: Layer) -> Iterator[Check]:
     triangle = torch.linalg.qr(inputs.centered, mode="r")[1] if inputs.m < inputs.R else inputs.centered
     unit = triangle / inputs.sigma
     values = torch.linalg.svdvals(unit)
-    rank = int((values > max(inputs.R, inputs.m) * torch.finfo(values.dtype).eps * values[0] * 100).sum())
-    if rank < len(values) and values[rank - 1] < _GAP * values[rank]:
-        raise NotApplicable(
-            f"the rank of H_c is not decided: singular values {values[rank - 1]:.2g}, {values[rank]:.2g}"
-        )
+    floor = max(inputs.R, inputs.m) * torch.finfo(values.dtype).eps * float(values[0]) * 100
+    rank = decided_rank(values, floor, _GAP, "of H_c ")
     best = _best_scaling(unit, rank, problem.random(7))
     yield at_most(
         _SHARP,
@@ -337,10 +332,10 @@ def _sharp(problem: Problem, layer: Layer) -> Iterator[Check]:
 def _best_scaling(unit: Tensor, rank: int, g: torch.Generator) -> float:
     """The smallest `kappa*` over scalings that a random search finds; the bound holds for every one."""
     logs = torch.zeros(unit.shape[1], dtype=unit.dtype)
-    best, step = _kappa_of_rank(unit, rank), 0.5
+    best, step = kappa_of_rank(unit, rank), 0.5
     for k in range(_SEARCH):
         trial = logs + step * torch.randn(len(logs), generator=g, dtype=logs.dtype)
-        value = _kappa_of_rank(unit * trial.exp(), rank)
+        value = kappa_of_rank(unit * trial.exp(), rank)
         if value < best:
             best, logs = value, trial
         elif k % 5 == 4:
@@ -481,13 +476,10 @@ def _sparse_mean(n: int, g: torch.Generator) -> float:
 
 def largest_row(n: int, rows: int) -> float:
     """`E max_i |g_i|^2 / n` of the sparse law, exactly: `|g_i|^2/n^2` is binomial, `E max = sum_k P(max > k)`."""
-    p, below, total = n**-2.0, 0.0, 0.0
-    at: float = (1 - p) ** n
-    for k in range(n):
-        below += at
-        total += -math.expm1(rows * math.log(min(below, 1.0)))
-        at *= (n - k) / (k + 1) * p / (1 - p)
-    return total * n
+    from scipy.stats import binom  # here, since it takes longer to import than all else together
+
+    below = np.minimum(binom.cdf(np.arange(n), n, n**-2.0), 1.0)
+    return n * float(-np.expm1(rows * np.log(below)).sum())
 
 
 @statement(Source.ONE_EXAMPLE, _DENSE)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import operator
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bnp_analysis.curvature import hessian
 from bnp_analysis.linalg import congruence
@@ -212,63 +210,36 @@ def _without_bias(problem: Problem, layer: Layer) -> Iterator[Check]:
     yield equals("its q^2 = max(m/R, 1) + sum_j mu_j^2 / rms_j^2", diagonal.q**2, expected, tolerance=1e-9)
 
 
-class Counted:
-    """A number that counts the additions, multiplications, divisions, comparisons and roots made with it.
+class Counting(TorchFunctionMode):
+    """Counts the additions, multiplications, divisions, comparisons and roots of tensors meanwhile, entry by entry."""
 
-    NumPy's arrays of objects do their arithmetic entry by entry, so that formulas over whole arrays are counted.
-    """
+    operations = 0
 
-    def __init__(self, value: float, book: Counter[str]) -> None:
-        self.value, self.book = value, book
-
-    def _do(self, made: Callable[[float, float], Any], other: Counted | float) -> Counted:
-        self.book["operations"] += 1
-        return Counted(made(self.value, other.value if isinstance(other, Counted) else other), self.book)
-
-    def __add__(self, other: Counted | float) -> Counted:
-        return self._do(operator.add, other)
-
-    def __sub__(self, other: Counted | float) -> Counted:
-        return self._do(operator.sub, other)
-
-    def __mul__(self, other: Counted | float) -> Counted:
-        return self._do(operator.mul, other)
-
-    def __truediv__(self, other: Counted | float) -> Counted:
-        return self._do(operator.truediv, other)
-
-    def __gt__(self, other: Counted) -> bool:
-        return bool(self._do(operator.gt, other).value)
-
-    def __pow__(self, power: float) -> Counted:
-        return self._do(operator.pow, power)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        name = func.__name__.strip("_")
+        if name in ("add", "sub", "mul", "div", "truediv", "pow"):
+            self.operations += made.numel()
+        elif name in ("sum", "amax"):
+            self.operations += args[0].numel() - made.numel()
+        return made
 
 
-def counted(book: Counter[str], values: Tensor) -> Any:
-    """An array of numbers that count in a book."""
-    return np.frompyfunc(lambda value: Counted(float(value), book), 1, 1)(values.numpy())
-
-
-def values_of(*arrays: Any) -> Tensor:
-    """The values of counted numbers, one array after the other."""
-    return torch.cat([torch.tensor([one.value for one in a.flat], dtype=torch.float64) for a in arrays])
-
-
-def _statistics(H: Any, mu: Any, var: Any) -> tuple[Any, Any]:
+def _statistics(H: Tensor, mu: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
     """The differences from the mean of the batch, and its variance; running statistics are changed in place."""
-    mean = H.sum(axis=0) / len(H)
+    mean = H.sum(dim=0) / len(H)
     apart = H - mean
-    variance = (apart * apart).sum(axis=0) / len(H)
+    variance = (apart * apart).sum(dim=0) / len(H)
     mu[:] = mu * _RHO + mean * (1 - _RHO)
     var[:] = var * _RHO + variance * (1 - _RHO)
     return apart, variance
 
 
-def algorithm_2(H: Any, Gw: Any, Gb: Any, mu: Any, var: Any, q2: float) -> tuple[Any, Any]:
-    """One dense step of Algorithm 2 in scalars, with running statistics `mu`, `var` (changed in place).
+def algorithm_2(H: Tensor, Gw: Tensor, Gb: Tensor, mu: Tensor, var: Tensor, q2: float) -> tuple[Tensor, Tensor]:
+    """One dense step of Algorithm 2, written out, with running statistics `mu`, `var` (changed in place).
 
     Args:
-        H: the inputs, `(N, n)`, counted numbers as everything here.
+        H: the inputs, `(N, n)`.
         Gw, Gb: the gradients, `(n_out, n)` and `(n_out,)`.
         mu, var: running mean and variance, `(n,)`.
         q2: `q^2`.
@@ -279,17 +250,17 @@ def algorithm_2(H: Any, Gw: Any, Gb: Any, mu: Any, var: Any, q2: float) -> tuple
     Source: Lange, Helfrich and Ye 2022, Algorithm 2 (p. 11).
     """
     _statistics(H, mu, var)
-    s2 = var + (max(var) * _EPS1 + _EPS2)
+    s2 = var + (var.amax() * _EPS1 + _EPS2)
     new = (Gw - mu * Gb[:, None]) / s2 / q2
-    return new, Gb / q2 - (new * mu).sum(axis=1)
+    return new, Gb / q2 - (new * mu).sum(dim=1)
 
 
-def batch_norm(H: Any, dY: Any, gain: Any, offset: Any, mu: Any, var: Any) -> tuple[Any, Any]:
-    """Forward and backward pass of batch normalization in scalars, with running statistics: its outputs and `dH`."""
+def batch_norm(H: Tensor, dY: Tensor, gain: Tensor, offset: Tensor, mu: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Forward and backward pass of batch normalization, written out, with running statistics: its outputs and `dH`."""
     apart, variance = _statistics(H, mu, var)
     sigma = (variance + _EPS2) ** 0.5
     hat = apart / sigma
-    d_offset, d_gain = dY.sum(axis=0), (dY * hat).sum(axis=0)
+    d_offset, d_gain = dY.sum(dim=0), (dY * hat).sum(dim=0)
     dH = (dY - d_offset / len(H) - hat * (d_gain / len(H))) * (gain / sigma)
     return hat * gain + offset, dH
 
@@ -307,17 +278,18 @@ def check_cost(problem: Problem) -> Iterator[Check]:
         shapes: Sequence[tuple[int, ...]] = ((N, n), (N, n), (n_out, n), (n_out,), *[(n,)] * 4)
         drawn = [torch.randn(*shape, generator=g, dtype=torch.float64) for shape in shapes]
         drawn[5] = drawn[5] ** 2
-        book: Counter[str] = Counter()
-        H, dY, Gw, Gb, mu, var, gain, offset = (counted(book, values) for values in drawn)
+        H, dY, Gw, Gb, mu, var, gain, offset = drawn
         q2 = max(n / N, 1.0)
-        made = values_of(*algorithm_2(H, Gw, Gb, mu, var, q2))
-        steps.append((book.pop("operations"), formula(n, n_out, N), n_out))
-        mean, s2 = values_of(mu), values_of(var)
-        block = BNPBlock(mean[None], (s2 + _EPS1 * s2.max() + _EPS2)[None], q2**0.5, units=n_out, bias=True)
+        with Counting() as step:
+            new = algorithm_2(H, Gw, Gb, mu, var, q2)
+        steps.append((step.operations, formula(n, n_out, N), n_out))
+        block = BNPBlock(mu[None], (var + _EPS1 * var.max() + _EPS2)[None], q2**0.5, units=n_out, bias=True)
+        expected = block.direction(torch.cat([Gw.flatten(), Gb]))
         words = f"what is counted is the update [n = {n}, n_out = {n_out}, N = {N}]"
-        yield agreement(words, made, block.direction(values_of(Gw, Gb)), bound=1e-12)
-        batch_norm(H, dY, gain, offset, mu, var)
-        norms.append((book["operations"], 32 * n * N + 4 * n, n * N))
+        yield agreement(words, torch.cat([part.flatten() for part in new]), expected, bound=1e-12)
+        with Counting() as norm:
+            batch_norm(H, dY, gain, offset, mu, var)
+        norms.append((norm.operations, 32 * n * N + 4 * n, n * N))
     yield equals(
         f"{_PROP_6}; counted, n_out - 1 fewer [the largest difference at {len(_SIZES)} sizes]",
         float(max(abs(paper - count - (n_out - 1)) for count, paper, n_out in steps)),

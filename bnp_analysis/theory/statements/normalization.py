@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from bnp_analysis.network import EmpiricalRisk, Layer
 from bnp_analysis.network.batches import Batch, slice_batch
-from bnp_analysis.precondition import BlockDiagonal, bnp_preconditioner
+from bnp_analysis.precondition import BlockDiagonal, BNPBlock, bnp_preconditioner
+from bnp_analysis.precondition.base import layer_positions
 from bnp_analysis.runtime.trees import tensors_of
 from bnp_analysis.theory.check import Check, Source
 from bnp_analysis.theory.statements.reference import (
@@ -23,7 +24,6 @@ from bnp_analysis.theory.statements.reference import (
     channels,
     moments_of,
     own_moments,
-    per_unit,
     rewritten,
     zero_padded,
 )
@@ -67,42 +67,24 @@ class FixedNorm(nn.Module):
         return F.batch_norm(moved, self.mean, self.variance, training=False, eps=0.0).movedim(1, self._axis)
 
 
-class _Map:
-    """`z = P^-1 theta` and back for some layers, `q = 1`, written out: `w = z_w / sigma`, `b = z_b - w . mu`."""
-
-    def __init__(self, problem: Problem, layers: Iterable[Layer], known: Mapping[str, LayerMoments] = _NONE) -> None:
-        self._parts = []
-        place = problem.risk.space.slice_of
-        for layer in layers:
-            moments = known.get(layer.name) or own_moments(problem, layer)
-            mean, sigma = (per_unit(t, layer) for t in (moments.mean, _sigma(moments)))
-            self._parts.append((place(layer.weight), place(layer.bias or ""), layer.units, mean, sigma))
-
-    def to_z(self, theta: Tensor) -> Tensor:
-        z = theta.clone()
-        for weight, bias, units, mean, sigma in self._parts:
-            w = theta[weight].view(units, -1)
-            z[weight] = (w * sigma).reshape(-1)
-            z[bias] = theta[bias] + (w * mean).sum(dim=1)
-        return z
-
-    def from_z(self, z: Tensor) -> Tensor:
-        theta = z.clone()
-        for weight, bias, units, mean, sigma in self._parts:
-            w = z[weight].view(units, -1) / sigma
-            theta[weight] = w.reshape(-1)
-            theta[bias] = z[bias] - (w * mean).sum(dim=1)
-        return theta
+def _chart(problem: Problem, layers: Iterable[Layer], known: Mapping[str, LayerMoments] = _NONE) -> BlockDiagonal:
+    """`P` of `theta = P z` for some layers, `q = 1`: `w = z_w / sigma`, `b = z_b - w . mu`; the identity elsewhere."""
+    space, blocks = problem.risk.space, {}
+    for layer in layers:
+        moments = known.get(layer.name) or own_moments(problem, layer)
+        block = BNPBlock(moments.mean, _variance(moments), 1.0, units=layer.units, bias=True)
+        blocks[layer.name] = (layer_positions(layer, space), block)
+    return BlockDiagonal(space.dim, blocks, space.dtype, space.device)
 
 
-def _sigma(moments: LayerMoments) -> Tensor:
-    return torch.where(moments.constant, torch.ones_like(moments.variance), moments.variance).sqrt()
+def _variance(moments: LayerMoments) -> Tensor:
+    return torch.where(moments.constant, torch.ones_like(moments.variance), moments.variance)
 
 
 def _fixed(problem: Problem, layer: Layer) -> FixedNorm:
     moments = own_moments(problem, layer)
     shape = channels(layer), layer.patch
-    mean, variance = (t.reshape(shape)[:, 0].clone() for t in (moments.mean, _sigma(moments).square()))
+    mean, variance = (t.reshape(shape)[:, 0].clone() for t in (moments.mean, _variance(moments)))
     return FixedNorm(mean, variance, channel_axis(layer))
 
 
@@ -157,14 +139,14 @@ def _trajectories(problem: Problem, layers: list[Layer]) -> tuple[float, dict[st
     """How far gradient descent with BN in front of layers and BNP come apart, relative to the way they went."""
     risk = problem.risk
     with_bn = rewritten(risk, {layer.name: _front(_fixed(problem, layer)) for layer in layers})
-    chart, P = _Map(problem, layers), _only(risk, layers)
-    bn, bnp = with_bn.at(chart.to_z(risk.theta)), risk
+    chart, P = _chart(problem, layers), _only(risk, layers)
+    bn, bnp = with_bn.at(chart.solve(risk.theta)), risk
     alpha = _step_size(bn)
     for _ in range(_STEPS):
         bn = bn.at(bn.theta - alpha * bn.gradient)
         bnp = bnp.at(bnp.theta - alpha * P.direction(bnp.gradient))
     way = float((bnp.theta - risk.theta).norm())
-    gap = float((chart.from_z(bn.theta) - bnp.theta).norm())
+    gap = float((chart.apply(bn.theta) - bnp.theta).norm())
     details = {"steps": float(_STEPS), "alpha": alpha, "loss before": float(risk.value), "loss after": float(bnp.value)}
     details["outputs differ by"] = distance(bn.outputs, bnp.outputs)
     return (gap / way if way > 0 else gap), details
@@ -185,7 +167,7 @@ def _require_live(problem: Problem, layer: Layer) -> None:
 @per_layer(_OWN)
 def _own_gradient(problem: Problem, layer: Layer) -> Iterator[Check]:
     _require_live(problem, layer)
-    risk, z = problem.risk, _Map(problem, [layer]).to_z(problem.risk.theta)
+    risk, z = problem.risk, _chart(problem, [layer]).solve(problem.risk.theta)
     live = rewritten(risk, {layer.name: _front(LiveNorm(channel_axis(layer)))}).at(z)
     positions, P = bnp_preconditioner(risk, q=1.0).blocks[layer.name]
     yield agreement(
@@ -200,7 +182,7 @@ def _own_gradient(problem: Problem, layer: Layer) -> Iterator[Check]:
 @per_layer(_BELOW)
 def _below(problem: Problem, layer: Layer) -> Iterator[Check]:
     _require_live(problem, layer)
-    risk, z = problem.risk, _Map(problem, [layer]).to_z(problem.risk.theta)
+    risk, z = problem.risk, _chart(problem, [layer]).solve(problem.risk.theta)
     h, axis, norm = passing(risk, layer.name)[0][0], channel_axis(layer), _fixed(problem, layer)
 
     def gradients(norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -239,7 +221,7 @@ def check_one_step(problem: Problem) -> Iterator[Check]:
     batch, theta = next(iter(problem.risk.batches)), problem.risk.theta
     first = _Pair(problem, batch, names)
     z, after_bnp, alpha = first.start(theta)
-    after_bn = first.chart_at(z).from_z(first.bn_step(z, alpha))
+    after_bn = first.chart_at(z).apply(first.bn_step(z, alpha))
     way = float((after_bnp - theta).norm())
     rounding = 100 * torch.finfo(z.dtype).eps * float(z.norm()) / way if way else 0.0
     if rounding > 1e-3:
@@ -266,14 +248,14 @@ def _second_step(problem: Problem, batch: Batch, names: list[str]) -> Check:
     z, here, alpha = first.start(theta)
     z = first.bn_step(z, alpha)
     chart = second.chart_at(z)
-    moved = chart.from_z(z)
+    moved = chart.apply(z)
     length = float((here - theta).norm())
     weights = [problem.risk.space.indices(layer.weight) for layer in problem.layers if layer.name in names]
     if not bool((here - theta)[torch.cat(weights)].any()):
         return refused(_SECOND, "the step moves no weight: all units are dead, and BN changes nothing")
     return at_least(
         _SECOND,
-        distance(chart.from_z(second.bn_step(z, alpha)) - moved, second.bnp_step(here, alpha) - here),
+        distance(chart.apply(second.bn_step(z, alpha)) - moved, second.bnp_step(here, alpha) - here),
         1e-6,
         given=("two disjoint mini-batches",),
         details={"the change of mini-batch moves BN's network, in steps": float((moved - here).norm()) / length},
@@ -291,18 +273,18 @@ class _Pair:
 
     def start(self, theta: Tensor) -> tuple[Tensor, Tensor, float]:
         """The same point with BN, BNP's first step from it, and the step size of both."""
-        z = _Map(self.problem, self.layers).to_z(theta)
+        z = _chart(self.problem, self.layers).solve(theta)
         alpha = _step_size(self.with_bn.at(z))
         return z, self.bnp_step(theta, alpha), alpha
 
-    def chart_at(self, z: Tensor) -> _Map:
+    def chart_at(self, z: Tensor) -> BlockDiagonal:
         """Between `z` and the network below BN, by the statistics that BN has there."""
         there = self.with_bn.at(z)
         found = {}
         for one in self.layers:
             h = passing(there, f"{one.name}.0" if one.name else "0")[0][0]
             found[one.name] = moments_of(channel_values(one, h), one)
-        return _Map(self.problem, self.layers, found)
+        return _chart(self.problem, self.layers, found)
 
     def bn_step(self, z: Tensor, alpha: float) -> Tensor:
         return z - alpha * self.with_bn.at(z).gradient

@@ -20,7 +20,7 @@ from bnp_analysis.theory import problems
 from bnp_analysis.theory.check import Check, Source
 from bnp_analysis.theory.rates.convergence import ConvergenceCheck, check_convergence_rate, gain
 from bnp_analysis.theory.rates.formulas import best_step
-from bnp_analysis.theory.rates.limit_point import KINK, find_minimizer, gradient_floor, measure, remainder, roughness
+from bnp_analysis.theory.rates.limit_point import KINK, find_minimizer, measure, remainder, roughness
 from bnp_analysis.theory.statements.reference import rewritten
 from bnp_analysis.theory.statements.setting import (
     NotApplicable,
@@ -208,11 +208,11 @@ def every_step(problem: Problem, where: str) -> Iterator[Check]:
 def _every_step(problem: Problem, orbit: Orbit) -> Iterator[Check]:
     risk = problem.risk
     problem.require_size(risk.space.dim)
-    spectrum, floor = measure(risk, None), gradient_floor(risk)
+    spectrum = measure(risk, None)
     if not len(spectrum.values) or spectrum.negative:
         raise NotApplicable("the Hessian is zero, or has a negative eigenvalue: no minimizer")
-    if float(risk.gradient.norm()) > max(1e3 * floor, 1e-12 * spectrum.largest):
-        raise NotApplicable(f"no minimizer: |grad| {float(risk.gradient.norm()):.2g}, rounding {floor:.2g}")
+    if float(risk.gradient.norm()) > max(1e3 * spectrum.floor, 1e-12 * spectrum.largest):
+        raise NotApplicable(f"no minimizer: |grad| {float(risk.gradient.norm()):.2g}, rounding {spectrum.floor:.2g}")
     H = hessian(risk).to_dense()
     H = (H + H.T) / 2
     tangent, dimension = orbit.tangent(torch.zeros_like(orbit.exponents[0])), 0
@@ -233,7 +233,7 @@ def _every_step(problem: Problem, orbit: Orbit) -> Iterator[Check]:
             + "; ".join(f"{cause}: {count}" for cause, count in spectrum.sources.items())
         )
     radius = _RADIUS / spectrum.kappa * float(risk.theta.norm())
-    found = remainder(risk, None, spectrum, radius, floor)
+    found = remainder(spectrum, radius)
     if found.kink > KINK:
         raise NotApplicable(roughness(risk, found.kink, found.nonlinear))
     alpha, rank = best_step(spectrum.largest, spectrum.smallest), len(spectrum.values)

@@ -257,6 +257,39 @@ def singular(matrix: Tensor) -> ConditionNumber:
     return singular_condition_number(MatrixOperator(matrix, exact=False))
 
 
+def kappa_of_rank(matrix: Tensor, rank: int) -> float:
+    """The ratio of the largest singular value to that of a rank, infinite where this is zero."""
+    values = torch.linalg.svdvals(matrix)
+    return float(values[0] / values[rank - 1]) if float(values[rank - 1]) > 0 else math.inf
+
+
+def decided_rank(values: Tensor, floor: float, gap: float, what: str = "") -> int:
+    """The rank from descending singular values, where a gap decides it.
+
+    Args:
+        values: the first is not zero.
+        floor: values below it are rounding.
+        gap: between the last that counts and the first that does not.
+        what: whose rank, in words.
+
+    Raises:
+        NotApplicable: values on both sides of the rounding level are too close.
+    """
+    rank = int((values > floor).sum())
+    if rank < len(values) and float(values[rank - 1]) < gap * float(values[rank]):
+        raise NotApplicable(
+            f"the rank {what}is not decided: singular values go from {float(values[rank - 1]):.2g} to "
+            f"{float(values[rank]):.2g} around the rounding level {floor:.2g} without a gap"
+        )
+    return rank
+
+
+def singular_values(F: Tensor) -> Tensor:
+    """Of a factor, by its triangle where it has more rows than columns."""
+    values: Tensor = torch.linalg.svdvals(torch.linalg.qr(F, mode="r")[1] if F.shape[0] > F.shape[1] else F)
+    return values
+
+
 def block_of(P: object, layer: Layer) -> BNPBlock:
     """The part of a BNP preconditioner on a layer.
 

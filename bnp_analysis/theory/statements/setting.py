@@ -22,7 +22,9 @@ from bnp_analysis.network.parameters import Block
 from bnp_analysis.precondition import BNPPreconditioner, bnp_preconditioner
 from bnp_analysis.runtime.random import generator
 from bnp_analysis.runtime.trees import tensors_of
-from bnp_analysis.symmetry import NullDirections, null_directions
+from bnp_analysis.symmetry import NullDirections, elementwise, layers, null_directions
+from bnp_analysis.symmetry.operations import OPERATIONS
+from bnp_analysis.symmetry.recording import kind_of
 from bnp_analysis.theory.check import Check, Source
 
 # Parameters of a dense reference matrix, and numbers in the factor that it is made of.
@@ -35,18 +37,15 @@ _UNDAMPED = {
 
 # Where each of these is not differentiable; both sides are linear.
 _KINKS: dict[str, tuple[float, ...]] = {
-    **dict.fromkeys(("relu", "relu_", "leaky_relu", "leaky_relu_", "prelu", "abs"), (0.0,)),
-    **{"relu6": (0.0, 6.0), "hardtanh": (-1.0, 1.0), "hardtanh_": (-1.0, 1.0)},
+    **dict.fromkeys(("relu", "leaky_relu", "prelu", "abs"), (0.0,)),
+    **{"relu6": (0.0, 6.0), "hardtanh": (-1.0, 1.0)},
 }
-# Linear in each argument that carries activations, or choosing among them.
+# Linear in each argument that carries activations, or choosing among them; and what the table does not know.
 _LINEAR = {
-    "linear", "flatten", "view", "reshape", "contiguous", "clone", "to", "float", "double", "squeeze", "unsqueeze",
-    "unflatten", "permute", "transpose", "movedim", "mean", "sum", "add", "add_", "sub", "neg", "cat", "stack", "pad",
-    "expand", "chunk", "split", "unbind", "maximum", "minimum", "amax", "interpolate", "getitem", "dropout",
-    "__getitem__", "detach", "expand_as", "T", "mT",
-}  # fmt: skip
-_LINEAR_STARTS = ("conv", "max_pool", "avg_pool", "adaptive_", "_max_pool", "_adaptive_", "dropout", "__add", "__radd",
-                  "__sub", "__rsub", "__iadd")  # fmt: skip
+    *(layers.linear, layers.convolution, elementwise.summed, elementwise.negated, elementwise.reduced),
+    *(elementwise.pooled, elementwise.same, elementwise.moved, elementwise.padded, elementwise.chosen),
+}
+_ALSO_LINEAR = {"detach", "dropout", "maximum", "minimum"}
 
 
 class NotApplicable(Exception):
@@ -72,16 +71,17 @@ class Activations(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = str(getattr(func, "__name__", func)).strip()
+        name, kind = str(getattr(func, "__name__", func)).strip(), kind_of(func).strip("_")
         given = tensors_of(args[0]) if args else []
         # Counted before the call, which may write into its input.
-        self.on_kink += sum(int((given[0] == kink).sum()) for kink in _KINKS.get(name, ()) if given)
+        self.on_kink += sum(int((given[0] == kink).sum()) for kink in _KINKS.get(kind, ()) if given)
         result = func(*args, **kwargs)
-        live = name != "batch_norm" or bool(kwargs.get("training", args[5] if len(args) > 5 else False))
-        linear = not live or name in _LINEAR or name.startswith(_LINEAR_STARTS)
+        live = kind != "batch_norm" or bool(kwargs.get("training", args[5] if len(args) > 5 else False))
+        known = OPERATIONS[kind].effect if kind in OPERATIONS else None
+        linear = not live or known in _LINEAR or kind in _ALSO_LINEAR
         produced = tensors_of(result if isinstance(result, Tensor | tuple | list) else ())
         if not linear and any(t.is_floating_point() for t in produced):
-            book = self.kinked if name in _KINKS else self.smooth
+            book = self.kinked if kind in _KINKS else self.smooth
             book[name] = book.get(name, 0) + 1
         return result
 

@@ -23,6 +23,7 @@ from bnp_analysis.linalg.condition.certificates import kuczynski_wozniakowski
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.testing import random_orthogonal, spectrum
 from bnp_analysis.theory.check import Check, Source
+from bnp_analysis.theory.statements.reference import decided_rank, kappa_of_rank, singular_values
 from bnp_analysis.theory.statements.setting import (
     NotApplicable,
     Problem,
@@ -51,33 +52,6 @@ _CHANCE = 0.2
 _RANDOM_CASES = 20
 #: Singular values on both sides of a rank must be this far apart, or the rank of a block is not decided.
 _GAP = 100.0
-
-
-def decided_rank(values: Tensor, floor: float, gap: float, what: str = "") -> int:
-    """The rank from descending singular values, where a gap decides it.
-
-    Args:
-        values: the first is not zero.
-        floor: values below it are rounding.
-        gap: between the last that counts and the first that does not.
-        what: whose rank, in words.
-
-    Raises:
-        NotApplicable: values on both sides of the rounding level are too close.
-    """
-    rank = int((values > floor).sum())
-    if rank < len(values) and float(values[rank - 1]) < gap * float(values[rank]):
-        raise NotApplicable(
-            f"the rank {what}is not decided: singular values go from {float(values[rank - 1]):.2g} to "
-            f"{float(values[rank]):.2g} around the rounding level {floor:.2g} without a gap"
-        )
-    return rank
-
-
-def singular_values(F: Tensor) -> Tensor:
-    """Of a factor, by its triangle where it has more rows than columns."""
-    values: Tensor = torch.linalg.svdvals(torch.linalg.qr(F, mode="r")[1] if F.shape[0] > F.shape[1] else F)
-    return values
 
 
 @statement(Source.T13, _T13)
@@ -258,7 +232,7 @@ def whitened(
     matrices = {"I": torch.cat([u * s for u, s in parts], dim=1), **(scalings or {})}
     for k in range(tries):
         matrices[f"random {k}"] = torch.cat([u @ _near(u.shape[1], k, g) for u, _ in parts], dim=1)
-    tried = {name: _kappa(matrix, rank) for name, matrix in matrices.items()}
+    tried = {name: kappa_of_rank(matrix, rank) ** 2 for name, matrix in matrices.items()}
     name = min(tried, key=lambda key: tried[key])
     return Whitened(
         blocks=len(parts),
@@ -267,7 +241,7 @@ def whitened(
         top=float(white[0] ** 2),
         best=tried[name],
         best_name=name,
-        uneven=_kappa(uneven, rank),
+        uneven=kappa_of_rank(uneven, rank) ** 2,
         spread=max(c) / min(c),
         tried=tried,
     )
@@ -291,11 +265,6 @@ def _near(n: int, k: int, g: torch.Generator) -> Tensor:
     scale = torch.exp(torch.randn(1, generator=g, dtype=torch.float64))
     noise = torch.randn(n, n, generator=g, dtype=torch.float64) / math.sqrt(max(n, 1))
     return scale * (torch.eye(n, dtype=torch.float64) + (0.0, 0.05, 0.2, 0.5)[k % 4] * noise)
-
-
-def _kappa(matrix: Tensor, rank: int) -> float:
-    values = torch.linalg.svdvals(matrix)
-    return float((values[0] / values[rank - 1]) ** 2) if float(values[rank - 1]) > 0 else math.inf
 
 
 def random_case(seed: int) -> Whitened:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,15 +18,20 @@ from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.spectra.checks import norm_estimate
 from bnp_analysis.network import EmpiricalRisk, Layer
 from bnp_analysis.precondition import bnp_preconditioner
+from bnp_analysis.precondition.base import layer_positions
 from bnp_analysis.runtime.random import normal
 from bnp_analysis.symmetry import NullDirections
-from bnp_analysis.symmetry.candidates import Cause, Chart, Part
-from bnp_analysis.symmetry.elementwise import pooled, same
-from bnp_analysis.symmetry.graph import Graph, Node
+from bnp_analysis.symmetry.candidates import Candidate, Cause, Orbit, Part
 from bnp_analysis.symmetry.null_space import candidate_directions
-from bnp_analysis.symmetry.recording import record_graph
 from bnp_analysis.theory.check import Check, Source
-from bnp_analysis.theory.statements.reference import first_examples, rewritten
+from bnp_analysis.theory.statements.reference import (
+    decided_rank,
+    first_examples,
+    own_moments,
+    per_unit,
+    rewritten,
+    singular_values,
+)
 from bnp_analysis.theory.statements.setting import (
     NotApplicable,
     Problem,
@@ -37,7 +43,6 @@ from bnp_analysis.theory.statements.setting import (
     refused,
     statement,
 )
-from bnp_analysis.theory.statements.spectra import decided_rank, singular_values
 
 _T11 = "the null directions that symmetries and data explain are null, and at most the nullity"
 _COUNT = "explained null dimensions <= dense nullity of the Gauss-Newton matrix"
@@ -48,8 +53,6 @@ _KAPPA = "kappa* of the Gauss-Newton matrix along the orbit follows the law"
 _T10 = "with output scaling kappa* in BNP coordinates does not change along the orbit"
 # Singular values on both sides of the rank must be this far apart, or the nullity is not decided.
 _GAP = 30.0
-# Channels of a layer among which generators are chosen.
-_TRIED = 64
 # How far an eigenvalue may be uncertain, relative, for a first-order width to mean anything.
 _KNOWN = 0.1
 TIMES = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
@@ -105,215 +108,106 @@ class Scaling:
         return f"{self.producer or 'layer'}, {units}"
 
 
-# Of what moves numbers, what leaves them in their order.
-_IN_ORDER = {"flatten", "view", "reshape", "contiguous", "clone", "squeeze", "unsqueeze", "unflatten"}
-
-
-@dataclass(frozen=True, eq=False)
-class Reader:
-    """A layer that reads channels: `features (C, width)` are the input features of each channel."""
-
-    node: Node
-    features: Tensor
-
-    def entries(self, channel: int) -> Tensor:
-        """The entries of its weight that multiply a channel, in the same order for each."""
-        shape = self.node.arguments["weight_shape"]
-        out, inputs = shape[0], shape[1]
-        groups = self.groups
-        grid = torch.arange(torch.Size(shape).numel()).view(groups, out // groups, inputs, -1)
-        picked = [grid[int(f) // inputs, :, int(f) % inputs] for f in self.features[channel]]
-        return torch.stack(picked, dim=1).reshape(-1)
-
-    @property
-    def groups(self) -> int:
-        return int(self.node.arguments.get("groups", 1))
-
-
-@dataclass(frozen=True, eq=False)
-class Link:
-    """A layer, the layers that read its channels, and whether all that lies between is linear."""
-
-    producer: Node
-    channels: int
-    readers: tuple[Reader, ...]
-    linear: bool
-
-
-def _is_maximum(node: Node) -> bool:
-    return node.operation.effect is pooled and "max" in node.kind
-
-
-def _is_average(node: Node) -> bool:
-    return node.kind == "mean" or (node.operation.effect is pooled and "avg" in node.kind)
-
-
-def _keeps_order(node: Node) -> bool:
-    return node.kind in _IN_ORDER or node.operation.effect is same
-
-
-def follow(graph: Graph, producer: Node) -> Link | None:
-    """The layers that a layer's channels reach through homogeneous operations; None where they reach anything else."""
-    axis = producer.channel_axis
-    if axis is None:
-        return None
-    count = producer.shape[axis]
-    front = [(producer, axis, torch.arange(count))]
-    readers: list[Reader] = []
-    linear = True
-    while front:
-        node, axis, channel = front.pop()
-        if node.index == graph.result:
-            return None
-        for reader in graph.consumers(node.index):
-            if reader.is_layer and reader.inputs == (node.index,):
-                if axis != (len(reader.before) - 1 if reader.kind == "linear" else reader.channel_axis):
-                    return None
-                readers.append(Reader(reader, torch.argsort(channel, stable=True).view(count, -1)))
-            elif (moved := _through(reader, axis, channel)) is None:
-                return None
-            else:
-                linear = linear and not (reader.operation.role == "relu" or _is_maximum(reader))
-                front.append((reader, *moved))
-    return Link(producer, count, tuple(readers), linear) if readers else None
-
-
-def _through(node: Node, axis: int, channel: Tensor) -> tuple[int, Tensor] | None:
-    """Where the channels are behind an operation: the axis, and the channel of each of its entries."""
-    before, after = node.before, node.shape
-    if node.operation.role == "relu" or (_keeps_order(node) and before == after):
-        return axis, channel
-    if _is_maximum(node) or _is_average(node):
-        pooled = len(before) - axis - 1 if node.kind == "mean" else int(node.kind[-2])
-        kept = axis < len(before) - pooled and after[: axis + 1] == before[: axis + 1]
-        return (axis, channel) if kept and len(after) in (len(before), axis + 1) else None
-    if not _keeps_order(node):
-        return None
-    # Move the channels' numbers as the values were moved; the first axis, where it stays, is that of the examples.
-    first = int(before[:1] == after[:1] and axis > 0)
-    shape = [-1 if d == axis else 1 for d in range(first, len(before))]
-    ids = channel.view(shape).expand(before[first:]).reshape(after[first:])
-    for d in range(ids.ndim):
-        along = ids.movedim(d, -1).reshape(-1, ids.shape[d])
-        if bool((along == along[:1]).all()) and bool((along[0].bincount() > 0).all()):
-            return d + first, along[0]
-    return None
-
-
-class Connection:
-    """A layer whose channels reach other layers through homogeneous operations, all parameters free and used once."""
-
-    def __init__(self, chart: Chart, link: Link) -> None:
-        self.chart, self.link, self.name = chart, link, link.producer.layer
-
-    def incoming(self, unit: int) -> Tensor:
-        """Flat positions of a unit's weights and bias."""
-        parameters = self.link.producer.parameters
-        names = [parameters[role] for role in ("weight", "bias") if role in parameters]
-        return torch.cat([self.chart.positions(name)[unit].reshape(-1) for name in names])
-
-    def outgoing(self, unit: int) -> Tensor:
-        """Flat positions of the weights that read a unit."""
-        readers = self.link.readers
-        return torch.cat([self._start(r.node.parameters["weight"]) + r.entries(unit) for r in readers])
-
-    def _start(self, name: str) -> int:
-        start: int = self.chart.space.slice_of(name).start
-        return start
-
-    def exponents(self, units: Sequence[int]) -> Tensor:
-        """1 for what comes into some units, -1 for what goes out, 0 elsewhere, `(n,)`."""
-        found = torch.zeros(self.chart.space.dim, dtype=torch.float64)
-        for unit in units:
-            found[self.incoming(unit)] += 1.0
-            found[self.outgoing(unit)] -= 1.0
-        return found
-
-    def live(self, unit: int) -> bool:
-        """Whether what a unit sends changes over the data: a constant feature has scale 1 whatever it is."""
-        for reader in self.link.readers:
-            received = reader.node.received
-            if received is None:
-                return False
-            rows = received.movedim(1 if reader.node.kind == "conv" else -1, 0)[reader.features[unit]]
-            if bool((rows.reshape(rows.shape[0], -1).std(dim=1, unbiased=False) == 0).any()):
-                return False
-        return True
-
-
-def connections(risk: EmpiricalRisk) -> list[Connection]:
-    """The `Connection`s of a network, in the order of its layers."""
-    graph = record_graph(risk, next(iter(risk.batches)))
-    chart = Chart(risk, graph)
-    found = []
-    for node in graph:
-        link = follow(graph, node) if node.is_layer else None
-        if link is not None:
-            names = [name for n in (node, *(r.node for r in link.readers)) for name in n.parameters.values()]
-            if all(map(chart.movable, names)):
-                found.append(Connection(chart, link))
+def _candidates(problem: Problem) -> list[Candidate]:
+    """What structure and data suggest, found once for all statements."""
+    if "candidates" not in problem.results:
+        problem.results["candidates"], _ = candidate_directions(problem.risk)
+    found: list[Candidate] = problem.results["candidates"]
     return found
+
+
+def linear_orbits(problem: Problem) -> list[Orbit]:
+    """The linear symmetries that the structure of the network gives: scales of units, mixings of two channels."""
+    orbits = [orbit for one in _candidates(problem) for orbit in one.orbits if orbit is not None]
+    return [orbit for orbit in orbits if len(orbit.scaled) or orbit.sheared]
 
 
 def generators(problem: Problem, each: int = 2) -> Iterator[Generator]:
     """Scales of homogeneous units and mixings of linear ones: of each layer those with the largest gradients."""
-    gradient = problem.risk.gradient
-    for one in connections(problem.risk):
-        count = one.link.channels
-        if not one.link.linear:
-            found = [_scale(one, unit, gradient) for unit in range(min(count, _TRIED))]
-            yield from sorted(found, key=lambda made: -float(made.transposed(gradient).norm()))[:each]
-        elif count > 1 and all(reader.groups == 1 for reader in one.link.readers):
-            # A = E_ij: row j of what comes in is added to row i, column i of what goes out taken from column j.
-            i, j = 0, count - 1
-            into = torch.cat([one.incoming(i), one.outgoing(j)])
-            source = torch.cat([one.incoming(j), one.outgoing(i)])
-            sign = _signs(one.incoming(i), one.outgoing(j), gradient)
-            yield Generator(f"{Cause.LINEAR_LAYER}: {one.name}, units {j} into {i}", into, source, sign)
+    space, gradient = problem.risk.space, problem.risk.gradient
+    starts = [space.slice_of(name).start for name in space.names]
+    found: dict[str, list[Generator]] = {}
+    for orbit in linear_orbits(problem):
+        # Of a layer of linear units, mixings alone: scales are the special case of one unit.
+        if orbit.cause == (Cause.LINEAR_LAYER if orbit.sheared else Cause.HOMOGENEITY):
+            pairs = torch.cat([orbit.scaled[:, None].expand(-1, 2), *(pairs for pairs, _ in orbit.sheared)])
+            into, source = pairs.T
+            sign = torch.cat([orbit.exponents, *(factors for _, factors in orbit.sheared)]).to(gradient)
+            name = space.names[bisect(starts, int(into[0])) - 1]
+            owner, shape = name.rpartition(".")[0], space.shapes[name]
+            i, j = ((int(end[0]) - space.slice_of(name).start) // math.prod(shape[1:]) for end in (into, source))
+            unit = f"unit {i}" if i == j else f"units {j} into {i}"
+            made = Generator(f"{orbit.cause}: {owner}, {unit}", into, source, sign)
+            found.setdefault(f"{orbit.cause} {owner}", []).append(made)
+    for group in found.values():
+        yield from sorted(group, key=lambda made: -float(made.transposed(gradient).norm()))[:each]
 
 
-def _scale(one: Connection, unit: int, like: Tensor) -> Generator:
-    into, out = one.incoming(unit), one.outgoing(unit)
-    both = torch.cat([into, out])
-    return Generator(f"{Cause.HOMOGENEITY}: {one.name}, unit {unit}", both, both, _signs(into, out, like))
-
-
-def _signs(plus: Tensor, minus: Tensor, like: Tensor) -> Tensor:
-    return torch.cat([torch.ones(len(plus)), -torch.ones(len(minus))]).to(like)
+def unit_scalings(problem: Problem) -> Iterator[Scaling]:
+    """The scaling of every homogeneous unit between covered layers, in the order in which the layers run."""
+    layers = [problem.layers[name] for name in problem.uses]
+    places = {layer.name: layer_positions(layer, problem.risk.space) for layer in layers}
+    for orbit in linear_orbits(problem):
+        exponents = scales_of(orbit, problem.risk.space.dim)
+        met = {name: exponents[where] for name, where in places.items() if bool(exponents[where].any())}
+        if orbit.cause == Cause.HOMOGENEITY and sum(int((e != 0).sum()) for e in met.values()) == len(orbit.scaled):
+            producer, *readers = met
+            first = int(met[producer].nonzero()[0])
+            sign = met[producer][first].sign()
+            if all(bool((sign * met[name] <= 0).all()) for name in readers):
+                unit = first // problem.layers[producer].features
+                yield Scaling(producer, tuple(readers), (unit,), sign * exponents)
 
 
 def scalings(problem: Problem) -> list[Scaling]:
-    """For every homogeneous link: one live unit, and all its units.
+    """For every layer of homogeneous units: one live unit, and all its live units.
 
     Raises:
         NotApplicable: no unit can be scaled.
     """
-    found = []
-    covered = {layer.name for layer in problem.layers}
-    for one in connections(problem.risk):
-        readers = tuple(reader.node.layer for reader in one.link.readers)
-        if one.link.linear or not {one.name, *readers} <= covered:
-            continue
-        live = tuple(filter(one.live, range(one.link.channels)))
-        for units in dict.fromkeys((live[:1], live)):
-            if units:
-                found.append(Scaling(one.name, readers, units, one.exponents(units)))
-    if not found:
+    live: dict[str, list[Scaling]] = {}
+    for one in unit_scalings(problem):
+        if _is_live(problem, one):
+            live.setdefault(one.producer, []).append(one)
+    if not live:
         raise NotApplicable("no unit or channel reaches the next layer through positively homogeneous operations alone")
-    return found
+    return [
+        replace(
+            some[0],
+            units=tuple(one.units[0] for one in some),
+            exponents=torch.stack([one.exponents for one in some]).sum(dim=0),
+        )
+        for units in live.values()
+        for some in ([units] if len(units) == 1 else [units[:1], units])
+    ]
+
+
+def _is_live(problem: Problem, one: Scaling) -> bool:
+    """Whether what a unit sends changes over the data: a constant feature has scale 1 whatever it is."""
+    for layer in map(problem.layers.__getitem__, one.readers):
+        read = one.exponents[layer_positions(layer, problem.risk.space)][: layer.units * layer.features] < 0
+        constant = per_unit(own_moments(problem, layer).constant, layer)
+        if bool((read.view(layer.units, -1) & constant).any()):
+            return False
+    return True
+
+
+def scales_of(orbit: Orbit, dim: int) -> Tensor:
+    """The exponents of an orbit as a vector, `(n,)`."""
+    return torch.zeros(dim, dtype=torch.float64).index_put_((orbit.scaled,), orbit.exponents)
 
 
 def rescalings(problem: Problem) -> Tensor:
-    """The exponents of every homogeneous unit that reaches the next layer, `(n, units)`."""
-    found = [one.exponents([unit]) for one in connections(problem.risk) for unit in range(one.link.channels)]
-    return torch.stack(found, dim=1) if found else torch.zeros(problem.risk.space.dim, 0, dtype=torch.float64)
+    """The exponents of every scale that leaves the network the same function, `(n, scales)`."""
+    dim = problem.risk.space.dim
+    found = [scales_of(orbit, dim) for orbit in linear_orbits(problem) if len(orbit.scaled)]
+    return torch.stack(found, dim=1) if found else torch.zeros(dim, 0, dtype=torch.float64)
 
 
 def logit_shifts(problem: Problem) -> Tensor:
     """Unit directions that add one number to a weight of every output, where the loss ignores it, `(n, c)`."""
-    candidates, _ = candidate_directions(problem.risk)
     found = [problem.risk.theta.new_zeros(problem.risk.space.dim, 0)]
-    for part in (part for one in candidates if one.cause == Cause.SOFTMAX_SHIFT for part in one.parts):
+    for part in (part for one in _candidates(problem) if one.cause == Cause.SOFTMAX_SHIFT for part in one.parts):
         if any(_is_translation(problem, layer, part) for layer in problem.layers):
             column = torch.zeros_like(problem.risk.theta)
             column[part.positions] = part.values[:, 0].to(column)
@@ -421,33 +315,38 @@ class OrbitCurve:
 
     Attributes:
         times: `t`.
-        observed, predicted: name of the coordinates (`"plain"`, `"bnp"`, `"bnp, output scaling"`) -> values.
-        ranks: the ranks found at each point, in the same order.
-        predicted_ranks: those found of the matrices that the law predicts.
-        uncertainty: name -> the largest relative half width of an interval.
+        pairs: name of the coordinates (`"plain"`, `"bnp"`, `"bnp, output scaling"`) -> what was found at each point,
+            and what the law says of it.
     """
 
     times: list[float]
-    observed: dict[str, list[float]] = field(default_factory=dict)
-    predicted: dict[str, list[float]] = field(default_factory=dict)
-    ranks: dict[str, list[int | None]] = field(default_factory=dict)
-    predicted_ranks: dict[str, list[int | None]] = field(default_factory=dict)
-    uncertainty: dict[str, float] = field(default_factory=dict)
+    pairs: dict[str, list[tuple[ConditionNumber, ConditionNumber]]] = field(default_factory=dict)
 
-    def note(self, name: str, found: ConditionNumber, law: ConditionNumber) -> None:
-        """Add what was found at the next point, and what the law says of it."""
-        self.observed.setdefault(name, []).append(found.value)
-        self.predicted.setdefault(name, []).append(law.value)
-        self.ranks.setdefault(name, []).append(found.rank)
-        self.predicted_ranks.setdefault(name, []).append(law.rank)
-        # How far the ends of the resolved part are known; the zeros that structure does not explain play no part.
-        widths = [2 * math.sqrt(k.noise_floor / k.lambda_min) for k in (found, law)]
-        self.uncertainty[name] = max(self.uncertainty.get(name, 0.0), *widths)
+    @property
+    def observed(self) -> dict[str, list[float]]:
+        """The values found, by the coordinates."""
+        return {name: [found.value for found, _ in pairs] for name, pairs in self.pairs.items()}
+
+    @property
+    def predicted(self) -> dict[str, list[float]]:
+        """The values of the law, by the coordinates."""
+        return {name: [law.value for _, law in pairs] for name, pairs in self.pairs.items()}
+
+    @property
+    def ranks(self) -> dict[str, list[int | None]]:
+        """The ranks found, by the coordinates."""
+        return {name: [found.rank for found, _ in pairs] for name, pairs in self.pairs.items()}
+
+    def uncertainty(self, name: str) -> float:
+        """The largest relative half width: how far the ends of the resolved part are known.
+
+        The zeros that structure does not explain play no part.
+        """
+        return max(2 * math.sqrt(k.noise_floor / k.lambda_min) for pair in self.pairs[name] for k in pair)
 
     def deviation(self, name: str) -> float:
         """The largest relative distance of the observed values from the law."""
-        pairs = zip(self.observed[name], self.predicted[name], strict=True)
-        return max(abs(found / law - 1) for found, law in pairs)
+        return max(abs(found.value / law.value - 1) for found, law in self.pairs[name])
 
     def spread(self, name: str) -> float:
         """`max/min - 1` along the orbit."""
@@ -480,7 +379,8 @@ def orbit_curve(risk: EmpiricalRisk, scaling: Scaling, times: Sequence[float] = 
             if law is None and name not in still:
                 still[name] = _kappa(F, P)
             rows = F if P is None else P.apply_transpose(F.T).T
-            curve.note(name, _kappa(moved, own[name]), still[name] if law is None else _kappa(rows * law, None))
+            expected = still[name] if law is None else _kappa(rows * law, None)
+            curve.pairs.setdefault(name, []).append((_kappa(moved, own[name]), expected))
     return curve
 
 
@@ -564,16 +464,17 @@ def _curves(problem: Problem, risk: EmpiricalRisk, orbits: list[Scaling]) -> Ite
 
 def _along(curve: OrbitCurve, name: str, words: str, observed: float, *, reason: str, details: dict[str, Any]) -> Check:
     """A statement about one kind of number along an orbit, where its rank is the same everywhere."""
-    ranks, predicted = curve.ranks[name], curve.predicted_ranks[name]
-    if len({*ranks, *predicted}) > 1:
-        pairs = zip(curve.times, ranks, predicted, strict=True)
+    pairs = curve.pairs[name]
+    if len({k.rank for pair in pairs for k in pair}) > 1:
         found = ", ".join(
-            f"{rank} at t = {t:g}" if rank == law else f"{rank} and, predicted, {law} at t = {t:g}"
-            for t, rank, law in pairs
+            f"{here.rank} at t = {t:g}"
+            if here.rank == law.rank
+            else f"{here.rank} and, predicted, {law.rank} at t = {t:g}"
+            for t, (here, law) in zip(curve.times, pairs, strict=True)
         )
         why = f"the smallest eigenvalue sinks below the rounding level along the orbit: rank {found}"
         return refused(words, why)
-    unsure = curve.uncertainty[name]
+    unsure = curve.uncertainty(name)
     if unsure > _KNOWN:
         why = f"along the orbit the smallest eigenvalue is known only to {unsure:.2g} of itself"
         return refused(words, why)

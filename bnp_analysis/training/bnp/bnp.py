@@ -20,7 +20,7 @@ from bnp_analysis.network.names import clean_name
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.network.snapshot import unwrap
 from bnp_analysis.precondition.bnp import BNPPreconditioner
-from bnp_analysis.runtime.kinds import gated, require_kind
+from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.training.bnp.clipping import BeforeClipping, require_passes
 from bnp_analysis.training.bnp.hooks import add_hooks, before_steps, owners, stepping
 from bnp_analysis.training.bnp.layers import (
@@ -118,7 +118,6 @@ class BNP:
         reference_rows: float | None = None,
         check_every: int | None = None,
     ) -> None:
-        require_kind(model, "model", nn.Module)
         refuse_replicas(model)
         self.settings = Settings(
             rho, eps1, eps2, q, variance, init, statistics, bias_free, output_scale, reference_rows, check_every
