@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import NullSpaceError
+from bnp_analysis.linalg.matrices import Columns
 
 
-def project_out(x: Tensor, basis: Tensor | None) -> Tensor:
+def project_out(x: Tensor, basis: Columns | None) -> Tensor:
     """`x` minus its part in the span of an orthonormal basis `(n, r)`, twice for rounding."""
     if basis is None or basis.shape[1] == 0:
         return x
@@ -130,7 +131,7 @@ def length(w: Tensor) -> Tensor:
     return norm
 
 
-def orthogonalized(w: Tensor, V: Tensor, null: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def orthogonalized(w: Tensor, V: Tensor, null: Columns | None) -> tuple[Tensor, Tensor, Tensor]:
     """`w` outside the rows of `V` and the columns of `null`, its norm, and what was taken off the rows.
 
     Classical Gram-Schmidt, two products a pass: one pass where it takes little away, else two.

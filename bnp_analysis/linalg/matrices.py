@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
@@ -106,7 +107,7 @@ class LocalColumns(LinearOperator):
                 alike.setdefault(columns.shape, []).append(b)
         begins = [0, *accumulate(counts)]
         # Blocks of one shape are multiplied together: coordinates (b, p), columns (b, p, k), their numbers (b, k).
-        self._groups = [
+        self._groups: list[tuple[Tensor, Tensor, Tensor]] = [
             (
                 torch.stack([blocks[b][0] for b in some]),
                 torch.stack([blocks[b][1] for b in some]),
@@ -115,16 +116,44 @@ class LocalColumns(LinearOperator):
             for some in alike.values()
         ]
 
+    @property
+    def held(self) -> int:
+        """Numbers in the blocks."""
+        return sum(columns.numel() for _, columns, _ in self._groups)
+
+    @property
+    def blocks(self) -> list[tuple[Tensor, Tensor]]:
+        """The blocks that have columns, in the order of these."""
+        found = [
+            (int(first), where[b], columns[b])
+            for where, columns, numbers in self._groups
+            for b, first in enumerate(numbers[:, 0])
+        ]
+        return [(where, columns) for _, where, columns in sorted(found, key=lambda block: block[0])]
+
+    def to(self, dtype: torch.dtype) -> LocalColumns:
+        """The same in another dtype, like a tensor's."""
+        return self if dtype == self.dtype else LocalColumns(self.shape[0], [(w, v.to(dtype)) for w, v in self.blocks])
+
+    def beside(self, columns: Tensor) -> LocalColumns:
+        """`[N Y]` for a dense `Y` `(n, k)`; the blocks are shared."""
+        (rows, first), one = self.shape, columns.unsqueeze(0)
+        other = copy.copy(self)
+        other.shape = (rows, first + columns.shape[1])
+        places = torch.arange(max(other.shape), device=self.device)
+        other._groups = [*self._groups, (places[None, :rows], one, places[None, first : other.shape[1]])]
+        return other
+
     def _matmat(self, x: Tensor) -> Tensor:
         out = x.new_zeros(self.shape[0], x.shape[1])
         for where, columns, numbers in self._groups:
-            out.index_add_(0, where.reshape(-1), (columns @ x[numbers]).reshape(-1, x.shape[1]))
+            out.index_add_(0, where.reshape(-1), (columns @ x[numbers]).flatten(0, 1))
         return out
 
     def _rmatmat(self, y: Tensor) -> Tensor:
         out = y.new_zeros(self.shape[1], y.shape[1])
         for where, columns, numbers in self._groups:
-            out[numbers.reshape(-1)] = (columns.mT @ y[where]).reshape(-1, y.shape[1])
+            out[numbers.reshape(-1)] = (columns.mT @ y[where]).flatten(0, 1)
         return out
 
     def to_dense(self) -> Tensor:
@@ -132,6 +161,26 @@ class LocalColumns(LinearOperator):
         for where, columns, numbers in self._groups:
             dense[where.unsqueeze(2), numbers.unsqueeze(1)] = columns
         return dense
+
+
+# An orthonormal basis as the columns of a matrix: `N @ c`, `N.T @ v`, `.to(dtype)`, `.shape`.
+Columns = Tensor | LocalColumns
+
+
+def beside(basis: Columns, columns: Tensor) -> Columns:
+    """`[N Y]`.
+
+    Example:
+        >>> import torch
+        >>> beside(torch.eye(3)[:, :1], torch.eye(3)[:, 1:]).shape
+        torch.Size([3, 3])
+    """
+    return torch.cat([basis, columns], dim=1) if isinstance(basis, Tensor) else basis.beside(columns)
+
+
+def as_tensor(basis: Columns) -> Tensor:
+    """The same as a tensor."""
+    return basis if isinstance(basis, Tensor) else basis.to_dense()
 
 
 class DenseOperator(SymmetricOperator):

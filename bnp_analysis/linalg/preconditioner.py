@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg.matrices import MatrixOperator
+from bnp_analysis.linalg.local_bases import orthonormal_blocks
+from bnp_analysis.linalg.matrices import Columns, LocalColumns, MatrixOperator
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, describe, gate
 from bnp_analysis.runtime.kinds import require_kind
+
+# Columns that are solved for together.
+_TOGETHER = 64
 
 
 class Preconditioner(LinearOperator):
@@ -99,12 +103,40 @@ class Preconditioner(LinearOperator):
         """`P P^T g`: what gradient descent in `z` does to `theta` (T2)."""
         return self.apply(self.apply_transpose(g))
 
-    def transport(self, null: Tensor) -> Tensor:
-        """An orthonormal basis of `P^-1 N`, the null space of `P^T A P` when `N` spans that of `A`."""
+    @overload
+    def transport(self, null: Tensor) -> Tensor: ...
+    @overload
+    def transport(self, null: Columns) -> Columns: ...
+    def transport(self, null: Columns) -> Columns:
+        """An orthonormal basis of `P^-1 N`, the null space of `P^T A P` when `N` spans that of `A`.
+
+        Columns on few coordinates stay on few, where `P` mixes few.
+        """
         if null.shape[1] == 0:
             return null
+        if isinstance(null, LocalColumns):
+            solved = self._solved(null)
+            blocks = None if solved is None else orthonormal_blocks(self.dim, solved)
+            if blocks is not None:
+                return LocalColumns(self.dim, [(where, columns.to(null.dtype)) for where, columns in blocks])
+            null = null.to_dense()
         basis: Tensor = torch.linalg.qr(self.solve(null))[0]
         return basis
+
+    def _solved(self, null: LocalColumns) -> list[tuple[Tensor, Tensor]] | None:
+        """`P^-1 N` block by block, each on the coordinates where it is not zero; None where these are most."""
+        found, held = list[tuple[Tensor, Tensor]](), 0
+        for where, columns in null.blocks if self.device.type == "cpu" else []:
+            for some in torch.split(columns, _TOGETHER, dim=1):
+                full = torch.zeros(self.dim, some.shape[1], dtype=self.dtype)
+                full[where] = some.to(self.dtype)
+                image = self.solve(full).double()
+                there = torch.nonzero((image != 0).any(dim=1)).flatten()
+                found.append((there, image[there]))
+                held += found[-1][1].numel()
+                if 2 * held > self.dim * null.shape[1]:
+                    return None
+        return found or None
 
 
 def _converted(value: Any, dtype: torch.dtype, device: torch.device) -> Any:

@@ -175,6 +175,7 @@ class Chart:
     def __init__(self, risk: EmpiricalRisk, graph: Graph) -> None:
         self.space, self.graph, self.dim = risk.space, graph, risk.space.dim
         self._tensors = {name: t.detach().cpu().double() for name, t in risk.named_tensors().items()}
+        self._positions, self._movable = dict[str, Tensor](), dict[str, bool]()
         self._start, begin = {}, self.dim
         for name, t in self._tensors.items():
             free = name in self.space
@@ -190,11 +191,15 @@ class Chart:
     def positions(self, name: str) -> Tensor:
         """Where the entries of a parameter lie, of its shape; constants lie behind the flat space."""
         start, t = self._start[name], self._tensors[name]
-        return torch.arange(start, start + t.numel()).view(t.shape)
+        if name not in self._positions:
+            self._positions[name] = torch.arange(start, start + t.numel()).view(t.shape)
+        return self._positions[name]
 
     def movable(self, name: str) -> bool:
         """Whether a parameter is free and used once."""
-        return name in self.space and self.graph.uses(name) == 1
+        if name not in self._movable:
+            self._movable[name] = name in self.space and self.graph.uses(name) == 1
+        return self._movable[name]
 
     def part(self, pieces: Iterable[tuple[str, Tensor, Tensor]]) -> Part | None:
         """Columns on several tensors `(name, positions, values)` as one part; None if one that is not movable moves."""

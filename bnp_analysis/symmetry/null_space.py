@@ -17,6 +17,7 @@ from bnp_analysis.curvature import CURVATURES, gauss_newton
 from bnp_analysis.curvature.engines import curvature_name
 from bnp_analysis.curvature.output_curvature import output_root
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg.local_bases import Block as LocalBlock
 from bnp_analysis.linalg.matrices import LocalColumns
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, require_digits
 from bnp_analysis.linalg.spectra.checks import Verifier
@@ -27,7 +28,6 @@ from bnp_analysis.results import Result
 from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.memory import require_memory
 from bnp_analysis.runtime.trees import tensors_of
-from bnp_analysis.symmetry.basis import Block as LocalBlock
 from bnp_analysis.symmetry.basis import NullBasis
 from bnp_analysis.symmetry.candidates import Candidate, Chart, Orbit, Part
 from bnp_analysis.symmetry.constraints import Activation, Constant, Constraints, Parameters, Value, fixed, values_in

@@ -211,3 +211,14 @@ def test_auto_takes_it_where_the_singular_values_cost_too_much(monkeypatch):
     monkeypatch.setattr(row_gram, "affordable", lambda shape: False)
     monkeypatch.setattr("bnp_analysis.linalg.condition.factor_svd.affordable", lambda shape: False)
     assert automatic(A).name == "row-gram"
+
+
+def test_the_gram_matrix_and_its_norm_are_the_same_a_few_rows_at_a_time(monkeypatch):
+    monkeypatch.setattr(row_gram, "_TOGETHER", 5)
+    factor = Rows(*rows(8))
+    made = row_gram._rows(factor, factor.row_parts, None)
+    F = factor.matrix / factor.matrix.norm(dim=1, keepdim=True)
+    K = made.gram()
+    torch.testing.assert_close(K.tril(), (F @ F.T).tril())
+    whole = (factor.matrix @ factor.matrix.T).square().sum()
+    assert row_gram._square(K, made.length) * 2.0 ** (-4 * made.exponent) == pytest.approx(float(whole), rel=1e-13)

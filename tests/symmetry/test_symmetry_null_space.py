@@ -24,7 +24,7 @@ from bnp_analysis.errors import MemoryLimitError
 from bnp_analysis.linalg import MatrixOperator
 from bnp_analysis.linalg.matrices import LocalColumns
 from bnp_analysis.linalg.spectra import checks
-from bnp_analysis.linalg.spectra.null import NORM_STEPS
+from bnp_analysis.linalg.spectra.null import CAUTION, COMBINED, NORM_STEPS
 from bnp_analysis.symmetry import Cause, from_data, null_space
 from bnp_analysis.symmetry.basis import NullBasis
 from bnp_analysis.symmetry.candidates import Candidate, Part
@@ -210,12 +210,12 @@ def test_combined_rows_tell_null_from_not_and_what_is_near_is_measured() -> None
     everywhere = torch.arange(120)
     found = verifier.sizes([(everywhere, columns) for columns in parts])
     exact = [(matrix @ columns).norm(dim=0) / columns.norm(dim=0) / verifier._scale for columns in parts]
-    assert float(found[0].max()) <= verifier.tolerance / checks._CAUTION
+    assert float(found[0].max()) <= verifier.tolerance / CAUTION
     assert torch.allclose(found[1], exact[1], rtol=1e-9, atol=1e-4 * verifier.tolerance)
     assert torch.equal(found[1] <= verifier.tolerance, torch.tensor([True, True, False, False]))
     assert torch.allclose(found[2], exact[2], rtol=0.5)
     assert not torch.allclose(found[2], exact[2], rtol=1e-9)
-    assert verifier.matvecs == NORM_STEPS + checks._COMBINED + 4
+    assert verifier.matvecs == NORM_STEPS + COMBINED + 4
     assert 0 < verifier.doubt < 1e-18
 
 

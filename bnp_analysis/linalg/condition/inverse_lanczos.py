@@ -16,7 +16,7 @@ from bnp_analysis.linalg.condition.lanczos import conditioned, lanczos_ends
 from bnp_analysis.linalg.condition.methods import Method, Price, Problem, register
 from bnp_analysis.linalg.condition.number import Extremes
 from bnp_analysis.linalg.krylov.lanczos import lanczos
-from bnp_analysis.linalg.matrices import CallableOperator
+from bnp_analysis.linalg.matrices import CallableOperator, Columns
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.scale import comfortable, times_power
 
@@ -31,7 +31,7 @@ class _Solver:
     """Conjugate gradients for `B x = b` on the complement of the null space, re-projected at every step."""
 
     B: SymmetricOperator
-    null: Tensor
+    null: Columns
     tolerance: float
     limit: int
     floor: float
@@ -69,7 +69,7 @@ class _Solver:
         return times_power(x, -power).to(self.B.dtype)
 
     def _clean(self, v: Tensor) -> Tensor:
-        return project_out(v.unsqueeze(1), self.null.double()).squeeze(1)
+        return project_out(v.unsqueeze(1), self.null.to(torch.float64)).squeeze(1)
 
 
 def inverse_lanczos(problem: Problem) -> Extremes:

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bnp_analysis.errors import NotConvexError, ZeroOperatorError
 from bnp_analysis.linalg.condition.certificates import (
@@ -24,6 +23,7 @@ from bnp_analysis.linalg.condition.number import Extremes, Magnitudes
 from bnp_analysis.linalg.derived import Shifted
 from bnp_analysis.linalg.forming import amplified
 from bnp_analysis.linalg.krylov.lanczos import Floats, Tridiagonalization, lanczos, tridiagonal_eigh
+from bnp_analysis.linalg.matrices import Columns
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import congruence
 from bnp_analysis.linalg.scale import Scaled, exponent
@@ -125,7 +125,7 @@ def lanczos_magnitudes(problem: Problem) -> Extremes:
     )
 
 
-def conditioned(problem: Problem) -> tuple[SymmetricOperator, Tensor, float, int]:
+def conditioned(problem: Problem) -> tuple[SymmetricOperator, Columns, float, int]:
     """The operator measured, its null basis, the relative noise of its eigenvalues, products spent.
 
     Memory is asked for first: the probes alone are a dozen vectors.
@@ -153,7 +153,7 @@ def conditioned(problem: Problem) -> tuple[SymmetricOperator, Tensor, float, int
     return operator, basis, noise * worse, spent + 2 * NORM_STEPS
 
 
-def _run(problem: Problem, operator: SymmetricOperator, basis: Tensor) -> tuple[Tridiagonalization, int]:
+def _run(problem: Problem, operator: SymmetricOperator, basis: Columns) -> tuple[Tridiagonalization, int]:
     """A random start where the null space is declared; else one in the range, `A g` (T13, trap 7)."""
     start, extra = None, 0
     if not problem.null.complete:

@@ -12,6 +12,7 @@ from bnp_analysis.linalg.bases import project_out
 from bnp_analysis.linalg.condition.certificates import invariance_slack, kuczynski_wozniakowski, no_magnitudes
 from bnp_analysis.linalg.condition.number import Magnitudes
 from bnp_analysis.linalg.krylov.lanczos import Floats, Tridiagonalization, lanczos, tridiagonal_eigh
+from bnp_analysis.linalg.matrices import Columns, beside
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.runtime.progress import Progress
 from bnp_analysis.runtime.random import generator, rademacher
@@ -22,7 +23,7 @@ _ROUNDS = 3
 
 def krylov_magnitudes(
     A: SymmetricOperator,
-    null: Tensor,
+    null: Columns,
     count: int,
     *,
     steps: int,
@@ -70,7 +71,7 @@ def krylov_magnitudes(
         if room == 0 or run.stop == "interrupted":
             ends = (0.0, 0.0) if room == 0 else ends
             break
-        beyond = lanczos(A, min(_certifying(A.dim), room), seed=seed + turn, null=torch.cat([null, Y], dim=1))
+        beyond = lanczos(A, min(_certifying(A.dim), room), seed=seed + turn, null=beside(null, Y))
         spent += beyond.matvecs
         ends = _ends(beyond, room, chance, floor)
         found = beyond.ritz()[0]
@@ -82,7 +83,7 @@ def krylov_magnitudes(
         spent += products
     trace, error = float(theta.sum()), 0.0
     if room:
-        rest, error, products = _trace_beyond(A, torch.cat([null, Y], dim=1), probes, seed)
+        rest, error, products = _trace_beyond(A, beside(null, Y), probes, seed)
         trace, spent = trace + rest, spent + products
     order = np.argsort(-np.abs(theta), kind="stable")
     theta, coupling = theta[order], coupling[order]
@@ -162,12 +163,12 @@ def _kept(theta: Floats) -> Floats:
     return merged
 
 
-def _trace_beyond(A: SymmetricOperator, known: Tensor, probes: int, seed: int) -> tuple[float, float, int]:
+def _trace_beyond(A: SymmetricOperator, known: Columns, probes: int, seed: int) -> tuple[float, float, int]:
     """The trace of `A` on the complement of orthonormal columns, its standard error, products spent."""
     g = generator(seed, stream=1)
-    samples = []
+    samples, like = [], torch.empty(0, dtype=A.dtype, device=A.device)
     for _ in range(probes):
-        v = project_out(rademacher((A.dim, 1), g, known), known)
+        v = project_out(rademacher((A.dim, 1), g, like), known)
         samples.append(float((v.double() * (A @ v).double()).sum()))
     found = np.array(samples)
     return float(found.mean()), float(found.std(ddof=1) / math.sqrt(probes)), probes

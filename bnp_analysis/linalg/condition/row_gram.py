@@ -29,7 +29,9 @@ from bnp_analysis.linalg.spectra.null import require_null
 from bnp_analysis.runtime.memory import require_memory
 
 # Lanczos steps for either end; those for the largest one stop once it is known so well.
-_TOP, _BOTTOM, _TIGHT = 300, 24, 1e-9
+_TOP, _BOTTOM, _TIGHT, _LOOSE = 300, 24, 1e-9, 1e-5
+# Those for the smallest one stop at such a residual, relative: the square of it is what its Ritz value is off by.
+_CLOSE = 1e-9
 # Rows of the Gram matrix that are formed together.
 _TOGETHER = 512
 # How far below the estimate `lambda_min` is certified: the first that holds.
@@ -75,14 +77,15 @@ class _Rows:
         return total
 
     def gram(self) -> Tensor:
-        """`F F^T` of the scaled rows."""
+        """The lower triangle of `F F^T` of the scaled rows; above it some of the upper one."""
         m = len(self.length)
         K = self.length.new_zeros(m, m)
         for g, h in self.parts:
             inputs = h @ h.T
             for begin in range(0, m, _TOGETHER):
-                rows = slice(begin, begin + _TOGETHER)
-                K[rows] += (g[rows] @ g.T).mul_(inputs[self.examples[rows]][:, self.examples])
+                end = min(begin + _TOGETHER, m)
+                beside = inputs[self.examples[begin:end]].index_select(1, self.examples[:end])
+                K[begin:end, :end].addcmul_(g[begin:end] @ g[:end].T, beside)
         return K
 
 
@@ -117,10 +120,11 @@ def row_gram(problem: Problem) -> Extremes:
         return _refused(problem, "P is not the same for every unit of a layer")
     if not len(rows.length):
         return zero_matrix(null, null.cost)
-    bottom = _bottom(rows, problem.seed)
+    x, frobenius = _smallest(rows, problem.seed)
+    bottom = None if x is None else _bottom(rows, x)
     if bottom is None:
         return _refused(problem, "rows of the factor are dependent to rounding")
-    (low, value, high), (least, top, most) = bottom, _top(rows, problem.seed)
+    (low, value, high), (least, top, most) = bottom, _top(rows, frobenius, bottom[2] / bottom[0] - 1, problem.seed)
     rank = len(rows.length)
     unresolved, on_word = unexplained_zeros(rank, rows.rank, null, problem.A)
     found = Extremes(
@@ -219,11 +223,16 @@ def _independent(whole: Tensor, amplified: Tensor, *, structural: bool) -> tuple
     return torch.cat(rows), torch.cat(examples), torch.cat(lengths), worst
 
 
-def _smallest(rows: _Rows, seed: int) -> Tensor | None:
-    """`x = D y`, `|y| = 1`, for about the eigenvector `y` of `lambda_min(K)`; None where `K_s` has no factorization."""
-    d, L = rows.length, _cholesky(rows.gram())
+def _smallest(rows: _Rows, seed: int) -> tuple[Tensor | None, float]:
+    """`x = D y`, `|y| = 1`, for about the eigenvector `y` of `lambda_min(K)`; and `|K|_F^2`, while `K_s` is at hand.
+
+    None where `K_s` has no factorization.
+    """
+    d, K = rows.length, rows.gram()
+    frobenius, L = _square(K, d), _cholesky(K)
+    del K
     if L is None:
-        return None
+        return None, frobenius
     # In place, as LAPACK stores matrices: a copy in each of some fifty solutions would take longer than they do.
     whole, lower = (L.numpy(), True) if L.mT.is_contiguous() else (L.mT.numpy(), False)
 
@@ -231,26 +240,28 @@ def _smallest(rows: _Rows, seed: int) -> Tensor | None:
         return torch.from_numpy(cho_solve((whole, lower), (v / d).numpy(), check_finite=False))
 
     inverse = CallableOperator(lambda v: solve(v) / d, len(d), dtype=torch.float64, eps=UNIT)
-    run = lanczos(inverse, min(_BOTTOM, len(d)), seed=seed)
+
+    def closed(run: Tridiagonalization) -> bool:
+        values, residuals = run.ritz()
+        return bool(residuals[-1] <= _CLOSE * values[-1])
+
+    run = lanczos(inverse, min(_BOTTOM, len(d)), seed=seed, until=closed)
     y = run.basis @ torch.from_numpy(tridiagonal_eigh(run.alpha, run.beta)[1][:, -1]).to(run.basis)
     # From one more solution: the entries of y where rows are long have no digits.
     x = solve(y)
-    unit: Tensor = x / torch.linalg.vector_norm(x / d)
-    return unit
+    return x / torch.linalg.vector_norm(x / d), frobenius
 
 
-def _bottom(rows: _Rows, seed: int) -> tuple[float, float, float] | None:
+def _bottom(rows: _Rows, x: Tensor) -> tuple[float, float, float] | None:
     """`lambda_min(K)` from below, about, and from above; None where it cannot be told from zero."""
     m, d, e = len(rows.length), rows.length, rows.size
     # Of entries of the Gram matrix, of its factorization, and of the numbers subtracted from its diagonal.
     eta = rows.entry + (m + 8) * UNIT / 2
     slack = m * eta
-    x = _smallest(rows, seed)
-    if x is None:
-        return None
     value = float((x * rows.times(x[:, None])[:, 0]).sum())
     off = rows.rounding * float((e * x.abs()).sum())
-    high = (math.sqrt(max(value, 0.0) + 2 * eta * float(x.abs().sum()) ** 2) + off) ** 2
+    blur = 2 * eta * float(x.abs().sum()) ** 2
+    high = (math.sqrt(max(value, 0.0) + blur) + off) ** 2
     room = float((e * x).square().sum())
     if not value > 0:
         return None
@@ -258,7 +269,7 @@ def _bottom(rows: _Rows, seed: int) -> tuple[float, float, float] | None:
     tau = (rows.rounding * math.sqrt(m) * value / room) ** (2 / 3) if rows.rounding else slack
     loss = rows.rounding * math.sqrt(m / tau)
     allowed = tau * e.square() + slack
-    first = 2 * float((allowed * x.square()).sum()) / value + 1e-9
+    first = (2 * float((allowed * x.square()).sum()) + blur) / value + 1e-9
     for times in _MARGINS:
         margin = times * first
         if not margin < _WIDEST or loss >= 1:
@@ -271,14 +282,14 @@ def _bottom(rows: _Rows, seed: int) -> tuple[float, float, float] | None:
     return None
 
 
-def _top(rows: _Rows, seed: int) -> tuple[float, float, float]:
-    """`lambda_max(K)` from below, about, and from above."""
+def _top(rows: _Rows, frobenius: float, other: float, seed: int) -> tuple[float, float, float]:
+    """`lambda_max(K)` from below, about, and from above, to a hundredth of the width `other` of the other end."""
     d, m = rows.length, len(rows.length)
     operator = CallableOperator(
         lambda v: d * rows.times((d * v)[:, None])[:, 0], m, dtype=torch.float64, device=d.device, eps=UNIT
     )
     trace = float(d.square().sum())
-    rest, frobenius = 2 * (rows.entry + m * UNIT) * trace, _square(rows)
+    rest = 2 * (rows.entry + m * UNIT) * trace
 
     def bounds(run: Tridiagonalization) -> tuple[float, float]:
         values, vectors = tridiagonal_eigh(run.alpha, run.beta)
@@ -291,22 +302,21 @@ def _top(rows: _Rows, seed: int) -> tuple[float, float, float]:
 
     def closed(run: Tridiagonalization) -> bool:
         low, high = bounds(run)
-        return high <= (1 + _TIGHT) * low + rest
+        return high <= (1 + min(max(_TIGHT, other / 100), _LOOSE)) * low + rest
 
     top, most = bounds(lanczos(operator, min(_TOP, m), seed=seed, restart=True, until=closed))
     off = rows.rounding * float(torch.linalg.vector_norm(rows.size * d))
     return max(math.sqrt(max(top - rest, 0.0)) - off, 0.0) ** 2, top, (math.sqrt(most) + off) ** 2
 
 
-def _square(rows: _Rows) -> float:
-    """`|K|_F^2`, a few rows at a time."""
-    total, weights = 0.0, rows.length.square()
-    for begin in range(0, len(rows.length), _TOGETHER):
-        part = slice(begin, begin + _TOGETHER)
-        K = sum((g[part] @ g.T) * (h @ h.T)[rows.examples[part]][:, rows.examples] for g, h in rows.parts)
-        assert isinstance(K, Tensor)
-        total += float(weights[part] @ (K.square() @ weights))
-    return total
+def _square(K: Tensor, length: Tensor) -> float:
+    """`|D K_s D|_F^2` from the lower triangle, a few rows at a time."""
+    total, weights = 0.0, length.square()
+    for begin in range(0, len(K), _TOGETHER):
+        end = min(begin + _TOGETHER, len(K))
+        own, corner = weights[begin:end], K[begin:end, begin:end].tril(-1)
+        total += 2 * float(own @ (K[begin:end, :begin].square() @ weights[:begin] + corner.square() @ own))
+    return total + float((K.diagonal() * weights).square().sum())
 
 
 def _cholesky(matrix: Tensor) -> Tensor | None:

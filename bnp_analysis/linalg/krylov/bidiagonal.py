@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.krylov.lanczos import Floats
+from bnp_analysis.linalg.matrices import Columns
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.linalg.scale import comfortable, exponent, in_floats, require_resolution, scaled
 from bnp_analysis.runtime.files import saved_run
@@ -75,7 +76,7 @@ def golub_kahan(
     F: LinearOperator,
     steps: int,
     *,
-    null: Tensor | None = None,
+    null: Columns | None = None,
     magnitude: float = 0.0,
     seed: int = 0,
     checkpoint: str | Path | None = None,
@@ -161,10 +162,10 @@ class _Run:
     """The state of a bidiagonalization; basis vectors beyond its mark are scratch."""
 
     def __init__(
-        self, F: LinearOperator, limit: int, null: Tensor | None, seed: int, magnitude: float, given: LinearOperator
+        self, F: LinearOperator, limit: int, null: Columns | None, seed: int, magnitude: float, given: LinearOperator
     ) -> None:
         self.F, self.g, self.limit, self.magnitude, self.given = F, generator(seed), limit, magnitude, given
-        self.null = None if null is None else null.double()
+        self.null = None if null is None else null.to(torch.float64)
         # Once a new vector would hold more of the null space than this, random vectors are mixed in.
         self.leak_limit = F.eps**0.4
         # Rows are basis vectors: contiguous for the products of a reorthogonalization.
@@ -266,7 +267,7 @@ class _Run:
             raise NonFiniteError(f"product {halves // 2 + 1} with {F!r} has NaN or infinite entries")
         return out
 
-    def _against(self, w: Tensor, basis: Tensor, null: Tensor | None) -> Tensor:
+    def _against(self, w: Tensor, basis: Tensor, null: Columns | None) -> Tensor:
         for _ in range(2):
             if null is not None and null.shape[1]:
                 w = w - null @ (null.T @ w)
@@ -301,7 +302,7 @@ class _Run:
         at = self.mark
         v, b = self.V[at.columns - 1], torch.from_numpy(self.B[: at.rows, at.columns - 1]).to(self.V)
         gap = float((self._times(self.F, v, at.halves) - b @ self.U[: at.rows]).norm())
-        inside = 0.0 if self.null is None else float((self.V[: at.columns] @ self.null).norm())
+        inside = 0.0 if self.null is None else float((self.null.T @ self.V[: at.columns].T).norm())
         self.mark = replace(at, halves=at.halves + 1)
         if gap > 10 * self.noise or inside > 1e-8:
             raise InvalidInputError(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.bases import dots, length, orthogonalized, project_out
+from bnp_analysis.linalg.matrices import Columns, LocalColumns
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.scale import comfortable, exponent, in_floats, require_resolution, scaled, times_power
 from bnp_analysis.runtime.files import saved_run
@@ -106,7 +107,7 @@ def lanczos(
     *,
     start: Tensor | None = None,
     seed: int = 0,
-    null: Tensor | None = None,
+    null: Columns | None = None,
     restart: bool = False,
     resume: Tridiagonalization | None = None,
     until: Callable[[Tridiagonalization], bool] | None = None,
@@ -149,7 +150,8 @@ def lanczos(
     rank = 0 if null is None else null.shape[1]
     limit = min(int(steps), A.dim - rank)
     given, A = A, scaled(A)
-    start, null = (x if x is None or x.dtype != given.dtype else x.to(A.dtype) for x in (start, null))
+    start = start if start is None or start.dtype != given.dtype else start.to(A.dtype)
+    null = null if null is None or null.dtype != given.dtype else null.to(A.dtype)
     if resume is not None:
         if comfortable(torch.from_numpy(resume.alpha))[1]:
             A @ resume.basis[:, :1]  # says the scale
@@ -158,7 +160,8 @@ def lanczos(
         raise InvalidInputError(f"Lanczos needs at least one step: steps={steps}, n={A.dim}, null directions={rank}")
     how = "random start" if start is None else "given start"
     key = f"lanczos of dimension {A.dim} in {A.dtype}, {rank} null directions, seed {seed}, {how}"
-    bytes_needed = (limit + 1 + rank) * A.dim * A.dtype.itemsize
+    vectors = limit + 1 + (0 if isinstance(null, LocalColumns) else rank)
+    bytes_needed = vectors * A.dim * A.dtype.itemsize
     require_memory(bytes_needed, f"a Lanczos basis of {limit} vectors of length {A.dim}", device=A.device)
 
     def in_units(found: Tridiagonalization) -> Tridiagonalization:
@@ -221,7 +224,7 @@ class _Run:
     `pending` are the numbers of the newest steps, not read yet; `coupling` is the last norm that was."""
 
     def __init__(
-        self, A: SymmetricOperator, limit: int, null: Tensor | None, w: Tensor, resume: Tridiagonalization | None
+        self, A: SymmetricOperator, limit: int, null: Columns | None, w: Tensor, resume: Tridiagonalization | None
     ) -> None:
         self.A, self.limit, self.null, self.w = A, limit, null, w
         self.coupling, self.every = float(length(w)), 1 if A.device.type == "cpu" else _SELDOM
@@ -321,7 +324,7 @@ class _Run:
         return Tridiagonalization(np.array(self.alpha), beta, self.basis[:k].T, w, self.matvecs, stop)
 
 
-def _start(A: SymmetricOperator, start: Tensor | None, null: Tensor | None, seed: int) -> Tensor:
+def _start(A: SymmetricOperator, start: Tensor | None, null: Columns | None, seed: int) -> Tensor:
     like = torch.empty(0, dtype=A.dtype, device=A.device)
     vector = normal((A.dim,), generator(seed), like) if start is None else start
     if vector.shape != (A.dim,) or vector.dtype != A.dtype or vector.device != A.device:
@@ -342,7 +345,7 @@ def _start(A: SymmetricOperator, start: Tensor | None, null: Tensor | None, seed
 
 
 def three_term(
-    A: SymmetricOperator, steps: int, start: Tensor, null: Tensor, *, every: int | None = None
+    A: SymmetricOperator, steps: int, start: Tensor, null: Columns, *, every: int | None = None
 ) -> tuple[Floats, Floats, int]:
     """The tridiagonal matrix of a run that stores three vectors.
 

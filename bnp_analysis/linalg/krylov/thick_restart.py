@@ -13,6 +13,7 @@ from torch import Tensor
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.bases import dots, length, orthogonalized, project_out
 from bnp_analysis.linalg.krylov.lanczos import Floats
+from bnp_analysis.linalg.matrices import Columns
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.runtime.files import SavedRun
 from bnp_analysis.runtime.memory import require_memory
@@ -35,7 +36,7 @@ class ThickRestart:
     def __init__(
         self,
         A: SymmetricOperator,
-        null: Tensor,
+        null: Columns,
         k: int,
         which: str,
         tol: float,

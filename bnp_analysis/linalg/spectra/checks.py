@@ -32,7 +32,17 @@ from bnp_analysis.linalg.operators import (
 )
 from bnp_analysis.linalg.preconditioner import Congruence, Preconditioner, check_fits, congruence
 from bnp_analysis.linalg.scale import Scaled, ScaledSymmetric, scaled
-from bnp_analysis.linalg.spectra.null import NORM_STEPS, DeclaredNull, HasBasis, null_tolerance, read_null, require_null
+from bnp_analysis.linalg.spectra.null import (
+    CAUTION,
+    COMBINED,
+    MISSED,
+    NORM_STEPS,
+    DeclaredNull,
+    HasBasis,
+    null_tolerance,
+    read_null,
+    require_null,
+)
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.kinds import require_kind
 from bnp_analysis.runtime.memory import available_memory, require_memory
@@ -44,10 +54,6 @@ _TOGETHER, _ROWS = 32, 512
 _WIDE = 8
 # Bytes that rows may take which are read more than once.
 _KEPT = 2**30
-# Random combinations of the rows. They show less than 1/`_CAUTION` of an image with probability `MISSED` at most: for
-# `chi^2` with `s` degrees of freedom, `P(chi^2 <= x s) <= (x e^(1 - x))^(s / 2)`, here at `x = 1/16`.
-_COMBINED, _CAUTION = 48, 4.0
-MISSED = (math.exp(1 - _CAUTION**-2) / _CAUTION**2) ** (_COMBINED / 2)
 
 
 def norm_estimate(A: SymmetricOperator, seed: int = 0) -> float:
@@ -210,12 +216,12 @@ class Verifier:
         self.matvecs, self.tolerance = NORM_STEPS, null_tolerance(operator)
         # Only ratios count: squares of what is far from 1 leave the floats.
         self._operator = scaled(operator)
-        self._by_rows = count > min(operator.dense_cost, _COMBINED)
-        self._combined = self._by_rows and operator.dense_cost > _COMBINED
+        self._by_rows = count > min(operator.dense_cost, COMBINED)
+        self._combined = self._by_rows and operator.dense_cost > COMBINED
         self.doubt = MISSED if self._combined else 0.0
         self._scale = math.sqrt(norm_estimate(GramOperator(self._operator)))
         self._kept: list[Tensor] | None = None
-        size = 2 * min(rows, _COMBINED if self._combined else rows) * columns * operator.dtype.itemsize
+        size = 2 * min(rows, COMBINED if self._combined else rows) * columns * operator.dtype.itemsize
         if self._combined or (self._by_rows and size < min(_KEPT, available_memory())):
             self._kept = list(self._row_blocks())
 
@@ -232,7 +238,7 @@ class Verifier:
 
     def _settled(self, where: Tensor, columns: Tensor, sizes: Tensor) -> Tensor:
         """The same, measured where combinations of rows do not tell on which side of the tolerance they are."""
-        near = (sizes > self.tolerance / _CAUTION) & (sizes < _CAUTION**2 * self.tolerance)
+        near = (sizes > self.tolerance / CAUTION) & (sizes < CAUTION**2 * self.tolerance)
         if self._combined and bool(near.any()):
             sizes = sizes.clone()
             sizes[near] = self._by_products_with([(where, columns[:, near])]) / self._scale
@@ -250,9 +256,9 @@ class Verifier:
     def _row_blocks(self) -> Iterator[Tensor]:
         """Some rows of `F` at a time as columns, `(n, rows)`, on the CPU; or combinations of them."""
         if self._combined:
-            operator, spread = self._operator, 1 / math.sqrt(_COMBINED)
-            self.matvecs += _COMBINED
-            G = normal((operator.shape[0], _COMBINED), generator(0), torch.empty(0, dtype=operator.dtype))
+            operator, spread = self._operator, 1 / math.sqrt(COMBINED)
+            self.matvecs += COMBINED
+            G = normal((operator.shape[0], COMBINED), generator(0), torch.empty(0, dtype=operator.dtype))
             yield (operator.T @ (spread * G).to(operator.device)).cpu()
             return
         self.matvecs += self._operator.dense_cost

@@ -13,6 +13,7 @@ from torch import Tensor
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.bases import project_out
 from bnp_analysis.linalg.krylov.thick_restart import ThickRestart
+from bnp_analysis.linalg.matrices import Columns
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.scale import comfortable, exponent, in_floats, require_resolution, scaled, times_power
@@ -177,7 +178,7 @@ def eigenpairs(
 
 
 def _start(
-    start: Tensor | str, dtype: torch.dtype, operator: SymmetricOperator, which: str, null: Tensor
+    start: Tensor | str, dtype: torch.dtype, operator: SymmetricOperator, which: str, null: Columns
 ) -> tuple[Tensor | None, str]:
     """The vector a search begins with beside a random one, and in words where it comes from."""
     if isinstance(start, str):
@@ -193,12 +194,12 @@ def _start(
     return comfortable(start)[0], "given, and random"
 
 
-def _has_part_outside(start: Tensor, null: Tensor) -> bool:
-    inside = float(project_out(start.double().unsqueeze(1), null.double()).norm())
+def _has_part_outside(start: Tensor, null: Columns) -> bool:
+    inside = float(project_out(start.double().unsqueeze(1), null.to(torch.float64)).norm())
     return 0 < inside < math.inf and inside > 1e-6 * float(start.double().norm())
 
 
-def _require_start(start: Tensor, operator: SymmetricOperator, null: Tensor) -> None:
+def _require_start(start: Tensor, operator: SymmetricOperator, null: Columns) -> None:
     """Refuse a start of another size, dtype or device, or with nothing in the space that is searched."""
     if (
         not isinstance(start, Tensor)

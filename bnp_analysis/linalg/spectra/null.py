@@ -13,11 +13,18 @@ from torch import Tensor
 from bnp_analysis.errors import InvalidInputError, NullSpaceError
 from bnp_analysis.linalg.bases import orthonormal
 from bnp_analysis.linalg.forming import formed
-from bnp_analysis.linalg.matrices import ReducedFactor
+from bnp_analysis.linalg.matrices import Columns, LocalColumns, ReducedFactor, as_tensor
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.linalg.scale import Scaled, exponent, precise
+from bnp_analysis.runtime.random import generator, normal
 
 NORM_STEPS = 8
+# Random combinations of rows. They show less than 1/`CAUTION` of an image with probability `MISSED` at most: for
+# `chi^2` with `s` degrees of freedom, `P(chi^2 <= x s) <= (x e^(1 - x))^(s / 2)`, here at `x = 1/16`.
+COMBINED, CAUTION = 48, 4.0
+MISSED = (math.exp(1 - CAUTION**-2) / CAUTION**2) ** (COMBINED / 2)
+# Blocks of columns that take less than one such part of a dense basis are kept.
+_SAVED = 4
 # Stored matrices whose singular values may decide whether declared directions are null.
 _DECIDED = 3_000
 
@@ -28,6 +35,17 @@ class HasBasis(Protocol):
 
     @property
     def basis(self) -> Tensor: ...
+
+    @property
+    def sources(self) -> Mapping[str, int]: ...
+
+
+@runtime_checkable
+class HasColumns(Protocol):
+    """The same where the basis is kept on few coordinates: what is deflated takes what its blocks take."""
+
+    @property
+    def columns(self) -> LocalColumns: ...
 
     @property
     def sources(self) -> Mapping[str, int]: ...
@@ -45,7 +63,7 @@ class SomeNullDirections:
 class DeclaredNull:
     """An orthonormal basis `(n, r)` of the declared null space, or the fact that nothing was declared."""
 
-    basis: Tensor
+    basis: Columns
     declared: bool
     sources: Mapping[str, int] = field(default_factory=dict)
     # Whether the caller says that these are all: a tensor does, found directions do not.
@@ -63,19 +81,23 @@ class DeclaredNull:
     @property
     def cost(self) -> int:
         """Products that checking the directions takes: the norm of the operator, and one for each."""
-        return NORM_STEPS + self.dim if self.dim else 0
+        checked = min(self.dim, COMBINED) if isinstance(self.basis, LocalColumns) else self.dim
+        return NORM_STEPS + checked if self.dim else 0
 
 
 def read_null(null: Tensor | HasBasis | None, A: SymmetricOperator) -> DeclaredNull:
     """Read `null=`: None, a tensor `(n, r)` of independent columns, or an object with `.basis`.
 
     A tensor declares the whole null space (with `r = 0`, that there is none); an object declares directions in it.
+    Where it has orthonormal `.columns` that take little, these are used as they are.
 
     Raises:
         InvalidInputError: wrong shape, dtype or device; NullSpaceError: dependent columns.
     """
     if null is None:
         return DeclaredNull(torch.zeros(A.dim, 0, dtype=precise(A.dtype), device=A.device), declared=False)
+    if isinstance(null, HasColumns) and (found := _local(null, A)) is not None:
+        return found
     if isinstance(null, Tensor):
         basis, sources = null, {"declared": null.shape[-1] if null.ndim == 2 else 1}
     elif isinstance(null, HasBasis):
@@ -106,6 +128,22 @@ def read_null(null: Tensor | HasBasis | None, A: SymmetricOperator) -> DeclaredN
     )
 
 
+def _local(null: HasColumns, A: SymmetricOperator) -> DeclaredNull | None:
+    """Orthonormal columns that are many and live on few coordinates, as they are; None where they are not such."""
+    N = null.columns
+    count = N.shape[1]
+    if N.shape[0] != A.dim or (N.dtype, N.device) != (A.dtype, A.device):
+        return None
+    if count <= COMBINED or _SAVED * N.held > A.dim * count:
+        return None
+    N = N.to(precise(A.dtype))
+    g = normal((count, 2), generator(0), torch.empty(0, dtype=N.dtype, device=N.device))
+    if not float((N.T @ (N @ g) - g).norm()) <= 100 * math.sqrt(count) * torch.finfo(N.dtype).eps * float(g.norm()):
+        return None
+    given = float(torch.finfo(A.dtype).eps)
+    return DeclaredNull(N, declared=True, sources=dict(null.sources), given_eps=given)
+
+
 def null_tolerance(A: LinearOperator) -> float:
     """How large `|A n| / |A|` may be for a null vector `n`, by rounding alone."""
     return null_tolerance_of(A.shape, A.eps)
@@ -119,7 +157,8 @@ def require_null(A: LinearOperator, null: DeclaredNull, scale: float, what: str 
     """Refuse declared directions that the operator does not annihilate to rounding.
 
     What is computed is checked by a product, to its rounding. What is stored is checked in float64, whatever its dtype:
-    to `n u |A|`, and what rounding entries and directions to their dtype explains, `eps | |A| |n| |`.
+    to `n u |A|`, and what rounding entries and directions to their dtype explains, `eps | |A| |n| |`. Many columns on
+    few coordinates are checked by 48 random combinations of rows, which miss one with probability 1e-19.
 
     Args:
         A: the operator or its factor.
@@ -144,9 +183,28 @@ def require_null(A: LinearOperator, null: DeclaredNull, scale: float, what: str 
             f"products of {A!r} are known to {A.eps:.1g} only, so that none could tell a null direction from another; "
             "the declared ones would be believed unseen. Measure in float32 or float64, or leave null= out"
         )
-    images = (A @ null.basis).double().norm(dim=0) / scale
+    images = _images(A, null.basis, tolerance * scale) / scale
     _refuse_worst(images, torch.full_like(images, tolerance), what)
     return float(images.max())
+
+
+def _images(A: LinearOperator, basis: Columns, tolerance: float) -> Tensor:
+    """`|A n|` of columns; of many that live on few coordinates a bound from random combinations of the rows of `A`.
+
+    The bound fails with probability `MISSED` for each, and columns that it does not show to be null are multiplied.
+    """
+    if isinstance(basis, Tensor) or basis.shape[1] <= COMBINED:
+        exact: Tensor = (A @ as_tensor(basis)).double().norm(dim=0)
+        return exact
+    like = torch.empty(0, dtype=basis.dtype, device=basis.device)
+    G = normal((A.shape[0], COMBINED), generator(0), like) / math.sqrt(COMBINED)
+    found: Tensor = CAUTION * (basis.T @ (A.T @ G)).double().norm(dim=1)
+    unclear = torch.nonzero(~(found <= tolerance)).flatten()
+    for some in torch.split(unclear, COMBINED):
+        chosen = like.new_zeros(basis.shape[1], len(some))
+        chosen[some, torch.arange(len(some), device=like.device)] = 1.0
+        found[some] = (A @ (basis @ chosen)).double().norm(dim=0)
+    return found
 
 
 def _stored(A: LinearOperator) -> bool:
@@ -156,13 +214,13 @@ def _stored(A: LinearOperator) -> bool:
 
 def _require_null_of(A: LinearOperator, null: DeclaredNull, scale: float, what: str) -> float:
     """The same of a stored matrix; where directions are spoilt by rounding, its singular values decide."""
-    assert null.wide is not None
+    wide = as_tensor(null.basis).double() if null.wide is None else null.wide
     found = formed(A.inner if isinstance(A, Scaled) else A)
     matrix, scale = found.matrix, scale * 2.0 ** (found.exponent - exponent(A))
     unit = max(matrix.shape) * torch.finfo(torch.float64).eps
-    images = (matrix @ null.wide).norm(dim=0) / scale
-    spoilt = null.given_eps * (matrix.abs() @ null.wide.abs()).norm(dim=0) / scale
-    spoilt += found.rounding * (found.sizes() @ null.wide.abs()).norm(dim=0) / scale
+    images = (matrix @ wide).norm(dim=0) / scale
+    spoilt = null.given_eps * (matrix.abs() @ wide.abs()).norm(dim=0) / scale
+    spoilt += found.rounding * (found.sizes() @ wide.abs()).norm(dim=0) / scale
     nearly = null_tolerance_of(matrix.shape, null.given_eps)
     if bool((images > unit + spoilt).any()) and bool((images <= nearly).all()) and min(matrix.shape) <= _DECIDED:
         sigma = torch.linalg.svdvals(matrix)

@@ -20,6 +20,7 @@ from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.bases import orthonormal, project_out
 from bnp_analysis.linalg.forming import UNIT, amplified, formed, norm_bound
 from bnp_analysis.linalg.krylov.lanczos import Floats, lanczos, three_term, tridiagonal_eigh
+from bnp_analysis.linalg.matrices import Columns, as_tensor
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.scale import exponent, in_floats, scaled
@@ -439,7 +440,11 @@ def spectral_density(
         True
     """
     operator, declared = measured(A, preconditioner, null, seed)
-    basis = declared.basis if deflate is None else orthonormal(torch.cat([declared.basis, deflate], dim=1), "deflate=")
+    basis = (
+        declared.basis
+        if deflate is None
+        else orthonormal(torch.cat([as_tensor(declared.basis), deflate], dim=1), "deflate=")
+    )
     room = A.dim - basis.shape[1]
     if scale not in ("linear", "log"):
         raise InvalidInputError(f"scale must be 'linear' or 'log', got {scale!r}")
@@ -496,7 +501,7 @@ def spectral_density(
 
 def _by_probes(
     operator: SymmetricOperator,
-    basis: Tensor,
+    basis: Columns,
     probes: int,
     steps: int,
     *,
@@ -545,7 +550,7 @@ def _by_probes(
 
 
 def _probes_done(
-    state: dict[str, Any], operator: SymmetricOperator, start: Tensor, basis: Tensor
+    state: dict[str, Any], operator: SymmetricOperator, start: Tensor, basis: Columns
 ) -> tuple[list[Floats], int, int]:
     """What a saved run holds, the products with one more that shows that it is of this operator."""
     arrays = [state[name].numpy() for name in ("nodes", "weights", "residuals")]
@@ -553,7 +558,7 @@ def _probes_done(
     return arrays, int(state["done"]), int(state["matvecs"]) + 1
 
 
-def _all_eigenvalues(operator: SymmetricOperator, basis: Tensor) -> tuple[Floats, Floats, Floats, float]:
+def _all_eigenvalues(operator: SymmetricOperator, basis: Columns) -> tuple[Floats, Floats, Floats, float]:
     """All eigenvalues in the complement of a basis, equal weights, no residuals, and what they are rounded by."""
     n = operator.dim
     require_memory(8 * 6 * n * n, f"the dense matrix of {operator!r}", "Use method='quadrature', or a smaller block")
@@ -561,7 +566,7 @@ def _all_eigenvalues(operator: SymmetricOperator, basis: Tensor) -> tuple[Floats
     matrix = dense.matrix.cpu()
     require_finite(matrix, "the dense matrix")
     if basis.shape[1]:
-        outside = torch.linalg.qr(basis.double().cpu(), mode="complete")[0][:, basis.shape[1] :]
+        outside = torch.linalg.qr(as_tensor(basis).double().cpu(), mode="complete")[0][:, basis.shape[1] :]
         matrix = outside.T @ matrix @ outside
     found = np.ldexp(torch.linalg.eigvalsh(matrix).numpy(), -dense.exponent)
     rounding = dense.rounding * norm_bound(dense.sizes().cpu()) + n * UNIT * norm_bound(matrix)
@@ -579,7 +584,7 @@ def _grid(found: Floats, width: float | None, points: int) -> tuple[Floats, floa
 
 
 def _run(
-    operator: SymmetricOperator, steps: int, start: Tensor, null: Tensor, reorthogonalize: bool
+    operator: SymmetricOperator, steps: int, start: Tensor, null: Columns, reorthogonalize: bool
 ) -> tuple[Floats, Floats, int, str]:
     """The tridiagonal matrix of a probe, its last residual norm beside `beta`, the products and why it ended."""
     if reorthogonalize:
@@ -678,7 +683,7 @@ def _logarithms(nodes: Floats) -> Floats:
     return np.asarray(np.log10(np.maximum(sizes, np.finfo(np.float64).eps * sizes.max())))
 
 
-def _require_same(operator: SymmetricOperator, start: Tensor, basis: Tensor, mean: float) -> None:
+def _require_same(operator: SymmetricOperator, start: Tensor, basis: Columns, mean: float) -> None:
     """The first probe's Rayleigh quotient, which its quadrature integrates exactly, tells one operator from another."""
     v = project_out(start.unsqueeze(1), basis).squeeze(1)
     v = v / v.norm()
