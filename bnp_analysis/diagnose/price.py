@@ -68,7 +68,7 @@ def _layer_work(risk: EmpiricalRisk, layer: Layer, rows: float, factor: LinearOp
     width = layer.features + (layer.bias is not None)
     inputs = 3 * 2 * rows * layer.groups * width**2
     krylov = 2 * LANCZOS_STEPS * product  # without and with P
-    inputs += 10.0 * dim**3 if dim <= SEARCHED else 0.0  # orthonormal null directions
+    inputs += 2.0 * dim**3 if dim <= SEARCHED else 0.0  # null directions, orthonormal on the coordinates they share
     if factor is None:
         return inputs + krylov + 2 * layer.units * min(width, LANCZOS_STEPS) * product
     r = factor.shape[0]
