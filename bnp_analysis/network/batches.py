@@ -232,7 +232,8 @@ class Batches:
 
     def _counted(self, x: Any, y: Any, index: int) -> float:
         with explained(f"count= for batch {index}"):
-            return float(self._count(x, y) if self._splits else self._count((x, y)))  # type: ignore[misc]
+            assert self._count is not None
+            return float(self._count(x, y) if self._splits else self._count((x, y)))
 
     def _cast(self, t: Tensor, copy: bool) -> Tensor:
         return t.detach().to(device=self._device, dtype=counterpart(t, self._dtype), copy=copy)

@@ -39,6 +39,7 @@ from bnp_analysis.linalg.spectra.null import (
     NORM_STEPS,
     DeclaredNull,
     HasBasis,
+    combined_rows,
     null_tolerance,
     read_null,
     require_null,
@@ -256,10 +257,8 @@ class Verifier:
     def _row_blocks(self) -> Iterator[Tensor]:
         """Some rows of `F` at a time as columns, `(n, rows)`, on the CPU; or combinations of them."""
         if self._combined:
-            operator, spread = self._operator, 1 / math.sqrt(COMBINED)
             self.matvecs += COMBINED
-            G = normal((operator.shape[0], COMBINED), generator(0), torch.empty(0, dtype=operator.dtype))
-            yield (operator.T @ (spread * G).to(operator.device)).cpu()
+            yield combined_rows(self._operator).cpu()
             return
         self.matvecs += self._operator.dense_cost
         for rows in self._operator.row_blocks():

@@ -188,6 +188,18 @@ def require_null(A: LinearOperator, null: DeclaredNull, scale: float, what: str 
     return float(images.max())
 
 
+def combined_rows(A: LinearOperator) -> Tensor:
+    """Gaussian combinations `c` of rows of `A` as columns, `(n, COMBINED)`: `sum (c . v)^2` has the mean `|A v|^2`.
+
+    Example:
+        >>> from bnp_analysis.linalg import MatrixOperator
+        >>> combined_rows(MatrixOperator(torch.tensor([[1.0, 0.0]])))[1].any().item()
+        False
+    """
+    G = normal((A.shape[0], COMBINED), generator(0), torch.empty(0, dtype=A.dtype))
+    return A.T @ (1 / math.sqrt(COMBINED) * G).to(A.device)
+
+
 def _images(A: LinearOperator, basis: Columns, tolerance: float) -> Tensor:
     """`|A n|` of columns; of many that live on few coordinates a bound from random combinations of the rows of `A`.
 
@@ -196,13 +208,11 @@ def _images(A: LinearOperator, basis: Columns, tolerance: float) -> Tensor:
     if isinstance(basis, Tensor) or basis.shape[1] <= COMBINED:
         exact: Tensor = (A @ as_tensor(basis)).double().norm(dim=0)
         return exact
-    like = torch.empty(0, dtype=basis.dtype, device=basis.device)
-    G = normal((A.shape[0], COMBINED), generator(0), like) / math.sqrt(COMBINED)
-    found: Tensor = CAUTION * (basis.T @ (A.T @ G)).double().norm(dim=1)
+    found: Tensor = CAUTION * (basis.T @ combined_rows(A)).double().norm(dim=1)
     unclear = torch.nonzero(~(found <= tolerance)).flatten()
     for some in torch.split(unclear, COMBINED):
-        chosen = like.new_zeros(basis.shape[1], len(some))
-        chosen[some, torch.arange(len(some), device=like.device)] = 1.0
+        chosen = torch.zeros(basis.shape[1], len(some), dtype=basis.dtype, device=basis.device)
+        chosen[some, torch.arange(len(some), device=basis.device)] = 1.0
         found[some] = (A @ (basis @ chosen)).double().norm(dim=0)
     return found
 
