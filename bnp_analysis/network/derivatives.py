@@ -298,6 +298,7 @@ def compare(found: Trial, claimed: Mapping[str, Tensor], quotient: Quotient, sca
     """
     tolerance = max(_TOLERANCE, 20 * found.eps**0.5)
     verdict: bool | None = None
+    longest: float | None = None
     for factor in _STEPS:
         h = found.eps**0.375 * factor
         rounding = _ROUNDINGS * found.eps * size / h
@@ -308,13 +309,13 @@ def compare(found: Trial, claimed: Mapping[str, Tensor], quotient: Quotient, sca
             if gap <= allowed:
                 return True
             quotients += [quotient(h / 2), quotient(4 * h)]
-        except BNPAnalysisError:  # outside of where the risk is defined
+        except BNPAnalysisError:  # outside of where the risk is defined, or bent over this step
             continue
+        longest = longest or h
         spread = max(_gap(q, quotients[0]) for q in quotients[1:])
         gap = min(_gap(q, claimed) for q in quotients)
         if gap > allowed and gap > 8 * spread and gap > allowed + _noise(quotient, h, quotients[0]):
             # Rounding moves the function by as much whichever the step is, and seldom shows in a short one.
-            longest = found.eps**0.375
             with suppress(BNPAnalysisError):
                 moved = longest * _noise(quotient, longest, quotient(longest))
                 verdict = False if gap > allowed + moved / h else verdict
