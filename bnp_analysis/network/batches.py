@@ -90,7 +90,8 @@ class Batches:
                 if batch.count > 0:
                     examples += tensors_of(batch.x)[0].shape[0]
                     _require_finite_batch(batch)
-                    first = add(first, hash_of(tensors_of((batch.x, batch.y))))
+                    if self._stored is None:
+                        first = add(first, hash_of(tensors_of((batch.x, batch.y))))
         if not counts and group.size == 1:
             raise InvalidInputError(
                 "the data has no batch: an empty loader has no mean. With drop_last=True a loader shorter than one "

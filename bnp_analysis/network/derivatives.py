@@ -52,7 +52,8 @@ Quotient = Callable[[float], dict[str, Tensor]]
 class Trial:
     """Where derivatives are tried: a risk on a few examples at a point, its one batch, and the recorded loss.
 
-    `size`: to which the rounding of the loss is relative; `kinked`: whether some function is evaluated on its kink.
+    `size`: to which the rounding of the loss is relative; `kinked`: whether some function is evaluated on its kink;
+    `smooth_at`: the risk's point, where that has been looked for and no function is on its kink.
     """
 
     risk: Any  # an EmpiricalRisk, whose module imports this one
@@ -64,6 +65,7 @@ class Trial:
     stops: tuple[str, ...]
     functions: tuple[str, ...]
     kinked: bool = False
+    smooth_at: Tensor | None = None
 
     def direction(self, seed: int, names: set[str] | None = None) -> Tensor:
         """`(n,)`: every tensor moves by the same share of its size; with `names` only these."""
@@ -95,7 +97,7 @@ def trial(risk: EmpiricalRisk) -> Trial | None:
             observer, at = Observer(), place.at(near)
             try:
                 leaves = at.leaves()
-                with observer, random_state(device=at.space.device):
+                with observer:
                     outputs = at.batch_outputs(leaves, part)
                     loss = at.batch_loss(outputs, part, leaves)
             except (RuntimeError, BNPAnalysisError):  # a model written for one precision
@@ -129,7 +131,8 @@ def require_gradient(risk: EmpiricalRisk) -> None:
         if kink is not None:
             _require_gradient(kink)
         if found.risk.space.dim <= _KEPT:
-            risk.place = replace(found, loss=found.loss.detach(), leaves={})
+            smooth_at = risk.theta if kink is None else None
+            risk.place = replace(found, loss=found.loss.detach(), leaves={}, smooth_at=smooth_at)
 
 
 def _require_gradient(found: Trial) -> None:
@@ -169,14 +172,19 @@ def on_kink(risk: EmpiricalRisk, near: Trial) -> Trial | None:
     The risk may be smooth there: `max(z, 0) + log(1 + exp(-|z|))` is a softplus, of which autograd takes the slope 1
     and the curvature 0 at `z = 0`, which is where a last layer of zeros begins.
     """
-    at, observer = near.risk.at(risk.theta.to(near.risk.theta)), Observer(kinks=True)
-    leaves = at.leaves()
-    try:
-        with observer, random_state(device=at.space.device):
-            loss = at.batch_loss(at.batch_outputs(leaves, near.batch), near.batch, leaves)
-    except (RuntimeError, BNPAnalysisError):
+    if near.smooth_at is risk.theta:
         return None
-    if not observer.kinks:
+    at, observer = near.risk.at(risk.theta.to(near.risk.theta)), Observer(kinks=True)
+    try:
+        # Without derivatives first: usually there is no kink.
+        with observer:
+            tensors = at.space.unflatten(at.theta)
+            at.batch_loss(at.batch_outputs(tensors, near.batch), near.batch, tensors)
+        if not observer.kinks:
+            return None
+        leaves = at.leaves()
+        loss = at.batch_loss(at.batch_outputs(leaves, near.batch), near.batch, leaves)
+    except (RuntimeError, BNPAnalysisError):
         return None
     return replace(near, risk=at, loss=loss, leaves=leaves, stops=(*observer.kinks, *near.stops), kinked=True)
 

@@ -14,6 +14,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge, _engine_run_backward
 
 from bnp_analysis.errors import BNPAnalysisError, InvalidInputError, NoDerivativeError
 from bnp_analysis.network.smooth import Accurate
@@ -176,7 +177,7 @@ def derivative(
     """
     how = {"allow_unused": True, "materialize_grads": True} | how
     with explained(what):
-        found = list(torch.autograd.grad(outputs, inputs, cotangents, **how))
+        found = vector_jacobian(outputs, inputs, cotangents, **how)
     if how.get("create_graph"):
         # What they give back is a constant to torch, or ends in a node that it leaves out: zeros would come back.
         once = {node.name() for node in nodes_of(outputs) if _once(node)}
@@ -184,6 +185,34 @@ def derivative(
             said = f"one of {', '.join(sorted(once)) or 'its custom operations'} is marked once_differentiable"
             raise no_derivative(said, second=True, what=what)
     return found
+
+
+def vector_jacobian(
+    outputs: Tensor | Sequence[Tensor], inputs: Tensor | Sequence[Any], cotangents: Any = None, **how: Any
+) -> list[Any]:
+    """`torch.autograd.grad` without the import of a computer algebra system, which compares symbolic shapes there.
+
+    That takes half a second in every process; plain tensors of one shape need no comparison.
+    """
+    ends, given = ([t] if isinstance(t, Tensor) else t for t in (outputs, cotangents))
+    if (
+        not isinstance(given, tuple | list)
+        or not all(
+            type(u) is Tensor and u.shape == t.shape and u.dtype == t.dtype for t, u in zip(ends, given, strict=True)
+        )
+        or any(t.is_nested for t in ends)
+        or how.keys() - {"retain_graph", "create_graph", "allow_unused", "materialize_grads"}
+        or torch._C._len_torch_function_stack()
+    ):
+        return list(torch.autograd.grad(outputs, inputs, cotangents, **how))
+    create = how.get("create_graph", False)
+    wanted = (inputs,) if isinstance(inputs, Tensor | GradientEdge) else tuple(inputs)
+    fill = how.get("materialize_grads", False)
+    retain, unused = how.get("retain_graph", create), how.get("allow_unused", False) or fill
+    found = _engine_run_backward(tuple(ends), tuple(given), retain, create, wanted, unused, accumulate_grad=False)
+    if not fill:
+        return list(found)
+    return [torch.zeros_like(t, requires_grad=create) if g is None else g for g, t in zip(found, wanted, strict=True)]
 
 
 def nodes_of(tensors: Tensor | Iterable[Tensor]) -> list[Any]:

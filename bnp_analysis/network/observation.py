@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -43,38 +43,10 @@ _KINKS |= {"l1_loss", "hinge_embedding_loss", "margin_ranking_loss"}
 _STEPS |= {"fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine", "bucketize"}
 
 
-class Observer(TorchFunctionMode):
-    """Sees the calls of a pass.
+class _Quiet(TorchFunctionMode):
+    """A look at a pass, during which torch does not warn: its warnings would be said to come from here."""
 
-    Args:
-        watched: `id` of a tensor -> its name.
-        kinks: whether to look for functions that are evaluated on a kink.
-
-    Attributes:
-        read: names of the watched tensors that were arguments.
-        generators: random generators that were passed on purpose.
-        dtypes: of all tensors that were made.
-        stops: where a gradient was cut, a step function or a padding index used, `"detach at net.py:12"`.
-        kinks: where functions were evaluated on their kinks, if that was asked for.
-    """
-
-    def __init__(self, watched: Mapping[int, str] | None = None, *, kinks: bool = False) -> None:
-        super().__init__()
-        self._watched = watched or {}
-        self._looks = kinks
-        self.kinks: dict[str, None] = {}
-        self.read: dict[str, None] = {}
-        self.generators: dict[int, torch.Generator] = {}
-        self.dtypes: set[torch.dtype] = set()
-        self.stops: dict[str, None] = {}
-
-    @property
-    def eps(self) -> float:
-        """The spacing of the coarsest floating-point numbers that were made."""
-        return max((torch.finfo(d).eps for d in self.dtypes if d.is_floating_point), default=0.0)
-
-    def __enter__(self) -> Observer:
-        # What torch warns of would be said to come from here.
+    def __enter__(self) -> Self:
         self._quiet = warnings.catch_warnings()
         self._quiet.__enter__()
         warnings.simplefilter("ignore")
@@ -85,19 +57,75 @@ class Observer(TorchFunctionMode):
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._quiet.__exit__(*error)
 
+
+class Arguments(_Quiet):
+    """Sees what the calls of a pass are given.
+
+    Args:
+        watched: `id` of a tensor -> its name.
+
+    Attributes:
+        read: names of the watched tensors that were arguments.
+        generators: random generators that were passed on purpose.
+    """
+
+    def __init__(self, watched: Mapping[int, str] | None = None) -> None:
+        super().__init__()
+        self._watched = watched or {}
+        self.read: dict[str, None] = {}
+        self.generators: dict[int, torch.Generator] = {}
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = tensors_of((args, kwargs) if kwargs else args)
         if self._watched:
-            self.read |= {self._watched[id(t)]: None for t in given if id(t) in self._watched}
-        self.generators |= {id(g): g for g in (*args, *kwargs.values()) if isinstance(g, torch.Generator)}
+            for t in tensors_of((args, kwargs) if kwargs else args):
+                if id(t) in self._watched:
+                    self.read[self._watched[id(t)]] = None
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            # Not by isinstance, which torch answers in Python.
+            if torch.Generator in type(value).__mro__:
+                self.generators[id(value)] = value
+        return func(*args, **kwargs)
+
+
+class Observer(_Quiet):
+    """Sees the calls of a pass, and what they make.
+
+    Args:
+        kinks: whether to look for functions that are evaluated on a kink.
+
+    Attributes:
+        dtypes: of all tensors that were made.
+        stops: where a gradient was cut, a step function or a padding index used, `"detach at net.py:12"`.
+        kinks: where functions were evaluated on their kinks, if that was asked for.
+    """
+
+    def __init__(self, *, kinks: bool = False) -> None:
+        super().__init__()
+        self._looks = kinks
+        self.kinks: dict[str, None] = {}
+        self.dtypes: set[torch.dtype] = set()
+        self.stops: dict[str, None] = {}
+
+    @property
+    def eps(self) -> float:
+        """The spacing of the coarsest floating-point numbers that were made."""
+        return max((torch.finfo(d).eps for d in self.dtypes if d.is_floating_point), default=0.0)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        made = tensors_of(out) if isinstance(out, Tensor | tuple | list) else []
-        self.dtypes |= {t.dtype for t in made}
+        made = [out] if isinstance(out, Tensor) else tensors_of(out) if isinstance(out, tuple | list) else []
+        cut = False
+        for t in made:
+            self.dtypes.add(t.dtype)
+            cut = cut or (not t.requires_grad and t.is_floating_point())
         name = str(getattr(func, "__name__", func))
-        if self._looks and name.strip("_") in _KINKS and _on_kink(given, args[1:], kwargs):
+        kinked = self._looks and name.strip("_") in _KINKS
+        given = tensors_of((args, kwargs) if kwargs else args) if cut or kinked else []
+        if kinked and _on_kink(given, args[1:], kwargs):
             self.kinks[_caller(name)] = None
-        cut = any(t.requires_grad for t in given) and any(t.is_floating_point() and not t.requires_grad for t in made)
+        cut = cut and any(t.requires_grad for t in given)
         if cut or name in _STEPS or kwargs.get("padding_idx") is not None:
             name = str(getattr(func.__self__, "__name__", name)) if name == "__get__" else name
             self.stops[_caller(name)] = None
@@ -311,19 +339,19 @@ def live_tensors(loss: Callable[..., Any], model: nn.Module) -> dict[int, str]:
     return live
 
 
-def require_own_tensors(live: Mapping[int, str], observer: Observer, value: Tensor) -> None:
+def require_own_tensors(live: Mapping[int, str], seen: Arguments, value: Tensor) -> None:
     """Refuse a loss that reads parameters of the caller's model: those stay where they are when `theta` moves.
 
     Args:
         live: from `live_tensors`.
-        observer: what the evaluation of the loss called.
+        seen: what the evaluation of the loss called.
         value: the loss, recorded.
 
     Raises:
         DerivativeError: names them.
     """
     leaves = [node.variable for node in nodes_of(value) if hasattr(node, "variable")]
-    _refuse([*dict.fromkeys([*observer.read, *(live[id(t)] for t in leaves if id(t) in live)])])
+    _refuse([*dict.fromkeys([*seen.read, *(live[id(t)] for t in leaves if id(t) in live)])])
 
 
 def _refuse(read: list[str]) -> None:

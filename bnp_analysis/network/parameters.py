@@ -89,7 +89,10 @@ class ParameterSpace:
         """Views of a flat vector `(n,)` under the names."""
         if theta.shape != (self.dim,):
             raise InvalidInputError(f"a flat vector of shape ({self.dim},) is needed, got {tuple(theta.shape)}")
-        return {name: theta[self._slices[name]].view(shape) for name, shape in self.shapes.items()}
+        return {
+            name: theta.narrow(0, self._slices[name].start, shape.numel()).view(shape)
+            for name, shape in self.shapes.items()
+        }
 
     def layer_names(self, layer: str) -> tuple[str, ...]:
         """The tensors of a layer, of every layer below a module, of one parameter name, or of a pattern of names.

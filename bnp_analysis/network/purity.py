@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bnp_analysis.errors import InvalidInputError, MeasurementWarning, StochasticModelError
 from bnp_analysis.network.batches import Batch, slice_batch, with_examples
 from bnp_analysis.network.decisions import State, sources, turned_around
-from bnp_analysis.network.kernels import recording
-from bnp_analysis.network.observation import Observer, require_own_tensors
+from bnp_analysis.network.kernels import recording, vector_jacobian
+from bnp_analysis.network.observation import Arguments, require_own_tensors
 from bnp_analysis.network.precision import generic_point
-from bnp_analysis.runtime.random import random_state
+from bnp_analysis.runtime.random import random_state, reseed
 from bnp_analysis.runtime.trees import map_tensors, tensors_of
 
 if TYPE_CHECKING:
@@ -70,6 +70,11 @@ def require_pure(risk: EmpiricalRisk, live: Mapping[int, str]) -> bool:
 
 def _couples_here(risk: EmpiricalRisk, live: Mapping[int, str]) -> tuple[bool, list[str]]:
     """Whether this process's batches couple their examples, and by which layers."""
+    with random_state(device=risk.space.device):
+        return _couple(risk, live)
+
+
+def _couple(risk: EmpiricalRisk, live: Mapping[int, str]) -> tuple[bool, list[str]]:
     random = _that_run(risk, random_layers(risk))
     normalizing = _that_run(risk, coupled_layers(risk))
     coupled = bool(normalizing)
@@ -159,16 +164,16 @@ class _Draws:
         self._risk, self._device = risk, risk.space.device
         shared = (random._inst, np.random.mtrand._rand, torch.default_generator)
         private = [g for g in held if all(g is not other for other in shared)]
-        self.seen = Observer(live)
+        self.seen = Arguments(live)
         used = dict[str, None]()
         kept.begin()
-        with random_state(seed=0, device=self._device):
-            before, mine = _global_states(self._device), [_state(g) for g in private]
-            with self.seen, sources(used):
-                self.value = run()
-            after = _global_states(self._device)
-            private += [g for g in self.seen.generators.values() if all(g is not other for other in private)]
-            mine += [None] * (len(private) - len(mine))
+        reseed(0, self._device)
+        before, mine = _seeded(self._device), [_state(g) for g in private]
+        with self.seen, sources(used):
+            self.value = run()
+        after = _global_states(self._device)
+        private += [g for g in self.seen.generators.values() if all(g is not other for other in private)]
+        mine += [None] * (len(private) - len(mine))
         self._ends, self._kept, self._used, self._went_on = after, kept.changed(), used, kept.moved()
         self._moved = [name for name, state in before.items() if state != after[name]]
         self._private = [(g, s) for g, s in zip(private, mine, strict=True) if s != _state(g)]
@@ -218,9 +223,9 @@ class _Draws:
     def matter(self, run: Callable[[], Tensor]) -> bool:
         """Whether other draws give other values, or the draws go on from pass to pass where they cannot be chosen."""
         ends = [_state(g) for g, _ in self._private]
-        with random_state(seed=1, device=self._device):
-            if _differs(self._risk, self.value, run()):
-                return True
+        reseed(1, self._device)
+        if _differs(self._risk, self.value, run()):
+            return True
         if any(end != _state(g) for end, (g, _) in zip(ends, self._private, strict=True)) or "CUDA" in self._moved:
             return True
         for which in range(8 if self._moved else 0):
@@ -237,6 +242,17 @@ def _global_states(device: torch.device) -> dict[str, Any]:
         "NumPy's random": _state(np.random.mtrand._rand),
     }
     return states | ({"CUDA": torch.cuda.get_rng_state(device).numpy().tobytes()} if device.type == "cuda" else {})
+
+
+def _seeded(device: torch.device) -> dict[str, Any]:
+    """The states just after `reseed(0)`; reading NumPy's takes longer than a pass of a small network."""
+    return _global_states(device) if device.type == "cuda" else _seeded_here()
+
+
+@cache
+def _seeded_here() -> dict[str, Any]:
+    with random_state(seed=0):
+        return _global_states(torch.device("cpu"))
 
 
 def _state(generator: Any) -> Any:
@@ -485,7 +501,7 @@ class _Entrances(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = tensors_of((list(args), kwargs))
+        given = tensors_of((args, kwargs)) if self._integers else []
         entering = any(id(t) in self._integers for t in given) and not any(t.requires_grad for t in given)
         out = func(*args, **kwargs)
         if entering and isinstance(out, Tensor) and out.ndim and out.shape[0] == self._size:
@@ -561,7 +577,7 @@ def _apart(by_inputs: _ByInputs, whole: Tensor, size: int) -> bool:
 
     def pulled(u: Tensor) -> list[Tensor]:
         """`J^T u` along a direction, one number per example for each source."""
-        found = torch.autograd.grad(outputs, sources, u, retain_graph=True, allow_unused=True)
+        found = vector_jacobian(outputs, sources, u, retain_graph=True, allow_unused=True)
         return [
             d.new_zeros(size) if t is None else t.reshape(size, -1) @ d for t, d in zip(found, directions, strict=True)
         ]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.batches import Batch, slice_batch
-from bnp_analysis.network.kernels import derivative, nodes_of, recording
+from bnp_analysis.network.kernels import derivative, nodes_of, recording, vector_jacobian
 from bnp_analysis.network.precision import perturbed
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.smooth import Watch, generic, watching
@@ -263,4 +263,4 @@ def _gradients(risk: EmpiricalRisk, batch: Batch, watch: Watch) -> list[Tensor |
     if not outputs.requires_grad:
         return []
     wanted: Any = [*watch.edges, *leaves.values()]
-    return list(torch.autograd.grad(outputs, wanted, generic(outputs.detach()), allow_unused=True))
+    return vector_jacobian(outputs, wanted, generic(outputs.detach()), allow_unused=True)

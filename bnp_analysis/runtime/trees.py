@@ -54,12 +54,22 @@ def all_finite(t: Tensor) -> bool:
     return bool(torch.isfinite(t.sum())) or bool(torch.isfinite(t).all())
 
 
+# Most of what is looked at are a call's arguments: tensors and numbers, told apart without asking for ancestors.
+_LEAVES = frozenset((bool, int, float, str, type(None), torch.dtype, torch.device))
+
+
 def _collect(value: Any, found: list[Tensor]) -> None:
-    if isinstance(value, Tensor):
+    kind = type(value)
+    if kind is Tensor or isinstance(value, Tensor):
         found.append(value)
-    elif isinstance(value, tuple | list):
+    elif kind is tuple or kind is list or isinstance(value, tuple | list):
         for part in value:
-            _collect(part, found)
+            if type(part) is Tensor:
+                found.append(part)
+            elif type(part) not in _LEAVES:
+                _collect(part, found)
+    elif kind in _LEAVES:
+        return
     elif isinstance(value, Mapping):
         for part in value.values():
             _collect(part, found)
