@@ -14,7 +14,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import GradientEdge, _engine_run_backward
+from torch.autograd.graph import GradientEdge
 
 from bnp_analysis.errors import BNPAnalysisError, InvalidInputError, NoDerivativeError
 from bnp_analysis.network.smooth import Accurate
@@ -194,9 +194,11 @@ def vector_jacobian(
 
     That takes half a second in every process; plain tensors of one shape need no comparison.
     """
+    run: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)  # private to torch
     ends, given = ([t] if isinstance(t, Tensor) else t for t in (outputs, cotangents))
     if (
-        not isinstance(given, tuple | list)
+        run is None
+        or not isinstance(given, tuple | list)
         or not all(
             type(u) is Tensor and u.shape == t.shape and u.dtype == t.dtype for t, u in zip(ends, given, strict=True)
         )
@@ -209,7 +211,7 @@ def vector_jacobian(
     wanted = (inputs,) if isinstance(inputs, Tensor | GradientEdge) else tuple(inputs)
     fill = how.get("materialize_grads", False)
     retain, unused = how.get("retain_graph", create), how.get("allow_unused", False) or fill
-    found = _engine_run_backward(tuple(ends), tuple(given), retain, create, wanted, unused, accumulate_grad=False)
+    found = run(tuple(ends), tuple(given), retain, create, wanted, unused, accumulate_grad=False)
     if not fill:
         return list(found)
     return [torch.zeros_like(t, requires_grad=create) if g is None else g for g, t in zip(found, wanted, strict=True)]
