@@ -9,7 +9,7 @@ import tempfile
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PosixPath
 from typing import IO, Any, TypeVar
@@ -56,6 +56,20 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write words into a file, whole or not at all; see `whole_file`.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "pages" / "a.md"
+        >>> write_text(path, "done")
+        >>> path.read_text()
+        'done'
+    """
+    with whole_file(path) as file:
+        file.write(text.encode())
 
 
 @contextmanager
@@ -207,6 +221,37 @@ def require_output(path: str | os.PathLike[str], argument: str) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise InvalidInputError(f"{said} cannot be written in {folder} ({reason}): nothing was computed") from error
+
+
+def require_outputs(
+    outputs: Mapping[str, Sequence[str | os.PathLike[str]]], read: Mapping[str, Sequence[str | os.PathLike[str]]] = {}
+) -> None:
+    """Refuse files that `require_output` refuses, and a file that two arguments name: one would replace the other.
+
+    Args:
+        outputs: argument -> the files that are written for it.
+        read: argument -> files that are read, so that writing would replace what was given.
+
+    Raises:
+        InvalidInputError: names the arguments.
+
+    Example:
+        >>> require_outputs({"log": ["run.jsonl"], "checkpoint": ["run.pt"]})
+        >>> try:
+        ...     require_outputs({"log": ["run.pt"], "checkpoint": ["./run.pt"]})
+        ... except InvalidInputError as error:
+        ...     print(error)
+        log and checkpoint name the same file 'run.pt': one would replace the other
+    """
+    taken = {Path(path).resolve(): argument for argument, files in read.items() for path in files}
+    for argument, files in outputs.items():
+        for path in files:
+            require_output(path, argument)
+            other = taken.setdefault(Path(path).resolve(), argument)
+            if other != argument:
+                raise InvalidInputError(
+                    f"{other} and {argument} name the same file {Path(path).name!r}: one would replace the other"
+                )
 
 
 class ReadOnlyPath(PosixPath):
