@@ -383,6 +383,55 @@ def container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     return 2**20
 
 
+def test_a_network_is_refused_before_it_is_built(container: int, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, what in (
+        (["condition", "--hidden", "10000", "--samples", "20", "--epochs", "0"], "a network of 7.4e+05 weights"),
+        (["train", "--hidden", "1" + "0" * 30, "--samples", "20"], "a network of 7.4e+31 weights"),
+    ):
+        with Largest() as largest:
+            assert main([*words, "--quiet"]) == 2
+        said = capsys.readouterr()
+        assert what in said.err
+        assert largest.found <= container
+        assert said.out == ""
+
+
+@pytest.mark.parametrize("name", ["a\0b", "n" * 230, "n" * 300, "loop", "\ud800"])
+def test_a_path_that_no_disk_has_is_named(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A byte that ends words, a name too long, also for the file beside it; a link to itself; half a character."""
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    for call, argument in (
+        (lambda: bnp.eigenpairs(operator(), 2, checkpoint=name), f"checkpoint={name!r}"),
+        (lambda: bnp.condition_number(operator()).save(name), f"the path {name!r}"),
+    ):
+        with pytest.raises(
+            InvalidInputError, match=rf"^{re.escape(argument)} is no path of a file \(.*\); give another$"
+        ):
+            call()
+    assert main(["condition", "--json", name]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"bnp-analysis: error: --json={name!r} is no path of a file")
+    assert [path.name for path in Path().iterdir()] == ["loop"]
+
+
+def test_a_training_that_would_change_nothing_is_refused() -> None:
+    model, other = network(), network()
+    with pytest.raises(InvalidInputError, match=r"^the optimizer holds no parameter of the model, which would stay as"):
+        bnp.train(model, cross_entropy, (X, Y), torch.optim.SGD(other.parameters(), lr=0.1), epochs=1)
+
+
+def test_inputs_without_values_and_losses_without_an_order_are_refused() -> None:
+    with pytest.raises(InvalidInputError, match=r"^batch 0 is on the meta device: it has a shape and no values$"):
+        bnp.EmpiricalRisk(network(), cross_entropy, (X.to("meta"), Y))
+    said = r"^loss\(output, y\) gave a complex number, which has no smallest value: write what is minimized"
+    with pytest.raises(InvalidInputError, match=said):
+        bnp.EmpiricalRisk(network(), lambda output, y: cross_entropy(output, y) + 0j, (X, Y))
+
+
 @pytest.mark.parametrize("name", TAKES)
 def test_memory_is_refused_before_it_is_taken(name: str, container: int) -> None:
     risk = wide()

@@ -42,10 +42,9 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         >>> path.read_bytes()
         b'done'
     """
-    path = Path(path).resolve()  # behind a link: the link stays
+    path, temporary = _behind(path, f"the path {path!r}")
     if path.exists() and not path.is_file():
         raise InvalidInputError(f"{path} is a folder, a pipe or a device, which writing would replace")
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -56,6 +55,22 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _behind(path: str | os.PathLike[str], said: str) -> tuple[Path, Path]:
+    """The file behind links, which stay, and one beside it to write first; refused where no disk could have them."""
+    try:
+        target = Path(path).resolve()
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+        for one in (target, temporary):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                one.stat()
+    except PermissionError:
+        return target, temporary  # which writing says better
+    except (OSError, RuntimeError, ValueError, TypeError) as error:  # of loops of links, of characters
+        reason = getattr(error, "strerror", None) or str(error).partition(" from ")[0]
+        raise InvalidInputError(f"{said} is no path of a file ({reason}); give another") from error
+    return target, temporary
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -205,13 +220,13 @@ def require_output(path: str | os.PathLike[str], argument: str) -> None:
     """
     if isinstance(path, ReadOnlyPath):
         return
-    target = Path(path)
-    said = f"{argument}={os.fspath(path)!r}"
+    target, said = Path(path), f"{argument}={os.fspath(path)!r}"
+    behind, _ = _behind(path, said)
     if target.is_dir():
         raise InvalidInputError(f"{said} is a folder; give the path of a file")
     if target.exists() and not target.is_file():
         raise InvalidInputError(f"{said} is no ordinary file, which writing would replace; give the path of a file")
-    folder = next(parent for parent in target.resolve().parents if parent.exists())
+    folder = next(parent for parent in behind.parents if parent.exists())
     if not folder.is_dir():
         raise InvalidInputError(f"{said} lies in {folder}, which is no folder")
     try:
@@ -243,7 +258,7 @@ def require_outputs(
         ...     print(error)
         log and checkpoint name the same file 'run.pt': one would replace the other
     """
-    taken = {Path(path).resolve(): argument for argument, files in read.items() for path in files}
+    taken = {_behind(path, argument)[0]: argument for argument, files in read.items() for path in files}
     for argument, files in outputs.items():
         for path in files:
             require_output(path, argument)
