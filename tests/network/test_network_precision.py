@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bnp_analysis as bnp
-from bnp_analysis.network.precision import Perturbed
+from bnp_analysis.network.precision import Perturbed, perturbed
 
 DOUBLE, SINGLE, HALF, BRAIN = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
@@ -413,3 +413,16 @@ def test_every_number_is_moved_by_half_a_unit_to_two_and_a_half(dtype: torch.dty
     assert abs(float(moves.abs().mean()) - 1.5) < 4 / distinct**0.5
     assert torch.equal(Perturbed(0)._moves(t.flip(0), "mul").double(), moves.flip(0))
     assert float((moves == others).double().mean()) < 0.1
+
+
+def test_moves_that_leave_the_domain_of_a_function_go_toward_zero() -> None:
+    p, y = torch.ones(50, dtype=torch.float64), torch.zeros(50, dtype=torch.float64)
+    found = perturbed(0, lambda: nn.functional.binary_cross_entropy(p * 1.0, y, reduction="none"))
+    assert found is not None
+    lost = torch.exp(-found[0])  # 1 - p
+    assert ((lost > 0) & (lost < 3 * torch.finfo(torch.float64).eps)).all()
+    assert not found[1]
+    assert perturbed(0, lambda: nn.functional.binary_cross_entropy(2 * p, y)) is None
+    overflow = perturbed(0, lambda: torch.exp(800 * p))
+    assert overflow is not None
+    assert overflow[1]
