@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import RESULTS, about, fix_threads, heading, table, write
+from side_by_side import RESULTS, about, fix_threads, heading, require_folder, table, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bnp_analysis as bnp
+from bnp_analysis.cli import answered
 
 EVERY, TUNED_ON, REPORTED = 10, (100, 101), (0, 1, 2)
 RANKS = (5, 10, 20, 50, 100, 500, 1000)
@@ -266,6 +267,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=TASKS, default=[*TASKS], help="these")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the two files")
     options = parser.parse_args(argv)
+    require_folder(options.out, "architectures")
     fix_threads(1)
     found = {name: measured(name, quick=options.quick) for name in options.only}
     words = " ".join(["python benchmarks/architectures.py", *(["--quick"] if options.quick else [])])
@@ -293,4 +295,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answered(main))

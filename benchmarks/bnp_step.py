@@ -32,7 +32,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bnp_analysis.cli import answered
 from bnp_analysis.models import cnn, mlp, resnet
+from bnp_analysis.runtime.files import require_output, write_text
 from bnp_analysis.runtime.memory import peak_memory
 from bnp_analysis.training import BNP
 
@@ -162,6 +164,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--memory", nargs=3, metavar=("METHOD", "NETWORK", "BATCH"), help="only this number")
     options = parser.parse_args()
+    if options.out is not None:
+        require_output(options.out, "--out")
     torch.set_num_threads(options.threads)
     if options.memory:
         method, network, batch = options.memory
@@ -174,10 +178,9 @@ def main() -> None:
         settings += f", load {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors at the end"
     if options.out is not None:
         command = f"python benchmarks/bnp_step.py --threads {options.threads} --rounds {options.rounds}"
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         text = [f"# One training step\n\n`{command} --device {options.device}`: {settings}.\n", *lines]
-        options.out.write_text("\n".join(text) + "\n", encoding="utf-8")
+        write_text(options.out, "\n".join(text) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(answered(main))

@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bnp_analysis.cli import answered
+from bnp_analysis.runtime.files import require_output, write_text
 from bnp_analysis.training.experiment import Experiment
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, it finds its neighbours alone
@@ -112,7 +114,7 @@ def write(out: Path) -> None:
         "standard deviations over the seeds; *edge*: the best rate is the smallest or largest searched. Step times "
         "are medians of interleaved turns in one process with one thread; memory is the growth of a fresh process.\n"
     )
-    (out / "training.md").write_text("\n".join([head, *parts, *tail]))
+    write_text(out / "training.md", "\n".join([head, *parts, *tail]))
 
 
 def main() -> None:
@@ -124,6 +126,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
+    for name in ("training.md", "training_runs.jsonl", *(f"training_{name}.json" for name in arguments.names)):
+        require_output(arguments.out / name, "--out")
     for name in arguments.names:
         shared, search_epochs, holdout = COMPARISONS[name]
         found = compare_methods(
@@ -142,4 +146,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(answered(main))

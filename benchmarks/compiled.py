@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import platform
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, linearize
 
 import bnp_analysis as bnp
+from bnp_analysis.cli import answered
+from bnp_analysis.runtime.files import require_output, write_text
 
 Vector = dict[str, Tensor]
 
@@ -80,6 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "compiled.md")
     out = parser.parse_args().out
+    require_output(out, "--out")
     warnings.simplefilter("ignore")
     lines = [
         "# Hessian products of compiled functions",
@@ -95,9 +99,8 @@ def main() -> None:
             for row in errors(model, shape, dtype):
                 lines.append("| " + " | ".join([name, str(dtype).removeprefix("torch."), *row]) + " |")
                 print(lines[-1], flush=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(out, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(answered(main))

@@ -23,7 +23,9 @@ from typing import Any
 import torch
 
 import bnp_analysis as bnp
+from bnp_analysis.cli import answered
 from bnp_analysis.results import package_versions
+from bnp_analysis.runtime.files import require_output, write_text
 from bnp_analysis.theory import ConvergenceCheck, check_convergence_rate
 from bnp_analysis.theory.problems import KnownProblem, convolutional, linear_chain, softmax_regression, teacher_student
 
@@ -217,11 +219,10 @@ def _gains(rows: list[dict[str, Any]]) -> list[str]:
 
 def write(rows: list[dict[str, Any]], state: str, out: Path) -> None:
     """Both files."""
-    out.mkdir(parents=True, exist_ok=True)
     plain = [{k: _finite(v) for k, v in row.items()} for row in rows]
     record = {"state": state, "versions": package_versions(), "rows": plain}
-    (out / "convergence_rates.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (out / "convergence_rates.md").write_text(page(rows, state), encoding="utf-8")
+    write_text(out / "convergence_rates.json", json.dumps(record, indent=1) + "\n")
+    write_text(out / "convergence_rates.md", page(rows, state))
 
 
 def _finite(value: Any) -> Any:
@@ -239,6 +240,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="cases whose group, method and problem contain these words")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args(arguments)
+    for suffix in (".json", ".md"):
+        require_output(options.out / f"convergence_rates{suffix}", "--out")
     torch.set_num_threads(1)
     began, rows, stopped = time.perf_counter(), [], ""
     chosen = [case for case in cases() if case.quick or not options.quick]
@@ -265,4 +268,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answered(main))

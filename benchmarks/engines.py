@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, linearize
 
 import bnp_analysis as bnp
+from bnp_analysis.cli import answered
+from bnp_analysis.runtime.files import require_output, write_text
 from bnp_analysis.runtime.memory import peak_memory
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -174,6 +176,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--memory", nargs=2, metavar=("NETWORK", "WAY"), help="only this number")
     options = parser.parse_args(arguments)
+    if options.out is not None:
+        require_output(options.out, "--out")
     torch.set_num_threads(options.threads)
     if options.memory:
         print(memory(*options.memory, SMALL if options.quick else None))
@@ -185,10 +189,9 @@ def main(arguments: list[str] | None = None) -> int:
         load = f", load {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors" if hasattr(os, "getloadavg") else ""
         settings = f"{platform.machine()}, torch {torch.__version__}, Python {platform.python_version()}{load}"
         text = f"# Ways to compute a product\n\n`{command}`: {settings}, float32. In units of one gradient.\n\n"
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
+        write_text(options.out, text + "\n".join(lines) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answered(main))

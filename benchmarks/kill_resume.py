@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 from krylov_peers import LOSS
-from side_by_side import RESULTS, about, heading, table, write
+from side_by_side import RESULTS, about, heading, require_folder, table, write
 
 import bnp_analysis as bnp
+from bnp_analysis.cli import answered
 
 
 def risk(quick: bool) -> bnp.EmpiricalRisk:
@@ -108,6 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the two files")
     parser.add_argument("--child", nargs=2, metavar=("RUN", "FOLDER"), help="only this run")
     options = parser.parse_args(arguments)
+    require_folder(options.out, "kill_resume")
     torch.set_num_threads(1)
     if options.child:
         name, folder = options.child[0], Path(options.child[1])
@@ -134,4 +136,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answered(main))

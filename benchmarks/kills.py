@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import RESULTS, about, heading, table, write
+from side_by_side import RESULTS, about, heading, require_folder, table, write
 
 import bnp_analysis as bnp
+from bnp_analysis.cli import answered
 from bnp_analysis.cli import main as command
 from bnp_analysis.results import Result
 
@@ -141,6 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the times")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the two files")
     options = parser.parse_args(arguments)
+    require_folder(options.out, "kills")
     torch.set_num_threads(1)
     # Loads what each needs, once for all processes.
     with tempfile.TemporaryDirectory() as root, open(os.devnull, "w") as out, redirect_stdout(out):
@@ -167,4 +169,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answered(main))

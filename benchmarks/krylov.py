@@ -25,9 +25,21 @@ import numpy as np
 import torch
 from krylov_peers import Network, counted_pyhessian, eigenthings, peers, timed
 from scipy.linalg import eigh_tridiagonal
-from side_by_side import RESULTS, about, fix_threads, heading, installed, require_gpu, seconds, table, write
+from side_by_side import (
+    RESULTS,
+    about,
+    fix_threads,
+    heading,
+    installed,
+    require_folder,
+    require_gpu,
+    seconds,
+    table,
+    write,
+)
 
 import bnp_analysis as bnp
+from bnp_analysis.cli import answered
 from bnp_analysis.errors import DataNotFoundError
 from bnp_analysis.linalg import Tridiagonalization, lanczos
 
@@ -168,6 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gpu", action="store_true", help="on CUDA")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the two files")
     options = parser.parse_args(arguments)
+    require_folder(options.out, "krylov")
     device = require_gpu() if options.gpu else "cpu"
     fix_threads(options.threads)
     warnings.filterwarnings("ignore", category=UserWarning)  # of peers
@@ -205,4 +218,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answered(main))

@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import bnp_analysis as bnp
+from bnp_analysis.cli import answered
 from bnp_analysis.results import package_versions
+from bnp_analysis.runtime.files import require_output, write_text
 
 X = torch.tensor([-1.6, -0.8, 0.4, 1.2, 2.0], dtype=torch.float64)
 Y = torch.tensor([-1.1, -0.5, 0.1, 0.9, 0.7], dtype=torch.float64)
@@ -135,6 +138,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one rate, short chains")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/langevin.md"))
     options = parser.parse_args()
+    require_output(options.out, "--out")
     count, time, rates = (500, 10.0, [0.08]) if options.quick else (2000, 40.0, [0.16, 0.04, 0.01])
     worst = max(compare(uses, rho) for uses in (1, 2) for rho in RULES)
     lines = [
@@ -162,9 +166,8 @@ def main() -> None:
                     f"| used {'once' if uses == 1 else 'twice'} | {name} | {lr:g} | " + " | ".join(cells) + " |"
                 )
                 print(lines[-1], flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(options.out, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(answered(main))

@@ -30,10 +30,12 @@ from torch import Tensor, nn
 
 import bnp_analysis as bnp
 from bnp_analysis import data, models
+from bnp_analysis.cli import answered
 from bnp_analysis.errors import BNPAnalysisError
 from bnp_analysis.linalg import SymmetricOperator
 from bnp_analysis.linalg.condition.reduction import reduced_parts
 from bnp_analysis.network import coverage
+from bnp_analysis.runtime.files import require_output, write_text
 
 Part = Callable[[], dict[str, Any]]
 # Name -> (model, images, images for layer blocks: their factor has ten rows per image).
@@ -70,7 +72,7 @@ class Store:
                 found = {"refused": f"{type(error).__name__}: {error}"}
             self.parts[name] = found | {"seconds": time.perf_counter() - began}
             text = json.dumps({"settings": self.settings, "parts": self.parts}, indent=1, allow_nan=False)
-            self.path.write_text(text + "\n", encoding="utf-8")
+            write_text(self.path, text + "\n")
             print(f"{name}: {self.parts[name]}", flush=True)
         return self.parts[name]
 
@@ -245,8 +247,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/large_models.md"))
     options = parser.parse_args(arguments)
+    for path in (options.out, options.out.with_suffix(".json")):
+        require_output(path, "--out")
     torch.set_num_threads(options.threads)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {"quick": options.quick, "threads": options.threads}
     store = Store(options.out.with_suffix(".json"), settings)
     wanted = QUICK if options.quick else MODELS
@@ -267,9 +270,9 @@ def main(arguments: list[str] | None = None) -> int:
     text += f"At initialization; eigenvalues to {TOLERANCE:g} or {PRODUCTS} products, densities of 2 probes x {STEPS} "
     few = ", ".join(str(few) for *_, few in wanted.values())
     text += f"steps; layer blocks in float64 over the first {few} images.\n\n"
-    options.out.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
+    write_text(options.out, text + "\n".join(lines) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answered(main))

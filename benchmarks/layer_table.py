@@ -30,12 +30,14 @@ from pathlib import Path
 import torch
 
 import bnp_analysis as bnp
+from bnp_analysis.cli import answered
 from bnp_analysis.curvature.units import UnitBlocks, unit_blocks
 from bnp_analysis.diagnose import LayerRow, LayerTable, cell
 from bnp_analysis.diagnose.blocks import known_null
 from bnp_analysis.errors import DataNotFoundError, ZeroOperatorError
 from bnp_analysis.linalg import ConditionNumber
 from bnp_analysis.network import coverage
+from bnp_analysis.runtime.files import require_output, write_text
 
 HIDDEN = (100, 100, 100)
 
@@ -221,6 +223,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sampled", type=int, default=4, help="units of each layer measured both ways, at least 2")
     parser.add_argument("--out", type=Path, help="folder of layer_table.md")
     options = parser.parse_args(arguments)
+    if options.out is not None:
+        require_output(options.out / "layer_table.md", "--out")
     if options.sampled < 2:
         parser.error("--sampled must be at least 2: half of them are measured before the table, half after it")
     lines: list[str] = []
@@ -231,16 +235,15 @@ def main(arguments: list[str] | None = None) -> int:
         command = f"python benchmarks/layer_table.py --threads {threads} --samples {options.samples}"
         load = f", load {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else ""
         where = f"{os.cpu_count()} processors ({platform.machine()}){load}, torch {torch.__version__}"
-        options.out.mkdir(parents=True, exist_ok=True)
         text = [
             "# The conditioning of every layer and unit",
             "",
             f"`{command} --sampled {options.sampled}`; {where}.",
             "",
         ]
-        (options.out / "layer_table.md").write_text("\n".join([*text, *lines]), encoding="utf-8")
+        write_text(options.out / "layer_table.md", "\n".join([*text, *lines]))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answered(main))

@@ -31,6 +31,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from bnp_analysis.cli import answered
+from bnp_analysis.runtime.files import require_output, write_text
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "bnp_analysis"
 GOAL = 0.95
@@ -228,6 +231,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the choice, run nothing")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the two files")
     options = parser.parse_args(arguments)
+    for suffix in (".json", ".md"):
+        require_output(options.out / f"mutations{suffix}", "--out")
     choice = chosen(options.count, options.seed)
     if options.list:
         for site in choice:
@@ -239,7 +244,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.rooms_only and not options.again:
         final.add(ROOM)
     found: list[dict[str, Any]] = []
-    options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         tree = sound_copy(Path(folder) / "tree")
         for i, site in enumerate(choice):
@@ -247,8 +251,8 @@ def main(arguments: list[str] | None = None) -> int:
             if row.get("verdict") not in final:
                 row = attempt(tree, site, 2 if options.rooms_only else 3)
             found.append({"key": identity(site)} | {w: site[w] for w in SHOWN} | row)
-            store.write_text(json.dumps([*found, *known.values()], indent=1) + "\n")
-            (options.out / "mutations.md").write_text(table(found, len(choice), options.seed))
+            write_text(store, json.dumps([*found, *known.values()], indent=1) + "\n")
+            write_text(options.out / "mutations.md", table(found, len(choice), options.seed))
             print(f"{i + 1}/{len(choice)} {site['file']}:{site['line']} {site['kind']}: {row['verdict']}", flush=True)
         tests = sorted({row["by"] for row in found if "::" in row.get("by", "")})
         if tests and (failed := failing(tree, tests)):
@@ -259,4 +263,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answered(main))

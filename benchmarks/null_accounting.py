@@ -7,6 +7,7 @@ examples it holds directions that more data would take away. Run: `python benchm
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bnp_analysis as bnp
+from bnp_analysis.cli import answered
+from bnp_analysis.runtime.files import require_output, write_text
 
 D = torch.float64
 OUT = Path(__file__).parent / "results" / "null_accounting.md"
@@ -256,11 +259,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(NETWORKS), choices=list(NETWORKS), metavar="NETWORK")
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args()
+    require_output(given.out, "--out")
     rows: list[Count] = []
     for name in given.only:
         for row in counts(name, given.examples):
             rows.append(row)
-            given.out.write_text(report(rows), encoding="utf-8")
+            write_text(given.out, report(rows))
             print(
                 f"{name}, {row.examples}: nullity {row.nullity}, left {row.unexplained}, {row.seconds:.1f} s",
                 flush=True,
@@ -268,4 +272,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(answered(main))

@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from truth_arithmetic import long, singular_values
 
 import bnp_analysis as bnp
+from bnp_analysis.cli import answered
 from bnp_analysis.results import package_versions
+from bnp_analysis.runtime.files import require_output, write_text
 from bnp_analysis.testing import random_orthogonal, spectrum
 
 PEERS = ("hessian-eigenthings", "pyhessian")
@@ -155,6 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     default = Path(__file__).resolve().parent / "results" / "peers.md"
     parser.add_argument("--out", type=Path, default=default, help="the Markdown file to write")
     options = parser.parse_args(arguments)
+    require_output(options.out, "--out")
     torch.set_num_threads(1)
     versions = package_versions() | {"bnp_analysis": bnp.__version__}
     for name in PEERS:
@@ -175,11 +178,10 @@ def main(arguments: list[str] | None = None) -> int:
         "",
         *table(),
     ]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text("\n".join(lines) + "\n")
+    write_text(options.out, "\n".join(lines) + "\n")
     print("\n".join(lines))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answered(main))

@@ -34,6 +34,7 @@ from side_by_side import (
     heading,
     in_turns,
     installed,
+    require_folder,
     require_gpu,
     seconds,
     table,
@@ -42,6 +43,7 @@ from side_by_side import (
 from torch import Tensor
 
 import bnp_analysis as bnp
+from bnp_analysis.cli import answered
 from bnp_analysis.errors import BNPAnalysisError
 from bnp_analysis.runtime.memory import peak_memory
 
@@ -222,6 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the two files")
     parser.add_argument("--memory", nargs=4, metavar=("NETWORK", "N", "MATRIX", "METHOD"), help="only this number")
     options = parser.parse_args(arguments)
+    require_folder(options.out, "products")
     warnings.filterwarnings("ignore", category=UserWarning)  # of peers, and of torch.func about constants
     options.rounds = options.rounds or (2 if options.quick else 7)
     if options.memory:
@@ -236,4 +239,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answered(main))

@@ -24,7 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import bnp_analysis as bnp
+from bnp_analysis.cli import answered
 from bnp_analysis.linalg import ConditionProfile, GramOperator, MatrixOperator
+from bnp_analysis.runtime.files import require_output, write_text
 from bnp_analysis.testing import random_orthogonal
 
 UNIT = 2.0**-53
@@ -225,13 +227,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one network of each kind")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     arguments = parser.parse_args(argv)
+    require_output(arguments.out / "profiles.md", "--out")
     rows = measure(arguments.quick)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     text = page(rows, arguments.quick)
-    (arguments.out / "profiles.md").write_text(text)
+    write_text(arguments.out / "profiles.md", text)
     print(text)
     return int(any(row.false for row in rows.values()) or not math.fsum(row.rungs for row in rows.values()))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answered(main))

@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import about, heading, table, write
+from side_by_side import about, heading, require_folder, table, write
 from torch import Tensor, nn
 
 import bnp_analysis as bnp
+from bnp_analysis.cli import answered
 from bnp_analysis.distributed.group import Group, digest
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -198,6 +199,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="little data, one round: whether it runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
+    require_folder(arguments.out, "scaling")
     if bnp.distributed.launched() == 1:
         return start(sys.argv[1:])
     torch.set_num_threads(1)
@@ -216,4 +218,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answered(main))

@@ -10,6 +10,7 @@ one copy of each; the tracker's block of `k` directions sees as many as it has. 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import bnp_analysis as bnp
+from bnp_analysis.cli import answered
 from bnp_analysis.results import package_versions
+from bnp_analysis.runtime.files import require_output, write_text
 
 OPTIMIZERS = {
     "gradient descent, lr 0.12": lambda p: torch.optim.SGD(p, lr=0.12),
@@ -65,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "sharpness.md")
     arguments = parser.parse_args()
+    require_output(arguments.out, "--out")
     torch.set_num_threads(1)
     lines = [
         "# Products of a tracked step",
@@ -82,8 +86,8 @@ def main() -> None:
             row = f"| {name} | {every} | {warm:.1f} | {cold:.1f} | {warm / cold:.2f} |"
             lines.append(f"{row} {trusting:.1f} | {warm / trusting:.2f} |")
             print(lines[-1], flush=True)
-    arguments.out.write_text("\n".join(lines) + "\n")
+    write_text(arguments.out, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(answered(main))

@@ -20,7 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bnp_analysis
 from bnp_analysis.results import package_versions
+from bnp_analysis.runtime.files import require_output, write_text
 
+_SUFFIXES = (".md", ".json")
 RESULTS = Path(__file__).resolve().parent / "results"
 PEERS = {"hessian-eigenthings": "hessian_eigenthings", "pyhessian": "pyhessian", "curvlinops-for-pytorch": "curvlinops"}
 
@@ -169,13 +171,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
 
 
+def require_folder(folder: Path, name: str) -> None:
+    """Refuse a folder in which `write` could not write, before anything is measured."""
+    for suffix in _SUFFIXES:
+        require_output(folder / f"{name}{suffix}", "--out")
+
+
 def write(folder: Path, name: str, lines: Sequence[str], record: Mapping[str, Any]) -> None:
     """`NAME.md` and `NAME.json`, each replaced as a whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for suffix, text in ((".md", "\n".join(lines)), (".json", json.dumps(record, indent=1, sort_keys=True))):
-        scratch = folder / f".{name}{suffix}"
-        scratch.write_text(text + "\n", encoding="utf-8")
-        os.replace(scratch, folder / f"{name}{suffix}")
+    for suffix, text in zip(_SUFFIXES, ("\n".join(lines), json.dumps(record, indent=1, sort_keys=True)), strict=True):
+        write_text(folder / f"{name}{suffix}", text + "\n")
 
 
 @contextmanager

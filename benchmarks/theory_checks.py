@@ -13,6 +13,7 @@ import json
 import math
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +23,10 @@ import torch
 from torch import Tensor, nn
 
 import bnp_analysis as bnp
+from bnp_analysis.cli import answered
 from bnp_analysis.linalg import condition_number
 from bnp_analysis.network.moments import layer_moments
+from bnp_analysis.runtime.files import require_output, write_text
 from bnp_analysis.theory.statements.setting import NotApplicable, Problem
 from bnp_analysis.theory.statements.spectra import Whitened, check_blocks, random_case
 from bnp_analysis.theory.statements.statistics import check_patch_statistics
@@ -280,6 +283,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small part, for the tests")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
+    for suffix in (".json", ".md"):
+        require_output(options.out / f"theory_checks{suffix}", "--out")
     torch.set_num_threads(1)
     began = time.perf_counter()
     record: Json = {
@@ -291,11 +296,10 @@ def main() -> None:
         "blocks": blocks(options.quick),
     }
     record["seconds"] = time.perf_counter() - began
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "theory_checks.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (options.out / "theory_checks.md").write_text(report(record), encoding="utf-8")
+    write_text(options.out / "theory_checks.json", json.dumps(record, indent=1) + "\n")
+    write_text(options.out / "theory_checks.md", report(record))
     print(f"{record['seconds']:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(answered(main))

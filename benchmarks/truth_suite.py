@@ -12,7 +12,6 @@ import argparse
 import datetime
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -29,7 +28,9 @@ import truth_saturation
 from truth_arithmetic import PRECISE, UNIT
 
 import bnp_analysis
+from bnp_analysis.cli import answered
 from bnp_analysis.results import package_versions
+from bnp_analysis.runtime.files import require_output, write_text
 
 HERE = Path(__file__).resolve().parent
 
@@ -62,14 +63,11 @@ def finish(record: dict[str, Any], out: Path, began: float) -> None:
     record["cpu_seconds"] = time.process_time()
     record["totals"] = truth_report.totals(record["rows"])
     record["accuracy"] = truth_report.accuracy(record["rows"])
-    out.mkdir(parents=True, exist_ok=True)
     for name, text in (
         ("truth_suite.json", json.dumps(_plain(record), separators=(",", ":")) + "\n"),
         ("truth_suite.md", truth_report.markdown(record)),
     ):
-        scratch = out / f".{name}"
-        scratch.write_text(text)
-        os.replace(scratch, out / name)
+        write_text(out / name, text)
 
 
 def _plain(x: Any) -> Any:
@@ -89,6 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="WORDS", help="problems whose group and name contain this")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the two files")
     options = parser.parse_args(arguments)
+    for suffix in (".json", ".md"):
+        require_output(options.out / f"truth_suite{suffix}", "--out")
     if not PRECISE:
         print(
             "this machine's long double is no more precise than float64: the answers cannot be known", file=sys.stderr
@@ -120,4 +120,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answered(main))

@@ -295,8 +295,16 @@ def main() -> None:
         return
     if given.other is not None and not (given.other / "bnp_analysis").is_dir():
         raise SystemExit(f"error: {given.other} holds no bnp_analysis; give the folder of a checkout")
-    from side_by_side import about, fix_threads, write
+    from bnp_analysis.cli import answered  # not in a child, which measures imports too
 
+    sys.exit(answered(lambda: compare(given)))
+
+
+def compare(given: argparse.Namespace) -> None:
+    """Measure what is asked for, and write the page after each."""
+    from side_by_side import about, fix_threads, require_folder, write
+
+    require_folder(given.out, "user_waits")
     fix_threads(1)
     facts, records = about("cpu"), dict[str, dict[str, Any]]()
     for name in given.only:

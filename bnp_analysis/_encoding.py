@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.runtime.files import whole_file
+from bnp_analysis.runtime.files import write_text
 
 LIST_LIMIT = 10_000  # arrays up to this many entries are written as readable lists, larger ones as base64
 _INTEGERS = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -167,9 +167,7 @@ def write_json(path: str | os.PathLike[str], data: Any) -> Path:
     Raises:
         ValueError: `data` has a NaN or an infinity; nothing is written.
     """
-    text = _dump(data, "\n") + "\n"
-    with whole_file(path) as file:
-        file.write(text.encode())
+    write_text(path, _dump(data, "\n") + "\n")
     return Path(path)
 
 

@@ -13,9 +13,12 @@ import torch
 from matplotlib import pyplot as plt
 from tqdm import tqdm
 
+from bnp_analysis.cli import answered
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.runtime.files import require_output, whole_file, write_text
 from paper_figures import frame, style
 
-BAD_INPUT, INTERRUPTED = 2, 130
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,15 +30,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--caption", action="store_true", help="draw the note of index.md below each picture too")
     parser.add_argument("--out", type=Path, help="folder; default paper_figures/PRESET, of the checkout or from here")
     arguments = parser.parse_args(argv)
+    return answered(lambda: make_all(arguments), "bnp-analysis figures")
+
+
+def make_all(arguments: argparse.Namespace) -> int:
+    """Make the figures that are asked for, and the page of all; the files are tried first.
+
+    Raises:
+        InvalidInputError: no such figure, or a file that could not be written.
+        OutputError: the disk is full; the figures that are done stay.
+    """
     unknown = sorted(set(arguments.names) - set(frame.names()))
     if unknown:
-        known = ", ".join(frame.names())
-        print(f"bnp-analysis figures: error: no figure {', '.join(unknown)}; there are: {known}", file=sys.stderr)
-        return BAD_INPUT
+        raise InvalidInputError(f"no figure {', '.join(unknown)}; there are: {', '.join(frame.names())}")
     matplotlib.use("Agg")
     torch.set_num_threads(1)  # the problems are small, and sums add up in the same order everywhere
     folder = arguments.out or home() / arguments.preset
     wanted = [name for name in frame.names() if not arguments.names or name in arguments.names]
+    for file in ("index.md", *(f"{name}.{form}" for name in wanted for form in ("npz", "json", "png", "pdf"))):
+        require_output(folder / file, "--out")
     failed = {False: 0, True: 0}  # by whether the claim is about times
     try:
         for place, name in enumerate(wanted, start=1):
@@ -86,8 +99,9 @@ def draw(name: str, data: frame.FigureData, folder: Path, *, caption: bool = Fal
     module = frame.module(name)
     failure = module.failure(data)
     figure = style.finish(module.draw(data), note(name, data) if caption else "", failure)
-    figure.savefig(folder / f"{name}.png")
-    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "ModDate": None})
+    for form, metadata in (("png", None), ("pdf", {"CreationDate": None, "ModDate": None})):
+        with whole_file(folder / f"{name}.{form}") as file:
+            figure.savefig(file, format=form, metadata=metadata)
     plt.close(figure)
     return str(failure)
 
@@ -121,8 +135,7 @@ def write_index(folder: Path, preset: str) -> None:
             f"[PDF]({name}.pdf)",
             "",
         ]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "index.md").write_text("\n".join(lines).rstrip() + "\n")
+    write_text(folder / "index.md", "\n".join(lines).rstrip() + "\n")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.results import Result
+from bnp_analysis.runtime.files import require_output, writing
 from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.training.experiment import Experiment, load, run_experiment
 from bnp_analysis.training.run import DIVERGED, FINISHED, SIGNALS, plain
@@ -272,6 +273,8 @@ class Store:
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
         self._path = None if path is None else Path(path)
         self._records: dict[str, Record] = {}
+        if self._path is not None:
+            require_output(self._path, "results")
         if self._path is None or not self._path.exists():
             return
         raw = self._path.read_bytes()
@@ -285,7 +288,7 @@ class Store:
                     f"{self._path}, line {number}, is no record of a run ({error}): delete it, or give another file"
                 ) from error
         if len(whole) < len(raw):
-            with open(self._path, "r+b") as file:
+            with writing(self._path), open(self._path, "r+b") as file:
                 file.truncate(len(whole))
 
     def get(self, experiment: Experiment) -> Record | None:
@@ -298,9 +301,10 @@ class Store:
         whole = plain({"key": key, "experiment": experiment.settings()} | record)
         self._records[key] = whole
         if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._path, "ab") as file:
-                file.write(json.dumps(whole, allow_nan=False).encode() + b"\n")
+            with writing(self._path):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self._path, "ab") as file:
+                    file.write(json.dumps(whole, allow_nan=False).encode() + b"\n")
 
 
 def run_record(experiment: Experiment, data_dir: str | None = None) -> Record:

@@ -32,9 +32,11 @@ import torch
 from torch import nn
 
 import bnp_analysis as bnp
-from bnp_analysis.errors import DataNotFoundError, InvalidInputError
+from bnp_analysis.cli import answered
+from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.models import cnn, mlp
 from bnp_analysis.results import package_versions
+from bnp_analysis.runtime.files import require_output, write_text
 from bnp_analysis.training.bnp import BNP
 from bnp_analysis.training.probes import Every
 from bnp_analysis.training.run import SIGNALS, Run
@@ -46,7 +48,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 CURVES = Path(__file__).resolve().parent / "data" / "curves.json"
 MOMENTUM, EPS = 0.01, 1e-3  # of BN: weight of a batch in its running statistics, and what is added to the variance
 EVALUATED = 10_000  # examples of either set that an evaluation looks at
-BAD_INPUT, INTERRUPTED = 2, 130
+INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -327,9 +329,7 @@ def _rounded(x: float) -> float:
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
     """A JSON file, whole or not at all."""
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-    temporary.replace(path)
+    write_text(path, json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 
 def read(path: Path, what: Job) -> dict[str, Any] | None:
@@ -384,12 +384,12 @@ def advance(what: Job, epochs: int, out: Path) -> bool:
 
 def run_queue(out: Path, only: Sequence[str]) -> int:
     """All jobs, one after another; a job that another process has in hand is passed over."""
-    out.mkdir(parents=True, exist_ok=True)
+    require_output(out / "any.json", "OUT")
     for what, epochs in queue(out, only):
         lock = out / f"{what.name}.lock"
         if _held(lock):
             continue
-        lock.write_text(str(os.getpid()))
+        write_text(lock, str(os.getpid()))
         try:
             if not advance(what, epochs, out):
                 return INTERRUPTED
@@ -434,9 +434,8 @@ def collect(out: Path) -> None:
             n: record[n] for n in ("stopped", "seconds", "versions", "revision")
         }
         place["settings"] = {n: v for n, v in own.items() if n != "seed"}
-    CURVES.parent.mkdir(exist_ok=True)
     text = json.dumps(found, sort_keys=True, separators=(",", ":")).replace('"seeds":', '\n"seeds":')
-    CURVES.write_text(text + "\n")
+    write_text(CURVES, text + "\n")
     print(f"{CURVES}: {sum(len(m['seeds']) for p in found.values() for m in p.values())} runs, {len(text) // 1024} kB")
 
 
@@ -453,6 +452,11 @@ def publish() -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, say how far, or collect; 0 done, 2 bad input, 130 interrupted."""
+    return answered(lambda: do(argv), "paper_figures.experiments")
+
+
+def do(argv: Sequence[str] | None) -> int:
+    """Parse the words and do what they say."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "status", "collect"))
     parser.add_argument("out", type=Path)
@@ -465,11 +469,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         collect(arguments.out)
         return publish()
     torch.set_num_threads(1)
-    try:
-        return run_queue(arguments.out, arguments.only)
-    except (InvalidInputError, DataNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    return run_queue(arguments.out, arguments.only)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ import numpy as np
 
 import bnp_analysis
 from bnp_analysis.results import package_versions
+from bnp_analysis.runtime.files import whole_file, write_text, writing
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "paper_figures"
@@ -136,19 +137,16 @@ def scratch(name: str, settings: Settings) -> Path:
     for path in [HERE / "figures" / f"{name}.py", *sorted(Path(bnp_analysis.__file__).parent.rglob("*.py"))]:
         digest.update(path.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"bnp_analysis-{name}-{digest.hexdigest()[:16]}"
-    folder.mkdir(exist_ok=True)
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
     return folder
 
 
 def save(data: FigureData, stem: Path) -> None:
     """Write `stem.npz` and, last, `stem.json`: without the second the first does not count."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    with open(stem.with_suffix(".npz.tmp"), "wb") as file:
+    with whole_file(stem.with_suffix(".npz")) as file:
         np.savez_compressed(file, **dict(data.arrays))
-    stem.with_suffix(".npz.tmp").replace(stem.with_suffix(".npz"))
-    text = json.dumps(data.about, indent=1, sort_keys=True)
-    stem.with_suffix(".json.tmp").write_text(text + "\n")
-    stem.with_suffix(".json.tmp").replace(stem.with_suffix(".json"))
+    write_text(stem.with_suffix(".json"), json.dumps(data.about, indent=1, sort_keys=True) + "\n")
 
 
 def stored(name: str, folder: Path) -> FigureData | None:

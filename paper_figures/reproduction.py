@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from bnp_analysis.cli import answered
+from bnp_analysis.runtime.files import write_text
 from paper_figures.experiments import CURVES, LIKE, Q_RULES, RATES
 from paper_figures.frame import HERE, ROOT, FigureData, stored
 from paper_figures.training_panels import AGREES, PUBLISHED, TITLES, Comparison, compare, compute, unit
@@ -217,10 +219,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         same = PAGE.exists() and PAGE.read_text() == text
         print(f"{PAGE}: {'as' if same else 'not what'} the curves say")
         return 0 if same else 1
-    PAGE.write_text(text)
+    write_text(PAGE, text)
     print(PAGE)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answered(main))

@@ -25,7 +25,7 @@ ROOMS = (
     *("symmetry", "precondition", "theory", "training", "diagnose", "plotting", "cli"),
 )
 LEFT_OF = {room: set(ROOMS[:place]) for place, room in enumerate(ROOMS)}
-LEFT_OF |= {"data": {"errors"}, "models": {"errors"}, "__main__": {"cli"}}
+LEFT_OF |= {"data": {"errors", "runtime"}, "models": {"errors"}, "__main__": {"cli"}}
 for _room in ("theory", "training", "diagnose", "cli"):
     LEFT_OF[_room] |= {"data", "models"}
 for _room in LEFT_OF.keys() - {"results"}:
@@ -216,6 +216,45 @@ def test_nothing_is_left_unimplemented() -> None:
         if isinstance(node, ast.Name) and node.id == "NotImplementedError"
     ]
     assert stubs == []
+
+
+#: Writes that no `whole_file` makes: a lock, lines that are appended, a private copy, what only a measurement uses.
+OWN_WRITES = {
+    *("bnp_analysis/runtime/files.py", "bnp_analysis/runtime/memory.py", "bnp_analysis/training/run.py"),
+    *("bnp_analysis/distributed/group.py", "bnp_analysis/data/files.py", "paper_figures/comparison.py"),
+    *("benchmarks/mutations.py", "benchmarks/kill_resume.py"),
+}
+WRITERS = re.compile(r"(torch|np|json|pickle|.*figure|plt)\.(save|savez|savez_compressed|savetxt|dump|savefig)")
+MODES = re.compile("'[rwaxb+]*[wax+][rwaxb+]*'")
+
+
+def writes(tree: ast.AST) -> Iterator[int]:
+    """The lines that write a file by its name, and not into the `file` that `whole_file` gives."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        words = [ast.unparse(argument) for argument in node.args]
+        if (
+            name.endswith((".write_text", ".write_bytes"))
+            or (WRITERS.fullmatch(name) and "file" not in words)
+            or (name.endswith("open") and any(map(MODES.fullmatch, words)) and "os.devnull" not in words)
+        ):
+            yield node.lineno
+
+
+def test_files_are_written_by_one_writer() -> None:
+    """By `whole_file`, after which a file is the old or the whole new one: also figures and benchmarks."""
+    found = {
+        f"{path.relative_to(ROOT)}:{line}"
+        for folder in (PACKAGE, "paper_figures", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+        for line in writes(parsed(path))
+        if path.relative_to(ROOT).as_posix() not in OWN_WRITES
+    }
+    assert found == set()
+    broken = "f.write_text(x)\nnp.save(path, x)\nopen(p, 'wb')\nfigure.savefig(path)\nnp.save(file, x)\nopen(p)"
+    assert list(writes(ast.parse(broken))) == [1, 2, 3, 4]
 
 
 def tracked_texts() -> dict[str, str]:

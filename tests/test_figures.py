@@ -128,8 +128,20 @@ def test_the_figures_that_measure_times_say_so() -> None:
 
 
 def test_an_unknown_figure_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert runner.main(["fig99", "--out", str(tmp_path)]) == runner.BAD_INPUT
+    assert runner.main(["fig99", "--out", str(tmp_path)]) == 2
     assert CHEAP in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("taken", [f"{CHEAP}.pdf", f"{CHEAP}.npz", "index.md"])
+def test_files_are_tried_before_a_figure_is_computed(
+    taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / taken).mkdir()
+    monkeypatch.setattr(frame.module(CHEAP), "compute", lambda settings, report: pytest.fail("computed"))
+    assert runner.main([CHEAP, "--out", str(tmp_path)]) == 2
+    said = f"--out={str(tmp_path / taken)!r} is a folder; give the path of a file"
+    assert capsys.readouterr().err == f"bnp-analysis figures: error: {said}\n"
+    assert [path.name for path in tmp_path.iterdir()] == [taken]
 
 
 def spoiled(data: frame.FigureData, change: Any) -> frame.FigureData:

@@ -187,6 +187,34 @@ def test_a_training_goes_on_when_there_is_room_again(disk: Disk) -> None:
     assert lengths[0] == lengths[1]
 
 
+@pytest.mark.slow
+def test_figures_leave_whole_files_on_a_disk_that_fills_up(disk: Disk) -> None:
+    """Data and pictures of the program that draws the paper's figures: each the old one or the new one."""
+    from paper_figures import __main__ as runner
+    from paper_figures import frame
+
+    name, folder = "fig10_shift_and_scale", Path("figures")
+    data = frame.stored(name, frame.HERE / "full")
+    assert data is not None
+    folder.mkdir()
+    for form, write in (
+        ("png", lambda: runner.draw(name, data, folder)),
+        ("npz", lambda: frame.save(data, folder / name)),
+    ):
+        old = folder / f"{name}.{form}"
+        old.write_bytes(OLD)
+        disk.free = sum(path.stat().st_size for path in folder.iterdir()) + 500
+        with pytest.raises(OutputError, match=rf"^\S*{name}\.{form} could not be written: No space left on device$"):
+            write()
+        assert old.read_bytes() == OLD
+        assert {path.suffix for path in folder.iterdir()} == {".png", ".npz"} - ({".npz"} if form == "png" else set())
+        disk.free = None
+        write()
+        assert OLD not in old.read_bytes()
+        for path in folder.glob("*.pdf"):
+            path.unlink()
+
+
 SMALL = ["--samples", "20", "--hidden", "3", "--quiet"]
 #: Words of a command, and its outputs.
 COMMANDS: dict[str, tuple[list[str], list[str]]] = {
@@ -241,6 +269,68 @@ def test_commands_say_one_sentence_and_leave_old_files(
     assert after == before
 
 
+@pytest.mark.parametrize(
+    ("words", "taken"),
+    [
+        ("spectrum --json out.json", "out-eigenpairs.json"),
+        ("spectrum --json out.json", "out-density.json"),
+        ("spectrum --json out.json", "out-eigenpairs-with-P.json"),
+        ("spectrum --json out", "out-density-with-P.json"),
+        ("spectrum --blocks --probes 2 --json out.json", "out.json"),
+        ("condition --json out.json --figure taken.png", "taken.png"),
+        ("train --json out.json --log out.jsonl --checkpoint taken.pt", "taken.pt"),
+    ],
+)
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_every_output_of_a_command_is_tried_before_anything_is_computed(
+    words: str, taken: str, make: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    make(taken)
+    assert main([*words.split(), *SMALL]) == 2
+    said = capsys.readouterr()
+    option = next(word for word in words.split() if word in ("--json", "--figure", "--checkpoint"))
+    option = option if taken.startswith("out") else words.split()[-2]
+    kind = "a folder" if make is os.mkdir else "no ordinary file, which writing would replace"
+    assert said.err == f"bnp-analysis: error: {option}='{taken}' is {kind}; give the path of a file\n"
+    assert said.out == ""
+    assert [path.name for path in Path().iterdir()] == [taken]
+
+
+@pytest.mark.parametrize(
+    ("words", "first", "second", "name"),
+    [
+        ("condition --json out.png --figure ./out.png", "--json", "--figure", "out.png"),
+        ("spectrum --json out --figure out-density.svg --json out.svg", "--json", "--figure", "out-density.svg"),
+        ("train --log out --checkpoint out", "--log", "--checkpoint", "out"),
+        ("check --checkpoint net.pt --json net.pt", "--checkpoint", "--json", "net.pt"),
+        ("check --checkpoint link.pt --json net.pt", "--checkpoint", "--json", "net.pt"),
+    ],
+)
+def test_two_outputs_are_two_files(
+    words: str, first: str, second: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Nor is a file that is read one that is written, by whichever of its names."""
+    monkeypatch.chdir(tmp_path)
+    Path("net.pt").write_bytes(OLD)
+    Path("link.pt").symlink_to("net.pt")
+    assert main([*words.split(), *SMALL]) == 2
+    said = f"{first} and {second} name the same file '{name}': one would replace the other"
+    assert capsys.readouterr() == ("", f"bnp-analysis: error: {said}\n")
+    assert Path("net.pt").read_bytes() == OLD
+
+
+def test_the_checkpoint_of_a_training_is_not_its_log(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with pytest.raises(
+        InvalidInputError, match=r"^log and checkpoint name the same file 'run': one would replace the other$"
+    ):
+        training(checkpoint=path, log=path)
+    assert not path.exists()
+
+
 # memory
 
 
@@ -291,6 +381,55 @@ def container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
         (group / f"memory.{name}").write_text(text)
     monkeypatch.setattr(memory, "_within_control_groups", partial(memory._within_control_groups, group.parent, own))
     return 2**20
+
+
+def test_a_network_is_refused_before_it_is_built(container: int, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, what in (
+        (["condition", "--hidden", "10000", "--samples", "20", "--epochs", "0"], "a network of 7.4e+05 weights"),
+        (["train", "--hidden", "1" + "0" * 30, "--samples", "20"], "a network of 7.4e+31 weights"),
+    ):
+        with Largest() as largest:
+            assert main([*words, "--quiet"]) == 2
+        said = capsys.readouterr()
+        assert what in said.err
+        assert largest.found <= container
+        assert said.out == ""
+
+
+@pytest.mark.parametrize("name", ["a\0b", "n" * 230, "n" * 300, "loop", "\ud800"])
+def test_a_path_that_no_disk_has_is_named(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A byte that ends words, a name too long, also for the file beside it; a link to itself; half a character."""
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    for call, argument in (
+        (lambda: bnp.eigenpairs(operator(), 2, checkpoint=name), f"checkpoint={name!r}"),
+        (lambda: bnp.condition_number(operator()).save(name), f"the path {name!r}"),
+    ):
+        with pytest.raises(
+            InvalidInputError, match=rf"^{re.escape(argument)} is no path of a file \(.*\); give another$"
+        ):
+            call()
+    assert main(["condition", "--json", name]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"bnp-analysis: error: --json={name!r} is no path of a file")
+    assert [path.name for path in Path().iterdir()] == ["loop"]
+
+
+def test_a_training_that_would_change_nothing_is_refused() -> None:
+    model, other = network(), network()
+    with pytest.raises(InvalidInputError, match=r"^the optimizer holds no parameter of the model, which would stay as"):
+        bnp.train(model, cross_entropy, (X, Y), torch.optim.SGD(other.parameters(), lr=0.1), epochs=1)
+
+
+def test_inputs_without_values_and_losses_without_an_order_are_refused() -> None:
+    with pytest.raises(InvalidInputError, match=r"^batch 0 is on the meta device: it has a shape and no values$"):
+        bnp.EmpiricalRisk(network(), cross_entropy, (X.to("meta"), Y))
+    said = r"^loss\(output, y\) gave a complex number, which has no smallest value: write what is minimized"
+    with pytest.raises(InvalidInputError, match=said):
+        bnp.EmpiricalRisk(network(), lambda output, y: cross_entropy(output, y) + 0j, (X, Y))
 
 
 @pytest.mark.parametrize("name", TAKES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from bnp_analysis.cli.checkout import run_in_checkout
 from bnp_analysis.errors import BNPAnalysisError, InvalidInputError
@@ -35,26 +35,40 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 done, 1 a check fails, 2 bad input, 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
-    command = words[0] if words else ""
-    try:
-        if command not in COMMANDS:
-            _overview().parse_args(words)
-        if COMMANDS[command][0] == "checkout":
-            _require_one_process(command)
-            return run_in_checkout(command, words[1:])
-        arguments = parser_of(command).parse_args(words[1:])
-        if not hasattr(arguments, "group"):
-            _require_one_process(command)
-        from bnp_analysis.cli.options import require_arguments  # needs torch, an overview does not
+    return answered(lambda: _run(words))
 
-        require_arguments(arguments)
-        return int(arguments.run(arguments))
+
+def answered(program: Callable[[], int | None], name: str = "bnp-analysis") -> int:
+    """Run a program; what it refuses becomes one sentence and the status 2, an interrupt the status 130.
+
+    Example:
+        >>> answered(lambda: None)
+        0
+    """
+    try:
+        return program() or 0
     except (BNPAnalysisError, ImportError, OSError) as error:
-        print(f"bnp-analysis: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("bnp-analysis: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         return 130
+
+
+def _run(words: list[str]) -> int:
+    command = words[0] if words else ""
+    if command not in COMMANDS:
+        _overview().parse_args(words)
+    if COMMANDS[command][0] == "checkout":
+        _require_one_process(command)
+        return run_in_checkout(command, words[1:])
+    arguments = parser_of(command).parse_args(words[1:])
+    if not hasattr(arguments, "group"):
+        _require_one_process(command)
+    from bnp_analysis.cli.options import require_arguments  # needs torch, an overview does not
+
+    require_arguments(arguments)
+    return int(arguments.run(arguments))
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:

@@ -20,7 +20,7 @@ from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network import EmpiricalRisk
 from bnp_analysis.network.layers import layers_of
 from bnp_analysis.results import Result
-from bnp_analysis.runtime.files import require_output
+from bnp_analysis.runtime.files import require_outputs
 from bnp_analysis.runtime.kinds import RANGES, require_range
 from bnp_analysis.training import fit
 from bnp_analysis.training.bnp.layers import trainable_space
@@ -28,7 +28,8 @@ from bnp_analysis.training.experiment import Experiment, build
 
 Command = Callable[[argparse.Namespace], int]
 
-_OUTPUTS = {"json", "log", "checkpoint", "figure"}
+#: Option -> the files that a command writes for it.
+Outputs = dict[str, list[str | Path]]
 _FIGURES = (".png", ".pdf", ".svg", ".eps", ".ps", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 PRECONDITIONERS: dict[str, Callable[[EmpiricalRisk], Any]] = {
@@ -96,12 +97,24 @@ def require_arguments(arguments: argparse.Namespace) -> None:
         torch.empty(1, device=given["device"]).item() if "device" in given else None
     except (RuntimeError, AssertionError) as error:
         raise InvalidInputError(f"--device {given['device']}: {str(error).splitlines()[0]}") from error
-    for name in _OUTPUTS & given.keys() - ({"checkpoint"} if "log" not in vars(arguments) else set()):
-        require_output(given[name], f"--{name}")
+    read = [given["checkpoint"]] if "checkpoint" in given and "log" not in vars(arguments) else []
+    require_outputs(getattr(arguments, "outputs", outputs_of)(arguments), read={"--checkpoint": read})
     if "blocks" in given and given["probes"] < 2:
         raise InvalidInputError(f"--probes {given['probes']}: the noise of a distance needs at least two")
     if "figure" in given and Path(given["figure"]).suffix.lower() not in _FIGURES:
         raise InvalidInputError(f"--figure {given['figure']}: the suffix must be one of {', '.join(_FIGURES)}")
+
+
+def outputs_of(arguments: argparse.Namespace) -> Outputs:
+    """The files that a command writes, under their options; one that writes more has its own function as `outputs`.
+
+    Example:
+        >>> outputs_of(argparse.Namespace(json="a.json", log=None, checkpoint="a.pt"))
+        {'--json': ['a.json'], '--checkpoint': ['a.pt']}
+    """
+    own = ["json", "figure", *(["log", "checkpoint"] if hasattr(arguments, "log") else [])]  # else it is read
+    given = {f"--{name}": getattr(arguments, name, None) for name in own}
+    return {option: [path] for option, path in given.items() if path is not None}
 
 
 def engine_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -5,7 +5,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bnp_analysis.cli.options import PRECONDITIONERS, draw, engine_of, in_processes, operator_options, risk_of, write
+from bnp_analysis.cli.options import (
+    PRECONDITIONERS,
+    Outputs,
+    draw,
+    engine_of,
+    in_processes,
+    operator_options,
+    outputs_of,
+    risk_of,
+    write,
+)
 from bnp_analysis.curvature import CURVATURES
 from bnp_analysis.diagnose import block_spectra, curvature_matrix
 from bnp_analysis.linalg import eigenpairs, spectral_density
@@ -24,7 +34,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--no-reorthogonalization", action="store_true", help=few)
     every = "spectra of diagonal blocks in place of the whole: names or patterns, without any every parameter tensor"
     add("--blocks", nargs="*", metavar="PATTERN", help=every)
-    parser.set_defaults(run=_spectrum)
+    parser.set_defaults(run=_spectrum, outputs=_outputs)
+
+
+def _outputs(arguments: argparse.Namespace) -> Outputs:
+    """The files that are written: without `--blocks` four results, named after the one of `--json`."""
+    outputs = outputs_of(arguments)
+    if arguments.blocks is None:
+        for file in outputs.get("--json", [])[:]:
+            outputs["--json"] += [_file(file, what, P) for P in (False, True) for what in ("eigenpairs", "density")]
+    return outputs
+
+
+def _file(given: str | Path, what: str, with_P: bool) -> Path:
+    base = Path(given)
+    return base.parent / f"{base.stem}-{what}{'-with-P' * with_P}{base.suffix or '.json'}"
 
 
 @in_processes
@@ -50,10 +74,8 @@ def _spectrum(arguments: argparse.Namespace) -> int:
         print(f"{label}\n  {pairs}\n  {density}")
         densities.append((label, density))
         if arguments.json:
-            base = Path(arguments.json)
-            suffix = "" if factor is None else "-with-P"
-            for name, result in (("eigenpairs", pairs), ("density", density)):
-                write(result, base.with_name(f"{base.stem}-{name}{suffix}{base.suffix or '.json'}"))
+            for what, result in (("eigenpairs", pairs), ("density", density)):
+                write(result, _file(arguments.json, what, factor is not None))
         if pairs.stop == "interrupted" or len(density.nodes) < arguments.probes:
             raise KeyboardInterrupt  # what there is was printed and written
     draw("save_densities", densities, arguments)

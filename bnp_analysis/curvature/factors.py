@@ -22,6 +22,7 @@ from bnp_analysis.network.kernels import recording
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.saturation import ROUNDINGS, has_vanished, product_eps
 from bnp_analysis.runtime.float32 import full_float32
+from bnp_analysis.runtime.memory import require_memory
 from bnp_analysis.runtime.trees import tensors_of
 
 # Rows of a Jacobian are pulled back for a few examples at a time: the cost of one row is that of its slice. An example
@@ -171,7 +172,9 @@ class JacobianFactor(LinearOperator):
         return self.group.gather(self._own_dense, "the rows of a factor")
 
     def _own_dense(self) -> Tensor:
-        dense = torch.empty(sum(self._rows), self.shape[1], dtype=self.dtype, device=self.device)
+        m, n = sum(self._rows), self.shape[1]
+        require_memory(m * n * self.dtype.itemsize, f"a dense {m} x {n} factor", device=self.device)
+        dense = torch.empty(m, n, dtype=self.dtype, device=self.device)
         begin = 0
         for rows in self._own_blocks():
             dense[begin : begin + len(rows)] = rows

@@ -292,17 +292,23 @@ def _own_rows(risk: EmpiricalRisk, layers: list[Layer], *, independent: bool = F
             inputs[name].append(dense[name].rows(seen[name][0][0]))
             scales[name].append(total.detach())
             cotangents[name] += [torch.stack(one, dim=1)] if kept else []
+            one.clear()  # not held twice
     return {
         name: _Own(
             torch.cat(inputs[name]),
             torch.cat(scales[name]),
-            torch.cat(cotangents[name]) if kept and cotangents[name] else None,
+            _joined(cotangents.pop(name)) if kept else None,
             rank,
             rounding,
             vanished,
         )
         for name in dense
     }
+
+
+def _joined(parts: list[Tensor]) -> Tensor | None:
+    """The rows of all batches in one tensor, without a copy of those of one batch."""
+    return None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _simple(seen: list[tuple[Tensor, Tensor]], examples: int) -> bool:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import lzma
 import os
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -18,6 +19,7 @@ from typing import Any
 
 from bnp_analysis.data.catalog import Catalogued, SourceFile, catalogued, whose
 from bnp_analysis.errors import BNPAnalysisError, ChecksumError, DataNotFoundError
+from bnp_analysis.runtime.files import require_output, whole_file, writing
 
 #: The environment variable that names the data directory.
 ENVIRONMENT_VARIABLE = "BNP_ANALYSIS_DATA"
@@ -146,6 +148,8 @@ def find(entry: Catalogued, file: SourceFile, root: Path) -> VerifiedFile | None
                 return VerifiedFile(path, file.md5, verify(raw, file, str(path)))
             except ChecksumError as error:
                 wrong.append(str(error))
+            except OSError as error:
+                wrong.append(f"{path} could not be read: {error.strerror or error}")
     if wrong:
         raise ChecksumError(
             "; ".join(wrong) + f". Nothing was read from it. Replace it, or let "
@@ -222,9 +226,10 @@ def download(name: str, *, data_dir: str | os.PathLike[str] | None = None, url: 
         The paths of the files that were written, none if all were there and intact.
 
     Raises:
-        InvalidInputError: for an unknown name.
+        InvalidInputError: for an unknown name; before anything is fetched, where a file could not be put in place.
         DataNotFoundError: if no data directory is known, or no server delivered.
         ChecksumError: if what was delivered is not the published file. Nothing of it stays behind.
+        OutputError: the disk is full, or the directory may not be written to; files that were put in place stay.
         ImportError: without pooch, which the extra `download` installs.
 
     Example:
@@ -239,14 +244,20 @@ def download(name: str, *, data_dir: str | os.PathLike[str] | None = None, url: 
         return ()
     downloader = _downloader()
     mirrors = entry.mirrors if url is None else (url,)
-    root.mkdir(parents=True, exist_ok=True)
-    # Inside the data directory, so that the last step is a rename within one file system.
-    with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
-        fetch = _fetch_archive if entry.archive else _fetch_each
-        ready = fetch(entry, wanted, mirrors, Path(folder), downloader)
-        target = root / entry.folders[0]
-        target.mkdir(parents=True, exist_ok=True)
-        return tuple(path.replace(target / path.name) for path in ready)
+    target = root / entry.folders[0]
+    for file in wanted:
+        require_output(target / f"{file.name}{'' if entry.archive else '.gz'}", "data_dir")
+    placed = []
+    with writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
+            fetch = _fetch_archive if entry.archive else _fetch_each
+            for path in fetch(entry, wanted, mirrors, Path(folder), downloader):
+                with path.open("rb") as arrived, whole_file(target / path.name) as final:
+                    shutil.copyfileobj(arrived, final)
+                path.unlink()
+                placed.append(target / path.name)
+    return tuple(placed)
 
 
 def _downloader() -> Any:
@@ -332,7 +343,11 @@ def _fetch(
         except ChecksumError as error:
             kind = ChecksumError
             failures.append(str(error))
-        except OSError as error:  # every failure of requests is one
+        except OSError as error:
+            from requests import RequestException  # which is an OSError too; pooch needs it
+
+            if not isinstance(error, RequestException):
+                raise  # of the disk: another server would not help
             failures.append(f"{address}: {error}")
     raise kind(
         f"data set {name!r} could not be downloaded, and nothing was left behind:\n  "

@@ -208,6 +208,8 @@ class Batches:
                 f"loss is given: loss(model(x), y); {way_to_pair(pair)}. Several inputs make x a tuple "
                 "or a dict, several targets or weights make y one"
             )
+        if any(t.is_meta for t in tensors_of(tuple(pair))):
+            raise InvalidInputError(f"batch {index} is on the meta device: it has a shape and no values")
         x, y = (map_tensors(part, lambda t: self._cast(t, copy)) for part in pair)
         if any(t.layout != torch.strided for t in tensors_of((x, y))):
             raise InvalidInputError(

@@ -322,6 +322,11 @@ class EmpiricalRisk:
                 f"loss(output, y) gave {got}, not a scalar, the mean over the batch: write reduction='mean', or "
                 "lambda output, y: loss(output, y).mean()"
             )
+        if value.is_complex():
+            raise InvalidInputError(
+                "loss(output, y) gave a complex number, which has no smallest value: write what is minimized, such as "
+                "lambda output, y: loss(output, y).abs()"
+            )
         return value.reshape(()) if torch.is_grad_enabled() else value.detach().reshape(())
 
     def require_loss_of_outputs(self, what: str) -> None:

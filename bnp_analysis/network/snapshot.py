@@ -16,6 +16,7 @@ from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.names import NameIndex, clean_name
 from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.runtime.kinds import require_kind
+from bnp_analysis.runtime.memory import require_memory
 from bnp_analysis.runtime.trees import counterpart, map_tensors
 
 __all__ = ["brought", "clean_name", "snapshot", "snapshot_loss", "tied_names", "unwrap"]
@@ -43,6 +44,11 @@ def snapshot(model: nn.Module, dtype: torch.dtype | None, device: torch.device |
             "needs whole ones: load full_state_dict of the model into one that is not sharded, and measure that; "
             "several processes then share its data with group="
         )
+    own = [*root.parameters(), *root.buffers()]
+    size = sum(t.numel() * (t.itemsize + 3 * (t.itemsize if dtype is None else dtype.itemsize)) for t in own)
+    where = torch.device(device) if device is not None else next((t.device for t in own), None)
+    what = "a copy of the model, its parameters as a vector, and their gradient"
+    require_memory(size, what, "Use a smaller model, or float32", device=where)
     gradients = {p: p.grad for p in root.parameters()}
     # Left by a forward pass: features that were kept, weights that a hook computes.
     histories = [

@@ -9,7 +9,7 @@ import tempfile
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PosixPath
 from typing import IO, Any, TypeVar
@@ -42,10 +42,9 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         >>> path.read_bytes()
         b'done'
     """
-    path = Path(path).resolve()  # behind a link: the link stays
+    path, temporary = _behind(path, f"the path {path!r}")
     if path.exists() and not path.is_file():
         raise InvalidInputError(f"{path} is a folder, a pipe or a device, which writing would replace")
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -56,6 +55,36 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _behind(path: str | os.PathLike[str], said: str) -> tuple[Path, Path]:
+    """The file behind links, which stay, and one beside it to write first; refused where no disk could have them."""
+    try:
+        target = Path(path).resolve()
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+        for one in (target, temporary):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                one.stat()
+    except PermissionError:
+        return target, temporary  # which writing says better
+    except (OSError, RuntimeError, ValueError, TypeError) as error:  # of loops of links, of characters
+        reason = getattr(error, "strerror", None) or str(error).partition(" from ")[0]
+        raise InvalidInputError(f"{said} is no path of a file ({reason}); give another") from error
+    return target, temporary
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write words into a file, whole or not at all; see `whole_file`.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "pages" / "a.md"
+        >>> write_text(path, "done")
+        >>> path.read_text()
+        'done'
+    """
+    with whole_file(path) as file:
+        file.write(text.encode())
 
 
 @contextmanager
@@ -191,13 +220,13 @@ def require_output(path: str | os.PathLike[str], argument: str) -> None:
     """
     if isinstance(path, ReadOnlyPath):
         return
-    target = Path(path)
-    said = f"{argument}={os.fspath(path)!r}"
+    target, said = Path(path), f"{argument}={os.fspath(path)!r}"
+    behind, _ = _behind(path, said)
     if target.is_dir():
         raise InvalidInputError(f"{said} is a folder; give the path of a file")
     if target.exists() and not target.is_file():
         raise InvalidInputError(f"{said} is no ordinary file, which writing would replace; give the path of a file")
-    folder = next(parent for parent in target.resolve().parents if parent.exists())
+    folder = next(parent for parent in behind.parents if parent.exists())
     if not folder.is_dir():
         raise InvalidInputError(f"{said} lies in {folder}, which is no folder")
     try:
@@ -207,6 +236,37 @@ def require_output(path: str | os.PathLike[str], argument: str) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise InvalidInputError(f"{said} cannot be written in {folder} ({reason}): nothing was computed") from error
+
+
+def require_outputs(
+    outputs: Mapping[str, Sequence[str | os.PathLike[str]]], read: Mapping[str, Sequence[str | os.PathLike[str]]] = {}
+) -> None:
+    """Refuse files that `require_output` refuses, and a file that two arguments name: one would replace the other.
+
+    Args:
+        outputs: argument -> the files that are written for it.
+        read: argument -> files that are read, so that writing would replace what was given.
+
+    Raises:
+        InvalidInputError: names the arguments.
+
+    Example:
+        >>> require_outputs({"log": ["run.jsonl"], "checkpoint": ["run.pt"]})
+        >>> try:
+        ...     require_outputs({"log": ["run.pt"], "checkpoint": ["./run.pt"]})
+        ... except InvalidInputError as error:
+        ...     print(error)
+        log and checkpoint name the same file 'run.pt': one would replace the other
+    """
+    taken = {_behind(path, argument)[0]: argument for argument, files in read.items() for path in files}
+    for argument, files in outputs.items():
+        for path in files:
+            require_output(path, argument)
+            other = taken.setdefault(Path(path).resolve(), argument)
+            if other != argument:
+                raise InvalidInputError(
+                    f"{other} and {argument} name the same file {Path(path).name!r}: one would replace the other"
+                )
 
 
 class ReadOnlyPath(PosixPath):

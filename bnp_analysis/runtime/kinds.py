@@ -13,7 +13,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.runtime.files import require_output
+from bnp_analysis.runtime.files import require_outputs
 
 Args = ParamSpec("Args")
 Out = TypeVar("Out")
@@ -234,6 +234,7 @@ def gated(function: Callable[Args, Out]) -> Callable[Args, Out]:
             given = signature.bind(*args, **kwargs).arguments
         except TypeError:
             return function(*args, **kwargs)  # which says so itself
+        outputs: dict[str, list[str | os.PathLike[str]]] = {}
         for name, value in given.items():
             kind, optional = known[name]
             if optional and value is None:
@@ -249,7 +250,8 @@ def gated(function: Callable[Args, Out]) -> Callable[Args, Out]:
             if kind in ("int", "float") and name in RANGES:
                 require_range(name, value)
             if kind in _OUTPUTS and isinstance(value, str | os.PathLike):
-                require_output(value, name)
+                outputs[name] = [value]
+        require_outputs(outputs)
         return function(*args, **kwargs)
 
     return verb

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from bnp_analysis import data, models
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.runtime.memory import require_memory
 from bnp_analysis.training.bnp import BNP
 from bnp_analysis.training.run import Run
 from bnp_analysis.training.steps import StepsGradients
@@ -111,8 +114,12 @@ def build(experiment: Experiment, input_shape: tuple[int, ...], num_classes: int
 
     Raises:
         InvalidInputError: names or sizes that do not fit.
+        MemoryLimitError: the network does not fit into memory.
     """
     options: dict[str, Any] = {"hidden": experiment.hidden} if experiment.model == "mlp" else {}
+    if options:
+        weights = sum(a * b for a, b in pairwise((math.prod(input_shape), *experiment.hidden, num_classes)))
+        require_memory(4 * weights, f"a network of {weights:.3g} weights", "Use smaller hidden widths")
     for name in ("activation", "norm", "norm_at", "seed"):
         options[name] = getattr(experiment, name)
     model = models.build_for(experiment.model, input_shape, num_classes, **options).to(experiment.device)

@@ -34,6 +34,8 @@ def period(probe: Probe) -> int:
 
 def bound(probe: Probe, loss: Callable[..., Tensor], preconditioner: Any) -> Probe:
     """The probe, told what is trained if it wants to know (`probe.bind(loss, preconditioner)`)."""
+    if not callable(probe):
+        raise InvalidInputError(f"probes must be functions (step, model) -> dict, not {probe!r:.60}")
     period(probe)
     bind = getattr(probe, "bind", None)
     return bind(loss, preconditioner) if callable(bind) else probe

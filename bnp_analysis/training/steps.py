@@ -120,6 +120,21 @@ class StepsGradients(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
 
 
+def require_same_model(model: nn.Module, loss: object, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that would change no parameter of what is trained, so that training would do nothing.
+
+    Raises:
+        InvalidInputError: it was made for another model, or from a copy.
+    """
+    modules = [m for m in (model, loss) if isinstance(m, nn.Module)]
+    trained = {id(p) for m in modules for p in m.parameters()}
+    if not any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
+        raise InvalidInputError(
+            "the optimizer holds no parameter of the model, which would stay as it is: it was made for another model, "
+            "or from a copy; write torch.optim.SGD(model.parameters(), lr=...)"
+        )
+
+
 @dataclass
 class Step:
     """One update of a model."""

@@ -39,6 +39,7 @@ from bnp_analysis.training.steps import (
     generators,
     is_pair_of_tensors,
     kept_modes,
+    require_same_model,
 )
 
 READ_EVERY = 50  # steps between reads of the loss on an accelerator, and between copies of the last good state
@@ -114,6 +115,7 @@ def train(
             f"checkpoint_every={checkpoint_every} >= 1 must hold"
         )
     require_loss(loss)
+    require_same_model(model, loss, optimizer)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     source = as_batches(loader, batch_size, seed, device)
     others = {"optimizer": optimizer, "scheduler": scheduler, "preconditioner": preconditioner}

@@ -17,6 +17,7 @@ import bnp_analysis as bnp
 from bnp_analysis.linalg import MatrixOperator, condition_number
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.precondition import BNPBlock
+from bnp_analysis.runtime.files import whole_file
 from paper_figures import style
 from paper_figures.frame import FigureData, Report, Settings, scratch
 
@@ -59,8 +60,9 @@ def compute(settings: Settings, report: Report) -> dict[str, Any]:
     for k, (method, seed) in enumerate(jobs):
         kept = folder / f"{method}.{seed}.npy"
         if not kept.exists():
-            np.save(kept.with_suffix(".part.npy"), np.array(list(_trained(x, y, method, seed, settings))))
-            kept.with_suffix(".part.npy").replace(kept)
+            rows = np.array(list(_trained(x, y, method, seed, settings)))
+            with whole_file(kept) as file:
+                np.save(file, rows)
         found[method].append(np.load(kept))
         report((k + 1) / len(jobs))
     published = json.loads((Path(__file__).parents[2] / settings["published"]).read_text())["figure_8"]

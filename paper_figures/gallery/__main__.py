@@ -10,6 +10,8 @@ import math
 import sys
 from collections.abc import Sequence
 
+from bnp_analysis.cli import answered
+from bnp_analysis.runtime.files import write_text
 from paper_figures.figures import fig14_reported as figure
 from paper_figures.frame import HERE, ROOT, FigureData, stored
 from paper_figures.gallery import entries
@@ -73,9 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if arguments.check:
         return int(not PAGE.exists() or PAGE.read_text() != page(data))
-    PAGE.write_text(page(data))
+    write_text(PAGE, page(data))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answered(main))

@@ -3,8 +3,12 @@ damaged files that are kept for ever, an archive's own paths being trusted, and 
 
 from __future__ import annotations
 
+import builtins
+import dataclasses
+import errno
 import gzip
 import io
+import os
 import sys
 import tarfile
 import threading
@@ -18,7 +22,7 @@ import pytest
 
 from bnp_analysis import data
 from bnp_analysis.data.catalog import CATALOG
-from bnp_analysis.errors import ChecksumError, DataNotFoundError, InvalidInputError
+from bnp_analysis.errors import ChecksumError, DataNotFoundError, InvalidInputError, OutputError
 
 pytest.importorskip("pooch", reason="the extra `download` is not installed")
 
@@ -180,8 +184,6 @@ def test_a_failure_keeps_what_was_there(tmp_path: Path, server: Server, mnist: C
 def test_the_next_mirror_is_tried(
     tmp_path: Path, server: Server, mnist: Contents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dataclasses
-
     mirrors = (f"{server.url}/nothing-here", server.url)
     monkeypatch.setitem(CATALOG, "mnist", dataclasses.replace(CATALOG["mnist"], mirrors=mirrors))
     assert len(data.load("mnist", data_dir=tmp_path, download=True)) == 40
@@ -220,6 +222,79 @@ def test_a_bad_archive_leaves_nothing_behind(
     with pytest.raises(ChecksumError, match=r"cifar-10-python\.tar\.gz"):
         data.download("cifar10", data_dir=tmp_path, url=server.url)
     assert all_files(tmp_path) == []
+
+
+def test_a_folder_in_the_way_is_named_before_anything_is_fetched(
+    tmp_path: Path, server: Server, mnist: Contents
+) -> None:
+    name = "t10k-labels-idx1-ubyte.gz"
+    (tmp_path / "mnist" / name).mkdir(parents=True)
+    said = rf"^data_dir='\S*mnist/{name}' is a folder; give the path of a file$"
+    with pytest.raises(InvalidInputError, match=said):
+        data.download("mnist", data_dir=tmp_path, url=server.url)
+    file = tmp_path / "no-folder"
+    file.write_bytes(b"mine")
+    with pytest.raises(InvalidInputError, match=r"^data_dir='\S*' lies in \S*no-folder, which is no folder$"):
+        data.download("mnist", data_dir=file, url=server.url)
+    assert server.asked == []
+    assert all_files(tmp_path) == ["mnist", f"mnist/{name}", "no-folder"]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["arriving", "put in place"])
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_a_disk_that_fills_up_is_no_fault_of_the_server(
+    name: str, late: bool, tmp_path: Path, server: Server, mnist: Contents, cifar_contents: Contents,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """One server is asked, once a file; nothing half-written stays, and what was there does."""
+    members = {f"cifar-10-batches-py/{member}": content for member, content in cifar_contents.items()}
+    server.files["/base/cifar-10-python.tar.gz"] = tar(members)
+    monkeypatch.setitem(
+        CATALOG, name, dataclasses.replace(CATALOG[name], mirrors=(server.url, f"{server.url}/another"))
+    )
+    before = tmp_path / ("mnist" if name == "mnist" else "cifar-10-batches-py")
+    before.mkdir()
+    (before / "mine").write_bytes(b"mine")
+    opened = io.open
+
+    def full(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        temporary = str(file).endswith(".tmp") if late else "/.download-" in str(file)
+        if set(mode) & set("wx") and temporary:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return opened(file, mode, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", full)
+    monkeypatch.setattr(builtins, "open", full)
+    with pytest.raises(OutputError, match=r"^\S* could not be written: No space left on device$"):
+        data.download(name, data_dir=tmp_path)
+    assert all_files(tmp_path) == [before.name, f"{before.name}/mine"]
+    assert not any("another" in path for path in server.asked)
+
+
+def test_a_link_stays_a_link(tmp_path: Path, server: Server, mnist: Contents) -> None:
+    """The file behind it is written."""
+    name = "t10k-labels-idx1-ubyte.gz"
+    (tmp_path / "mnist").mkdir()
+    (tmp_path / "mnist" / name).symlink_to(tmp_path / "elsewhere")
+    data.download("mnist", data_dir=tmp_path, url=server.url)
+    assert (tmp_path / "mnist" / name).is_symlink()
+    assert (tmp_path / "elsewhere").read_bytes() == server.files[BAD]
+
+
+def test_a_file_that_may_not_be_read_is_named(
+    tmp_path: Path, server: Server, mnist: Contents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data.download("mnist", data_dir=tmp_path, url=server.url)
+    opened = Path.open
+
+    def refuse(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.name.startswith("train-images"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ChecksumError, match=r"train-images-idx3-ubyte\.gz could not be read: Permission denied"):
+        data.load("mnist", data_dir=tmp_path)
 
 
 def test_digits_need_no_download() -> None:

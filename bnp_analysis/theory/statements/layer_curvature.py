@@ -184,8 +184,8 @@ def resolution(risk: EmpiricalRisk, layer: str) -> float:
     squared = rewritten(risk, loss=lambda outputs, y: outputs.square().flatten(1).sum(dim=1).mean() / 2)
     J = gauss_newton(squared, block=layer).factor
     assert J is not None
-    size = float(F.to_dense().square().sum())
-    rounding = torch.finfo(risk.space.dtype).eps * float(J.to_dense().square().sum())
+    size, of_layer = (sum(float(rows.square().sum()) for rows in factor.row_blocks()) for factor in (F, J))
+    rounding = torch.finfo(risk.space.dtype).eps * of_layer
     if rounding > 1e-6 * size:
         share = size / rounding if rounding else 0.0
         raise NotApplicable(f"the softmax is saturated: the layer's curvature is {share:.2g} times its rounding")
