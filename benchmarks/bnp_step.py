@@ -33,7 +33,6 @@ import torch
 from torch import Tensor, nn
 
 from bnp_analysis.models import cnn, mlp, resnet
-from bnp_analysis.runtime.memory import peak_memory
 from bnp_analysis.training import BNP
 
 WIDTHS = [784, 100, 100, 100, 10]
@@ -113,6 +112,8 @@ def row(network: str, batch: int, rounds: int, device: str) -> str:
 
 def memory(method: str, network: str, batch: int, device: str) -> float:
     """Megabytes of five steps, in this process, in which libraries that load on first use were loaded before."""
+    from bnp_analysis.runtime.memory import peak_memory  # here: user_waits.py takes steps of older builds too
+
     step_of("BNP", "MLP 784-100-100-100-10", 2, device)()
     step_of("BatchNorm", "CNN 3 x 32 x 32", 2, device)()
     before = peak_memory(device, reset=True)
