@@ -1,7 +1,7 @@
 """What users wait for, in this build and in another one: null directions, blocks, tables, construction, start.
 
-    python benchmarks/user_waits.py [OTHER] [--only NAME ...] [--rounds 3] [--limit 1800] [--keep]
-        [--out benchmarks/results]
+    python benchmarks/user_waits.py [OTHER] [--only NAME ...] [--rounds 3] [--limit 1800] [--images 256]
+        [--keep] [--out benchmarks/results]
 
 OTHER is the folder of another checkout. Each workload runs in processes of its own, one thread each, the two builds in
 turns; a number is the least of the rounds, in seconds of processor time, so that what else the machine does is left
@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 AGREE = 1e-6
+SIZES = {"images": 256}
 
 
 class Beside(NamedTuple):
@@ -199,10 +200,10 @@ def mnist_table() -> Work:
 
 
 def _resnet() -> tuple[Any, Any, Any]:
-    """ResNet-20 without normalization at its start, float32, and 256 images."""
+    """ResNet-20 without normalization at its start, float32, and the images."""
     import bnp_analysis as bnp
 
-    x, y = bnp.data.load("cifar10", n=256, seed=0).tensors
+    x, y = bnp.data.load("cifar10", n=SIZES["images"], seed=0).tensors
     return bnp.models.resnet(20), x.float(), y
 
 
@@ -243,8 +244,8 @@ def resnet_pairs() -> Work:
     return lambda: [float(value) for value in search(H(risk), 10, tol=PAIRS).values]
 
 
-def resnet_eigsh() -> Work:
-    """The same by SciPy's defaults over double backward of plain torch, whose graph is recorded once and kept."""
+def resnet_eigsh(keep: bool = False) -> Work:
+    """The same by SciPy's defaults over double backward of plain torch, its graph recorded anew or once for all."""
     import numpy as np
     import torch
     from scipy.sparse.linalg import LinearOperator, eigsh
@@ -253,14 +254,17 @@ def resnet_eigsh() -> Work:
     parameters = list(model.parameters())
     sizes = [p.numel() for p in parameters]
 
-    def work() -> list[float]:
+    def graph() -> Any:
         loss = torch.nn.functional.cross_entropy(model(x), y)
-        gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+        return torch.autograd.grad(loss, parameters, create_graph=True)
+
+    def work() -> list[float]:
+        kept = graph() if keep else None
 
         def product(v: Any) -> Any:
             parts = torch.from_numpy(np.ascontiguousarray(v, dtype=np.float32).reshape(-1)).split(sizes)
             cotangents = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
-            found = torch.autograd.grad(gradients, parameters, cotangents, retain_graph=True)
+            found = torch.autograd.grad(kept or graph(), parameters, cotangents, retain_graph=keep)
             return torch.cat([t.reshape(-1) for t in found]).numpy()
 
         matrix = LinearOperator((sum(sizes), sum(sizes)), matvec=product, dtype=np.float32)
@@ -334,15 +338,16 @@ WORKLOADS: dict[str, tuple[str, Callable[[], Work]]] = {
     "mlp-table": ("layer_table, MLP 784-6-10, 100 random images", mlp_table),
     "mnist-table": ("layer_table, MLP 784-100-100-100-10, 10,000 digits of MNIST", mnist_table),
     "profile": (
-        "profile to rank 50, ResNet-20, 256 images of CIFAR-10; over its products",
+        "profile to rank 50, ResNet-20, {images} images of CIFAR-10; over its products",
         lambda: resnet_profile(False),
     ),
     "profile-P": ("the same with P; over the products with A", lambda: resnet_profile(True)),
     "eigenpairs": (
-        "10 eigenpairs of its Hessian, tolerance 1e-3; over SciPy's eigsh on plain double backward",
+        "10 eigenpairs of its Hessian, {images} images, tolerance 1e-3; over SciPy's eigsh on double backward",
         resnet_pairs,
     ),
-    "eigsh": ("that eigsh, its graph kept", resnet_eigsh),
+    "eigsh": ("that eigsh, {images} images, over double backward of plain torch", resnet_eigsh),
+    "eigsh-kept": ("the same, its graph kept", lambda: resnet_eigsh(keep=True)),
     "eigenthings": ("40 steps of hessian-eigenthings' Lanczos for the same", resnet_eigenthings),
     "step-1": ("1,000 steps of BNP, MLP 784-100-100-100-10, batch 1; over plain ones", lambda: steps(1, "plain")),
     "step-60": (
@@ -357,7 +362,7 @@ WORKLOADS: dict[str, tuple[str, Callable[[], Work]]] = {
 }
 PAIRS = 1e-3
 # Not in minutes in builds that verify candidates one by one; or nothing of a build in it.
-ALONE = {"null-32", "profile-32", "profile", "profile-P", "eigsh", "eigenthings"}
+ALONE = {"null-32", "profile-32", "profile", "profile-P", "eigsh", "eigsh-kept", "eigenthings"}
 # Two workloads, each in processes of its own: the first is reported over the second.
 OVER = {"eigenpairs": "eigsh"}
 # What answers have in common where a tolerance was asked for.
@@ -391,6 +396,7 @@ def measured(build: Path, name: str, limit: int) -> dict[str, Any] | None:
     paths = [str(build), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | threads | {"PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, str(Path(__file__).resolve()), "--child", name, "--limit", str(limit)]
+    command += ["--images", str(SIZES["images"])]
     done = subprocess.run(command, check=False, cwd=build, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
         return None
@@ -404,7 +410,7 @@ def compared(name: str, other: Path | None, rounds: int, limit: int) -> dict[str
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     builds = {} if other is None or name in ALONE else {"other": other}
     runs: dict[str, list[dict[str, Any]]] = {key: [] for key in (*builds, "own")}
-    record: dict[str, Any] = {"workload": WORKLOADS[name][0], "rounds": rounds, "load": load}
+    record: dict[str, Any] = {"workload": WORKLOADS[name][0].format(**SIZES), "rounds": rounds, "load": load}
     for _ in range(rounds):
         for key, build in (*builds.items(), ("own", ROOT)):
             if key not in record:
@@ -481,10 +487,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS), metavar="NAME")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--limit", type=int, default=1800, help="seconds of processor time of one run")
+    parser.add_argument("--images", type=int, default=256, help="of CIFAR-10, for the rows about ResNet-20")
     parser.add_argument("--keep", action="store_true", help="leave other rows of an earlier record as they are")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--child", choices=list(WORKLOADS), help=argparse.SUPPRESS)
     given = parser.parse_args()
+    SIZES["images"] = given.images
     if given.child:
         child(given.child, given.limit)
         return
