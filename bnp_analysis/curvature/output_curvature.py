@@ -14,7 +14,7 @@ from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.kernels import derivative, recording
 from bnp_analysis.network.layer_kinds import Layer
-from bnp_analysis.network.precision import Perturbed
+from bnp_analysis.network.precision import perturbed
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.saturation import ROUNDINGS, product_eps
 from bnp_analysis.network.smooth import SIGMOID, generic, watching
@@ -281,11 +281,10 @@ class _Bends:
         """
         moved = torch.zeros_like(S)
         for seed in range(_TRIALS):
-            with Perturbed(seed) as perturbed:
-                other = make(replace(self, outputs=self.outputs * 1.0))
-            if perturbed.overflowed:
+            other = perturbed(seed, lambda: make(replace(self, outputs=self.outputs * 1.0)))
+            if other is None or other[1]:
                 return torch.full_like(S, math.inf)
-            moved = torch.maximum(moved, (other - S).abs())
+            moved = torch.maximum(moved, (other[0] - S).abs())
         return _SAFETY * moved
 
     def structural(self, make: Callable[[_Bends], Tensor]) -> Tensor:

@@ -22,7 +22,7 @@ from bnp_analysis.errors import BNPAnalysisError, DerivativeError
 from bnp_analysis.network.batches import Batch, slice_batch, with_examples
 from bnp_analysis.network.kernels import recording
 from bnp_analysis.network.observation import Observer, custom_functions
-from bnp_analysis.network.precision import Perturbed, generic_point, size_of
+from bnp_analysis.network.precision import generic_point, perturbed, size_of
 from bnp_analysis.runtime.random import random_state
 from bnp_analysis.runtime.trees import tensors_of
 
@@ -326,9 +326,9 @@ def _noise(quotient: Quotient, h: float, found: Mapping[str, Tensor]) -> float:
     """How far rounding moves a quotient, of a function in which it grows (`logit(sigmoid(z))`)."""
     moved = 0.0
     for seed in range(_TRIALS):
-        # At -h the quotient is the same, and not remembered.
-        with suppress(RuntimeError, BNPAnalysisError), Perturbed(seed, alike=False):
-            moved = max(moved, _gap(quotient(-h), found))
+        # At -h the quotient is the same; what was computed at one step is remembered.
+        trial = perturbed(seed, partial(quotient, -h * (1 + seed / 1024)), alike=False)
+        moved = moved if trial is None else max(moved, _gap(trial[0], found))
     return _SAFETY * moved
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bnp_analysis.errors import BNPAnalysisError
 from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.kernels import recording
 from bnp_analysis.runtime.random import random_state
@@ -21,6 +22,8 @@ from bnp_analysis.runtime.trees import map_tensors, tensors_of
 
 if TYPE_CHECKING:
     from bnp_analysis.network.risk import EmpiricalRisk
+
+T = TypeVar("T")
 
 # Roundings that radii allow for anyway.
 _USUAL = 4
@@ -342,14 +345,14 @@ class Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]
     With moves of one size, those of two operations (`p = sigmoid(z)`, `-p`) cancel exactly in half of all trials. A
     move depends on the number and the kind of operation alone: equal numbers stay equal, so that maxima over ties are
     taken at the same places, and what is computed twice is the same; unless `alike` is off, for differences of nearly
-    equal evaluations.
+    equal evaluations. With `shrinking` all moves go toward zero.
 
     Source: Vignes 1993.
     """
 
-    def __init__(self, seed: int, *, alike: bool = True) -> None:
+    def __init__(self, seed: int, *, alike: bool = True, shrinking: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._seed, self._alike = seed, alike
+        self._seed, self._alike, self._shrinking = seed, alike, shrinking
         self._calls = 0
         # Whether finite numbers gave an infinite one: its reciprocal is a zero that means nothing.
         self.overflowed = False
@@ -402,8 +405,22 @@ class Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         mixed.bitwise_xor_(mixed >> 29).mul_(0x3F58476D1CE4E5B9)
         # Sixteen bits for the size in units of 2^-15, and one for the sign; float32 holds them all, float16 does not.
         size = (mixed >> 32).bitwise_and_(0xFFFF).add_(1 << 14)
-        sign = (mixed << 13).bitwise_right_shift_(63).bitwise_or_(1)
+        sign = -1 if self._shrinking else (mixed << 13).bitwise_right_shift_(63).bitwise_or_(1)
         return (size.mul_(sign).double() / 2**15).to(t)
+
+
+def perturbed(seed: int, compute: Callable[[], T], *, alike: bool = True) -> tuple[T, bool] | None:
+    """What is computed with every operation's rounding moved (`Perturbed`), and whether it overflowed.
+
+    A probability of 1 may be moved beyond it, where no rounding would bring it and `binary_cross_entropy` is not
+    defined: then all moves go toward zero. None where that fails too.
+    """
+    for shrinking in (False, True):
+        with suppress(RuntimeError, ValueError, BNPAnalysisError):
+            with Perturbed(seed, alike=alike, shrinking=shrinking) as moves:
+                found = compute()
+            return found, moves.overflowed
+    return None
 
 
 def _has_numbers(t: Tensor) -> bool:

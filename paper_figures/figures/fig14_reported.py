@@ -80,10 +80,15 @@ def note(data: FigureData) -> str:
 
 
 def draw(data: FigureData) -> Figure:
-    """One line per number: reported and printed marks, certified bar."""
-    count = len(data["numbers"])
-    figure, axes = style.panels(1, 1, height=0.19 * count + 0.9)
-    ax, places = axes[0, 0], np.arange(count)
+    """One line per number, under the title of its source: reported and printed marks, certified bar."""
+    titles = entries()
+    names = [titles[e].title if e in titles else e for e in data.words("entry")]
+    firsts = [k for k in range(len(names)) if k == 0 or names[k] != names[k - 1]]
+    # A line of its own for every title.
+    places = np.array([k + sum(first <= k for first in firsts) for k in range(len(names))])
+    lines = len(names) + len(firsts)
+    figure, axes = style.panels(1, 1, height=0.19 * lines + 0.9)
+    ax = axes[0, 0]
     printed, reported, lower, upper, exact = data["numbers"].T
     ax.hlines(places, np.minimum(reported, lower), np.maximum(reported, upper), color=style.GREY, linewidth=0.6)
     ax.barh(places, upper - lower, 0.7, lower, color=style.BLUE)
@@ -93,14 +98,12 @@ def draw(data: FigureData) -> Figure:
     ax.plot(printed, places, "x", color=style.PURPLE, label="printed in the source")
     ax.set_xscale("log")
     ax.set_xlim(np.nanmin(data["numbers"]) / 3, np.nanmax(data["numbers"]) * 3)
-    titles = entries()
-    names = [f"{titles[e].title if e in titles else e}" for e in data.words("entry")]
     ax.set_yticks(places, data.words("case"), fontsize=6)
-    for first in [k for k in range(count) if k == 0 or names[k] != names[k - 1]]:
-        ax.axhline(first - 0.5, color=style.GREY, linewidth=0.4)
-        at = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "top"}
-        ax.annotate(names[first], (1, first - 0.45), fontsize=6, **at)
-    ax.set_ylim(count - 0.5, -0.5)
+    for first in firsts:
+        line = places[first] - 1
+        ax.axhline(line - 0.5, color=style.GREY, linewidth=0.4)
+        ax.annotate(names[first], (0.01, line), xycoords=("axes fraction", "data"), fontsize=6, va="center")
+    ax.set_ylim(lines - 0.5, -0.5)
     ax.set_xlabel("condition number, or rank")
     figure.legend(*ax.get_legend_handles_labels(), ncol=4, loc="outside upper center")
     return figure

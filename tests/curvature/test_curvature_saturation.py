@@ -356,6 +356,20 @@ def test_a_certain_probability_is_no_error_where_rounding_is_tried() -> None:
     torch.testing.assert_close(bnp.hessian(risk).to_dense(), bnp.hessian(by_logits).to_dense(), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("logit", [10.0, 30.0])
+def test_rounding_is_not_moved_beyond_probabilities(logit: float, dtype: torch.dtype) -> None:
+    """A probability of 1 that is moved up is none, and `binary_cross_entropy` raises: of many some are moved so."""
+    model = nn.Linear(2, 16, bias=False).to(dtype)
+    with torch.no_grad():
+        model.weight.copy_(torch.linspace(-1, logit, 32).view(16, 2))
+    data = torch.eye(2, dtype=dtype), (torch.arange(32).view(2, 16) % 3 == 0).to(dtype)
+    risk = bnp.EmpiricalRisk(model, lambda z, y: F.binary_cross_entropy(torch.sigmoid(z), y), data)
+    found = bnp.condition_number(bnp.gauss_newton(risk))
+    bends = [bell(mp.mpf(float(w))) for w in model.weight.detach().flatten()]
+    assert found.lower <= float(max(bends) / min(bends)) <= found.upper
+
+
 class By(nn.Module):
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

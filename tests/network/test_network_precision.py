@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import bnp_analysis as bnp
 from bnp_analysis.network import saturation
-from bnp_analysis.network.precision import Perturbed
+from bnp_analysis.network.precision import Perturbed, perturbed
 
 DOUBLE, SINGLE, HALF, BRAIN = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
@@ -433,8 +433,21 @@ MOVES: dict[str, Callable[[Tensor], Tensor]] = {
 def test_what_only_moves_numbers_is_not_tried(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A trial tells nothing of operations that subtract no derivatives, and takes the time of many products."""
     seeds: list[int] = []
-    monkeypatch.setattr(saturation, "Perturbed", lambda seed: (seeds.append(seed), Perturbed(seed))[1])
+    monkeypatch.setattr(saturation, "perturbed", lambda seed, work: (seeds.append(seed), perturbed(seed, work))[1])
     model = Inside(MOVES.get(name, lambda h: h - h.tanh()))
     risk = bnp.EmpiricalRisk(model, F.cross_entropy, (numbers(5, 6, dtype=SINGLE), classes(5, 3)))
     assert saturation.product_eps(risk) >= torch.finfo(SINGLE).eps
     assert seeds == ([0, 1, 2] if name == "difference" else [])
+
+
+def test_moves_that_leave_the_domain_of_a_function_go_toward_zero() -> None:
+    p, y = torch.ones(50, dtype=torch.float64), torch.zeros(50, dtype=torch.float64)
+    found = perturbed(0, lambda: nn.functional.binary_cross_entropy(p * 1.0, y, reduction="none"))
+    assert found is not None
+    lost = torch.exp(-found[0])  # 1 - p
+    assert ((lost > 0) & (lost < 3 * torch.finfo(torch.float64).eps)).all()
+    assert not found[1]
+    assert perturbed(0, lambda: nn.functional.binary_cross_entropy(2 * p, y)) is None
+    overflow = perturbed(0, lambda: torch.exp(800 * p))
+    assert overflow is not None
+    assert overflow[1]
