@@ -325,11 +325,11 @@ def _program(*words: str) -> Work:
 
 WORKLOADS: dict[str, tuple[str, Callable[[], Work]]] = {
     "null-16": (
-        "null directions, GPT of 7,840 parameters (2 layers, width 16); over gradients, one for each direction found",
+        "null directions, GPT of 7,840 parameters (2 layers, width 16); over gradients, one for each direction",
         lambda: null_directions(16, 2),
     ),
     "null-32": (
-        "the same of 53,344 parameters (4 layers, width 32); over gradients, one for each direction found",
+        "null directions, GPT of 53,344 parameters (4 layers, width 32); over gradients, one for each direction",
         lambda: null_directions(32, 4),
     ),
     "profile-32": ("the same, and the ratios at ranks 2 to 20 with them left out", lambda: deflated_profile(32, 4)),
@@ -343,15 +343,15 @@ WORKLOADS: dict[str, tuple[str, Callable[[], Work]]] = {
     ),
     "profile-P": ("the same with P; over the products with A", lambda: resnet_profile(True)),
     "eigenpairs": (
-        "10 eigenpairs of its Hessian, {images} images, tolerance 1e-3; over SciPy's eigsh on double backward",
+        "10 eigenpairs, Hessian of ResNet-20, {images} images, tolerance 1e-3; over eigsh on double backward",
         resnet_pairs,
     ),
-    "eigsh": ("that eigsh, {images} images, over double backward of plain torch", resnet_eigsh),
+    "eigsh": ("eigsh of SciPy for the same, {images} images, on double backward of plain torch", resnet_eigsh),
     "eigsh-kept": ("the same, its graph kept", lambda: resnet_eigsh(keep=True)),
     "eigenthings": ("40 steps of hessian-eigenthings' Lanczos for the same", resnet_eigenthings),
     "step-1": ("1,000 steps of BNP, MLP 784-100-100-100-10, batch 1; over plain ones", lambda: steps(1, "plain")),
     "step-60": (
-        "the same, batch 60; over those with BatchNorm on inputs",
+        "1,000 steps of BNP, the same network, batch 60; over those with BatchNorm on inputs",
         lambda: steps(60, "BatchNorm on inputs"),
     ),
     "wide-layer": ("kappa* of fc1 without and with P, MNIST 784-32-10, 1,000 examples", lambda: wide_block("fc1")),
@@ -475,7 +475,7 @@ def report(records: dict[str, dict[str, Any]], facts: dict[str, Any]) -> list[st
         "differentiates; memory is the peak of the process, torch and what is compared in the same process included;",
         "the ratio, other over this, is the median over rounds; *over* is the time over that of what the workload",
         "names behind `over`, in the same process or, for eigenpairs, in one of its own. *Load* is that of the machine",
-        "when the row began: above 0.5 other programs ran beside it. `-`: not run.",
+        "when the row began: above 0.5 other programs ran beside it, and caches were shared. `-`: not run, not noted.",
         "",
         *table([*head, "ratio", "same answers", "rounds", "load"], rows),
     ]
