@@ -87,10 +87,14 @@ def test_the_spread_of_deviations(found: dict[str, float]) -> None:
 
 
 def test_what_is_plotted_is_rounding(found: dict[str, float]) -> None:
-    assert 1 < found["threshold"] <= 1 / ((HIDDEN + 1) * torch.finfo(torch.float32).eps) < found["certified"]
-    assert found["float32"] > 1e4 * found["certified"]
-    assert found["float64"] > 1e10 * found["certified"]
-    assert found["float32, P"] > 10 * found["running"]
+    """Eigenvalues have errors of up to `n eps lambda_max`: ratios from `1 / (n eps)` on are unknown, and plotted.
+
+    By how much plotted and certified numbers differ depends on the processor.
+    """
+    single, double = (1 / ((HIDDEN + 1) * torch.finfo(dtype).eps) for dtype in (torch.float32, torch.float64))
+    assert 1 < found["threshold"] <= single < min(found["certified"], found["running"]) < double
+    assert min(found["float32"], found["float32, P"]) > single
+    assert found["float64"] > double
 
 
 def test_without_the_run_s_preconditioner() -> None:

@@ -120,9 +120,11 @@ def interrupted(run: Callable[[], object], at: int) -> bool:
         nonlocal count
         if frame.f_code.co_filename not in files:
             return None
-        # Python handles no signal at the two ends of a block, which are lines to a tracer.
+        # Python handles no signal at the two ends of a block, which are lines to a tracer. In comprehensions, which are
+        # part of their function from 3.12 on, signals leave a block by its end, and what a tracer raises does not.
         text = getline(frame.f_code.co_filename, frame.f_lineno).lstrip()
-        if event == "line" and not text.startswith(("with ", "try:")):
+        skipped = text.startswith(("with ", "try:")) or (sys.version_info >= (3, 12) and " for " in text)
+        if event == "line" and not skipped:
             count += 1
             if count == at:
                 raise KeyboardInterrupt
