@@ -32,10 +32,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bnp_analysis.cli import answered
 from bnp_analysis.models import cnn, mlp, resnet
-from bnp_analysis.runtime.files import require_output, write_text
-from bnp_analysis.runtime.memory import peak_memory
 from bnp_analysis.training import BNP
 
 WIDTHS = [784, 100, 100, 100, 10]
@@ -115,6 +112,10 @@ def row(network: str, batch: int, rounds: int, device: str) -> str:
 
 def memory(method: str, network: str, batch: int, device: str) -> float:
     """Megabytes of five steps, in this process, in which libraries that load on first use were loaded before."""
+    from bnp_analysis.runtime.memory import (
+        peak_memory,
+    )  # in functions: user_waits.py takes steps of older builds, without these
+
     step_of("BNP", "MLP 784-100-100-100-10", 2, device)()
     step_of("BatchNorm", "CNN 3 x 32 x 32", 2, device)()
     before = peak_memory(device, reset=True)
@@ -157,6 +158,8 @@ def report(rounds: int, threads: int, device: str) -> list[str]:
 
 def main() -> None:
     """Measure and write the tables."""
+    from bnp_analysis.runtime.files import require_output, write_text
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
@@ -183,4 +186,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from bnp_analysis.cli import answered
+
     sys.exit(answered(main))

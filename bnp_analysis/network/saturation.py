@@ -50,6 +50,7 @@ _TAME = {
             "Add",
         ),
         *("Expand", "Squeeze", "Unsqueeze", "Alias", "Slice", "Select", "Split", "Cat", "AsStrided", "ToCopy"),
+        *("ConstantPadNd", "MaskedFill", "Flip", "Roll", "Repeat", "Index", "IndexSelect", "Gather", "PixelShuffle"),
         *("Convolution", "MaxPool2DWithIndices", "AvgPool2D", "Mean", "AdaptiveAvgPool2D", "Embedding"),
         *("Relu", "LeakyRelu", "Hardtanh", "Tanh", "Sigmoid", "Gelu", "Silu", "Elu", "Softplus", "LogSoftmax"),
         *(

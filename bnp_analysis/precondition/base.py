@@ -124,6 +124,8 @@ class BlockDiagonal(NetworkPreconditioner):
         return None if others or not torch.equal(where.cpu(), positions.cpu()) else block
 
     def _each(self, x: Tensor, act: Callable[[Any, Tensor], Tensor]) -> Tensor:
+        if len(self._parts) == 1 and self._parts[0][0] == slice(0, self.dim):  # no copy of the rows of a layer
+            return act(self._parts[0][1], x)
         out = x.clone()
         for part, block in self._parts:
             out[part] = act(block, x[part])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bnp_analysis as bnp
+from bnp_analysis.network import saturation
 from bnp_analysis.network.precision import Perturbed, perturbed
 
 DOUBLE, SINGLE, HALF, BRAIN = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -413,6 +414,30 @@ def test_every_number_is_moved_by_half_a_unit_to_two_and_a_half(dtype: torch.dty
     assert abs(float(moves.abs().mean()) - 1.5) < 4 / distinct**0.5
     assert torch.equal(Perturbed(0)._moves(t.flip(0), "mul").double(), moves.flip(0))
     assert float((moves == others).double().mean()) < 0.1
+
+
+MOVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "constant_pad": lambda h: F.pad(h, (1, 1))[:, 1:-1],
+    "masked_fill": lambda h: h.masked_fill(torch.arange(6) == 2, -1.0),
+    "flip": lambda h: h.flip(1),
+    "roll": lambda h: h.roll(2, 1),
+    "repeat": lambda h: h.repeat(1, 2)[:, 3:9],
+    "index": lambda h: h[:, torch.tensor([5, 0, 1, 2, 4, 3])],
+    "index_select": lambda h: h.index_select(1, torch.tensor([5, 0, 1, 2, 4, 3])),
+    "gather": lambda h: h.gather(1, torch.tensor([[5, 0, 1, 2, 4, 3]]).expand(len(h), 6)),
+    "pixel_shuffle": lambda h: F.pixel_shuffle(h[:, :4, None, None], 2).flatten(1).repeat(1, 2)[:, :6],
+}
+
+
+@pytest.mark.parametrize("name", [*MOVES, "difference"])
+def test_what_only_moves_numbers_is_not_tried(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial tells nothing of operations that subtract no derivatives, and takes the time of many products."""
+    seeds: list[int] = []
+    monkeypatch.setattr(saturation, "perturbed", lambda seed, work: (seeds.append(seed), perturbed(seed, work))[1])
+    model = Inside(MOVES.get(name, lambda h: h - h.tanh()))
+    risk = bnp.EmpiricalRisk(model, F.cross_entropy, (numbers(5, 6, dtype=SINGLE), classes(5, 3)))
+    assert saturation.product_eps(risk) >= torch.finfo(SINGLE).eps
+    assert seeds == ([0, 1, 2] if name == "difference" else [])
 
 
 def test_moves_that_leave_the_domain_of_a_function_go_toward_zero() -> None:
