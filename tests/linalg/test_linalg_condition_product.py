@@ -136,7 +136,7 @@ def test_a_product_that_cancels_to_noise_is_zero_to_rounding() -> None:
     factor = torch.ones(200, 2, dtype=torch.float64)
     P = DensePreconditioner(torch.tensor([[1e8, 0.0], [-1e8, 1e-6]], dtype=torch.float64))
     for A in (GramOperator(MatrixOperator(factor, exact=False)), DenseOperator(factor.T @ factor)):
-        with pytest.raises(ZeroOperatorError, match="zero to rounding"):
+        with pytest.raises(ZeroOperatorError, match=r"zero to rounding.* or a P with large entries"):
             condition_number(A, preconditioner=P)
 
 

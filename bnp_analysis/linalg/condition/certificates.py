@@ -12,6 +12,7 @@ from bnp_analysis.linalg.condition.number import Extremes, Magnitudes
 from bnp_analysis.linalg.forming import UNIT
 from bnp_analysis.linalg.krylov.lanczos import Floats
 from bnp_analysis.linalg.operators import SymmetricOperator
+from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.spectra.null import DeclaredNull
 
 UNDECLARED = "null space not declared"
@@ -301,11 +302,13 @@ def zero_matrix(null: DeclaredNull, matvecs: int) -> Extremes:
     )
 
 
-def zero_operator(A: SymmetricOperator) -> ZeroOperatorError:
+def zero_operator(A: SymmetricOperator, P: Preconditioner | None = None) -> ZeroOperatorError:
     """What is said where no eigenvalue stands above rounding."""
     known = "" if A.eps <= torch.finfo(A.dtype).eps else f", its products being known to {A.eps:.1g} only"
+    large = "" if P is None else ", or a P with large entries, whose squares multiply the rounding of A"
+    wide = "" if A.dtype == torch.float64 else "; an operator built in float64 has a lower floor"
     return ZeroOperatorError(
         f"the operator is zero to rounding{known}, and a condition number compares nonzero eigenvalues; "
-        "look for saturated or dead units, a loss that does not depend on these parameters, or one whose "
-        "derivative is a difference of nearly equal numbers, as that of log(cosh(z)) is at large z"
+        "look for saturated or dead units, a loss that does not depend on these parameters, one whose "
+        f"derivative is a difference of nearly equal numbers, as that of log(cosh(z)) is at large z{large}{wide}"
     )

@@ -194,7 +194,7 @@ def condition_profile(
         )
     )
     if not found.value.size or not found.lower[0] > 0:
-        raise zero_operator(A)
+        raise zero_operator(A, preconditioner)
     return _profile(
         found,
         wanted,

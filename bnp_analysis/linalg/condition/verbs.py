@@ -239,7 +239,7 @@ def _measure(
         )
     )
     if ends.lambda_max == 0.0:
-        raise zero_operator(A)
+        raise zero_operator(A, P)
     if ends.rank is None:  # nothing is counted: every declared direction is believed
         ends = dataclasses.replace(ends, on_your_word=ends.null_sources.get("declared", 0))
     two_sided = math.isfinite(ends.upper) and math.isfinite(ends.lower)
