@@ -420,3 +420,14 @@ def test_precision_changes_back_and_forth(kind: str) -> None:
             after = stepped(model, h, y, pre)[1]
             assert torch.equal(stepped(twin, h, y, fresh)[1], after)
             assert after.dtype is dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
+def test_layers_of_other_numbers_are_named_and_left_alone(dtype: torch.dtype) -> None:
+    """Moments of complex inputs would be those of their real parts."""
+    other = nn.Linear(3, 2, dtype=dtype) if dtype.is_complex else nn.Linear(3, 2).to(dtype)
+    with pytest.raises(InvalidInputError, match=r"nothing to precondition.*weight: BNP is defined for real numbers"):
+        bnp.BNP(other)
+    pre = bnp.BNP(nn.ModuleDict({"real": nn.Linear(3, 2), "other": other}))
+    assert str(dtype) in pre.uncovered["other.weight"]
+    assert "real.weight" not in pre.uncovered

@@ -71,6 +71,10 @@ def find_candidates(
     changed = [layer for layer in layers if layer.kind.changes_product(layer.module)]
     reasons.update({layer.weight: changed_product(layer.module) for layer in changed})
     layers = [layer for layer in layers if layer not in changed]
+    coarse = [layer for layer in layers if not _has_moments(layer)]
+    said = "BNP is defined for real numbers of 16 bits and more, these are {}"
+    reasons.update({layer.weight: said.format(layer.own_weight.dtype) for layer in coarse})
+    layers = [layer for layer in layers if layer not in coarse]
     hidden = [layer for layer in layers if outputs and layer.inner]
     said = "output_scale='estimated' needs the gradients at its outputs, which torch's recurrent kernels do not show"
     reasons.update({name: said for layer in hidden for name in (layer.weight, layer.bias) if name is not None})
@@ -90,6 +94,12 @@ def find_candidates(
             f"there is nothing to precondition: no layer that BNP covers ({known}) among the parameters: {listed}"
         )
     return Candidates(tuple(chosen), reasons)
+
+
+def _has_moments(layer: Layer) -> bool:
+    """Whether torch computes means and variances in the weight's dtype, as it does of no complex or 8-bit numbers."""
+    dtype = layer.own_weight.dtype
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def _select(layers: list[Layer], include: Names | None, exclude: Names | None) -> list[Layer]:
