@@ -61,7 +61,7 @@ def _behind(path: str | os.PathLike[str], said: str) -> tuple[Path, Path]:
     """The file behind links, which stay, and one beside it to write first; refused where no disk could have them."""
     try:
         target = Path(path).resolve()
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+        temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
         for one in (target, temporary):
             with suppress(FileNotFoundError, NotADirectoryError):
                 one.stat()
