@@ -22,12 +22,14 @@ from bnp_analysis.network.kernels import recording
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.saturation import ROUNDINGS, has_vanished, product_eps
 from bnp_analysis.runtime.float32 import full_float32
-from bnp_analysis.runtime.memory import require_memory
+from bnp_analysis.runtime.memory import available_memory, require_memory
 from bnp_analysis.runtime.trees import tensors_of
 
 # Rows of a Jacobian are pulled back for a few examples at a time: the cost of one row is that of its slice. An example
 # with many rows is a slice of its own.
 _SLICE, _ROWS = 8, 64
+# Of all rows together, while they are formed or reduced.
+_COPIES = 6
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,9 @@ class JacobianFactor(LinearOperator):
         yield from self._own_blocks() if self.group.size == 1 else [self.to_dense()]
 
     def _own_blocks(self) -> Iterator[Tensor]:
-        if self._by_columns:
+        # All rows at once, of which those who reduce them make copies in float64; a few at a time take longer.
+        size = 8 * _COPIES * sum(self._rows) * self.shape[1]
+        if self._by_columns and size <= available_memory(self.device):
             yield self.own_rows_times(torch.eye(self.shape[1], dtype=self.dtype, device=self.device))
             return
         for batch, root in zip(self._risk.batches, self._roots, strict=True):

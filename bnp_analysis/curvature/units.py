@@ -31,8 +31,8 @@ from bnp_analysis.network.saturation import ROUNDINGS, has_vanished, product_eps
 from bnp_analysis.runtime.memory import available_memory
 from bnp_analysis.runtime.trees import tensors_of
 
-# Numbers in the rows of a layer's factor that are formed together.
-_TOGETHER = 2**23
+# Numbers in the rows of a layer's factor that are formed together: those who reduce them make six copies.
+_TOGETHER = 2**20
 
 
 class DenseLayerFactor(LinearOperator):

@@ -128,10 +128,11 @@ class _Gathered:
 
     def _factorize(self) -> None:
         rows = torch.cat(self._rows) if len(self._rows) > 1 else self._rows[0]
+        self._rows = []  # not held beside the copies
         kept = (rows != 0).any(dim=0)
         if len(rows) > int(kept.sum()):
             self._factorized += len(rows)
-            triangle = torch.linalg.qr(rows[:, kept], mode="r")[1]
+            triangle = torch.linalg.qr(rows if bool(kept.all()) else rows[:, kept], mode="r")[1]
             rows = rows.new_zeros(len(triangle), rows.shape[1])
             rows[:, kept] = triangle
         self._rows, self._count = [rows], len(rows)
