@@ -112,9 +112,8 @@ def row(network: str, batch: int, rounds: int, device: str) -> str:
 
 def memory(method: str, network: str, batch: int, device: str) -> float:
     """Megabytes of five steps, in this process, in which libraries that load on first use were loaded before."""
-    from bnp_analysis.runtime.memory import (
-        peak_memory,
-    )  # in functions: user_waits.py takes steps of older builds, without these
+    # In functions, since user_waits.py takes steps of older builds too, which have no such module.
+    from bnp_analysis.runtime.memory import peak_memory
 
     step_of("BNP", "MLP 784-100-100-100-10", 2, device)()
     step_of("BatchNorm", "CNN 3 x 32 x 32", 2, device)()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bnp_analysis.cli import answered
-from bnp_analysis.runtime.files import require_output, write_text
+from bnp_analysis.runtime.files import require_outputs, write_text
 from bnp_analysis.training.experiment import Experiment
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, it finds its neighbours alone
@@ -126,8 +126,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
-    for name in ("training.md", "training_runs.jsonl", *(f"training_{name}.json" for name in arguments.names)):
-        require_output(arguments.out / name, "--out")
+    files = ["training.md", "training_runs.jsonl", *(f"training_{name}.json" for name in arguments.names)]
+    require_outputs({"--out": [arguments.out / file for file in files]})
     for name in arguments.names:
         shared, search_epochs, holdout = COMPARISONS[name]
         found = compare_methods(

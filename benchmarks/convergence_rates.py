@@ -25,7 +25,7 @@ import torch
 import bnp_analysis as bnp
 from bnp_analysis.cli import answered
 from bnp_analysis.results import package_versions
-from bnp_analysis.runtime.files import require_output, write_text
+from bnp_analysis.runtime.files import require_outputs, write_text
 from bnp_analysis.theory import ConvergenceCheck, check_convergence_rate
 from bnp_analysis.theory.problems import KnownProblem, convolutional, linear_chain, softmax_regression, teacher_student
 
@@ -240,8 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="cases whose group, method and problem contain these words")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args(arguments)
-    for suffix in (".json", ".md"):
-        require_output(options.out / f"convergence_rates{suffix}", "--out")
+    require_outputs({"--out": [options.out / "convergence_rates.json", options.out / "convergence_rates.md"]})
     torch.set_num_threads(1)
     began, rows, stopped = time.perf_counter(), [], ""
     chosen = [case for case in cases() if case.quick or not options.quick]

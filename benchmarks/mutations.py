@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from bnp_analysis.cli import answered
-from bnp_analysis.runtime.files import require_output, write_text
+from bnp_analysis.runtime.files import require_outputs, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "bnp_analysis"
@@ -231,8 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the choice, run nothing")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the two files")
     options = parser.parse_args(arguments)
-    for suffix in (".json", ".md"):
-        require_output(options.out / f"mutations{suffix}", "--out")
+    require_outputs({"--out": [options.out / "mutations.json", options.out / "mutations.md"]})
     choice = chosen(options.count, options.seed)
     if options.list:
         for site in choice:

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bnp_analysis
 from bnp_analysis.results import package_versions
-from bnp_analysis.runtime.files import require_output, write_text
+from bnp_analysis.runtime.files import require_outputs, write_text
 
 _SUFFIXES = (".md", ".json")
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -173,8 +173,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def require_folder(folder: Path, name: str) -> None:
     """Refuse a folder in which `write` could not write, before anything is measured."""
-    for suffix in _SUFFIXES:
-        require_output(folder / f"{name}{suffix}", "--out")
+    require_outputs({"--out": [folder / f"{name}{suffix}" for suffix in _SUFFIXES]})
 
 
 def write(folder: Path, name: str, lines: Sequence[str], record: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ import bnp_analysis as bnp
 from bnp_analysis.cli import answered
 from bnp_analysis.linalg import condition_number
 from bnp_analysis.network.moments import layer_moments
-from bnp_analysis.runtime.files import require_output, write_text
+from bnp_analysis.runtime.files import require_outputs, write_text
 from bnp_analysis.theory.statements.setting import NotApplicable, Problem
 from bnp_analysis.theory.statements.spectra import Whitened, check_blocks, random_case
 from bnp_analysis.theory.statements.statistics import check_patch_statistics
@@ -283,8 +283,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small part, for the tests")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    for suffix in (".json", ".md"):
-        require_output(options.out / f"theory_checks{suffix}", "--out")
+    require_outputs({"--out": [options.out / "theory_checks.json", options.out / "theory_checks.md"]})
     torch.set_num_threads(1)
     began = time.perf_counter()
     record: Json = {

@@ -30,7 +30,7 @@ from truth_arithmetic import PRECISE, UNIT
 import bnp_analysis
 from bnp_analysis.cli import answered
 from bnp_analysis.results import package_versions
-from bnp_analysis.runtime.files import require_output, write_text
+from bnp_analysis.runtime.files import require_outputs, write_text
 
 HERE = Path(__file__).resolve().parent
 
@@ -87,8 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="WORDS", help="problems whose group and name contain this")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the two files")
     options = parser.parse_args(arguments)
-    for suffix in (".json", ".md"):
-        require_output(options.out / f"truth_suite{suffix}", "--out")
+    require_outputs({"--out": [options.out / "truth_suite.json", options.out / "truth_suite.md"]})
     if not PRECISE:
         print(
             "this machine's long double is no more precise than float64: the answers cannot be known", file=sys.stderr

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from bnp_analysis.cli import answered
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.runtime.files import require_output, whole_file, write_text
+from bnp_analysis.runtime.files import require_outputs, whole_file, write_text
 from paper_figures import frame, style
 
 INTERRUPTED = 130
@@ -47,8 +47,8 @@ def make_all(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # the problems are small, and sums add up in the same order everywhere
     folder = arguments.out or home() / arguments.preset
     wanted = [name for name in frame.names() if not arguments.names or name in arguments.names]
-    for file in ("index.md", *(f"{name}.{form}" for name in wanted for form in ("npz", "json", "png", "pdf"))):
-        require_output(folder / file, "--out")
+    files = ["index.md", *(f"{name}.{form}" for name in wanted for form in ("npz", "json", "png", "pdf"))]
+    require_outputs({"--out": [folder / file for file in files]})
     failed = {False: 0, True: 0}  # by whether the claim is about times
     try:
         for place, name in enumerate(wanted, start=1):

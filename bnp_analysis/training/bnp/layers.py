@@ -68,17 +68,10 @@ def find_candidates(
         InvalidInputError: names that match no layer, lazy layers without shapes, or nothing is left.
     """
     layers, reasons = layers_of(((clean_name(raw), module) for raw, module in model.named_modules()), also=also)
-    changed = [layer for layer in layers if layer.kind.changes_product(layer.module)]
-    reasons.update({layer.weight: changed_product(layer.module) for layer in changed})
-    layers = [layer for layer in layers if layer not in changed]
-    coarse = [layer for layer in layers if not _has_moments(layer)]
-    said = "BNP is defined for real numbers of 16 bits and more, these are {}"
-    reasons.update({layer.weight: said.format(layer.own_weight.dtype) for layer in coarse})
-    layers = [layer for layer in layers if layer not in coarse]
-    hidden = [layer for layer in layers if outputs and layer.inner]
-    said = "output_scale='estimated' needs the gradients at its outputs, which torch's recurrent kernels do not show"
-    reasons.update({name: said for layer in hidden for name in (layer.weight, layer.bias) if name is not None})
-    layers = [layer for layer in layers if layer not in hidden]
+    why_not = {layer: why for layer in layers if (why := _why_not(layer, outputs=outputs))}
+    for layer, why in why_not.items():
+        reasons.update({name: why for name in (layer.weight, layer.bias) if name is not None})
+    layers = [layer for layer in layers if layer not in why_not]
     chosen = _select(layers, include, exclude)
     for layer in layers:
         for tensor in (layer.weight, layer.bias):
@@ -96,10 +89,18 @@ def find_candidates(
     return Candidates(tuple(chosen), reasons)
 
 
-def _has_moments(layer: Layer) -> bool:
-    """Whether torch computes means and variances in the weight's dtype, as it does of no complex or 8-bit numbers."""
+def _why_not(layer: Layer, *, outputs: bool) -> str:
+    """Why a layer of a known kind cannot be covered; empty where it can."""
+    if layer.kind.changes_product(layer.module):
+        return changed_product(layer.module)
     dtype = layer.own_weight.dtype
-    return dtype.is_floating_point and dtype.itemsize > 1
+    if not dtype.is_floating_point or dtype.itemsize == 1:  # torch has no means and variances of these
+        return f"BNP is defined for real numbers of 16 bits and more, these are {dtype}"
+    if outputs and layer.inner:
+        return (
+            "output_scale='estimated' needs the gradients at its outputs, which torch's recurrent kernels do not show"
+        )
+    return ""
 
 
 def _select(layers: list[Layer], include: Names | None, exclude: Names | None) -> list[Layer]:
