@@ -2,7 +2,7 @@
 
     python -m paper_figures.experiments run OUT [--only fig3 ...]  # goes on where it was stopped
     python -m paper_figures.experiments status OUT
-    python -m paper_figures.experiments collect OUT                # what is committed: curves, figures, the page
+    python -m paper_figures.experiments collect OUT                # add to what is committed: curves, figures, the page
 
 A curve is one method in one panel, at the learning rate of the paper's Tables 2 and 3; a job is a curve with a seed. A
 job leaves `OUT/PANEL.METHOD.SEED.json` after each epoch, written atomically, and its checkpoint beside it. A queue of
@@ -423,17 +423,20 @@ def status(out: Path) -> None:
 
 
 def collect(out: Path) -> None:
-    """All curves that there are, in one small file that is committed."""
-    found: dict[str, Any] = {}
+    """Add the curves that there are to the small file that is committed.
+
+    A run there stays where `out` has none of its name, or a shorter one; runs with settings that have changed go.
+    """
+    found: dict[str, Any] = json.loads(CURVES.read_text()) if CURVES.exists() else {}
     for path in sorted(out.glob("*.json")):
         record = json.loads(path.read_text())
-        own = record["settings"]
-        label = label_of(own["method"], own["bnp"], own["lr"])
-        place = found.setdefault(own["panel"], {}).setdefault(label, {"settings": own, "seeds": {}})
-        place["seeds"][str(own["seed"])] = record["curve"] | {
-            n: record[n] for n in ("stopped", "seconds", "versions", "revision")
-        }
-        place["settings"] = {n: v for n, v in own.items() if n != "seed"}
+        own = {n: v for n, v in record["settings"].items() if n != "seed"}
+        methods, label = found.setdefault(own["panel"], {}), label_of(own["method"], own["bnp"], own["lr"])
+        if methods.get(label, {}).get("settings") != own:
+            methods[label] = {"settings": own, "seeds": {}}
+        seeds, seed = methods[label]["seeds"], str(record["settings"]["seed"])
+        if len(record["curve"]["x"]) >= len(seeds.get(seed, {"x": ()})["x"]):
+            seeds[seed] = record["curve"] | {n: record[n] for n in ("stopped", "seconds", "versions", "revision")}
     text = json.dumps(found, sort_keys=True, separators=(",", ":")).replace('"seeds":', '\n"seeds":')
     write_text(CURVES, text + "\n")
     print(f"{CURVES}: {sum(len(m['seeds']) for p in found.values() for m in p.values())} runs, {len(text) // 1024} kB")

@@ -125,6 +125,25 @@ def test_bnp_is_the_published_algorithm() -> None:
     assert "rho=0.99, eps1=0.01, eps2=0.0001, q='paper', variance='paper', init='paper'" in said
 
 
+def test_collected_curves_join_those_that_are_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiments, "CURVES", tmp_path / "curves.json")
+
+    def collected(*made: tuple[Job, int]) -> dict[str, dict[str, list[float]]]:
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        for what, epochs in made:
+            experiments.advance(what, epochs, out)
+        experiments.collect(out)
+        there = json.loads(experiments.CURVES.read_text())["small"]
+        return {m: {seed: run["x"] for seed, run in place["seeds"].items()} for m, place in there.items()}
+
+    plain, bn = Job("small", "Vanilla", 0, 0.05, SMALL), Job("small", "BN", 0, 0.05, SMALL)
+    assert collected((plain, 2), (bn, 1)) == {"Vanilla": {"0": [1, 2]}, "BN": {"0": [1]}}
+    # Another machine's: a shorter run, another seed and a longer run.
+    found = collected((plain, 1), (replace(plain, seed=1), 1), (bn, 2))
+    assert found == {"Vanilla": {"0": [1, 2], "1": [1]}, "BN": {"0": [1, 2]}}
+    assert collected((replace(plain, lr=0.1), 1)) == {"Vanilla": {"0": [1]}, "BN": {"0": [1, 2]}}
+
+
 def test_rates_are_searched_outward_until_the_best_is_inside(tmp_path: Path) -> None:
     """Losses that fall until rate 1 and rise then: the search begins at 0.03."""
     asked = []
