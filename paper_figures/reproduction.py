@@ -40,7 +40,9 @@ CHOICES = """
   has 43.2 % after epoch 2, with it 47.1 % (published 48.4; torch's momentum and epsilon in both).
 * **BN's momentum and epsilon** are TensorFlow's, .99 and 1e-3. With torch's .9 and 1e-5 the loss on MNIST after 5,000
   iterations is .080 (published .026).
-* **Batch Renormalization** has the warm-up and the ramp of this package's `BatchRenorm`.
+* **Batch Renormalization** has the warm-up and the ramp of this package's `BatchRenorm`, and that momentum and epsilon.
+  On CIFAR-10 at batch size 6 it then has 42.3 % after one epoch (published 43.5); with torch's epsilon 38.8 %, without
+  limits of `r` and `d` 40.9 %, with limits that grow over ten times as many batches 38.5 % (one seed each).
 * **The convolutional network** has "same" padding, 2 x 2 max pooling after the first two convolutions, 64 hidden
   units.
 * **BNP at one example** takes the running mean before its update; the other one multiplies those squares by .98.

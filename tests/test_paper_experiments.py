@@ -118,6 +118,11 @@ def test_networks_are_those_of_the_paper(panel: str, shape: tuple[int, ...], siz
     assert isinstance(first, nn.BatchNorm1d | nn.BatchNorm2d)
     assert sum(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in model.modules()) == len(layers)
     assert model(torch.rand(2, *shape)).shape == (2, 10)
+    for method, settings in (("BN", (0.01, 1e-3)), ("BN Renorm", (0.01, 1e-3))):
+        what = replace(experiments.job(panel, "BN", 0), method=method)
+        norms = [m for m in experiments.network(what, shape).modules() if hasattr(m, "running_mean")]
+        assert [(norm.momentum, norm.eps) for norm in norms] == [settings] * len(layers)
+        assert (what.settings()["momentum"], what.settings()["eps"]) == settings
 
 
 def test_bnp_is_the_published_algorithm() -> None:
