@@ -273,8 +273,8 @@ def _sentence(profile: ConditionProfile, how: str) -> str:
     i = len(profile.ranks) - 1
     kappa = profile.rank is not None and profile.ranks[i] == profile.rank
     what = "the condition number kappa*" if kappa else f"the largest eigenvalue over that of rank {profile.ranks[i]}"
-    sizes = "in size " if profile.negative else ""
+    sizes, share = ("in size ", "") if profile.negative else ("", "the effective rank ")
     return (
         f"{how}, {what} is {sizes}{profile.value[i]:.4g} ({profile.lower[i]:.4g} .. {profile.upper[i]:.4g}), "
-        f"the effective rank trace/lambda_1 {profile.effective_rank:.3g}."
+        f"{share}trace/lambda_1 {profile.effective_rank:.3g}."
     )

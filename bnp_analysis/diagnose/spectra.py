@@ -120,7 +120,7 @@ class BlockSpectra(Result):
         for row, profile in zip(self.records(), self.profiles, strict=True):
             cell: dict[str, object] = {name: row[name] for name in kept}
             if any(self.profiles):
-                cell["effective rank"] = f"{row['effective_rank']:.3g}"
+                cell["trace/lambda_1"] = f"{row['effective_rank']:.3g}"
                 rung = f"{row['ratio']:.3g} ({row['lower']:.3g} .. {row['upper']:.3g}) at rank {row['rank']:.0f}"
                 cell["lambda_1/lambda_r"] = "-" if profile is None or not len(profile.ranks) else rung
             shown.append(cell)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -55,21 +55,17 @@ class _NotRecomputed:
         return function(*args)
 
 
-def _not_recomputed(
-    function: Callable[..., Any], preserve: bool, context: Callable[[], Any], *rest: Any, **kwargs: Any
-) -> Iterator[None]:
+def _kept(frame: Any) -> AbstractContextManager[None]:
     """What surrounds the call of a function under a checkpoint of the other kind, which then keeps its activations."""
-    with context()[0]:
-        yield
+    return nullcontext()
 
 
 # What `torch.utils.checkpoint` calls to drop activations and compute them again in the backward pass, where it would
 # take the model's own parameters for those that are differentiated.
 _CHECKPOINTS: dict[str, Any] = {
     "CheckpointFunction": _NotRecomputed,
-    "_checkpoint_without_reentrant_generator": _not_recomputed,
+    "_checkpoint_hook": _kept,
 }
-_CHECKPOINTS = {name: made for name, made in _CHECKPOINTS.items() if hasattr(torch.utils.checkpoint, name)}
 
 
 @contextmanager

@@ -383,16 +383,15 @@ class Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if id(t) in given or not _has_numbers(t):
                 return t
             number = torch.finfo(t.dtype)
-            by = self._moves(t, name)
-            if not product:
-                return t + by * (t * number.eps)
-            # What underflows has an error as large as the least number, which a large factor may bring back.
-            lost = t.abs() < number.tiny
-            if not bool(lost.any()):
-                return t + by * (t * number.eps)
-            for factor in inputs:
-                lost = lost & (factor != 0)
-            return t + by * (t * number.eps + number.tiny * lost.to(t))
+            unit = t * number.eps
+            if product and bool((lost := t.abs() < number.tiny).any()):
+                # What underflows has an error as large as the least number, which a large factor may bring back.
+                for factor in inputs:
+                    lost = lost & (factor != 0)
+                unit = unit + number.tiny * lost.to(t)
+            found = t + self._moves(t, name) * unit
+            # The largest number, which stands for infinity in some kernels, is not moved beyond itself.
+            return found if bool(found.isfinite().all()) else torch.where(found.isinf(), t, found)
 
         return map_tensors(out, moved)
 

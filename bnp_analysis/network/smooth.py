@@ -38,6 +38,8 @@ _ROOT, _LN2 = math.sqrt(2 / math.pi), math.log(2)
 _MASKED = 1e4
 # Derivatives down to this are good to 32 roundings as `1 - y^2` and `y (1 - y)`, which every entry is granted.
 _COARSEST = 1 / 32
+# So many numbers are in memory for all partial sums of a cumulative one.
+_PARTIAL_SUMS = 2**24
 
 Entrywise = Callable[[Tensor], Tensor]
 
@@ -638,11 +640,26 @@ def _nearly_certain(x: Tensor, p: Tensor, dim: int) -> bool:
 def _log_sum_exp(func: Any, x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
     if not isinstance(dim, int) or x.ndim == 0 or not bool(torch.isfinite(x).all()):
         return cast(Tensor, func(x, dim, keepdim))
+    formula = _log_of_sum(x, dim)
+    return _valued(func, (x, dim, keepdim), {}, formula if keepdim else formula.squeeze(dim))
+
+
+def _log_of_sum(x: Tensor, dim: int) -> Tensor:
     logs = _softmaxed(LogSoftmax, torch.log_softmax, x, dim)
     # Of the largest entry, so that the difference has the softmax for its derivative, without cancellation.
     top = x.detach().argmax(dim, keepdim=True)
-    formula = x.gather(dim, top) - logs.gather(dim, top)
-    return _valued(func, (x, dim, keepdim), {}, formula if keepdim else formula.squeeze(dim))
+    return x.gather(dim, top) - logs.gather(dim, top)
+
+
+def _log_cum_sum_exp(func: Any, x: Tensor, dim: int) -> Tensor:
+    """Every partial sum by itself: torch's derivatives take logarithms of 0 and add the largest number to itself."""
+    size = x.shape[dim] if x.ndim else 1
+    if x.numel() * size > _PARTIAL_SUMS or not bool(torch.isfinite(x).all()):
+        return cast(Tensor, func(x, dim))
+    later = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
+    sums = x.reshape(-1, 1) if not x.ndim else x.movedim(dim, -1)
+    formula = _log_of_sum(sums.unsqueeze(-2).masked_fill(later, -math.inf), -1).squeeze(-1)
+    return _valued(func, (x, dim), {}, formula.movedim(-1, dim) if x.ndim else formula.reshape(()))
 
 
 def _log_add_exp(func: Any, a: Tensor, b: Tensor) -> Tensor:
@@ -864,6 +881,7 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
     **{f: _named(f, partial(_softmaxed, Softmax)) for f in _all("softmax", inplace=False)},
     **{f: _named(f, partial(_softmaxed, LogSoftmax)) for f in _all("log_softmax", inplace=False)},
     **{f: _named(f, _log_sum_exp) for f in _all("logsumexp", inplace=False)},
+    **{f: _named(f, _log_cum_sum_exp) for f in _all("logcumsumexp", inplace=False)},
     **{f: _named(f, _log_add_exp) for f in _all("logaddexp", inplace=False)},
     F.binary_cross_entropy_with_logits: _named(F.binary_cross_entropy_with_logits, _binary_cross_entropy),
     F.binary_cross_entropy: _named(F.binary_cross_entropy, _of_probabilities),

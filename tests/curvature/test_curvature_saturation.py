@@ -407,3 +407,25 @@ def test_moves_of_two_operations_do_not_cancel(z: float) -> None:
     """`-p` moved against `p = sigmoid(z)` in every trial: an interval of 1e-5 around a number that was off by 1e-4."""
     loss = logits([0.25, z], lambda o, y: -torch.log1p(-torch.sigmoid(o)).mean(), torch.float64)
     assert contains(bnp.condition_number(bnp.gauss_newton(loss)), bell(mp.mpf(0.25)) / bell(mp.mpf(z)))
+
+
+def test_the_partial_likelihood_of_survival_times_keeps_its_digits() -> None:
+    """Cox's loss couples examples by cumulative sums; torch's derivatives of them add the largest number to itself."""
+    g = torch.Generator().manual_seed(0)
+    x, died = torch.randn(25, 4, generator=g).double(), torch.rand(25, generator=g).double().round()
+    model = bnp.models.mlp([4, 5, 1], activation="tanh", dtype=torch.float64)
+    later = torch.full((25, 25), -torch.inf, dtype=torch.float64).triu(1)
+
+    def cox(z: Tensor, y: Tensor) -> Tensor:
+        return -((z[:, 0] - torch.logcumsumexp(z[:, 0], 0)) * y).mean()
+
+    def by_rows(z: Tensor, y: Tensor) -> Tensor:
+        return -((z[:, 0] - (z[:, 0] + later).logsumexp(1)) * y).mean()
+
+    found, other = (bnp.gauss_newton(bnp.EmpiricalRisk(model, loss, (x, died))) for loss in (cox, by_rows))
+    assert found.eps < 1e-14
+    torch.testing.assert_close(found.to_dense(), other.to_dense(), rtol=1e-12, atol=1e-15)
+    interval = bnp.condition(bnp.EmpiricalRisk(model, cox, (x, died)), preconditioner=None).without_P
+    truth = torch.linalg.eigvalsh(other.to_dense()).flip(0)
+    for rank, low, high in zip(interval.ranks.tolist(), interval.lower, interval.upper, strict=True):
+        assert low * (1 - 1e-9) <= float(truth[0] / truth[rank - 1]) <= high * (1 + 1e-9)

@@ -416,6 +416,19 @@ def test_every_number_is_moved_by_half_a_unit_to_two_and_a_half(dtype: torch.dty
     assert float((moves == others).double().mean()) < 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_largest_number_is_not_moved_to_infinity(dtype: torch.dtype) -> None:
+    """Kernels have it in the place of infinity, and differences of infinities are no numbers."""
+    most = torch.full((1000,), torch.finfo(dtype).max, dtype=dtype) * torch.linspace(0.5, 1, 1000).to(dtype)
+    for seed in range(5):
+        found = perturbed(seed, lambda: (most * 1.0, -most * 1.0))
+        assert found is not None
+        assert not found[1]
+        for t, start in zip(found[0], (most, -most), strict=True):
+            assert bool(t.isfinite().all())
+            assert 100 < int((t != start).sum()) <= 1000
+
+
 MOVES: dict[str, Callable[[Tensor], Tensor]] = {
     "constant_pad": lambda h: F.pad(h, (1, 1))[:, 1:-1],
     "masked_fill": lambda h: h.masked_fill(torch.arange(6) == 2, -1.0),

@@ -7,6 +7,7 @@ derivatives, or cannot run on stacks of cotangents.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -167,6 +168,25 @@ def test_losses_of_logits(name: str) -> None:
         if name == "soft margin" and k == 2:
             continue  # its target must be 1 or -1
         assert abs(h[k].item() - exact) <= 1e-14 * exact
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_cumulative_sums_of_exponentials(axis: int) -> None:
+    numbers, c = [0.5, 40.0, -3.0, 38.0], [1.0, 2.0, -1.0, 0.5]
+    z = torch.tensor([numbers], dtype=torch.float64).movedim(1, axis).requires_grad_()
+    with Accurate():
+        found = torch.logcumsumexp(z, axis)
+    assert torch.equal(found.detach(), torch.logcumsumexp(z.detach(), axis))
+    (g,) = torch.autograd.grad((found.reshape(-1) * torch.tensor(c, dtype=torch.float64)).sum(), z, create_graph=True)
+    H = torch.stack([torch.autograd.grad(a, z, retain_graph=True)[0].reshape(-1) for a in g.reshape(-1)])
+    exact = mp.zeros(4)
+    for k in range(4):  # p (1 - p) from the others, without cancellation
+        parts = [mp.exp(mp.mpf(a)) if j <= k else mp.mpf(0) for j, a in enumerate(numbers)]
+        p = [a / mp.fsum(parts) for a in parts]
+        for i, j in itertools.product(range(4), repeat=2):
+            exact[i, j] += c[k] * (p[i] * mp.fsum(p[m] for m in range(4) if m != i) if i == j else -p[i] * p[j])
+    for i, j in itertools.product(range(4), repeat=2):
+        assert abs(H[i, j].item() - exact[i, j]) <= 1e-13 * abs(exact[i, j])
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

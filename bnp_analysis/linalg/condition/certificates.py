@@ -309,6 +309,7 @@ def zero_operator(A: SymmetricOperator, P: Preconditioner | None = None) -> Zero
     wide = "" if A.dtype == torch.float64 else "; an operator built in float64 has a lower floor"
     return ZeroOperatorError(
         f"the operator is zero to rounding{known}, and a condition number compares nonzero eigenvalues; "
-        "look for saturated or dead units, a loss that does not depend on these parameters, one whose "
+        "look for saturated or dead units, a loss that does not depend on these parameters, one that is linear in the "
+        "outputs, piece by piece, whose Gauss-Newton matrix is zero where its Hessian is not, or one whose "
         f"derivative is a difference of nearly equal numbers, as that of log(cosh(z)) is at large z{large}{wide}"
     )

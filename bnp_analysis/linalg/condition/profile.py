@@ -40,7 +40,8 @@ class ConditionProfile(Result):
         value, lower, upper: `(k,)` float64, the ratio at each rank and bounds that hold for that very rank.
         lambda_max, lambda_max_lower, lambda_max_upper: the largest `|lambda|` and its bounds.
         rank: the number of nonzero eigenvalues where it is certain, so that the last rung is `kappa*`; else None.
-        effective_rank, effective_rank_error: `trace / lambda_1`, and its standard error (0 for a dense matrix).
+        effective_rank, effective_rank_error: `trace / lambda_1`, and its standard error (0 for a dense matrix); no
+            rank where eigenvalues are negative.
         thresholds: `(t,)` float64, fractions of `lambda_1`.
         at_least, at_most: `(t,)` int64, bounds of the number of eigenvalues whose size is at least that fraction of
             `lambda_1`; `at_most` is the dimension where no bound is known.
@@ -79,9 +80,10 @@ class ConditionProfile(Result):
         )
         last = " = kappa*" if self.rank is not None and len(self.ranks) and self.ranks[-1] == self.rank else ""
         error = f" +- {self.effective_rank_error:.2g}" if self.effective_rank_error else ""
+        share = "trace/lambda_1" if self.negative else "effective rank"
         chance = f", fails with probability <= {self.failure_probability:g}" if self.failure_probability else ""
         return (
-            f"{name} = {rungs or 'not known at any rank'}{last}; effective rank {self.effective_rank:.4g}{error}; "
+            f"{name} = {rungs or 'not known at any rank'}{last}; {share} {self.effective_rank:.4g}{error}; "
             f"{self.method} {self.dtype}, {self.matvecs} products{products_known_to(self)}{chance}"
         )
 
