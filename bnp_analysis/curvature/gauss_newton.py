@@ -10,7 +10,13 @@ from torch import Tensor
 
 from bnp_analysis.curvature.engines import CURVATURES, Engine, EngineOperator, restricted
 from bnp_analysis.curvature.factors import JacobianFactor, batch_roots
-from bnp_analysis.curvature.output_curvature import hessian_product, loss_gradient, output_root, products_of_loss
+from bnp_analysis.curvature.output_curvature import (
+    bends_down,
+    hessian_product,
+    loss_gradient,
+    output_root,
+    products_of_loss,
+)
 from bnp_analysis.curvature.products import OutputGraph, output_graph
 from bnp_analysis.curvature.units import row_products
 from bnp_analysis.linalg.operators import SymmetricOperator
@@ -52,6 +58,11 @@ class GaussNewton(EngineOperator[_Recorded]):
         if made is None:
             return None
         return JacobianFactor(self._risk, made, self._engine.name, self._engine.max_memory, row_products)
+
+    @property
+    def semidefinite(self) -> bool:
+        """Whether no loss is seen to bend down in the outputs: else eigenvalues may be negative."""
+        return self.factor is not None or not bends_down(self._risk)
 
     @property
     def eps(self) -> float:

@@ -150,6 +150,32 @@ def _loss_doubt(risk: EmpiricalRisk) -> tuple[float, bool]:
     return rounding, vanished
 
 
+def bends_down(risk: EmpiricalRisk) -> bool:
+    """Whether the loss is seen not to be convex in the outputs of some example; False where it couples examples."""
+
+    def seen() -> Tensor:
+        found = risk.group.share(lambda: _any_bends_down(risk), "a loss that bends down")
+        return torch.tensor(any(found))
+
+    return bool(risk.remembered("bends down", seen))
+
+
+@recording()
+def _any_bends_down(risk: EmpiricalRisk) -> bool:
+    for batch in risk.batches:
+        with torch.no_grad():
+            outputs = risk.batch_outputs(risk.space.unflatten(risk.theta), batch)
+        if not (outputs.ndim and outputs.numel()):
+            continue
+        bends = _Bends(risk, batch, outputs, outputs[0].numel())
+        if (S := bends.here()) is None:
+            continue
+        values, _, floor = bends.spectrum(S)
+        if bool((values < -floor).any()):
+            return True
+    return False
+
+
 def output_root(risk: EmpiricalRisk, batch: Batch, outputs: Tensor, *, positions: bool = False) -> OutputRoot | None:
     """The square root of the output Hessian of a batch; None if examples are coupled, or it is not convex.
 
@@ -287,6 +313,12 @@ class _Bends:
             moved = torch.maximum(moved, (other[0] - S).abs())
         return _SAFETY * moved
 
+    def spectrum(self, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Eigenvalues and eigenvectors of the rows' `S`, and how large an eigenvalue rounding explains."""
+        values, vectors, floor = _eigen(S, self.risk.eps)
+        moved = self.roundings(S, _Bends.again).double().sum(dim=2).amax(dim=1, keepdim=True)
+        return values, vectors, torch.maximum(floor, moved)
+
     def structural(self, make: Callable[[_Bends], Tensor]) -> Tensor:
         """The same with derivatives of ordinary size in the place of those that saturation makes tiny."""
         with watching(structural=True):
@@ -370,8 +402,7 @@ def _logistic_weights(bends: _Bends, d: Tensor, doubt: Tensor) -> Tensor | None:
 
 def _general_root(bends: _Bends, S: Tensor) -> OutputRoot | None:
     """By eigenvalues; what they leave out at ordinary outputs too is out by structure."""
-    values, vectors, floor = _eigen(S, bends.risk.eps)
-    floor = torch.maximum(floor, bends.roundings(S, _Bends.again).double().sum(dim=2).amax(dim=1, keepdim=True))
+    values, vectors, floor = bends.spectrum(S)
     if bool((values < -floor).any()):
         return None
     kept = values > floor

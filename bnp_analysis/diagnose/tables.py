@@ -17,7 +17,7 @@ from bnp_analysis.results import Result
 LEGEND = """\
 R: rows that enter a layer, examples times positions; m: input features of a row; constant: features of one value.
 k(.) = sigma_max/sigma_min+ of a layer's inputs: H^ raw, H^U centred, G^ normalized; rank H^: that of the raw ones.
-k*: largest over smallest nonzero eigenvalue of a Gauss-Newton block, without and with P; gain: their ratio.
+k*: largest over smallest nonzero eigenvalue, in size, of a Gauss-Newton block, without and with P; gain: their ratio.
 units: the median of the units' blocks (the worst in brackets); dead: units whose block is zero.
 >= marks a lower bound; - stands for a block without curvature, or an unknown ratio."""
 

@@ -222,6 +222,41 @@ def test_no_factor_without_a_convex_separate_loss(loss: Callable[..., Tensor]) -
     assert relative(bnp.hessian(problem.risk()).to_dense(), problem.hessian()) <= 1e-10
 
 
+def gaussian(o: Tensor, y: Tensor) -> Tensor:
+    """Its variance is an output: convex in neither of the two."""
+    return F.gaussian_nll_loss(o[:, :1], y[:, :1], o[:, 1:2].exp())
+
+
+def dice(o: Tensor, y: Tensor) -> Tensor:
+    p, t = torch.sigmoid(o), torch.sigmoid(y)
+    return (1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)).mean()
+
+
+@pytest.mark.parametrize("loss", [gaussian, dice, lambda o, y: torch.cos(o).mean()], ids=["gaussian", "dice", "cosine"])
+def test_where_a_loss_bends_down_sizes_of_eigenvalues_are_compared(loss: Callable[..., Tensor]) -> None:
+    """In the whole matrix, its blocks, with `P` and in a table, as for a Hessian: nothing is refused."""
+    problem = Problem(tanh_mlp(4, 3, 2), loss, [(numbers(40, 4), numbers(40, 2, seed=2))])
+    risk = problem.risk()
+    A, exact = bnp.gauss_newton(risk), torch.linalg.eigvalsh(problem.gauss_newton())
+    assert not A.semidefinite
+    assert not bnp.gauss_newton(risk, block="fc1").semidefinite
+    found, sizes = bnp.condition_number(A), exact.abs()
+    assert found.negative == int((exact < 0).sum()) > 0
+    assert found.quantity != "kappa*"
+    assert found.lower <= float(sizes.max() / sizes.min()) * (1 + 1e-6)
+    assert found.upper >= float(sizes.max() / sizes.min()) * (1 - 1e-6)
+    rows = bnp.layer_table(risk).records()
+    assert len(rows) == 2
+    assert "in size" in str(bnp.layer_table(risk))
+    assert bnp.compare(risk).records()
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, lambda o, y: o.var(), lambda o, y: o.mean() ** 2])
+def test_a_convex_loss_makes_a_semidefinite_matrix(loss: Callable[..., Tensor]) -> None:
+    risk = Problem(tanh_mlp(4, 5, 3), loss, [(numbers(7, 4), numbers(7, 3, seed=2))]).risk()
+    assert bnp.gauss_newton(risk).semidefinite
+
+
 # small singular values
 
 EXTREME = torch.tensor(

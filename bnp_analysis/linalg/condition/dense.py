@@ -86,7 +86,7 @@ def dense_ends(
         raise NotConvexError(
             f"the operator is indefinite: its smallest eigenvalue is {values[0] * scale:.4g}, rounding explains "
             f"{radius * scale:.2g}{units}. kappa* compares the nonzero eigenvalues of a semidefinite matrix; use "
-            "magnitude_condition_number(A) for max|lambda|/min|lambda|, or the Gauss-Newton matrix"
+            "magnitude_condition_number(A) for max|lambda|/min|lambda|, or a Gauss-Newton matrix of a convex loss"
         )
     sizes = np.sort(np.abs(values))
     rank = int((sizes > radius).sum())
