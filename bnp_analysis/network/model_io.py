@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,9 +79,11 @@ def one_tensor(raw: Any, pick: Callable[[Any], Tensor] | None) -> Tensor:
     """
     out = raw if pick is None else pick(raw)
     if not isinstance(out, Tensor):
+        several = "[*o.values()]" if isinstance(out, Mapping) else "[*o]" if isinstance(out, tuple | list) else ""
+        join = several and f", or join several, which the loss splits again: output=lambda o: torch.cat({several}, 1)"
         raise InvalidInputError(
             f"the model returns {type(out).__name__}, not a tensor; pick one with output=, for instance "
-            "output=lambda o: o.logits"
+            f"output=lambda o: o.logits{join}"
         )
     if not out.is_floating_point():
         raise InvalidInputError(f"the model returns {out.dtype} outputs, which have no derivative")

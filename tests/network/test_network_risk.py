@@ -365,6 +365,29 @@ def test_outputs_that_are_none(forward: Callable[[Tensor], Any], output: Any, ma
         classify(drawn(Model), table(), output=output)
 
 
+@pytest.mark.parametrize("kind", [dict, tuple])
+def test_several_outputs_are_joined_as_the_refusal_says(kind: type) -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 1), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            heads = {"size": self.a(x), "kind": self.b(x)}
+            return heads if kind is dict else tuple(heads.values())
+
+    def both(o: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(o[:, 0], y.to(o)) + F.cross_entropy(o[:, 1:], y)
+
+    x, y = table()
+    model = drawn(Heads)
+    with pytest.raises(InvalidInputError, match="or join several") as refused:
+        bnp.EmpiricalRisk(model, both, (x, y))
+    way_out = str(refused.value).partition("splits again: output=")[2]
+    risk = bnp.EmpiricalRisk(model, both, (x, y), output=eval(way_out))
+    assert risk.outputs.shape == (len(x), 4)
+
+
 @pytest.mark.parametrize(
     ("loss", "match"),
     [
