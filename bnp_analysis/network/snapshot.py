@@ -165,14 +165,19 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
+    return wrappers(model)[-1]
+
+
+def wrappers(model: nn.Module) -> list[nn.Module]:
+    """A model, what it wraps, and so on to the user's module."""
+    found = [model]
     while True:
-        inner = getattr(model, "_orig_mod", None)
-        if isinstance(inner, nn.Module):
-            model = inner
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
+        inner = getattr(found[-1], "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            if not isinstance(found[-1], nn.DataParallel | nn.parallel.DistributedDataParallel):
+                return found
+            inner = found[-1].module
+        found.append(inner)
 
 
 def _unwrap_children(module: nn.Module) -> None:

@@ -32,7 +32,7 @@ from bnp_analysis.training.bnp.layers import (
     uncovered,
 )
 from bnp_analysis.training.bnp.moments import BatchMoments, RunningMoments, batch_moments, layer_width, pool_moments
-from bnp_analysis.training.bnp.passes import Passes, changes
+from bnp_analysis.training.bnp.passes import Open, Passes, changes, handled
 from bnp_analysis.training.bnp.settings import Settings
 from bnp_analysis.training.bnp.update import (
     Marks,
@@ -146,8 +146,7 @@ class BNP:
         self._passes, self._reviewed = Passes(self._layers), set[str]()
         self._refused: dict[str, str] = {}
         self._modules = weakref.WeakSet(unwrap(model).modules())
-        self._before: tuple[dict[int, BatchMoments], dict[int, int]] = {}, {}
-        self._hooks = add_hooks(unwrap(model), self._layers, weakref.ref(self), self._outputs)
+        self._hooks = add_hooks(model, self._layers, weakref.ref(self), self._outputs)
         if any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules()):
             # Graphs that were compiled before do not know the hooks.
             torch.compiler.reset()
@@ -204,6 +203,7 @@ class BNP:
         """
         if self._closed:
             raise InvalidInputError("step() after close(): the hooks are gone")
+        self._leave_out(self._passes.cut())
         if not self._pending and not self.covered:
             raise InvalidInputError(
                 "step() has nothing to precondition: the weights of all covered layers, "
@@ -227,7 +227,7 @@ class BNP:
         if self.settings.variance == "within":
             self._refuse_single_rows()
         pending, inputs = self._pending, self._inputs
-        self._pending, self._inputs = {}, {}
+        self._restart()
         with self._quiet:
             self._running.commit(pending)
             if self._outputs is not None:
@@ -361,15 +361,22 @@ class BNP:
         state = "closed" if self._closed else f"{len(self.covered)} layers, {self._running.step} steps"
         return f"<BNP {state}, {self.settings}>"
 
-    def begin_pass(self) -> None:
-        """A forward pass of the model begins, from its hook."""
-        self._before = dict(self._pending), {i: len(parts) for i, parts in self._inputs.items()}
-        self._passes.begin(self._running.step, bool(self._attached))
+    def begin_pass(self, module: nn.Module, trains: bool) -> None:
+        """A forward pass of the model, or of what wraps it, begins, from its hook."""
+        self._leave_out(self._passes.cut(module))
+        rows = dict(self._pending), {i: len(parts) for i, parts in self._inputs.items()}
+        self._passes.open.append(Open(module, rows, handled()))
+        if trains and len(self._passes.open) == 1:
+            self._passes.begin(self._running.step, bool(self._attached))
 
-    def end_pass(self, failed: bool) -> None:
-        """A forward pass has ended, from its hook; what a failed one has seen is left out."""
-        if failed:
-            self._pending, lengths = self._before
+    def end_pass(self, module: nn.Module) -> None:
+        """A forward pass has ended, from its hook."""
+        self._leave_out(self._passes.end(module))
+
+    def _leave_out(self, failed: Open | None) -> None:
+        """Leave out what was seen since a pass began that has failed."""
+        if failed is not None:
+            self._pending, lengths = failed.before
             self._inputs = {i: self._inputs[i][:length] for i, length in lengths.items()}
 
     def _before_step(self) -> None:
@@ -403,11 +410,15 @@ class BNP:
 
     def _forget(self) -> None:
         """Leave out what was seen since the last step."""
-        self._pending, self._inputs = {}, {}
+        self._restart()
         if self._outputs is not None:
             self._outputs.forget()
         if self._early is not None:
             self._early.forget()
+
+    def _restart(self) -> None:
+        self._pending, self._inputs = {}, {}
+        self._passes.restart(({}, {}))
 
     def receive(self, index: int, h: Tensor) -> None:
         """Take in an input of a layer, from its hook."""
