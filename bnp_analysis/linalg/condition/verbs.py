@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.condition.certificates import zero_operator
-from bnp_analysis.linalg.condition.methods import Problem, automatic, named
+from bnp_analysis.linalg.condition.methods import Problem, candidates, first_that_fits, named
 from bnp_analysis.linalg.condition.number import MAGNITUDE, SINGULAR, ConditionNumber, Extremes
 from bnp_analysis.linalg.derived import GramOperator, Shifted
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, computed_in
@@ -218,26 +218,25 @@ def _measure(
     if A.dim == 0:
         raise InvalidInputError("an operator on R^0 has no eigenvalues, hence no condition number")
     semidefinite = A.semidefinite if semidefinite is None else semidefinite
-    chosen = automatic(A, indefinite=not semidefinite) if method == "auto" else named(method)
-    if not (semidefinite or chosen.indefinite):
+    tried = candidates(A, indefinite=not semidefinite) if method == "auto" else [named(method)]
+    if not (semidefinite or tried[0].indefinite):
         other = "condition_number, or " if A.semidefinite else ""
         raise InvalidInputError(f"{method} is for semidefinite operators; use {other}method='dense'")
     if P is not None:
         check_fits(A, P)
     began = time.perf_counter()
-    ends = chosen.solve(
-        Problem(
-            A=A,
-            P=P,
-            null=read_null(null, A),
-            semidefinite=semidefinite,
-            least=least,
-            seed=seed,
-            checkpoint=checkpoint,
-            progress=progress,
-            **settings,
-        )
+    problem = Problem(
+        A=A,
+        P=P,
+        null=read_null(null, A),
+        semidefinite=semidefinite,
+        least=least,
+        seed=seed,
+        checkpoint=checkpoint,
+        progress=progress,
+        **settings,
     )
+    chosen, ends = first_that_fits(tried, lambda method: method.solve(problem))
     if ends.lambda_max == 0.0:
         raise zero_operator(A, P)
     if ends.rank is None:  # nothing is counted: every declared direction is believed

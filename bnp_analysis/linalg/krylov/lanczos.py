@@ -84,9 +84,10 @@ class Tridiagonalization:
         values, vectors = tridiagonal_eigh(self.alpha, self.beta)
         return values, np.abs(vectors[-1]) * self.residual_norm
 
-    def ritz_vectors(self) -> Tensor:
-        """Ritz vectors `(n, k)`, in the order of `ritz()`."""
+    def ritz_vectors(self, pick: NDArray[np.int64] | None = None) -> Tensor:
+        """Ritz vectors `(n, k)`, in the order of `ritz()`, or some of them."""
         _, vectors = tridiagonal_eigh(self.alpha, self.beta)
+        vectors = vectors if pick is None else vectors[:, pick]
         return self.basis @ torch.as_tensor(vectors, dtype=self.basis.dtype, device=self.basis.device)
 
 
