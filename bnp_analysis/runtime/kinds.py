@@ -194,10 +194,10 @@ RANGES: Mapping[str, tuple[float, float, bool]] = {
         (1, 2**63 - 1, False),
     ),
     **dict.fromkeys(
-        ("epochs", "eps1", "eps2", "damping", "max_memory", "max_flops", "time_limit", "weight_decay"),
+        ("epochs", "eps1", "eps2", "damping", "max_flops", "time_limit", "weight_decay"),
         (0, math.inf, False),
     ),
-    **dict.fromkeys(("lr", "tol", "width", "grow"), _POSITIVE),
+    **dict.fromkeys(("lr", "tol", "width", "grow", "max_memory"), _POSITIVE),
     **{"seed": (-(2**63), 2**63 - 1, False), "failure_probability": (0, 1, True)},
 }
 _OUTPUTS = ("str | Path", "str | os.PathLike[str]")

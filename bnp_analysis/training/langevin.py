@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.network.names import clean_name
-from bnp_analysis.network.snapshot import unwrap
+from bnp_analysis.network.snapshot import require_values, unwrap
 from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.random import generator, normal
 from bnp_analysis.training.bnp import BNP
@@ -223,6 +223,7 @@ def _given(params: Iterable[Any]) -> list[Any]:
     wrong = next((item for item in found if not isinstance(item, Tensor | dict)), None)
     if wrong is not None:
         raise InvalidInputError(f"params must hold tensors or groups of them, not {type(wrong).__name__}")
+    require_values({f"params[{i}]": item.device for i, item in enumerate(found) if isinstance(item, Tensor)})
     return found
 
 

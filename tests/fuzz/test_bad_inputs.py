@@ -72,6 +72,7 @@ RANGES: dict[str, list[object]] = {
     **{key: [0, -1] for key in ["k", "probes", "steps", "points", "samples", "every", "most", "batch_size"]},
     **{key: [0, -1] for key in ["check_every", "checkpoint_every", "max_matvecs"]},
     **{key: [-1] for key in ["epochs", "time_limit", "eps1", "eps2", "damping", "tol", "width", "max_memory"]},
+    "max_memory": [0, -1],
     **{"rho": [1.0, -0.1], "failure_probability": [0.0, 1.0, -1.0], "lr": [0.0, -1.0, math.inf], "grow": [-1.0]},
     **{"temperature": [-1.0, math.inf], "reference_rows": [0.0, -1.0], "max_flops": [-1.0], "seed": [HUGE]},
 }
@@ -148,7 +149,8 @@ COMMANDS = {
 _NUMBER, _PATH = ["three", "nan", "1e400x", ""], ["a-file/run.json", "a-pipe", "a-folder", "."]
 OPTIONS: dict[str, list[str]] = {
     **{name: [*_NUMBER, "0", "-3", "1.5"] for name in ("--samples", "--batch-size", "--steps", "--top", "--probes")},
-    **{name: [*_NUMBER, "-1"] for name in ("--epochs", "--max-memory", "--max-flops", "--weight-decay")},
+    **{name: [*_NUMBER, "-1"] for name in ("--epochs", "--max-flops", "--weight-decay")},
+    "--max-memory": [*_NUMBER, "-1", "0"],
     **{name: [*_NUMBER, "0", "-1", "inf"] for name in ("--lr",)},
     **{name: ["three", "1.5", str(HUGE)] for name in ("--seed",)},
     **{name: ["three", "0", "-3", "1.5"] for name in ("--hidden", "--checkpoint-every", "--probe-every")},
@@ -305,6 +307,17 @@ def test_a_damaged_state_of_bnp_changes_nothing() -> None:
             continue  # of earlier versions
         refused(lambda change=change: pre.load_state_dict(change()), "state", given=word)
         assert str(pre.state_dict()) == str(whole), word
+    first = next(iter(whole["layers"]))
+    inside = whole | {"layers": whole["layers"] | {first: whole["layers"][first] | {"unknown": 1}}}
+    for extra in (whole | {"unknown": 1}, inside):
+        refused(lambda extra=extra: pre.load_state_dict(extra), "unknown", given="an extra entry")
+
+
+def test_models_without_values_are_refused_before_anything_is_hooked() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2, device="meta"))
+    refused(lambda: bnp.BNP(model), "1.weight", "meta")
+    refused(lambda: bnp.SGLD(model.parameters(), lr=0.1), "params[2]", "meta")
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_a_damaged_result_file_is_named() -> None:

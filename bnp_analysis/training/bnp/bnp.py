@@ -18,7 +18,7 @@ from bnp_analysis.errors import InvalidInputError, TrainingWarning
 from bnp_analysis.network.layers import no_product, require_types
 from bnp_analysis.network.names import clean_name
 from bnp_analysis.network.parameters import ParameterSpace
-from bnp_analysis.network.snapshot import unwrap
+from bnp_analysis.network.snapshot import require_values, unwrap
 from bnp_analysis.precondition.bnp import BNPPreconditioner
 from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.training.bnp.clipping import BeforeClipping, require_passes
@@ -46,6 +46,9 @@ from bnp_analysis.training.bnp.update import (
 )
 
 _STATE_VERSION = 1
+_KEYS = ("version", "step", "layers")
+_MOMENT_KEYS = ("mean", "variance", "rows", "examples", "start", "q2", "direction")
+_OUTPUT_KEYS = ("output_squares", "output_start")
 
 
 class BNP:
@@ -127,6 +130,7 @@ class BNP:
         self._choice["also"] = require_types(also)
         found = find_candidates(unwrap(model), **self._choice, outputs=output_scale == "estimated")
         self._layers, self._reasons = found.layers, found.reasons
+        require_values({name: p.device for name, p in unwrap(model).named_parameters()})
         for layer in self._layers:
             require_whole_units(layer, layer.own_weight)
         # Others on the same layers: both may measure, but only one may change a gradient.
@@ -485,7 +489,7 @@ def _read_state(
         raise InvalidInputError(f"this is no state of BNP, version {_STATE_VERSION}")
     layers = {clean_name(name): entry for name, entry in state["layers"].items()}
     misfit = [f"missing: {n}" for n in running.names if n not in layers]
-    misfit += [f"unknown: {n}" for n in layers if n not in running.names]
+    misfit += [f"unknown: {n}" for n in (*layers, *state) if n not in (*running.names, *_KEYS)]
     for index, (name, width) in enumerate(zip(running.names, running.widths, strict=True)):
         units = None if outputs is None else outputs.units[index]
         if name in layers and (wrong := _wrong_entry(layers[name], width, units, update.directions[index])):
@@ -530,6 +534,9 @@ def _wrong_entry(entry: Any, width: int, units: int | None, direction_shape: tup
         return "has no counts of rows and examples"
     if not all(isinstance(share, float | int) and 0 <= share <= 1 for share in shares):
         return "has a weight of the start outside of [0, 1]"
+    known = (*_MOMENT_KEYS, *(() if units is None else _OUTPUT_KEYS))
+    if unknown := [str(name) for name in entry if name not in known]:
+        return f"has entries {', '.join(unknown)} that no statistics have"
     direction = entry.get("direction", torch.zeros(direction_shape))
     if not isinstance(direction, Tensor) or direction.shape != direction_shape:
         return f"has a direction that is no tensor {direction_shape}"
