@@ -110,6 +110,23 @@ def require_kind(value: object, argument: str, *kinds: type) -> None:
     raise InvalidInputError(f"{argument} must be {wanted}, not {what}: write {way}")
 
 
+def require_plain(tensor: torch.Tensor, what: str) -> None:
+    """Refuse a tensor that is sparse, complex or without values, where a vector or a matrix is wanted.
+
+    Raises:
+        InvalidInputError: says what it is, and what to write.
+
+    Example:
+        >>> require_plain(torch.ones(2), "theta")
+    """
+    if tensor.layout is not torch.strided:
+        raise InvalidInputError(f"{what} must be a dense tensor, not {tensor.layout}: write .to_dense()")
+    if tensor.is_meta:
+        raise InvalidInputError(f"{what} is on the meta device: it has a shape and no values")
+    if tensor.is_complex():
+        raise InvalidInputError(f"{what} must be real, not {tensor.dtype}")
+
+
 def require_loss(loss: object) -> None:
     """Refuse what is no function `loss(output, y)`: a class of losses, or a name.
 

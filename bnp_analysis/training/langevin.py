@@ -68,6 +68,11 @@ class SGLD(Optimizer):
         True
     """
 
+    not_attached = (
+        "the noise of SGLD has to be preconditioned as its gradient is, or it samples another law: write "
+        "SGLD(model.parameters(), lr=..., preconditioner=pre) in place of attach"
+    )
+
     @gated
     def __init__(
         self,
@@ -232,6 +237,8 @@ def _named(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _noise(group: Mapping[str, Any]) -> float:
+    for name in ("lr", "temperature"):  # a schedule may have set them
+        _require_number(name, group[name], positive=False)
     return math.sqrt(group["lr"] * group["temperature"])
 
 

@@ -38,7 +38,7 @@ RIGHT: dict[str, Any] = {
     **{"risk": RISK, "over": RISK, "A": A, "model": MODEL, "loss": cross_entropy, "data": (X, Y), "loader": (X, Y)},
     **{"optimizer": OPTIMIZER, "params": [torch.nn.Parameter(torch.zeros(3))], "lr": 0.1, "steps": 2, "n": 3},
     **{"fn": lambda v: v, "name": "digits", "widths": [3, 2], "layer": "0", "every": 1, "shapes": {"w": (2,)}},
-    **{"matrix": torch.eye(3), "tol": 1e-2},
+    **{"matrix": torch.eye(3), "tol": 1e-2, "direction": "gradient", "blocks": [torch.arange(4)], "F": A.factor},
 }
 NAN, HUGE = math.nan, 10**30
 #: A part of an annotation, without `| None` -> values that are wrong wherever it stands.
@@ -55,6 +55,7 @@ WRONG: dict[str, list[object]] = {
     "Preconditioner": [3, "bnp", torch.eye(2), RISK, MODEL],
     "NetworkPreconditioner": [3, "no such", torch.eye(2), RISK, MODEL],
     "SymmetricOperator": [None, 3, RISK, MODEL],
+    "LinearOperator": [None, 3, RISK, MODEL],
     "EmpiricalRisk": [None, 3, A, MODEL],
     "nn.Module": [None, 3, RISK, torch.nn.Linear],
     "torch.optim.Optimizer": [None, 3, MODEL, torch.optim.SGD],
@@ -81,7 +82,9 @@ VERBS: list[Callable[..., object]] = [
     *(bnp.check_theory, bnp.compare, bnp.condition, bnp.condition_number, bnp.condition_profile, bnp.eigenpairs),
     *(bnp.diagonal_preconditioner, bnp.fisher, bnp.gauss_newton, bnp.hessian, bnp.kfac_preconditioner),
     *(bnp.layer_table, bnp.null_directions, bnp.optimizer_preconditioner, bnp.spectral_density, bnp.trace, bnp.train),
-    *(bnp.linalg.lanczos, bnp.CallableOperator, bnp.training.fit),
+    *(bnp.linalg.lanczos, bnp.CallableOperator, bnp.training.fit, bnp.diagonal, bnp.block_spectra, bnp.slice),
+    *(bnp.diagnose.directional_sharpness, bnp.linalg.off_block_share, bnp.linalg.singular_condition_number),
+    *(bnp.linalg.on_host, bnp.network.coverage, bnp.network.layer_rows, bnp.training.stability_threshold),
 ]
 
 
@@ -345,3 +348,47 @@ def test_lock_files_that_are_none_are_named() -> None:
         lock.rmdir() if lock.is_dir() else lock.unlink()
     Path(".run.pt.lock").write_bytes(b"\xff no number of a process")
     assert bnp.eigenpairs(A, 2, checkpoint="run.pt").stop == "converged"
+
+
+VECTOR = torch.zeros(RISK.space.dim, dtype=torch.float64)
+TENSORS = {"complex": VECTOR + 0j, "meta": VECTOR.to("meta"), "sparse": VECTOR.to_sparse()}
+TAKERS: dict[str, Callable[[torch.Tensor], object]] = {
+    "risk": RISK,
+    "product": lambda v: A @ v,
+    "start": lambda v: bnp.linalg.lanczos(A, 2, start=v),
+    "null": lambda v: bnp.condition_number(A, null=v),
+    "slice": lambda v: bnp.slice(RISK, v),
+    "sharpness": lambda v: bnp.diagnose.directional_sharpness(RISK, v),
+    "matrix": lambda v: bnp.linalg.MatrixOperator(v[None] if v.layout is torch.strided else v),
+}
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+@pytest.mark.parametrize("name", TAKERS)
+def test_tensors_that_are_no_vectors_of_numbers_are_refused(name: str, kind: str) -> None:
+    refused(lambda: TAKERS[name](TENSORS[kind]), given=f"{kind} by {name}")
+
+
+NOTHING = bnp.DenseOperator(torch.zeros(0, 0))
+PAIRS = bnp.eigenpairs(A, 2)
+EMPTY: dict[str, Callable[[], object]] = {
+    "layers": lambda: bnp.layer_table(RISK, layers=[]),
+    "blocks": lambda: bnp.diagnose.eigenvector_mass(PAIRS, RISK.space, blocks=[]),
+    "block": lambda: bnp.block_spectra(RISK, blocks={"all": None}),  # type: ignore[dict-item]
+    "tensors": lambda: RISK.space.flatten([]),
+    "points": lambda: bnp.slice(RISK, "gradient", points=10**12),
+    "points=": lambda: bnp.spectral_density(A, points=10**12),
+    **{f"R^0 {k}": lambda verb=verb: verb(NOTHING) for k, verb in enumerate([bnp.diagonal, bnp.condition_profile])},
+    **{f"R^0 {k}": lambda verb=verb: verb(NOTHING, 1) for k, verb in enumerate([bnp.eigenpairs], 2)},
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_nothing_and_far_too_much_are_refused(name: str) -> None:
+    refused(EMPTY[name], name.split(maxsplit=1)[0], given=name)
+
+
+def test_ranks_may_come_in_any_order_and_from_anything_that_lists_them() -> None:
+    for ranks in ([3, 2], np.array([2, 3]), (r for r in (2, 3))):
+        found = bnp.condition_profile(A, ranks=ranks)
+        assert found.settings["ranks"] == [2, 3]

@@ -8,7 +8,9 @@ objects, layers that were replaced, added or pruned and count as covered, wrappe
 from __future__ import annotations
 
 import copy
+import io
 import itertools
+import pickle
 import warnings
 from typing import Any
 
@@ -19,7 +21,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.utils import prune
 
+import bnp_analysis as bnp
 from bnp_analysis.errors import InvalidInputError, NonFiniteError, TrainingWarning
+from bnp_analysis.network import ParameterSpace
+from bnp_analysis.network.layer_kinds import KINDS
 from bnp_analysis.training.bnp import BNP
 
 
@@ -336,6 +341,98 @@ def test_a_change_that_comes_late_is_found() -> None:
         stepped(model, x, y, pre)
     with pytest.warns(TrainingWarning, match="2: it was replaced or removed"):
         stepped(model, x, y, pre)
+
+
+def _tied(model: Any, pre: BNP) -> None:
+    model[2].weight = model[0].weight
+
+
+def _complex(model: Any, pre: BNP) -> None:
+    model.to(torch.complex128)
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "words"),
+    [(_tied, torch.float64, "shares its weight"), (_complex, torch.complex128, "has become torch.complex128")],
+)
+@pytest.mark.filterwarnings("ignore:Complex modules", "ignore:Casting complex")
+def test_what_would_be_preconditioned_wrongly_is_refused(change: Any, dtype: torch.dtype, words: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    pre = BNP(model)
+    change(model, pre)
+    model(torch.rand(5, 3, dtype=torch.float64).to(dtype)).abs().sum().backward()
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    with pytest.raises(InvalidInputError, match=words):
+        pre.step()
+    assert all(torch.equal(b, p.grad) for b, p in zip(before, model.parameters(), strict=True) if p.grad is not None)
+
+
+def test_a_weight_that_is_tied_to_a_layer_left_alone_is_named() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 4)).double()
+    pre = BNP(model)
+    model[1].weight = model[0].weight
+    model(torch.arange(4)).square().sum().backward()
+    with pytest.warns(TrainingWarning, match="1: its weight is shared with another module"):
+        pre.step()
+    assert pre.covered == ()
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+def test_an_optimizer_that_loses_its_parameters_is_noticed(kept: int) -> None:
+    model, x, y = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    BNP(model).attach(optimizer)
+    train(model, optimizer, x, y, 1)
+    optimizer.param_groups[0]["params"] = optimizer.param_groups[0]["params"][:kept]
+    with pytest.warns(TrainingWarning, match="2: the optimizer that BNP is attached to does not hold its weight"):
+        train(model, optimizer, x, y, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, x, y, 3)
+
+
+def test_copies_that_would_share_its_hooks_are_refused() -> None:
+    model, x, y = network()
+    pre = BNP(model)
+    for copied in (copy.copy, pickle.dumps, lambda p: torch.save(p, io.BytesIO())):
+        with pytest.raises(InvalidInputError, match=r"deepcopy\(\(model, pre\)\)"):
+            copied(pre)
+    pickle.loads(pickle.dumps(model))
+    stepped(model, x, y, pre)
+
+
+def test_a_space_of_another_model_has_no_P() -> None:
+    model, x, y = network()
+    pre = BNP(model)
+    stepped(model, x, y, pre)
+    with pytest.raises(InvalidInputError, match="of another model"):
+        pre.preconditioner(ParameterSpace({"w": (3,)}))
+    with pytest.raises(InvalidInputError, match="space must be a ParameterSpace"):
+        pre.preconditioner("space")  # type: ignore[arg-type]
+
+
+def test_a_layer_registered_the_wrong_way_round_is_named() -> None:
+    class UnitsLast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.zeros(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.bias, x, self.weight)
+
+    bnp.register_layer(UnitsLast, like=nn.Linear)
+    try:
+        pre = BNP(model := nn.Sequential(UnitsLast()))
+        with pytest.raises(InvalidInputError, match="rows of 3 features, its weight has 2"):
+            model(torch.rand(4, 3))
+        pre.close()
+    finally:
+        del KINDS[UnitsLast]
+    for wrong, like in ((nn.Module, nn.Linear), (UnitsLast, nn.Linear(1, 1))):
+        with pytest.raises(InvalidInputError, match="not what a kind of layer is made of"):
+            bnp.register_layer(wrong, like=like)  # type: ignore[arg-type]
 
 
 class Wrapper(torch.optim.Optimizer):

@@ -207,7 +207,7 @@ def condition_profile(
         **provenance(
             A,
             preconditioner,
-            {"ranks": ranks and list(ranks), "steps": steps, "method": method, "probes": probes}
+            {"ranks": wanted or None, "steps": steps, "method": method, "probes": probes}
             | {"failure_probability": failure_probability},
             seed,
             began,

@@ -21,10 +21,11 @@ from bnp_analysis.linalg.preconditioner import Preconditioner, check_fits, congr
 from bnp_analysis.linalg.spectra.checks import provenance, require_operator
 from bnp_analysis.linalg.spectra.null import HasBasis, read_null
 from bnp_analysis.runtime.float32 import full_float32
-from bnp_analysis.runtime.kinds import gated, require_kind
+from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.progress import Progress
 
 
+@gated
 def singular_condition_number(F: LinearOperator, null: Tensor | None = None) -> ConditionNumber:
     """The effective condition number `sigma_max / sigma_min+` of a rectangular operator, by factor-svd.
 
@@ -46,7 +47,6 @@ def singular_condition_number(F: LinearOperator, null: Tensor | None = None) -> 
         >>> singular_condition_number(MatrixOperator(torch.tensor([[3.0, 0.0], [0.0, 2.0]]))).value
         1.5
     """
-    require_kind(F, "F", LinearOperator)
     found = condition_number(GramOperator(F), null=null, method="factor-svd")
     roots = {name: math.sqrt(getattr(found, name)) for name in ("lambda_max", "lambda_min", "gap_ratio", "noise_floor")}
     # Eigenvalues beyond the floats are in units of an even power of two, and their roots are floats.
@@ -215,8 +215,6 @@ def _measure(
 ) -> ConditionNumber:
     """What a method finds, as a result; by default magnitudes are compared where `A` may have negative eigenvalues."""
     require_operator(A)
-    if A.dim == 0:
-        raise InvalidInputError("an operator on R^0 has no eigenvalues, hence no condition number")
     semidefinite = A.semidefinite if semidefinite is None else semidefinite
     tried = candidates(A, indefinite=not semidefinite) if method == "auto" else [named(method)]
     if not (semidefinite or tried[0].indefinite):

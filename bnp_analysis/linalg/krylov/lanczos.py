@@ -24,7 +24,7 @@ from bnp_analysis.linalg.matrices import Columns, LocalColumns
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.scale import comfortable, exponent, in_floats, require_resolution, scaled, times_power
 from bnp_analysis.runtime.files import saved_run
-from bnp_analysis.runtime.kinds import gated
+from bnp_analysis.runtime.kinds import gated, require_plain
 from bnp_analysis.runtime.memory import require_memory
 from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.runtime.random import generator, normal
@@ -328,6 +328,7 @@ class _Run:
 def _start(A: SymmetricOperator, start: Tensor | None, null: Columns | None, seed: int) -> Tensor:
     like = torch.empty(0, dtype=A.dtype, device=A.device)
     vector = normal((A.dim,), generator(seed), like) if start is None else start
+    require_plain(vector, "start")
     if vector.shape != (A.dim,) or vector.dtype != A.dtype or vector.device != A.device:
         raise InvalidInputError(
             f"the start vector must be ({A.dim},) in {A.dtype} on {A.device}, got {tuple(vector.shape)} "

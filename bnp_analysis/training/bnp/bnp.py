@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, Literal, Self
 
@@ -22,7 +22,7 @@ from bnp_analysis.network.snapshot import require_values, unwrap
 from bnp_analysis.precondition.bnp import BNPPreconditioner
 from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.training.bnp.clipping import BeforeClipping, require_passes
-from bnp_analysis.training.bnp.hooks import add_hooks, before_steps, owners, stepping
+from bnp_analysis.training.bnp.hooks import add_hooks, before_steps, not_held, owners, stepping
 from bnp_analysis.training.bnp.layers import (
     Names,
     find_candidates,
@@ -146,6 +146,8 @@ class BNP:
         self._marks: Marks = {}
         self._attached: list[Any] = []
         self._early: BeforeClipping | None = None
+        self._stepping: Callable[[], Optimizer | None] = lambda: None
+        self._absent = set[str]()
         self._closed, self._quiet = False, torch.inference_mode()  # made once: a percent of a small network's step
         self._passes, self._reviewed = Passes(self._layers), set[str]()
         self._refused: dict[str, str] = {}
@@ -291,6 +293,8 @@ class BNP:
         self.require_free()
         passes = require_passes(before_clipping)
         inner = stepping(optimizer, self._layers)
+        self._stepping = weakref.ref(inner)
+        self._absent = {layer.name for layer in not_held(inner, self._layers)}
         self._early = BeforeClipping(weakref.ref(self), self._layers, passes) if passes else None
         self._attached = [before_steps(inner, self._before_step), *([self._early] if self._early else [])]
         return self
@@ -306,6 +310,7 @@ class BNP:
                 f"this object is {'closed' if self._closed else 'attached to an optimizer already'}"
             )
 
+    @gated
     def preconditioner(self, space: ParameterSpace | None = None) -> BNPPreconditioner:
         """The `P` of the last step, damping and `q` included, as it is measured.
 
@@ -314,7 +319,7 @@ class BNP:
                 that train.
 
         Raises:
-            InvalidInputError: before the first step.
+            InvalidInputError: before the first step, or a space of another model.
         """
         if not self._running.step:
             raise InvalidInputError("there is no P before the first step()")
@@ -361,6 +366,12 @@ class BNP:
             other.close()
         return other
 
+    def __reduce__(self) -> Any:
+        raise InvalidInputError(
+            "BNP is hooked to its model, so that it cannot be pickled or copied alone: save state_dict(), or copy "
+            "both, copy.deepcopy((model, pre))"
+        )
+
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{len(self.covered)} layers, {self._running.step} steps"
         return f"<BNP {state}, {self.settings}>"
@@ -397,8 +408,11 @@ class BNP:
         return changes(unwrap(self.model), self._layers, self._modules, self._choice["also"])
 
     def _review(self) -> None:
-        """Say which layers are left alone since they were changed or added after this object was made."""
-        found = self._changes()
+        """Say which layers are left alone since something was changed after this object was made, or attached."""
+        found, inner = self._changes(), self._stepping()
+        for layer in not_held(inner, self._layers) if inner is not None and self._attached else []:
+            if layer.trains and layer.name not in self._absent:
+                found[layer.name] = "the optimizer that BNP is attached to does not hold its weight any more"
         if found.keys() - self._reviewed:
             self._reviewed |= found.keys()
             listed = "; ".join(f"{name or 'the model'}: {why}" for name, why in found.items())
@@ -432,6 +446,11 @@ class BNP:
         seen = batch_moments(layer, h, self.settings.statistics)
         if seen is None:
             return
+        if seen.mean.numel() != self._running.widths[index]:
+            raise InvalidInputError(
+                f"layer {layer.name!r} ran on rows of {seen.mean.numel()} features, its weight has "
+                f"{self._running.widths[index]}: was it registered with transposed= as it is stored?"
+            )
         before = self._pending.get(index)
         self._pending[index] = seen if before is None else pool_moments(before, seen)
         if self.settings.q == "measured":

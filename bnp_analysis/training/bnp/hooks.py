@@ -397,10 +397,11 @@ def stepping(optimizer: Optimizer, layers: Sequence[Layer]) -> Optimizer:
             f"attach needs a torch optimizer, or a wrapper that holds one, got {type(optimizer).__name__}; "
             "call step() yourself, before its step()"
         )
+    if why := getattr(inner, "not_attached", ""):
+        raise InvalidInputError(why)
     if isinstance(inner, LBFGS):
         raise InvalidInputError("LBFGS searches along its own direction with several evaluations; BNP would break it")
-    held = {id(p) for group in inner.param_groups for p in group["params"]}
-    absent = [layer for layer in layers if id(layer.own_weight) not in held]
+    absent = not_held(inner, layers)
     if len(absent) == len(layers):
         raise InvalidInputError(
             "the optimizer holds no weight of a covered layer: it was made for another model, or from a copy"
@@ -414,6 +415,12 @@ def stepping(optimizer: Optimizer, layers: Sequence[Layer]) -> Optimizer:
             3,
         )
     return inner
+
+
+def not_held(optimizer: Optimizer, layers: Iterable[Layer]) -> list[Layer]:
+    """The layers whose weights an optimizer does not step."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [layer for layer in layers if id(layer.own_weight) not in held]
 
 
 def before_steps(optimizer: Optimizer, step: Callable[[], None]) -> RemovableHandle:

@@ -161,12 +161,15 @@ def changes(
     """
     modules = {clean_name(name): module for name, module in model.named_modules()}
     there = {id(module) for module in modules.values()}
+    uses = Counter(id(p) for module in set(modules.values()) for p in module._parameters.values())
     found = {}
     for layer in layers:
         if id(layer.module) not in there:
             found[layer.name] = "it was replaced or removed after BNP was made"
         elif layer.kind.parameter(layer.module) is None:
             found[layer.name] = "its weight is computed from others (pruned or parametrized) since BNP was made"
+        elif uses[id(layer.own_weight)] > 1:
+            found[layer.name] = "its weight is shared with another module since BNP was made: make it anew"
     for layer in layers_of(modules.items(), also=also)[0]:
         if layer.module not in before:
             for name in (layer.weight, layer.bias):
