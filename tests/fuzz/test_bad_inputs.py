@@ -38,7 +38,13 @@ RIGHT: dict[str, Any] = {
     **{"risk": RISK, "over": RISK, "A": A, "model": MODEL, "loss": cross_entropy, "data": (X, Y), "loader": (X, Y)},
     **{"optimizer": OPTIMIZER, "params": [torch.nn.Parameter(torch.zeros(3))], "lr": 0.1, "steps": 2, "n": 3},
     **{"fn": lambda v: v, "name": "digits", "widths": [3, 2], "layer": "0", "every": 1, "shapes": {"w": (2,)}},
-    **{"matrix": torch.eye(3), "tol": 1e-2, "direction": "gradient", "blocks": [torch.arange(4)], "F": A.factor},
+    **{
+        "matrix": torch.eye(3),
+        "tol": 1e-2,
+        "direction": "gradient",
+        "blocks": [torch.arange(4), torch.arange(4, 8)],
+        "F": A.factor,
+    },
 }
 NAN, HUGE = math.nan, 10**30
 #: A part of an annotation, without `| None` -> values that are wrong wherever it stands.
