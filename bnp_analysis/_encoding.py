@@ -21,8 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.errors import DataNotFoundError, InvalidInputError
 from bnp_analysis.runtime.files import write_text
+from bnp_analysis.runtime.kinds import KINDS
 
 LIST_LIMIT = 10_000  # arrays up to this many entries are written as readable lists, larger ones as base64
 _INTEGERS = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -175,9 +176,15 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """Return the data of a strict JSON file.
 
     Raises:
-        InvalidInputError: the file is not strict JSON (``NaN`` and ``Infinity`` are not).
+        InvalidInputError: the file is not strict JSON (``NaN`` and ``Infinity`` are not); DataNotFoundError: there is
+        none.
     """
-    if Path(path).exists() and not Path(path).is_file():
+    fits, words = KINDS["str | os.PathLike[str]"]
+    if not fits(path):
+        raise InvalidInputError(f"path must be {words}, not {path!r:.60}")
+    if not os.path.lexists(path):
+        raise DataNotFoundError(f"there is no file {path}, so no result can be read")
+    if not Path(path).is_file():
         raise InvalidInputError(f"{path} is a folder, a pipe or a device, so no result can be read")
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_constant)

@@ -64,7 +64,7 @@ class DistributedError(BNPAnalysisError, RuntimeError):
 
 
 class DataNotFoundError(BNPAnalysisError, FileNotFoundError):
-    """The files of a data set are not where they were looked for."""
+    """The files of a data set, or of a result, are not where they were looked for."""
 
 
 class ChecksumError(BNPAnalysisError, ValueError):

@@ -206,6 +206,7 @@ class Result:
 
         Raises:
             InvalidInputError: not such a file, damaged, of a newer format, or another kind of result.
+            DataNotFoundError: there is none.
 
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.errors import DataNotFoundError, InvalidInputError
 from bnp_analysis.results import FORMAT_VERSION, Result, package_versions
 
 
@@ -183,8 +183,11 @@ def test_load_on_a_subclass_checks_the_class(tmp_path: Path) -> None:
     assert ResultsTestNumber.load(path).value == 1.0
     with pytest.raises(InvalidInputError, match=r"holds a ResultsTestNumber, not a ResultsTestTable"):
         ResultsTestTable.load(path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(DataNotFoundError, match=r"no file .*missing\.json"):
         Result.load(tmp_path / "missing.json")
+    for wrong in (None, 3, b"bytes", ""):
+        with pytest.raises(InvalidInputError, match="path must be the path of a file"):
+            Result.load(wrong)  # type: ignore[arg-type]
 
 
 def test_two_classes_of_one_name_are_refused_and_a_repeated_definition_is_not() -> None:

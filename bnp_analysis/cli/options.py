@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import math
 import os
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -119,7 +120,7 @@ def outputs_of(arguments: argparse.Namespace) -> Outputs:
 
 def engine_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keywords `engine` and `max_memory` of operators."""
-    limit = None if arguments.max_memory is None else int(2**20 * arguments.max_memory)
+    limit = None if arguments.max_memory is None else math.ceil(2**20 * arguments.max_memory)
     return {"engine": arguments.engine, "max_memory": limit}
 
 

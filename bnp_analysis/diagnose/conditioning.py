@@ -18,7 +18,7 @@ from bnp_analysis.curvature.engines import curvature_name
 from bnp_analysis.diagnose.blocks import held, known_null, measured
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg import ConditionProfile, Preconditioner, condition_profile
-from bnp_analysis.linalg.condition.methods import automatic, named
+from bnp_analysis.linalg.condition.methods import Method, candidates, first_that_fits, named
 from bnp_analysis.linalg.spectra.null import HasBasis
 from bnp_analysis.network import EmpiricalRisk
 from bnp_analysis.precondition import NetworkPreconditioner, bnp_preconditioner
@@ -182,23 +182,29 @@ def condition(
     P, label, uncovered = _preconditioner(risk, preconditioner, dtype)
     A = CURVATURES[name](risk, seed=seed, block=block, engine=engine, max_memory=max_memory)
     own: Preconditioner | None = P if P is None or block is None else P.block(block)
-    chosen = automatic(A, magnitudes=True, products=_PRODUCTS, flops=_WORK) if method == "auto" else named(method)
-    # Rows that are formed anyway are formed once: for the null directions, without and with P.
-    stored = A if A.factor is None or not chosen.decides else held(A, A.factor)
-    formed = 0 if A.factor is None or stored is A else A.factor.dense_cost
-    if isinstance(null, str):
-        if null != "auto":
-            raise InvalidInputError(f"null must be 'auto', a tensor (n, r), null directions or None, got {null!r}")
-        # What annihilates the outputs' derivatives is null for every semidefinite curvature.
-        own_null = "gauss-newton" if A.semidefinite else name
-        rows = stored.factor if name == "gauss-newton" else None
-        null = known_null(risk, block, rows, curvature=own_null) if chosen.decides else None
-    profiles = [
-        condition_profile(
-            stored, preconditioner=p, null=null, method=chosen.name, steps=steps, seed=seed, progress=progress
-        )
-        for p in ([None] if own is None else [None, own])
-    ]
+    if isinstance(null, str) and null != "auto":
+        raise InvalidInputError(f"null must be 'auto', a tensor (n, r), null directions or None, got {null!r}")
+
+    def found(chosen: Method) -> tuple[list[ConditionProfile], Tensor | HasBasis | None, int]:
+        # Rows that are formed anyway are formed once: for the null directions, without and with P.
+        stored = A if A.factor is None or not chosen.decides else held(A, A.factor)
+        formed = 0 if A.factor is None or stored is A else A.factor.dense_cost
+        known = None if isinstance(null, str) else null
+        if isinstance(null, str) and chosen.decides:
+            # What annihilates the outputs' derivatives is null for every semidefinite curvature.
+            own_null = "gauss-newton" if A.semidefinite else name
+            rows = stored.factor if name == "gauss-newton" else None
+            known = known_null(risk, block, rows, curvature=own_null)
+        profiles = [
+            condition_profile(
+                stored, preconditioner=p, null=known, method=chosen.name, steps=steps, seed=seed, progress=progress
+            )
+            for p in ([None] if own is None else [None, own])
+        ]
+        return profiles, known, formed
+
+    tried = candidates(A, magnitudes=True, products=_PRODUCTS, flops=_WORK) if method == "auto" else [named(method)]
+    profiles, known, formed = first_that_fits(tried, found)[1]
     plain, other = profiles[0], profiles[1] if own is not None else None
     ranks, gain = _gain(plain, other)
     return Conditioning(
@@ -213,7 +219,7 @@ def condition(
         block=block,
         dim=A.dim,
         examples=float(risk.batches.total),
-        null_sources={} if null is None or isinstance(null, Tensor) else dict(null.sources),
+        null_sources={} if known is None or isinstance(known, Tensor) else dict(known.sources),
         uncovered=uncovered,
         settings={"curvature": name, "block": block, "preconditioner": label, "method": method, "steps": steps},
         engine=risk.provenance,
@@ -264,7 +270,8 @@ def _what_is_missing(profiles: Sequence[ConditionProfile]) -> str:
         return ""
     if named(profiles[0].method).decides:
         return "Smaller eigenvalues are lost in rounding and nothing explains them as zero: kappa* has no upper bound."
-    return "Smaller eigenvalues were not searched for: steps= goes further, method='dense' to the end."
+    why = ", for lack of memory" if any(p.stop == "memory" for p in profiles) else ""
+    return f"Smaller eigenvalues were not searched for{why}: steps= goes further, method='dense' to the end."
 
 
 def _sentence(profile: ConditionProfile, how: str) -> str:

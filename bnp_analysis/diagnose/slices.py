@@ -20,7 +20,8 @@ from bnp_analysis.network import EmpiricalRisk, ParameterSpace
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.float32 import full_float32
-from bnp_analysis.runtime.kinds import gated
+from bnp_analysis.runtime.kinds import gated, require_plain
+from bnp_analysis.runtime.memory import require_memory
 from bnp_analysis.runtime.progress import Progress, reporting
 
 Floats = NDArray[np.float64]
@@ -134,6 +135,7 @@ def slice(
             u = _unit(rest - (units[0] @ rest) * units[0], f"direction {i + 1} is")
         units.append(u)
     basis = torch.stack(units, dim=1)
+    require_memory(8 * 12 * points ** len(units), f"the losses at {points} points on each axis", "Use fewer points")
     radius = _length(risk.theta) / 10 or 1.0 if radius is None else float(radius)
     distances = np.linspace(-radius, radius, points)
     slopes = (basis.T @ risk.gradient).double().cpu().numpy()
@@ -374,6 +376,8 @@ def eigenvector_mass(
     else:
         listed = dict(blocks) if isinstance(blocks, Mapping) else {str(block): block for block in blocks}
         places = {label: space.indices(block) for label, block in listed.items()}
+        if not places:
+            raise InvalidInputError("blocks is empty; leave it out for every layer")
     squares = pairs.vectors.double().square()
     return EigenvectorMass(
         values=pairs.values.numpy(),
@@ -401,6 +405,7 @@ def _flat(risk: EmpiricalRisk, direction: Direction) -> Tensor:
             f"a direction must be a flat tensor ({risk.space.dim},), got {shape}; of eigenpairs take one column, "
             "pairs.vectors[:, 0]"
         )
+    require_plain(direction, "a direction")
     return direction.detach().to(risk.theta)
 
 

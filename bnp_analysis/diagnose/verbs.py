@@ -88,6 +88,8 @@ def layer_table(
     asked = asked_types(dict(risk.modules()), getattr(P, "blocks", ()))
     found = coverage(risk, asked)
     if layers is not None:
+        if not layers:
+            raise InvalidInputError("layers is empty; leave it out for every layer")
         unknown = [name for name in layers if name not in {layer.name for layer in found}]
         if unknown:
             known = ", ".join(layer.name for layer in found)

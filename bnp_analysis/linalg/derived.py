@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import Derived, LinearOperator, SymmetricOperator, describe
+from bnp_analysis.runtime.kinds import gated
 
 
 class GramOperator(SymmetricOperator):
@@ -233,6 +234,7 @@ def check_positions(indices: Tensor, n: int) -> None:
         raise InvalidInputError(f"positions must be distinct and lie in 0..{n - 1}, got {indices.tolist()[:20]}")
 
 
+@gated
 def on_host(A: SymmetricOperator) -> SymmetricOperator:
     """The operator `A` with vectors and everything made of them in host memory; products stay where they are.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, describe
-from bnp_analysis.runtime.kinds import gated
+from bnp_analysis.runtime.kinds import gated, require_plain
 from bnp_analysis.runtime.random import generator
 
 
@@ -45,6 +45,7 @@ class MatrixOperator(LinearOperator):
     ) -> None:
         if not isinstance(matrix, Tensor) or matrix.ndim != 2:
             raise InvalidInputError(f"expected a matrix (m, n), got {describe(matrix)}")
+        require_plain(matrix, "the matrix")
         super().__init__((matrix.shape[0], matrix.shape[1]), matrix.dtype, matrix.device, eps)
         self._matrix = matrix.detach()
         self._exact, self._rank = exact, rank_bound
@@ -203,6 +204,7 @@ class DenseOperator(SymmetricOperator):
     def __init__(self, matrix: Tensor, factor: Tensor | None = None) -> None:
         if not isinstance(matrix, Tensor) or matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise InvalidInputError(f"expected a square symmetric matrix (n, n), got {describe(matrix)}")
+        require_plain(matrix, "the matrix")
         if not bool(torch.isfinite(matrix).all()):
             raise InvalidInputError("the matrix has NaN or infinite entries; no product of it would mean anything")
         super().__init__(matrix.shape[0], matrix.dtype, matrix.device)

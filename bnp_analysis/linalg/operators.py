@@ -18,6 +18,7 @@ from torch import Tensor
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.row_products import RowProducts
 from bnp_analysis.runtime.float32 import full_float32
+from bnp_analysis.runtime.kinds import require_plain
 
 _IDENTITY_CHUNK = 64
 # Coarser products than this have no digits left for a spectrum: float16 and TF32 have 2^-10, bfloat16 2^-7.
@@ -177,6 +178,8 @@ def gate(operator: LinearOperator, v: Tensor, length: int, product: Callable[[Te
             f"{name} of shape {operator.shape} cannot multiply a tensor of shape {tuple(v.shape)}: "
             f"expected ({length},) or ({length}, k)"
         )
+    if v.layout is not torch.strided:
+        require_plain(v, "the vector")
     if v.dtype != operator.dtype or v.device != operator.device:
         raise InvalidInputError(
             f"{name} works in {operator.dtype} on {operator.device}, the vector is {v.dtype} on {v.device}; "

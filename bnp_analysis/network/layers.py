@@ -21,6 +21,7 @@ from bnp_analysis.network.layer_kinds import KINDS, Layer, by_module, kind_of, k
 from bnp_analysis.network.observation import transformed, untransformed
 from bnp_analysis.network.recorded_product import Recorded
 from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.trees import tensors_of
 
 # The functions by which torch's own layers multiply with their weights.
@@ -56,6 +57,7 @@ class Coverage:
         return Coverage(kept, self.uncovered | dict.fromkeys(names, why)) if left else self
 
 
+@gated
 def coverage(risk: EmpiricalRisk, also: Iterable[type[nn.Module]] = ()) -> Coverage:
     """Find the covered layers of a risk: those whose forward runs and whose weight is free and used once.
 

@@ -184,6 +184,7 @@ def _moments(layer: Layer, found: Accumulator, count: tuple[int, int], statistic
     return Moments(mean, variance, constant, *count)
 
 
+@gated
 def layer_rows(risk: EmpiricalRisk, layers: Coverage | None = None) -> dict[str, Tensor]:
     """All rows of every covered layer, `(R, groups, m)`, over the data of a risk.
 

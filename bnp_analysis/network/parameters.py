@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.runtime.kinds import KINDS
 
 #: A layer, module, tensor or pattern of names (`"*.weight"`); with an output unit of it, or a range of its units.
 Block = str | tuple[str, int | slice]
@@ -77,6 +78,8 @@ class ParameterSpace:
             parts = [tensors[name] for name in self.names]
         else:
             parts = list(tensors)
+            if len(parts) != len(self.names) or not all(isinstance(part, Tensor) for part in parts):
+                raise InvalidInputError(f"{len(self.names)} tensors are needed, for {', '.join(self.names)}")
         for name, part in zip(self.names, parts, strict=True):
             if part.shape != self.shapes[name]:
                 raise InvalidInputError(
@@ -125,6 +128,9 @@ class ParameterSpace:
         Raises:
             InvalidInputError: no such layer or unit.
         """
+        fits, words = KINDS["Block"]
+        if not fits(block):
+            raise InvalidInputError(f"block must be {words}, not {block!r:.60}")
         layer, unit = (block, None) if isinstance(block, str) else block
         if isinstance(unit, slice) and (unit.start is None or unit.stop is None or unit.step not in (None, 1)):
             raise InvalidInputError(f"a range of output units is slice(begin, end), got {unit}")

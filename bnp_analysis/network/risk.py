@@ -34,7 +34,7 @@ from bnp_analysis.network.purity import require_mean_loss, require_pure
 from bnp_analysis.network.selection import choose_parameters
 from bnp_analysis.network.smooth import Accurate
 from bnp_analysis.network.snapshot import brought, fingerprint, point, snapshot, snapshot_loss, tied_names, with_tensors
-from bnp_analysis.runtime.kinds import gated, require_loss
+from bnp_analysis.runtime.kinds import gated, require_loss, require_plain
 from bnp_analysis.runtime.threads import LOCK
 from bnp_analysis.runtime.trees import all_finite, counterpart, map_tensors
 
@@ -154,6 +154,7 @@ class EmpiricalRisk:
         Raises:
             NonFiniteError: the loss of a batch is NaN or infinite; names the batch.
         """
+        require_plain(theta, "theta")
         theta = theta.to(self.theta)
         return self.group.sum(lambda: self._part(theta), "the risk", of=theta).to(self.space.dtype)
 

@@ -115,20 +115,36 @@ def require_one_device(places: Mapping[str, torch.device], *, moved: bool) -> No
     Example:
         >>> require_one_device({"weight": torch.device("cpu")}, moved=False)
     """
+    require_values(places)
     found: dict[torch.device, list[str]] = {}
     for name, device in places.items():
         found.setdefault(device, []).append(name)
-    if empty := found.get(torch.device("meta")):
-        raise InvalidInputError(
-            f"{len(empty)} tensors of the model, {empty[0]} first, are on the meta device: they have shapes and no "
-            "values. Load them first: model.to_empty(device='cpu'), then model.load_state_dict(...)"
-        )
     if len(found) > 1 and not moved:
         where = "; ".join(f"{device}: {len(names)}, {names[0]} first" for device, names in found.items())
         raise InvalidInputError(
             f"the tensors of the model lie on several devices ({where}), but a flat vector theta lives on one. Give "
             "device=, which moves a copy of the whole model there, or model.to(device); to divide the work, divide "
             "the data: group= of several processes"
+        )
+
+
+def require_values(places: Mapping[str, torch.device]) -> None:
+    """Refuse tensors on the meta device.
+
+    Args:
+        places: the device of every tensor under its name.
+
+    Raises:
+        InvalidInputError: names the first of them and the way out.
+
+    Example:
+        >>> require_values({"weight": torch.device("cpu")})
+    """
+    empty = [name for name, device in places.items() if device.type == "meta"]
+    if empty:
+        raise InvalidInputError(
+            f"{len(empty)} tensors of the model, {empty[0]} first, are on the meta device: they have shapes and no "
+            "values. Load them first: model.to_empty(device='cpu'), then model.load_state_dict(...)"
         )
 
 
@@ -165,14 +181,19 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
+    return wrappers(model)[-1]
+
+
+def wrappers(model: nn.Module) -> list[nn.Module]:
+    """A model, what it wraps, and so on to the user's module."""
+    found = [model]
     while True:
-        inner = getattr(model, "_orig_mod", None)
-        if isinstance(inner, nn.Module):
-            model = inner
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
+        inner = getattr(found[-1], "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            if not isinstance(found[-1], nn.DataParallel | nn.parallel.DistributedDataParallel):
+                return found
+            inner = found[-1].module
+        found.append(inner)
 
 
 def _unwrap_children(module: nn.Module) -> None:

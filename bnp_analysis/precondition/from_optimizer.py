@@ -79,6 +79,9 @@ def optimizer_preconditioner(
         if model is None:
             raise InvalidInputError("give model=, whose parameters the optimizer holds, or space=, the chart of P")
         space = choose_parameters(unwrap(model), None)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if model is not None and not any(id(p) in held for p in model.parameters()):
+        raise InvalidInputError("the optimizer holds no parameter of model: it was made for another one, or for a copy")
     return _reader(optimizer)(optimizer, space, model)
 
 

@@ -110,6 +110,23 @@ def require_kind(value: object, argument: str, *kinds: type) -> None:
     raise InvalidInputError(f"{argument} must be {wanted}, not {what}: write {way}")
 
 
+def require_plain(tensor: torch.Tensor, what: str) -> None:
+    """Refuse a tensor that is sparse, complex or without values, where a vector or a matrix is wanted.
+
+    Raises:
+        InvalidInputError: says what it is, and what to write.
+
+    Example:
+        >>> require_plain(torch.ones(2), "theta")
+    """
+    if tensor.layout is not torch.strided:
+        raise InvalidInputError(f"{what} must be a dense tensor, not {tensor.layout}: write .to_dense()")
+    if tensor.is_meta:
+        raise InvalidInputError(f"{what} is on the meta device: it has a shape and no values")
+    if tensor.is_complex():
+        raise InvalidInputError(f"{what} must be real, not {tensor.dtype}")
+
+
 def require_loss(loss: object) -> None:
     """Refuse what is no function `loss(output, y)`: a class of losses, or a name.
 
@@ -194,10 +211,10 @@ RANGES: Mapping[str, tuple[float, float, bool]] = {
         (1, 2**63 - 1, False),
     ),
     **dict.fromkeys(
-        ("epochs", "eps1", "eps2", "damping", "max_memory", "max_flops", "time_limit", "weight_decay"),
+        ("epochs", "eps1", "eps2", "damping", "max_flops", "time_limit", "weight_decay"),
         (0, math.inf, False),
     ),
-    **dict.fromkeys(("lr", "tol", "width", "grow"), _POSITIVE),
+    **dict.fromkeys(("lr", "tol", "width", "grow", "max_memory"), _POSITIVE),
     **{"seed": (-(2**63), 2**63 - 1, False), "failure_probability": (0, 1, True)},
 }
 _OUTPUTS = ("str | Path", "str | os.PathLike[str]")

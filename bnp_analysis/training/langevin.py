@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.network.names import clean_name
-from bnp_analysis.network.snapshot import unwrap
+from bnp_analysis.network.snapshot import require_values, unwrap
 from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.random import generator, normal
 from bnp_analysis.training.bnp import BNP
@@ -67,6 +67,11 @@ class SGLD(Optimizer):
         >>> bool(abs(theta.var() * 8 * (1 - 0.1 * 8 / 4) - 1) < 0.15)
         True
     """
+
+    not_attached = (
+        "the noise of SGLD has to be preconditioned as its gradient is, or it samples another law: write "
+        "SGLD(model.parameters(), lr=..., preconditioner=pre) in place of attach"
+    )
 
     @gated
     def __init__(
@@ -223,6 +228,7 @@ def _given(params: Iterable[Any]) -> list[Any]:
     wrong = next((item for item in found if not isinstance(item, Tensor | dict)), None)
     if wrong is not None:
         raise InvalidInputError(f"params must hold tensors or groups of them, not {type(wrong).__name__}")
+    require_values({f"params[{i}]": item.device for i, item in enumerate(found) if isinstance(item, Tensor)})
     return found
 
 
@@ -231,6 +237,8 @@ def _named(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _noise(group: Mapping[str, Any]) -> float:
+    for name in ("lr", "temperature"):  # a schedule may have set them
+        _require_number(name, group[name], positive=False)
     return math.sqrt(group["lr"] * group["temperature"])
 
 

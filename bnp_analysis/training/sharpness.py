@@ -22,7 +22,7 @@ from bnp_analysis.network.snapshot import unwrap
 from bnp_analysis.precondition import bnp_preconditioner, optimizer_preconditioner
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.kinds import gated, require_loss
-from bnp_analysis.training.steps import kept_modes
+from bnp_analysis.training.steps import kept_modes, require_same_model
 
 Floats = NDArray[np.float64]
 
@@ -147,6 +147,7 @@ class SharpnessTracker:
         seed: int = 0,
     ) -> None:
         require_loss(loss)
+        require_same_model(model, loss, optimizer)
         if min(k, every, most, max_matvecs) < 1 or not 0 < tol < 1 or not grow > 0:
             raise InvalidInputError(
                 f"k={k}, every={every}, most={most}, max_matvecs={max_matvecs} and grow={grow} must be positive, and "
@@ -374,6 +375,7 @@ THRESHOLDS: dict[type, Callable[[Mapping[str, Any]], float]] = {
 }
 
 
+@gated
 def stability_threshold(optimizer: torch.optim.Optimizer) -> tuple[float, str]:
     """The largest eigenvalue of `P^T H P` at which an optimizer is stable on a quadratic, `P` being its own.
 
@@ -401,6 +403,8 @@ def stability_threshold(optimizer: torch.optim.Optimizer) -> tuple[float, str]:
     found = {
         own(group) / float(group["lr"]) if float(group["lr"]) > 0 else math.nan for group in optimizer.param_groups
     }
+    if not found:
+        return math.nan, "the optimizer has no parameter groups"
     if len(found) > 1 or len({_decay(optimizer, group) for group in optimizer.param_groups}) > 1:
         return math.nan, "the parameter groups have different rates, momenta or weight decays"
     (value,) = found

@@ -14,6 +14,7 @@ from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.network.batches import arguments, described, way_to_pair
 from bnp_analysis.runtime.random import random_state
 from bnp_analysis.runtime.trees import map_tensors, tensors_of
+from bnp_analysis.training.bnp import BNP
 
 _ROWS = 1000  # of one forward pass in an evaluation of data in memory
 
@@ -120,11 +121,14 @@ class StepsGradients(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
 
 
-def require_same_model(model: nn.Module, loss: object, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer that would change no parameter of what is trained, so that training would do nothing.
+def require_same_model(
+    model: nn.Module, loss: object, optimizer: torch.optim.Optimizer, preconditioner: object = None
+) -> None:
+    """Refuse an optimizer that would change no parameter of what is trained, and a preconditioner that cannot step.
 
     Raises:
-        InvalidInputError: it was made for another model, or from a copy.
+        InvalidInputError: one was made for another model, or from a copy; or the preconditioner is closed, or another
+            caller steps it.
     """
     modules = [m for m in (model, loss) if isinstance(m, nn.Module)]
     trained = {id(p) for m in modules for p in m.parameters()}
@@ -133,6 +137,12 @@ def require_same_model(model: nn.Module, loss: object, optimizer: torch.optim.Op
             "the optimizer holds no parameter of the model, which would stay as it is: it was made for another model, "
             "or from a copy; write torch.optim.SGD(model.parameters(), lr=...)"
         )
+    if isinstance(preconditioner, BNP):
+        if not any(id(p) in trained for p in preconditioner.model.parameters()):
+            raise InvalidInputError("preconditioner was made for another model, or a copy: write BNP(model)")
+        preconditioner.require_free()
+        if getattr(optimizer, "preconditioner", None) is preconditioner:
+            raise InvalidInputError("preconditioner is stepped by the optimizer already: leave it out here")
 
 
 @dataclass

@@ -115,7 +115,7 @@ def train(
             f"checkpoint_every={checkpoint_every} >= 1 must hold"
         )
     require_loss(loss)
-    require_same_model(model, loss, optimizer)
+    require_same_model(model, loss, optimizer, preconditioner)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     source = as_batches(loader, batch_size, seed, device)
     others = {"optimizer": optimizer, "scheduler": scheduler, "preconditioner": preconditioner}

@@ -38,7 +38,13 @@ RIGHT: dict[str, Any] = {
     **{"risk": RISK, "over": RISK, "A": A, "model": MODEL, "loss": cross_entropy, "data": (X, Y), "loader": (X, Y)},
     **{"optimizer": OPTIMIZER, "params": [torch.nn.Parameter(torch.zeros(3))], "lr": 0.1, "steps": 2, "n": 3},
     **{"fn": lambda v: v, "name": "digits", "widths": [3, 2], "layer": "0", "every": 1, "shapes": {"w": (2,)}},
-    **{"matrix": torch.eye(3), "tol": 1e-2},
+    **{
+        "matrix": torch.eye(3),
+        "tol": 1e-2,
+        "direction": "gradient",
+        "blocks": [torch.arange(4), torch.arange(4, 8)],
+        "F": A.factor,
+    },
 }
 NAN, HUGE = math.nan, 10**30
 #: A part of an annotation, without `| None` -> values that are wrong wherever it stands.
@@ -55,6 +61,7 @@ WRONG: dict[str, list[object]] = {
     "Preconditioner": [3, "bnp", torch.eye(2), RISK, MODEL],
     "NetworkPreconditioner": [3, "no such", torch.eye(2), RISK, MODEL],
     "SymmetricOperator": [None, 3, RISK, MODEL],
+    "LinearOperator": [None, 3, RISK, MODEL],
     "EmpiricalRisk": [None, 3, A, MODEL],
     "nn.Module": [None, 3, RISK, torch.nn.Linear],
     "torch.optim.Optimizer": [None, 3, MODEL, torch.optim.SGD],
@@ -72,6 +79,7 @@ RANGES: dict[str, list[object]] = {
     **{key: [0, -1] for key in ["k", "probes", "steps", "points", "samples", "every", "most", "batch_size"]},
     **{key: [0, -1] for key in ["check_every", "checkpoint_every", "max_matvecs"]},
     **{key: [-1] for key in ["epochs", "time_limit", "eps1", "eps2", "damping", "tol", "width", "max_memory"]},
+    "max_memory": [0, -1],
     **{"rho": [1.0, -0.1], "failure_probability": [0.0, 1.0, -1.0], "lr": [0.0, -1.0, math.inf], "grow": [-1.0]},
     **{"temperature": [-1.0, math.inf], "reference_rows": [0.0, -1.0], "max_flops": [-1.0], "seed": [HUGE]},
 }
@@ -80,7 +88,9 @@ VERBS: list[Callable[..., object]] = [
     *(bnp.check_theory, bnp.compare, bnp.condition, bnp.condition_number, bnp.condition_profile, bnp.eigenpairs),
     *(bnp.diagonal_preconditioner, bnp.fisher, bnp.gauss_newton, bnp.hessian, bnp.kfac_preconditioner),
     *(bnp.layer_table, bnp.null_directions, bnp.optimizer_preconditioner, bnp.spectral_density, bnp.trace, bnp.train),
-    *(bnp.linalg.lanczos, bnp.CallableOperator, bnp.training.fit),
+    *(bnp.linalg.lanczos, bnp.CallableOperator, bnp.training.fit, bnp.diagonal, bnp.block_spectra, bnp.slice),
+    *(bnp.diagnose.directional_sharpness, bnp.linalg.off_block_share, bnp.linalg.singular_condition_number),
+    *(bnp.linalg.on_host, bnp.network.coverage, bnp.network.layer_rows, bnp.training.stability_threshold),
 ]
 
 
@@ -148,7 +158,8 @@ COMMANDS = {
 _NUMBER, _PATH = ["three", "nan", "1e400x", ""], ["a-file/run.json", "a-pipe", "a-folder", "."]
 OPTIONS: dict[str, list[str]] = {
     **{name: [*_NUMBER, "0", "-3", "1.5"] for name in ("--samples", "--batch-size", "--steps", "--top", "--probes")},
-    **{name: [*_NUMBER, "-1"] for name in ("--epochs", "--max-memory", "--max-flops", "--weight-decay")},
+    **{name: [*_NUMBER, "-1"] for name in ("--epochs", "--max-flops", "--weight-decay")},
+    "--max-memory": [*_NUMBER, "-1", "0"],
     **{name: [*_NUMBER, "0", "-1", "inf"] for name in ("--lr",)},
     **{name: ["three", "1.5", str(HUGE)] for name in ("--seed",)},
     **{name: ["three", "0", "-3", "1.5"] for name in ("--hidden", "--checkpoint-every", "--probe-every")},
@@ -305,6 +316,17 @@ def test_a_damaged_state_of_bnp_changes_nothing() -> None:
             continue  # of earlier versions
         refused(lambda change=change: pre.load_state_dict(change()), "state", given=word)
         assert str(pre.state_dict()) == str(whole), word
+    first = next(iter(whole["layers"]))
+    inside = whole | {"layers": whole["layers"] | {first: whole["layers"][first] | {"unknown": 1}}}
+    for extra in (whole | {"unknown": 1}, inside):
+        refused(lambda extra=extra: pre.load_state_dict(extra), "unknown", given="an extra entry")
+
+
+def test_models_without_values_are_refused_before_anything_is_hooked() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2, device="meta"))
+    refused(lambda: bnp.BNP(model), "1.weight", "meta")
+    refused(lambda: bnp.SGLD(model.parameters(), lr=0.1), "params[2]", "meta")
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_a_damaged_result_file_is_named() -> None:
@@ -332,3 +354,47 @@ def test_lock_files_that_are_none_are_named() -> None:
         lock.rmdir() if lock.is_dir() else lock.unlink()
     Path(".run.pt.lock").write_bytes(b"\xff no number of a process")
     assert bnp.eigenpairs(A, 2, checkpoint="run.pt").stop == "converged"
+
+
+VECTOR = torch.zeros(RISK.space.dim, dtype=torch.float64)
+TENSORS = {"complex": VECTOR + 0j, "meta": VECTOR.to("meta"), "sparse": VECTOR.to_sparse()}
+TAKERS: dict[str, Callable[[torch.Tensor], object]] = {
+    "risk": RISK,
+    "product": lambda v: A @ v,
+    "start": lambda v: bnp.linalg.lanczos(A, 2, start=v),
+    "null": lambda v: bnp.condition_number(A, null=v),
+    "slice": lambda v: bnp.slice(RISK, v),
+    "sharpness": lambda v: bnp.diagnose.directional_sharpness(RISK, v),
+    "matrix": lambda v: bnp.linalg.MatrixOperator(v[None] if v.layout is torch.strided else v),
+}
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+@pytest.mark.parametrize("name", TAKERS)
+def test_tensors_that_are_no_vectors_of_numbers_are_refused(name: str, kind: str) -> None:
+    refused(lambda: TAKERS[name](TENSORS[kind]), given=f"{kind} by {name}")
+
+
+NOTHING = bnp.DenseOperator(torch.zeros(0, 0))
+PAIRS = bnp.eigenpairs(A, 2)
+EMPTY: dict[str, Callable[[], object]] = {
+    "layers": lambda: bnp.layer_table(RISK, layers=[]),
+    "blocks": lambda: bnp.diagnose.eigenvector_mass(PAIRS, RISK.space, blocks=[]),
+    "block": lambda: bnp.block_spectra(RISK, blocks={"all": None}),  # type: ignore[dict-item]
+    "tensors": lambda: RISK.space.flatten([]),
+    "points": lambda: bnp.slice(RISK, "gradient", points=10**12),
+    "points=": lambda: bnp.spectral_density(A, points=10**12),
+    **{f"R^0 {k}": lambda verb=verb: verb(NOTHING) for k, verb in enumerate([bnp.diagonal, bnp.condition_profile])},
+    **{f"R^0 {k}": lambda verb=verb: verb(NOTHING, 1) for k, verb in enumerate([bnp.eigenpairs], 2)},
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_nothing_and_far_too_much_are_refused(name: str) -> None:
+    refused(EMPTY[name], name.split(maxsplit=1)[0], given=name)
+
+
+def test_ranks_may_come_in_any_order_and_from_anything_that_lists_them() -> None:
+    for ranks in ([3, 2], np.array([2, 3]), (r for r in (2, 3))):
+        found = bnp.condition_profile(A, ranks=ranks)
+        assert found.settings["ranks"] == [2, 3]

@@ -113,7 +113,7 @@ def test_tensors_that_do_not_fit() -> None:
         space.flatten({"a": torch.zeros(2, 3)})
     with pytest.raises(InvalidInputError, match=r"a has shape \(3, 2\), expected \(2, 3\)"):
         space.flatten({"a": torch.zeros(3, 2), "b": torch.zeros(2)})
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(InvalidInputError, match="2 tensors are needed, for a, b"):
         space.flatten([torch.zeros(2, 3)])
     with pytest.raises(InvalidInputError, match=r"shape \(8,\) is needed, got \(8, 1\)"):
         space.unflatten(torch.zeros(8, 1))

@@ -322,3 +322,15 @@ def test_the_neglected_drift_is_zero_in_feed_forward_networks_and_only_there() -
     assert float(divergence(once, x, y, **damping).abs().max()) < 1e-7
     assert float(divergence(once, x, y, **damping, output_scale=True).abs().max()) > 1e-2
     assert float(divergence(twice, x, y, **damping).abs().max()) > 1e-2
+
+
+def test_noise_that_would_not_fit_is_refused() -> None:
+    """A schedule that sets a negative rate; BNP attached to a sampler, which would precondition the gradient alone."""
+    model = torch.nn.Linear(3, 2)
+    sampler = bnp.SGLD(model.parameters(), lr=0.1)
+    with pytest.raises(InvalidInputError, match="another law"):
+        bnp.BNP(model).attach(sampler)
+    sampler.param_groups[0]["lr"] = -1.0
+    model(torch.ones(1, 3)).sum().backward()
+    with pytest.raises(InvalidInputError, match="lr must be a number of at least 0"):
+        sampler.step()

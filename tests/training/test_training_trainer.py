@@ -229,3 +229,33 @@ def test_bad_input_is_refused(change, message):
     call = {"loss": F.cross_entropy, "loader": data()} | change
     with pytest.raises(InvalidInputError, match=message):
         train(model, call.pop("loss"), call.pop("loader"), sgd(model), **call)
+
+
+def test_a_preconditioner_that_cannot_step_is_refused_before_anything_is_done() -> None:
+    """Of another model, closed, attached, or stepped by the optimizer itself."""
+    model, other = network(), network()
+    optimizer, closed = sgd(model), bnp.BNP(model)
+    closed.close()
+    attached = bnp.BNP(model).attach(sgd(model))
+    sampler = bnp.SGLD(model.parameters(), lr=0.1, preconditioner=(own := bnp.BNP(model)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for pre, steps, words in (
+        (bnp.BNP(other), optimizer, "made for another model"),
+        (closed, optimizer, "is closed"),
+        (attached, optimizer, "attached to an optimizer already"),
+        (own, sampler, "stepped by the optimizer already"),
+    ):
+        with pytest.raises(InvalidInputError, match=words):
+            train(model, F.cross_entropy, data(), steps, preconditioner=pre, epochs=1)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_optimizer_of_another_model_is_refused_by_what_reads_it() -> None:
+    model, optimizer = network(), sgd(network())
+    with pytest.raises(InvalidInputError, match="holds no parameter"):
+        bnp.SharpnessTracker(model, F.cross_entropy, data(), optimizer)
+    with pytest.raises(InvalidInputError, match="holds no parameter"):
+        bnp.optimizer_preconditioner(optimizer, model)
+    optimizer.param_groups.clear()
+    assert bnp.training.stability_threshold(optimizer)[1] == "the optimizer has no parameter groups"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from bnp_analysis.linalg.condition.certificates import (
     require_probability,
     zero_matrix,
 )
-from bnp_analysis.linalg.condition.largest import krylov_magnitudes
+from bnp_analysis.linalg.condition.largest import held_vectors, krylov_magnitudes
 from bnp_analysis.linalg.condition.methods import LANCZOS_STEPS, Method, Price, Problem, next_method, register
 from bnp_analysis.linalg.condition.number import Extremes, Magnitudes
 from bnp_analysis.linalg.derived import Shifted
@@ -29,13 +30,15 @@ from bnp_analysis.linalg.preconditioner import congruence
 from bnp_analysis.linalg.scale import Scaled, exponent
 from bnp_analysis.linalg.spectra.checks import norm_estimate, require_symmetric, rounding_norm
 from bnp_analysis.linalg.spectra.null import NORM_STEPS, require_null
-from bnp_analysis.runtime.memory import require_memory
+from bnp_analysis.runtime.memory import available_memory, require_memory
 from bnp_analysis.runtime.random import generator, normal
 
 # Eigenvalues that a run goes for unless told otherwise.
 RANKS = 100
 # Lanczos vectors that hold more than this of an undeclared null space support no bound.
 _CONTAMINATION = 1e-2
+# Of the free memory, what vectors may take unless told how many: products need some too. The least that a run has.
+_SHARE, _LEAST = 0.5, 5
 
 
 def lanczos_ends(problem: Problem) -> Extremes:
@@ -125,13 +128,19 @@ def lanczos_magnitudes(problem: Problem) -> Extremes:
     )
 
 
-def conditioned(problem: Problem) -> tuple[SymmetricOperator, Columns, float, int]:
+def _fitting(A: SymmetricOperator, most: int, vectors: Callable[[int], int]) -> int:
+    """The largest number up to `most`, steps or eigenvalues, whose vectors take at most a part of what is free."""
+    free = _SHARE * available_memory(A.device) / (A.dim * A.dtype.itemsize)
+    return next((size for size in range(most, _LEAST, -1) if vectors(size) <= free), min(most, _LEAST))
+
+
+def conditioned(problem: Problem, held: int | None = None) -> tuple[SymmetricOperator, Columns, float, int]:
     """The operator measured, its null basis, the relative noise of its eigenvalues, products spent.
 
-    Memory is asked for first: the probes alone are a dozen vectors.
+    Memory is asked for first, for `held` vectors, by default those of one run: the probes alone are a dozen.
     """
     A, P, null, seed, steps = problem.A, problem.P, problem.null, problem.seed, problem.krylov_steps
-    vectors = min(steps, A.dim) + 12
+    vectors = min(steps, A.dim) + 12 if held is None else held
     require_memory(
         vectors * A.dim * A.dtype.itemsize,
         f"{vectors} vectors of length {A.dim} for {steps} Lanczos steps",
@@ -223,19 +232,33 @@ def _with_least(ends: Extremes, problem: Problem) -> Extremes:
 
 
 def _solve(problem: Problem) -> Extremes:
+    usual = problem.krylov_steps
+    if problem.steps is None:
+        problem = replace(problem, steps=_fitting(problem.A, usual, lambda steps: steps + 12))
     inner = problem.scaled()
     ends = inner.in_units(lanczos_ends(inner) if problem.semidefinite else lanczos_magnitudes(inner))
     if not math.isfinite(ends.upper):
-        ends = replace(ends, note=ends.note + next_method(problem.A))
+        cut = f"; memory has room for {problem.steps} of {usual} steps" if problem.krylov_steps < usual else ""
+        ends = replace(ends, note=ends.note + cut + next_method(problem.A))
     return _with_least(ends, problem) if problem.least else ends
 
 
 def _magnitudes(problem: Problem) -> Magnitudes:
     """The largest `|lambda|`, by default 100 of them, with three steps for each and 100 at least."""
-    count = min(problem.count or RANKS, problem.A.dim - problem.null.dim)
-    steps = max(LANCZOS_STEPS, 3 * count) if problem.steps is None else problem.steps
+    room = problem.A.dim - problem.null.dim
+    count = usual = min(problem.count or RANKS, room)
+
+    def steps_for(count: int) -> int:
+        return max(LANCZOS_STEPS, 3 * count) if problem.steps is None else problem.steps
+
+    def held(count: int) -> int:
+        return held_vectors(count, min(steps_for(count), room))
+
+    if problem.count is None:
+        count = _fitting(problem.A, usual, held)
+    steps = steps_for(count)
     problem = replace(problem, steps=steps).scaled()
-    operator, basis, noise, spent = conditioned(problem)
+    operator, basis, noise, spent = conditioned(problem, held(count))
     found = krylov_magnitudes(
         operator,
         basis,
@@ -247,7 +270,8 @@ def _magnitudes(problem: Problem) -> Magnitudes:
         seed=problem.seed,
         progress=problem.progress,
     )
-    return replace(found, matvecs=found.matvecs + spent, exponent=-exponent(operator))
+    stop = "memory" if count < usual and found.stop == "steps" else found.stop
+    return replace(found, matvecs=found.matvecs + spent, exponent=-exponent(operator), stop=stop)
 
 
 def _price(A: SymmetricOperator, steps: int) -> Price:

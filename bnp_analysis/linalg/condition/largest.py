@@ -19,6 +19,8 @@ from bnp_analysis.runtime.random import generator, rademacher
 
 # Searches from new random vectors that may add what the first has missed.
 _ROUNDS = 3
+# Eigenvalues that they are expected to add, and vectors beside those of a basis, both where memory is asked for.
+_MISSED, _BESIDE = 10, 11
 
 
 def krylov_magnitudes(
@@ -55,20 +57,20 @@ def krylov_magnitudes(
     Source: Parlett 1998, chapters 10 and 11; Kuczynski and Wozniakowski 1992; T13.
     """
     run = lanczos(A, steps, seed=seed, null=null, progress=progress)
-    values, vectors = run.ritz()[0], run.ritz_vectors()
-    last = tridiagonal_eigh(run.alpha, run.beta)[1][-1]
+    values, last = run.ritz()[0], tridiagonal_eigh(run.alpha, run.beta)[1][-1]
     scale = float(np.abs(values).max())
     if scale == 0.0:
         return no_magnitudes(run.matvecs)
     pick = np.argsort(-np.abs(values), kind="stable")[:count]
-    theta, Y = values[pick], vectors[:, torch.from_numpy(pick.copy()).to(vectors.device)]
+    theta, Y = values[pick], run.ritz_vectors(pick)
     coupling: Floats = run.residual_norm * np.abs(last[pick])
-    spent, floor = run.matvecs, noise * scale
+    spent, stop, floor = run.matvecs, run.stop, noise * scale
+    del run  # its basis
     chance = failure_probability / _ROUNDS
     ends = (math.inf, -math.inf)
     for turn in range(1, _ROUNDS + 1):
         room = A.dim - null.shape[1] - Y.shape[1]
-        if room == 0 or run.stop == "interrupted":
+        if room == 0 or stop == "interrupted":
             ends = (0.0, 0.0) if room == 0 else ends
             break
         beyond = lanczos(A, min(_certifying(A.dim), room), seed=seed + turn, null=beside(null, Y))
@@ -78,8 +80,9 @@ def krylov_magnitudes(
         missed = np.abs(found) > (np.abs(theta).min() + floor if Y.shape[1] == count else floor)
         if beyond.stop == "interrupted" or not missed.any() or turn == _ROUNDS:
             break
-        more = beyond.ritz_vectors()[:, torch.from_numpy(missed).to(Y.device)]
-        theta, Y, coupling, products = _rayleigh_ritz(A, torch.cat([Y, more], dim=1), count)
+        known = [Y, beyond.ritz_vectors(np.flatnonzero(missed))]
+        del Y, beyond
+        theta, Y, coupling, products = _rayleigh_ritz(A, known, count)
         spent += products
     trace, error = float(theta.sum()), 0.0
     if room:
@@ -99,8 +102,19 @@ def krylov_magnitudes(
         negative=int((theta < -floor).sum()),
         matvecs=spent,
         failure_probability=failure_probability,
-        stop=run.stop,
+        stop=stop,
     )
+
+
+def held_vectors(count: int, steps: int) -> int:
+    """How many vectors `krylov_magnitudes` holds at most: in the first run, in the next ones, in a step of Ritz.
+
+    Example:
+        >>> held_vectors(100, 300), held_vectors(20, 100)
+        (531, 159)
+    """
+    first, following, ritz = steps + count, 2 * count + _certifying(10**7) + _MISSED, 5 * count + 2 * _MISSED
+    return max(first, following, ritz) + _BESIDE
 
 
 def _certifying(dim: int) -> int:
@@ -118,17 +132,21 @@ def _ends(run: Tridiagonalization, room: int, chance: float, floor: float) -> tu
     return max(high, 0.0), min(low, 0.0)
 
 
-def _rayleigh_ritz(A: SymmetricOperator, basis: Tensor, count: int) -> tuple[Floats, Tensor, Floats, int]:
-    """The `count` largest Ritz values in the span of orthonormal columns, vectors, residual norms, products spent."""
+def _rayleigh_ritz(A: SymmetricOperator, known: list[Tensor], count: int) -> tuple[Floats, Tensor, Floats, int]:
+    """The `count` largest Ritz values in the span of columns, vectors, residual norms, products; `known` is emptied."""
+    basis = torch.cat(known, dim=1)
+    known.clear()
     Q = torch.linalg.qr(basis)[0]
+    del basis
     image = A @ Q
     values, S = torch.linalg.eigh(((Q.T @ image + image.T @ Q) / 2).double().cpu())
     pick = torch.argsort(values.abs(), descending=True, stable=True)[:count]
     S = S[:, pick].to(Q)
-    Y, residual = Q @ S, project_out(image @ S, Q)
+    residual = project_out(image @ S, Q)
+    del image
     theta: Floats = values[pick].numpy()
     sizes: Floats = residual.double().norm(dim=0).cpu().numpy()
-    return theta, Y, sizes, Q.shape[1]
+    return theta, Q @ S, sizes, Q.shape[1]
 
 
 def _upper_bounds(theta: Floats, coupling: Floats, ends: tuple[float, float]) -> tuple[Floats, float]:

@@ -6,11 +6,13 @@ A new method is one file that ends with `register(Method(...))`, and one line th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
-from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.errors import InvalidInputError, MemoryLimitError
 from bnp_analysis.linalg.condition.number import Extremes, Magnitudes
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
@@ -21,6 +23,7 @@ from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.memory import available_memory
 from bnp_analysis.runtime.progress import Progress
 
+T = TypeVar("T")
 LANCZOS_STEPS = 100
 
 
@@ -180,15 +183,15 @@ def named(name: str) -> Method:
     return _REGISTERED[name]
 
 
-def automatic(
+def candidates(
     A: SymmetricOperator,
     *,
     indefinite: bool = False,
     magnitudes: bool = False,
     products: float = math.inf,
     flops: float = math.inf,
-) -> Method:
-    """The method that `auto` takes: the first that is automatic for the operator and within the limits, else the last.
+) -> list[Method]:
+    """The methods that `auto` tries: those that are automatic for the operator and within the limits, and the last.
 
     Args:
         A: symmetric operator.
@@ -198,10 +201,10 @@ def automatic(
 
     Example:
         >>> import torch, bnp_analysis as bnp
-        >>> automatic(bnp.DenseOperator(torch.eye(3))).name
-        'dense'
-        >>> automatic(bnp.DenseOperator(torch.eye(3)), magnitudes=True, flops=10).name
-        'lanczos'
+        >>> [method.name for method in candidates(bnp.DenseOperator(torch.eye(3)))]
+        ['dense', 'lanczos']
+        >>> [method.name for method in candidates(bnp.DenseOperator(torch.eye(3)), magnitudes=True, flops=10)]
+        ['lanczos']
     """
     most = Price(products, available_memory(A.device), flops)
     wanted = [
@@ -209,7 +212,33 @@ def automatic(
         for method in registered()
         if method.automatic(A) and (method.indefinite or not indefinite) and (method.magnitudes or not magnitudes)
     ]
-    return next((method for method in wanted if method.price(A, LANCZOS_STEPS).within(most)), wanted[-1])
+    return [method for method in wanted[:-1] if method.price(A, LANCZOS_STEPS).within(most)] + wanted[-1:]
+
+
+def automatic(A: SymmetricOperator, **limits: Any) -> Method:
+    """The first of the `candidates`.
+
+    Example:
+        >>> import torch, bnp_analysis as bnp
+        >>> automatic(bnp.DenseOperator(torch.eye(3))).name
+        'dense'
+    """
+    return candidates(A, **limits)[0]
+
+
+def first_that_fits(methods: Sequence[Method], use: Callable[[Method], T]) -> tuple[Method, T]:
+    """The first method that does not run out of memory, and what came of it; the last one's error is raised.
+
+    What is free when a method is chosen may be taken when it begins.
+
+    Example:
+        >>> first_that_fits(registered()[:2], lambda method: method.order)[1]
+        10
+    """
+    for method in methods[:-1]:
+        with suppress(MemoryLimitError):
+            return method, use(method)
+    return methods[-1], use(methods[-1])
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.condition.certificates import require_probability, zero_operator
-from bnp_analysis.linalg.condition.methods import Problem, automatic, named, registered
+from bnp_analysis.linalg.condition.methods import Problem, candidates, first_that_fits, named, registered
 from bnp_analysis.linalg.condition.number import Magnitudes
 from bnp_analysis.linalg.krylov.lanczos import Floats
 from bnp_analysis.linalg.operators import SymmetricOperator, computed_in
@@ -48,7 +48,8 @@ class ConditionProfile(Result):
         negative: how many of the eigenvalues looked at are negative; the ratios are then those of magnitudes.
         method: its name, as in `methods(A)`.
         failure_probability: of all bounds together, over random starts; 0 for a dense matrix.
-        dim, dtype, stop: size, precision of the products, why the run ended.
+        dim, dtype, stop: size, precision of the products, why the run ended; `"memory"` where it would have gone for
+            more ranks with more of it.
     """
 
     ranks: NDArray[np.int64]
@@ -82,6 +83,7 @@ class ConditionProfile(Result):
         error = f" +- {self.effective_rank_error:.2g}" if self.effective_rank_error else ""
         share = "trace/lambda_1" if self.negative else "effective rank"
         chance = f", fails with probability <= {self.failure_probability:g}" if self.failure_probability else ""
+        chance += ", fewer ranks than usual for lack of memory" if self.stop == "memory" else ""
         return (
             f"{name} = {rungs or 'not known at any rank'}{last}; {share} {self.effective_rank:.4g}{error}; "
             f"{self.method} {self.dtype}, {self.matvecs} products{products_known_to(self)}{chance}"
@@ -176,25 +178,25 @@ def condition_profile(
         check_fits(A, preconditioner)
     began = time.perf_counter()
     wanted = _ladder(ranks, A.dim)
-    chosen = automatic(A, magnitudes=True) if method == "auto" else named(method)
-    if chosen.magnitudes is None:
+    tried = candidates(A, magnitudes=True) if method == "auto" else [named(method)]
+    if tried[0].magnitudes is None:
         able = ", ".join(["auto", *(known.name for known in registered() if known.magnitudes)])
         raise InvalidInputError(
             f"{method} bounds the ends of a spectrum only, a profile needs every rank; method must be one of {able}"
         )
-    found = chosen.magnitudes(
-        Problem(
-            A=A,
-            P=preconditioner,
-            null=read_null(null, A),
-            steps=steps,
-            count=max(wanted, default=None),
-            probes=probes,
-            failure_probability=failure_probability,
-            seed=seed,
-            progress=progress,
-        )
+    problem = Problem(
+        A=A,
+        P=preconditioner,
+        null=read_null(null, A),
+        steps=steps,
+        count=max(wanted, default=None),
+        probes=probes,
+        failure_probability=failure_probability,
+        seed=seed,
+        progress=progress,
     )
+    chosen, found = first_that_fits(tried, lambda method: method.magnitudes(problem) if method.magnitudes else None)
+    assert found is not None
     if not found.value.size or not found.lower[0] > 0:
         raise zero_operator(A, preconditioner)
     return _profile(
@@ -207,7 +209,7 @@ def condition_profile(
         **provenance(
             A,
             preconditioner,
-            {"ranks": ranks and list(ranks), "steps": steps, "method": method, "probes": probes}
+            {"ranks": wanted or None, "steps": steps, "method": method, "probes": probes}
             | {"failure_probability": failure_probability},
             seed,
             began,

@@ -19,6 +19,8 @@ from bnp_analysis.runtime.memory import available_memory
 
 # As many rows as columns, times this, are gathered before a QR factorization.
 _GATHERED = 4
+# Of them, while they are factorized: the parts, all of them, and two of LAPACK's; one for what makes the next part.
+_COPIES = 5
 # Floating-point operations that a factor too large for memory may take.
 _MOST_WORK = 5e12
 
@@ -66,7 +68,7 @@ def reducible(A: SymmetricOperator) -> bool:
     if factor is None or amplified(factor):
         return False
     rows, columns = factor.shape
-    held = 8 * 3 * min(rows, (_GATHERED + 1) * columns) * columns
+    held = 8 * _COPIES * min(rows, (_GATHERED + 1) * columns) * columns
     fits = held < available_memory(factor.device) and work_to_reduce((rows, columns))[1] is not None
     return automatic(A) is FACTOR_SVD or fits
 

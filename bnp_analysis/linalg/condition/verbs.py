@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.condition.certificates import zero_operator
-from bnp_analysis.linalg.condition.methods import Problem, automatic, named
+from bnp_analysis.linalg.condition.methods import Problem, candidates, first_that_fits, named
 from bnp_analysis.linalg.condition.number import MAGNITUDE, SINGULAR, ConditionNumber, Extremes
 from bnp_analysis.linalg.derived import GramOperator, Shifted
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, computed_in
@@ -21,10 +21,11 @@ from bnp_analysis.linalg.preconditioner import Preconditioner, check_fits, congr
 from bnp_analysis.linalg.spectra.checks import provenance, require_operator
 from bnp_analysis.linalg.spectra.null import HasBasis, read_null
 from bnp_analysis.runtime.float32 import full_float32
-from bnp_analysis.runtime.kinds import gated, require_kind
+from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.progress import Progress
 
 
+@gated
 def singular_condition_number(F: LinearOperator, null: Tensor | None = None) -> ConditionNumber:
     """The effective condition number `sigma_max / sigma_min+` of a rectangular operator, by factor-svd.
 
@@ -46,7 +47,6 @@ def singular_condition_number(F: LinearOperator, null: Tensor | None = None) -> 
         >>> singular_condition_number(MatrixOperator(torch.tensor([[3.0, 0.0], [0.0, 2.0]]))).value
         1.5
     """
-    require_kind(F, "F", LinearOperator)
     found = condition_number(GramOperator(F), null=null, method="factor-svd")
     roots = {name: math.sqrt(getattr(found, name)) for name in ("lambda_max", "lambda_min", "gap_ratio", "noise_floor")}
     # Eigenvalues beyond the floats are in units of an even power of two, and their roots are floats.
@@ -215,29 +215,26 @@ def _measure(
 ) -> ConditionNumber:
     """What a method finds, as a result; by default magnitudes are compared where `A` may have negative eigenvalues."""
     require_operator(A)
-    if A.dim == 0:
-        raise InvalidInputError("an operator on R^0 has no eigenvalues, hence no condition number")
     semidefinite = A.semidefinite if semidefinite is None else semidefinite
-    chosen = automatic(A, indefinite=not semidefinite) if method == "auto" else named(method)
-    if not (semidefinite or chosen.indefinite):
+    tried = candidates(A, indefinite=not semidefinite) if method == "auto" else [named(method)]
+    if not (semidefinite or tried[0].indefinite):
         other = "condition_number, or " if A.semidefinite else ""
         raise InvalidInputError(f"{method} is for semidefinite operators; use {other}method='dense'")
     if P is not None:
         check_fits(A, P)
     began = time.perf_counter()
-    ends = chosen.solve(
-        Problem(
-            A=A,
-            P=P,
-            null=read_null(null, A),
-            semidefinite=semidefinite,
-            least=least,
-            seed=seed,
-            checkpoint=checkpoint,
-            progress=progress,
-            **settings,
-        )
+    problem = Problem(
+        A=A,
+        P=P,
+        null=read_null(null, A),
+        semidefinite=semidefinite,
+        least=least,
+        seed=seed,
+        checkpoint=checkpoint,
+        progress=progress,
+        **settings,
     )
+    chosen, ends = first_that_fits(tried, lambda method: method.solve(problem))
     if ends.lambda_max == 0.0:
         raise zero_operator(A, P)
     if ends.rank is None:  # nothing is counted: every declared direction is believed

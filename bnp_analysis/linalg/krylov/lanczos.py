@@ -24,7 +24,7 @@ from bnp_analysis.linalg.matrices import Columns, LocalColumns
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.scale import comfortable, exponent, in_floats, require_resolution, scaled, times_power
 from bnp_analysis.runtime.files import saved_run
-from bnp_analysis.runtime.kinds import gated
+from bnp_analysis.runtime.kinds import gated, require_plain
 from bnp_analysis.runtime.memory import require_memory
 from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.runtime.random import generator, normal
@@ -84,9 +84,10 @@ class Tridiagonalization:
         values, vectors = tridiagonal_eigh(self.alpha, self.beta)
         return values, np.abs(vectors[-1]) * self.residual_norm
 
-    def ritz_vectors(self) -> Tensor:
-        """Ritz vectors `(n, k)`, in the order of `ritz()`."""
+    def ritz_vectors(self, pick: NDArray[np.int64] | None = None) -> Tensor:
+        """Ritz vectors `(n, k)`, in the order of `ritz()`, or some of them."""
         _, vectors = tridiagonal_eigh(self.alpha, self.beta)
+        vectors = vectors if pick is None else vectors[:, pick]
         return self.basis @ torch.as_tensor(vectors, dtype=self.basis.dtype, device=self.basis.device)
 
 
@@ -327,6 +328,7 @@ class _Run:
 def _start(A: SymmetricOperator, start: Tensor | None, null: Columns | None, seed: int) -> Tensor:
     like = torch.empty(0, dtype=A.dtype, device=A.device)
     vector = normal((A.dim,), generator(seed), like) if start is None else start
+    require_plain(vector, "start")
     if vector.shape != (A.dim,) or vector.dtype != A.dtype or vector.device != A.device:
         raise InvalidInputError(
             f"the start vector must be ({A.dim},) in {A.dtype} on {A.device}, got {tuple(vector.shape)} "

@@ -104,11 +104,13 @@ def factor_rounding_norm(F: LinearOperator, seed: int = 0) -> float:
 
 
 def require_operator(A: SymmetricOperator) -> None:
-    """Refuse what is no symmetric operator, and computed products too coarse for its spectrum.
+    """Refuse what is no symmetric operator, or one on `R^0`, and computed products too coarse for its spectrum.
 
     Entries that are given are as they are, and the spacing of a function's products is measured: there radii say it.
     """
     require_kind(A, "A", SymmetricOperator)
+    if A.dim == 0:
+        raise InvalidInputError("an operator on R^0 has no eigenvalues and no entries")
     inside = _innermost(A)
     if inside.exact or isinstance(inside, CallableOperator):
         return

@@ -20,6 +20,7 @@ from bnp_analysis.linalg.spectra.checks import measured, products_known_to, prov
 from bnp_analysis.linalg.spectra.null import NORM_STEPS
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.float32 import full_float32
+from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.memory import available_memory, require_memory
 from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.runtime.random import generator, rademacher
@@ -127,6 +128,7 @@ class Diagonal(Result):
 
 
 @full_float32
+@gated
 def diagonal(
     A: SymmetricOperator,
     *,

@@ -16,6 +16,7 @@ from bnp_analysis.linalg.forming import formed
 from bnp_analysis.linalg.matrices import Columns, LocalColumns, ReducedFactor, as_tensor
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.linalg.scale import Scaled, exponent, precise
+from bnp_analysis.runtime.kinds import require_plain
 from bnp_analysis.runtime.random import generator, normal
 
 NORM_STEPS = 8
@@ -99,6 +100,7 @@ def read_null(null: Tensor | HasBasis | None, A: SymmetricOperator) -> DeclaredN
     if isinstance(null, HasColumns) and (found := _local(null, A)) is not None:
         return found
     if isinstance(null, Tensor):
+        require_plain(null, "null")
         basis, sources = null, {"declared": null.shape[-1] if null.ndim == 2 else 1}
     elif isinstance(null, HasBasis):
         basis, sources = null.basis, dict(null.sources)

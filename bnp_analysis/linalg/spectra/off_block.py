@@ -22,6 +22,7 @@ from bnp_analysis.linalg.spectra.checks import provenance, require_finite, requi
 from bnp_analysis.linalg.spectra.null import NORM_STEPS
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.float32 import full_float32
+from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.memory import available_memory
 from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.runtime.random import generator, rademacher
@@ -70,6 +71,7 @@ class OffBlockShare(Result):
 
 
 @full_float32
+@gated
 def off_block_share(
     A: SymmetricOperator,
     blocks: Sequence[Tensor],

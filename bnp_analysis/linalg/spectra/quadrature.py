@@ -454,6 +454,8 @@ def spectral_density(
         raise InvalidInputError(f"probes={probes}, steps={steps}, points={points} for {room} dimensions: nothing to do")
     if width is not None and not width > 0:
         raise InvalidInputError(f"width must be positive, got {width}")
+    nodes_in_all = room if method == "dense" else probes * min(steps, room)
+    require_memory(8 * 3 * nodes_in_all * points, f"a density at points={points} from {nodes_in_all} nodes")
     began = time.perf_counter()
     if method == "dense":
         nodes, weights, residuals, rounding = _all_eigenvalues(operator, basis)

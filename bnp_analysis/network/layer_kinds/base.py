@@ -374,6 +374,11 @@ def register_layer(
         raise InvalidInputError(
             f"a class of modules is registered, not {module_type!r}: write register_layer(type(layer), like=...)"
         )
+    if module_type is nn.Module or not isinstance(like, type):
+        wrong = "nn.Module, which every module is," if module_type is nn.Module else f"like={like!r:.40}"
+        raise InvalidInputError(
+            f"{wrong} is not what a kind of layer is made of: register_layer(MyLayer, like=nn.Linear)"
+        )
     if like in KINDS:
         layer = KINDS[like].layer
         if why := layer.unlike(module_type, like, transposed=transposed):

@@ -229,10 +229,15 @@ def whitened(
     rank = decided_rank(white, _floor(white, F), _GAP, "of the whole ")
     c = [10 ** (2 * float(torch.rand(1, generator=g)) - 1) for _ in parts]
     uneven = torch.cat([u * math.sqrt(x) for (u, _), x in zip(parts, c, strict=True)], dim=1)
-    matrices = {"I": torch.cat([u * s for u, s in parts], dim=1), **(scalings or {})}
-    for k in range(tries):
-        matrices[f"random {k}"] = torch.cat([u @ _near(u.shape[1], k, g) for u, _ in parts], dim=1)
-    tried = {name: kappa_of_rank(matrix, rank) ** 2 for name, matrix in matrices.items()}
+
+    def matrices() -> Iterator[tuple[str, Tensor]]:
+        """One after another: each is as large as `F`."""
+        yield "I", torch.cat([u * s for u, s in parts], dim=1)
+        yield from (scalings or {}).items()
+        for k in range(tries):
+            yield f"random {k}", torch.cat([u @ _near(u.shape[1], k, g) for u, _ in parts], dim=1)
+
+    tried = {name: kappa_of_rank(matrix, rank) ** 2 for name, matrix in matrices()}
     name = min(tried, key=lambda key: tried[key])
     return Whitened(
         blocks=len(parts),

@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, Literal, Self
 
@@ -18,11 +18,11 @@ from bnp_analysis.errors import InvalidInputError, TrainingWarning
 from bnp_analysis.network.layers import no_product, require_types
 from bnp_analysis.network.names import clean_name
 from bnp_analysis.network.parameters import ParameterSpace
-from bnp_analysis.network.snapshot import unwrap
+from bnp_analysis.network.snapshot import require_values, unwrap
 from bnp_analysis.precondition.bnp import BNPPreconditioner
 from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.training.bnp.clipping import BeforeClipping, require_passes
-from bnp_analysis.training.bnp.hooks import add_hooks, before_steps, owners, stepping
+from bnp_analysis.training.bnp.hooks import add_hooks, before_steps, not_held, owners, stepping
 from bnp_analysis.training.bnp.layers import (
     Names,
     find_candidates,
@@ -32,7 +32,7 @@ from bnp_analysis.training.bnp.layers import (
     uncovered,
 )
 from bnp_analysis.training.bnp.moments import BatchMoments, RunningMoments, batch_moments, layer_width, pool_moments
-from bnp_analysis.training.bnp.passes import Passes, changes
+from bnp_analysis.training.bnp.passes import Open, Passes, changes, handled
 from bnp_analysis.training.bnp.settings import Settings
 from bnp_analysis.training.bnp.update import (
     Marks,
@@ -46,6 +46,9 @@ from bnp_analysis.training.bnp.update import (
 )
 
 _STATE_VERSION = 1
+_KEYS = ("version", "step", "layers")
+_MOMENT_KEYS = ("mean", "variance", "rows", "examples", "start", "q2", "direction")
+_OUTPUT_KEYS = ("output_squares", "output_start")
 
 
 class BNP:
@@ -127,6 +130,7 @@ class BNP:
         self._choice["also"] = require_types(also)
         found = find_candidates(unwrap(model), **self._choice, outputs=output_scale == "estimated")
         self._layers, self._reasons = found.layers, found.reasons
+        require_values({name: p.device for name, p in unwrap(model).named_parameters()})
         for layer in self._layers:
             require_whole_units(layer, layer.own_weight)
         # Others on the same layers: both may measure, but only one may change a gradient.
@@ -142,12 +146,13 @@ class BNP:
         self._marks: Marks = {}
         self._attached: list[Any] = []
         self._early: BeforeClipping | None = None
+        self._stepping: Callable[[], Optimizer | None] = lambda: None
+        self._absent = set[str]()
         self._closed, self._quiet = False, torch.inference_mode()  # made once: a percent of a small network's step
         self._passes, self._reviewed = Passes(self._layers), set[str]()
         self._refused: dict[str, str] = {}
         self._modules = weakref.WeakSet(unwrap(model).modules())
-        self._before: tuple[dict[int, BatchMoments], dict[int, int]] = {}, {}
-        self._hooks = add_hooks(unwrap(model), self._layers, weakref.ref(self), self._outputs)
+        self._hooks = add_hooks(model, self._layers, weakref.ref(self), self._outputs)
         if any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules()):
             # Graphs that were compiled before do not know the hooks.
             torch.compiler.reset()
@@ -204,6 +209,7 @@ class BNP:
         """
         if self._closed:
             raise InvalidInputError("step() after close(): the hooks are gone")
+        self._leave_out(self._passes.cut())
         if not self._pending and not self.covered:
             raise InvalidInputError(
                 "step() has nothing to precondition: the weights of all covered layers, "
@@ -227,7 +233,7 @@ class BNP:
         if self.settings.variance == "within":
             self._refuse_single_rows()
         pending, inputs = self._pending, self._inputs
-        self._pending, self._inputs = {}, {}
+        self._restart()
         with self._quiet:
             self._running.commit(pending)
             if self._outputs is not None:
@@ -287,6 +293,8 @@ class BNP:
         self.require_free()
         passes = require_passes(before_clipping)
         inner = stepping(optimizer, self._layers)
+        self._stepping = weakref.ref(inner)
+        self._absent = {layer.name for layer in not_held(inner, self._layers)}
         self._early = BeforeClipping(weakref.ref(self), self._layers, passes) if passes else None
         self._attached = [before_steps(inner, self._before_step), *([self._early] if self._early else [])]
         return self
@@ -302,6 +310,7 @@ class BNP:
                 f"this object is {'closed' if self._closed else 'attached to an optimizer already'}"
             )
 
+    @gated
     def preconditioner(self, space: ParameterSpace | None = None) -> BNPPreconditioner:
         """The `P` of the last step, damping and `q` included, as it is measured.
 
@@ -310,7 +319,7 @@ class BNP:
                 that train.
 
         Raises:
-            InvalidInputError: before the first step.
+            InvalidInputError: before the first step, or a space of another model.
         """
         if not self._running.step:
             raise InvalidInputError("there is no P before the first step()")
@@ -357,19 +366,32 @@ class BNP:
             other.close()
         return other
 
+    def __reduce__(self) -> Any:
+        raise InvalidInputError(
+            "BNP is hooked to its model, so that it cannot be pickled or copied alone: save state_dict(), or copy "
+            "both, copy.deepcopy((model, pre))"
+        )
+
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{len(self.covered)} layers, {self._running.step} steps"
         return f"<BNP {state}, {self.settings}>"
 
-    def begin_pass(self) -> None:
-        """A forward pass of the model begins, from its hook."""
-        self._before = dict(self._pending), {i: len(parts) for i, parts in self._inputs.items()}
-        self._passes.begin(self._running.step, bool(self._attached))
+    def begin_pass(self, module: nn.Module, trains: bool) -> None:
+        """A forward pass of the model, or of what wraps it, begins, from its hook."""
+        self._leave_out(self._passes.cut(module))
+        rows = dict(self._pending), {i: len(parts) for i, parts in self._inputs.items()}
+        self._passes.open.append(Open(module, rows, handled()))
+        if trains and len(self._passes.open) == 1:
+            self._passes.begin(self._running.step, bool(self._attached))
 
-    def end_pass(self, failed: bool) -> None:
-        """A forward pass has ended, from its hook; what a failed one has seen is left out."""
-        if failed:
-            self._pending, lengths = self._before
+    def end_pass(self, module: nn.Module) -> None:
+        """A forward pass has ended, from its hook."""
+        self._leave_out(self._passes.end(module))
+
+    def _leave_out(self, failed: Open | None) -> None:
+        """Leave out what was seen since a pass began that has failed."""
+        if failed is not None:
+            self._pending, lengths = failed.before
             self._inputs = {i: self._inputs[i][:length] for i, length in lengths.items()}
 
     def _before_step(self) -> None:
@@ -386,8 +408,11 @@ class BNP:
         return changes(unwrap(self.model), self._layers, self._modules, self._choice["also"])
 
     def _review(self) -> None:
-        """Say which layers are left alone since they were changed or added after this object was made."""
-        found = self._changes()
+        """Say which layers are left alone since something was changed after this object was made, or attached."""
+        found, inner = self._changes(), self._stepping()
+        for layer in not_held(inner, self._layers) if inner is not None and self._attached else []:
+            if layer.trains and layer.name not in self._absent:
+                found[layer.name] = "the optimizer that BNP is attached to does not hold its weight any more"
         if found.keys() - self._reviewed:
             self._reviewed |= found.keys()
             listed = "; ".join(f"{name or 'the model'}: {why}" for name, why in found.items())
@@ -403,11 +428,15 @@ class BNP:
 
     def _forget(self) -> None:
         """Leave out what was seen since the last step."""
-        self._pending, self._inputs = {}, {}
+        self._restart()
         if self._outputs is not None:
             self._outputs.forget()
         if self._early is not None:
             self._early.forget()
+
+    def _restart(self) -> None:
+        self._pending, self._inputs = {}, {}
+        self._passes.restart(({}, {}))
 
     def receive(self, index: int, h: Tensor) -> None:
         """Take in an input of a layer, from its hook."""
@@ -417,6 +446,11 @@ class BNP:
         seen = batch_moments(layer, h, self.settings.statistics)
         if seen is None:
             return
+        if seen.mean.numel() != self._running.widths[index]:
+            raise InvalidInputError(
+                f"layer {layer.name!r} ran on rows of {seen.mean.numel()} features, its weight has "
+                f"{self._running.widths[index]}: was it registered with transposed= as it is stored?"
+            )
         before = self._pending.get(index)
         self._pending[index] = seen if before is None else pool_moments(before, seen)
         if self.settings.q == "measured":
@@ -474,7 +508,7 @@ def _read_state(
         raise InvalidInputError(f"this is no state of BNP, version {_STATE_VERSION}")
     layers = {clean_name(name): entry for name, entry in state["layers"].items()}
     misfit = [f"missing: {n}" for n in running.names if n not in layers]
-    misfit += [f"unknown: {n}" for n in layers if n not in running.names]
+    misfit += [f"unknown: {n}" for n in (*layers, *state) if n not in (*running.names, *_KEYS)]
     for index, (name, width) in enumerate(zip(running.names, running.widths, strict=True)):
         units = None if outputs is None else outputs.units[index]
         if name in layers and (wrong := _wrong_entry(layers[name], width, units, update.directions[index])):
@@ -519,6 +553,9 @@ def _wrong_entry(entry: Any, width: int, units: int | None, direction_shape: tup
         return "has no counts of rows and examples"
     if not all(isinstance(share, float | int) and 0 <= share <= 1 for share in shares):
         return "has a weight of the start outside of [0, 1]"
+    known = (*_MOMENT_KEYS, *(() if units is None else _OUTPUT_KEYS))
+    if unknown := [str(name) for name in entry if name not in known]:
+        return f"has entries {', '.join(unknown)} that no statistics have"
     direction = entry.get("direction", torch.zeros(direction_shape))
     if not isinstance(direction, Tensor) or direction.shape != direction_shape:
         return f"has a direction that is no tensor {direction_shape}"

@@ -18,7 +18,8 @@ from bnp_analysis.errors import InvalidInputError, TrainingWarning
 from bnp_analysis.network.layer_kinds import Layer, by_module
 from bnp_analysis.network.observation import in_order
 from bnp_analysis.network.recorded_product import Recorded, Recording
-from bnp_analysis.training.bnp.passes import failed
+from bnp_analysis.network.snapshot import unwrap, wrappers
+from bnp_analysis.training.bnp.passes import handled
 
 
 class _NoScriptError(InvalidInputError, AttributeError):
@@ -132,7 +133,7 @@ class Proof:
 
     def __init__(self, layer: Layer, owner: weakref.ref[Any], index: int, outputs: Any) -> None:
         self._layer, self.owner, self._index, self._outputs = layer, owner, index, outputs
-        self._running: tuple[Recording, Recorded, Any, int] | None = None
+        self._running: tuple[Recording, Recorded, Any, int, int] | None = None
         self._open = True
 
     def add(self, handles: list[RemovableHandle]) -> None:
@@ -147,16 +148,16 @@ class Proof:
             return
         h = in_order(module, args, kwargs)[0]
         recording = Recording()
-        self._running = recording, recording.__enter__(), h, h._version if isinstance(h, Tensor) else 0
+        self._running = recording, recording.__enter__(), h, h._version if isinstance(h, Tensor) else 0, handled()
 
     def end(self, module: nn.Module, output: Any) -> None:
         """It has ended, or failed."""
         if self._running is None or module is not self._layer.module:
             return
-        (recording, recorded, h, version), self._running = self._running, None
+        (recording, recorded, h, version, before), self._running = self._running, None
         recording.__exit__(None, None, None)  # type: ignore[no-untyped-call] # torch does not annotate it
         owner, layer = self.owner(), self._layer
-        if owner is None or failed(output):
+        if owner is None or before != handled():
             return
         self._open = False
         weight, bias = layer.own_weight, layer.own_bias
@@ -194,22 +195,35 @@ class PassHook(_Hook):
     """Tells an owner when a forward pass of the whole model begins, and when it has ended or failed.
 
     Args:
-        module: the model, unwrapped.
+        module: the model, or what wraps it.
         owner: what is told, by a weak reference.
-        ends: whether this is the hook behind the pass.
+        end: the handle of the hook behind the pass; None for that hook itself.
     """
 
-    def __init__(self, module: nn.Module, owner: weakref.ref[Any], ends: bool) -> None:
-        self._module, self._owner, self._ends = module, owner, ends
+    def __init__(self, module: nn.Module, owner: weakref.ref[Any], end: RemovableHandle | None = None) -> None:
+        self._module, self._owner, self._end = module, owner, end
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            from bnp_analysis.training.bnp.eager import call
+
+            call(self.tell, module)
+        else:
+            self.tell(module)
+
+    def tell(self, module: nn.Module) -> None:
+        """Tell the owner."""
         owner = self._owner()
-        if owner is None or torch.compiler.is_dynamo_compiling() or module is not self._module:
+        if owner is None or module is not self._module:
             return
-        if self._ends:
-            owner.end_pass(failed(output))
-        elif module.training and torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None:
-            owner.begin_pass()
+        if self._end is None:
+            owner.end_pass(module)
+            return
+        hooks = module._forward_hooks
+        if next(reversed(hooks)) != self._end.id:
+            hooks[self._end.id] = hooks.pop(self._end.id)  # behind hooks of others, which may raise
+        differentiated = torch._C._functorch.peek_interpreter_stack() is not None
+        owner.begin_pass(module, trains=module.training and torch.is_grad_enabled() and not differentiated)
 
 
 class OutputHook(_Hook):
@@ -252,11 +266,12 @@ class OutputHook(_Hook):
 def add_hooks(
     model: nn.Module, layers: Sequence[Layer], owner: weakref.ref[Any], outputs: Any
 ) -> list[RemovableHandle]:
-    """The hooks around a model's passes, on its layers' inputs, and where outputs are scaled on these."""
-    handles = [
-        model.register_forward_pre_hook(PassHook(model, owner, ends=False)),
-        model.register_forward_hook(PassHook(model, owner, ends=True), always_call=True),
-    ]
+    """The hooks around the passes of a model and its wrappers, on layers' inputs, and on outputs that are scaled."""
+    handles = []
+    for module in wrappers(model):
+        end = module.register_forward_hook(PassHook(module, owner), always_call=True)
+        handles += [end, module.register_forward_pre_hook(PassHook(module, owner, end), prepend=True)]
+    model = unwrap(model)
     places = {layer.name: i for i, layer in enumerate(layers)}
     for own in by_module(layer for layer in layers if layer.inner).values():
         inner = InnerHook([(places[layer.name], layer) for layer in own], owner)
@@ -382,10 +397,11 @@ def stepping(optimizer: Optimizer, layers: Sequence[Layer]) -> Optimizer:
             f"attach needs a torch optimizer, or a wrapper that holds one, got {type(optimizer).__name__}; "
             "call step() yourself, before its step()"
         )
+    if why := getattr(inner, "not_attached", ""):
+        raise InvalidInputError(why)
     if isinstance(inner, LBFGS):
         raise InvalidInputError("LBFGS searches along its own direction with several evaluations; BNP would break it")
-    held = {id(p) for group in inner.param_groups for p in group["params"]}
-    absent = [layer for layer in layers if id(layer.own_weight) not in held]
+    absent = not_held(inner, layers)
     if len(absent) == len(layers):
         raise InvalidInputError(
             "the optimizer holds no weight of a covered layer: it was made for another model, or from a copy"
@@ -399,6 +415,12 @@ def stepping(optimizer: Optimizer, layers: Sequence[Layer]) -> Optimizer:
             3,
         )
     return inner
+
+
+def not_held(optimizer: Optimizer, layers: Iterable[Layer]) -> list[Layer]:
+    """The layers whose weights an optimizer does not step."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [layer for layer in layers if id(layer.own_weight) not in held]
 
 
 def before_steps(optimizer: Optimizer, step: Callable[[], None]) -> RemovableHandle:

@@ -67,11 +67,20 @@ def find_gradients(layers: Sequence[Layer], seen: Container[int], rows: Sequence
             continue
         if type(weight) is not Tensor:
             weight, bias = (None if g is None else require_whole_units(layer, g) for g in (weight, bias))
+        if not weight.is_floating_point():
+            raise InvalidInputError(f"layer {layer.name!r} has become {weight.dtype} since BNP was made: make it anew")
         if weight.layout is not torch.strided or (bias is not None and bias.layout is not torch.strided):
             raise InvalidInputError(f"the gradient of layer {layer.name!r} is sparse; BNP needs dense gradients")
         found.append((i, layer, weight, bias))
     if not found:
         raise InvalidInputError("step() before any backward pass: no covered layer has a gradient")
+    owners = {id(weight): layer.name for _, layer, weight, _ in found}
+    if len(owners) < len(found):
+        shared = [layer.name for _, layer, weight, _ in found if owners[id(weight)] != layer.name]
+        raise InvalidInputError(
+            f"layer {shared[0]!r} shares its weight with another one since BNP was made, and P P^T would be applied to "
+            "the gradient twice: make it anew"
+        )
     if missing:
         raise InvalidInputError(
             f"layers ran in the forward pass but have no gradient: {', '.join(missing)}. Let the loss depend on them, "
@@ -478,6 +487,8 @@ class Update:
                 blocks[layer.name] = (layer_positions(own, space), block)
                 seen[own] = self._running.rows[i], self._running.examples[i]
                 constant[layer.name] = tuple(torch.nonzero(still.flatten()).flatten().tolist())
+        if covered and not blocks:
+            raise InvalidInputError("space holds no weight of the layers that BNP acts on: it is of another model")
         settings = {**asdict(self._settings), "step": self._running.step}
         return BNPPreconditioner(
             space,
