@@ -217,6 +217,8 @@ def test_units(name: str, dtype: torch.dtype) -> None:
             truth = top * top / determinant
         risk = unit(activation, values, dtype)
         check(bnp.gauss_newton(risk, block="0"), truth, largest=max(abs(a), abs(b)))
+        if min(abs(a), abs(b)) > 1e-6:
+            continue
         null = bnp.null_directions(risk, block="0")
         assert "dead units" not in null.sources, values
         assert "inactive rows" not in null.sources, values
