@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bnp_analysis as bnp
+from bnp_analysis.curvature import output_curvature
 
 mp.mp.dps = 60
 
@@ -409,3 +410,19 @@ def test_moves_of_two_operations_do_not_cancel(z: float) -> None:
     """`-p` moved against `p = sigmoid(z)` in every trial: an interval of 1e-5 around a number that was off by 1e-4."""
     loss = logits([0.25, z], lambda o, y: -torch.log1p(-torch.sigmoid(o)).mean(), torch.float64)
     assert contains(bnp.condition_number(bnp.gauss_newton(loss)), bell(mp.mpf(0.25)) / bell(mp.mpf(z)))
+
+
+def test_a_loss_is_tried_once_for_all_blocks_and_anew_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same outputs have the same digits; those of another point, dtype or part of the data have others."""
+    tried = []
+    known = output_curvature._loss_doubt
+    monkeypatch.setattr(output_curvature, "_loss_doubt", lambda risk: tried.append(risk) or known(risk))
+    risk = logits([0.5, 3.0], LOSSES["log cosh"][0], torch.float64)
+    for made in (risk, risk.restrict(["weight"]), risk.restrict(["weight"])):
+        assert output_curvature.products_of_loss(made) == output_curvature.products_of_loss(risk)
+    assert len(tried) == 1
+    far = risk.at(torch.tensor([0.5, 15.0], dtype=torch.float64))
+    assert output_curvature.products_of_loss(far)[0] > 10 * output_curvature.products_of_loss(risk)[0]
+    for other in (risk.to(torch.float32), risk.alone(next(iter(risk.batches)))):
+        output_curvature.products_of_loss(other)
+    assert len(tried) == 4
