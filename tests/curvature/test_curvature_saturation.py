@@ -426,3 +426,18 @@ def test_a_loss_is_tried_once_for_all_blocks_and_anew_elsewhere(monkeypatch: pyt
     for other in (risk.to(torch.float32), risk.alone(next(iter(risk.batches)))):
         output_curvature.products_of_loss(other)
     assert len(tried) == 4
+
+
+@pytest.mark.parametrize(("size", "vanished"), [(3.0, False), (800.0, True)], ids=["not looked at", "saturated"])
+def test_zeros_of_a_loss_are_structure_where_it_does_not_look(size: float, vanished: bool) -> None:
+    """One output has no part in the loss; beside it one whose curvature may have underflowed."""
+
+    def loss(o: Tensor, y: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(o[:, 0], y[:, 0])
+
+    model = nn.Linear(1, 2, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[size], [1.0]]))
+    risk = bnp.EmpiricalRisk(model, loss, (torch.ones(1, 1).double(), torch.zeros(1, 2).double()))
+    assert output_curvature.products_of_loss(risk)[1] is vanished
+    assert bnp.gauss_newton(risk).zeros_are_structural is not vanished
