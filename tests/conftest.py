@@ -41,7 +41,7 @@ class RandomStates:
 
     def _begin(self, name: str) -> None:
         seed = zlib.crc32(f"{name}{os.environ.get('BNP_ANALYSIS_TEST_SALT', '')}".encode())
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` also formats the stack, for devices not begun
         np.random.seed(seed)  # noqa: NPY002
         random.seed(seed)
 

@@ -44,7 +44,7 @@ FORBIDDEN = {  # what a room must not name at all, whether it imports it or reac
 def imported(tree: ast.AST, module: str, *, is_package: bool) -> Iterator[tuple[int, str]]:
     """The dotted names that a module imports, anywhere in it, with their lines."""
     home = module.split(".") if is_package else module.split(".")[:-1]
-    for node in ast.walk(tree):
+    for node in walked(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -61,12 +61,12 @@ def imported(tree: ast.AST, module: str, *, is_package: bool) -> Iterator[tuple[
 def reached(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """The dotted names that a module reaches as attributes of torch, under whatever name it imported it."""
     names = {}
-    for node in ast.walk(tree):
+    for node in walked(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split(".")[0] == "torch":
                     names[alias.asname or "torch"] = alias.name if alias.asname else "torch"
-    for node in ast.walk(tree):
+    for node in walked(tree):
         parts: list[str] = []
         inner: ast.AST = node
         while isinstance(inner, ast.Attribute):
@@ -79,6 +79,12 @@ def reached(tree: ast.AST) -> Iterator[tuple[int, str]]:
 @functools.cache
 def parsed_text(text: str) -> ast.Module:
     return ast.parse(text)
+
+
+@functools.cache
+def walked(tree: ast.AST) -> tuple[ast.AST, ...]:
+    """All nodes of a tree, found once for all tests."""
+    return tuple(ast.walk(tree))
 
 
 def parsed(path: Path) -> ast.Module:
@@ -128,7 +134,7 @@ def test_a_risk_is_used_by_its_public_names() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{node.lineno} reads {node.attr}"
         for path in (ROOT / PACKAGE).rglob("*.py")
-        for node in ast.walk(parsed(path))
+        for node in walked(parsed(path))
         if isinstance(node, ast.Attribute) and node.attr in own and path.parent.name != "network"
         if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "other", "cls"))
     ]
@@ -212,7 +218,7 @@ def test_nothing_is_left_unimplemented() -> None:
     stubs = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in (ROOT / PACKAGE).rglob("*.py")
-        for node in ast.walk(parsed(path))
+        for node in walked(parsed(path))
         if isinstance(node, ast.Name) and node.id == "NotImplementedError"
     ]
     assert stubs == []
@@ -230,7 +236,7 @@ MODES = re.compile("'[rwaxb+]*[wax+][rwaxb+]*'")
 
 def writes(tree: ast.AST) -> Iterator[int]:
     """The lines that write a file by its name, and not into the `file` that `whole_file` gives."""
-    for node in ast.walk(tree):
+    for node in walked(tree):
         if not isinstance(node, ast.Call):
             continue
         name = ast.unparse(node.func)

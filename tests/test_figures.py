@@ -31,6 +31,12 @@ def _few_points(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(frame.module(CHEAP).PRESETS, "quick", few)
 
 
+@pytest.fixture
+def _blank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that look at no picture."""
+    monkeypatch.setattr(frame.module(CHEAP), "draw", lambda data: plt.figure())
+
+
 def ignore(fraction: float) -> None:
     """Nobody looks."""
 
@@ -78,6 +84,7 @@ def test_changed_settings_are_computed_anew(tmp_path: Path, monkeypatch: pytest.
     assert data["observed"].shape[-1] == 2
 
 
+@pytest.mark.usefixtures("_blank")
 def test_an_interrupted_run_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     later = "fig10_shift_and_scale"
 
@@ -110,6 +117,7 @@ def test_what_a_computation_keeps_to_go_on_is_bound_to_the_code_and_goes_with_th
     assert not folder.exists()
 
 
+@pytest.mark.usefixtures("_blank")
 @pytest.mark.parametrize("timed", [False, True])
 def test_only_claims_that_are_not_about_times_decide_the_exit_status(
     timed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -124,7 +124,7 @@ def products_of_loss(risk: EmpiricalRisk) -> tuple[float, bool]:
         found = risk.group.share(lambda: _loss_doubt(risk), "the rounding of the loss's curvature")
         return torch.tensor([max(r for r, _ in found), any(v for _, v in found)], dtype=torch.float64)
 
-    rounding, vanished = risk.remembered("doubt", doubt).tolist()
+    rounding, vanished = risk.remembered("doubt", doubt, of_outputs=True).tolist()
     return max(product_eps(risk), rounding / ROUNDINGS), bool(vanished)
 
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.models.normalization import Normalization
-from bnp_analysis.models.parts import add_layer, check_activation, check_sizes, make_activation, seeded
+from bnp_analysis.models.parts import Normalization, add_layer, check_activation, check_sizes, make_activation, seeded
 from bnp_analysis.models.transformer import transformer
 
 

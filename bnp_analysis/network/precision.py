@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -399,13 +400,17 @@ class Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Between 0.5 and 2.5 with signs, from the bits of numbers: the same on every device."""
         bits = t.contiguous().view(_BITS[t.element_size()]).long()
         self._calls += not self._alike
-        key = random.Random(f"{self._seed} {self._calls} {name}").getrandbits(62)
-        mixed = (bits ^ key).mul_(0x1E3779B97F4A7C15)
+        mixed = (bits ^ _key(f"{self._seed} {self._calls} {name}")).mul_(0x1E3779B97F4A7C15)
         mixed.bitwise_xor_(mixed >> 29).mul_(0x3F58476D1CE4E5B9)
         # Sixteen bits for the size in units of 2^-15, and one for the sign; float32 holds them all, float16 does not.
         size = (mixed >> 32).bitwise_and_(0xFFFF).add_(1 << 14)
         sign = -1 if self._shrinking else (mixed << 13).bitwise_right_shift_(63).bitwise_or_(1)
         return (size.mul_(sign).double() / 2**15).to(t)
+
+
+@lru_cache(maxsize=1024)
+def _key(name: str) -> int:
+    return random.Random(name).getrandbits(62)
 
 
 def perturbed(seed: int, compute: Callable[[], T], *, alike: bool = True) -> tuple[T, bool] | None:

@@ -134,6 +134,8 @@ class EmpiricalRisk:
             if at is not None:
                 self._move(at)
             self._cache: dict[str, Tensor] = {}
+            # What follows from the outputs and the loss alone, for all risks that have these outputs.
+            self._of_outputs: dict[str, Tensor] = {}
             # Which second derivatives have been tried, for all risks made of this one, and where gradients were.
             self.tried = set[str]()
             self.place: Trial | None = None
@@ -173,11 +175,12 @@ class EmpiricalRisk:
                 total += batch.count / self.batches.total * loss.double()
         return total
 
-    def remembered(self, what: str, compute: Callable[[], Tensor]) -> Tensor:
-        """What was computed once of this risk at its own point."""
-        if what not in self._cache:
-            self._cache[what] = compute()
-        return self._cache[what]
+    def remembered(self, what: str, compute: Callable[[], Tensor], *, of_outputs: bool = False) -> Tensor:
+        """What was computed once of this risk at its own point; of its outputs, whichever tensors are free."""
+        cache = self._of_outputs if of_outputs else self._cache
+        if what not in cache:
+            cache[what] = compute()
+        return cache[what]
 
     @property
     def value(self) -> Tensor:
@@ -218,6 +221,7 @@ class EmpiricalRisk:
         """The same risk at another point; model and data are shared, nothing is checked again but the point."""
         other = copy.copy(self)
         other._cache = {}
+        other._of_outputs = {}
         other._move(theta)
         other.group.agree(other.theta, "the point")
         other._require_finite_parameters()
@@ -237,6 +241,7 @@ class EmpiricalRisk:
         other._constants = {n: t.to(device=where, dtype=counterpart(t, dtype)) for n, t in self._constants.items()}
         other.batches = self.batches.to(dtype, where)
         other._cache = {name: t.to(other.theta) for name, t in self._cache.items() if name == GENERIC}
+        other._of_outputs = {}
         # Found when it is asked for; over several processes now, since all of them take part.
         other._precision = None if other.group.size == 1 else find_precision(other)
         return other
@@ -263,6 +268,7 @@ class EmpiricalRisk:
             return self
         other = copy.copy(self)
         other.group, other.batches = ALONE, self.batches.gathered()
+        other._of_outputs = {}
         return other
 
     @recording()
@@ -360,6 +366,7 @@ class EmpiricalRisk:
         other.group, other.batches = ALONE, self.batches.alone(batch)
         # A point is no matter of the data.
         other._cache = {name: t for name, t in self._cache.items() if name == GENERIC}
+        other._of_outputs = {}
         return other
 
     def pullback(self, scalar: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:

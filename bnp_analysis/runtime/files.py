@@ -331,9 +331,7 @@ def saved_run(path: str | Path | None, key: str) -> Iterator[SavedRun]:
 
 
 @contextmanager
-def reading(
-    path: str | os.PathLike[str], what: str, ways: str = "delete it, or give another checkpoint="
-) -> Iterator[None]:
+def reading(path: str | os.PathLike[str], what: str) -> Iterator[None]:
     """Errors of someone who reads a damaged file become one of the package, which names the file and what is missing.
 
     Raises:
@@ -353,6 +351,7 @@ def reading(
         raise
     except Exception as error:
         words = f"no {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        ways = "delete it, or give another checkpoint="
         raise InvalidInputError(f"{os.fspath(path)} is not {what}, or damaged ({words}); {ways}") from error
 
 

@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -38,21 +39,25 @@ def available_memory(device: torch.device | None = None) -> int:
 
 def _within_control_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
     """What the limits of a container leave: the least over this process's control groups, file caches being free."""
-    room = sys.maxsize
     try:
-        lines = own.read_text().splitlines()
+        return min((_left(*group) for group in _limited(root, own.read_text())), default=sys.maxsize)
     except OSError:
-        return room
-    for line in lines:
+        return sys.maxsize
+
+
+@cache
+def _limited(root: Path, own: str) -> list[tuple[Path, str, str]]:
+    """The control groups that have a limit of memory, and the names of their files; most on the way have none."""
+    found = []
+    for line in own.splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
         top, names = (root, ("max", "current")) if not controllers else (root / "memory", _FIRST_VERSION)
-        for group in (top / path.lstrip("/"), *(top / path.lstrip("/")).parents):
-            room = min(room, _left(group, *names))
-            if group == top:
-                break
-    return room
+        inside = [top / path.lstrip("/"), *(top / path.lstrip("/")).parents]
+        inside = inside[: inside.index(top) + 1]
+        found += [(group, *names) for group in inside if (group / f"memory.{names[0]}").exists()]
+    return found
 
 
 _FIRST_VERSION = ("limit_in_bytes", "usage_in_bytes")

@@ -25,7 +25,5 @@ _MOVED = ("MethodComparison", "compare_methods")
 
 
 def __getattr__(name: str) -> NoReturn:
-    moved = (
-        ": it is in paper_figures.comparison of a checkout" if name in ("MethodComparison", "compare_methods") else ""
-    )
+    moved = ": it is in paper_figures.comparison of a checkout" if name in _MOVED else ""
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}{moved}")

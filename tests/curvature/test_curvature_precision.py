@@ -62,8 +62,7 @@ def problem(kind: Callable[[Tensor, torch.dtype], Tensor], inside: torch.dtype, 
     return bnp.EmpiricalRisk(model, F.cross_entropy, (x, y))
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "seed"), [(kind, place % 2) for place, kind in enumerate(KINDS)])
 def test_intervals_contain_the_truth(kind: Callable[[Tensor, torch.dtype], Tensor], seed: int) -> None:
     exact, rough = problem(kind, DOUBLE, seed), problem(kind, SINGLE, seed)
     for block in ("0", "2"):
@@ -192,21 +191,23 @@ def centered(offset: float) -> Callable[[Tensor, torch.dtype], Tensor]:
     return normalize
 
 
-@pytest.mark.parametrize("offset", [1.0, 1e2, 2e2])
-def test_what_cancels_after_a_cast_counts(offset: float) -> None:
-    for seed in range(2):
-        rough, exact = problem(centered(offset), SINGLE, seed), problem(centered(0.0), DOUBLE, seed)
-        for block in ("0", "2"):
-            pair = [bnp.condition_number(bnp.gauss_newton(r, block=block)) for r in (rough, exact)]
-            # One-sided without null directions: no value but the lower bounds, and those of float64 are the truth.
-            assert pair[0].lower <= pair[1].value * (1 + 1e-9)
-        known = [bnp.null_directions(r, block="2") for r in (rough, exact)]
-        found, truth = (
-            bnp.condition_number(bnp.gauss_newton(r, block="2"), null=null)
-            for r, null in zip((rough, exact), known, strict=True)
-        )
-        assert truth.two_sided
-        assert found.lower <= truth.value <= found.upper
+@pytest.mark.parametrize(("offset", "seed"), [(1.0, 0), (2e2, 1)])  # hardly any cancellation, and all but too much
+def test_what_cancels_after_a_cast_counts(offset: float, seed: int) -> None:
+    rough, exact = problem(centered(offset), SINGLE, seed), problem(centered(0.0), DOUBLE, seed)
+    for block in ("0", "2"):
+        pair = [bnp.condition_number(bnp.gauss_newton(r, block=block)) for r in (rough, exact)]
+        # One-sided without null directions: no value but the lower bounds, and those of float64 are the truth.
+        assert pair[0].lower <= pair[1].value * (1 + 1e-9)
+    known = [bnp.null_directions(r, block="2") for r in (rough, exact)]
+    found, truth = (
+        bnp.condition_number(bnp.gauss_newton(r, block="2"), null=null)
+        for r, null in zip((rough, exact), known, strict=True)
+    )
+    assert truth.two_sided
+    assert found.lower <= truth.value <= found.upper
+
+
+def test_what_leaves_no_digits_is_refused() -> None:
     far = problem(centered(1e4), SINGLE)
     with pytest.raises(InvalidInputError, match="digits"):
         bnp.condition_number(bnp.gauss_newton(far))

@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 import bnp_analysis as bnp
 from bnp_analysis.linalg import CallableOperator, GramOperator, MatrixOperator
 
-# Also run as a program: `python this_file NAME FOLDER` computes slowly until it is killed.
+# Also run as a program: `python this_file NAME=FOLDER ...` computes slowly until it is killed.
 N = 150
 
 
@@ -73,22 +74,36 @@ RUNS: dict[str, Callable[[Path | None, Path], Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """Where each run keeps its state; all are under way, in processes of their own, forked where torch is loaded."""
+    made = {name: tmp_path_factory.mktemp(name) for name in RUNS}
+    words = [f"{name}={folder}" for name, folder in made.items()]
+    root = str(Path(__file__).parents[2])
+    with subprocess.Popen(
+        [sys.executable, __file__, *words], env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    ) as parent:
+        try:
+            yield made
+        finally:
+            for pid in (folder / "pid" for folder in made.values()):
+                if pid.exists():
+                    with suppress(ProcessLookupError):
+                        os.kill(int(pid.read_text()), signal.SIGKILL)
+            parent.kill()
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_a_killed_run_ends_with_the_same_numbers(name: str, tmp_path: Path) -> None:
-    folder = tmp_path / "killed"
-    folder.mkdir()
-    root = Path(__file__).parents[2]
-    process = subprocess.Popen(
-        [sys.executable, __file__, name, str(folder)],
-        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-    )
-    limit = time.monotonic() + 120
+def test_a_killed_run_ends_with_the_same_numbers(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder, limit = folders[name], time.monotonic() + 120
     while not (folder / "reached").exists():
-        assert process.poll() is None
         assert time.monotonic() < limit
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
+    while not (folder / "ended").exists():
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    assert int((folder / "ended").read_text()) == -signal.SIGKILL
     assert (folder / "run.pt").exists(), "nothing was saved before the kill"
     resumed, whole = RUNS[name](None, folder / "run.pt"), RUNS[name](None, tmp_path / "whole.pt")
     assert resumed.matvecs >= whole.matvecs
@@ -96,6 +111,23 @@ def test_a_killed_run_ends_with_the_same_numbers(name: str, tmp_path: Path) -> N
     assert dataclasses.replace(resumed, matvecs=whole.matvecs) == whole
 
 
-if __name__ == "__main__":
+def main(words: list[str]) -> None:
+    """Start every run in a fork; say when one has ended, and how."""
     torch.set_num_threads(1)
-    RUNS[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[2]) / "run.pt")
+    started: dict[int, Path] = {}
+    for name, _, path in (word.partition("=") for word in words):
+        folder = Path(path)
+        if (pid := os.fork()) == 0:
+            (folder / "pid").write_text(str(os.getpid()))
+            RUNS[name](folder, folder / "run.pt")
+            os._exit(0)
+        started[pid] = folder
+    while started:
+        pid, status = os.wait()
+        folder = started.pop(pid)
+        (folder / "status").write_text(str(os.waitstatus_to_exitcode(status)))
+        (folder / "status").rename(folder / "ended")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

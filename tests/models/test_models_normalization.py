@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bnp_analysis import models
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.models.normalization import NORMS, Normalization
+from bnp_analysis.models.parts import NORMS, Normalization
 
 NORM_TYPES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 LAYER_TYPES = (nn.Linear, nn.Conv2d)

@@ -18,7 +18,7 @@ from bnp_analysis.theory.statements import spectra
 from bnp_analysis.theory.statements.setting import Problem, Statement
 from bnp_analysis.theory.suite import STATEMENTS
 
-HOMOGENEOUS = {"relu", "deep", "constant feature", "conv", "conv, zero padding", "conv, circular", "conv, groups"}
+HOMOGENEOUS = {"relu", "deep", "constant feature", "conv", "conv, circular", "conv, groups, zero padding"}
 COUPLED = {"batch norm, live"}
 # Statement -> networks on which something of it need not apply; elsewhere it must.
 EXCEPT = {
@@ -50,7 +50,7 @@ def problem_of(name: str) -> Problem:
 def tried(statement: Statement, name: str) -> bool:
     if statement.source in ELSEWHERE:
         return name == "relu"
-    # "conv" is "conv, groups" with one group.
+    # "conv" is "conv, circular" without padding.
     return name != "conv" and (name != "deep" or statement.source in SEVERAL_LAYERS)
 
 

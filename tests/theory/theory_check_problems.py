@@ -80,9 +80,8 @@ NETWORKS: dict[str, Callable[[], bnp.EmpiricalRisk]] = {
         lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, CLASSES)), inputs(40, 6)
     ),
     "conv": _conv,
-    "conv, zero padding": lambda: _conv(padding=1),
     "conv, circular": lambda: _conv(padding=1, padding_mode="circular"),
-    "conv, groups": lambda: _conv(groups=2, stride=2),
+    "conv, groups, zero padding": lambda: _conv(groups=2, stride=2, padding=1),
     "batches": lambda: bnp.EmpiricalRisk(
         bnp.models.mlp([6, 4, 3], seed=1, dtype=torch.float64),
         nn.functional.cross_entropy,
@@ -141,7 +140,6 @@ AWKWARD: dict[str, Callable[[], bnp.EmpiricalRisk]] = {
     "dead units": lambda: _hidden(1e-6 * inputs(24, 4), dead=True),
     "far from the origin": lambda: _hidden(1e4 + inputs(24, 4)),
     "duplicate features": lambda: _hidden(inputs(24, 2).repeat(1, 2)),
-    "squared loss": lambda: _squared(nn.functional.mse_loss),
     "a loss without curvature": lambda: _squared(nn.functional.l1_loss),
     "a loss that is not convex": lambda: _squared(lambda outputs, y: torch.sin(3 * outputs - y).mean()),
 }

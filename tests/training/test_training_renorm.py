@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from bnp_analysis import models
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.models.normalization import BatchRenorm
+from bnp_analysis.models.parts import BatchRenorm
 
 DOUBLE = torch.float64
 

@@ -216,17 +216,29 @@ class Verifier:
 
     def __init__(self, operator: LinearOperator, count: int) -> None:
         rows, columns = operator.shape
-        self.matvecs, self.tolerance = NORM_STEPS, null_tolerance(operator)
+        self.matvecs, self.tolerance = 0, null_tolerance(operator)
         # Only ratios count: squares of what is far from 1 leave the floats.
         self._operator = scaled(operator)
         self._by_rows = count > min(operator.dense_cost, COMBINED)
         self._combined = self._by_rows and operator.dense_cost > COMBINED
         self.doubt = MISSED if self._combined else 0.0
-        self._scale = math.sqrt(norm_estimate(GramOperator(self._operator)))
         self._kept: list[Tensor] | None = None
         size = 2 * min(rows, COMBINED if self._combined else rows) * columns * operator.dtype.itemsize
         if self._combined or (self._by_rows and size < min(_KEPT, available_memory())):
             self._kept = list(self._row_blocks())
+        if self._kept and not self._combined:
+            self._scale = math.sqrt(norm_estimate(self._gram_of(self._kept)))
+        else:
+            self._scale = math.sqrt(norm_estimate(GramOperator(self._operator)))
+            self.matvecs += NORM_STEPS
+
+    def _gram_of(self, kept: list[Tensor]) -> SymmetricOperator:
+        """`F^T F` from the rows that are held, without products of the operator."""
+
+        def product(v: Tensor) -> Tensor:
+            return torch.stack([rows @ (rows.T @ v) for rows in kept]).sum(dim=0)
+
+        return CallableOperator(product, kept[0].shape[0], dtype=kept[0].dtype, eps=self._operator.eps)
 
     def sizes(self, parts: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """The relative sizes of the images of nonzero columns `(p, k)` on coordinates `(p,)`, for each such pair."""
