@@ -120,13 +120,44 @@ def test_a_layer_forms_its_jacobian_once(images, monkeypatch):
 
     monkeypatch.setattr(JacobianFactor, "row_blocks", counted)
     monkeypatch.setattr(JacobianFactor, "to_dense", lambda self: pytest.fail("the factor is formed once more"))
-    monkeypatch.setattr(blocks, "known_null", lambda risk, block, factor=None: None)
+    monkeypatch.setattr(blocks, "known_null", lambda risk, block, factor=None, reading=None: None)
     bnp.layer_table(images, off_block=False)  # which forms that of the whole network
     assert len(formed) == 1
     # Also where every number with P is measured once more on the rows themselves.
     monkeypatch.setattr(blocks, "_WIDTH", -1.0)
     bnp.layer_table(images, off_block=False)
     assert len(formed) == 2
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_layers_that_are_differentiated_share_one_sweep(generator, monkeypatch, frozen):
+    """Two convolutions and a map over positions; in the second case one of them is not among the parameters."""
+    x, y = torch.rand(12, 2, 6, 6, generator=generator).double(), torch.randint(0, 3, (12, 4), generator=generator)
+    layers = [nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Conv2d(3, 4, 3), nn.Flatten(2), nn.Linear(4, 3)]
+    model = nn.Sequential(*layers).double()
+    if frozen:
+        model[2].requires_grad_(False)
+    risk = bnp.EmpiricalRisk(model, lambda z, t: cross_entropy(z.flatten(0, 1), t.flatten()), (x, y))
+    formed, rows = [], JacobianFactor.row_blocks
+
+    def counted(self):
+        formed.append(self.shape)
+        yield from rows(self)
+
+    monkeypatch.setattr(JacobianFactor, "row_blocks", counted)
+    table = bnp.layer_table(risk, off_block=True)
+    assert formed == [(12 * 4 * 3, risk.space.dim)]
+    assert table.matvecs == sum(row.matvecs for row in table.layers) + bnp.gauss_newton(risk).factor.dense_cost
+    A, names = bnp.gauss_newton(risk).to_dense(), [row.layer for row in table.layers]
+    inside = sum(A[p][:, p].square().sum() for p in map(risk.space.indices, names))
+    assert table.off_block.value == pytest.approx(float((1 - inside / A.square().sum()).sqrt()), rel=1e-9)
+    monkeypatch.setattr(blocks, "available_memory", lambda device=None: 0)
+    for row, apart in zip(table.layers, bnp.layer_table(risk).layers, strict=True):
+        assert row.block.value == pytest.approx(apart.block.value, rel=1e-6)
+        assert row.block.two_sided == apart.block.two_sided
+        assert row.is_hessian == apart.is_hessian
+    monkeypatch.undo()
+    assert require_same(risk, table) > 0
 
 
 def test_numbers_do_not_depend_on_the_threads(data):

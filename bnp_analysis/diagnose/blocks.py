@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bnp_analysis.curvature import gauss_newton
 from bnp_analysis.curvature.units import UnitBlocks
@@ -29,7 +31,8 @@ from bnp_analysis.precondition import NetworkPreconditioner
 from bnp_analysis.runtime.memory import available_memory
 from bnp_analysis.runtime.progress import Progress
 from bnp_analysis.runtime.threads import each
-from bnp_analysis.symmetry import NullDirections, null_directions
+from bnp_analysis.symmetry import NullDirections
+from bnp_analysis.symmetry.null_space import Reading, search
 
 Pair = tuple[ConditionNumber | None, ConditionNumber | None]
 # Parameters of a block beyond which tables do not search for all its null directions.
@@ -50,9 +53,10 @@ class BlockNumbers:
 def block_numbers(
     risk: EmpiricalRisk,
     layer: Layer,
+    own: SymmetricOperator,
     P: NetworkPreconditioner,
     dense: UnitBlocks | None,
-    engine: Mapping[str, Any],
+    reading: Callable[[], Reading],
     seed: int,
     update: Callable[[int], None],
 ) -> BlockNumbers:
@@ -61,19 +65,19 @@ def block_numbers(
     Args:
         risk: the empirical risk.
         layer: one of its covered layers.
+        own: its Gauss-Newton block.
         P: the preconditioner.
         dense: the layer's unit blocks, where it is dense and runs once per example.
-        engine: `engine` and `max_memory` of operators.
+        reading: makes what a search for null directions reads of the network, once.
         seed: of random starts.
         update: gets how many of the layer's blocks are done.
     """
-    own = _own_block(risk, layer, dense, engine)
     products, small = 0, own
     if reducible(own) and own.factor is not None:
         products = own.factor.dense_cost
         own = held(own, own.factor)
         small = reduced(own)
-    null = known_null(risk, layer.name, small.factor if small is not own else None)
+    null = known_null(risk, layer.name, small.factor if small is not own else None, reading=reading)
     whole = pair(small, P.block(layer.name), null, seed, direct=own)
     update(1)
     inner = risk.space.restrict(risk.space.layer_names(layer.name))
@@ -150,16 +154,33 @@ def _doubt(k: ConditionNumber) -> tuple[int, float]:
 
 
 def known_null(
-    risk: EmpiricalRisk, block: str | None, factor: LinearOperator | None = None, *, curvature: str = "gauss-newton"
+    risk: EmpiricalRisk,
+    block: str | None,
+    factor: LinearOperator | None = None,
+    *,
+    curvature: str = "gauss-newton",
+    reading: Callable[[], Reading] | None = None,
 ) -> NullDirections | None:
     """The verified null directions; None for large blocks, whose basis is dense: their numbers stay one-sided."""
-    names = risk.space.names if block is None else risk.space.layer_names(block)
-    if risk.space.restrict(names).dim > SEARCHED:
+    if not searched(risk, block):
         return None
+    inner = risk if block is None else risk.restrict(risk.space.layer_names(block))
     try:
-        return null_directions(risk, curvature=curvature, block=block, factor=factor)
+        return search(inner, curvature, factor, None if reading is None else reading())
     except MemoryLimitError:
         return None
+
+
+def searched(risk: EmpiricalRisk, block: str | None) -> bool:
+    """Whether all null directions of a block, or of the whole, are looked for."""
+    names = risk.space.names if block is None else risk.space.layer_names(block)
+    return risk.space.restrict(names).dim <= SEARCHED
+
+
+def reading_of(risk: EmpiricalRisk, layers: Sequence[Layer]) -> Callable[[], Reading]:
+    """What the search reads of the network for those of some layers that it covers, read when it is first asked for."""
+    found = [name for layer in layers if searched(risk, layer.name) for name in risk.space.layer_names(layer.name)]
+    return cache(lambda: Reading(risk.restrict(found)))
 
 
 def measured(risk: EmpiricalRisk, dtype: torch.dtype | None, what: str) -> EmpiricalRisk:
@@ -169,14 +190,65 @@ def measured(risk: EmpiricalRisk, dtype: torch.dtype | None, what: str) -> Empir
     return risk
 
 
-def _own_block(
-    risk: EmpiricalRisk, layer: Layer, dense: UnitBlocks | None, engine: Mapping[str, Any]
-) -> SymmetricOperator:
-    """The layer's Gauss-Newton block; its rows from inputs and cotangents where these are known and rows are needed."""
+class LayerBlocks:
+    """The Gauss-Newton blocks of layers; rows that have to be differentiated come from one sweep for all, if they fit.
+
+    Args:
+        risk: the empirical risk.
+        layers: the layers.
+        dense: unit blocks of those that are dense and run once per example.
+        engine: `engine` and `max_memory` of operators.
+
+    Attributes:
+        joint: the curvature of all layers together, where its rows are held; else None.
+        products: spent on the sweep.
+    """
+
+    def __init__(
+        self, risk: EmpiricalRisk, layers: Sequence[Layer], dense: Mapping[str, UnitBlocks], engine: Mapping[str, Any]
+    ) -> None:
+        self._risk, self._engine, self.products = risk, engine, 0
+        self._inputs = {layer.name: own for layer in layers if (own := _from_inputs(risk, layer, dense)) is not None}
+        self._rows: dict[str, Callable[[], SymmetricOperator]] = {}
+        self.joint: SymmetricOperator | None = None
+        names = [layer.name for layer in layers if layer.name not in self._inputs]
+        while len(names) > 1:
+            inner = risk.restrict([name for layer in names for name in risk.space.layer_names(layer)])
+            parts = {name: inner.space.indices(name) for name in names}
+            whole = gauss_newton(inner, **engine)
+            if whole.factor is None or sum(map(len, parts.values())) > inner.space.dim:
+                return
+            few = [name for name, positions in parts.items() if reducible(Restriction(whole, positions))]
+            if few == names:
+                self._sweep(whole, whole.factor, parts, every=len(names) == len(layers))
+                return
+            names = few
+
+    def _sweep(
+        self, whole: SymmetricOperator, factor: LinearOperator, parts: Mapping[str, Tensor], *, every: bool
+    ) -> None:
+        own = held(whole, factor)
+        if own is whole or own.factor is None:
+            return
+        rows, self.products = own.factor.to_dense(), factor.dense_cost
+        self._rows = {name: partial(_columns, rows, positions, factor) for name, positions in parts.items()}
+        self.joint = own if every else None
+
+    def of(self, layer: str) -> SymmetricOperator:
+        """The block of a layer."""
+        if layer in self._inputs:
+            return self._inputs[layer]
+        # For products alone kept graphs are as fast as the rows of a dense layer.
+        rows = self._rows.get(layer)
+        return gauss_newton(self._risk, block=layer, **self._engine) if rows is None else rows()
+
+
+def _from_inputs(risk: EmpiricalRisk, layer: Layer, dense: Mapping[str, UnitBlocks]) -> SymmetricOperator | None:
+    """A layer's block with rows from inputs and cotangents, where these are known and rows are needed."""
     names = (layer.weight,) if layer.bias is None else (layer.weight, layer.bias)
-    whole = None if dense is None or tuple(risk.space.layer_names(layer.name)) != names else dense.whole
-    # For products alone kept graphs are as fast.
-    return whole if whole is not None and reducible(whole) else gauss_newton(risk, block=layer.name, **engine)
+    known = layer.name in dense and tuple(risk.space.layer_names(layer.name)) == names
+    whole = dense[layer.name].whole if known else None
+    return whole if whole is not None and reducible(whole) else None
 
 
 def held(own: SymmetricOperator, factor: LinearOperator) -> SymmetricOperator:
@@ -186,12 +258,20 @@ def held(own: SymmetricOperator, factor: LinearOperator) -> SymmetricOperator:
     if not fits:
         return own
     # Zero rows may be missing: nothing of the matrix is lost.
-    formed = torch.cat(list(factor.row_blocks()))
+    return stored(torch.cat(list(factor.row_blocks())), factor)
+
+
+def _columns(rows: Tensor, positions: Tensor, factor: LinearOperator) -> SymmetricOperator:
+    return stored(rows[:, positions], factor)
+
+
+def stored(rows: Tensor, factor: LinearOperator) -> SymmetricOperator:
+    """The matrix of some columns of a factor whose rows have been formed."""
     return GramOperator(
         MatrixOperator(
-            formed,
+            rows,
             exact=factor.exact,
-            rank_bound=factor.rank_bound,
+            rank_bound=min(factor.rank_bound, rows.shape[1]),
             zeros_are_structural=factor.zeros_are_structural,
             eps=factor.eps,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bnp_analysis.curvature import CURVATURES, gauss_newton, hessian
 from bnp_analysis.curvature.units import unit_blocks
-from bnp_analysis.diagnose.blocks import block_numbers, known_null, measured, pair
+from bnp_analysis.diagnose.blocks import LayerBlocks, block_numbers, known_null, measured, pair, reading_of
 from bnp_analysis.diagnose.conditioning import condition
 from bnp_analysis.diagnose.price import MOST_WORK, off_block_is_cheap, require_work, table_work
 from bnp_analysis.diagnose.spectra import off_block as share_outside
@@ -27,7 +27,7 @@ from bnp_analysis.linalg import (
 )
 from bnp_analysis.linalg.condition.methods import automatic
 from bnp_analysis.linalg.spectra.checks import null_vectors
-from bnp_analysis.network import Coverage, EmpiricalRisk, Layer, coverage
+from bnp_analysis.network import Coverage, EmpiricalRisk, coverage
 from bnp_analysis.network.layers import asked_types
 from bnp_analysis.network.moments import input_triangles, layer_moments
 from bnp_analysis.precondition import NetworkPreconditioner, bnp_preconditioner
@@ -100,7 +100,8 @@ def layer_table(
     moments = layer_moments(risk, layers=found)
     triangles = input_triangles(risk, moments, found)
     units = unit_blocks(risk, found)
-    held = {"engine": engine, "max_memory": max_memory}
+    held: dict[str, Any] = {"engine": engine, "max_memory": max_memory}
+    own, reading = LayerBlocks(risk, list(found), units, held), reading_of(risk, list(found))
     table = []
     with reporting(
         progress, sum(layer.units + 2 for layer in found), f"layers, {sum(work.values()):.0e} flops"
@@ -110,7 +111,8 @@ def layer_table(
             forms = (triangles[layer.name].raw, triangles[layer.name].centered, triangles[layer.name].normalized)
             worst = [max((_singular(t, risk.eps) for t in form), key=lambda k: k.value) for form in forms]
             advance = partial(lambda before, count: update(before + count), done)
-            blocks = block_numbers(risk, layer, P, units.get(layer.name), held, seed, advance)
+            A = own.of(layer.name)
+            blocks = block_numbers(risk, layer, A, P, units.get(layer.name), reading, seed, advance)
             done += layer.units + 2
             update(done)
             table.append(
@@ -129,7 +131,7 @@ def layer_table(
                     unit_blocks_with_P=tuple(conditioned for _, conditioned in blocks.units),
                     block=blocks.whole[0],
                     block_with_P=blocks.whole[1],
-                    is_hessian=_equals_hessian(risk, layer, held, seed),
+                    is_hessian=_equals_hessian(A, hessian(risk, block=layer.name, **held), seed),
                     seed=seed,
                     matvecs=_products([*worst, *(k for both in [*blocks.units, blocks.whole] for k in both)])
                     + blocks.products
@@ -138,8 +140,11 @@ def layer_table(
             )
     share = None
     if off_block_is_cheap(risk, found, sum(work.values())) if off_block is None else off_block:
-        build = partial(gauss_newton, engine=engine, max_memory=max_memory)
-        share = share_outside(risk, [layer.name for layer in found], lambda r, block: build(r, block=block), seed=seed)
+
+        def build(of: EmpiricalRisk, block: str | tuple[str, int | slice] | None) -> SymmetricOperator:
+            return gauss_newton(of, block=block, **held) if block or own.joint is None else own.joint
+
+        share = share_outside(risk, [layer.name for layer in found], build, seed=seed)
     return LayerTable(
         layers=tuple(table),
         uncovered=dict(found.uncovered),
@@ -153,7 +158,7 @@ def layer_table(
         },
         engine=risk.provenance,
         seed=seed,
-        matvecs=sum(row.matvecs for row in table) + (0 if share is None else share.matvecs),
+        matvecs=sum(row.matvecs for row in table) + own.products + (0 if share is None else share.matvecs),
         seconds=time.perf_counter() - began,
     )
 
@@ -272,13 +277,12 @@ def _singular(triangle: Tensor, eps: float) -> ConditionNumber:
     return singular_condition_number(MatrixOperator(triangle, exact=False, eps=eps), null_vectors(triangle))
 
 
-def _equals_hessian(risk: EmpiricalRisk, layer: Layer, engine: Mapping[str, Any], seed: int) -> bool | None:
+def _equals_hessian(A: SymmetricOperator, H: SymmetricOperator, seed: int) -> bool | None:
     """Whether one random product of the layer's Hessian block equals that of its Gauss-Newton block (T1').
 
     None where an operation has no second derivative.
     """
-    H, A = (build(risk, block=layer.name, **engine) for build in (hessian, gauss_newton))
-    v = normal((A.dim,), generator(seed), risk.theta)
+    v = normal((A.dim,), generator(seed), torch.empty(0, dtype=A.dtype, device=A.device))
     image = A @ v
     tolerance = 1e3 * A.eps * float(A.dim) ** 0.5
     try:

@@ -317,11 +317,15 @@ class ReducedFactor(LinearOperator):
         rounding: that error: `R = Q^T (F + E)` with orthonormal columns `Q` and `|E e_j| <= rounding |F e_j|`.
         rank: a structural bound of the rank of `F`.
         factor: `F`, whose dtype and precision are kept.
+
+    Attributes:
+        norms: seed -> an estimate of `|R|`, kept since every part of it is judged against the whole.
     """
 
     def __init__(self, matrix: Tensor, columns: Tensor, rounding: float, rank: int, factor: LinearOperator) -> None:
         super().__init__((matrix.shape[0], matrix.shape[1]), factor.dtype, matrix.device, factor.eps)
         self.matrix, self.columns, self.rounding, self._rank, self.given = matrix, columns, rounding, rank, factor.exact
+        self.norms: dict[int, float] = {}
 
     @property
     def rank_bound(self) -> int:

@@ -28,9 +28,8 @@ def available_memory(device: torch.device | None = None) -> int:
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + reserve
     sharers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
+    with suppress(OSError), open("/proc/meminfo", encoding="ascii") as lines:
+        for line in lines:
             if line.startswith("MemAvailable:"):
                 return min(int(line.split()[1]) * 1024, _within_control_groups()) // sharers
     # Not Linux: half of what is built in.

@@ -185,6 +185,11 @@ class Chart:
         for name, t in self._tensors.items():
             self.values[self.positions(name).reshape(-1)] = t.reshape(-1)
 
+    @property
+    def names(self) -> list[str]:
+        """Of all parameters, free or not."""
+        return [*self._tensors]
+
     def tensor(self, name: str) -> Tensor:
         return self._tensors[name]
 

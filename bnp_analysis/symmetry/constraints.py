@@ -6,8 +6,9 @@ Operations write linear equations between these scales and shifts, parameters mo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,19 @@ class Constraints:
         self._gains: dict[int, float] = {}
         self._offsets: dict[int, float] = {}
         self.fix(np.array([FIXED, ZERO]))
+
+    def on(self, chart: Chart) -> Constraints:
+        """The same equations where other parameters of the network are free."""
+        where, other = np.zeros(len(self.theta), np.int64), copy.copy(self)
+        for name in chart.names:
+            where[self.chart.positions(name).numpy()] = chart.positions(name).numpy()
+        other.chart, other.theta, other.skipped = chart, chart.values.numpy(), [*self.skipped]
+        other.pinned = [where[entries] for entries in self.pinned]
+        other.uses = [
+            replace(use, weight=where[use.weight], bias=None if use.bias is None else where[use.bias])
+            for use in self.uses
+        ]
+        return other
 
     def value(self, given: Any) -> Any:
         """What stands for an argument: a value for a tensor of floating-point numbers, else the argument."""

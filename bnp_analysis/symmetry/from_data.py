@@ -185,9 +185,7 @@ class Writer:
     axis: int
 
 
-def unread_outputs(
-    risk: EmpiricalRisk, chart: Chart, graph: Graph, uses: Sequence[Use], counted: Counted
-) -> list[Candidate]:
+class UnreadOutputs:
     """`d (x) c`: `W += d c^T, b += c_0 d`, where a change of the layer's output along `d` reaches no output.
 
     What a norm's mean, linear layers of low rank behind, or the loss take out: the latter sees no common shift of an
@@ -196,28 +194,37 @@ def unread_outputs(
 
     Args:
         risk: the empirical risk.
-        chart: the parameters.
+        chart: its parameters.
         graph: the recorded operations.
         uses: what parameters do in it.
         counted: for each batch, which outputs the loss looks at; default all.
     """
-    writers = list(_writers(chart, graph, uses))
-    if not writers:
-        return []
-    precise = risk if risk.space.device.type == "mps" else risk.to(torch.float64)
-    axes = [axis for axis in range(1, risk.outputs.ndim) if shift_invariant(risk, axis)]
-    plain = _sensitive_rows(precise, writers, counted, [])
-    by_loss = [(_sensitive_rows(precise, writers, counted, axes), Cause.SOFTMAX_SHIFT)] if axes else []
-    found: dict[bool, list[Candidate]] = {False: [], True: []}
-    for writer in writers:
-        for rows_of, known in ((plain, None), *by_loss):
-            d = _steady(rows_of.get(writer.node.index), 100 * precise.eps / torch.finfo(torch.float64).eps)
-            if d is not None:
-                cause = known or _cause(graph, d)
-                parts, finite = [Part(entries, d) for entries in writer.entries], _at_once(graph, writer, cause, d)
-                orbits = (Orbit(cause, shifted=p.positions, steps=p.values[:, 0]) for p in parts if finite)
-                found[cause is Cause.SOFTMAX_SHIFT].append(Candidate(cause, tuple(parts), orbits=tuple(orbits)))
-    return found[False] + found[True]
+
+    def __init__(self, risk: EmpiricalRisk, chart: Chart, graph: Graph, uses: Sequence[Use], counted: Counted) -> None:
+        self._graph, self._rows = graph, list[tuple[dict[int, Tensor], Cause | None]]()
+        writers = list(_writers(chart, graph, uses))
+        if not writers:
+            return
+        precise = risk if risk.space.device.type == "mps" else risk.to(torch.float64)
+        axes = [axis for axis in range(1, risk.outputs.ndim) if shift_invariant(risk, axis)]
+        self._slack = 100 * precise.eps / torch.finfo(torch.float64).eps
+        self._rows.append((_sensitive_rows(precise, writers, counted, []), None))
+        if axes:
+            self._rows.append((_sensitive_rows(precise, writers, counted, axes), Cause.SOFTMAX_SHIFT))
+
+    def candidates(self, chart: Chart, uses: Sequence[Use]) -> list[Candidate]:
+        """Those that move the free parameters of a chart."""
+        found: dict[bool, list[Candidate]] = {False: [], True: []}
+        for writer in _writers(chart, self._graph, uses):
+            for rows_of, known in self._rows:
+                d = _steady(rows_of.get(writer.node.index), self._slack)
+                if d is not None:
+                    cause = known or _cause(self._graph, d)
+                    parts = [Part(entries, d) for entries in writer.entries]
+                    finite = _at_once(self._graph, writer, cause, d)
+                    orbits = (Orbit(cause, shifted=p.positions, steps=p.values[:, 0]) for p in parts if finite)
+                    found[cause is Cause.SOFTMAX_SHIFT].append(Candidate(cause, tuple(parts), orbits=tuple(orbits)))
+        return found[False] + found[True]
 
 
 def _writers(chart: Chart, graph: Graph, uses: Sequence[Use]) -> Iterator[Writer]:

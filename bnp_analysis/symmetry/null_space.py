@@ -31,7 +31,7 @@ from bnp_analysis.runtime.trees import tensors_of
 from bnp_analysis.symmetry.basis import NullBasis
 from bnp_analysis.symmetry.candidates import Candidate, Chart, Orbit, Part
 from bnp_analysis.symmetry.constraints import Activation, Constant, Constraints, Parameters, Value, fixed, values_in
-from bnp_analysis.symmetry.from_data import Counted, dependent_inputs, unread_outputs, without_effect
+from bnp_analysis.symmetry.from_data import Counted, UnreadOutputs, dependent_inputs, without_effect
 from bnp_analysis.symmetry.graph import Graph, Node, Slot
 from bnp_analysis.symmetry.recording import arguments_by_name, record_graph
 from bnp_analysis.symmetry.solutions import Mixer, frames, scale_candidates
@@ -189,16 +189,32 @@ def null_directions(
         >>> bnp.null_directions(risk, curvature="hessian").sources
         {'softmax shift': 3}
     """
-    began, name = time.perf_counter(), curvature_name(curvature)
     require_digits(risk.eps, str(risk.precision), "null directions", cast=True)
-    if block is not None:
-        layer = block if isinstance(block, str) else block[0]
-        inner = risk.restrict(risk.space.layer_names(layer))
-        found = null_directions(inner, curvature=curvature, factor=factor)
-        return found if isinstance(block, str) else _unit(found, inner.space.indices(block), began)
+    if block is None:
+        return search(risk, curvature, factor)
+    began, layer = time.perf_counter(), block if isinstance(block, str) else block[0]
+    inner = risk.restrict(risk.space.layer_names(layer))
+    found = search(inner, curvature, factor)
+    return found if isinstance(block, str) else _unit(found, inner.space.indices(block), began)
+
+
+def search(
+    risk: EmpiricalRisk,
+    curvature: str = "gauss_newton",
+    factor: LinearOperator | None = None,
+    reading: Reading | None = None,
+) -> NullDirections:
+    """The search of `null_directions` for all free parameters of a risk.
+
+    Args:
+        risk: the empirical risk.
+        curvature, factor: as in `null_directions`.
+        reading: of a risk that this one is a restriction of, where several are searched.
+    """
+    began, name = time.perf_counter(), curvature_name(curvature)
     # The search reads all data at once: with several processes each has them all, and finds the same.
     risk = risk.gathered()
-    candidates, skipped = candidate_directions(risk, _counted(risk))
+    candidates, skipped = candidate_directions(risk, reading)
     count = sum(c.count for c in candidates)
     numbers = sum(part.values.numel() for c in candidates for part in c.parts)
     require_memory(_COPIES * 8 * numbers, "the basis of the candidate null directions")
@@ -340,7 +356,30 @@ def _unit(found: NullDirections, positions: Tensor, began: float) -> NullDirecti
 # The search.
 
 
-def candidate_directions(risk: EmpiricalRisk, counted: Counted = None) -> tuple[list[Candidate], list[str]]:
+class Reading:
+    """What is read of a network once, for all choices of free parameters among those of a risk.
+
+    Args:
+        risk: the empirical risk; its data are run once, and what layers and norms receive and return is held.
+
+    Raises:
+        MemoryLimitError: the activations do not fit.
+    """
+
+    def __init__(self, risk: EmpiricalRisk) -> None:
+        risk = risk.gathered()
+        counted = _counted(risk)
+        self.graphs = _graphs(risk, counted)
+        self.graph = self.graphs[0]
+        self.alike = all(self.graph.same_operations(other) for other in self.graphs)
+        if self.alike and not self.graph.transformed:
+            chart = Chart(risk, self.graph)
+            self.constraints, self.unfollowed = follow(Constraints(chart, _with_calls(risk, self.graph), self.graphs))
+            self.frames = frames(self.constraints)
+            self.unread = UnreadOutputs(risk, chart, self.graph, self.constraints.uses, counted)
+
+
+def candidate_directions(risk: EmpiricalRisk, reading: Reading | None = None) -> tuple[list[Candidate], list[str]]:
     """Candidates of every cause, the most local first, and what could not be analysed.
 
     Inside one unit: parameters without effect, dependent inputs, inactive rows, dead units. Inside one layer: what
@@ -348,8 +387,8 @@ def candidate_directions(risk: EmpiricalRisk, counted: Counted = None) -> tuple[
     of channels, wherever they are made and read. Nothing here is believed before it is verified.
 
     Args:
-        risk: the empirical risk; its data are run once, and what layers and norms receive and return is held.
-        counted: for each batch, which outputs the loss looks at; default all.
+        risk: the empirical risk.
+        reading: of this risk, or of one that it is a restriction of; default its own.
 
     Returns:
         The candidates in `risk.space`, and words for what was left out.
@@ -359,21 +398,21 @@ def candidate_directions(risk: EmpiricalRisk, counted: Counted = None) -> tuple[
 
     Source: T11.
     """
-    graphs = _graphs(risk, counted)
-    graph, skipped = graphs[0], list[str]()
-    if not all(graph.same_operations(other) for other in graphs):
+    read, skipped = reading or Reading(risk), list[str]()
+    if not read.alike:
         return [], ["the operations depend on the batch"]
-    chart = Chart(risk, graph)
-    found = [without_effect(chart, graphs), *dependent_inputs(chart, graphs, skipped)]
-    if graph.transformed:
+    chart = Chart(risk, read.graph)
+    found = [without_effect(chart, read.graphs), *dependent_inputs(chart, read.graphs, skipped)]
+    if read.graph.transformed:
         return [c for c in found if c.count], [*skipped, "passes through transforms of torch.func or .grad"]
-    constraints, unfollowed = follow(Constraints(chart, _with_calls(risk, graph), graphs))
-    found += unread_outputs(risk, chart, graph, constraints.uses, counted)
+    constraints = read.constraints.on(chart)
+    found += read.unread.candidates(chart, constraints.uses)
     found += scale_candidates(constraints)
     mixer = Mixer(constraints)
-    for frame in frames(constraints):
+    for frame in read.frames:
         found += mixer.candidates(frame)
-    skipped += [*constraints.skipped, *(f"{name}: used by {kind}" for name, kind in unfollowed if name in chart.space)]
+    unfollowed = [f"{name}: used by {kind}" for name, kind in read.unfollowed if name in chart.space]
+    skipped += [*constraints.skipped, *unfollowed]
     return [c for c in sorted(found, key=lambda c: not c.exact) if c.count], list(dict.fromkeys(skipped))
 
 

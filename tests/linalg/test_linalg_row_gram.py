@@ -16,8 +16,15 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg import DensePreconditioner, GramOperator, LinearOperator, MatrixOperator, condition_number
-from bnp_analysis.linalg.condition import row_gram
+from bnp_analysis.linalg import (
+    DensePreconditioner,
+    GramOperator,
+    LinearOperator,
+    MatrixOperator,
+    condition_number,
+    routes,
+)
+from bnp_analysis.linalg.condition import factor_svd, row_gram
 from bnp_analysis.linalg.condition.methods import automatic
 from bnp_analysis.linalg.row_products import RowProducts
 from bnp_analysis.precondition.bnp_block import BNPBlock
@@ -222,3 +229,13 @@ def test_the_gram_matrix_and_its_norm_are_the_same_a_few_rows_at_a_time(monkeypa
     torch.testing.assert_close(K.tril(), (F @ F.T).tril())
     whole = (factor.matrix @ factor.matrix.T).square().sum()
     assert row_gram._square(K, made.length) * 2.0 ** (-4 * made.exponent) == pytest.approx(float(whole), rel=1e-13)
+
+
+@pytest.mark.parametrize(("examples", "applies"), [(6, True), (10, True), (11, False), (90, False)])
+def test_rows_are_taken_where_they_are_fewer_than_columns(examples, applies, monkeypatch):
+    """Priced by a rank that the 21 columns bound, a Gram matrix of far more rows would not fit when it is made."""
+    A = GramOperator(Rows(*rows(3, examples=examples)))
+    for module in (row_gram, factor_svd):
+        monkeypatch.setattr(module, "affordable", lambda shape: False)
+    assert (automatic(A).name == "row-gram") == applies
+    assert [route.applies for route in routes(A) if route.method == "row-gram"] == [applies]

@@ -16,6 +16,7 @@ from null_models import hidden
 from torch import Tensor, nn
 
 import bnp_analysis as bnp
+from bnp_analysis.symmetry.null_space import Reading, search
 
 LAYERED = (
     *("relu deep", "linear", "dead and always active", "constant features", "few rows", "ignored labels", "words"),
@@ -52,6 +53,25 @@ def test_directions_of_layers_and_units_are_null_for_their_dense_blocks(name: st
             assert float((block @ inside).norm()) <= 1e-12 * float(torch.linalg.matrix_norm(block, 2))
             assert nullity(factor[:, unit]) == inside.shape[1]
             assert float((inside.T @ inside - torch.eye(inside.shape[1], dtype=A.dtype)).norm()) < 1e-12
+
+
+@pytest.mark.parametrize("name", [*LAYERED, "tokens"])
+def test_one_reading_serves_every_layer(name: str) -> None:
+    """Nodes of the graph, constraints and derivatives of the whole network, with the parameters of one layer free."""
+    risk = solved(name).risk
+    reading = Reading(risk)
+    for layer in layers(solved(name).problem):
+        own = bnp.null_directions(risk, block=layer)
+        shared = search(risk.restrict(risk.space.layer_names(layer)), reading=reading)
+        assert (shared.sources, shared.not_analysed) == (own.sources, own.not_analysed)
+        assert {cause: count for cause, (count, _) in shared.rejected.items()} == {
+            cause: count for cause, (count, _) in own.rejected.items()
+        }
+        assert float((shared.basis @ (shared.basis.T @ own.basis) - own.basis).norm()) < 1e-9
+        assert [orbit.cause for orbit in shared.orbits] == [orbit.cause for orbit in own.orbits]
+        for one, other in zip(shared.orbits, own.orbits, strict=True):
+            inner = risk.restrict(risk.space.layer_names(layer)).theta
+            torch.testing.assert_close(one.tangent(inner), other.tangent(inner))
 
 
 def test_a_unit_as_block_is_what_is_inside_its_layer() -> None:

@@ -340,7 +340,10 @@ def _work(rows: int) -> float:
 
 
 def _applies(A: SymmetricOperator) -> bool:
-    return A.factor is not None and _work(A.factor.rank_bound) <= FACTOR_WORK and A.factor.row_parts is not None
+    F = A.factor
+    # As many independent rows as columns or more are dependent, or have the larger of the two Gram matrices.
+    wide = F is not None and F.rank_bound < F.shape[1] and _work(F.rank_bound) <= FACTOR_WORK
+    return wide and F is not None and F.row_parts is not None
 
 
 def _price(A: SymmetricOperator, steps: int) -> Price:

@@ -17,7 +17,7 @@ from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.forming import amplified, cancels
 from bnp_analysis.linalg.krylov.lanczos import lanczos
-from bnp_analysis.linalg.matrices import CallableOperator
+from bnp_analysis.linalg.matrices import CallableOperator, ReducedFactor
 from bnp_analysis.linalg.operators import (
     Derived,
     LinearOperator,
@@ -100,6 +100,10 @@ def factor_rounding_norm(F: LinearOperator, seed: int = 0) -> float:
         return factor_rounding_norm(F.left, seed) + factor_rounding_norm(F.right, seed)
     if isinstance(F, Stacked) and amplified(F):
         return math.hypot(factor_rounding_norm(F.left, seed), factor_rounding_norm(F.right, seed))
+    if isinstance(F, ReducedFactor):
+        if seed not in F.norms:
+            F.norms[seed] = math.sqrt(norm_estimate(GramOperator(F), seed))
+        return F.norms[seed]
     return math.sqrt(norm_estimate(GramOperator(F), seed))
 
 

@@ -29,6 +29,8 @@ from bnp_analysis.runtime.random import generator, rademacher
 
 # Products, and rows of a dense matrix, that are worth an exact share.
 _FEW, _ROWS = 1_000, 4_000
+# Rows of a symmetric matrix that are multiplied out together, from the diagonal on.
+_PANEL = 128
 OFF_BLOCK_PROBES = 16
 
 
@@ -138,9 +140,8 @@ def off_block_share(
     if method == "exact" or (method == "auto" and cheap):
         dense = formed(side)
         require_finite(dense.matrix, "the dense matrix")
-        matrix = dense.matrix if side is A else dense.matrix.T @ dense.matrix
         power, cost, drawn = -dense.exponent * (1 if side is A else 2), side.dense_cost, 0
-        whole, outside = float(matrix.norm()), _outside(matrix, blocks)
+        whole, outside = _norms(dense.matrix, blocks, gram=side is not A)
         # A convention like that of formed entries: what they round, all in one direction.
         slack = (dense.rounding * (1 if side is A else 2) + n * 2.0**-53) * whole
         value = outside / whole if whole else 0.0
@@ -175,13 +176,22 @@ def off_block_share(
     )
 
 
-def _outside(matrix: Tensor, blocks: Sequence[Tensor]) -> float:
-    """The Frobenius norm of what is outside of blocks."""
-    label = torch.zeros(len(matrix), dtype=torch.int64)
+def _norms(matrix: Tensor, blocks: Sequence[Tensor], *, gram: bool) -> tuple[float, float]:
+    """The Frobenius norms of a symmetric matrix, `M` or `M^T M`, and of what is outside of its blocks."""
+    label = torch.zeros(matrix.shape[1], dtype=torch.int64)
     for i, block in enumerate(blocks):
         label[block] = i
     label = label.to(matrix.device)
-    return float(torch.where(label[:, None] == label, 0.0, matrix).norm())
+    whole = outside = 0.0
+    for begin in range(0, len(label), _PANEL):
+        end = begin + _PANEL
+        panel = matrix[:, begin:end].T @ matrix[:, begin:] if gram else matrix[begin:end, begin:]
+        squares = panel.square()
+        # What is behind the panel's own columns stands on both sides of the diagonal.
+        squares[:, _PANEL:] *= 2
+        whole += float(squares.sum())
+        outside += float(torch.where(label[begin:end, None] == label[begin:], 0.0, squares).sum())
+    return math.sqrt(whole), math.sqrt(outside)
 
 
 def _squares(
