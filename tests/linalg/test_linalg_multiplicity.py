@@ -18,7 +18,7 @@ from torch import Tensor
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg import CallableOperator, DenseOperator, eigenpairs, lanczos, spectral_density
 from bnp_analysis.linalg.krylov.lanczos import three_term
-from bnp_analysis.linalg.krylov.thick_restart import ThickRestart, products_that_show
+from bnp_analysis.linalg.krylov.thick_restart import products_that_show
 from bnp_analysis.testing import symmetric_with_spectrum
 
 
@@ -46,36 +46,6 @@ def test_a_check_finds_what_trust_misses(copies: int) -> None:
     assert trusting == 0, "this problem does not tell one from the other"
     with pytest.raises(InvalidInputError, match="multiplicity"):
         eigenpairs(A, 2, multiplicity="maybe")
-
-
-@pytest.mark.parametrize("which", ["largest", "smallest", "both"])
-def test_a_check_serves_the_search(which: str) -> None:
-    """Both ends with double eigenvalues: as many products as a check behind the search would have ended with, or less.
-
-    Of three copies two are found together, and the third by a direction of its own.
-    """
-    ends = torch.cat([10 * 0.7 ** torch.arange(9), torch.tensor([6.0, 5.0, 5.0])])
-    values = torch.cat([torch.linspace(-1, 1, 3000), ends, -ends]).double()
-    k = 6 if which != "both" else 12
-    for seed in range(3):
-        found = eigenpairs(diagonal(values), k, which=which, tol=1e-4, seed=seed)
-        down = values.sort(descending=True).values
-        true = {"largest": down[:6], "smallest": down.flip(0)[:6], "both": torch.cat([down[:6], down.flip(0)[:6]])}
-        assert found.values.tolist() == pytest.approx(true[which].tolist(), rel=1e-4)
-    plain = torch.logspace(-6, 0, 3000, dtype=torch.float64)
-    checked, trusted = (eigenpairs(diagonal(plain), 10, tol=1e-3, multiplicity=m) for m in ("verify", "trust"))
-    assert checked.values.tolist() == pytest.approx(trusted.values.tolist(), rel=1e-3)
-    assert checked.matvecs < 1.3 * trusted.matvecs
-
-
-@pytest.mark.parametrize("space", [0, 8, 60])
-def test_a_check_is_as_long_as_it_has_to_be(space: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However early the first space has found everything."""
-    seen = []
-    monkeypatch.setattr(ThickRestart, "_need", lambda self: seen.append(self.second) or space)
-    found = eigenpairs(diagonal(torch.cat([torch.rand(2000), torch.tensor([1e4, 3e3])]).double()), 2, tol=1e-2)
-    assert found.stop == "converged"
-    assert seen[-1] >= min(space, max(8, (found.matvecs - seen[-1]) // 2))
 
 
 @given(gap=st.floats(0.05, 5.0), seed=st.integers(0, 10**6), below=st.floats(0.01, 0.9))

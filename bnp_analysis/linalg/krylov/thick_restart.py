@@ -1,8 +1,4 @@
-"""The search for a few eigenpairs by thick-restart Lanczos, with a multiplicity check for repeated eigenvalues.
-
-One start vector meets one copy of a repeated eigenvalue; a second random one meets another. Its Krylov space grows with
-the search, a third as fast, so that what it is asked to show also serves the pairs that are wanted.
-"""
+"""The search for a few eigenpairs by thick-restart Lanczos, with a multiplicity check for repeated eigenvalues."""
 
 from __future__ import annotations
 
@@ -71,17 +67,6 @@ class ThickRestart:
         self.given = 0  # directions that the search begins with; the residual of each of them stays open
         if start is not None:
             self._begin(start.view(A.dim, -1))
-        # The multiplicity check begins with the search: every third product is of another random direction's space.
-        self.paired = self.verify and self.given < 2
-        self.second = self.least = 0  # products in that space: how many there are, and have to be
-        self.last = self.turn = 0  # in which of the two the last product was, and the next is
-        if self.paired:
-            self.V[1] = self._orthogonal(normal((A.dim,), self.g, self.V), 1)
-
-    @property
-    def _starts(self) -> int:
-        """Directions whose residuals stay open."""
-        return 2 if self.paired else self.given
 
     def _begin(self, start: Tensor) -> None:
         """Begin in the span of the columns `(n, b)`, the last one with a random vector a tenth as long.
@@ -125,7 +110,6 @@ class ThickRestart:
             "chain": self.chain,
             "seen": None if self.seen is None else torch.from_numpy(np.asarray(self.seen).copy()),
             "counts": [self.size, self.matvecs, self.checks, self.longest_verification, self.verify_until],
-            "pair": [self.paired, self.second, self.least, self.last, self.turn],
             "sizes": [self.scale, self.noise, self.drift],
             "generator": self.g.get_state(),
         }
@@ -142,7 +126,6 @@ class ThickRestart:
         self.chain = state["chain"]
         self.seen = None if state["seen"] is None else state["seen"].numpy()
         self.size, self.matvecs, self.checks, self.longest_verification, self.verify_until = state["counts"]
-        self.paired, self.second, self.least, self.last, self.turn = state.get("pair", (False, 0, 0, 0, 0))
         self.scale, self.noise, self.drift = state["sizes"]
         self.g.set_state(state["generator"])
         first = torch.eye(self.size, 1, dtype=self.H.dtype, device=self.H.device)
@@ -160,7 +143,7 @@ class ThickRestart:
         limit = max(max_matvecs, self.k)
         while True:
             # Long searches are looked at less often: an eigenproblem each time.
-            often = not self.full and self.matvecs >= self._starts and not self.matvecs % (1 + self.matvecs // 100)
+            often = not self.full and self.matvecs >= self.given and not self.matvecs % (1 + self.matvecs // 100)
             if often or self.size == self.width or self.matvecs >= limit:
                 if self.full and self.size == self.width:
                     self.stop = "converged"
@@ -169,10 +152,7 @@ class ThickRestart:
                     if self._confirmed():
                         self.stop = "converged"
                         return
-                    if self.paired:
-                        self._follow()
-                    else:
-                        self._verify()
+                    self._verify()
                 elif self.size == self.width and self.matvecs < limit:
                     self._restart(self._next_direction())
             if self.matvecs >= limit:
@@ -221,15 +201,12 @@ class ThickRestart:
             g[j] = 1.0
             self.open.append((w, g))
         self.chain = len(self.open) <= 1 and norm > self.noise
-        self.second, self.last = self.second + self.turn, self.turn
-        if self.matvecs < self._starts:
+        if self.matvecs < self.given:
             self.chain = False  # the next direction is there
-            self.turn = int(self.paired)
         elif self.size < self.width or not self.full:
             self.V[self.size] = w / norm if norm > self.noise else self._fresh()
-            if self._starts > 1 and self.size < self.width:
-                if not self.paired:
-                    self._gather()
+            if self.given > 1 and self.size < self.width:
+                self._gather()
                 self.V[self.size] = self._next_direction()
 
     def _gather(self) -> None:
@@ -247,10 +224,7 @@ class ThickRestart:
         return self._unit(normal((self.A.dim,), self.g, self.V))
 
     def _unit(self, v: Tensor) -> Tensor:
-        return self._orthogonal(v, self.size)
-
-    def _orthogonal(self, v: Tensor, count: int) -> Tensor:
-        v, norm, _ = orthogonalized(v, self.V[:count], self.null)
+        v, norm, _ = orthogonalized(v, self.V[: self.size], self.null)
         return (v / norm).to(v.dtype)
 
     def _decompose(self) -> tuple[Floats, Floats, list[int]]:
@@ -291,55 +265,27 @@ class ThickRestart:
         return tolerance
 
     def _confirmed(self) -> bool:
-        """Whether a random direction has had products enough to show further copies; if not, say how long it goes on.
+        """Whether a check from another start left the wanted values as they were; if not, say how long the next is.
 
-        Two directions meet two copies of a repeated eigenvalue: where a third would change the values that are wanted,
-        further directions follow until one leaves the values as they were.
+        One start vector meets one copy of a repeated eigenvalue.
         """
-        values, _, wanted = self._decompose()
+        values, vectors, wanted = self._decompose()
         found, seen = values[wanted], self.seen
         if not self.verify or (seen is not None and bool(np.all(np.abs(found - seen) <= 2 * self._tolerance(found)))):
             return True
-        longest = self.longest_verification or max(_LEAST_VERIFICATION, (self.matvecs - self.second) // 2)
-        enough = int(min(self._need(), longest))
-        if self.paired:
-            if self.second < enough:
-                self.least = enough
-                self.verify_until = self.matvecs + enough - self.second
-                return False
-            if not any(self._repeated(found[end]) for end in (slice(self.upper), slice(self.upper, None))):
-                return True
-            self.paired, self.turn = False, 0
-        self.seen, self.longest_verification = found, longest
-        self.verify_until = self.matvecs + enough
-        return False
-
-    def _repeated(self, found: Floats) -> bool:
-        """Whether two values may be copies of one that has more of them, a third of which would change a value."""
-        apart = np.abs(np.diff(found)) > 2 * self._tolerance(found[1:])
-        equal = np.flatnonzero(~apart)
-        return bool(equal.size and apart[equal[0] :].any())
-
-    def _need(self) -> float:
-        """Products after which a random direction shows a copy of a wanted value, but for a rare chance."""
-        values, vectors, wanted = self._decompose()
-        found, rest = values[wanted], [i for i in range(self.size) if i not in wanted]
+        self.seen = found
+        self.longest_verification = self.longest_verification or max(_LEAST_VERIFICATION, self.matvecs // 2)
+        rest = [i for i in range(self.size) if i not in wanted]
         norms = self.H.new_tensor([float(r.norm()) for r, _ in self.open])
         spread = (norms @ self._shares(self._coefficients(vectors, rest)).abs()).cpu().numpy()
         low, high = values[rest] - spread, values[rest] + spread
         sizes = (self.A.dim, self.tol, self.noise)
-        return max(
+        need = max(
             products_that_show(found[: self.upper], low, high, *sizes),
             products_that_show(-found[self.upper :], -high, -low, *sizes),
         )
-
-    def _follow(self) -> None:
-        """Go on in the second space, which is not yet as large as the check wants it."""
-        following = self._next_direction()
-        if self.size < self.width:
-            self.V[self.size] = following
-        else:
-            self._restart(following)
+        self.verify_until = self.matvecs + int(min(need, self.longest_verification))
+        return False
 
     def _verify(self) -> None:
         """Go on in a random direction."""
@@ -355,26 +301,9 @@ class ThickRestart:
         Y = self._coefficients(vectors, wanted)
         excess = self._residual_norms(Y).cpu().numpy() - self._tolerance(values[wanted])
         worst = int(excess.argmax())
-        if self.paired:
-            return self._in_turn(Y[:, worst : worst + 1])
         if excess[worst] <= 0 or len(self.open) == 1:
             return self.V[self.size].clone()
         return self._unit(self._residuals(Y[:, worst : worst + 1])[0])
-
-    def _in_turn(self, worst: Tensor) -> Tensor:
-        """The next direction of one of the two spaces: of the second at least as often as the check wants it.
-
-        Else of the one that has more of the residual of the worst wanted pair.
-        """
-        if not self.open:
-            return self._fresh()
-        norms = self.H.new_tensor([float(r.norm()) for r, _ in self.open])
-        most = int((self._shares(worst)[:, 0].abs() * norms).argmax())
-        # The newest residual is that of the last product's space.
-        newest = len(self.open) - 1
-        due = 3 * self.second <= self.matvecs and (self.size <= self.k or self.second < self._need())
-        self.turn = int(due or self.second < self.least or (most == newest) == bool(self.last))
-        return self._unit(self.open[newest if self.turn == self.last else 0][0])
 
     def _restart(self, following: Tensor) -> None:
         """Keep the wanted Ritz vectors and their neighbours, and go on in the direction given."""

@@ -91,10 +91,10 @@ def eigenpairs(
         null: known null directions in the coordinates of `A`, left out of the search.
         tol: a pair is converged when its residual is at most `max(tol |theta|, c eps |theta|_max)`.
         max_matvecs: where the search gives up; what was reached is returned and says so.
-        multiplicity: `"verify"`: search in another random direction's space as well, which has a part along further
+        multiplicity: `"verify"`: once all have converged, go on in a random direction, which has a part along further
             copies of repeated eigenvalues, until one would have shown (chance of overlooking it 1e-3) but at most half
-            as long as in the first; where two copies are found, in further ones. `"trust"`: a single start vector sees
-            one copy of each; take the caller's word that it is the only one.
+            as long as the search was. `"trust"`: a single start vector sees one copy of each; take the caller's word
+            that it is the only one.
         start: `(n,)`, rich in the vectors that are wanted, in the coordinates of the operator measured; a random vector
             of the same length is added, so that no eigenvector is missed for it. `(n, b)`: several, for instance the
             `vectors` of a search at a point nearby; the random vector is added to the last one, the search begins with
