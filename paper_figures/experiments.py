@@ -36,7 +36,7 @@ import bnp_analysis as bnp
 from bnp_analysis.cli import answered
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.models import cnn, mlp
-from bnp_analysis.models.normalization import BatchRenorm
+from bnp_analysis.models.parts import BatchRenorm
 from bnp_analysis.results import package_versions
 from bnp_analysis.runtime.files import require_output, write_text
 from bnp_analysis.training.bnp import BNP

@@ -264,6 +264,22 @@ def test_losses_that_ignore_a_shift() -> None:
         assert shift_invariant(bnp.EmpiricalRisk(model, loss, (x, torch.arange(6) % 4)), 1) is expected
 
 
+@pytest.mark.parametrize("shape", [(8, 60), (40, 20), (5, 5)])
+@pytest.mark.parametrize("decades", [0, 2, 6, 14])
+def test_null_vectors_of_columns_of_all_sizes_are_null_to_rounding(shape: tuple[int, int], decades: int) -> None:
+    """Each entry of the image has the rounding of what was added up for it, not that of the largest column."""
+    g = torch.Generator().manual_seed(decades)
+    count, width = shape
+    rank = min(count, width) // 2
+    factors = (torch.randn(size, generator=g, dtype=torch.float64) for size in ((count, rank), (rank, width)))
+    h = torch.linalg.multi_dot([*factors, torch.diag(10.0 ** -torch.linspace(0, decades, width, dtype=torch.float64))])
+    found = null_vectors(h)
+    assert found.shape == (width, width - rank)
+    torch.testing.assert_close(found.T @ found, torch.eye(width - rank, dtype=torch.float64), rtol=0, atol=1e-13)
+    assert bool(((h @ found).abs() <= 1e-13 * (h.abs() @ found.abs())).all())
+    assert float((h @ found).norm(dim=0).max()) <= 1e-14 * float(torch.linalg.matrix_norm(h, 2))
+
+
 def test_null_vectors_find_dependences_at_every_scale_and_none_else() -> None:
     h = numbers(30, 5) * torch.tensor([1e9, 1e3, 1.0, 1e-6, 1e-12], dtype=torch.float64)
     assert null_vectors(h).shape == (5, 0)

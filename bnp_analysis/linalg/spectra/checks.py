@@ -6,9 +6,10 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import scipy.linalg
 import torch
 from scipy.sparse import csr_array
 from torch import Tensor
@@ -354,5 +355,19 @@ def null_vectors(matrix: Tensor, slack: float = 1.0) -> Tensor:
     if rank == width:
         return matrix.new_zeros(width, 0)
     # Back in the old scale; the largest is taken out, so that no column loses its digits.
-    basis: Tensor = torch.linalg.qr(vh[rank:].T / (scale / scale.min()).unsqueeze(1))[0]
-    return basis
+    return _orthonormal_by_rows(vh[rank:].T / (scale / scale.min()).unsqueeze(1))
+
+
+def _orthonormal_by_rows(columns: Tensor) -> Tensor:
+    """Columns made orthonormal with a rounding of each row relative to that row, however their sizes differ.
+
+    Source: Cox and Higham 1998, stability of Householder QR factorization for weighted least squares problems: rows in
+    descending order, columns pivoted.
+    """
+    sizes = columns.abs().amax(dim=1).cpu()
+    if float(sizes.max()) <= 10 * float(sizes.min()):
+        return cast(Tensor, torch.linalg.qr(columns)[0])
+    order = sizes.argsort(descending=True)
+    found = torch.empty_like(columns, device="cpu")
+    found[order] = torch.from_numpy(scipy.linalg.qr(columns.cpu()[order].numpy(), mode="economic", pivoting=True)[0])
+    return found.to(columns.device)
