@@ -38,7 +38,7 @@ def test_products_are_those_of_torch(create: bool, fill: bool) -> None:
     assert (found[1] is None) == (expected[1] is None) == (not fill)
     if fill:
         assert torch.equal(found[1], expected[1])
-        assert not found[1].requires_grad  # zeros; torch 2.9 lets them ask for more
+        assert found[1].requires_grad == create  # in torch 2.9 the zeros always require one
     if create:
         second, reference = (torch.autograd.grad(t[0].sum(), x, retain_graph=True)[0] for t in (found, expected))
         assert torch.equal(second, reference)
