@@ -157,7 +157,7 @@ def bends_down(risk: EmpiricalRisk) -> bool:
         found = risk.group.share(lambda: _any_bends_down(risk), "a loss that bends down")
         return torch.tensor(any(found))
 
-    return bool(risk.remembered("bends down", seen))
+    return bool(risk.remembered("bends down", seen, of_outputs=True))
 
 
 @recording()
