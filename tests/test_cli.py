@@ -160,6 +160,23 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path, capsys):
     assert "does not fit" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["condition", "train"])
+@pytest.mark.parametrize("held", ["words", "nothing", "half", "module", "list", "other tensors"])
+def test_a_damaged_checkpoint_is_refused_in_one_sentence_of_ours(command, held, tmp_path, capsys):
+    """torch's own words take several lines, and advise to run whatever code the file holds."""
+    path, tensors = tmp_path / "m.pt", {"fc1.weight": torch.ones(2, 2)}
+    torch.save({"module": {"m": torch.nn.Linear(2, 2)}, "list": [1, 2]}.get(held, tensors), path)
+    cut = {"words": b"no archive\n", "nothing": b"", "half": path.read_bytes()[: path.stat().st_size // 2]}
+    path.write_bytes(cut.get(held, path.read_bytes()))
+    before = path.read_bytes()
+    assert main([command, *SMALL, "--checkpoint", str(path), *(["--resume"] if command == "train" else [])]) == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("bnp-analysis: error: ")
+    assert "m.pt" in sentence
+    assert not re.search("weights_only|torch.load|iterable|subscriptable", sentence)
+    assert path.read_bytes() == before
+
+
 def test_module_and_help(capsys):
     assert subprocess.run([sys.executable, "-m", "bnp_analysis"], capture_output=True, check=False).returncode == 2
     with pytest.raises(SystemExit, match="0"):

@@ -21,7 +21,7 @@ from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network import EmpiricalRisk
 from bnp_analysis.network.layers import layers_of
 from bnp_analysis.results import Result
-from bnp_analysis.runtime.files import require_outputs
+from bnp_analysis.runtime.files import load_tensors, require_outputs
 from bnp_analysis.runtime.kinds import RANGES, require_range
 from bnp_analysis.training import fit
 from bnp_analysis.training.bnp.layers import trainable_space
@@ -197,14 +197,17 @@ def _load(model: torch.nn.Module, path: Path) -> None:
     if path.exists() and not path.is_file():
         raise InvalidInputError(f"the checkpoint {path} is a folder, a pipe or a device, not a file")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state.get("model", state) if isinstance(state, dict) else state)
+        state = load_tensors(path)
     except FileNotFoundError as error:
         raise InvalidInputError(f"no checkpoint at {path}") from error
+    except ValueError as error:
+        raise InvalidInputError(f"the checkpoint {path} cannot be read: it is {error}") from error
+    try:
+        model.load_state_dict(state.get("model", state) if isinstance(state, dict) else state)
     except Exception as error:
         raise InvalidInputError(
-            f"the checkpoint {path} does not fit {type(model).__name__}: {error}. Give the --model and --hidden that "
-            "it was saved from; files with arbitrary pickled objects are not read"
+            f"the checkpoint {path} does not fit {type(model).__name__}: {' '.join(str(error).split())} Give the "
+            "--model and --hidden that it was saved from"
         ) from error
 
 

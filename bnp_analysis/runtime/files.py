@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import glob
 import os
+import pickle
 import tempfile
 import time
 import uuid
@@ -370,11 +371,29 @@ def read_state(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
     with reading(path, what):
         if not Path(path).is_file():
             raise ValueError("it is a folder, a pipe or a device")
-        found = dict(torch.load(Path(path), map_location="cpu", weights_only=True))
+        found = load_tensors(path)
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds {type(found).__name__}, not a dict")
         saved, own = found.pop("checksums"), checksums(found)
         if wrong := sorted(name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name)):
             raise ValueError(f"other than saved: {', '.join(wrong[:3])}")
     return found
+
+
+def load_tensors(path: str | os.PathLike[str]) -> Any:
+    """What `torch.save` wrote of tensors, numbers and words, on the CPU; arbitrary pickled objects are not read.
+
+    Raises:
+        ValueError: what is wrong with the file, in one line of ours: torch's advises to read it all the same.
+    """
+    try:
+        return torch.load(Path(path), map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise ValueError("no file of tensors, or one with other objects, which are not read") from error
+    except RuntimeError as error:
+        raise ValueError("an archive that is cut off, or damaged") from error
 
 
 def checksums(state: Mapping[Any, Any], where: str = "") -> dict[str, int]:
