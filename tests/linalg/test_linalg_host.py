@@ -49,7 +49,7 @@ def test_vectors_travel_to_the_operator() -> None:
 def test_what_is_on_the_host_stays_as_it_is() -> None:
     A = DenseOperator(torch.eye(3))
     assert on_host(A) is A
-    with pytest.raises(InvalidInputError, match="wrap a matrix in DenseOperator"):
+    with pytest.raises(InvalidInputError, match=r"or bnp.DenseOperator\(matrix\)"):
         on_host(torch.eye(3))
 
 

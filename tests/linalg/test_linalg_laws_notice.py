@@ -141,7 +141,7 @@ def test_a_wrong_preconditioner_is_noticed(
         (SYMMETRIC[0], "square symmetric"),
         ([[1.0]], "list"),
         (SYMMETRIC.long(), "floating-point"),
-        (SYMMETRIC.to(torch.complex128), "floating-point"),
+        (SYMMETRIC.to(torch.complex128), "must be real"),
         (SYMMETRIC * math.nan, "NaN"),
         (SYMMETRIC * math.inf, "NaN"),
     ],

@@ -447,6 +447,8 @@ class BNP:
         if seen is None:
             return
         if seen.mean.numel() != self._running.widths[index]:
+            if layer.kind.builtin:
+                return  # torch refuses such an input
             raise InvalidInputError(
                 f"layer {layer.name!r} ran on rows of {seen.mean.numel()} features, its weight has "
                 f"{self._running.widths[index]}: was it registered with transposed= as it is stored?"
