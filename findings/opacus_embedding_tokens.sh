@@ -8,8 +8,8 @@
 # fixed. Opacus does not look at the attribute: the row has a gradient in every padded example, DPOptimizer moves the
 # padding vector away from zero, and the row counts in the norm that decides on clipping. Here every further padding
 # token makes the steps shorter, to 28 percent at twenty of them, although neither the network's outputs nor its
-# gradients depend on padding. Ghost clipping takes its norms from the same count but its gradients from torch: it scales
-# examples down that are within the bound already.
+# gradients depend on padding. Ghost clipping takes its norms from the same count but its gradients from torch: examples
+# within the bound are scaled down there too.
 # No error and no warning, ModuleValidator finds nothing to report, and `p.grad` of the same backward pass contradicts
 # the sum of `p.grad_sample`. BackPACK refuses `padding_idx`. Seen: rows off by exactly the factors named.
 set -euo pipefail
