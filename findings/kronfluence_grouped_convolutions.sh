@@ -5,8 +5,8 @@
 # input over the groups, an approximation that leads to one factor instead of one per group. It uses the same averaged
 # input for the gradient of every example: output channels of group 2 get the mean of all groups' inputs where the chain
 # rule has the input of group 2. Scores of every strategy are made from these gradients. Measured here with strategy
-# "identity", whose scores are inner products of plain gradients, to be compared with torch's to rounding: with one group
-# they agree. With two or four (a depthwise layer, as in MobileNet, EfficientNet and ConvNeXt) pairwise and self
+# "identity", whose scores are inner products of plain gradients, to be compared with torch's to rounding: with one
+# group they agree. With two or four (a depthwise layer, as in MobileNet, EfficientNet and ConvNeXt) pairwise and self
 # influence are off by half, 7 to 18 percent of the pairs have the wrong sign, and all scores equal to rounding those of
 # gradients made with the group means. No error and no warning: the shapes fit, since a grouped kernel has one group's
 # input channels only.

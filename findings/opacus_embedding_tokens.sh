@@ -10,8 +10,8 @@
 # token makes the steps shorter, to 28 percent at twenty of them, although neither the network's outputs nor its
 # gradients depend on padding. Ghost clipping takes its norms from the same count but its gradients from torch: examples
 # within the bound are scaled down there too.
-# No error and no warning, ModuleValidator finds nothing to report, and `p.grad` of the same backward pass contradicts
-# the sum of `p.grad_sample`. BackPACK refuses `padding_idx`. Seen: rows off by exactly the factors named.
+# No error and no warning about it, ModuleValidator finds nothing to report, and `p.grad` of the same backward pass
+# contradicts the mean of `p.grad_sample`. BackPACK refuses `padding_idx`. Seen: rows off by exactly the factors named.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
