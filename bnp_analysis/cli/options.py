@@ -198,8 +198,10 @@ def _load(model: torch.nn.Module, path: Path) -> None:
         raise InvalidInputError(f"the checkpoint {path} is a folder, a pipe or a device, not a file")
     try:
         state = load_tensors(path)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InvalidInputError(f"no checkpoint at {path}") from error
+    except OSError as error:
+        raise InvalidInputError(f"the checkpoint {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise InvalidInputError(f"the checkpoint {path} cannot be read: it is {error}") from error
     try:
