@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -209,7 +209,8 @@ class LayerBlocks:
     ) -> None:
         self._risk, self._engine, self.products = risk, engine, 0
         self._inputs = {layer.name: own for layer in layers if (own := _from_inputs(risk, layer, dense)) is not None}
-        self._rows: dict[str, Callable[[], SymmetricOperator]] = {}
+        self._rows: tuple[Tensor, LinearOperator] | None = None
+        self._places: Mapping[str, Tensor] = {}
         self.joint: SymmetricOperator | None = None
         names = [layer.name for layer in layers if layer.name not in self._inputs]
         while len(names) > 1:
@@ -231,16 +232,18 @@ class LayerBlocks:
         if own is whole or own.factor is None:
             return
         rows, self.products = own.factor.to_dense(), factor.dense_cost
-        self._rows = {name: partial(_columns, rows, positions, factor) for name, positions in parts.items()}
+        self._rows, self._places = (rows, factor), parts
         self.joint = own if every else None
 
     def of(self, layer: str) -> SymmetricOperator:
         """The block of a layer."""
         if layer in self._inputs:
             return self._inputs[layer]
+        if self._rows is not None and layer in self._places:
+            rows, factor = self._rows
+            return stored(rows[:, self._places[layer]], factor)
         # For products alone kept graphs are as fast as the rows of a dense layer.
-        rows = self._rows.get(layer)
-        return gauss_newton(self._risk, block=layer, **self._engine) if rows is None else rows()
+        return gauss_newton(self._risk, block=layer, **self._engine)
 
 
 def _from_inputs(risk: EmpiricalRisk, layer: Layer, dense: Mapping[str, UnitBlocks]) -> SymmetricOperator | None:
@@ -259,10 +262,6 @@ def held(own: SymmetricOperator, factor: LinearOperator) -> SymmetricOperator:
         return own
     # Zero rows may be missing: nothing of the matrix is lost.
     return stored(torch.cat(list(factor.row_blocks())), factor)
-
-
-def _columns(rows: Tensor, positions: Tensor, factor: LinearOperator) -> SymmetricOperator:
-    return stored(rows[:, positions], factor)
 
 
 def stored(rows: Tensor, factor: LinearOperator) -> SymmetricOperator:

@@ -653,13 +653,11 @@ def _log_of_sum(x: Tensor, dim: int) -> Tensor:
 
 def _log_cum_sum_exp(func: Any, x: Tensor, dim: int) -> Tensor:
     """Every partial sum by itself: torch's derivatives take logarithms of 0 and add the largest number to itself."""
-    size = x.shape[dim] if x.ndim else 1
-    if x.numel() * size > _PARTIAL_SUMS or not bool(torch.isfinite(x).all()):
+    if x.ndim == 0 or x.numel() * x.shape[dim] > _PARTIAL_SUMS or not bool(torch.isfinite(x).all()):
         return cast(Tensor, func(x, dim))
-    later = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
-    sums = x.reshape(-1, 1) if not x.ndim else x.movedim(dim, -1)
-    formula = _log_of_sum(sums.unsqueeze(-2).masked_fill(later, -math.inf), -1).squeeze(-1)
-    return _valued(func, (x, dim), {}, formula.movedim(-1, dim) if x.ndim else formula.reshape(()))
+    later = torch.ones(x.shape[dim], x.shape[dim], dtype=torch.bool, device=x.device).triu(1)
+    sums = x.movedim(dim, -1).unsqueeze(-2).masked_fill(later, -math.inf)
+    return _valued(func, (x, dim), {}, _log_of_sum(sums, -1).squeeze(-1).movedim(-1, dim))
 
 
 def _log_add_exp(func: Any, a: Tensor, b: Tensor) -> Tensor:
