@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -52,6 +53,11 @@ class RandomStates:
     @pytest.hookimpl(tryfirst=True)
     def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> None:
         self._begin(fixturedef.argname)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # collections during the tests need not look at the thousands of tests themselves
 
 
 def pytest_configure(config: pytest.Config) -> None:
