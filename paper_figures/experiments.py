@@ -467,6 +467,11 @@ def do(argv: Sequence[str] | None) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", nargs="*", default=(), help="panels, by the beginnings of their names")
     arguments = parser.parse_args(argv)
+    unknown = [word for word in arguments.only if not any(panel.startswith(word) for panel in PANELS)]
+    if unknown:
+        raise InvalidInputError(f"no panel begins with {' or '.join(unknown)}; there are {', '.join(PANELS)}")
+    if arguments.what != "run" and not any(arguments.out.glob("*.json")):
+        raise InvalidInputError(f"{arguments.out} holds no runs: `run {arguments.out}` makes some")
     if arguments.what == "status":
         status(arguments.out)
         return 0

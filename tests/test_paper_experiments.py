@@ -77,6 +77,21 @@ def test_missing_data_are_named(
     assert "download=True" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "--only", "fig3", "fig33"], "no panel begins with fig33"),
+        (["status"], "holds no runs"),
+        (["collect"], "holds no runs"),
+    ],
+)
+def test_what_is_not_there_is_named(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert experiments.main([words[0], str(tmp_path / "out"), *words[1:]]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_two_processes_do_not_share_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     what = Job("small", "Vanilla", 0, 0.05, SMALL)
     (tmp_path / f"{what.name}.lock").write_text("1")  # a process that is alive
