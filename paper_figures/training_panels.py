@@ -220,10 +220,10 @@ def note(data: FigureData) -> str:
         said = ", ".join(f"{m} {len(c)} x {int(data[f'{panel}/{m}/ours/x'][c.min() - 1])}" for m, c in counts.items())
         parts.append(f"{TITLES[panel]}, seeds x {unit(data, panel)}s: {said}")
     return (
-        "Grey: the published curves (Lange, Helfrich and Ye 2022, CC-BY 4.0), read from the figures; band: their range "
-        f"of 5 tests and reading error. Colours: ours, float32, mean and range over seeds. {'. '.join(parts)}. The "
-        "training loss is that of 10,000 training examples in evaluation mode; the paper does not say which it plots. "
-        "BN with 4 things is left out."
+        "Grey, with hollow marks of the method's shape: the published curves (Lange, Helfrich and Ye 2022, CC-BY 4.0), "
+        "read from the figures; band: their range of 5 tests and reading error. Colours: ours, float32, mean and range "
+        f"over seeds. {'. '.join(parts)}. The training loss is that of 10,000 training examples in evaluation mode; "
+        "the paper does not say which it plots. BN with 4 things is left out."
     )
 
 
@@ -273,7 +273,10 @@ def _published(ax: Axes, data: FigureData, panel: str, method: str, quantity: st
     error = float(data[f"{panel}/error"][QUANTITIES.index(quantity)]) * _factor(quantity)
     low, high = np.fmin(low, mean) - error, np.fmax(high, mean) + error
     ax.fill_between(x, low, high, color="#bbbbbb", alpha=0.5, linewidth=0)
-    ax.plot(x, mean, color="#999999", linewidth=0.8, label="published")
+    hollow: dict[str, Any] = {"marker": style.MARKERS[LOOKS[method]], "markersize": 3, "markerfacecolor": "white"}
+    grey: dict[str, Any] = {"color": "#999999", "linewidth": 0.8}
+    ax.plot(x, mean, markevery=max(len(x) // 7, 1), markeredgewidth=0.6, **hollow, **grey)
+    ax.plot([], [], label="published", **grey)
 
 
 def _ours(ax: Axes, data: FigureData, panel: str, method: str, quantity: str) -> None:
