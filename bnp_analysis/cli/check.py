@@ -17,12 +17,12 @@ from bnp_analysis.theory.suite import check_theory
 SMALL = {"samples": 300, "hidden": [12, 8]}
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def check(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command.
 
     Example:
         >>> parser = argparse.ArgumentParser()
-        >>> configure(parser)
+        >>> check(parser)
         >>> parser.parse_args(["--only", "T7", "T11"]).only
         ['T7', 'T11']
     """

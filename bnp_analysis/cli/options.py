@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import math
 import os
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -116,12 +115,6 @@ def outputs_of(arguments: argparse.Namespace) -> Outputs:
     own = ["json", "figure", *(["log", "checkpoint"] if hasattr(arguments, "log") else [])]  # else it is read
     given = {f"--{name}": getattr(arguments, name, None) for name in own}
     return {option: [path] for option, path in given.items() if path is not None}
-
-
-def engine_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The keywords `engine` and `max_memory` of operators."""
-    limit = None if arguments.max_memory is None else math.ceil(2**20 * arguments.max_memory)
-    return {"engine": arguments.engine, "max_memory": limit}
 
 
 def experiment_of(arguments: argparse.Namespace, **given: Any) -> Experiment:
