@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,9 +11,8 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from bnp_analysis.results import Result
+from bnp_analysis.results import Result, plain
 from bnp_analysis.runtime.files import writing
 
 #: Why a run stopped.
@@ -115,7 +113,7 @@ class Log:
     def write(self, **entry: Any) -> None:
         """Append a line."""
         if self._file is not None:
-            line = json.dumps(plain(entry), allow_nan=False).encode() + b"\n"
+            line = json.dumps(plain(entry, strict=True), allow_nan=False).encode() + b"\n"
             with writing(self._path):
                 while line:  # a disk that fills up takes a part, and then says why
                     line = line[self._file.write(line) :]
@@ -124,23 +122,3 @@ class Log:
         """Close the file."""
         if self._file is not None:
             self._file.close()
-
-
-def plain(value: Any) -> Any:
-    """A value as strict JSON: tensors and arrays as lists, results as dicts, non-finite numbers as strings.
-
-    Example:
-        >>> plain({"a": torch.tensor([1.0, float("inf")]), "b": (1, None)})
-        {'a': [1.0, 'inf'], 'b': [1, None]}
-    """
-    if isinstance(value, Result):
-        value = value.to_dict()
-    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
