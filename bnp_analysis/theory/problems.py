@@ -22,7 +22,7 @@ from bnp_analysis.curvature.hessian import hessian
 from bnp_analysis.data import load
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.theory.rates.limit_point import find_minimizer
+from bnp_analysis.theory.limit_point import find_minimizer
 
 _GRID = 49
 _DECADES = 3.0

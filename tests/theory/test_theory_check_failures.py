@@ -20,7 +20,7 @@ from bnp_analysis.curvature.units import UnitBlocks, unit_blocks
 from bnp_analysis.linalg.derived import Shifted
 from bnp_analysis.precondition import BNPBlock, BNPPreconditioner
 from bnp_analysis.symmetry.candidates import Candidate, Part
-from bnp_analysis.theory.rates.convergence import ConvergenceCheck
+from bnp_analysis.theory.convergence import ConvergenceCheck
 from bnp_analysis.theory.statements import (
     conditioning,
     coordinates,

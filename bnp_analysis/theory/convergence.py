@@ -18,9 +18,9 @@ from bnp_analysis.precondition.bnp import BNPPreconditioner, bnp_preconditioner
 from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.symmetry import Cause
+from bnp_analysis.theory import rates as formulas
 from bnp_analysis.theory.check import Check, Source
-from bnp_analysis.theory.rates import formulas
-from bnp_analysis.theory.rates.descent import (
+from bnp_analysis.theory.descent import (
     DIVERGED,
     DONE,
     INTERRUPTED,
@@ -36,8 +36,7 @@ from bnp_analysis.theory.rates.descent import (
     seconds_per_iteration,
     undeflated,
 )
-from bnp_analysis.theory.rates.formulas import RateFit, time_constant
-from bnp_analysis.theory.rates.limit_point import (
+from bnp_analysis.theory.limit_point import (
     KINK,
     Minimizer,
     Spectrum,
@@ -50,6 +49,7 @@ from bnp_analysis.theory.rates.limit_point import (
     roughness,
     undetermined,
 )
+from bnp_analysis.theory.rates import RateFit, time_constant
 
 METHODS = {"gd": "gradient descent", "heavy_ball": "heavy ball", "bnp": "BNP with running statistics"}
 

@@ -18,9 +18,9 @@ from bnp_analysis.network.moments import Moments, layer_moments, update_moments
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.precondition.base import BlockDiagonal, layer_positions
 from bnp_analysis.precondition.bnp import BNPPreconditioner, layer_block
-from bnp_analysis.theory.rates import formulas
-from bnp_analysis.theory.rates.formulas import RateFit, expected_bias, fit_rate
-from bnp_analysis.theory.rates.limit_point import Spectrum, given_or_identity
+from bnp_analysis.theory import rates as formulas
+from bnp_analysis.theory.limit_point import Spectrum, given_or_identity
+from bnp_analysis.theory.rates import RateFit, expected_bias, fit_rate
 
 State = tuple[Tensor, ...]
 
