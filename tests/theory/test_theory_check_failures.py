@@ -27,9 +27,9 @@ from bnp_analysis.theory.statements import (
     layer_curvature,
     normalization,
     spectra,
-    statistics,
     symmetry,
 )
+from bnp_analysis.theory.statements import normalization as statistics
 from bnp_analysis.theory.statements import rates as rate_checks
 from bnp_analysis.theory.statements import setting as problem
 from bnp_analysis.theory.statements.setting import Problem

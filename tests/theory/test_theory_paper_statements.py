@@ -32,12 +32,11 @@ from bnp_analysis.theory.statements import (
     layer_curvature,
     normalization,
     rates,
-    statistics,
 )
+from bnp_analysis.theory.statements import normalization as statistics
 from bnp_analysis.theory.statements.conditioning import Inputs, least_gain
 from bnp_analysis.theory.statements.rates import Orbit, contraction
-from bnp_analysis.theory.statements.reference import first_examples, rewritten
-from bnp_analysis.theory.statements.setting import Problem
+from bnp_analysis.theory.statements.setting import Problem, first_examples, rewritten
 from bnp_analysis.theory.statements.symmetry import logit_shifts, rescalings
 
 Patch = pytest.MonkeyPatch

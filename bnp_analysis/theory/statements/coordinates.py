@@ -15,32 +15,30 @@ from bnp_analysis.network import Layer
 from bnp_analysis.precondition import BNPBlock, BNPPreconditioner, bnp_preconditioner
 from bnp_analysis.runtime.random import normal
 from bnp_analysis.theory.check import Check, Source
-from bnp_analysis.theory.statements.reference import (
+from bnp_analysis.theory.statements.setting import (
     Affine,
+    NotApplicable,
+    Problem,
+    agreement,
+    at_most,
     block_of,
     channel_axis,
     channels,
+    dense,
+    equals,
     extended,
     in_coordinates,
     of_group,
     own_moments,
     per_entry,
+    per_layer,
     per_unit,
+    refused,
     rewritten,
     scale,
     singular,
-    zero_padded,
-)
-from bnp_analysis.theory.statements.setting import (
-    NotApplicable,
-    Problem,
-    agreement,
-    at_most,
-    dense,
-    equals,
-    per_layer,
-    refused,
     statement,
+    zero_padded,
 )
 
 _T2 = "gradient descent in z = P^-1 theta multiplies gradients by P P^T"

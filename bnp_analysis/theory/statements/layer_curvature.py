@@ -12,24 +12,22 @@ from bnp_analysis.curvature.output_curvature import output_root
 from bnp_analysis.curvature.units import unit_blocks
 from bnp_analysis.network import EmpiricalRisk, Layer, coverage, layer_rows
 from bnp_analysis.theory.check import Check, Source
-from bnp_analysis.theory.statements.reference import (
-    Offset,
-    channel_axis,
-    channel_values,
-    extended,
-    first_examples,
-    rewritten,
-)
 from bnp_analysis.theory.statements.setting import (
     NotApplicable,
+    Offset,
     Problem,
     agreement,
     at_most,
+    channel_axis,
+    channel_values,
     dense,
     distance,
+    extended,
+    first_examples,
     passing,
     per_layer,
     refused,
+    rewritten,
     statement,
 )
 
