@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.results import Result
@@ -59,7 +59,7 @@ class Check(Result):
         tolerance: float,
         relation: str = "=",
         **more: Any,
-    ) -> Check:
+    ) -> Self:
         """Compare an observation with a prediction.
 
         Args:
@@ -93,7 +93,7 @@ class Check(Result):
         return cls(statement=statement, source=str(source), holds=holds, relation=relation, **numbers, **more)
 
     @classmethod
-    def not_applicable(cls, statement: str, source: str, reason: str, **more: Any) -> Check:
+    def not_applicable(cls, statement: str, source: str, reason: str, **more: Any) -> Self:
         """A statement whose hypotheses fail here, or could not be verified.
 
         Example:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -482,8 +482,8 @@ def check_convergence_rate(
     }
     source = Source.T15 if method == "bnp" or preconditioner is not None else Source.T14
     if reason:
-        return cast(ConvergenceCheck, ConvergenceCheck.not_applicable(statement, source, reason, **known))
-    check = ConvergenceCheck.compare(
+        return ConvergenceCheck.not_applicable(statement, source, reason, **known)
+    return ConvergenceCheck.compare(
         f"{statement}, -1/log r",
         source,
         observed=known["fit"].time_constant,
@@ -491,7 +491,6 @@ def check_convergence_rate(
         tolerance=options.tolerance,
         **known,
     )
-    return cast(ConvergenceCheck, check)
 
 
 GAIN = "BNP is faster than gradient descent by the ratio of the predicted rates"
@@ -556,13 +555,8 @@ def gain(plain: ConvergenceCheck, helped: ConvergenceCheck, *, tolerance: float)
     }
     for run, name in ((plain, "gradient descent"), (helped, "BNP")):
         if run.holds is None:
-            return Check.not_applicable(
-                GAIN,
-                Source.T15,
-                f"{name}: {run.reason}",
-                details=details,
-                hypotheses=run.hypotheses,
-            )
+            why, held = f"{name}: {run.reason}", run.hypotheses
+            return Check.not_applicable(GAIN, Source.T15, why, details=details, hypotheses=held)
     return Check.compare(
         GAIN,
         Source.T15,

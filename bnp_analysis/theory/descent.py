@@ -67,9 +67,8 @@ class HeavyBallIteration(Iteration):
         theta = state[0]
         g = self.gradient(theta)
         new = theta - self.step * self.P.apply(g)
-        if not self.momentum:
-            return (new,), float(g.norm())
-        return (new + self.momentum * (theta - state[1]), theta), float(g.norm())
+        following = (new + self.momentum * (theta - state[1]), theta) if self.momentum else (new,)
+        return following, float(g.norm())
 
 
 class RunningBNP(Iteration):
@@ -300,15 +299,8 @@ def _fit(norms: list[float], spectrum: Spectrum, p: Prediction) -> tuple[RateFit
         fit = fit_rate(norms, power=p.power)
     except InvalidInputError:
         return None, math.inf
-    bias = expected_bias(
-        spectrum.values,
-        p.step,
-        p.momentum,
-        first=fit.first,
-        last=fit.last,
-        power=p.power,
-    )
-    return fit, bias
+    tail = {"first": fit.first, "last": fit.last, "power": p.power}
+    return fit, expected_bias(spectrum.values, p.step, p.momentum, **tail)
 
 
 def _enlarged(iteration: Iteration, state: State, spectrum: Spectrum, factor: float) -> State:

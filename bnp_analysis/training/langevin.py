@@ -139,15 +139,7 @@ class SGLD(Optimizer):
         self._generator.set_state(state_dict["generator"].cpu())
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"preconditioner": self.preconditioner, "_generator": self._generator.get_state()}
-        return {**super().__getstate__(), **own}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        saved = state.pop("_generator", None)
-        super().__setstate__(state)
-        if saved is not None:
-            self._generator = generator(0)
-            self._generator.set_state(saved)
+        return {**super().__getstate__(), "preconditioner": self.preconditioner, "_generator": self._generator}
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]

@@ -472,7 +472,6 @@ THRESHOLDS: dict[type, Callable[[Mapping[str, Any]], float]] = {
     torch.optim.SGD: _heavy_ball,
     torch.optim.RMSprop: _heavy_ball,
     torch.optim.Adagrad: _adagrad,
-    torch.optim.AdamW: lambda group: _averaged({**group, "decoupled_weight_decay": True}),
     torch.optim.Adam: _averaged,
     torch.optim.LBFGS: lambda group: 2.0 if not group["line_search_fn"] else math.nan,
 }
@@ -503,24 +502,22 @@ def stability_threshold(optimizer: torch.optim.Optimizer) -> tuple[float, str]:
     own = next((find for kind, find in THRESHOLDS.items() if isinstance(optimizer, kind)), None)
     if own is None:
         return math.nan, f"none is known for {type(optimizer).__name__}"
-    found = {
-        own(group) / float(group["lr"]) if float(group["lr"]) > 0 else math.nan for group in optimizer.param_groups
-    }
+    rates = ((group, float(group["lr"])) for group in optimizer.param_groups)
+    found = {own(group) / rate if rate > 0 else math.nan for group, rate in rates}
     if not found:
         return math.nan, "the optimizer has no parameter groups"
-    if len(found) > 1 or len({_decay(optimizer, group) for group in optimizer.param_groups}) > 1:
+    if len(found) > 1 or len(set(map(_decay, optimizer.param_groups))) > 1:
         return math.nan, "the parameter groups have different rates, momenta or weight decays"
     (value,) = found
     return value, "a rate that decays by itself, a line search, or a rate of zero" if math.isnan(value) else ""
 
 
-def _decay(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> float:
+def _decay(group: Mapping[str, Any]) -> float:
     """Weight decay that is added to the gradient."""
-    apart = isinstance(optimizer, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay", False))
-    return 0.0 if apart else float(group.get("weight_decay", 0.0))
+    return 0.0 if group.get("decoupled_weight_decay", False) else float(group.get("weight_decay", 0.0))
 
 
 def _coupled_decay(optimizer: torch.optim.Optimizer) -> float:
     """The same for all groups, where it is one number."""
-    found = {_decay(optimizer, group) for group in optimizer.param_groups}
+    found = set(map(_decay, optimizer.param_groups))
     return found.pop() if len(found) == 1 else 0.0

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -260,6 +259,7 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self.at, self.log = _Progressed(), Log(None)
+        self.scheduler: Any = self.parts.others.get("scheduler")
         self.last: Any = None  # the batch of the last step
         self.read_every = 1 if self.step.device.type == "cpu" else READ_EVERY
 
@@ -353,9 +353,8 @@ class _Loop:
             self._read(problem)
         if self.at.stopped:
             return False
-        if self.by_step and "scheduler" in self.parts.others:
-            scheduler: Any = self.parts.others["scheduler"]
-            scheduler.step()
+        if self.by_step and self.scheduler is not None:
+            self.scheduler.step()
         update(self.at.step)
         self._probe()
         if self.save_every and self.at.step % self.save_every == 0:
@@ -386,10 +385,9 @@ class _Loop:
         with self.at.paused():
             if self.eval_data is not None:
                 row |= evaluate(self.step, self.eval_data)
-        if not self.by_step and "scheduler" in self.parts.others:
-            scheduler: Any = self.parts.others["scheduler"]
-            plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-            scheduler.step(*([row.get("eval_loss", row["train_loss"])] if plateau else []))
+        if not self.by_step and self.scheduler is not None:
+            plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+            self.scheduler.step(*([row.get("eval_loss", row["train_loss"])] if plateau else []))
         self.at.epochs.append(row)
         self.log.write(kind="epoch", **row, seconds=self.at.epoch_seconds[-1])
         self.order = self.parts.order()
@@ -448,8 +446,8 @@ class _Loop:
 
     def _result(self, seed: int) -> Run:
         return Run(
-            loss=self.at.series("loss"),
-            lr=self.at.series("lr"),
+            loss=np.array(self.at.loss, dtype=np.float64),
+            lr=np.array(self.at.lr, dtype=np.float64),
             epochs=tuple(self.at.epochs),
             epoch_seconds=tuple(self.at.epoch_seconds),
             probes=tuple(self.at.probes),
@@ -534,10 +532,7 @@ class _Progressed:
     def state(self) -> dict[str, Any]:
         """Everything but the clock, as tensors, numbers and words."""
         kept = {n: v for n, v in vars(self).items() if n not in ("began", "pending", "loss", "lr", "spent")}
-        series = {
-            "loss": torch.tensor(self.loss, dtype=torch.float64),
-            "lr": torch.tensor(self.lr, dtype=torch.float64),
-        }
+        series = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in ("loss", "lr")}
         return kept | series | {"spent": self.seconds}
 
     @classmethod
@@ -545,7 +540,3 @@ class _Progressed:
         """The run that `state` describes, on its way again."""
         own = dict(state) | {"loss": state["loss"].tolist(), "lr": state["lr"].tolist()}
         return cls(**own | {"stopped": "", "message": ""})
-
-    def series(self, name: str) -> npt.NDArray[np.float64]:
-        """The values of `loss` or `lr`, one per step."""
-        return np.array(getattr(self, name), dtype=np.float64)
