@@ -18,24 +18,7 @@ from bnp_analysis.precondition.bnp import BNPPreconditioner, bnp_preconditioner
 from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.symmetry import Cause
-from bnp_analysis.theory import rates as formulas
 from bnp_analysis.theory.check import Check, Source
-from bnp_analysis.theory.descent import (
-    DIVERGED,
-    DONE,
-    INTERRUPTED,
-    HeavyBallIteration,
-    Iteration,
-    Prediction,
-    RunningBNP,
-    State,
-    Trace,
-    observe,
-    perturbed,
-    predict,
-    seconds_per_iteration,
-    undeflated,
-)
 from bnp_analysis.theory.limit_point import (
     KINK,
     Minimizer,
@@ -49,7 +32,25 @@ from bnp_analysis.theory.limit_point import (
     roughness,
     undetermined,
 )
-from bnp_analysis.theory.rates import RateFit, time_constant
+from bnp_analysis.theory.rates import (
+    DIVERGED,
+    DONE,
+    INTERRUPTED,
+    HeavyBallIteration,
+    Iteration,
+    Prediction,
+    RateFit,
+    RunningBNP,
+    State,
+    Trace,
+    check_momentum,
+    observe,
+    perturbed,
+    predict,
+    seconds_per_iteration,
+    time_constant,
+    undeflated,
+)
 
 METHODS = {"gd": "gradient descent", "heavy_ball": "heavy ball", "bnp": "BNP with running statistics"}
 
@@ -88,7 +89,7 @@ class RateOptions:
         if isinstance(self.momentum, str) and self.momentum != "optimal":
             raise InvalidInputError(f"momentum must be 'optimal' or a number in [0, 1), got {self.momentum!r}")
         if not isinstance(self.momentum, str):
-            formulas.check_momentum(self.momentum)
+            check_momentum(self.momentum)
         if not 0 <= self.rho < 1:
             raise InvalidInputError(f"rho must be in [0, 1), got {self.rho}")
         if not min(self.tolerance, self.perturbation, self.max_iterations, self.max_parameters) > 0:

@@ -23,12 +23,12 @@ from bnp_analysis.symmetry.candidates import Candidate, Part
 from bnp_analysis.theory.convergence import ConvergenceCheck
 from bnp_analysis.theory.statements import (
     conditioning,
-    coordinates,
-    layer_curvature,
     normalization,
     spectra,
     symmetry,
 )
+from bnp_analysis.theory.statements import layers as coordinates
+from bnp_analysis.theory.statements import layers as layer_curvature
 from bnp_analysis.theory.statements import normalization as statistics
 from bnp_analysis.theory.statements import rates as rate_checks
 from bnp_analysis.theory.statements import setting as problem

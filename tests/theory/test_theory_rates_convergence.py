@@ -30,10 +30,9 @@ from bnp_analysis.theory.convergence import (
     check_bnp_gain,
     check_convergence_rate,
 )
-from bnp_analysis.theory.descent import RunningBNP, Trace, run
 from bnp_analysis.theory.limit_point import measure
 from bnp_analysis.theory.problems import KnownProblem, convolutional, linear_chain, softmax_regression, teacher_student
-from bnp_analysis.theory.rates import fit_rate
+from bnp_analysis.theory.rates import RunningBNP, Trace, fit_rate, run
 
 D = torch.float64
 mse = nn.functional.mse_loss

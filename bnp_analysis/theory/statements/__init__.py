@@ -16,8 +16,7 @@ from bnp_analysis.theory.check import Check, CheckTable, Source, named
 # Each module registers its statements when it is imported.
 from bnp_analysis.theory.statements import (  # noqa: F401
     conditioning,
-    coordinates,
-    layer_curvature,
+    layers,
     normalization,
     rates,
     spectra,
