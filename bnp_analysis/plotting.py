@@ -433,18 +433,4 @@ def _points(
             ax.plot(i + shift, k.value, marker, color=colour, markerfacecolor=face, markersize=8, zorder=3)
 
 
-__all__ = [
-    "plot_block_densities",
-    "plot_block_distances",
-    "plot_blocks",
-    "plot_diagonal",
-    "plot_eigenvector_mass",
-    "plot_inputs",
-    "plot_profile",
-    "plot_sharpness",
-    "plot_slice",
-    "plot_spectral_density",
-    "save_block_spectra",
-    "save_comparison",
-    "save_densities",
-]
+__all__ = [name for name in list(globals()) if name.startswith(("plot_", "save_"))]

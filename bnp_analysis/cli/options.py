@@ -193,10 +193,9 @@ def _load(model: torch.nn.Module, path: Path) -> None:
         state = load_tensors(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InvalidInputError(f"no checkpoint at {path}") from error
-    except OSError as error:
-        raise InvalidInputError(f"the checkpoint {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise InvalidInputError(f"the checkpoint {path} cannot be read: it is {error}") from error
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"it is {error}"
+        raise InvalidInputError(f"the checkpoint {path} cannot be read: {why}") from error
     try:
         model.load_state_dict(state.get("model", state) if isinstance(state, dict) else state)
     except Exception as error:

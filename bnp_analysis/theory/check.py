@@ -120,18 +120,8 @@ class Check(Result):
 
     def records(self) -> list[dict[str, Any]]:
         """The check as a row of a table."""
-        columns = (
-            "source",
-            "statement",
-            "verdict",
-            "holds",
-            "predicted",
-            "relation",
-            "observed",
-            "tolerance",
-            "reason",
-        )
-        return [{name: getattr(self, name) for name in columns}]
+        words, numbers = ("source", "statement", "verdict", "holds"), ("predicted", "relation", "observed", "tolerance")
+        return [{name: getattr(self, name) for name in (*words, *numbers, "reason")}]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -71,13 +71,8 @@ class Inputs:
     H: Tensor
     constant: int
 
-    @property
-    def R(self) -> int:
-        return self.H.shape[0]
-
-    @property
-    def m(self) -> int:
-        return self.H.shape[1]
+    def __post_init__(self) -> None:
+        self.R, self.m = self.H.shape
 
     @cached_property
     def mean(self) -> Tensor:
