@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from bnp_analysis.curvature import CURVATURES, gauss_newton
 from bnp_analysis.errors import InvalidInputError, MemoryLimitError, ZeroOperatorError
-from bnp_analysis.linalg import ConditionNumber, Preconditioner, condition_number, congruence, eigenpairs
+from bnp_analysis.linalg import Preconditioner, condition_number, congruence, eigenpairs
 from bnp_analysis.linalg.derived import Shifted
 from bnp_analysis.network import EmpiricalRisk
 from bnp_analysis.network.snapshot import unwrap
@@ -134,18 +135,11 @@ class ConditionProbe:
         P = self.preconditioner.preconditioner().to(torch.float64, "cpu") if trained else bnp_preconditioner(risk)
         found: dict[str, Any] = {}
         for key, factor in (("condition", None), ("condition_with_p", P.block(self.layer))):
-            k = self._measure(A, factor, null)
-            found |= {
-                key: float("nan") if k is None else k.value,
-                f"{key}_upper": float("nan") if k is None else k.upper,
-            }
+            found |= {key: math.nan, f"{key}_upper": math.nan}
+            with suppress(ZeroOperatorError):
+                k = condition_number(A, preconditioner=factor, null=null, seed=self.seed)
+                found |= {key: k.value, f"{key}_upper": k.upper}
         return found | {"preconditioner": "trained" if trained else "exact"}
-
-    def _measure(self, A: Any, P: Any, null: Any) -> ConditionNumber | None:
-        try:
-            return condition_number(A, preconditioner=P, null=null, seed=self.seed)
-        except ZeroOperatorError:
-            return None
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -265,24 +265,21 @@ class _Loop:
 
     def run(self, log: str | os.PathLike[str] | None, progress: Progress, seed: int) -> Run:
         resumed = self._resume()
-        self.log = Log(log, self.at.log_bytes)
         length = len(self.source) if isinstance(self.source, Sized) else 0
-        try:
+        with (
+            closing(Log(log, self.at.log_bytes)) as self.log,
+            stop_requests(signal.SIGINT, signal.SIGTERM) as request,
+            reporting(progress, self.epochs * length, "training") as update,
+        ):
             if not resumed:
                 self.log.write(kind="start", seed=seed, settings=self.settings)
-            with (
-                stop_requests(signal.SIGINT, signal.SIGTERM) as request,
-                reporting(progress, self.epochs * length, "training") as update,
-            ):
-                self.at.began = time.perf_counter()
-                if self.at.step == 0 and not self.at.probes:
-                    self._probe()
-                while self.at.epoch < self.epochs and not self.at.stopped and request.signal is None:
-                    self._epoch(lambda: request.signal, update)
-                self._stop(request.signal)
-            return self._result(seed)
-        finally:
-            self.log.close()
+            self.at.began = time.perf_counter()
+            if self.at.step == 0 and not self.at.probes:
+                self._probe()
+            while self.at.epoch < self.epochs and not self.at.stopped and request.signal is None:
+                self._epoch(lambda: request.signal, update)
+            self._stop(request.signal)
+        return self._result(seed)
 
     def _resume(self) -> bool:
         if self.path is None or not self.path.exists():
@@ -409,7 +406,7 @@ class _Loop:
     def _state(self) -> dict[str, Any]:
         self.at.log_bytes = self.log.size
         self.at.targets = self._targets() if self.at.batch else []
-        return {"order": self.order, "settings": self.identity, "progress": self.at.state()}
+        return {"order": self.order or self.parts.order(), "settings": self.identity, "progress": self.at.state()}
 
     def _targets(self) -> list[str]:
         """Of the batch of the last step, in short."""
@@ -431,8 +428,6 @@ class _Loop:
                     save_state(self.path, self.good | self._state())
                     self.at.message += f"; saved in {self.path}"
             elif signal is not None and self.at.epoch < self.epochs:
-                if not self.order:
-                    self.order = self.parts.order()
                 self._save()
                 self.at.stopped = signal
                 saved = f"saved in {self.path}; the same call goes on from there" if self.path else "nothing was saved"
@@ -440,7 +435,6 @@ class _Loop:
             else:
                 self.at.stopped, self.at.message = FINISHED, f"{self.at.epoch} epochs done"
                 if not self.order:
-                    self.order = self.parts.order()
                     self._save()
             self.log.write(kind="end", stopped=self.at.stopped, message=self.at.message, step=self.at.step)
 
