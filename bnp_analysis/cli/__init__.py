@@ -37,8 +37,8 @@ COMMANDS = {
 
 #: Commands that run files of a checkout, and the folder of each.
 FOLDERS = {"figures": "paper_figures", "bench": "benchmarks"}
-#: What `bench` runs without names, and the flags that it adds: `truth` is short for `truth_suite`.
-BY_DEFAULT = {"products": [], "krylov": [], "truth": ["--quick"]}
+#: What `bench` runs without names, and the flags that it adds; `truth` is short for `truth_suite`.
+BY_DEFAULT = {"products": [], "krylov": [], "truth_suite": ["--quick"]}
 ALIASES = {"truth": "truth_suite"}
 _HELP = {
     "figures": "usage: bnp-analysis figures [NAME ...] [--preset quick|full] [--force] [--out FOLDER] [--root FOLDER]",
@@ -174,9 +174,9 @@ def _bench(folder: Path, words: list[str], run: Callable[..., int]) -> int:
     if unknown:
         raise InvalidInputError(f"no benchmark is called {', '.join(unknown)}; there are: {', '.join(scripts)}")
     jobs = dict.fromkeys(given, options) or {
-        ALIASES.get(name, name): [*(flag for flag in flags if flag not in options), *options]
+        name: [*(flag for flag in flags if flag not in options), *options]
         for name, flags in BY_DEFAULT.items()
-        if "--gpu" not in options or '"--gpu"' in scripts.get(ALIASES.get(name, name), "")
+        if "--gpu" not in options or '"--gpu"' in scripts.get(name, "")
     }
     status = 0
     for name, own in jobs.items():
