@@ -493,7 +493,7 @@ def plain(value: Any, nested: Callable[[Any], Any] = str, *, strict: bool = Fals
     """
     value = value.to_dict() if isinstance(value, Result) else _bare(value)
     if isinstance(value, (np.ndarray, torch.Tensor)):
-        value = value.tolist()
+        return plain(value.tolist(), nested, strict=True) if strict else value.tolist()
     if strict and isinstance(value, (float, complex)) and not (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     if value is None or isinstance(value, (bool, int, float, complex, str)):
