@@ -27,9 +27,9 @@ from bnp_analysis.cli import answered
 from bnp_analysis.linalg import condition_number
 from bnp_analysis.network.moments import layer_moments
 from bnp_analysis.runtime.files import require_outputs, write_text
+from bnp_analysis.theory.statements.normalization import check_patch_statistics
 from bnp_analysis.theory.statements.setting import NotApplicable, Problem
 from bnp_analysis.theory.statements.spectra import Whitened, check_blocks, random_case
-from bnp_analysis.theory.statements.statistics import check_patch_statistics
 from bnp_analysis.theory.statements.symmetry import orbit_curve, scalings
 from bnp_analysis.training import fit
 

@@ -42,7 +42,9 @@ def plot_inputs(table: LayerTable, ax: Axes | None = None) -> Axes:
         numbers = [getattr(row, name) for row in table.layers]
         places = np.arange(len(numbers)) + (shift - 1) * 0.25
         ax.bar(places, [k.value for k in numbers], width=0.23, color=colour, label=label)
-        _mark_one_sided(ax, places, numbers)
+        for x, k in zip(places, numbers, strict=True):
+            if not k.two_sided:
+                ax.annotate("≥", (x, k.value), ha="center", va="bottom")
     _layer_axis(ax, table)
     ax.set_ylabel(r"$\sigma_{\max}/\sigma_{\min}^{+}$ of the layer's inputs")
     _legend_above(ax, columns=3)
@@ -72,13 +74,10 @@ def plot_blocks(result: Comparison | LayerTable, ax: Axes | None = None) -> Axes
             x = i + shift + np.linspace(-0.08, 0.08, len(live))
             ax.plot(x, [k.value for k in live], ".", color=colour, alpha=0.45, markersize=4)
         _points(ax, [getattr(row, block) for row in table.layers], colour, f"layer block {label}", shift)
-    if isinstance(result, Comparison):
-        names = list(result.network)
-        for side, colour, shift in ((0, BLUE, -0.15), (1, ORANGE, 0.15)):
-            _points(ax, [result.network[n][side] for n in names], colour, None, shift, first=len(table.layers))
-        _layer_axis(ax, table, [f"network\n{n}" for n in names])
-    else:
-        _layer_axis(ax, table)
+    network = result.network if isinstance(result, Comparison) else {}
+    for side, colour, shift in ((0, BLUE, -0.15), (1, ORANGE, 0.15)):
+        _points(ax, [pair[side] for pair in network.values()], colour, None, shift, first=len(table.layers))
+    _layer_axis(ax, table, [f"network\n{name}" for name in network])
     ax.set_ylabel(r"$\kappa^*$ of the curvature")
     ax.plot([], [], ".", color=GREY, label="unit blocks")
     ax.plot([], [], "^", color=GREY, markerfacecolor="none", label="lower bound")
@@ -117,7 +116,16 @@ def plot_spectral_density(
         raise InvalidInputError(f"axis must be 'own' or 'symlog', got {axis!r}")
     ax = _axes(ax)
     if axis == "symlog":
-        return _on_both_signs(density, ax, label, color, floor)
+        _on_both_signs(density, ax, label, color, floor)
+    else:
+        _on_own_axis(density, ax, label, color)
+    if label is not None:
+        ax.legend(frameon=False)
+    return ax
+
+
+def _on_own_axis(density: SpectralDensity, ax: Axes, label: str | None, color: str) -> None:
+    """The density with its band; grey: what an axis of logarithms does not resolve."""
     top = float(density.density.max())
     ax.semilogy(density.grid, np.maximum(density.density, 1e-9 * top), color=color, label=label)
     low, high = (np.maximum(end, 1e-9 * top) for end in density.band())
@@ -129,14 +137,10 @@ def plot_spectral_density(
         end = max(min(density.resolved(), density.grid[-1]), rounding)
         if end > density.grid[0]:
             ax.axvspan(density.grid[0], end, color=GREY, alpha=0.15, linewidth=0)
-    ax.set_xlabel(r"$\log_{10}|\lambda|$" if logarithmic else r"eigenvalue $\lambda$")
-    ax.set_ylabel("density")
-    if label is not None:
-        ax.legend(frameon=False)
-    return ax
+    ax.set(xlabel=r"$\log_{10}|\lambda|$" if logarithmic else r"eigenvalue $\lambda$", ylabel="density")
 
 
-def _on_both_signs(density: SpectralDensity, ax: Axes, label: str | None, color: str, floor: float | None) -> Axes:
+def _on_both_signs(density: SpectralDensity, ax: Axes, label: str | None, color: str, floor: float | None) -> None:
     """The density per decade of both signs; grey: below the floor, and nodes of eigenvalues of unknown size."""
     some = density.weights > 0
     sizes = np.abs(density.nodes[some])
@@ -149,11 +153,7 @@ def _on_both_signs(density: SpectralDensity, ax: Axes, label: str | None, color:
     _symmetric_log(ax, "x", floor, largest)
     unknown = max(floor, float(sizes[density.residuals[some] + density.rounding > sizes / 2].max(initial=0.0)))
     ax.axvspan(-unknown, unknown, color=GREY, alpha=0.15, linewidth=0)
-    ax.set_xlabel(r"eigenvalue $\lambda$")
-    ax.set_ylabel("density per decade")
-    if label is not None:
-        ax.legend(frameon=False)
-    return ax
+    ax.set(xlabel=r"eigenvalue $\lambda$", ylabel="density per decade")
 
 
 @gated
@@ -214,17 +214,9 @@ def plot_block_distances(result: BlockSpectra, ax: Axes | None = None) -> Axes:
     ax.set_xticks(places, list(result.names), rotation=90)
     ax.set_yticks(places, list(result.names))
     if len(result.names) <= 12:
-        for i in places:
-            for j in places:
-                ax.text(
-                    j,
-                    i,
-                    f"{shown[i, j]:.2f}",
-                    ha="center",
-                    va="center",
-                    fontsize="small",
-                    color="white" if shown[i, j] < 0.6 else "black",
-                )
+        for (i, j), value in np.ndenumerate(shown):
+            seen = "white" if value < 0.6 else "black"
+            ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize="small", color=seen)
     ax.figure.colorbar(image, ax=ax, label="Jensen-Shannon distance (diagonal: noise)")
     return ax
 
@@ -248,8 +240,7 @@ def plot_block_densities(result: BlockSpectra, ax: Axes | None = None) -> Axes:
         shares = np.cumsum(density.weights.ravel()[order]) / len(density.nodes)
         ax.step(density.nodes.ravel()[order], shares, where="post", color=colour, label=name, linewidth=1.2)
     _symmetric_log(ax, "x", 1e-6 * largest, largest)
-    ax.set_xlabel(r"eigenvalue $\lambda$")
-    ax.set_ylabel(r"share of eigenvalues $\leq\lambda$")
+    ax.set(xlabel=r"eigenvalue $\lambda$", ylabel=r"share of eigenvalues $\leq\lambda$")
     if len(result.names) <= 16:
         ax.legend(frameon=False, fontsize="small")
     return ax
@@ -299,34 +290,21 @@ def plot_slice(result: Slice, ax: Axes | None = None) -> Axes:
     Returns:
         The axes.
     """
-    ax = _axes(ax)
-    if result.loss.ndim == 1:
-        ax.plot(result.distances, result.loss, color=BLUE, label="loss")
-        ax.plot(result.distances, result.quadratic, "--", color=ORANGE, label="quadratic model")
-        ax.set_xlabel(f"distance along {result.labels[0]}")
-        ax.set_ylabel("loss")
-    else:
+    ax, x = _axes(ax), result.distances
+    line = result.loss.ndim == 1
+    ax.plot(x if line else [], result.loss if line else [], color=BLUE, label="loss")
+    ax.plot(x if line else [], result.quadratic if line else [], "--", color=ORANGE, label="quadratic model")
+    if not line:
         finite = result.loss[np.isfinite(result.loss)]
         # Closer where the loss is small: around a minimum a quadratic has its lines at equal distances.
         levels = finite.min() + (finite.max() - finite.min()) * np.linspace(0, 1, 13) ** 2
-        lines = ax.contour(result.distances, result.distances, result.loss.T, levels, colors=BLUE, linewidths=1.2)
-        ax.clabel(lines, fontsize="x-small")
+        ax.clabel(ax.contour(x, x, result.loss.T, levels, colors=BLUE, linewidths=1.2), fontsize="x-small")
         if np.isfinite(result.quadratic).all():
-            ax.contour(
-                result.distances,
-                result.distances,
-                result.quadratic.T,
-                levels,
-                colors=ORANGE,
-                linestyles="dashed",
-                linewidths=1.0,
-            )
-        ax.plot([], [], color=BLUE, label="loss")
-        ax.plot([], [], "--", color=ORANGE, label="quadratic model")
+            ax.contour(x, x, result.quadratic.T, levels, colors=ORANGE, linestyles="dashed", linewidths=1.0)
         ax.plot([0], [0], "k+")
-        ax.set_xlabel(f"distance along {result.labels[0]}")
-        ax.set_ylabel(f"distance along {result.labels[1]}")
-    ax.legend(frameon=result.loss.ndim > 1, fontsize="small")
+    first, *second = (f"distance along {label}" for label in result.labels)
+    ax.set(xlabel=first, ylabel="loss" if line else second[0])
+    ax.legend(frameon=not line, fontsize="small")
     return ax
 
 
@@ -365,9 +343,8 @@ def plot_sharpness(result: Sharpness, ax: Axes | None = None) -> Axes:
     for i, column in enumerate(result.values.T):
         ax.plot(result.steps, column, "-", color=BLUE, alpha=max(0.25, 1 - 0.2 * i), linewidth=1.2)
     ax.plot(result.steps, result.threshold, "--", color=ORANGE, label="threshold")
-    ax.set_xlabel("steps")
-    plain = result.preconditioner in ("I", "SGD's")
-    ax.set_ylabel(r"largest eigenvalues of $H$" if plain else r"largest eigenvalues of $P^\top H P$")
+    matrix = "$H$" if result.preconditioner in ("I", "SGD's") else r"$P^\top H P$"
+    ax.set(xlabel="steps", ylabel=f"largest eigenvalues of {matrix}")
     if np.isfinite(result.threshold).any():
         ax.legend(frameon=False)
     return ax
@@ -452,29 +429,8 @@ def _points(
     ax.plot([], [], "s", color=colour, label=label) if label else None
     for i, k in enumerate(numbers, start=first):
         if k is not None and math.isfinite(k.value):
-            one_sided = {"marker": "^", "markerfacecolor": "white"}
-            style: dict[str, Any] = {"marker": "s"} if k.two_sided else one_sided
-            ax.plot([i + shift], [k.value], color=colour, markersize=8, linestyle="none", zorder=3, **style)
+            marker, face = ("s", colour) if k.two_sided else ("^", "white")
+            ax.plot(i + shift, k.value, marker, color=colour, markerfacecolor=face, markersize=8, zorder=3)
 
 
-def _mark_one_sided(ax: Axes, places: Any, numbers: Sequence[ConditionNumber]) -> None:
-    for x, k in zip(places, numbers, strict=True):
-        if not k.two_sided:
-            ax.annotate("≥", (x, k.value), ha="center", va="bottom")
-
-
-__all__ = [
-    "plot_block_densities",
-    "plot_block_distances",
-    "plot_blocks",
-    "plot_diagonal",
-    "plot_eigenvector_mass",
-    "plot_inputs",
-    "plot_profile",
-    "plot_sharpness",
-    "plot_slice",
-    "plot_spectral_density",
-    "save_block_spectra",
-    "save_comparison",
-    "save_densities",
-]
+__all__ = [name for name in list(globals()) if name.startswith(("plot_", "save_"))]

@@ -1,32 +1,40 @@
 """What every result of the package shares: provenance, one honest line, tables and files.
 
 A result is a frozen dataclass that derives from :class:`Result` and holds numbers, words, arrays, tensors,
-containers of these, and other results; never a model or an operator. Files are strict JSON, written
-atomically, and read back bit for bit: finite floats as their shortest exact decimal form, everything that
-JSON lacks under a tag that starts with ``$`` (`_encoding` has the list).
+containers of these, and other results; never a model or an operator. Files are strict JSON, written atomically, and
+read back bit for bit.
+
+Strings, integers, booleans, None, finite floats, lists and dicts with plain string keys stand for
+themselves (a finite float as the shortest decimal that reads back exactly). The rest stands under a tag:
+``$float`` (NaN, infinities), ``$complex``, ``$tuple``, ``$dict`` (other keys), ``$array``, ``$tensor``,
+``$dtype``, ``$device``, ``$result``. NumPy scalars and enumeration members become the Python value that they carry.
 """
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import functools
 import html
 import importlib.metadata
 import json
+import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
-from bnp_analysis._encoding import decode, encode, plain, read_json, write_json
-from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.runtime.kinds import article
+from bnp_analysis.errors import DataNotFoundError, InvalidInputError
+from bnp_analysis.runtime.files import write_text
+from bnp_analysis.runtime.kinds import KINDS, article
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,6 +45,10 @@ FORMAT_VERSION = 1
 _FORMAT = "bnp_analysis.result"
 _HTML_ROWS = 100
 _PROVENANCE = ("settings", "seed", "versions", "matvecs", "seconds")
+LIST_LIMIT = 10_000  # arrays up to this many entries are written as readable lists, larger ones as base64
+_INTEGERS = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+_DTYPES = (*_INTEGERS, "float16", "float32", "float64", "complex64", "complex128")
+_TENSORS = (*_DTYPES, "bfloat16")
 
 
 @functools.cache
@@ -152,9 +164,7 @@ class Result:
         >>> Result(settings={"v": np.arange(2)}, versions={}).to_dict()["settings"]
         {'v': [0, 1]}
         """
-        return {"type": type(self).__name__} | {
-            f.name: plain(getattr(self, f.name), _plain_other) for f in dataclasses.fields(self)
-        }
+        return {"type": type(self).__name__} | {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return :meth:`records` as a pandas data frame.
@@ -192,7 +202,8 @@ class Result:
         3
         """
         head = {"format": _FORMAT, "format_version": FORMAT_VERSION}
-        return write_json(path, head | _encode_result(self))
+        write_text(path, _dump(head | _encode_result(self), "\n") + "\n")
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -214,7 +225,7 @@ class Result:
         ...     Result.load(saved.save(folder + "/result.json")) == saved
         True
         """
-        raw = read_json(path)
+        raw = _read_json(path)
         if not isinstance(raw, dict) or raw.get("format") != _FORMAT:
             raise InvalidInputError(f"{path} is JSON, but not a result that save() of this package wrote")
         version = raw.get("format_version")
@@ -309,20 +320,14 @@ def _decode_result(raw: Mapping[str, Any]) -> Result:
         return _decode_result(value["$result"])
 
     found = {name: decode(value, nested) for name, value in raw["fields"].items()}
-    hints = _hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
+    hints, fields = _hints(kind), {f.name: f for f in dataclasses.fields(kind) if f.init}
     strange = [f"unknown field {name!r}" for name in found.keys() - fields.keys()]
-    optional = (dataclasses.MISSING, dataclasses.MISSING)
-    strange += [
-        f"field {name!r} is missing"
-        for name, f in fields.items()
-        if name not in found and (f.default, f.default_factory) == optional
-    ]
-    strange += [
-        f"field {name!r} holds {article(type(value).__name__)} {type(value).__name__}, not {fields[name].type}"
-        for name, value in found.items()
-        if name in fields and not _fits(value, hints.get(name, Any))
-    ]
+    for name, f in fields.items():
+        if name not in found and f.default is f.default_factory is dataclasses.MISSING:
+            strange.append(f"field {name!r} is missing")
+        elif name in found and not _fits(found[name], hints.get(name, Any)):
+            given = type(found[name]).__name__
+            strange.append(f"field {name!r} holds {article(given)} {given}, not {f.type}")
     if strange:
         raise InvalidInputError(f"damaged, or from another version: {'; '.join(sorted(strange))} of {raw['type']}")
     return kind(**found)
@@ -363,10 +368,6 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, wanted)
 
 
-def _plain_other(value: Any) -> Any:
-    return value.to_dict() if isinstance(value, Result) else str(value)
-
-
 def _short(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, (float, np.floating)) else str(value)
 
@@ -387,3 +388,212 @@ def _html_row(tag: str, cells: list[Any]) -> str:
 
 
 Result._registry["Result"] = Result
+
+
+def encode(value: Any, where: str, nested: Callable[[Any], Any]) -> Any:
+    """Return `value` as JSON data.
+
+    Args:
+        value: numbers, words, arrays, tensors, containers of these.
+        where: name of the value, for the error message.
+        nested: encodes any other value, or returns None if it cannot.
+
+    Returns:
+        What ``json.dumps(..., allow_nan=False)`` accepts.
+
+    Raises:
+        InvalidInputError: the value, or something inside it, is not data.
+
+    >>> encode((1, math.inf), "bounds", lambda value: None)
+    {'$tuple': [1, {'$float': 'inf'}]}
+    """
+    value = _bare(value)
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"$float": repr(value)}
+    if isinstance(value, complex):
+        return {"$complex": [encode(part, where, nested) for part in (value.real, value.imag)]}
+    if isinstance(value, Mapping):
+        pairs = [
+            (encode(key, f"a key of {where}", nested), encode(item, f"{where}[{key!r}]", nested))
+            for key, item in value.items()
+        ]
+        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+            return dict(pairs)
+        return {"$dict": [list(pair) for pair in pairs]}
+    if isinstance(value, (list, tuple)):
+        items = [encode(item, f"{where}[{i}]", nested) for i, item in enumerate(value)]
+        return {"$tuple": items} if isinstance(value, tuple) else items
+    if isinstance(value, np.ndarray) and value.dtype.name in _DTYPES:
+        return {"$array": _encode_array(value)}
+    if isinstance(value, torch.Tensor) and value.layout == torch.strided and _name(value.dtype) in _TENSORS:
+        return {"$tensor": _encode_tensor(value)}
+    if isinstance(value, (torch.dtype, torch.device)):
+        return {"$dtype" if isinstance(value, torch.dtype) else "$device": _name(value)}
+    encoded = nested(value)
+    if encoded is None:
+        raise InvalidInputError(
+            f"{where} holds a {type(value).__module__}.{type(value).__qualname__}, which is not data; "
+            "results hold numbers, words, arrays, tensors, containers of these, and other results: store its "
+            "name or its numbers instead"
+        )
+    return encoded
+
+
+def decode(raw: Any, nested: Callable[[Mapping[str, Any]], Any]) -> Any:
+    """Return the value that :func:`encode` wrote as `raw`.
+
+    Args:
+        raw: parsed JSON.
+        nested: decodes a dict whose only key is a tag unknown here.
+
+    Returns:
+        The value; arrays and tensors are new, tensors on the CPU.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError, RuntimeError: the data is damaged.
+
+    >>> decode({"$tuple": [1, {"$float": "inf"}]}, lambda raw: None)
+    (1, inf)
+    """
+    if isinstance(raw, list):
+        return [decode(item, nested) for item in raw]
+    if not isinstance(raw, dict):
+        return raw
+    tag = next(iter(raw)) if len(raw) == 1 else ""
+    if not tag.startswith("$"):
+        return {key: decode(item, nested) for key, item in raw.items()}
+    content: Any = raw[tag]
+    if tag in _READERS:
+        return _READERS[tag](content)
+    if tag in ("$tuple", "$complex"):
+        parts = (decode(part, nested) for part in content)
+        return tuple(parts) if tag == "$tuple" else complex(*parts)
+    if tag == "$dict":
+        return {decode(key, nested): decode(item, nested) for key, item in content}
+    return nested(raw)
+
+
+def plain(value: Any, nested: Callable[[Any], Any] = str, *, strict: bool = False) -> Any:
+    """Return `value` as plain Python: lists for arrays, tensors and tuples, string keys, untagged NaN.
+
+    Args:
+        value: what :func:`encode` accepts, results included.
+        nested: converts any other value.
+        strict: whether numbers that JSON lacks become words, "nan", "inf", "-inf".
+
+    Returns:
+        Nested dicts and lists of Python scalars and strings.
+
+    >>> plain({"v": np.arange(2), 3: (1.0, None)})
+    {'v': [0, 1], '3': [1.0, None]}
+    >>> plain({"a": torch.tensor([1.0, math.inf])}, strict=True)
+    {'a': [1.0, 'inf']}
+    """
+    value = value.to_dict() if isinstance(value, Result) else _bare(value)
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return plain(value.tolist(), nested, strict=True) if strict else value.tolist()
+    if strict and isinstance(value, (float, complex)) and not (isinstance(value, float) and math.isfinite(value)):
+        return str(value)
+    if value is None or isinstance(value, (bool, int, float, complex, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(_bare(key)): plain(item, nested, strict=strict) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, nested, strict=strict) for item in value]
+    return _name(value) if isinstance(value, (torch.dtype, torch.device)) else nested(value)
+
+
+def _read_json(path: str | os.PathLike[str]) -> Any:
+    """Return the data of a strict JSON file.
+
+    Raises:
+        InvalidInputError: the file is not strict JSON (``NaN`` and ``Infinity`` are not); DataNotFoundError: there is
+        none.
+    """
+    fits, words = KINDS["str | os.PathLike[str]"]
+    if not fits(path):
+        raise InvalidInputError(f"path must be {words}, not {path!r:.60}")
+    if not os.path.lexists(path):
+        raise DataNotFoundError(f"there is no file {path}, so no result can be read")
+    if not Path(path).is_file():
+        raise InvalidInputError(f"{path} is a folder, a pipe or a device, so no result can be read")
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInputError(f"{path} is not valid JSON, so no result can be read: {error}") from error
+
+
+def _dump(data: Any, newline: str) -> str:
+    """Strict JSON, one line for each entry of a dict and for each list of scalars."""
+    inner = newline + " "
+    if isinstance(data, dict) and data:
+        entries = (f"{json.dumps(key)}: {_dump(item, inner)}" for key, item in data.items())
+        return "{" + inner + ("," + inner).join(entries) + newline + "}"
+    if isinstance(data, list) and any(isinstance(item, (dict, list)) for item in data):
+        return "[" + inner + ("," + inner).join(_dump(item, inner) for item in data) + newline + "]"
+    return json.dumps(data, allow_nan=False)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number in JSON")
+
+
+def _bare(value: Any) -> Any:
+    """The Python value that an enumeration member or a NumPy scalar carries."""
+    if isinstance(value, Enum):
+        value = value.value
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _encode_array(array: npt.NDArray[Any]) -> dict[str, Any]:
+    head = {"dtype": array.dtype.name, "shape": list(array.shape)}
+    if array.size > LIST_LIMIT:
+        little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        return head | {"base64": base64.b64encode(little.tobytes()).decode("ascii")}
+    return head | {"data": [encode(item, "", _nothing) for item in array.ravel().tolist()]}
+
+
+def _decode_array(raw: Mapping[str, Any]) -> npt.NDArray[Any]:
+    if raw["dtype"] not in _DTYPES:
+        raise ValueError(f"unknown dtype {raw['dtype']!r}")
+    dtype = np.dtype(raw["dtype"])
+    if "base64" in raw:
+        flat = np.frombuffer(base64.b64decode(raw["base64"], validate=True), dtype=dtype.newbyteorder("<"))
+        return flat.astype(dtype).reshape(raw["shape"])
+    return np.array([decode(item, _nothing) for item in raw["data"]], dtype=dtype).reshape(raw["shape"])
+
+
+def _encode_tensor(tensor: torch.Tensor) -> dict[str, Any]:
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+    if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16; float32 holds it exactly
+        return _encode_array(tensor.float().numpy()) | {"dtype": "bfloat16"}
+    return _encode_array(tensor.numpy())
+
+
+def _decode_tensor(raw: Mapping[str, Any]) -> torch.Tensor:
+    stored = "float32" if raw["dtype"] == "bfloat16" else raw["dtype"]
+    return torch.from_numpy(_decode_array({**raw, "dtype": stored})).to(_torch_dtype(raw["dtype"]))
+
+
+def _name(value: torch.dtype | torch.device) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name!r} is not a dtype")
+    return dtype
+
+
+def _nothing(value: Any) -> NoReturn:
+    raise ValueError(f"{value!r} inside an array")
+
+
+#: Tag -> what makes a value from its content, where nothing is nested in it.
+_READERS: dict[str, Callable[[Any], Any]] = {
+    **{"$float": float, "$array": _decode_array, "$tensor": _decode_tensor},
+    **{"$dtype": _torch_dtype, "$device": torch.device},
+}

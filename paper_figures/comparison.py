@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.results import Result
+from bnp_analysis.results import Result, plain
 from bnp_analysis.runtime.files import require_output, writing
 from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.training.experiment import Experiment, load, run_experiment
-from bnp_analysis.training.run import DIVERGED, FINISHED, SIGNALS, plain
+from bnp_analysis.training.run import DIVERGED, FINISHED, SIGNALS
 from paper_figures.cost import fresh_processes, measure_cost, one_thread
 
 Method = Mapping[str, Any]
@@ -298,7 +298,7 @@ class Store:
     def add(self, experiment: Experiment, record: Record) -> None:
         """Keep a record."""
         key = key_of(experiment)
-        whole = plain({"key": key, "experiment": experiment.settings()} | record)
+        whole = plain({"key": key, "experiment": experiment.settings()} | record, strict=True)
         self._records[key] = whole
         if self._path is not None:
             with writing(self._path):

@@ -81,9 +81,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @pytest.fixture
 def small_statements(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checks of the theory with fewer examples, random starts, scalings, steps and points: the same code, faster."""
-    from bnp_analysis.theory.statements import conditioning, layer_curvature, rates, spectra, symmetry
+    from bnp_analysis.theory.statements import conditioning, layers, rates, spectra, symmetry
 
-    monkeypatch.setattr(layer_curvature, "_MOST_OFFSETS", 64)
+    monkeypatch.setattr(layers, "_MOST_OFFSETS", 64)
     monkeypatch.setattr(conditioning, "_SEARCH", 20)
     monkeypatch.setattr(rates, "_WIDTHS", (4, 2, 2))
     monkeypatch.setattr(rates, "_KAPPA", 30.0)

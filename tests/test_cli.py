@@ -14,7 +14,7 @@ import torch
 
 import bnp_analysis as bnp
 from bnp_analysis.cli import main
-from bnp_analysis.theory.statements import coordinates
+from bnp_analysis.theory.statements import layers as coordinates
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--samples", "40", "--hidden", "4", "--epochs", "1", "--quiet"]

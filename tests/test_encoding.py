@@ -17,8 +17,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnp_analysis import _encoding
-from bnp_analysis._encoding import decode, encode, plain
+from bnp_analysis import results as _encoding
+from bnp_analysis.results import decode, encode, plain
 
 
 def after_text(value: Any) -> Any:

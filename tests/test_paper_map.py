@@ -16,7 +16,6 @@ from typing import Any
 
 import bnp_analysis
 from bnp_analysis.theory import statements as folder
-from bnp_analysis.theory import suite  # noqa: F401 - which imports all of them
 from bnp_analysis.theory.check import Source
 from bnp_analysis.theory.statements.setting import Statement
 

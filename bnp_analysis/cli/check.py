@@ -10,19 +10,19 @@ from collections.abc import Callable, Iterator
 
 from bnp_analysis.cli.options import PRECONDITIONERS, problem_options, risk_of, write
 from bnp_analysis.theory.check import Check, CheckTable, Source, named
+from bnp_analysis.theory.statements import check_theory
 from bnp_analysis.theory.statements.rates import rates_of
-from bnp_analysis.theory.suite import check_theory
 
 # A network whose dense reference matrices take seconds.
 SMALL = {"samples": 300, "hidden": [12, 8]}
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def check(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command.
 
     Example:
         >>> parser = argparse.ArgumentParser()
-        >>> configure(parser)
+        >>> check(parser)
         >>> parser.parse_args(["--only", "T7", "T11"]).only
         ['T7', 'T11']
     """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import math
 import os
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -118,12 +117,6 @@ def outputs_of(arguments: argparse.Namespace) -> Outputs:
     return {option: [path] for option, path in given.items() if path is not None}
 
 
-def engine_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The keywords `engine` and `max_memory` of operators."""
-    limit = None if arguments.max_memory is None else math.ceil(2**20 * arguments.max_memory)
-    return {"engine": arguments.engine, "max_memory": limit}
-
-
 def experiment_of(arguments: argparse.Namespace, **given: Any) -> Experiment:
     """The experiment that the options describe, but for what is given."""
     named = {name: value for name, value in vars(arguments).items() if name in Experiment.__dataclass_fields__}
@@ -200,10 +193,9 @@ def _load(model: torch.nn.Module, path: Path) -> None:
         state = load_tensors(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InvalidInputError(f"no checkpoint at {path}") from error
-    except OSError as error:
-        raise InvalidInputError(f"the checkpoint {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise InvalidInputError(f"the checkpoint {path} cannot be read: it is {error}") from error
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"it is {error}"
+        raise InvalidInputError(f"the checkpoint {path} cannot be read: {why}") from error
     try:
         model.load_state_dict(state.get("model", state) if isinstance(state, dict) else state)
     except Exception as error:

@@ -15,7 +15,7 @@ from bnp_analysis.training.run import Run
 EXIT = {"finished": 0, "diverged": 1, "SIGINT": 130, "SIGTERM": 143}
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def train(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.epilog = (
         "Exit status: 0 finished, 1 diverged, 2 bad input, 130 and 143 stopped by SIGINT and SIGTERM (saved)."

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from bnp_analysis.theory import problems
 from bnp_analysis.theory.check import Check, CheckTable
-from bnp_analysis.theory.rates.convergence import ConvergenceCheck, RateOptions, check_bnp_gain, check_convergence_rate
-from bnp_analysis.theory.suite import check_theory
+from bnp_analysis.theory.convergence import ConvergenceCheck, RateOptions, check_bnp_gain, check_convergence_rate
+from bnp_analysis.theory.statements import check_theory
 
 __all__ = [
     "Check",

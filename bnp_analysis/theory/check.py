@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.results import Result
@@ -59,7 +59,7 @@ class Check(Result):
         tolerance: float,
         relation: str = "=",
         **more: Any,
-    ) -> Check:
+    ) -> Self:
         """Compare an observation with a prediction.
 
         Args:
@@ -93,7 +93,7 @@ class Check(Result):
         return cls(statement=statement, source=str(source), holds=holds, relation=relation, **numbers, **more)
 
     @classmethod
-    def not_applicable(cls, statement: str, source: str, reason: str, **more: Any) -> Check:
+    def not_applicable(cls, statement: str, source: str, reason: str, **more: Any) -> Self:
         """A statement whose hypotheses fail here, or could not be verified.
 
         Example:
@@ -120,18 +120,8 @@ class Check(Result):
 
     def records(self) -> list[dict[str, Any]]:
         """The check as a row of a table."""
-        columns = (
-            "source",
-            "statement",
-            "verdict",
-            "holds",
-            "predicted",
-            "relation",
-            "observed",
-            "tolerance",
-            "reason",
-        )
-        return [{name: getattr(self, name) for name in columns}]
+        words, numbers = ("source", "statement", "verdict", "holds"), ("predicted", "relation", "observed", "tolerance")
+        return [{name: getattr(self, name) for name in (*words, *numbers, "reason")}]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

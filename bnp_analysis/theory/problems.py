@@ -22,7 +22,7 @@ from bnp_analysis.curvature.hessian import hessian
 from bnp_analysis.data import load
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.theory.rates.limit_point import find_minimizer
+from bnp_analysis.theory.limit_point import find_minimizer
 
 _GRID = 49
 _DECADES = 3.0
@@ -86,9 +86,8 @@ def teach(model: nn.Sequential, x: Tensor, generator: torch.Generator, *, margin
     Returns:
         The network's outputs.
     """
-    layers = list(model)
     with torch.no_grad():
-        for k, module in enumerate(layers):
+        for module, after in zip(model, [*list(model)[1:], None], strict=True):
             # A network that is built here, of these kinds alone: weights are set, no kind is asked for its rows.
             if isinstance(module, nn.Linear | nn.Conv2d):
                 flat = torch.randn(module.weight.flatten(1).shape, generator=generator, dtype=x.dtype)
@@ -96,11 +95,7 @@ def teach(model: nn.Sequential, x: Tensor, generator: torch.Generator, *, margin
                 module.weight.copy_((math.sqrt(2) * U @ Vt).view_as(module.weight))
                 assert module.bias is not None
                 module.bias.zero_()
-                if (
-                    margins
-                    and k + 1 < len(layers)
-                    and not isinstance(layers[k + 1], nn.Linear | nn.Conv2d | nn.Flatten)
-                ):
+                if margins and isinstance(after, nn.ReLU | nn.LeakyReLU):
                     a = module(x)
                     columns = a if a.ndim == 2 else a.movedim(1, -1).flatten(0, -2)
                     module.bias.copy_(-torch.stack([_gap(column) for column in columns.T]))
@@ -236,9 +231,7 @@ def teacher_student(
     if by not in ("inputs", "orbit") or (by == "orbit" and activation not in _HOMOGENEOUS):
         raise InvalidInputError(f"by must be 'inputs', or 'orbit' with a homogeneous activation, got {by!r}")
     null = sum(widths[1:-1]) if activation in _HOMOGENEOUS else 0
-    model = _dense(widths, _ACTIVATIONS[activation])
-    words = f"{'-'.join(map(str, widths))} {activation}"
-    return _dense_problem(model, widths, null, words, kappa=kappa, by=by, shift=shift, n=n, seed=seed)
+    return _dense_problem(widths, activation, null, kappa=kappa, by=by, shift=shift, n=n, seed=seed)
 
 
 def linear_chain(
@@ -264,12 +257,9 @@ def linear_chain(
     """
     if len(widths) < 3:
         raise InvalidInputError(f"a chain has at least one hidden layer, got widths {list(widths)}")
-    narrow = min(widths)
-    model = _dense(widths, None)
-    count = sum(p.numel() for p in model.parameters())
+    narrow, count = min(widths), sum((inputs + 1) * outputs for inputs, outputs in pairwise(widths))
     null = count - narrow * (widths[0] + widths[-1] - narrow) - widths[-1]
-    words = f"{'-'.join(map(str, widths))} linear"
-    return _dense_problem(model, widths, null, words, kappa=kappa, by="inputs", shift=shift, n=n, seed=seed)
+    return _dense_problem(widths, "linear", null, kappa=kappa, by="inputs", shift=shift, n=n, seed=seed)
 
 
 def convolutional(
@@ -355,31 +345,23 @@ def _empty(layer: Layer) -> Layer:
     return layer.to_empty(device="cpu")
 
 
-def _dense(widths: Sequence[int], activation: Callable[[], nn.Module] | None) -> nn.Sequential:
+def _dense(widths: Sequence[int], activation: str) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for k, (inputs, outputs) in enumerate(pairwise(widths)):
+    for inputs, outputs in pairwise(widths):
+        if layers and activation in _ACTIVATIONS:
+            layers.append(_ACTIVATIONS[activation]())
         layers.append(_empty(nn.Linear(inputs, outputs, dtype=torch.float64, device="meta")))
-        if activation is not None and k + 2 < len(widths):
-            layers.append(activation())
     return nn.Sequential(*layers)
 
 
 def _dense_problem(
-    model: nn.Sequential,
-    widths: Sequence[int],
-    null: int,
-    words: str,
-    *,
-    kappa: float | None,
-    by: str,
-    shift: float,
-    n: int,
-    seed: int,
+    widths: Sequence[int], activation: str, null: int, *, kappa: float | None, by: str, shift: float, n: int, seed: int
 ) -> KnownProblem:
+    model, words = _dense(widths, activation), f"{'-'.join(map(str, widths))} {activation}"
     m, hidden = widths[0], widths[1]
     white, _ = white_digits(n, m, seed=seed)
     g = torch.Generator().manual_seed(seed)
-    y = teach(model, white, g, margins=any(isinstance(k, nn.ReLU | nn.LeakyReLU) for k in model))
+    y = teach(model, white, g, margins=activation in _HOMOGENEOUS)
     first, x = model[0], white + shift
     assert isinstance(first, nn.Linear)
     with torch.no_grad():
@@ -404,12 +386,7 @@ def _dense_problem(
 
 
 def _turned(
-    build: Callable[[Tensor], EmpiricalRisk],
-    exponents: Tensor,
-    null: int,
-    kappa: float | None,
-    words: str,
-    seed: int,
+    build: Callable[[Tensor], EmpiricalRisk], exponents: Tensor, null: int, kappa: float | None, words: str, seed: int
 ) -> KnownProblem:
     """Turn the dial to `kappa`, build the risk there, start near its minimizer."""
     base = hessian(build(torch.ones_like(exponents))).to_dense()

@@ -4,9 +4,8 @@ from typing import NoReturn
 
 from bnp_analysis.training.bnp import BNP
 from bnp_analysis.training.langevin import SGLD
-from bnp_analysis.training.probes import ConditionProbe
+from bnp_analysis.training.probes import ConditionProbe, Sharpness, SharpnessTracker, stability_threshold
 from bnp_analysis.training.run import Run
-from bnp_analysis.training.sharpness import Sharpness, SharpnessTracker, stability_threshold
 from bnp_analysis.training.trainer import fit, train
 
 __all__ = [

@@ -131,32 +131,34 @@ def build(experiment: Experiment, input_shape: tuple[int, ...], num_classes: int
     return Prepared(model, optimizer, pre)
 
 
+#: One read for all runs of a process; nothing of a run changes the tensors.
+_read = functools.lru_cache(maxsize=4)(data.load)
+
+
 def load(
-    experiment: Experiment, data_dir: str | os.PathLike[str] | None = None, download: bool = False
+    experiment: Experiment,
+    data_dir: str | os.PathLike[str] | None = None,
+    download: bool = False,
+    *,
+    part: str = "train",
 ) -> data.Dataset:
-    """The training examples, all of them; see `split` for what is held out."""
-    return _load(experiment, "train", None if data_dir is None else os.fspath(data_dir), download)
-
-
-def _load(experiment: Experiment, part: str, data_dir: str | None, download: bool) -> data.Dataset:
-    n = experiment.samples if part == "train" else None
-    return _read(experiment.data, part, n, experiment.standardize, experiment.model == "mlp", data_dir, download)
-
-
-@functools.lru_cache(maxsize=4)
-def _read(
-    name: str, part: str, n: int | None, standardize: bool, flatten: bool, data_dir: str | None, download: bool
-) -> data.Dataset:
-    # One read for all runs of a process; nothing of a run changes the tensors.
-    source: dict[str, Any] = {"data_dir": data_dir, "download": download}
-    return data.load(name, split=part, n=n, standardize=standardize, flatten=flatten, **source)
+    """The training examples, all of them; see `split` for what is held out; or those of another part."""
+    return _read(
+        experiment.data,
+        split=part,
+        n=experiment.samples if part == "train" else None,
+        standardize=experiment.standardize,
+        flatten=experiment.model == "mlp",
+        data_dir=None if data_dir is None else os.fspath(data_dir),
+        download=download,
+    )
 
 
 def split(experiment: Experiment, data_dir: str | None = None, download: bool = False) -> tuple[Pair, Pair]:
     """Examples to train with, and to evaluate with: the test set, or those held out."""
-    x, y = _load(experiment, "train", data_dir, download).tensors
+    x, y = load(experiment, data_dir, download).tensors
     if not experiment.holdout:
-        return (x, y), _load(experiment, "test", data_dir, download).tensors
+        return (x, y), load(experiment, data_dir, download, part="test").tensors
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     held = max(1, round(experiment.holdout * len(y)))
     if held >= len(y):

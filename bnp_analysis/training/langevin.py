@@ -83,8 +83,7 @@ class SGLD(Optimizer):
         temperature: float = 1.0,
         seed: int = 0,
     ) -> None:
-        _require_number("lr", lr, positive=True)
-        _require_number("temperature", temperature, positive=False)
+        _require_number("temperature", temperature)
         self._generator = generator(seed)
         self.preconditioner = preconditioner
         super().__init__(_given(params), {"lr": lr, "temperature": temperature})
@@ -139,15 +138,7 @@ class SGLD(Optimizer):
         self._generator.set_state(state_dict["generator"].cpu())
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"preconditioner": self.preconditioner, "_generator": self._generator.get_state()}
-        return {**super().__getstate__(), **own}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        saved = state.pop("_generator", None)
-        super().__setstate__(state)
-        if saved is not None:
-            self._generator = generator(0)
-            self._generator.set_state(saved)
+        return {**super().__getstate__(), "preconditioner": self.preconditioner, "_generator": self._generator}
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
@@ -238,7 +229,7 @@ def _named(model: torch.nn.Module) -> dict[str, Tensor]:
 
 def _noise(group: Mapping[str, Any]) -> float:
     for name in ("lr", "temperature"):  # a schedule may have set them
-        _require_number(name, group[name], positive=False)
+        _require_number(name, group[name])
     return math.sqrt(group["lr"] * group["temperature"])
 
 
@@ -248,11 +239,9 @@ def _add(tensors: list[Tensor], flat: Tensor) -> None:
         p.add_(part.view(p.shape).to(p))
 
 
-def _require_number(name: str, value: object, *, positive: bool) -> None:
-    real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not real or value < 0 or (positive and value == 0):  # type: ignore[operator] # real: a number
-        wanted = "a positive number" if positive else "a number of at least 0"
-        raise InvalidInputError(f"{name} must be {wanted}, got {value!r}")
+def _require_number(name: str, value: object) -> None:
+    if not (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf):
+        raise InvalidInputError(f"{name} must be a number of at least 0, got {value!r}")
 
 
 def _require_state(state: object, groups: list[dict[str, Any]], running: bool) -> None:
@@ -265,8 +254,8 @@ def _require_state(state: object, groups: list[dict[str, Any]], running: bool) -
     if [len(g["params"]) for g in saved] != [len(g["params"]) for g in groups]:
         raise InvalidInputError("the state of SGLD comes from other parameter groups; nothing was changed")
     for group in saved:
-        _require_number("lr", group.get("lr"), positive=False)
-        _require_number("temperature", group.get("temperature"), positive=False)
+        for name in ("lr", "temperature"):
+            _require_number(name, group.get(name))
     if (state["preconditioner"] is not None) != running:
         raise InvalidInputError(
             f"the state of SGLD was saved {'without' if running else 'with'} a running preconditioner; nothing was "

@@ -15,6 +15,7 @@ from bnp_analysis.network.batches import arguments, described, way_to_pair
 from bnp_analysis.runtime.random import random_state
 from bnp_analysis.runtime.trees import map_tensors, tensors_of
 from bnp_analysis.training.bnp import BNP
+from bnp_analysis.training.run import Stateful
 
 _ROWS = 1000  # of one forward pass in an evaluation of data in memory
 
@@ -111,14 +112,10 @@ def moved(pair: Any, device: torch.device) -> tuple[Any, Any, int]:
 
 
 @runtime_checkable
-class StepsGradients(Protocol):
+class StepsGradients(Stateful, Protocol):
     """What the trainer asks of a preconditioner: `step()` between `backward()` and the optimizer, and a state."""
 
     def step(self) -> Any: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
 
 
 def require_same_model(

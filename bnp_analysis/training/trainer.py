@@ -8,13 +8,12 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -26,9 +25,25 @@ from bnp_analysis.runtime.progress import Progress, Update, reporting
 from bnp_analysis.runtime.random import random_state
 from bnp_analysis.runtime.stopping import stop_requests
 from bnp_analysis.runtime.trees import tensors_of
-from bnp_analysis.training import checkpointing
 from bnp_analysis.training.probes import Probe, bound, period
-from bnp_analysis.training.run import DIVERGED, FINISHED, SIGNALS, Log, Run
+from bnp_analysis.training.run import (
+    DIVERGED,
+    FINISHED,
+    SIGNALS,
+    Log,
+    Parts,
+    Run,
+    copied,
+    describe_groups,
+    describe_model,
+    describe_tensors,
+    load_state,
+    plain_settings,
+    random_states,
+    require_same,
+    save_state,
+    set_random_states,
+)
 from bnp_analysis.training.steps import (
     Step,
     StepsGradients,
@@ -109,17 +124,14 @@ def train(
         >>> run.stopped, len(run.loss), run.final["accuracy"] > 0.5
         ('finished', 20, True)
     """
-    if epochs < 0 or schedule_by not in ("epoch", "step") or (checkpoint_every is not None and checkpoint_every < 1):
-        raise InvalidInputError(
-            f"epochs={epochs} >= 0, schedule_by={schedule_by!r} in ('epoch', 'step') and "
-            f"checkpoint_every={checkpoint_every} >= 1 must hold"
-        )
+    if schedule_by not in ("epoch", "step"):
+        raise InvalidInputError(f"schedule_by must be 'epoch' or 'step', not {schedule_by!r}")
     require_loss(loss)
     require_same_model(model, loss, optimizer, preconditioner)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     source = as_batches(loader, batch_size, seed, device)
     others = {"optimizer": optimizer, "scheduler": scheduler, "preconditioner": preconditioner}
-    parts = checkpointing.Parts(model, {n: o for n, o in others.items() if o is not None}, generators(source))
+    parts = Parts(model, {n: o for n, o in others.items() if o is not None}, generators(source))
     settings = _settings(loss, source, parts, {"schedule_by": schedule_by, "seed": seed})
     step = Step(model, loss, optimizer, preconditioner, device)
     loop = _Loop(
@@ -193,9 +205,7 @@ def fit(
     return [float(row["train_loss"]) for row in run.epochs]
 
 
-def _settings(
-    loss: Callable[..., Any], source: Any, parts: checkpointing.Parts, given: dict[str, Any]
-) -> dict[str, Any]:
+def _settings(loss: Callable[..., Any], source: Any, parts: Parts, given: dict[str, Any]) -> dict[str, Any]:
     """What a run is: it must be the same for a resumed one."""
     own: dict[str, Any] = {"data": type(source).__name__, "loss": getattr(loss, "__name__", type(loss).__name__)}
     if is_pair_of_tensors((getattr(source, "x", None), getattr(source, "y", None))):
@@ -206,23 +216,23 @@ def _settings(
     for name, other in parts.others.items():
         own[name] = type(other).__name__
     optimizer, scheduler = parts.others["optimizer"], parts.others.get("scheduler")
-    own["groups"] = checkpointing.describe_groups(getattr(optimizer, "param_groups", []))
+    own["groups"] = describe_groups(getattr(optimizer, "param_groups", []))
     if scheduler is not None:
-        own["schedule"] = checkpointing.plain_settings(scheduler.state_dict())
+        own["schedule"] = plain_settings(scheduler.state_dict())
     shapes = {name: [list(p.shape), str(p.dtype)] for name, p in parts.model.named_parameters()}
     return own | {"parameters": shapes} | given
 
 
-def _identity(settings: dict[str, Any], source: Any, parts: checkpointing.Parts) -> dict[str, Any]:
+def _identity(settings: dict[str, Any], source: Any, parts: Parts) -> dict[str, Any]:
     """What a resumed run must have in common with the saved one, beside its settings: network, options, examples."""
-    own: dict[str, Any] = {"model": checkpointing.describe_model(unwrap(parts.model))}
+    own: dict[str, Any] = {"model": describe_model(unwrap(parts.model))}
     for name, other in parts.others.items():
         options = getattr(other, "settings", None)
         if is_dataclass(options) and not isinstance(options, type):
-            own[f"{name} options"] = checkpointing.plain_settings(asdict(options))
+            own[f"{name} options"] = plain_settings(asdict(options))
     data = getattr(source, "dataset", None)
     held = (source.x, source.y) if isinstance(source, TensorBatches) else getattr(data, "tensors", ())
-    own["examples"] = checkpointing.describe_tensors(tensors_of(held))
+    own["examples"] = describe_tensors(tensors_of(held))
     sampler = getattr(source, "sampler", None)
     own["order"] = None if sampler is None else [type(sampler).__name__, getattr(source, "batch_size", None)]
     return settings | own
@@ -233,7 +243,7 @@ class _Loop:
     """A run under way: the parts, where it is, and what becomes of it."""
 
     step: Step
-    parts: checkpointing.Parts
+    parts: Parts
     settings: dict[str, Any]
     identity: dict[str, Any]
     source: Iterable[Any]
@@ -249,36 +259,34 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self.at, self.log = _Progressed(), Log(None)
+        self.scheduler: Any = self.parts.others.get("scheduler")
         self.last: Any = None  # the batch of the last step
         self.read_every = 1 if self.step.device.type == "cpu" else READ_EVERY
 
     def run(self, log: str | os.PathLike[str] | None, progress: Progress, seed: int) -> Run:
         resumed = self._resume()
-        self.log = Log(log, self.at.log_bytes)
         length = len(self.source) if isinstance(self.source, Sized) else 0
-        try:
+        with (
+            closing(Log(log, self.at.log_bytes)) as self.log,
+            stop_requests(signal.SIGINT, signal.SIGTERM) as request,
+            reporting(progress, self.epochs * length, "training") as update,
+        ):
             if not resumed:
                 self.log.write(kind="start", seed=seed, settings=self.settings)
-            with (
-                stop_requests(signal.SIGINT, signal.SIGTERM) as request,
-                reporting(progress, self.epochs * length, "training") as update,
-            ):
-                self.at.began = time.perf_counter()
-                if self.at.step == 0 and not self.at.probes:
-                    self._probe()
-                while self.at.epoch < self.epochs and not self.at.stopped and request.signal is None:
-                    self._epoch(lambda: request.signal, update)
-                self._stop(request.signal)
-            return self._result(seed)
-        finally:
-            self.log.close()
+            self.at.began = time.perf_counter()
+            if self.at.step == 0 and not self.at.probes:
+                self._probe()
+            while self.at.epoch < self.epochs and not self.at.stopped and request.signal is None:
+                self._epoch(lambda: request.signal, update)
+            self._stop(request.signal)
+        return self._result(seed)
 
     def _resume(self) -> bool:
         if self.path is None or not self.path.exists():
             return False
-        state = checkpointing.load(self.path)
+        state = load_state(self.path)
         with reading(self.path, "the checkpoint of a training run"):
-            checkpointing.require_same(self.path, state["settings"], self.identity)
+            require_same(self.path, state["settings"], self.identity)
             at, self.order = _Progressed.from_state(state["progress"]), state["order"]
         if state["progress"]["stopped"] == DIVERGED:
             raise InvalidInputError(
@@ -297,7 +305,7 @@ class _Loop:
         """The rest of an epoch, from where the run stands."""
         self.step.model.train()
         begin_epoch(self.source, self.at.epoch)
-        now = checkpointing.random_states()
+        now = random_states()
         if self.at.batch:
             self.parts.set_order(self.order)
         else:
@@ -317,7 +325,7 @@ class _Loop:
                     f"{self.at.epoch + 1} are not those that it was trained with, so their order or the labels are "
                     "others. Resuming would mix two runs: delete it, or give another checkpoint="
                 )
-            checkpointing.set_random_states(now)
+            set_random_states(now)
         for pair in batches:
             if not self._one(pair, update):
                 return
@@ -333,7 +341,7 @@ class _Loop:
         """One step with what hangs on it; False where the run diverged."""
         if self.at.step % READ_EVERY == 0:
             # Promoted to the good state when the loss of this step is known to be finite.
-            self.candidate = checkpointing.copied(self.parts.take()) | {"after": self.at.step}
+            self.candidate = copied(self.parts.take()) | {"after": self.at.step}
         rate = float(self.step.optimizer.param_groups[0]["lr"])
         value, count, problem = self.step.take(pair, check=self.read_every == 1)
         self.at.note(value, count, rate)
@@ -342,9 +350,8 @@ class _Loop:
             self._read(problem)
         if self.at.stopped:
             return False
-        if self.by_step and "scheduler" in self.parts.others:
-            scheduler: Any = self.parts.others["scheduler"]
-            scheduler.step()
+        if self.by_step and self.scheduler is not None:
+            self.scheduler.step()
         update(self.at.step)
         self._probe()
         if self.save_every and self.at.step % self.save_every == 0:
@@ -375,10 +382,9 @@ class _Loop:
         with self.at.paused():
             if self.eval_data is not None:
                 row |= evaluate(self.step, self.eval_data)
-        if not self.by_step and "scheduler" in self.parts.others:
-            scheduler: Any = self.parts.others["scheduler"]
-            plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-            scheduler.step(*([row.get("eval_loss", row["train_loss"])] if plateau else []))
+        if not self.by_step and self.scheduler is not None:
+            plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+            self.scheduler.step(*([row.get("eval_loss", row["train_loss"])] if plateau else []))
         self.at.epochs.append(row)
         self.log.write(kind="epoch", **row, seconds=self.at.epoch_seconds[-1])
         self.order = self.parts.order()
@@ -400,11 +406,11 @@ class _Loop:
     def _state(self) -> dict[str, Any]:
         self.at.log_bytes = self.log.size
         self.at.targets = self._targets() if self.at.batch else []
-        return {"order": self.order, "settings": self.identity, "progress": self.at.state()}
+        return {"order": self.order or self.parts.order(), "settings": self.identity, "progress": self.at.state()}
 
     def _targets(self) -> list[str]:
         """Of the batch of the last step, in short."""
-        return [] if self.last is None else checkpointing.describe_tensors(tensors_of(self.last[1]))
+        return [] if self.last is None else describe_tensors(tensors_of(self.last[1]))
 
     def _save(self) -> None:
         if self.path is None:
@@ -412,18 +418,16 @@ class _Loop:
         with self.at.paused():
             self._read()
             if not self.at.stopped:
-                checkpointing.save(self.path, self.parts.take() | self._state())
+                save_state(self.path, self.parts.take() | self._state())
 
     def _stop(self, signal: str | None) -> None:
         """The last words and the last save."""
         with self.at.paused():
             if self.at.stopped == DIVERGED:
                 if self.path is not None and self.good is not None:
-                    checkpointing.save(self.path, self.good | self._state())
+                    save_state(self.path, self.good | self._state())
                     self.at.message += f"; saved in {self.path}"
             elif signal is not None and self.at.epoch < self.epochs:
-                if not self.order:
-                    self.order = self.parts.order()
                 self._save()
                 self.at.stopped = signal
                 saved = f"saved in {self.path}; the same call goes on from there" if self.path else "nothing was saved"
@@ -431,14 +435,13 @@ class _Loop:
             else:
                 self.at.stopped, self.at.message = FINISHED, f"{self.at.epoch} epochs done"
                 if not self.order:
-                    self.order = self.parts.order()
                     self._save()
             self.log.write(kind="end", stopped=self.at.stopped, message=self.at.message, step=self.at.step)
 
     def _result(self, seed: int) -> Run:
         return Run(
-            loss=self.at.series("loss"),
-            lr=self.at.series("lr"),
+            loss=np.array(self.at.loss, dtype=np.float64),
+            lr=np.array(self.at.lr, dtype=np.float64),
             epochs=tuple(self.at.epochs),
             epoch_seconds=tuple(self.at.epoch_seconds),
             probes=tuple(self.at.probes),
@@ -523,10 +526,7 @@ class _Progressed:
     def state(self) -> dict[str, Any]:
         """Everything but the clock, as tensors, numbers and words."""
         kept = {n: v for n, v in vars(self).items() if n not in ("began", "pending", "loss", "lr", "spent")}
-        series = {
-            "loss": torch.tensor(self.loss, dtype=torch.float64),
-            "lr": torch.tensor(self.lr, dtype=torch.float64),
-        }
+        series = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in ("loss", "lr")}
         return kept | series | {"spent": self.seconds}
 
     @classmethod
@@ -534,7 +534,3 @@ class _Progressed:
         """The run that `state` describes, on its way again."""
         own = dict(state) | {"loss": state["loss"].tolist(), "lr": state["lr"].tolist()}
         return cls(**own | {"stopped": "", "message": ""})
-
-    def series(self, name: str) -> npt.NDArray[np.float64]:
-        """The values of `loss` or `lr`, one per step."""
-        return np.array(getattr(self, name), dtype=np.float64)

@@ -20,16 +20,16 @@ from bnp_analysis.curvature.units import UnitBlocks, unit_blocks
 from bnp_analysis.linalg.derived import Shifted
 from bnp_analysis.precondition import BNPBlock, BNPPreconditioner
 from bnp_analysis.symmetry.candidates import Candidate, Part
-from bnp_analysis.theory.rates.convergence import ConvergenceCheck
+from bnp_analysis.theory.convergence import ConvergenceCheck
 from bnp_analysis.theory.statements import (
     conditioning,
-    coordinates,
-    layer_curvature,
     normalization,
     spectra,
-    statistics,
     symmetry,
 )
+from bnp_analysis.theory.statements import layers as coordinates
+from bnp_analysis.theory.statements import layers as layer_curvature
+from bnp_analysis.theory.statements import normalization as statistics
 from bnp_analysis.theory.statements import rates as rate_checks
 from bnp_analysis.theory.statements import setting as problem
 from bnp_analysis.theory.statements.setting import Problem

@@ -14,9 +14,8 @@ from theory_check_problems import AWKWARD, COSTLY, NETWORKS, checks, relu
 from torch import nn
 
 from bnp_analysis.theory.check import Source
-from bnp_analysis.theory.statements import spectra
+from bnp_analysis.theory.statements import STATEMENTS, spectra
 from bnp_analysis.theory.statements.setting import Problem, Statement
-from bnp_analysis.theory.suite import STATEMENTS
 
 HOMOGENEOUS = {"relu", "deep", "constant feature", "conv", "conv, circular", "conv, groups, zero padding"}
 COUPLED = {"batch norm, live"}
@@ -108,8 +107,7 @@ def source(name: str) -> Statement:
 def test_the_counter_example_of_centering_is_recognized() -> None:
     """`H = [[10, 3], [-10, 3]]`: 3.16 becomes 10. Its constant feature is set aside; what is left is conditioned."""
     from bnp_analysis.theory.statements.conditioning import Inputs
-    from bnp_analysis.theory.statements.reference import extended, singular
-    from bnp_analysis.theory.statements.setting import NotApplicable
+    from bnp_analysis.theory.statements.setting import NotApplicable, extended, singular
 
     H = torch.tensor([[10.0, 3.0], [-10.0, 3.0]], dtype=torch.float64)
     whole = Inputs(H, 0)

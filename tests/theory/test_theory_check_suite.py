@@ -12,7 +12,7 @@ from theory_check_problems import NETWORKS, relu
 from torch import nn
 
 import bnp_analysis as bnp
-from bnp_analysis.theory import suite
+from bnp_analysis.theory import statements as suite
 from bnp_analysis.theory.check import Source, named
 from bnp_analysis.theory.statements.setting import Problem, statement
 

@@ -28,16 +28,15 @@ from bnp_analysis.theory import problems
 from bnp_analysis.theory.check import Check
 from bnp_analysis.theory.statements import (
     conditioning,
-    coordinates,
-    layer_curvature,
     normalization,
     rates,
-    statistics,
 )
+from bnp_analysis.theory.statements import layers as coordinates
+from bnp_analysis.theory.statements import layers as layer_curvature
+from bnp_analysis.theory.statements import normalization as statistics
 from bnp_analysis.theory.statements.conditioning import Inputs, least_gain
 from bnp_analysis.theory.statements.rates import Orbit, contraction
-from bnp_analysis.theory.statements.reference import first_examples, rewritten
-from bnp_analysis.theory.statements.setting import Problem
+from bnp_analysis.theory.statements.setting import Problem, first_examples, rewritten
 from bnp_analysis.theory.statements.symmetry import logit_shifts, rescalings
 
 Patch = pytest.MonkeyPatch

@@ -17,8 +17,8 @@ from torch import nn
 import bnp_analysis as bnp
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.moments import layer_moments
+from bnp_analysis.theory.limit_point import find_minimizer, gradient_floor
 from bnp_analysis.theory.problems import KnownProblem, convolutional, linear_chain, softmax_regression, teacher_student
-from bnp_analysis.theory.rates.limit_point import find_minimizer, gradient_floor
 
 MAKERS: dict[str, Callable[[], KnownProblem]] = {
     "relu": lambda: teacher_student((4, 3, 2), kappa=3e3),

@@ -22,18 +22,17 @@ import bnp_analysis as bnp
 from bnp_analysis import EmpiricalRisk
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.models import mlp
+from bnp_analysis.theory import convergence as convergence_study
 from bnp_analysis.theory import rates
-from bnp_analysis.theory.problems import KnownProblem, convolutional, linear_chain, softmax_regression, teacher_student
-from bnp_analysis.theory.rates import convergence as convergence_study
-from bnp_analysis.theory.rates.convergence import (
+from bnp_analysis.theory.convergence import (
     ConvergenceCheck,
     RateOptions,
     check_bnp_gain,
     check_convergence_rate,
 )
-from bnp_analysis.theory.rates.descent import RunningBNP, Trace, run
-from bnp_analysis.theory.rates.formulas import fit_rate
-from bnp_analysis.theory.rates.limit_point import measure
+from bnp_analysis.theory.limit_point import measure
+from bnp_analysis.theory.problems import KnownProblem, convolutional, linear_chain, softmax_regression, teacher_student
+from bnp_analysis.theory.rates import RunningBNP, Trace, fit_rate, run
 
 D = torch.float64
 mse = nn.functional.mse_loss

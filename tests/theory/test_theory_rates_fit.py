@@ -21,8 +21,8 @@ from bnp_analysis import EmpiricalRisk
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.models import mlp
 from bnp_analysis.theory import rates
-from bnp_analysis.theory.rates.formulas import expected_bias, fit_rate
-from bnp_analysis.theory.rates.limit_point import find_minimizer, gradient_floor
+from bnp_analysis.theory.limit_point import find_minimizer, gradient_floor
+from bnp_analysis.theory.rates import expected_bias, fit_rate
 
 D = torch.float64
 

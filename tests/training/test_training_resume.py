@@ -17,7 +17,7 @@ import torch
 
 import bnp_analysis as bnp
 from bnp_analysis.errors import InvalidInputError, OutputError
-from bnp_analysis.training import checkpointing
+from bnp_analysis.training import run as checkpointing
 from bnp_analysis.training.run import Run
 from bnp_analysis.training.trainer import train
 

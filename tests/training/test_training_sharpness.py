@@ -46,6 +46,7 @@ OPTIMIZERS: dict[str, Make] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
     "sgd with decay": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.3),
     "adam": lambda p: torch.optim.Adam(p, lr=1e-2),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.3),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3),
 }
 

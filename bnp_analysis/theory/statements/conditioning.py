@@ -16,28 +16,26 @@ from bnp_analysis.linalg import ConditionNumber
 from bnp_analysis.network import Layer, layer_rows
 from bnp_analysis.precondition import bnp_preconditioner
 from bnp_analysis.theory.check import Check, Source
-from bnp_analysis.theory.statements.reference import (
-    block_of,
-    decided_rank,
-    extended,
-    first_examples,
-    kappa_of_rank,
-    of_group,
-    own_moments,
-    rewritten,
-    singular,
-)
 from bnp_analysis.theory.statements.setting import (
     NotApplicable,
     Problem,
     at_least,
     at_most,
+    block_of,
     compared,
+    decided_rank,
     dense,
     equals,
+    extended,
+    first_examples,
+    kappa_of_rank,
+    of_group,
+    own_moments,
     passing,
     per_layer,
     refused,
+    rewritten,
+    singular,
     statement,
 )
 
@@ -73,13 +71,8 @@ class Inputs:
     H: Tensor
     constant: int
 
-    @property
-    def R(self) -> int:
-        return self.H.shape[0]
-
-    @property
-    def m(self) -> int:
-        return self.H.shape[1]
+    def __post_init__(self) -> None:
+        self.R, self.m = self.H.shape
 
     @cached_property
     def mean(self) -> Tensor:

@@ -18,10 +18,9 @@ from bnp_analysis.network.batches import Batch
 from bnp_analysis.precondition import bnp_preconditioner
 from bnp_analysis.theory import problems
 from bnp_analysis.theory.check import Check, Source
-from bnp_analysis.theory.rates.convergence import ConvergenceCheck, check_convergence_rate, gain
-from bnp_analysis.theory.rates.formulas import best_step
-from bnp_analysis.theory.rates.limit_point import KINK, find_minimizer, measure, remainder, roughness
-from bnp_analysis.theory.statements.reference import rewritten
+from bnp_analysis.theory.convergence import ConvergenceCheck, check_convergence_rate, gain
+from bnp_analysis.theory.limit_point import KINK, find_minimizer, measure, remainder, roughness
+from bnp_analysis.theory.rates import best_step
 from bnp_analysis.theory.statements.setting import (
     NotApplicable,
     Problem,
@@ -30,6 +29,7 @@ from bnp_analysis.theory.statements.setting import (
     equals,
     located,
     refused,
+    rewritten,
     signed,
     statement,
 )

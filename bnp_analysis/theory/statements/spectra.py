@@ -23,16 +23,18 @@ from bnp_analysis.linalg.condition.certificates import kuczynski_wozniakowski
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.testing import random_orthogonal, spectrum
 from bnp_analysis.theory.check import Check, Source
-from bnp_analysis.theory.statements.reference import decided_rank, kappa_of_rank, singular_values
 from bnp_analysis.theory.statements.setting import (
     NotApplicable,
     Problem,
     at_least,
     at_most,
     attempted,
+    decided_rank,
     equals,
+    kappa_of_rank,
     located,
     refused,
+    singular_values,
     statement,
 )
 

@@ -24,23 +24,21 @@ from bnp_analysis.symmetry import NullDirections
 from bnp_analysis.symmetry.candidates import Candidate, Cause, Orbit, Part
 from bnp_analysis.symmetry.null_space import candidate_directions
 from bnp_analysis.theory.check import Check, Source
-from bnp_analysis.theory.statements.reference import (
-    decided_rank,
-    first_examples,
-    own_moments,
-    per_unit,
-    rewritten,
-    singular_values,
-)
 from bnp_analysis.theory.statements.setting import (
     NotApplicable,
     Problem,
     at_most,
     attempted,
+    decided_rank,
     distance,
+    first_examples,
     located,
+    own_moments,
     per_layer,
+    per_unit,
     refused,
+    rewritten,
+    singular_values,
     statement,
 )
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,25 +19,7 @@ from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.progress import Progress, reporting
 from bnp_analysis.symmetry import Cause
 from bnp_analysis.theory.check import Check, Source
-from bnp_analysis.theory.rates import formulas
-from bnp_analysis.theory.rates.descent import (
-    DIVERGED,
-    DONE,
-    INTERRUPTED,
-    HeavyBallIteration,
-    Iteration,
-    Prediction,
-    RunningBNP,
-    State,
-    Trace,
-    observe,
-    perturbed,
-    predict,
-    seconds_per_iteration,
-    undeflated,
-)
-from bnp_analysis.theory.rates.formulas import RateFit, time_constant
-from bnp_analysis.theory.rates.limit_point import (
+from bnp_analysis.theory.limit_point import (
     KINK,
     Minimizer,
     Spectrum,
@@ -49,6 +31,25 @@ from bnp_analysis.theory.rates.limit_point import (
     remainder,
     roughness,
     undetermined,
+)
+from bnp_analysis.theory.rates import (
+    DIVERGED,
+    DONE,
+    INTERRUPTED,
+    HeavyBallIteration,
+    Iteration,
+    Prediction,
+    RateFit,
+    RunningBNP,
+    State,
+    Trace,
+    check_momentum,
+    observe,
+    perturbed,
+    predict,
+    seconds_per_iteration,
+    time_constant,
+    undeflated,
 )
 
 METHODS = {"gd": "gradient descent", "heavy_ball": "heavy ball", "bnp": "BNP with running statistics"}
@@ -88,7 +89,7 @@ class RateOptions:
         if isinstance(self.momentum, str) and self.momentum != "optimal":
             raise InvalidInputError(f"momentum must be 'optimal' or a number in [0, 1), got {self.momentum!r}")
         if not isinstance(self.momentum, str):
-            formulas.check_momentum(self.momentum)
+            check_momentum(self.momentum)
         if not 0 <= self.rho < 1:
             raise InvalidInputError(f"rho must be in [0, 1), got {self.rho}")
         if not min(self.tolerance, self.perturbation, self.max_iterations, self.max_parameters) > 0:
@@ -482,8 +483,8 @@ def check_convergence_rate(
     }
     source = Source.T15 if method == "bnp" or preconditioner is not None else Source.T14
     if reason:
-        return cast(ConvergenceCheck, ConvergenceCheck.not_applicable(statement, source, reason, **known))
-    check = ConvergenceCheck.compare(
+        return ConvergenceCheck.not_applicable(statement, source, reason, **known)
+    return ConvergenceCheck.compare(
         f"{statement}, -1/log r",
         source,
         observed=known["fit"].time_constant,
@@ -491,7 +492,6 @@ def check_convergence_rate(
         tolerance=options.tolerance,
         **known,
     )
-    return cast(ConvergenceCheck, check)
 
 
 GAIN = "BNP is faster than gradient descent by the ratio of the predicted rates"
@@ -556,13 +556,8 @@ def gain(plain: ConvergenceCheck, helped: ConvergenceCheck, *, tolerance: float)
     }
     for run, name in ((plain, "gradient descent"), (helped, "BNP")):
         if run.holds is None:
-            return Check.not_applicable(
-                GAIN,
-                Source.T15,
-                f"{name}: {run.reason}",
-                details=details,
-                hypotheses=run.hypotheses,
-            )
+            why, held = f"{name}: {run.reason}", run.hypotheses
+            return Check.not_applicable(GAIN, Source.T15, why, details=details, hypotheses=held)
     return Check.compare(
         GAIN,
         Source.T15,
