@@ -32,22 +32,11 @@ _UNBOUNDED = (-math.inf, math.inf)
 _CLOCKS = [f for name, f in vars(time).items() if name.removesuffix("_ns") in ("time", "perf_counter", "monotonic")]
 _CLOCKS += [time.process_time, time.process_time_ns, time.thread_time, time.thread_time_ns]
 _RANDOM: tuple[str, ...] = ("random", "getrandbits", "randint", "randrange", "uniform", "gauss", "normalvariate")
-_RANDOM += ("expovariate",)
-_RANDOM += ("betavariate", "gammavariate", "lognormvariate", "triangular", "vonmisesvariate", "paretovariate")
-_RANDOM += ("weibullvariate", "choice")
-_NUMPY: tuple[str, ...] = (
-    "rand",
-    "randn",
-    "random",
-    "random_sample",
-    "ranf",
-    "sample",
-    "uniform",
-    "normal",
-    "standard_normal",
-    "randint",
-)
-_NUMPY += ("choice", "poisson", "binomial", "beta", "gamma", "exponential", "geometric", "permutation", "lognormal")
+_RANDOM += ("expovariate", "betavariate", "gammavariate", "lognormvariate", "triangular", "vonmisesvariate")
+_RANDOM += ("paretovariate", "weibullvariate", "choice")
+_NUMPY: tuple[str, ...] = ("rand", "randn", "random", "random_sample", "ranf", "sample", "uniform", "normal", "choice")
+_NUMPY += ("standard_normal", "randint", "poisson", "binomial", "beta", "gamma", "exponential", "geometric")
+_NUMPY += ("permutation", "lognormal")
 # What is called below Python's own functions: nobody else's frame lies between.
 _OUTSIDE = {"urandom", "getrandom", "now", "utcnow", "today", "random", "getrandbits"} | {f.__name__ for f in _CLOCKS}
 _THROUGH = {"random", "secrets", "uuid", "statistics", "datetime", "_pydatetime", "numpy"}
@@ -326,7 +315,7 @@ class Trail(TorchFunctionMode):
         if compared in _COMPARED_TENSORS and isinstance(out, Tensor) and self._is_followed(args[0]):
             compared = _COMPARED_TENSORS[compared]
             out, made = self._answer(compared, out, bounds, args[1]), []
-            if _open(compared, bounds, _ends_of(args[1])):
+            if _open(compared, bounds, _ends(args[1])):
                 self._followed[id(out)] = out, (0.0, 1.0)
         kept = bounds if name in _KEEP_BOUNDS else _UNBOUNDED
         self._followed |= {id(t): (t, kept) for t in made}
@@ -345,7 +334,7 @@ class Trail(TorchFunctionMode):
 
     def _answer(self, name: str, out: Any, bounds: tuple[float, float], other: Any) -> Any:
         """The outcome of a comparison with tensors of random numbers, or its opposite."""
-        if not self.turn("a comparison of a random number", _open(name, bounds, _ends_of(other))):
+        if not self.turn("a comparison of a random number", _open(name, bounds, _ends(other))):
             return out
         return (not out) if isinstance(out, bool) else out.logical_not()
 
@@ -407,23 +396,11 @@ def _range(name: str, args: Any, kwargs: Any) -> tuple[float, float]:
 
 def _open(name: str, a: tuple[float, float], b: tuple[float, float]) -> bool:
     """Whether a comparison of numbers within bounds can fall both ways."""
-    return _can(name, a, b, True) and _can(name, a, b, False)
-
-
-def _can(name: str, a: tuple[float, float], b: tuple[float, float], outcome: bool) -> bool:
-    """Whether a comparison of numbers within bounds can have an outcome."""
-    if not outcome:
-        name = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}[name]
-    if name in ("gt", "ge"):
-        a, b = b, a
-        name = {"gt": "lt", "ge": "le"}[name]
-    if name == "lt":
-        return a[0] < b[1]
-    if name == "le":
-        return a[0] <= b[1]
-    if name == "eq":
-        return a[0] <= b[1] and b[0] <= a[1]
-    return a != b or a[0] < a[1]
+    if name in ("eq", "ne"):
+        return a[0] <= b[1] and b[0] <= a[1] and (a != b or a[0] < a[1])
+    a, b = (a, b) if name in ("lt", "le") else (b, a)
+    below = operator.lt if name in ("lt", "gt") else operator.le
+    return below(a[0], b[1]) and not below(a[1], b[0])
 
 
 class _Followed:
@@ -468,27 +445,21 @@ class _Followed:
 
 
 class _Whole(_Followed, int):
-    def plain(self) -> int:
-        return int.__int__(self)
+    plain = int.__int__
 
 
 class _Real(_Followed, float):
-    def plain(self) -> float:
-        return float.__float__(self)
+    plain = float.__float__
 
 
 def _bare(x: Any) -> Any:
     return x.plain() if isinstance(x, _Followed) else x
 
 
-def _ends_of(x: Any) -> tuple[float, float]:
-    return _ends(x) if isinstance(x, int | float) else _UNBOUNDED
-
-
 def _ends(x: Any) -> tuple[float, float]:
     if isinstance(x, _Followed):
         return x.bounds
-    return (float(x), float(x)) if abs(x) < 1e300 else _UNBOUNDED
+    return (float(x), float(x)) if isinstance(x, int | float) and abs(x) < 1e300 else _UNBOUNDED
 
 
 def _within(name: str, a: Any, b: Any) -> tuple[float, float]:

@@ -15,6 +15,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnp_analysis.errors import BNPAnalysisError, InvalidInputError, NoDerivativeError
 from bnp_analysis.network.smooth import Accurate
@@ -66,6 +67,17 @@ _CHECKPOINTS: dict[str, Any] = {
     "CheckpointFunction": _NotRecomputed,
     "_checkpoint_hook": _kept,
 }
+
+
+class KernelMode(TorchDispatchMode):
+    """Sees every kernel that runs inside."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # torch does not annotate it
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch would load its compiler
 
 
 @contextmanager

@@ -27,19 +27,8 @@ _STEPS = {"round", "round_", "floor", "floor_", "ceil", "ceil_", "trunc", "trunc
 # Functions with a kink at zero, at a number that they are given, or where two arguments are equal.
 _KINKS = {"abs", "absolute", "relu", "relu6", "leaky_relu", "prelu", "threshold", "hardtanh", "sign", "sgn"}
 _KINKS |= {"clamp", "clamp_min", "clamp_max", "clip", "maximum", "minimum", "max", "min", "fmax", "fmin", "where"}
-_KINKS |= {
-    "gt",
-    "ge",
-    "lt",
-    "le",
-    "hardshrink",
-    "softshrink",
-    "hardswish",
-    "hardsigmoid",
-    "smooth_l1_loss",
-    "huber_loss",
-}
-_KINKS |= {"l1_loss", "hinge_embedding_loss", "margin_ranking_loss"}
+_KINKS |= {"gt", "ge", "lt", "le", "hardshrink", "softshrink", "hardswish", "hardsigmoid"}
+_KINKS |= {"smooth_l1_loss", "huber_loss", "l1_loss", "hinge_embedding_loss", "margin_ranking_loss"}
 _STEPS |= {"fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine", "bucketize"}
 
 

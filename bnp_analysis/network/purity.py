@@ -6,20 +6,19 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnp_analysis.errors import InvalidInputError, MeasurementWarning, StochasticModelError
 from bnp_analysis.network.batches import Batch, slice_batch, with_examples
 from bnp_analysis.network.decisions import State, sources, turned_around
-from bnp_analysis.network.kernels import recording, vector_jacobian
+from bnp_analysis.network.kernels import KernelMode, recording, vector_jacobian
 from bnp_analysis.network.observation import Arguments, require_own_tensors
 from bnp_analysis.network.precision import generic_point
 from bnp_analysis.runtime.random import random_state, reseed
@@ -27,15 +26,6 @@ from bnp_analysis.runtime.trees import map_tensors, tensors_of
 
 if TYPE_CHECKING:
     from bnp_analysis.network.risk import EmpiricalRisk
-
-_DROPOUTS = (
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-)
 
 # Examples in a part of a batch, and how many parts are compared with the whole.
 _PART, _MOST_PARTS = 8, 8
@@ -331,15 +321,15 @@ def _differs(risk: EmpiricalRisk, a: Tensor, b: Tensor) -> bool:
 
 def random_layers(risk: EmpiricalRisk) -> list[str]:
     """Names of layers that draw random numbers in training mode."""
-    found = []
-    for name, module in risk.modules():
-        active = isinstance(module, _DROPOUTS) and module.p > 0
-        active = active or (isinstance(module, nn.RReLU) and module.lower < module.upper)
-        inner = getattr(module, "dropout", 0.0)
-        active = active or (isinstance(module, nn.MultiheadAttention | nn.RNNBase) and float(inner) > 0)
-        if active and module.training:
-            found.append(name)
-    return found
+
+    def draws(module: Any) -> bool:
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            return module.p > 0
+        if isinstance(module, nn.RReLU):
+            return module.lower < module.upper
+        return isinstance(module, nn.MultiheadAttention | nn.RNNBase) and float(module.dropout) > 0
+
+    return [name for name, module in risk.modules() if module.training and draws(module)]
 
 
 def coupled_layers(risk: EmpiricalRisk) -> list[str]:
@@ -363,14 +353,14 @@ def require_mean_loss(risk: EmpiricalRisk) -> None:
         InvalidInputError: says what the risk would have been.
     """
     for batch in risk.batches:
-        parts = _in_two(risk, batch)
-        if parts is not None and parts.is_sum and not parts.is_mean:
+        how = _in_two(risk, batch)
+        if how == "sum":
             raise InvalidInputError(
                 f"the loss is a sum over batch {batch.index}, not a mean: over several batches, weighted by their "
                 "sizes, it would count large batches twice over. Write reduction='mean', or "
                 "lambda output, y: loss(output, y) / len(y)"
             )
-        if parts is not None and not parts.is_mean:
+        if how == "neither":
             raise InvalidInputError(
                 f"the loss is not a mean over batch {batch.index}: its parts do not average to the whole. Over "
                 "several batches, weighted by their sizes, a sum would count large batches twice over. Use "
@@ -381,20 +371,12 @@ def require_mean_loss(risk: EmpiricalRisk) -> None:
 
 def is_mean(risk: EmpiricalRisk, batch: Batch) -> bool | None:
     """Whether the losses of two parts of a batch average to that of the whole; None if it cannot be cut."""
-    parts = _in_two(risk, batch)
-    return None if parts is None else parts.is_mean
+    how = _in_two(risk, batch)
+    return None if how is None else how == "mean"
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """How the losses of two parts of a batch make up that of the whole."""
-
-    is_mean: bool
-    is_sum: bool
-
-
-def _in_two(risk: EmpiricalRisk, batch: Batch) -> _Parts | None:
-    """The losses of two parts of a batch against that of the whole; None if it cannot be cut."""
+def _in_two(risk: EmpiricalRisk, batch: Batch) -> Literal["mean", "sum", "neither"] | None:
+    """What of the losses of two parts of a batch that of the whole is; None if it cannot be cut."""
     size = tensors_of(batch.x)[0].shape[0]
     with torch.no_grad():
         outputs = risk.batch_outputs(risk.space.unflatten(risk.theta), batch)
@@ -415,9 +397,9 @@ def _in_two(risk: EmpiricalRisk, batch: Batch) -> _Parts | None:
         mean = sum(weight * value for weight, value in parts) / (sum(weights) or 1.0)
         scale = max([abs(float(whole)), *(abs(value) for _, value in parts)])
         if abs(mean - float(whole)) <= tolerance * scale:
-            return _Parts(is_mean=True, is_sum=False)
+            return "mean"
     total, scale = sum(map(float, values)), max(abs(float(whole)), *(abs(float(value)) for value in values))
-    return _Parts(is_mean=False, is_sum=abs(total - float(whole)) <= tolerance * scale)
+    return "sum" if abs(total - float(whole)) <= tolerance * scale else "neither"
 
 
 def couples(
@@ -647,16 +629,12 @@ def _torch_state(words: np.ndarray) -> Tensor:
     return torch.from_numpy(state)
 
 
-class _Bernoulli(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Bernoulli(KernelMode):  # type: ignore[no-untyped-call]
     """Masks of dropout, drawn by other generators than the states above, at one of their two ends."""
 
     def __init__(self, which: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._which = which
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # or torch would load its compiler
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

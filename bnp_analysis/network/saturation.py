@@ -13,7 +13,7 @@ from torch import Tensor
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.kernels import derivative, nodes_of, recording, vector_jacobian
-from bnp_analysis.network.precision import perturbed
+from bnp_analysis.network.precision import perturbed, worst_layer
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.smooth import Watch, generic, watching
 from bnp_analysis.runtime.trees import tensors_of
@@ -27,40 +27,18 @@ ROUNDINGS = 32
 _TRIALS, _SAFETY = 3, 4
 # Examples that are tried together.
 _PART = 256
-# A layer whose derivatives are smaller than this share of the largest, squared, has no effect.
-_EFFECT = 1e-8
 # Recorded operations that neither take differences of derivatives nor round more than a product does: of layers,
 # activations, and what only moves numbers. Others are tried.
 _TAME = {
     f"{name}Backward{k}"
     for k in range(2)
     for name in (
-        *(
-            "Addmm",
-            "Mm",
-            "Bmm",
-            "Baddbmm",
-            "T",
-            "Transpose",
-            "Permute",
-            "View",
-            "UnsafeView",
-            "ReshapeAlias",
-            "Clone",
-            "Add",
-        ),
-        *("Expand", "Squeeze", "Unsqueeze", "Alias", "Slice", "Select", "Split", "Cat", "AsStrided", "ToCopy"),
+        *("Addmm", "Mm", "Bmm", "Baddbmm", "T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Clone"),
+        *("Expand", "Squeeze", "Unsqueeze", "Alias", "Slice", "Select", "Split", "Cat", "AsStrided", "ToCopy", "Add"),
         *("ConstantPadNd", "MaskedFill", "Flip", "Roll", "Repeat", "Index", "IndexSelect", "Gather", "PixelShuffle"),
-        *("Convolution", "MaxPool2DWithIndices", "AvgPool2D", "Mean", "AdaptiveAvgPool2D", "Embedding"),
+        *("Convolution", "MaxPool2DWithIndices", "AvgPool2D", "Mean", "AdaptiveAvgPool2D", "Embedding", "Softmax"),
         *("Relu", "LeakyRelu", "Hardtanh", "Tanh", "Sigmoid", "Gelu", "Silu", "Elu", "Softplus", "LogSoftmax"),
-        *(
-            "Softmax",
-            "Where",
-            "Unsafe",
-            "Chunk",
-            "Stack",
-            "Unbind",
-        ),
+        *("Where", "Unsafe", "Chunk", "Stack", "Unbind"),
     )
 } | {"torch::autograd::AccumulateGrad", "SmoothBackward", "SoftmaxBackward"}
 
@@ -154,14 +132,7 @@ def _trial(risk: EmpiricalRisk, batch: Batch) -> tuple[float, bool]:
         # Where rounding can make a derivative no number, nothing is known of it: no NaN is smaller than another number.
         gaps = {n: _square(other.derivatives[n] - t) for n, t in plain.derivatives.items()}
         moved = {n: max(moved[n], gap if isfinite(gap) else inf) for n, gap in gaps.items()}
-    layers: dict[str, list[float]] = {}
-    for name, t in plain.derivatives.items():
-        layer = layers.setdefault(name.rpartition(".")[0], [0.0, 0.0])
-        layer[0] += moved[name]
-        layer[1] += _square(t)
-    # In a layer without effect all is noise.
-    floor = _EFFECT * max(size for _, size in layers.values())
-    worst = max((by / size for by, size in layers.values() if size > floor), default=0.0)
+    worst = worst_layer({n: (moved[n], _square(t)) for n, t in plain.derivatives.items()})
     return min(1.0, _SAFETY * worst**0.5), lost
 
 

@@ -13,8 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from bnp_analysis.distributed.group import digest
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.network.names import NameIndex, clean_name
-from bnp_analysis.network.parameters import ParameterSpace
+from bnp_analysis.network.parameters import NameIndex, ParameterSpace, clean_name
 from bnp_analysis.runtime.kinds import require_kind
 from bnp_analysis.runtime.memory import require_memory
 from bnp_analysis.runtime.trees import counterpart, map_tensors

@@ -1,11 +1,13 @@
 """Arithmetic, activations, reductions and what only moves numbers around, as demands on labels.
 
 Each rule takes the constraints, the node and its arguments by name, and returns what stands for the result: a value,
-a list of them, or None where it cannot be followed.
+a list of them, or None where it cannot be followed. One that fails, since an argument is something else than what it
+asks for, is not followed either.
 """
 
 from __future__ import annotations
 
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bnp_analysis.linalg.local_bases import Floats, Ints
 from bnp_analysis.runtime.trees import tensors_of
 from bnp_analysis.symmetry.candidates import Cause
 from bnp_analysis.symmetry.constraints import (
@@ -29,7 +32,6 @@ from bnp_analysis.symmetry.constraints import (
     values_in,
 )
 from bnp_analysis.symmetry.graph import Node
-from bnp_analysis.symmetry.linear_system import Floats, Ints
 
 Found = Value | list[Value] | None
 Given = dict[str, Any]
@@ -200,10 +202,7 @@ def product(c: Constraints, node: Node, given: Given) -> Found:
 
 def power(c: Constraints, node: Node, given: Given) -> Found:
     """`y^k` scales like `k` times the scale of `y`."""
-    value, exponent = given["input"], 2.0 if node.kind == "square" else given.get("other")
-    if not isinstance(value, Activation) or not isinstance(exponent, int | float):
-        return None
-    out = _powers(c, [(value.labels, float(exponent))])
+    out = _powers(c, [(given["input"].labels, 2.0 if node.kind == "square" else float(given["other"]))])
     c.name(out.labels[out.labels != ZERO].numpy(), Cause.HOMOGENEITY)
     return out
 
@@ -250,14 +249,12 @@ def rigid(c: Constraints, node: Node, given: Given) -> Found:
 
 def homogeneous(c: Constraints, node: Node, given: Given) -> Found:
     """Positively homogeneous; a channel that the data keep on one side of zero is linear."""
-    value = given["input"]
-    if not isinstance(value, Activation):
-        return None
     if node.kind.startswith("clamp") and [part for role, part in given.items() if role != "input"] != [0]:
         return None
-    old, place = torch.unique(value.labels, return_inverse=True)
+    labels: Tensor = given["input"].labels
+    old, place = torch.unique(labels, return_inverse=True)
     olds = old.numpy()
-    slopes = _slopes(c, node, value.labels, olds)
+    slopes = _slopes(c, node, labels, olds)
     linear = (slopes != 0) & (olds > ZERO)
     out, bent = olds.copy(), olds[~linear]
     c.only(bent, scale=True)
@@ -303,12 +300,10 @@ def _over_examples(flags: Tensor, labels: Tensor) -> Tensor | None:
 
 def pooled(c: Constraints, node: Node, given: Given) -> Found:
     """Channel by channel, over space."""
-    value = given["input"]
-    if not isinstance(value, Activation):
-        return None
-    space = value.labels.ndim - 2 if node.kind == "interpolate" else int(node.kind[-2])
-    axis = value.labels.ndim - space - 1
-    channels = c.merge(value.labels.movedim(axis, -1))
+    labels: Tensor = given["input"].labels
+    space = labels.ndim - 2 if node.kind == "interpolate" else int(node.kind[-2])
+    axis = labels.ndim - space - 1
+    channels = c.merge(labels.movedim(axis, -1))
     if "max" in node.kind:
         c.separate(channels)
     elif np.any(np.asarray(given.get("padding", 0)) != 0):
@@ -318,10 +313,9 @@ def pooled(c: Constraints, node: Node, given: Given) -> Found:
 
 def reduced(c: Constraints, node: Node, given: Given) -> Found:
     """A mean, sum or maximum along some axes."""
-    value, dim = given["input"], given.get("dim")
-    if not isinstance(value, Activation) or isinstance(dim, Value | Tensor) or (dim is None and node.kind == "max"):
+    labels, dim = given["input"].labels, given.get("dim")
+    if isinstance(dim, Value | Tensor) or (dim is None and node.kind == "max"):
         return None
-    labels = value.labels
     if not labels.numel():  # a part of the batch that two examples do not have
         return None
     dims = range(labels.ndim) if dim is None else {int(d) % labels.ndim for d in np.atleast_1d(dim)}
@@ -336,11 +330,9 @@ def reduced(c: Constraints, node: Node, given: Given) -> Found:
 
 def softmax(c: Constraints, node: Node, given: Given) -> Found:
     """Invariant to a shift that is common along its axis."""
-    value, dim = given["input"], given.get("dim")
-    if not isinstance(value, Activation) or not isinstance(dim, int):
-        return None
-    c.only(value.labels.numpy(), shift=True)
-    for row in torch.unique(value.labels.movedim(dim, -1).reshape(-1, value.labels.shape[dim]), dim=0).numpy():
+    labels, dim = given["input"].labels, index(given["dim"])
+    c.only(labels.numpy(), shift=True)
+    for row in torch.unique(labels.movedim(dim, -1).reshape(-1, labels.shape[dim]), dim=0).numpy():
         moving = row[row != ZERO]
         c.equate(moving[:1].repeat(len(moving)), moving, scale=False)
     return fixed(node.shape, dim % len(node.shape) if node.kind == "softmax" else None)

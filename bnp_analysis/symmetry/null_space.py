@@ -28,8 +28,7 @@ from bnp_analysis.results import Result
 from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.memory import require_memory
 from bnp_analysis.runtime.trees import tensors_of
-from bnp_analysis.symmetry.basis import NullBasis
-from bnp_analysis.symmetry.candidates import Candidate, Chart, Orbit, Part
+from bnp_analysis.symmetry.candidates import Candidate, Chart, NullBasis, Orbit, Part
 from bnp_analysis.symmetry.constraints import Activation, Constant, Constraints, Parameters, Value, fixed, values_in
 from bnp_analysis.symmetry.from_data import Counted, UnreadOutputs, dependent_inputs, without_effect
 from bnp_analysis.symmetry.graph import Graph, Node, Slot

@@ -10,19 +10,9 @@ import torch
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from bnp_analysis.linalg.local_bases import Floats, Ints, Sparse
 from bnp_analysis.symmetry.candidates import SCALES, SHIFTS, Candidate, Cause, Orbit, Part
-from bnp_analysis.symmetry.constraints import Constraints
-from bnp_analysis.symmetry.linear_system import (
-    Equations,
-    Floats,
-    Ints,
-    Sparse,
-    combined,
-    coo_array,
-    csr_array,
-    solutions,
-    vstack,
-)
+from bnp_analysis.symmetry.constraints import Constraints, Equations, combined, coo_array, csr_array, solutions, vstack
 
 # The word that says most about a symmetry comes first.
 _TELLING = (
