@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.data.catalog import CATALOG, Catalogued
-from bnp_analysis.data.files import VerifiedFile, data_root, md5_hex, read
+from bnp_analysis.data.files import VerifiedFile, data_root, md5_hex, parse_cifar_batch, parse_idx, read
 from bnp_analysis.data.files import download as fetch
-from bnp_analysis.data.formats import parse_cifar_batch, parse_idx
 from bnp_analysis.errors import ChecksumError, InvalidInputError
 
 
