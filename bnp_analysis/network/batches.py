@@ -369,9 +369,8 @@ def pieces(leaves: list[Tensor]) -> Iterator[list[Tensor]]:
         >>> [[t.shape[0] for t in piece] for piece in pieces([torch.ones(3, 2**19), torch.ones(3), torch.ones(1)])]
         [[2, 2, 1], [1, 1, 1]]
     """
-    leaves = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in leaves]
-    size = leaves[0].shape[0]
-    each = [t.ndim > 0 and t.shape[0] == size for t in leaves]
+    leaves, each = _real(leaves)
+    size = len(leaves[0])
     step = max(1, _TOGETHER // max(1, *(t[0].numel() for t, cut in zip(leaves, each, strict=True) if cut)))
     for begin in range(0, size, step):
         yield [t[begin : begin + step] if cut else t for t, cut in zip(leaves, each, strict=True)]
@@ -379,9 +378,7 @@ def pieces(leaves: list[Tensor]) -> Iterator[list[Tensor]]:
 
 def hash_of(leaves: list[Tensor]) -> tuple[int, int]:
     """A number per example that depends on all tensors of its batch, summed modulo 2^64 over the examples; how many."""
-    leaves = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in leaves]
-    size = leaves[0].shape[0]
-    each = [t.ndim > 0 and t.shape[0] == size for t in leaves]
+    leaves, each = _real(leaves)
     weights = []
     for position, (t, cut) in enumerate(zip(leaves, each, strict=True)):
         key = torch.Generator().manual_seed(position)
@@ -399,7 +396,13 @@ def hash_of(leaves: list[Tensor]) -> tuple[int, int]:
             mixed = (mixed ^ (mixed >> 29)) * MIX
             mixed = mixed ^ (mixed >> 32)
         total += mixed.sum()
-    return int(total) % 2**64, size
+    return int(total) % 2**64, len(leaves[0])
+
+
+def _real(leaves: list[Tensor]) -> tuple[list[Tensor], list[bool]]:
+    """Tensors of real numbers, and which of them have one entry per example."""
+    leaves = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in leaves]
+    return leaves, [t.ndim > 0 and len(t) == len(leaves[0]) for t in leaves]
 
 
 def add(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:

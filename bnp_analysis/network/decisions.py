@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from bnp_analysis.network.observation import reached
+from bnp_analysis.network.observation import empty, reached
 from bnp_analysis.runtime.trees import tensors_of
 
 # Runs of a pass with decisions turned around.
@@ -180,10 +180,7 @@ class _Cells:
         self._cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
 
     def __iter__(self) -> Iterator[str]:
-        for name, cell in self._cells.items():
-            with suppress(ValueError):
-                _ = cell.cell_contents
-                yield name
+        return (name for name, cell in self._cells.items() if not empty(cell))
 
     def __getitem__(self, name: str) -> Any:
         return self._cells[name].cell_contents

@@ -176,7 +176,7 @@ def _parts(value: Any) -> Iterable[Any]:
     if isinstance(value, types.BuiltinMethodType) and not isinstance(value.__self__, types.ModuleType):
         return (value.__self__,)
     if isinstance(value, types.FunctionType):
-        cells = [c.cell_contents for c in value.__closure__ or () if not _empty(c)]
+        cells = [c.cell_contents for c in value.__closure__ or () if not empty(c)]
         named = [value.__globals__[n] for n in value.__code__.co_names if n in value.__globals__]
         return [*cells, *(value.__defaults__ or ()), *(v for v in named if not isinstance(v, types.ModuleType | type))]
     if isinstance(value, nn.Module):
@@ -196,7 +196,14 @@ def _forward(kind: type[nn.Module]) -> list[Callable[..., Any]]:
     return [f for k in own for f in vars(k).values() if isinstance(f, types.FunctionType)]
 
 
-def _empty(cell: Any) -> bool:
+def empty(cell: Any) -> bool:
+    """Whether a variable of a closure has no value yet.
+
+    Example:
+        >>> import types
+        >>> empty(types.CellType()), empty(types.CellType(1))
+        (True, False)
+    """
     try:
         _ = cell.cell_contents
     except ValueError:

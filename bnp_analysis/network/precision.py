@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -155,12 +155,13 @@ def _recorded(risk: EmpiricalRisk, batch: Batch) -> Precision:
     }
     leaves = [t for t in tensors.values() if t.requires_grad]
     constants = [t for _, module in risk.modules() for t in module._buffers.values() if t is not None]
-    record = _Record(risk.space.dtype, leaves, [*constants, *tensors_of((batch.x, batch.y))])
-    with record, _named(risk, record.modules):
+    running: list[str] = []
+    record = _Record(risk.space.dtype, leaves, [*constants, *tensors_of((batch.x, batch.y))], running)
+    with record, around_modules(risk, lambda name: running.append(name or "the model"), lambda _: running.pop()):
         outputs = risk.batch_outputs(tensors, batch)
-        record.modules[:] = ["the loss"]
+        running[:] = ["the loss"]
         loss = risk.batch_loss(outputs, batch, tensors)
-        record.modules[:] = ["the backward pass"]
+        running[:] = ["the backward pass"]
         record.backward = True
         if loss.requires_grad:
             torch.autograd.grad(loss, leaves, allow_unused=True)
@@ -210,26 +211,22 @@ def worst_layer(tensors: Mapping[str, tuple[float, float]]) -> float:
 
 
 @contextmanager
-def _named(risk: EmpiricalRisk, running: list[str]) -> Iterator[None]:
-    """Meanwhile `running` ends with the name of the module that runs."""
-    handles = []
-    for name, module in risk.modules():
+def around_modules(
+    risk: EmpiricalRisk, enter: Callable[[str], object], leave: Callable[[str], object]
+) -> Iterator[None]:
+    """Meanwhile a module's forward pass begins with `enter(name)` and ends, also by an error, with `leave(name)`."""
+    with ExitStack() as hooks:
+        for name, module in risk.modules():
 
-        def enter(module: Any, args: Any, name: str = name) -> None:
-            running.append(name or "the model")
+            def entered(module: Any, args: Any, name: str = name) -> None:
+                enter(name)
 
-        def leave(module: Any, args: Any, output: Any) -> None:
-            running.pop()
+            def left(module: Any, args: Any, output: Any, name: str = name) -> None:
+                leave(name)
 
-        handles += [
-            module.register_forward_pre_hook(enter),
-            module.register_forward_hook(leave, always_call=True),
-        ]
-    try:
+            hooks.enter_context(module.register_forward_pre_hook(entered))
+            hooks.enter_context(module.register_forward_hook(left, always_call=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Record(KernelMode):
@@ -239,11 +236,12 @@ class _Record(KernelMode):
         own: the risk's dtype.
         leaves: the parameters.
         given: data and buffers.
+        running: ends with the name of the module that runs.
     """
 
-    def __init__(self, own: torch.dtype, leaves: list[Tensor], given: list[Tensor]) -> None:
+    def __init__(self, own: torch.dtype, leaves: list[Tensor], given: list[Tensor], running: list[str]) -> None:
         super().__init__()
-        self.modules: list[str] = []
+        self._running = running
         self.backward = False
         self._own = own
         # Places of memory; weak references keep them from being given away, and none of the memory.
@@ -336,7 +334,7 @@ class _Record(KernelMode):
             self.causes[dtype] = (cast, f"{what} in {self._where()}")
 
     def _where(self) -> str:
-        return self.modules[-1] if self.modules else "the model"
+        return self._running[-1] if self._running else "the model"
 
 
 class Perturbed(KernelMode):  # type: ignore[no-untyped-call]

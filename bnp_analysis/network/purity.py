@@ -20,7 +20,7 @@ from bnp_analysis.network.batches import Batch, slice_batch, with_examples
 from bnp_analysis.network.decisions import State, sources, turned_around
 from bnp_analysis.network.kernels import KernelMode, recording, vector_jacobian
 from bnp_analysis.network.observation import Arguments, require_own_tensors
-from bnp_analysis.network.precision import generic_point
+from bnp_analysis.network.precision import around_modules, generic_point
 from bnp_analysis.runtime.random import random_state, reseed
 from bnp_analysis.runtime.trees import map_tensors, tensors_of
 
@@ -45,7 +45,9 @@ def require_pure(risk: EmpiricalRisk, live: Mapping[int, str]) -> bool:
     Raises:
         StochasticModelError: names the layers, what would have been computed, the ways out.
     """
-    found = risk.group.share(lambda: _couples_here(risk, live), "what couples examples")
+    # The states come back before other processes are waited for.
+    here = random_state(device=risk.space.device)(_couple)
+    found = risk.group.share(lambda: here(risk, live), "what couples examples")
     coupled = any(c for c, _ in found)
     normalizing = list(dict.fromkeys(name for _, names in found for name in names))
     if coupled and risk.batches.everywhere > 1:
@@ -58,26 +60,20 @@ def require_pure(risk: EmpiricalRisk, live: Mapping[int, str]) -> bool:
     return coupled
 
 
-def _couples_here(risk: EmpiricalRisk, live: Mapping[int, str]) -> tuple[bool, list[str]]:
-    """Whether this process's batches couple their examples, and by which layers."""
-    with random_state(device=risk.space.device):
-        return _couple(risk, live)
-
-
 def _couple(risk: EmpiricalRisk, live: Mapping[int, str]) -> tuple[bool, list[str]]:
+    """Whether this process's batches couple their examples, and by which layers."""
     random = _that_run(risk, random_layers(risk))
     normalizing = _that_run(risk, coupled_layers(risk))
     coupled = bool(normalizing)
-    tensors = risk.space.unflatten(generic_point(risk))
     state = State(risk.code())
     held = [x for x in state.within if isinstance(x, _GENERATORS)]
     for batch in risk.batches:
-        by_inputs = _ByInputs(risk, tensors, batch, plain=coupled or bool(random))
-        drawn = _Draws(risk, held, state, by_inputs)
-        if not bool(torch.isfinite(drawn.value).all()):
-            tensors = risk.space.unflatten(risk.theta)
+        for theta in (generic_point(risk), risk.theta):
+            tensors = risk.space.unflatten(theta)
             by_inputs = _ByInputs(risk, tensors, batch, plain=coupled or bool(random))
             drawn = _Draws(risk, held, state, by_inputs)
+            if bool(torch.isfinite(drawn.value).all()):
+                break
         outputs = drawn.value
         _require_determined_loss(risk, held, state, tensors, live, batch, outputs)
         found = None if coupled or random or drawn.any else couples(risk, tensors, batch, outputs, by_inputs)
@@ -258,32 +254,18 @@ def _state(generator: Any) -> Any:
 def _drawing_layers(risk: EmpiricalRisk, batch: Batch) -> list[str]:
     """The innermost modules in whose forward pass a global generator moves."""
     found: dict[str, None] = {}
-    inside: list[tuple[Any, bool]] = []
+    before: list[Any] = []
 
-    def begin(module: nn.Module, args: Any) -> None:
-        inside.append((_global_states(risk.space.device), False))
+    def begin(name: str) -> None:
+        before.append(_global_states(risk.space.device))
 
-    def end(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            before, named = inside.pop()
-            moved = before != _global_states(risk.space.device)
-            if moved and not named:
-                found[name] = None
-            if moved and inside:
-                inside[-1] = (inside[-1][0], True)
+    def end(name: str) -> None:
+        if before.pop() != _global_states(risk.space.device):
+            found[name] = None
 
-        return hook
-
-    handles = []
-    for name, module in risk.modules():
-        handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end(name))]
-    try:
-        with random_state(seed=0, device=risk.space.device):
-            _outputs(risk, risk.space.unflatten(risk.theta), batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [*found]
+    with around_modules(risk, begin, end), random_state(seed=0, device=risk.space.device):
+        _outputs(risk, risk.space.unflatten(risk.theta), batch)
+    return [n for n in found if not any(other != n and other.startswith(f"{n}." if n else "") for other in found)]
 
 
 @recording()
@@ -508,17 +490,15 @@ class _ByInputs:
     """
 
     def __init__(self, risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch, *, plain: bool) -> None:
-        self._run = partial(_outputs, risk, tensors, batch)
-        self._recorded = partial(self._record, risk, tensors, batch)
-        self._plain = plain
+        self._pass, self._plain = (risk, tensors, batch), plain
         self.outputs: Tensor | None = None
         self.sources: list[Tensor] = []
 
     def __call__(self) -> Tensor:
         if not self._plain:
             with suppress(RuntimeError, ValueError, TypeError):  # an operation that refuses inputs with a derivative
-                return self._recorded()
-        return self._run()
+                return self._record(*self._pass)
+        return _outputs(*self._pass)
 
     @recording()
     def _record(self, risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor:

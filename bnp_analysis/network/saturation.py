@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import inf, isfinite
 from typing import Any
@@ -189,18 +190,13 @@ def _pulled(risk: EmpiricalRisk, batch: Batch) -> _Pulled | None:
 
         return arrived
 
-    handles = [
-        node.register_prehook(watch(k))
-        for k, node in enumerate(nodes)
-        if node in arguments and not hasattr(node, "variable")
-    ]
     g = torch.Generator().manual_seed(0)
     u = torch.randn(outputs.shape, generator=g, dtype=torch.float64).to(outputs)
-    try:
+    with ExitStack() as hooks:
+        for k, node in enumerate(nodes):
+            if node in arguments and not hasattr(node, "variable"):
+                hooks.enter_context(node.register_prehook(watch(k)))
         pulled = derivative(outputs, [*leaves.values()], u, what="the rounding of products")
-    finally:
-        for handle in handles:
-            handle.remove()
     return _Pulled(dict(zip(leaves, pulled, strict=True)), inside)
 
 

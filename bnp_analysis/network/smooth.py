@@ -377,8 +377,8 @@ class LogSoftmax(Function):
         if not torch.is_grad_enabled() and not is_functorch_wrapped_tensor(x):
             if ctx.kept is None:
                 p = _unsaturated(x, ctx.dim) if ctx.structural else logarithms.exp()
-                ctx.kept = _Probabilities.of(p, ctx.dim)
-            return ctx.kept.pull(cotangents[0]), None, None
+                ctx.kept = _pulling(p, ctx.dim)
+            return ctx.kept(cotangents[0]), None, None
         return LogSoftmaxPullback.apply(cotangents[0], x, ctx.dim, ctx.structural), None, None
 
     @staticmethod
@@ -394,7 +394,7 @@ class LogSoftmaxPullback(Function):
     @staticmethod
     def forward(g: Tensor, x: Tensor, dim: int, structural: bool) -> Tensor:
         p = _unsaturated(x, dim) if structural else torch.softmax(x, dim)
-        return _Probabilities.of(p, dim).pull(g)
+        return _pulling(p, dim)(g)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -417,27 +417,16 @@ class LogSoftmaxPullback(Function):
         return centred, scale * centred if ctx.needs_input_grad[1] else None, None, None
 
 
-@dataclass(frozen=True)
-class _Probabilities:
-    """A softmax `p` along an axis, and of its largest entry: the place, `p`, and `1 - p` as the sum of the others."""
+def _pulling(p: Tensor, dim: int) -> Entrywise:
+    """`g -> g - p sum g` for a softmax `p`, the largest entry without cancellation: `1 - p` is the sum of others."""
+    top = p.argmax(dim, keepdim=True)
+    largest, others = p.gather(dim, top), p.scatter(dim, top, 0.0).sum(dim, keepdim=True)
 
-    p: Tensor
-    dim: int
-    top: Tensor
-    own: Tensor
-    others: Tensor
+    def pull(g: Tensor) -> Tensor:
+        own, rest = g.gather(dim, top), g.scatter(dim, top, 0.0).sum(dim, keepdim=True)
+        return (g - p * (own + rest)).scatter(dim, top, own * others - largest * rest)
 
-    @classmethod
-    def of(cls, p: Tensor, dim: int) -> _Probabilities:
-        top = p.argmax(dim, keepdim=True)
-        return cls(p, dim, top, p.gather(dim, top), p.scatter(dim, top, 0.0).sum(dim, keepdim=True))
-
-    def pull(self, g: Tensor) -> Tensor:
-        """`g - p sum g`, the largest entry without cancellation."""
-        own = g.gather(self.dim, self.top)
-        rest = g.scatter(self.dim, self.top, 0.0).sum(self.dim, keepdim=True)
-        pulled = g - self.p * (own + rest)
-        return pulled.scatter(self.dim, self.top, own * self.others - self.own * rest)
+    return pull
 
 
 def _centred(g: Tensor, p: Tensor, dim: int, top: Tensor | None = None) -> Tensor:

@@ -221,9 +221,7 @@ def fit_state(
         InvalidInputError: missing, unknown or ambiguous names, other shapes, tied tensors that differ.
     """
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    first: dict[int, str] = {}
-    canonical = {name: first.setdefault(id(t), name) for name, t in tensors.items()}
-    index = NameIndex(tensors)
+    tied, index = tied_names(model), NameIndex(tensors)
     found: dict[str, Tensor] = {}
     unknown = []
     for given, value in state.items():
@@ -232,7 +230,7 @@ def fit_state(
             if not given.endswith("_extra_state"):
                 unknown.append(given)
             continue
-        listed = space.canonical(name) if name in space else canonical[name]
+        listed = space.canonical(name) if name in space else tied.get(name, name)
         if value.shape != tensors[name].shape:
             shapes = f"{tuple(value.shape)} in the state, {tuple(tensors[name].shape)} in the model"
             raise InvalidInputError(f"{name} has shape {shapes}. {_MISFIT}")

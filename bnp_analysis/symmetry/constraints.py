@@ -19,6 +19,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from bnp_analysis.linalg.local_bases import Floats, Ints, Sparse
+from bnp_analysis.runtime.trees import map_leaves
 from bnp_analysis.symmetry.candidates import Cause, Chart
 from bnp_analysis.symmetry.graph import Graph, Name, Slot
 
@@ -322,15 +323,15 @@ class Constraints:
 
     def value(self, given: Any) -> Any:
         """What stands for an argument: a value for a tensor of floating-point numbers, else the argument."""
-        if isinstance(given, Slot):
-            return self.values[given]
-        if isinstance(given, Name):
-            return Parameters(self.chart.positions(given.name))
-        if isinstance(given, Tensor) and given.is_floating_point():
-            return Constant(given)
-        if isinstance(given, list | tuple):
-            return type(given)(self.value(part) for part in given)
-        return {key: self.value(part) for key, part in given.items()} if isinstance(given, dict) else given
+
+        def stands(part: Any) -> Any:
+            if isinstance(part, Slot):
+                return self.values[part]
+            if isinstance(part, Name):
+                return Parameters(self.chart.positions(part.name))
+            return Constant(part) if isinstance(part, Tensor) and part.is_floating_point() else part
+
+        return map_leaves(given, stands)
 
     def fresh(self, count: int) -> Ints:
         """New labels."""
@@ -442,13 +443,11 @@ class Constraints:
         return torch.from_numpy(np.asarray(out[place.reshape(value.entries.shape)]))
 
 
-def values_in(given: Any) -> Iterator[Value]:
+def values_in(given: Any) -> list[Value]:
     """Every value inside lists, tuples and dicts."""
-    if isinstance(given, Activation | Parameters | Constant):
-        yield given
-    elif isinstance(given, dict | list | tuple):
-        for part in given.values() if isinstance(given, dict) else given:
-            yield from values_in(part)
+    found: list[Value] = []
+    map_leaves(given, lambda part: found.append(part) if isinstance(part, Value) else None)
+    return found
 
 
 def fixed(shape: Sequence[int], weights: int | None = None) -> Activation:

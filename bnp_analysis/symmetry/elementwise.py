@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bnp_analysis.linalg.local_bases import Floats, Ints
-from bnp_analysis.runtime.trees import tensors_of
+from bnp_analysis.runtime.trees import map_leaves, tensors_of
 from bnp_analysis.symmetry.candidates import Cause
 from bnp_analysis.symmetry.constraints import (
     FIXED,
@@ -42,26 +42,25 @@ Given = dict[str, Any]
 
 def same(c: Constraints, node: Node, given: Given) -> Found:
     """Purity was checked: a dropout that does something would have been refused."""
-    return next(values_in(given))
+    return values_in(given)[0]
 
 
 def moved(c: Constraints, node: Node, given: Given) -> Found:
     """The labels, or the positions of parameters, go where the numbers go."""
     assert node.call is not None
-    values = list(values_in(given))
+    values = values_in(given)
     stored = all(isinstance(value, Parameters) for value in values)
 
     def written(part: Any) -> Any:
-        if isinstance(part, Activation | Parameters | Constant):
-            return part.entries.double() if stored and isinstance(part, Parameters) else c.labels(part).double()
-        if isinstance(part, dict):
-            return {key: written(inner) for key, inner in part.items()}
-        return type(part)(written(inner) for inner in part) if isinstance(part, list | tuple) else part
+        if not isinstance(part, Value):
+            return part
+        return part.entries.double() if stored and isinstance(part, Parameters) else c.labels(part).double()
 
-    function, args = node.call.function, written(c.value(node.call.positional))
+    args, kwargs = (map_leaves(c.value(given), written) for given in (node.call.positional, node.call.keywords))
+    function = node.call.function
     if node.kind == "view":  # Labels need not lie in memory as the numbers do.
         function, args = torch.reshape, [args[0], args[1:] if isinstance(args[1], int) else args[1]]
-    out = [t.round().to(torch.int64) for t in tensors_of(function(*args, **written(c.value(node.call.keywords))))]
+    out = [t.round().to(torch.int64) for t in tensors_of(function(*args, **kwargs))]
     if stored:
         return [Parameters(t) for t in out]
     first = values[0]
@@ -85,7 +84,7 @@ def chosen(c: Constraints, node: Node, given: Given) -> Found:
 
 
 def _as_value(part: Any) -> Value:
-    if isinstance(part, Activation | Parameters | Constant):
+    if isinstance(part, Value):
         return part
     return Constant(part.double() if isinstance(part, Tensor) else torch.tensor(float(part), dtype=torch.float64))
 
