@@ -101,11 +101,9 @@ class Batches:
         ordered = self._stored is not None or _repeats_order(self._source)
         self.number = sum(count > 0 for count in counts)
         parts = group.share(lambda: (float(sum(counts)), self.number, ordered, examples), "counting the data")
-        self.total = float(sum(part[0] for part in parts))
-        self.everywhere = int(sum(part[1] for part in parts))
-        self.ordered = all(bool(part[2]) for part in parts)
-        self.before = int(sum(part[3] for part in parts[: group.rank]))
-        self.examples = int(sum(part[3] for part in parts))
+        totals, numbers, orders, sizes = zip(*parts, strict=True)
+        self.total, self.everywhere, self.ordered = float(sum(totals)), int(sum(numbers)), all(orders)
+        self.before, self.examples = int(sum(sizes[: group.rank])), int(sum(sizes))
         if not self.total > 0:
             raise InvalidInputError(f"the batches weigh {self.total} in total; count= must be positive")
         if self._stored is not None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -48,24 +49,11 @@ _RECURRENT: list[_Switch] = [
 ]
 
 
-class _NotRecomputed:
-    """A reentrant checkpoint that keeps its activations."""
-
-    @staticmethod
-    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-        return function(*args)
-
-
-def _kept(frame: Any) -> AbstractContextManager[None]:
-    """What surrounds the call of a function under a checkpoint of the other kind, which then keeps its activations."""
-    return nullcontext()
-
-
 # What `torch.utils.checkpoint` calls to drop activations and compute them again in the backward pass, where it would
 # take the model's own parameters for those that are differentiated.
 _CHECKPOINTS: dict[str, Any] = {
-    "CheckpointFunction": _NotRecomputed,
-    "_checkpoint_hook": _kept,
+    "CheckpointFunction": SimpleNamespace(apply=lambda function, preserve, *args: function(*args)),  # reentrant
+    "_checkpoint_hook": lambda frame: nullcontext(),
 }
 
 

@@ -43,10 +43,7 @@ class Coverage:
     uncovered: dict[str, str]
 
     def __getitem__(self, name: str) -> Layer:
-        for layer in self.covered:
-            if layer.name == name:
-                return layer
-        raise KeyError(name)
+        return {layer.name: layer for layer in self.covered}[name]
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.covered)

@@ -36,9 +36,8 @@ class _Quiet(TorchFunctionMode):
     """A look at a pass, during which torch does not warn: its warnings would be said to come from here."""
 
     def __enter__(self) -> Self:
-        self._quiet = warnings.catch_warnings()
+        self._quiet = warnings.catch_warnings(action="ignore")
         self._quiet.__enter__()
-        warnings.simplefilter("ignore")
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 

@@ -519,8 +519,8 @@ class _ByInputs:
         with risk.inputs.kept(batch.x):
             part = replace(batch, x=map_tensors(batch.x, by), own=True)
             entrances = _Entrances(integers, size)
-            with entrances, warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what the model does with inputs that have a derivative
+            # Warnings of what the model does with inputs that have a derivative.
+            with entrances, warnings.catch_warnings(action="ignore"):
                 outputs = risk.batch_outputs({name: t.detach() for name, t in tensors.items()}, part)
         self.outputs, self.sources = outputs, [*own, *entrances.found]
         return outputs.detach()

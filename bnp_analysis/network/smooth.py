@@ -348,8 +348,7 @@ class Softmax(Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
-        (p,) = ctx.saved_tensors
-        return p * _centred(cotangents[0], p, ctx.dim), None, None
+        return Softmax.jvp(ctx, *cotangents), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -507,17 +506,13 @@ def _entrywise(func: Any, x: Tensor, *rest: Any, inplace: bool = False, **kwargs
         *rest, inplace = rest  # type: ignore[assignment]
     inplace = inplace or func.__name__.endswith("_")
     rule = _RULES[func](*rest, **kwargs)
-    if watch is None and not inplace and _ordinary(x, rule.low, rule.high):
-        plain = cast(Tensor, func(x, *rest, **kwargs))
-        if func in _SIGMOIDS and x.requires_grad:
-            _mark(plain, x)
-        return plain
     if watch is not None:
         _note(watch, x, rule)
         rule = _structural(rule) if watch.structural else rule
     if inplace:
         return x.copy_(smooth(x.clone(), rule))
-    found = smooth(x, rule)
+    plain = watch is None and _ordinary(x, rule.low, rule.high)
+    found = cast(Tensor, func(x, *rest, **kwargs)) if plain else smooth(x, rule)
     if func in _SIGMOIDS and x.requires_grad:
         _mark(found, x)
     return found

@@ -48,28 +48,15 @@ def snapshot(model: nn.Module, dtype: torch.dtype | None, device: torch.device |
     where = torch.device(device) if device is not None else next((t.device for t in own), None)
     what = "a copy of the model, its parameters as a vector, and their gradient"
     require_memory(size, what, "Use a smaller model, or float32", device=where)
-    gradients = {p: p.grad for p in root.parameters()}
-    # Left by a forward pass: features that were kept, weights that a hook computes.
-    histories = [
-        (m, k, t) for m in root.modules() for k, t in vars(m).items() if isinstance(t, Tensor) and not t.is_leaf
-    ]
+    # Left by a forward pass, with histories that cannot be copied: features that are kept, weights that hooks compute.
+    left = [t for m in root.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
     try:
-        # Neither gradients nor histories are needed, and not all of them can be copied.
-        for p in gradients:
-            p.grad = None
-        for module, name, t in histories:
-            vars(module)[name] = t.detach()
-        duplicate = copy.deepcopy(root)
+        duplicate = copy.deepcopy(root, {id(t): t.detach().clone() for t in left})
     except Exception as error:
         raise InvalidInputError(
             f"the model cannot be copied ({error}), so a measurement could not be kept apart from it. Attributes that "
             "are locks, files or tensors inside containers must go, or be buffers"
         ) from error
-    finally:
-        for p, gradient in gradients.items():
-            p.grad = gradient
-        for module, name, t in histories:
-            vars(module)[name] = t
     _unwrap_children(duplicate)
     for module in duplicate.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
