@@ -370,8 +370,7 @@ class Reading:
         self.alike = all(self.graph.same_operations(other) for other in self.graphs)
         if self.alike and not self.graph.transformed:
             chart = Chart(risk, self.graph)
-            self.constraints = Constraints(chart, _with_calls(risk, self.graph), self.graphs)
-            self.unfollowed = follow(self.constraints)
+            self.constraints, self.unfollowed = follow(Constraints(chart, _with_calls(risk, self.graph), self.graphs))
             self.frames = frames(self.constraints)
             self.unread = UnreadOutputs(risk, chart, self.graph, self.constraints.uses, counted)
 
@@ -438,11 +437,11 @@ def _with_calls(risk: EmpiricalRisk, graph: Graph) -> Graph:
     return record_graph(risk, batch, calls=True)
 
 
-def follow(c: Constraints) -> list[tuple[str, str]]:
+def follow(c: Constraints) -> tuple[Constraints, list[tuple[str, str]]]:
     """Let every operation write its demands.
 
     Returns:
-        The parameters with the kinds of operations that use them in ways that are not followed.
+        The constraints, and the parameters with the kinds of operations that use them in ways that are not followed.
     """
     unfollowed: list[tuple[str, str]] = []
     for node in c.graph:
@@ -459,7 +458,7 @@ def follow(c: Constraints) -> list[tuple[str, str]]:
         c.values |= {Slot(node.index, position): value for position, value in enumerate(made)}
     if c.graph.output is not None:
         c.pin(c.values[c.graph.output])
-    return unfollowed
+    return c, unfollowed
 
 
 def _operands(c: Constraints, node: Node) -> list[Value]:
