@@ -312,10 +312,6 @@ def generic(x: Tensor) -> Tensor:
     return (1 + 0.5 * torch.sin(12.9898 * index)).to(x.dtype).reshape(x.shape)
 
 
-def _structural(rule: Rule) -> Rule:
-    return Rule(rule.value, generic, lambda x: generic(x) + 0.25)
-
-
 def _ordinary(x: Tensor, low: float, high: float) -> bool:
     """Whether torch's derivatives may be used: none is asked for, or all entries lie between bounds."""
     if is_functorch_wrapped_tensor(x):  # whose numbers cannot be looked at
@@ -508,7 +504,7 @@ def _entrywise(func: Any, x: Tensor, *rest: Any, inplace: bool = False, **kwargs
     rule = _RULES[func](*rest, **kwargs)
     if watch is not None:
         _note(watch, x, rule)
-        rule = _structural(rule) if watch.structural else rule
+        rule = Rule(rule.value, generic, lambda x: generic(x) + 0.25) if watch.structural else rule
     if inplace:
         return x.copy_(smooth(x.clone(), rule))
     plain = watch is None and _ordinary(x, rule.low, rule.high)
@@ -629,8 +625,7 @@ def _log_add_exp(func: Any, a: Tensor, b: Tensor) -> Tensor:
     return _valued(func, (a, b), {}, a + _softplus_of(b - a))
 
 
-def _softplus_of(x: Tensor) -> Tensor:
-    return _entrywise(F.softplus, x)
+_softplus_of = partial(_entrywise, F.softplus)
 
 
 def _given(old: tuple[Any, ...], kwargs: dict[str, Any], *known: str) -> dict[str, Any] | None:
@@ -746,12 +741,11 @@ def _attention(
     return p @ v
 
 
-def _tanh_unit(x: Tensor, state: list[Tensor], w: Tensor, u: Tensor, *b: Tensor) -> list[Tensor]:
-    return [_entrywise(torch.tanh, sum(b, F.linear(x, w) + F.linear(state[0], u)))]
+def _unit(act: Entrywise, x: Tensor, state: list[Tensor], w: Tensor, u: Tensor, *b: Tensor) -> list[Tensor]:
+    return [act(sum(b, F.linear(x, w) + F.linear(state[0], u)))]
 
 
-def _relu_unit(x: Tensor, state: list[Tensor], w: Tensor, u: Tensor, *b: Tensor) -> list[Tensor]:
-    return [torch.relu(sum(b, F.linear(x, w) + F.linear(state[0], u)))]
+_tanh_unit, _relu_unit = partial(_unit, partial(_entrywise, torch.tanh)), partial(_unit, torch.relu)
 
 
 def _lstm_unit(x: Tensor, state: list[Tensor], w: Tensor, u: Tensor, *b: Any) -> list[Tensor]:

@@ -137,13 +137,11 @@ def _components(rows: Sparse) -> Iterator[tuple[Ints, Floats | None]]:
     """Classes that equations connect, with their equations; None where they are too many."""
     if rows.shape[0] == 0:
         return
-    pattern = csr_array((np.ones(rows.nnz), rows.indices, rows.indptr), shape=rows.shape)
-    tree = coo_array(
-        (np.ones(rows.nnz), (_row_numbers(rows), rows.indices + rows.shape[0])), shape=[sum(rows.shape)] * 2
-    )
+    equations, unknowns = rows.nonzero()
+    tree = coo_array((np.ones(len(equations)), (equations, unknowns + rows.shape[0])), shape=[sum(rows.shape)] * 2)
     labels = connected_components(tree, directed=False)[1]
     mine = labels[rows.shape[0] :]
-    for label in np.unique(mine[np.unique(pattern.indices)]):
+    for label in np.unique(mine[np.unique(unknowns)]):
         classes = np.flatnonzero(mine == label)
         if len(classes) > _MOST:
             yield classes, None
@@ -152,10 +150,6 @@ def _components(rows: Sparse) -> Iterator[tuple[Ints, Floats | None]]:
         # Most equations come many times: sorting rows is slower than looking at their bytes.
         once = list({row.tobytes(): i for i, row in enumerate(dense)}.values())
         yield classes, np.unique(dense[once], axis=0)
-
-
-def _row_numbers(rows: Sparse) -> Ints:
-    return np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))
 
 
 def _null_columns(matrix: Floats) -> Floats:

@@ -116,7 +116,8 @@ def _mapped(c: Constraints, labels: Tensor, factor: Tensor | float, offset: Tens
     if not scaling and not bool(constant.any()):
         return Activation(labels)
     # What is zero, or was and is a constant now.
-    labels = torch.where(constant == 0, ZERO, labels) if scaling else _constants_of_zeros(labels, constant)
+    gone, becomes = (constant == 0, ZERO) if scaling else ((labels == ZERO) & (constant != 0), FIXED)
+    labels = torch.where(gone, becomes, labels)
     moving = labels > ZERO
     old, place = torch.unique(labels[moving], return_inverse=True)
     numbers = torch.zeros(len(old), dtype=torch.float64).index_put((place,), constant[moving])
@@ -128,10 +129,6 @@ def _mapped(c: Constraints, labels: Tensor, factor: Tensor | float, offset: Tens
         labels = labels.clone()
         labels[moving] = torch.from_numpy(new)[place]
     return Activation(labels)
-
-
-def _constants_of_zeros(labels: Tensor, constant: Tensor) -> Tensor:
-    return torch.where((labels == ZERO) & (constant != 0), FIXED, labels)
 
 
 def scaled(c: Constraints, labels: Tensor, factor: Tensor) -> Activation:

@@ -108,7 +108,10 @@ def matmul(c: Constraints, node: Node, given: Given) -> Found:
     if left.ndim < 2 or right.ndim < 2:
         return None
     if isinstance(b, Activation) and bool((left <= ZERO).all()):
-        rows = a.weights in (left.ndim - 1, -1) if isinstance(a, Activation) else _row_sums_are_one(a.value)
+        if isinstance(a, Activation):
+            rows = a.weights in (left.ndim - 1, -1)
+        else:
+            rows = bool((a.value.double().sum(dim=-1) - 1).abs().max() < 1e-12)
         return _averaged(c, right, node.shape, sums_to_one=rows)
     if bool((right <= ZERO).all()):
         # `y M` with a constant `M`: all entries along the last axis move as one.
@@ -116,10 +119,6 @@ def matmul(c: Constraints, node: Node, given: Given) -> Found:
         c.only(found, scale=True)
         return Activation(torch.from_numpy(found).unsqueeze(-1).expand(node.shape).contiguous())
     return _contracted(c, c.merge_along(left, -2), c.merge_along(right, -1), node)
-
-
-def _row_sums_are_one(matrix: Tensor) -> bool:
-    return bool((matrix.double().sum(dim=-1) - 1).abs().max() < 1e-12)
 
 
 def _averaged(c: Constraints, values: Tensor, shape: torch.Size, *, sums_to_one: bool) -> Activation:

@@ -107,7 +107,8 @@ def _of_sequence(module: Any, output: Tensor, x: Tensor, hx: Any = None) -> dict
     Outputs of lower layers are not seen: these run again, by the kernels of torch.
     """
     x, output = (_batch_first(module, t) for t in (x, output))
-    states = None if hx is None else [s.unsqueeze(1) if s.ndim == 2 else s for s in _listed(hx)]
+    given = [hx] if isinstance(hx, Tensor) else hx
+    states = None if given is None else [s.unsqueeze(1) if s.ndim == 2 else s for s in given]
     ways, found = _ways(module), dict[str, Tensor]()
     for i in range(module.num_layers):
         here = slice(i * ways, (i + 1) * ways)
@@ -141,10 +142,6 @@ def _batch_first(module: Any, t: Tensor) -> Tensor:
 
 def _ways(module: Any) -> int:
     return 2 if module.bidirectional else 1
-
-
-def _listed(hx: Any) -> list[Tensor]:
-    return [hx] if isinstance(hx, Tensor) else [*hx]
 
 
 enter(RecurrentMap, nn.RNN, nn.LSTM, nn.GRU, weight="weight_ih_l0", bias="bias_ih_l0", builtin=True)
