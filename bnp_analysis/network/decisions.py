@@ -108,22 +108,24 @@ class State:
     def __init__(self, roots: list[Any]) -> None:
         self.within = [*reached(roots)]
         self.spaces = _namespaces(self.within)
-        self._going = [x for x in self.within if isinstance(x, itertools.count | types.GeneratorType)]
         self.begin()
 
     def begin(self) -> None:
         """Remembers what there is now."""
         self._before = self._numbers()
-        self._counts = [(x, repr(x)) for x in self._going if isinstance(x, itertools.count)]
-        self._running = [(x, _progress(x)) for x in self._going if isinstance(x, types.GeneratorType)]
+        going = (x for x in self.within if isinstance(x, itertools.count | types.GeneratorType))
+        self._going = [(x, _progress(x)) for x in going]
         self._environment = dict(os.environ)
+
+    def variables(self) -> list[tuple[Any, Any, Any]]:
+        """`(namespace, key, value)` of all that there is."""
+        return [(space, key, space[key]) for space in self.spaces for key in [*space]]
 
     def _numbers(self) -> dict[tuple[int, Any], tuple[Any, Any]]:
         return {
-            (id(space), key): (space, len(space[key]) if type(space[key]) is list else space[key])
-            for space in self.spaces
-            for key in [*space]
-            if isinstance(space[key], int | float) or type(space[key]) is list
+            (id(space), key): (space, len(value) if type(value) is list else value)
+            for space, key, value in self.variables()
+            if isinstance(value, int | float) or type(value) is list
         }
 
     def changed(self) -> list[tuple[Any, Any]]:
@@ -136,8 +138,11 @@ class State:
 
     def moved(self) -> list[str]:
         """What went on and cannot be set: iterators, generators, variables of the environment."""
-        found = [f"an iterator ({was})" for x, was in self._counts if repr(x) != was]
-        found += [f"the generator {x.__name__}()" for x, was in self._running if _progress(x) != was]
+        found = [
+            f"the generator {x.__name__}()" if isinstance(x, types.GeneratorType) else f"an iterator ({was})"
+            for x, was in self._going
+            if _progress(x) != was
+        ]
         now = dict(os.environ)
         names = {n for n in now.keys() | self._environment.keys() if now.get(n) != self._environment.get(n)}
         return found + [f"os.environ[{n!r}]" for n in sorted(names)]
@@ -145,15 +150,12 @@ class State:
     def functions(self) -> list[tuple[Any, Any]]:
         """`(namespace, key)` of functions that read the clock or draw numbers."""
         known = _wrapped()
-        return [
-            (space, key)
-            for space in self.spaces
-            for key in [*space]
-            if callable(space[key]) and _hashed(space[key]) in known
-        ]
+        return [(space, key) for space, key, value in self.variables() if callable(value) and _hashed(value) in known]
 
 
-def _progress(x: types.GeneratorType[Any, Any, Any]) -> Any:
+def _progress(x: itertools.count[Any] | types.GeneratorType[Any, Any, Any]) -> Any:
+    if isinstance(x, itertools.count):
+        return repr(x)
     frame = x.gi_frame
     if frame is None:
         return None
@@ -617,10 +619,9 @@ def _following(trail: Trail, state: State, numbers: list[tuple[Any, Any, Any]]) 
             space.pop(kind.__name__, None)
         for space, key, before in (*places, *lists):
             space[key] = before
-        for space in state.spaces:
-            for key in [*space]:
-                if isinstance(space[key], _Followed):
-                    space[key] = space[key].plain()
+        for space, key, value in state.variables():
+            if isinstance(value, _Followed):
+                space[key] = value.plain()
 
 
 def turned_around(

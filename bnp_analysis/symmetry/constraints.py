@@ -437,11 +437,13 @@ class Constraints:
         return torch.from_numpy(np.asarray(out[place.reshape(value.entries.shape)]))
 
 
-def values_in(given: Any) -> list[Value]:
+def values_in(given: Any) -> Iterator[Value]:
     """Every value inside lists, tuples and dicts."""
-    found: list[Value] = []
-    map_leaves(given, lambda part: found.append(part) if isinstance(part, Value) else None)
-    return found
+    if isinstance(given, Value):
+        yield given
+    elif isinstance(given, dict | list | tuple):
+        for part in given.values() if isinstance(given, dict) else given:
+            yield from values_in(part)
 
 
 def fixed(shape: Sequence[int], weights: int | None = None) -> Activation:

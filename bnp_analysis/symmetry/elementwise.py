@@ -42,13 +42,13 @@ Given = dict[str, Any]
 
 def same(c: Constraints, node: Node, given: Given) -> Found:
     """Purity was checked: a dropout that does something would have been refused."""
-    return values_in(given)[0]
+    return next(values_in(given))
 
 
 def moved(c: Constraints, node: Node, given: Given) -> Found:
     """The labels, or the positions of parameters, go where the numbers go."""
     assert node.call is not None
-    values = values_in(given)
+    values = list(values_in(given))
     stored = all(isinstance(value, Parameters) for value in values)
 
     def written(part: Any) -> Any:

@@ -461,7 +461,7 @@ def follow(c: Constraints) -> tuple[Constraints, list[tuple[str, str]]]:
     return c, unfollowed
 
 
-def _operands(c: Constraints, node: Node) -> list[Value]:
+def _operands(c: Constraints, node: Node) -> Iterator[Value]:
     return values_in(c.value(arguments_by_name(node)))
 
 
