@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -305,20 +305,24 @@ def _takes_two(count: Callable[..., float]) -> bool:
     Raises:
         InvalidInputError: no function of one or of two arguments.
     """
-    # What is not written in Python may have no signature.
-    parameters = [inspect.Parameter("both", inspect.Parameter.VAR_POSITIONAL)]
-    with suppress(TypeError, ValueError):
-        parameters = list(inspect.signature(count).parameters.values())
-    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    needed = sum(p.default is p.empty for p in places)
-    named = any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters)
-    most = len(places) if all(p.kind is not p.VAR_POSITIONAL for p in parameters) else 2
-    if not callable(count) or named or needed > 2 or most < 1:
+    none, one, two = (_fits(count, number) for number in range(3))
+    if not callable(count) or not (one or two):
         raise InvalidInputError(
             f"count= is a function of a batch, count=lambda x, y: ..., or of the pair, not {count!r}: it says what a "
             "batch weighs in the mean"
         )
-    return needed != 1 and most >= 2
+    return two and (none or not one)
+
+
+def _fits(function: Callable[..., Any], number: int) -> bool:
+    """Whether a function can be called with so many arguments, as far as it says."""
+    try:
+        inspect.signature(function).bind(*[None] * number)
+    except TypeError:
+        return False
+    except ValueError:  # what is not written in Python may have no signature
+        return True
+    return True
 
 
 def _parts(t: Tensor) -> list[Tensor]:

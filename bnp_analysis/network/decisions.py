@@ -37,6 +37,7 @@ _RANDOM += ("paretovariate", "weibullvariate", "choice")
 _NUMPY: tuple[str, ...] = ("rand", "randn", "random", "random_sample", "ranf", "sample", "uniform", "normal", "choice")
 _NUMPY += ("standard_normal", "randint", "poisson", "binomial", "beta", "gamma", "exponential", "geometric")
 _NUMPY += ("permutation", "lognormal")
+_FROM_ZERO_TO_ONE = {"random", "rand", "rand_like", "random_sample", "ranf", "sample"}
 # What is called below Python's own functions: nobody else's frame lies between.
 _OUTSIDE = {"urandom", "getrandom", "now", "utcnow", "today", "random", "getrandbits"} | {f.__name__ for f in _CLOCKS}
 _THROUGH = {"random", "secrets", "uuid", "statistics", "datetime", "_pydatetime", "numpy"}
@@ -383,14 +384,19 @@ def _constant(name: str, args: Any, kwargs: Any) -> bool:
     return name.startswith("bernoulli") and bool(numbers) and numbers[0] in (0, 1)
 
 
-def _range(name: str, args: Any, kwargs: Any) -> tuple[float, float]:
-    if name in ("rand", "rand_like") or (name == "uniform_" and len(args) == 1 and not kwargs):
+def _range(name: str, args: Any, kwargs: Any, *, inclusive: bool = False) -> tuple[float, float]:
+    """Between which numbers a function of this name draws, of torch, NumPy or Python, whose `randint` is inclusive."""
+    if name in _FROM_ZERO_TO_ONE or (name == "uniform_" and len(args) == 1 and not kwargs):
         return 0.0, _BELOW_ONE
-    if name == "randint":
-        ends = [a for a in args if isinstance(a, int)]
-        ends = [kwargs.get("low", 0), *([kwargs["high"]] if "high" in kwargs else []), *ends][-2:]
-        return (float(ends[0]), float(ends[-1] - 1)) if len(ends) == 2 else _UNBOUNDED
-    return (0.0, 1.0) if name.startswith("bernoulli") else _UNBOUNDED
+    if name == "uniform" and len(args) == 2:
+        return float(min(args)), float(max(args))
+    if name == "getrandbits":
+        return 0.0, float(2 ** min(args[0], 1000))
+    if name in ("randint", "randrange"):
+        whole = [a for a in args if isinstance(a, int)][:2]
+        ends = [kwargs.get("low", 0), *([kwargs["high"]] if "high" in kwargs else []), *whole][-2:]
+        return (float(ends[0]), float(ends[-1] - (0 if inclusive else 1))) if len(ends) == 2 else _UNBOUNDED
+    return (0.0, 1.0) if name.startswith("bernoulli") or name == "uniform" else _UNBOUNDED
 
 
 def _open(name: str, a: tuple[float, float], b: tuple[float, float]) -> bool:
@@ -534,19 +540,8 @@ def _follows(trail: Trail, function: Callable[..., Any], kind: str) -> Callable[
         if not isinstance(value, int | float | np.integer | np.floating):
             trail.lost(f"{kind}.{name}")
             return value
-        bounds = _UNBOUNDED
-        if name in ("random", "rand", "random_sample", "ranf", "sample"):
-            bounds = (0.0, _BELOW_ONE)
-        elif name == "getrandbits":
-            bounds = (0.0, float(2 ** min(args[0], 1000)))
-        elif name == "uniform":
-            bounds = (float(min(args)), float(max(args))) if len(args) == 2 else (0.0, 1.0)
-        elif kind == "random" and name == "randint":
-            bounds = (float(args[0]), float(args[1]))
-        elif name in ("randrange", "randint"):
-            ends = [0, *args][-2:] if len(args) < 3 else args[:2]
-            bounds = (float(ends[0]), float(ends[1] - 1)) if args else _UNBOUNDED
-        return trail.follow(value, bounds, what)
+        inclusive = kind == "random" and name == "randint"
+        return trail.follow(value, _range(name, args, kwargs, inclusive=inclusive), what)
 
     return wrapped
 

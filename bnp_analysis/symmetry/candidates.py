@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -312,10 +313,10 @@ class NullBasis:
 
     def counts(self) -> dict[str, int]:
         """Cause -> dimensions, in the order in which the causes came."""
-        found: dict[str, int] = {}
+        found = Counter[str]()
         for chunk in self._chunks:
-            found[chunk.cause] = found.get(chunk.cause, 0) + chunk.part.count
-        return found
+            found[chunk.cause] += chunk.part.count
+        return dict(found)
 
     def blocks(self, like: Tensor) -> tuple[Block, ...]:
         """Positions `(p,)` and columns `(p, k)`, cause after cause as in `counts`; where there is none, one of none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -47,26 +48,23 @@ class ConvolutionLayer(Layer):
         h = h.reshape(-1, *h.shape[-1 - spatial :])  # one image, or batches of a vmap, as (N, c, ...)
         if any(self._padding):
             h = F.pad(h, self._padding, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
-        sizes = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+        return self._patches(h, module.stride).reshape(-1, self.groups, self.features)
+
+    def _patches(self, h: Tensor, strides: Sequence[int]) -> Tensor:
+        """What lies under the kernel at every step over padded images `(N, c, ...)`: `(N, out..., c, k...)`."""
+        spatial, sizes = self.spatial, zip(self.module.kernel_size, strides, self.module.dilation, strict=True)
         for d, (size, stride, dilation) in enumerate(sizes, start=2):
-            span = dilation * (size - 1) + 1
-            h = h.unfold(d, span, stride)[..., ::dilation]
-        # (N, c, out..., k...) -> (N, out..., c, k...)
-        h = h.permute(0, *range(2, 2 + spatial), 1, *range(2 + spatial, 2 + 2 * spatial))
-        return h.reshape(-1, self.groups, self.features)
+            h = h.unfold(d, dilation * (size - 1) + 1, stride)[..., ::dilation]
+        # From (N, c, out..., k...).
+        return h.permute(0, *range(2, 2 + spatial), 1, *range(2 + spatial, 2 + 2 * spatial))
 
     def channels(self, h: Tensor) -> Tensor:
         return h.movedim(self.channel_axis, -1).reshape(-1, self.channel_count)
 
     def positions(self, h: Tensor) -> int:
-        module, padding = self.module, self._padding
-        count = 1
-        for d, size in enumerate(h.shape[-self.spatial :]):
-            reverse = 2 * (self.spatial - 1 - d)
-            full = size + padding[reverse] + padding[reverse + 1]
-            span = module.dilation[d] * (module.kernel_size[d] - 1) + 1
-            count *= (full - span) // module.stride[d] + 1
-        return count
+        module, both = self.module, [sum(self._padding[i : i + 2]) for i in range(2 * self.spatial - 2, -1, -2)]
+        sizes = zip(h.shape[-self.spatial :], both, module.kernel_size, module.stride, module.dilation, strict=True)
+        return math.prod((n + pad - d * (k - 1) - 1) // s + 1 for n, pad, k, s, d in sizes)
 
     def beyond_paper(self, rows: int, examples: int) -> list[str]:
         module, found = self.module, []
@@ -122,28 +120,19 @@ class TransposedConvolutionLayer(ConvolutionLayer):
 
     def rows(self, h: Tensor) -> Tensor:
         """The patch under the turned kernel for each output position of `h (N, c, ...)`, in the order of the weight."""
-        module, spatial = self.module, self.spatial
         pads: list[int] = []
         for size, dilation, padding, more in reversed(self._geometry):
             span = dilation * (size - 1)
             pads += [span - padding, span - padding + more]
-        h = F.pad(self.image(h), pads)
-        for d, (size, dilation) in enumerate(zip(module.kernel_size, module.dilation, strict=True), start=2):
-            h = h.unfold(d, dilation * (size - 1) + 1, 1)[..., ::dilation]
-        h = h.flip(*range(2 + spatial, 2 + 2 * spatial))
-        h = h.permute(0, *range(2, 2 + spatial), 1, *range(2 + spatial, 2 + 2 * spatial))
-        return h.reshape(-1, self.groups, self.features)
+        turned = self._patches(F.pad(self.image(h), pads), [1] * self.spatial).flip(*range(-self.spatial, 0))
+        return turned.reshape(-1, self.groups, self.features)
 
     def channels(self, h: Tensor) -> Tensor:
         return super().channels(self.image(h))
 
     def positions(self, h: Tensor) -> int:
-        count = 1
-        for n, s, (size, dilation, padding, more) in zip(
-            h.shape[-self.spatial :], self.module.stride, self._geometry, strict=True
-        ):
-            count *= (n - 1) * s - 2 * padding + dilation * (size - 1) + more + 1
-        return count
+        sizes = zip(h.shape[-self.spatial :], self.module.stride, self._geometry, strict=True)
+        return math.prod((n - 1) * s - 2 * pad + d * (k - 1) + more + 1 for n, s, (k, d, pad, more) in sizes)
 
     @property
     def _geometry(self) -> list[tuple[int, int, int, int]]:
