@@ -109,13 +109,13 @@ class State:
     def __init__(self, roots: list[Any]) -> None:
         self.within = [*reached(roots)]
         self.spaces = _namespaces(self.within)
+        self._going = [x for x in self.within if isinstance(x, itertools.count | types.GeneratorType)]
         self.begin()
 
     def begin(self) -> None:
         """Remembers what there is now."""
         self._before = self._numbers()
-        going = (x for x in self.within if isinstance(x, itertools.count | types.GeneratorType))
-        self._going = [(x, _progress(x)) for x in going]
+        self._progress = [_progress(x) for x in self._going]
         self._environment = dict(os.environ)
 
     def variables(self) -> list[tuple[Any, Any, Any]]:
@@ -141,7 +141,7 @@ class State:
         """What went on and cannot be set: iterators, generators, variables of the environment."""
         found = [
             f"the generator {x.__name__}()" if isinstance(x, types.GeneratorType) else f"an iterator ({was})"
-            for x, was in self._going
+            for x, was in zip(self._going, self._progress, strict=True)
             if _progress(x) != was
         ]
         now = dict(os.environ)
