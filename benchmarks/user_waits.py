@@ -58,7 +58,7 @@ def _gpt(width: int, layers: int) -> Any:
     from torch.nn import functional as F
 
     import bnp_analysis as bnp
-    from bnp_analysis.models.transformer import Attention, Branch
+    from bnp_analysis.models.networks import Attention, Branch
 
     class Causal(Attention):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -147,8 +147,5 @@ def catalogued(name: str) -> Catalogued:
 
 def whose(md5: str) -> str | None:
     """The data set and file with this checksum, in words, or None."""
-    for entry in CATALOG.values():
-        for file in entry.all_files:
-            if file.md5 == md5:
-                return f"{entry.name}'s {file.name}"
-    return None
+    found = (f"{entry.name}'s {file.name}" for entry in CATALOG.values() for file in entry.all_files if file.md5 == md5)
+    return next(found, None)

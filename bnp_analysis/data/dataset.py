@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.data.catalog import CATALOG, Catalogued
-from bnp_analysis.data.files import VerifiedFile, data_root, md5_hex, read
+from bnp_analysis.data.files import data_root, md5_hex, parse_cifar_batch, parse_idx, read
 from bnp_analysis.data.files import download as fetch
-from bnp_analysis.data.formats import parse_cifar_batch, parse_idx
 from bnp_analysis.errors import ChecksumError, InvalidInputError
 
 
@@ -304,18 +303,14 @@ def _read_digits(split: str) -> _Raw:
 def _read_files(entry: Catalogued, split: str, root: Path | None) -> _Raw:
     """Verify, then parse: nothing of a file is interpreted before its checksum agreed."""
     files: list[dict[str, str]] = []
-
-    def listed(file: VerifiedFile) -> VerifiedFile:
+    parsed: list[Any] = []
+    for file in read(entry, split, root):
         files.append({"name": file.path.name, "md5": file.md5})
-        return file
-
-    verified = (listed(file) for file in read(entry, split, root))
+        parsed.append((parse_cifar_batch if entry.archive else parse_idx)(file.content, str(file.path)))
     if entry.archive:
-        batches = [parse_cifar_batch(file.content, str(file.path)) for file in verified]
-        pixels = np.concatenate([images for images, _ in batches])
-        labels = np.concatenate([targets for _, targets in batches])
+        pixels, labels = (np.concatenate(parts) for parts in zip(*parsed, strict=True))
     else:
-        images, targets = (parse_idx(file.content, str(file.path)) for file in verified)
+        images, targets = parsed
         _check_idx(images, targets, entry)
         pixels = images.reshape(-1, *entry.image_shape).astype(np.uint8)
         labels = targets.astype(np.int64)

@@ -11,7 +11,7 @@ from bnp_analysis.linalg.condition.reduction import work_to_reduce
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.linalg.spectra.off_block import OFF_BLOCK_PROBES
 from bnp_analysis.network import Coverage, EmpiricalRisk, Layer
-from bnp_analysis.network.work import work_of_an_example
+from bnp_analysis.network.layers import work_of_an_example
 
 #: Operations that a table may take unless told otherwise: five hours at `_SPEED`.
 MOST_WORK = 1e15

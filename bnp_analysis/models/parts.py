@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -26,20 +26,23 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def check_activation(name: str) -> None:
-    """Refuse a name that is no key of `ACTIVATIONS`.
+def check_known(what: str, name: str, known: Iterable[str]) -> None:
+    """Refuse a name that is none of those known.
 
     Args:
+        what: it is the name of.
         name: the name.
+        known: all names.
 
     Raises:
         InvalidInputError: listing the known names.
 
     Example:
-        >>> check_activation("relu")
+        >>> check_known("activation", "relu", ACTIVATIONS)
     """
-    if name not in ACTIVATIONS:
-        raise InvalidInputError(f"unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
+    known = list(known)
+    if name not in known:
+        raise InvalidInputError(f"unknown {what} {name!r}; known: {', '.join(known)}")
 
 
 def make_activation(name: str) -> nn.Module:
@@ -58,7 +61,7 @@ def make_activation(name: str) -> nn.Module:
         >>> make_activation("tanh")
         Tanh()
     """
-    check_activation(name)
+    check_known("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]()
 
 
@@ -314,10 +317,8 @@ class Normalization:
     groups: int | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in NORMS:
-            raise InvalidInputError(f"unknown normalization {self.name!r}; known: {', '.join(NORMS)}")
-        if self.at not in NORM_PLACES:
-            raise InvalidInputError(f"unknown place norm_at={self.at!r}; known: {', '.join(NORM_PLACES)}")
+        check_known("normalization", self.name, NORMS)
+        check_known("norm_at", self.at, NORM_PLACES)
 
     def at_place(self, place: str, channels: int, *, spatial: bool) -> nn.Module | None:
         """The module for `channels` features where the normalization stands at this place, else None."""

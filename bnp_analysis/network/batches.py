@@ -1,11 +1,11 @@
-"""The data of a risk: batches in one form, read the same way in every pass, which is compared by a hash."""
+"""The data of a risk: batches in one form, read the same way in every pass; what goes into a model and comes out."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,11 +101,9 @@ class Batches:
         ordered = self._stored is not None or _repeats_order(self._source)
         self.number = sum(count > 0 for count in counts)
         parts = group.share(lambda: (float(sum(counts)), self.number, ordered, examples), "counting the data")
-        self.total = float(sum(part[0] for part in parts))
-        self.everywhere = int(sum(part[1] for part in parts))
-        self.ordered = all(bool(part[2]) for part in parts)
-        self.before = int(sum(part[3] for part in parts[: group.rank]))
-        self.examples = int(sum(part[3] for part in parts))
+        totals, numbers, orders, sizes = zip(*parts, strict=True)
+        self.total, self.everywhere, self.ordered = float(sum(totals)), int(sum(numbers)), all(orders)
+        self.before, self.examples = int(sum(sizes[: group.rank])), int(sum(sizes))
         if not self.total > 0:
             raise InvalidInputError(f"the batches weigh {self.total} in total; count= must be positive")
         if self._stored is not None:
@@ -307,20 +305,24 @@ def _takes_two(count: Callable[..., float]) -> bool:
     Raises:
         InvalidInputError: no function of one or of two arguments.
     """
-    # What is not written in Python may have no signature.
-    parameters = [inspect.Parameter("both", inspect.Parameter.VAR_POSITIONAL)]
-    with suppress(TypeError, ValueError):
-        parameters = list(inspect.signature(count).parameters.values())
-    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    needed = sum(p.default is p.empty for p in places)
-    named = any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters)
-    most = len(places) if all(p.kind is not p.VAR_POSITIONAL for p in parameters) else 2
-    if not callable(count) or named or needed > 2 or most < 1:
+    none, one, two = (_fits(count, number) for number in range(3))
+    if not callable(count) or not (one or two):
         raise InvalidInputError(
             f"count= is a function of a batch, count=lambda x, y: ..., or of the pair, not {count!r}: it says what a "
             "batch weighs in the mean"
         )
-    return needed != 1 and most >= 2
+    return two and (none or not one)
+
+
+def _fits(function: Callable[..., Any], number: int) -> bool:
+    """Whether a function can be called with so many arguments, as far as it says."""
+    try:
+        inspect.signature(function).bind(*[None] * number)
+    except TypeError:
+        return False
+    except ValueError:  # what is not written in Python may have no signature
+        return True
+    return True
 
 
 def _parts(t: Tensor) -> list[Tensor]:
@@ -369,9 +371,8 @@ def pieces(leaves: list[Tensor]) -> Iterator[list[Tensor]]:
         >>> [[t.shape[0] for t in piece] for piece in pieces([torch.ones(3, 2**19), torch.ones(3), torch.ones(1)])]
         [[2, 2, 1], [1, 1, 1]]
     """
-    leaves = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in leaves]
-    size = leaves[0].shape[0]
-    each = [t.ndim > 0 and t.shape[0] == size for t in leaves]
+    leaves, each = _real(leaves)
+    size = len(leaves[0])
     step = max(1, _TOGETHER // max(1, *(t[0].numel() for t, cut in zip(leaves, each, strict=True) if cut)))
     for begin in range(0, size, step):
         yield [t[begin : begin + step] if cut else t for t, cut in zip(leaves, each, strict=True)]
@@ -379,9 +380,7 @@ def pieces(leaves: list[Tensor]) -> Iterator[list[Tensor]]:
 
 def hash_of(leaves: list[Tensor]) -> tuple[int, int]:
     """A number per example that depends on all tensors of its batch, summed modulo 2^64 over the examples; how many."""
-    leaves = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in leaves]
-    size = leaves[0].shape[0]
-    each = [t.ndim > 0 and t.shape[0] == size for t in leaves]
+    leaves, each = _real(leaves)
     weights = []
     for position, (t, cut) in enumerate(zip(leaves, each, strict=True)):
         key = torch.Generator().manual_seed(position)
@@ -399,8 +398,91 @@ def hash_of(leaves: list[Tensor]) -> tuple[int, int]:
             mixed = (mixed ^ (mixed >> 29)) * MIX
             mixed = mixed ^ (mixed >> 32)
         total += mixed.sum()
-    return int(total) % 2**64, size
+    return int(total) % 2**64, len(leaves[0])
+
+
+def _real(leaves: list[Tensor]) -> tuple[list[Tensor], list[bool]]:
+    """Tensors of real numbers, and which of them have one entry per example."""
+    leaves = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in leaves]
+    return leaves, [t.ndim > 0 and len(t) == len(leaves[0]) for t in leaves]
 
 
 def add(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
     return (a[0] + b[0]) % 2**64, a[1] + b[1]
+
+
+class Inputs:
+    """Gives a model its inputs: copies to one that writes into them, else the data themselves.
+
+    A recorded graph holds its inputs, so copies would be kept once per graph. Which it is shows while the risk is
+    constructed, where every batch is given as a copy and compared afterwards.
+    """
+
+    def __init__(self) -> None:
+        self._copies, self._settled = True, False
+        self.written = False
+
+    def settle(self) -> None:
+        """Every batch has been seen."""
+        self._copies, self._settled = self.written, True
+
+    @contextmanager
+    def given(self, x: Any, own: bool = False) -> Iterator[Any]:
+        """`x` for one forward pass; as it is where it is a copy of its own.
+
+        Raises:
+            InconsistentDataError: a model that left its inputs alone so far has written into them.
+        """
+        if own:
+            yield x
+            return
+        leaves = tensors_of(x)
+        if self._copies or any(t.is_inference() for t in leaves):
+            with torch._C.DisableTorchFunction():
+                copies = map_tensors(x, torch.clone)
+            yield copies
+            if not self._settled:
+                with torch._C.DisableTorchFunction():
+                    pairs = zip(leaves, tensors_of(copies), strict=True)
+                    self.written = self.written or not all(torch.equal(a, b) for a, b in pairs)
+            return
+        with torch._C.DisableTorchFunction():
+            # The same numbers: a model that asks for the gradient of its input asks it of a tensor of its own.
+            aliases = map_tensors(x, Tensor.detach)
+        with self.kept(x):
+            yield aliases
+
+    @contextmanager
+    def kept(self, x: Any) -> Iterator[None]:
+        """For a forward pass that gets the data themselves, or aliases of them.
+
+        Raises:
+            InconsistentDataError: it has written into them.
+        """
+        leaves = [t for t in tensors_of(x) if not t.is_inference()]
+        versions = [t._version for t in leaves]
+        yield
+        if versions != [t._version for t in leaves]:
+            raise InconsistentDataError(
+                "the model wrote into its inputs, which it had not done when the risk was made: the data are no longer "
+                "what they were. Let forward() begin with x = x.clone(), and make the risk again"
+            )
+
+
+def one_tensor(raw: Any, pick: Callable[[Any], Tensor] | None) -> Tensor:
+    """The outputs of a model as the tensor that has derivatives.
+
+    Raises:
+        InvalidInputError: something else.
+    """
+    out = raw if pick is None else pick(raw)
+    if not isinstance(out, Tensor):
+        several = "[*o.values()]" if isinstance(out, Mapping) else "[*o]" if isinstance(out, tuple | list) else ""
+        join = several and f", or join several, which the loss splits again: output=lambda o: torch.cat({several}, 1)"
+        raise InvalidInputError(
+            f"the model returns {type(out).__name__}, not a tensor; pick one with output=, for instance "
+            f"output=lambda o: o.logits{join}"
+        )
+    if not out.is_floating_point():
+        raise InvalidInputError(f"the model returns {out.dtype} outputs, which have no derivative")
+    return out

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from bnp_analysis.network.observation import reached
+from bnp_analysis.network.observation import empty, reached
 from bnp_analysis.runtime.trees import tensors_of
 
 # Runs of a pass with decisions turned around.
@@ -32,22 +32,12 @@ _UNBOUNDED = (-math.inf, math.inf)
 _CLOCKS = [f for name, f in vars(time).items() if name.removesuffix("_ns") in ("time", "perf_counter", "monotonic")]
 _CLOCKS += [time.process_time, time.process_time_ns, time.thread_time, time.thread_time_ns]
 _RANDOM: tuple[str, ...] = ("random", "getrandbits", "randint", "randrange", "uniform", "gauss", "normalvariate")
-_RANDOM += ("expovariate",)
-_RANDOM += ("betavariate", "gammavariate", "lognormvariate", "triangular", "vonmisesvariate", "paretovariate")
-_RANDOM += ("weibullvariate", "choice")
-_NUMPY: tuple[str, ...] = (
-    "rand",
-    "randn",
-    "random",
-    "random_sample",
-    "ranf",
-    "sample",
-    "uniform",
-    "normal",
-    "standard_normal",
-    "randint",
-)
-_NUMPY += ("choice", "poisson", "binomial", "beta", "gamma", "exponential", "geometric", "permutation", "lognormal")
+_RANDOM += ("expovariate", "betavariate", "gammavariate", "lognormvariate", "triangular", "vonmisesvariate")
+_RANDOM += ("paretovariate", "weibullvariate", "choice")
+_NUMPY: tuple[str, ...] = ("rand", "randn", "random", "random_sample", "ranf", "sample", "uniform", "normal", "choice")
+_NUMPY += ("standard_normal", "randint", "poisson", "binomial", "beta", "gamma", "exponential", "geometric")
+_NUMPY += ("permutation", "lognormal")
+_FROM_ZERO_TO_ONE = {"random", "rand", "rand_like", "random_sample", "ranf", "sample"}
 # What is called below Python's own functions: nobody else's frame lies between.
 _OUTSIDE = {"urandom", "getrandom", "now", "utcnow", "today", "random", "getrandbits"} | {f.__name__ for f in _CLOCKS}
 _THROUGH = {"random", "secrets", "uuid", "statistics", "datetime", "_pydatetime", "numpy"}
@@ -125,16 +115,18 @@ class State:
     def begin(self) -> None:
         """Remembers what there is now."""
         self._before = self._numbers()
-        self._counts = [(x, repr(x)) for x in self._going if isinstance(x, itertools.count)]
-        self._running = [(x, _progress(x)) for x in self._going if isinstance(x, types.GeneratorType)]
+        self._progress = [_progress(x) for x in self._going]
         self._environment = dict(os.environ)
+
+    def variables(self) -> list[tuple[Any, Any, Any]]:
+        """`(namespace, key, value)` of all that there is."""
+        return [(space, key, space[key]) for space in self.spaces for key in [*space]]
 
     def _numbers(self) -> dict[tuple[int, Any], tuple[Any, Any]]:
         return {
-            (id(space), key): (space, len(space[key]) if type(space[key]) is list else space[key])
-            for space in self.spaces
-            for key in [*space]
-            if isinstance(space[key], int | float) or type(space[key]) is list
+            (id(space), key): (space, len(value) if type(value) is list else value)
+            for space, key, value in self.variables()
+            if isinstance(value, int | float) or type(value) is list
         }
 
     def changed(self) -> list[tuple[Any, Any]]:
@@ -147,8 +139,11 @@ class State:
 
     def moved(self) -> list[str]:
         """What went on and cannot be set: iterators, generators, variables of the environment."""
-        found = [f"an iterator ({was})" for x, was in self._counts if repr(x) != was]
-        found += [f"the generator {x.__name__}()" for x, was in self._running if _progress(x) != was]
+        found = [
+            f"the generator {x.__name__}()" if isinstance(x, types.GeneratorType) else f"an iterator ({was})"
+            for x, was in zip(self._going, self._progress, strict=True)
+            if _progress(x) != was
+        ]
         now = dict(os.environ)
         names = {n for n in now.keys() | self._environment.keys() if now.get(n) != self._environment.get(n)}
         return found + [f"os.environ[{n!r}]" for n in sorted(names)]
@@ -156,15 +151,12 @@ class State:
     def functions(self) -> list[tuple[Any, Any]]:
         """`(namespace, key)` of functions that read the clock or draw numbers."""
         known = _wrapped()
-        return [
-            (space, key)
-            for space in self.spaces
-            for key in [*space]
-            if callable(space[key]) and _hashed(space[key]) in known
-        ]
+        return [(space, key) for space, key, value in self.variables() if callable(value) and _hashed(value) in known]
 
 
-def _progress(x: types.GeneratorType[Any, Any, Any]) -> Any:
+def _progress(x: itertools.count[Any] | types.GeneratorType[Any, Any, Any]) -> Any:
+    if isinstance(x, itertools.count):
+        return repr(x)
     frame = x.gi_frame
     if frame is None:
         return None
@@ -191,10 +183,7 @@ class _Cells:
         self._cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
 
     def __iter__(self) -> Iterator[str]:
-        for name, cell in self._cells.items():
-            with suppress(ValueError):
-                _ = cell.cell_contents
-                yield name
+        return (name for name, cell in self._cells.items() if not empty(cell))
 
     def __getitem__(self, name: str) -> Any:
         return self._cells[name].cell_contents
@@ -326,7 +315,7 @@ class Trail(TorchFunctionMode):
         if compared in _COMPARED_TENSORS and isinstance(out, Tensor) and self._is_followed(args[0]):
             compared = _COMPARED_TENSORS[compared]
             out, made = self._answer(compared, out, bounds, args[1]), []
-            if _open(compared, bounds, _ends_of(args[1])):
+            if _open(compared, bounds, _ends(args[1])):
                 self._followed[id(out)] = out, (0.0, 1.0)
         kept = bounds if name in _KEEP_BOUNDS else _UNBOUNDED
         self._followed |= {id(t): (t, kept) for t in made}
@@ -345,7 +334,7 @@ class Trail(TorchFunctionMode):
 
     def _answer(self, name: str, out: Any, bounds: tuple[float, float], other: Any) -> Any:
         """The outcome of a comparison with tensors of random numbers, or its opposite."""
-        if not self.turn("a comparison of a random number", _open(name, bounds, _ends_of(other))):
+        if not self.turn("a comparison of a random number", _open(name, bounds, _ends(other))):
             return out
         return (not out) if isinstance(out, bool) else out.logical_not()
 
@@ -395,35 +384,28 @@ def _constant(name: str, args: Any, kwargs: Any) -> bool:
     return name.startswith("bernoulli") and bool(numbers) and numbers[0] in (0, 1)
 
 
-def _range(name: str, args: Any, kwargs: Any) -> tuple[float, float]:
-    if name in ("rand", "rand_like") or (name == "uniform_" and len(args) == 1 and not kwargs):
+def _range(name: str, args: Any, kwargs: Any, *, inclusive: bool = False) -> tuple[float, float]:
+    """Between which numbers a function of this name draws, of torch, NumPy or Python, whose `randint` is inclusive."""
+    if name in _FROM_ZERO_TO_ONE or (name == "uniform_" and len(args) == 1 and not kwargs):
         return 0.0, _BELOW_ONE
-    if name == "randint":
-        ends = [a for a in args if isinstance(a, int)]
-        ends = [kwargs.get("low", 0), *([kwargs["high"]] if "high" in kwargs else []), *ends][-2:]
-        return (float(ends[0]), float(ends[-1] - 1)) if len(ends) == 2 else _UNBOUNDED
-    return (0.0, 1.0) if name.startswith("bernoulli") else _UNBOUNDED
+    if name == "uniform" and len(args) == 2:
+        return float(min(args)), float(max(args))
+    if name == "getrandbits":
+        return 0.0, float(2 ** min(args[0], 1000))
+    if name in ("randint", "randrange"):
+        whole = [a for a in args if isinstance(a, int)][:2]
+        ends = [kwargs.get("low", 0), *([kwargs["high"]] if "high" in kwargs else []), *whole][-2:]
+        return (float(ends[0]), float(ends[-1] - (0 if inclusive else 1))) if len(ends) == 2 else _UNBOUNDED
+    return (0.0, 1.0) if name.startswith("bernoulli") or name == "uniform" else _UNBOUNDED
 
 
 def _open(name: str, a: tuple[float, float], b: tuple[float, float]) -> bool:
     """Whether a comparison of numbers within bounds can fall both ways."""
-    return _can(name, a, b, True) and _can(name, a, b, False)
-
-
-def _can(name: str, a: tuple[float, float], b: tuple[float, float], outcome: bool) -> bool:
-    """Whether a comparison of numbers within bounds can have an outcome."""
-    if not outcome:
-        name = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}[name]
-    if name in ("gt", "ge"):
-        a, b = b, a
-        name = {"gt": "lt", "ge": "le"}[name]
-    if name == "lt":
-        return a[0] < b[1]
-    if name == "le":
-        return a[0] <= b[1]
-    if name == "eq":
-        return a[0] <= b[1] and b[0] <= a[1]
-    return a != b or a[0] < a[1]
+    if name in ("eq", "ne"):
+        return a[0] <= b[1] and b[0] <= a[1] and (a != b or a[0] < a[1])
+    a, b = (a, b) if name in ("lt", "le") else (b, a)
+    below = operator.lt if name in ("lt", "gt") else operator.le
+    return below(a[0], b[1]) and not below(a[1], b[0])
 
 
 class _Followed:
@@ -468,27 +450,21 @@ class _Followed:
 
 
 class _Whole(_Followed, int):
-    def plain(self) -> int:
-        return int.__int__(self)
+    plain = int.__int__
 
 
 class _Real(_Followed, float):
-    def plain(self) -> float:
-        return float.__float__(self)
+    plain = float.__float__
 
 
 def _bare(x: Any) -> Any:
     return x.plain() if isinstance(x, _Followed) else x
 
 
-def _ends_of(x: Any) -> tuple[float, float]:
-    return _ends(x) if isinstance(x, int | float) else _UNBOUNDED
-
-
 def _ends(x: Any) -> tuple[float, float]:
     if isinstance(x, _Followed):
         return x.bounds
-    return (float(x), float(x)) if abs(x) < 1e300 else _UNBOUNDED
+    return (float(x), float(x)) if isinstance(x, int | float) and abs(x) < 1e300 else _UNBOUNDED
 
 
 def _within(name: str, a: Any, b: Any) -> tuple[float, float]:
@@ -564,19 +540,8 @@ def _follows(trail: Trail, function: Callable[..., Any], kind: str) -> Callable[
         if not isinstance(value, int | float | np.integer | np.floating):
             trail.lost(f"{kind}.{name}")
             return value
-        bounds = _UNBOUNDED
-        if name in ("random", "rand", "random_sample", "ranf", "sample"):
-            bounds = (0.0, _BELOW_ONE)
-        elif name == "getrandbits":
-            bounds = (0.0, float(2 ** min(args[0], 1000)))
-        elif name == "uniform":
-            bounds = (float(min(args)), float(max(args))) if len(args) == 2 else (0.0, 1.0)
-        elif kind == "random" and name == "randint":
-            bounds = (float(args[0]), float(args[1]))
-        elif name in ("randrange", "randint"):
-            ends = [0, *args][-2:] if len(args) < 3 else args[:2]
-            bounds = (float(ends[0]), float(ends[1] - 1)) if args else _UNBOUNDED
-        return trail.follow(value, bounds, what)
+        inclusive = kind == "random" and name == "randint"
+        return trail.follow(value, _range(name, args, kwargs, inclusive=inclusive), what)
 
     return wrapped
 
@@ -649,10 +614,9 @@ def _following(trail: Trail, state: State, numbers: list[tuple[Any, Any, Any]]) 
             space.pop(kind.__name__, None)
         for space, key, before in (*places, *lists):
             space[key] = before
-        for space in state.spaces:
-            for key in [*space]:
-                if isinstance(space[key], _Followed):
-                    space[key] = space[key].plain()
+        for space, key, value in state.variables():
+            if isinstance(value, _Followed):
+                space[key] = value.plain()
 
 
 def turned_around(

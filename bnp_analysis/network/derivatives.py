@@ -247,40 +247,32 @@ def _require_second(
     def value(theta: Tensor) -> dict[str, Tensor]:
         return _scaled(at, function(at.at(theta), batch))
 
-    wrong = list[str]()
-    for seed in (1, 2):
-        v = found.direction(seed)
+    def disagreeing(v: Tensor, among: list[str] | None = None) -> list[str]:
         try:
             claimed = _scaled(at, product(at, batch, list(at.space.unflatten(v).values())))
             here = value(at.theta)
         except (RuntimeError, BNPAnalysisError):
-            return  # who asks for a product is told
-        quotients: dict[float, Any] = {}
+            return []  # who asks for a product is told
+        ends: dict[float, tuple[dict[str, Tensor], ...]] = {}
 
-        def along(
-            h: float,
-            name: str,
-            v: Tensor = v,
-            known: dict[float, Any] = quotients,
-            origin: dict[str, Tensor] = here,
-            image: dict[str, Tensor] = claimed,
-        ) -> dict[str, Tensor]:
-            if h not in known:
-                known[h] = value(at.theta + h * v), value(at.theta - h * v)
-            ahead, behind = ({name: end[name]} for end in known[h])
+        def along(h: float, name: str) -> dict[str, Tensor]:
+            if h not in ends:
+                ends[h] = value(at.theta + h * v), value(at.theta - h * v)
+            ahead, behind = ({name: end[name]} for end in ends[h])
             if found.kinked:
-                require_one_slope(ahead, {name: origin[name]}, behind, h, sum(_norms(at, name, image)))
+                require_one_slope(ahead, {name: here[name]}, behind, h, sum(_norms(at, name, claimed)))
             return {name: (ahead[name] - behind[name]) / (2 * h)}
 
-        wrong = [
+        return [
             n
             for n in claimed
-            if (n in wrong or seed == 1)
+            if (among is None or n in among)
             and compare(found, {n: claimed[n]}, partial(along, name=n), *_norms(at, n, claimed, here)) is False
         ]
-        if not wrong:
-            return
-    raise DerivativeError(_message(found, what, wrong))
+
+    wrong = disagreeing(found.direction(1))
+    if wrong and (wrong := disagreeing(found.direction(2), wrong)):
+        raise DerivativeError(_message(found, what, wrong))
 
 
 def _scaled(risk: EmpiricalRisk, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:

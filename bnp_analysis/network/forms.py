@@ -6,13 +6,13 @@ normalized, which is the derivative of another function.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn._reduction import legacy_get_string
 from torch.nn.utils.rnn import pad_sequence
 
 # In place of log 0: sums of it stay finite, and no difference of two infinities arises.
@@ -45,7 +45,7 @@ def ctc_loss(
         torch.as_tensor(t, device=log_probs.device).reshape(-1).long() for t in (input_lengths, target_lengths)
     )
     if targets.ndim == 1:
-        targets = pad_sequence(list(_cut(targets, sizes.tolist())), batch_first=True)
+        targets = pad_sequence(list(torch.split(targets[: int(sizes.sum())], sizes.tolist())), batch_first=True)
     targets = targets.to(log_probs.device).long()
     # Labels with a blank before, between and behind them.
     inside = torch.arange(targets.shape[1], device=targets.device) < sizes.unsqueeze(1)
@@ -66,7 +66,7 @@ def ctc_loss(
     loss = torch.where(loss < -_LOG_ZERO / 2, loss, 0.0 if zero_infinity else torch.inf)
     if reduction in ("mean", 1):
         return (loss / sizes.clamp_min(1)).mean()
-    found = _reduced(loss, reduction)
+    found = reduced(loss, reduction)
     return found.squeeze(0) if single and found.ndim else found
 
 
@@ -90,7 +90,7 @@ def multi_margin_loss(
     own = F.one_hot(y, x.shape[1]).bool()
     gaps = (margin - x.gather(1, y.unsqueeze(1)) + x).clamp_min(0).pow(p)
     loss = torch.where(own, 0.0, gaps if weight is None else gaps * weight[y].unsqueeze(1)).sum(dim=1) / x.shape[1]
-    return _reduced(loss if input.ndim > 1 else loss.squeeze(0), _named(size_average, reduce, reduction))
+    return _reduced(loss, input, size_average, reduce, reduction)
 
 
 def multilabel_margin_loss(
@@ -112,7 +112,7 @@ def multilabel_margin_loss(
     labels = x.gather(1, y.clamp_min(0))
     gaps = (1 - labels.unsqueeze(2) + x.unsqueeze(1)).clamp_min(0)
     loss = torch.where(valid.unsqueeze(2) & ~own.unsqueeze(1), gaps, 0.0).sum(dim=(1, 2)) / x.shape[1]
-    return _reduced(loss if input.ndim > 1 else loss.squeeze(0), _named(size_average, reduce, reduction))
+    return _reduced(loss, input, size_average, reduce, reduction)
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -125,19 +125,20 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-def _cut(t: Tensor, sizes: Sequence[int]) -> Iterator[Tensor]:
-    ends = list(accumulate(sizes))
-    return (t[end - size : end] for end, size in zip(ends, sizes, strict=True))
+def _reduced(loss: Tensor, of: Tensor, size_average: bool | None, reduce: bool | None, reduction: str) -> Tensor:
+    """The mean, the sum or none of both, also as torch reads its older arguments."""
+    if size_average is not None or reduce is not None:
+        reduction = legacy_get_string(size_average, reduce, emit_warning=False)
+    return reduced(loss if of.ndim > 1 else loss.squeeze(0), reduction)
 
 
-def _named(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
-    if size_average is None and reduce is None:
-        return reduction
-    # As torch reads its older arguments.
-    return "none" if reduce is False else "sum" if size_average is False else "mean"
+def reduced(loss: Tensor, reduction: str | int) -> Tensor:
+    """The losses of all examples as torch's losses put them together.
 
-
-def _reduced(loss: Tensor, reduction: str | int) -> Tensor:
+    Example:
+        >>> float(reduced(torch.ones(3), "sum"))
+        3.0
+    """
     name = reduction if isinstance(reduction, str) else _REDUCTIONS[reduction]
     return loss.mean() if name == "mean" else loss.sum() if name == "sum" else loss
 

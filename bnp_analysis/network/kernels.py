@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnp_analysis.errors import BNPAnalysisError, InvalidInputError, NoDerivativeError
 from bnp_analysis.network.smooth import Accurate
@@ -47,25 +49,23 @@ _RECURRENT: list[_Switch] = [
 ]
 
 
-class _NotRecomputed:
-    """A reentrant checkpoint that keeps its activations."""
-
-    @staticmethod
-    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-        return function(*args)
-
-
-def _kept(frame: Any) -> AbstractContextManager[None]:
-    """What surrounds the call of a function under a checkpoint of the other kind, which then keeps its activations."""
-    return nullcontext()
-
-
 # What `torch.utils.checkpoint` calls to drop activations and compute them again in the backward pass, where it would
 # take the model's own parameters for those that are differentiated.
 _CHECKPOINTS: dict[str, Any] = {
-    "CheckpointFunction": _NotRecomputed,
-    "_checkpoint_hook": _kept,
+    "CheckpointFunction": SimpleNamespace(apply=lambda function, preserve, *args: function(*args)),  # reentrant
+    "_checkpoint_hook": lambda frame: nullcontext(),
 }
+
+
+class KernelMode(TorchDispatchMode):
+    """Sees every kernel that runs inside."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # torch does not annotate it
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch would load its compiler
 
 
 @contextmanager

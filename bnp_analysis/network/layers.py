@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import flop_registry
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.network.kernels import derivative
+from bnp_analysis.network.batches import Batch, slice_batch
+from bnp_analysis.network.kernels import KernelMode, derivative
 from bnp_analysis.network.layer_kinds import KINDS, Layer, by_module, kind_of, kinds_of
 from bnp_analysis.network.observation import transformed, untransformed
 from bnp_analysis.network.recorded_product import Recorded
@@ -41,10 +43,7 @@ class Coverage:
     uncovered: dict[str, str]
 
     def __getitem__(self, name: str) -> Layer:
-        for layer in self.covered:
-            if layer.name == name:
-                return layer
-        raise KeyError(name)
+        return {layer.name: layer for layer in self.covered}[name]
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.covered)
@@ -348,3 +347,57 @@ def products_only(
         if bool(((whole - total).abs() <= torch.finfo(whole.dtype).eps ** 0.5 * bound).all()):
             alone.add(layer.name)
     return alone
+
+
+_FEW = 2
+
+
+def work_of_an_example(risk: EmpiricalRisk, layers: Coverage) -> tuple[float, dict[str, float]]:
+    """Floating-point operations of a gradient, by one example; layer name -> rows of one example.
+
+    Matrix products and convolutions are counted while they run on two examples; on a whole batch where it cannot be
+    cut. All processes get the same answer.
+
+    Example:
+        >>> import torch, bnp_analysis as bnp
+        >>> x, y = torch.ones(9, 5), torch.ones(9, 2)
+        >>> risk = bnp.EmpiricalRisk(torch.nn.Linear(5, 2), torch.nn.functional.mse_loss, (x, y))
+        >>> work_of_an_example(risk, bnp.network.coverage(risk))  # forward, and the gradient of the weights
+        (40.0, {'': 1.0})
+    """
+    found = risk.group.share(lambda: _own_work(risk, layers), "what an example takes")
+    first: tuple[float, dict[str, float]] = next(work for work in found if work is not None)
+    return first
+
+
+def _own_work(risk: EmpiricalRisk, layers: Coverage) -> tuple[float, dict[str, float]] | None:
+    for batch in risk.batches:
+        part = slice_batch(batch, 0, _FEW)
+        if part is not None:
+            # A model made for one size of batch fails on others.
+            with suppress(RuntimeError, ValueError):
+                return _counted(risk, part, layers)
+        return _counted(risk, batch, layers)
+    return None
+
+
+class _Operations(KernelMode):  # type: ignore[no-untyped-call] # torch does not annotate it
+    """Counts by torch's formulas. Its own `FlopCounterMode` would load the compiler, which takes a second."""
+
+    total = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        self.total += 0.0 if formula is None else float(formula(*args, **(kwargs or {}), out_val=out))
+        return out
+
+
+def _counted(risk: EmpiricalRisk, batch: Batch, layers: Coverage) -> tuple[float, dict[str, float]]:
+    size = tensors_of(batch.x)[0].shape[0]
+    _, seen = risk.record(batch, layers)
+    rows = {layer.name: sum(layer.output_rows(output) for _, output in seen[layer.name]) / size for layer in layers}
+    with _Operations() as counter:
+        tensors = risk.leaves()
+        risk.pullback(risk.batch_loss(risk.batch_outputs(tensors, batch), batch, tensors), tensors)
+    return counter.total / size, rows

@@ -27,19 +27,8 @@ _STEPS = {"round", "round_", "floor", "floor_", "ceil", "ceil_", "trunc", "trunc
 # Functions with a kink at zero, at a number that they are given, or where two arguments are equal.
 _KINKS = {"abs", "absolute", "relu", "relu6", "leaky_relu", "prelu", "threshold", "hardtanh", "sign", "sgn"}
 _KINKS |= {"clamp", "clamp_min", "clamp_max", "clip", "maximum", "minimum", "max", "min", "fmax", "fmin", "where"}
-_KINKS |= {
-    "gt",
-    "ge",
-    "lt",
-    "le",
-    "hardshrink",
-    "softshrink",
-    "hardswish",
-    "hardsigmoid",
-    "smooth_l1_loss",
-    "huber_loss",
-}
-_KINKS |= {"l1_loss", "hinge_embedding_loss", "margin_ranking_loss"}
+_KINKS |= {"gt", "ge", "lt", "le", "hardshrink", "softshrink", "hardswish", "hardsigmoid"}
+_KINKS |= {"smooth_l1_loss", "huber_loss", "l1_loss", "hinge_embedding_loss", "margin_ranking_loss"}
 _STEPS |= {"fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine", "bucketize"}
 
 
@@ -47,9 +36,8 @@ class _Quiet(TorchFunctionMode):
     """A look at a pass, during which torch does not warn: its warnings would be said to come from here."""
 
     def __enter__(self) -> Self:
-        self._quiet = warnings.catch_warnings()
+        self._quiet = warnings.catch_warnings(action="ignore")
         self._quiet.__enter__()
-        warnings.simplefilter("ignore")
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -187,7 +175,7 @@ def _parts(value: Any) -> Iterable[Any]:
     if isinstance(value, types.BuiltinMethodType) and not isinstance(value.__self__, types.ModuleType):
         return (value.__self__,)
     if isinstance(value, types.FunctionType):
-        cells = [c.cell_contents for c in value.__closure__ or () if not _empty(c)]
+        cells = [c.cell_contents for c in value.__closure__ or () if not empty(c)]
         named = [value.__globals__[n] for n in value.__code__.co_names if n in value.__globals__]
         return [*cells, *(value.__defaults__ or ()), *(v for v in named if not isinstance(v, types.ModuleType | type))]
     if isinstance(value, nn.Module):
@@ -207,7 +195,14 @@ def _forward(kind: type[nn.Module]) -> list[Callable[..., Any]]:
     return [f for k in own for f in vars(k).values() if isinstance(f, types.FunctionType)]
 
 
-def _empty(cell: Any) -> bool:
+def empty(cell: Any) -> bool:
+    """Whether a variable of a closure has no value yet.
+
+    Example:
+        >>> import types
+        >>> empty(types.CellType()), empty(types.CellType(1))
+        (True, False)
+    """
     try:
         _ = cell.cell_contents
     except ValueError:

@@ -1,15 +1,62 @@
-"""The chart between a model's named tensors and flat vectors."""
+"""The chart between a model's named tensors and flat vectors: which are free, and names with and without wrappers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.network.layer_kinds.base import transposed_weights
 from bnp_analysis.runtime.kinds import KINDS
+
+_WRAPPERS = frozenset({"module", "_orig_mod"})
+
+
+def clean_name(name: str) -> str:
+    """A name without the segments that compiled and data-parallel wrappers add, wherever they stand.
+
+    Example:
+        >>> clean_name("module._orig_mod.body.module.fc.weight")
+        'body.fc.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+class NameIndex:
+    """Finds a model's tensor under the name that a wrapped, or an unwrapped, copy of the model gives it.
+
+    A model may itself have a part called `module` (averaged models do): an exact match comes first.
+
+    Example:
+        >>> NameIndex(["module.fc.weight"]).find("fc.weight")
+        'module.fc.weight'
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = list(names)
+        self._known = set(self.names)
+        self._cleaned: dict[str, str | None] = {}
+        for name in self.names:
+            key = clean_name(name)
+            # None marks a name that two tensors would answer to.
+            self._cleaned[key] = name if key not in self._cleaned else None
+
+    def find(self, name: str) -> str | None:
+        """The model's own name, or None where no tensor, or more than one, answers."""
+        return name if name in self._known else self._cleaned.get(clean_name(name))
+
+    def under(self, prefix: str) -> list[str]:
+        """The names that are the prefix, or lie below it."""
+        exact = [name for name in self.names if _below(name, prefix)]
+        return exact or [name for name in self.names if _below(clean_name(name), clean_name(prefix))]
+
+
+def _below(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")
+
 
 #: A layer, module, tensor or pattern of names (`"*.weight"`); with an output unit of it, or a range of its units.
 Block = str | tuple[str, int | slice]
@@ -196,3 +243,48 @@ class ParameterSpace:
 
     def __repr__(self) -> str:
         return f"<ParameterSpace {self.dim} in {len(self.names)} tensors, {self.dtype} on {self.device}>"
+
+
+def choose_parameters(
+    model: nn.Module, params: Iterable[str] | Callable[[str, nn.Parameter], bool] | None
+) -> ParameterSpace:
+    """The free parameters of a snapshot, chosen by `params=`."""
+    named = dict(model.named_parameters())
+    canonical = {id(p): n for n, p in named.items()}
+    aliases = {n: canonical[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if n != canonical[id(p)]}
+    if params is None:
+        chosen = [n for n, p in named.items() if p.requires_grad]
+        why = "none requires a gradient; freeze fewer, or name them with params="
+    elif callable(params):
+        chosen = [n for n, p in named.items() if params(n, p)]
+        why = "the filter params= matches none"
+    else:
+        prefixes = [params] if isinstance(params, str) else list(params)
+        index = NameIndex((*named, *aliases))
+        matches = {q: index.under(q) for q in prefixes}
+        unmatched = [q for q, found in matches.items() if not found]
+        if unmatched:
+            raise InvalidInputError(
+                f"params= names {', '.join(map(repr, unmatched))}, which match no parameter; "
+                f"there are: {', '.join(named)}"
+            )
+        hit = {aliases.get(n, n) for found in matches.values() for n in found}
+        chosen = [n for n in named if n in hit]
+        why = "params= is empty"
+    if not chosen:
+        raise InvalidInputError(
+            f"there is no parameter to differentiate: {why}. There are: {', '.join(named) or 'none'}"
+        )
+    bad = [n for n in chosen if not named[n].is_floating_point()]
+    if bad:
+        kinds = ", ".join(f"{n} ({named[n].dtype})" for n in bad)
+        raise InvalidInputError(
+            f"parameters that are not real floating point have no derivative: {kinds}; leave them out with params="
+        )
+    first = named[chosen[0]]
+    mixed = {named[n].dtype for n in chosen}
+    if len(mixed) > 1:
+        raise InvalidInputError(f"parameters of several dtypes: {mixed}; choose with dtype=")
+    return ParameterSpace(
+        {n: named[n].shape for n in chosen}, first.dtype, first.device, aliases, transposed_weights(model)
+    )  # fmt: skip

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnp_analysis.errors import BNPAnalysisError
 from bnp_analysis.network.batches import Batch, slice_batch
-from bnp_analysis.network.kernels import recording
+from bnp_analysis.network.kernels import KernelMode, recording
 from bnp_analysis.runtime.random import random_state
 from bnp_analysis.runtime.trees import map_tensors, tensors_of
 
@@ -32,6 +31,8 @@ _USUAL = 4
 _STEPS = 1e-10
 # Examples that are run: operations, and their dtypes, do not depend on how many there are.
 _FEW = 8
+# A layer whose derivatives are smaller than this share of the largest, squared, has no effect.
+_EFFECT = 1e-8
 # Under which name a risk remembers its generic point.
 GENERIC = "generic point"
 _OUTSIDE = "a value computed outside of torch"
@@ -154,12 +155,13 @@ def _recorded(risk: EmpiricalRisk, batch: Batch) -> Precision:
     }
     leaves = [t for t in tensors.values() if t.requires_grad]
     constants = [t for _, module in risk.modules() for t in module._buffers.values() if t is not None]
-    record = _Record(risk.space.dtype, leaves, [*constants, *tensors_of((batch.x, batch.y))])
-    with record, _named(risk, record.modules):
+    running: list[str] = []
+    record = _Record(risk.space.dtype, leaves, [*constants, *tensors_of((batch.x, batch.y))], running)
+    with record, around_modules(risk, lambda name: running.append(name or "the model"), lambda _: running.pop()):
         outputs = risk.batch_outputs(tensors, batch)
-        record.modules[:] = ["the loss"]
+        running[:] = ["the loss"]
         loss = risk.batch_loss(outputs, batch, tensors)
-        record.modules[:] = ["the backward pass"]
+        running[:] = ["the backward pass"]
         record.backward = True
         if loss.requires_grad:
             torch.autograd.grad(loss, leaves, allow_unused=True)
@@ -193,54 +195,53 @@ def _noise(risk: EmpiricalRisk, batch: Batch) -> float:
         cotangent = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
         rows.append(risk.pullback((outputs * cotangent.to(outputs)).sum(), tensors))
     third = (rows[3] - 3 * rows[2] + 3 * rows[1] - rows[0]) / 20**0.5
+    noise, size = (risk.space.unflatten(t.square()) for t in (third, rows[1]))
+    return math.sqrt(worst_layer({n: (float(noise[n].sum()), float(t.sum())) for n, t in size.items()}))
+
+
+def worst_layer(tensors: Mapping[str, tuple[float, float]]) -> float:
+    """The largest share of the noise of a layer in its size, from squares of both by tensors `(noise, size)`."""
     layers: dict[str, list[float]] = {}
-    for (name, noise), size in zip(
-        risk.space.unflatten(third.square()).items(), risk.space.unflatten(rows[1].square()).values(), strict=True
-    ):
+    for name, squares in tensors.items():
         layer = layers.setdefault(name.rpartition(".")[0], [0.0, 0.0])
-        layer[0] += float(noise.sum())
-        layer[1] += float(size.sum())
+        layer[:] = [a + b for a, b in zip(layer, squares, strict=True)]
     # In a layer without effect all is noise.
-    floor = 1e-8 * max(size for _, size in layers.values())
-    worst = max((noise / size for noise, size in layers.values() if size > floor), default=0.0)
-    return math.sqrt(worst)
+    floor = _EFFECT * max(size for _, size in layers.values())
+    return max((noise / size for noise, size in layers.values() if size > floor), default=0.0)
 
 
 @contextmanager
-def _named(risk: EmpiricalRisk, running: list[str]) -> Iterator[None]:
-    """Meanwhile `running` ends with the name of the module that runs."""
-    handles = []
-    for name, module in risk.modules():
+def around_modules(
+    risk: EmpiricalRisk, enter: Callable[[str], object], leave: Callable[[str], object]
+) -> Iterator[None]:
+    """Meanwhile a module's forward pass begins with `enter(name)` and ends, also by an error, with `leave(name)`."""
+    with ExitStack() as hooks:
+        for name, module in risk.modules():
 
-        def enter(module: Any, args: Any, name: str = name) -> None:
-            running.append(name or "the model")
+            def entered(module: Any, args: Any, name: str = name) -> None:
+                enter(name)
 
-        def leave(module: Any, args: Any, output: Any) -> None:
-            running.pop()
+            def left(module: Any, args: Any, output: Any, name: str = name) -> None:
+                leave(name)
 
-        handles += [
-            module.register_forward_pre_hook(enter),
-            module.register_forward_hook(leave, always_call=True),
-        ]
-    try:
+            hooks.enter_context(module.register_forward_pre_hook(entered))
+            hooks.enter_context(module.register_forward_hook(left, always_call=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-class _Record(TorchDispatchMode):
+class _Record(KernelMode):
     """Follows what depends on the parameters, by storage, through every kernel that runs.
 
     Args:
         own: the risk's dtype.
         leaves: the parameters.
         given: data and buffers.
+        running: ends with the name of the module that runs.
     """
 
-    def __init__(self, own: torch.dtype, leaves: list[Tensor], given: list[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.modules: list[str] = []
+    def __init__(self, own: torch.dtype, leaves: list[Tensor], given: list[Tensor], running: list[str]) -> None:
+        super().__init__()
+        self._running = running
         self.backward = False
         self._own = own
         # Places of memory; weak references keep them from being given away, and none of the memory.
@@ -257,10 +258,6 @@ class _Record(TorchDispatchMode):
         """What was found."""
         dtype = max(self.causes, key=lambda d: torch.finfo(d).eps, default=self._own)
         return Precision(dtype, self.causes.get(dtype, (False, ""))[1], outside=self.outside)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # or torch would load its compiler
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = [t for t in tensors_of((args, kwargs) if kwargs else args) if t.dtype in _DIGITS]
@@ -337,10 +334,10 @@ class _Record(TorchDispatchMode):
             self.causes[dtype] = (cast, f"{what} in {self._where()}")
 
     def _where(self) -> str:
-        return self.modules[-1] if self.modules else "the model"
+        return self._running[-1] if self._running else "the model"
 
 
-class Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Perturbed(KernelMode):  # type: ignore[no-untyped-call]
     """Every number that an operation computes is moved up or down, by half a unit roundoff to two and a half (CESTAC).
 
     With moves of one size, those of two operations (`p = sigmoid(z)`, `-p`) cancel exactly in half of all trials. A
@@ -352,15 +349,11 @@ class Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, seed: int, *, alike: bool = True, shrinking: bool = False) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._seed, self._alike, self._shrinking = seed, alike, shrinking
         self._calls = 0
         # Whether finite numbers gave an infinite one: its reciprocal is a zero that means nothing.
         self.overflowed = False
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # or torch would load its compiler
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

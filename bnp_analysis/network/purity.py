@@ -6,36 +6,26 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnp_analysis.errors import InvalidInputError, MeasurementWarning, StochasticModelError
 from bnp_analysis.network.batches import Batch, slice_batch, with_examples
 from bnp_analysis.network.decisions import State, sources, turned_around
-from bnp_analysis.network.kernels import recording, vector_jacobian
+from bnp_analysis.network.kernels import KernelMode, recording, vector_jacobian
 from bnp_analysis.network.observation import Arguments, require_own_tensors
-from bnp_analysis.network.precision import generic_point
+from bnp_analysis.network.precision import around_modules, generic_point
 from bnp_analysis.runtime.random import random_state, reseed
 from bnp_analysis.runtime.trees import map_tensors, tensors_of
 
 if TYPE_CHECKING:
     from bnp_analysis.network.risk import EmpiricalRisk
-
-_DROPOUTS = (
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-)
 
 # Examples in a part of a batch, and how many parts are compared with the whole.
 _PART, _MOST_PARTS = 8, 8
@@ -55,7 +45,9 @@ def require_pure(risk: EmpiricalRisk, live: Mapping[int, str]) -> bool:
     Raises:
         StochasticModelError: names the layers, what would have been computed, the ways out.
     """
-    found = risk.group.share(lambda: _couples_here(risk, live), "what couples examples")
+    # The states come back before other processes are waited for.
+    here = random_state(device=risk.space.device)(_couple)
+    found = risk.group.share(lambda: here(risk, live), "what couples examples")
     coupled = any(c for c, _ in found)
     normalizing = list(dict.fromkeys(name for _, names in found for name in names))
     if coupled and risk.batches.everywhere > 1:
@@ -68,26 +60,20 @@ def require_pure(risk: EmpiricalRisk, live: Mapping[int, str]) -> bool:
     return coupled
 
 
-def _couples_here(risk: EmpiricalRisk, live: Mapping[int, str]) -> tuple[bool, list[str]]:
-    """Whether this process's batches couple their examples, and by which layers."""
-    with random_state(device=risk.space.device):
-        return _couple(risk, live)
-
-
 def _couple(risk: EmpiricalRisk, live: Mapping[int, str]) -> tuple[bool, list[str]]:
+    """Whether this process's batches couple their examples, and by which layers."""
     random = _that_run(risk, random_layers(risk))
     normalizing = _that_run(risk, coupled_layers(risk))
     coupled = bool(normalizing)
-    tensors = risk.space.unflatten(generic_point(risk))
     state = State(risk.code())
     held = [x for x in state.within if isinstance(x, _GENERATORS)]
     for batch in risk.batches:
-        by_inputs = _ByInputs(risk, tensors, batch, plain=coupled or bool(random))
-        drawn = _Draws(risk, held, state, by_inputs)
-        if not bool(torch.isfinite(drawn.value).all()):
-            tensors = risk.space.unflatten(risk.theta)
+        for theta in (generic_point(risk), risk.theta):
+            tensors = risk.space.unflatten(theta)
             by_inputs = _ByInputs(risk, tensors, batch, plain=coupled or bool(random))
             drawn = _Draws(risk, held, state, by_inputs)
+            if bool(torch.isfinite(drawn.value).all()):
+                break
         outputs = drawn.value
         _require_determined_loss(risk, held, state, tensors, live, batch, outputs)
         found = None if coupled or random or drawn.any else couples(risk, tensors, batch, outputs, by_inputs)
@@ -268,32 +254,18 @@ def _state(generator: Any) -> Any:
 def _drawing_layers(risk: EmpiricalRisk, batch: Batch) -> list[str]:
     """The innermost modules in whose forward pass a global generator moves."""
     found: dict[str, None] = {}
-    inside: list[tuple[Any, bool]] = []
+    before: list[Any] = []
 
-    def begin(module: nn.Module, args: Any) -> None:
-        inside.append((_global_states(risk.space.device), False))
+    def begin(name: str) -> None:
+        before.append(_global_states(risk.space.device))
 
-    def end(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            before, named = inside.pop()
-            moved = before != _global_states(risk.space.device)
-            if moved and not named:
-                found[name] = None
-            if moved and inside:
-                inside[-1] = (inside[-1][0], True)
+    def end(name: str) -> None:
+        if before.pop() != _global_states(risk.space.device):
+            found[name] = None
 
-        return hook
-
-    handles = []
-    for name, module in risk.modules():
-        handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end(name))]
-    try:
-        with random_state(seed=0, device=risk.space.device):
-            _outputs(risk, risk.space.unflatten(risk.theta), batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [*found]
+    with around_modules(risk, begin, end), random_state(seed=0, device=risk.space.device):
+        _outputs(risk, risk.space.unflatten(risk.theta), batch)
+    return [n for n in found if not any(other != n and other.startswith(f"{n}." if n else "") for other in found)]
 
 
 @recording()
@@ -331,15 +303,15 @@ def _differs(risk: EmpiricalRisk, a: Tensor, b: Tensor) -> bool:
 
 def random_layers(risk: EmpiricalRisk) -> list[str]:
     """Names of layers that draw random numbers in training mode."""
-    found = []
-    for name, module in risk.modules():
-        active = isinstance(module, _DROPOUTS) and module.p > 0
-        active = active or (isinstance(module, nn.RReLU) and module.lower < module.upper)
-        inner = getattr(module, "dropout", 0.0)
-        active = active or (isinstance(module, nn.MultiheadAttention | nn.RNNBase) and float(inner) > 0)
-        if active and module.training:
-            found.append(name)
-    return found
+
+    def draws(module: Any) -> bool:
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            return module.p > 0
+        if isinstance(module, nn.RReLU):
+            return module.lower < module.upper
+        return isinstance(module, nn.MultiheadAttention | nn.RNNBase) and float(module.dropout) > 0
+
+    return [name for name, module in risk.modules() if module.training and draws(module)]
 
 
 def coupled_layers(risk: EmpiricalRisk) -> list[str]:
@@ -363,14 +335,14 @@ def require_mean_loss(risk: EmpiricalRisk) -> None:
         InvalidInputError: says what the risk would have been.
     """
     for batch in risk.batches:
-        parts = _in_two(risk, batch)
-        if parts is not None and parts.is_sum and not parts.is_mean:
+        how = _in_two(risk, batch)
+        if how == "sum":
             raise InvalidInputError(
                 f"the loss is a sum over batch {batch.index}, not a mean: over several batches, weighted by their "
                 "sizes, it would count large batches twice over. Write reduction='mean', or "
                 "lambda output, y: loss(output, y) / len(y)"
             )
-        if parts is not None and not parts.is_mean:
+        if how == "neither":
             raise InvalidInputError(
                 f"the loss is not a mean over batch {batch.index}: its parts do not average to the whole. Over "
                 "several batches, weighted by their sizes, a sum would count large batches twice over. Use "
@@ -381,20 +353,12 @@ def require_mean_loss(risk: EmpiricalRisk) -> None:
 
 def is_mean(risk: EmpiricalRisk, batch: Batch) -> bool | None:
     """Whether the losses of two parts of a batch average to that of the whole; None if it cannot be cut."""
-    parts = _in_two(risk, batch)
-    return None if parts is None else parts.is_mean
+    how = _in_two(risk, batch)
+    return None if how is None else how == "mean"
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """How the losses of two parts of a batch make up that of the whole."""
-
-    is_mean: bool
-    is_sum: bool
-
-
-def _in_two(risk: EmpiricalRisk, batch: Batch) -> _Parts | None:
-    """The losses of two parts of a batch against that of the whole; None if it cannot be cut."""
+def _in_two(risk: EmpiricalRisk, batch: Batch) -> Literal["mean", "sum", "neither"] | None:
+    """What of the losses of two parts of a batch that of the whole is; None if it cannot be cut."""
     size = tensors_of(batch.x)[0].shape[0]
     with torch.no_grad():
         outputs = risk.batch_outputs(risk.space.unflatten(risk.theta), batch)
@@ -415,9 +379,9 @@ def _in_two(risk: EmpiricalRisk, batch: Batch) -> _Parts | None:
         mean = sum(weight * value for weight, value in parts) / (sum(weights) or 1.0)
         scale = max([abs(float(whole)), *(abs(value) for _, value in parts)])
         if abs(mean - float(whole)) <= tolerance * scale:
-            return _Parts(is_mean=True, is_sum=False)
+            return "mean"
     total, scale = sum(map(float, values)), max(abs(float(whole)), *(abs(float(value)) for value in values))
-    return _Parts(is_mean=False, is_sum=abs(total - float(whole)) <= tolerance * scale)
+    return "sum" if abs(total - float(whole)) <= tolerance * scale else "neither"
 
 
 def couples(
@@ -526,17 +490,15 @@ class _ByInputs:
     """
 
     def __init__(self, risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch, *, plain: bool) -> None:
-        self._run = partial(_outputs, risk, tensors, batch)
-        self._recorded = partial(self._record, risk, tensors, batch)
-        self._plain = plain
+        self._pass, self._plain = (risk, tensors, batch), plain
         self.outputs: Tensor | None = None
         self.sources: list[Tensor] = []
 
     def __call__(self) -> Tensor:
         if not self._plain:
             with suppress(RuntimeError, ValueError, TypeError):  # an operation that refuses inputs with a derivative
-                return self._recorded()
-        return self._run()
+                return self._record(*self._pass)
+        return _outputs(*self._pass)
 
     @recording()
     def _record(self, risk: EmpiricalRisk, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor:
@@ -557,8 +519,8 @@ class _ByInputs:
         with risk.inputs.kept(batch.x):
             part = replace(batch, x=map_tensors(batch.x, by), own=True)
             entrances = _Entrances(integers, size)
-            with entrances, warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what the model does with inputs that have a derivative
+            # Warnings of what the model does with inputs that have a derivative.
+            with entrances, warnings.catch_warnings(action="ignore"):
                 outputs = risk.batch_outputs({name: t.detach() for name, t in tensors.items()}, part)
         self.outputs, self.sources = outputs, [*own, *entrances.found]
         return outputs.detach()
@@ -647,16 +609,12 @@ def _torch_state(words: np.ndarray) -> Tensor:
     return torch.from_numpy(state)
 
 
-class _Bernoulli(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Bernoulli(KernelMode):  # type: ignore[no-untyped-call]
     """Masks of dropout, drawn by other generators than the states above, at one of their two ends."""
 
     def __init__(self, which: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._which = which
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # or torch would load its compiler
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

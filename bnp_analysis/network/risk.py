@@ -14,11 +14,10 @@ from torch.func import functional_call
 from bnp_analysis.distributed import ALONE, Group
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.linalg.operators import require_no_autocast
-from bnp_analysis.network.batches import Batch, Batches, Count, arguments
+from bnp_analysis.network.batches import Batch, Batches, Count, Inputs, arguments, one_tensor
 from bnp_analysis.network.derivatives import Trial, require_gradient
 from bnp_analysis.network.kernels import derivative, explained, recording, with_differentiable_kernels
 from bnp_analysis.network.layer_kinds import Layer, by_module
-from bnp_analysis.network.model_io import Inputs, one_tensor
 from bnp_analysis.network.observation import (
     Visit,
     WithModel,
@@ -28,10 +27,9 @@ from bnp_analysis.network.observation import (
     untransformed,
     watched,
 )
-from bnp_analysis.network.parameters import ParameterSpace
+from bnp_analysis.network.parameters import ParameterSpace, choose_parameters
 from bnp_analysis.network.precision import GENERIC, Precision, find_precision
 from bnp_analysis.network.purity import require_mean_loss, require_pure
-from bnp_analysis.network.selection import choose_parameters
 from bnp_analysis.network.smooth import Accurate
 from bnp_analysis.network.snapshot import brought, fingerprint, point, snapshot, snapshot_loss, tied_names, with_tensors
 from bnp_analysis.runtime.kinds import gated, require_loss, require_plain
@@ -185,20 +183,19 @@ class EmpiricalRisk:
     @property
     def value(self) -> Tensor:
         """`L(theta)`, a scalar tensor."""
-        if "value" not in self._cache:
-            self._cache["value"] = self(self.theta)
-        return self._cache["value"].clone()
+        return self.remembered("value", lambda: self(self.theta)).clone()
 
     @property
     @recording()
     def gradient(self) -> Tensor:
         """`grad L(theta)`, `(n,)`."""
-        if "gradient" not in self._cache:
-            total = self.group.sum(self._gradient_part, "the gradient", of=self.theta)
-            if not bool(torch.isfinite(total).all()):
-                raise NonFiniteError("the gradient has NaN or infinite entries though the loss is finite")
-            self._cache["gradient"] = total
-        return self._cache["gradient"].clone()
+        return self.remembered("gradient", self._whole_gradient).clone()
+
+    def _whole_gradient(self) -> Tensor:
+        total = self.group.sum(self._gradient_part, "the gradient", of=self.theta)
+        if not bool(torch.isfinite(total).all()):
+            raise NonFiniteError("the gradient has NaN or infinite entries though the loss is finite")
+        return total
 
     def _gradient_part(self) -> Tensor:
         total = torch.zeros(self.space.dim, dtype=self.space.dtype, device=self.space.device)
@@ -219,9 +216,7 @@ class EmpiricalRisk:
     @recording()
     def at(self, theta: Tensor | Mapping[str, Tensor]) -> EmpiricalRisk:
         """The same risk at another point; model and data are shared, nothing is checked again but the point."""
-        other = copy.copy(self)
-        other._cache = {}
-        other._of_outputs = {}
+        other = self._copied()
         other._move(theta)
         other.group.agree(other.theta, "the point")
         other._require_finite_parameters()
@@ -233,15 +228,14 @@ class EmpiricalRisk:
         where = self.space.device if device is None else torch.device(device)
         if dtype == self.space.dtype and where == self.space.device:
             return self
-        other = copy.copy(self)
+        other = self._copied(GENERIC)
         other._model = brought(copy.deepcopy(self._model), dtype, where)
         other._loss = snapshot_loss(self._loss, dtype, where)
         other.space = ParameterSpace(self.space.shapes, dtype, where, self.space.aliases, self.space.transposed)
         other.theta = self.theta.to(dtype=dtype, device=where)
         other._constants = {n: t.to(device=where, dtype=counterpart(t, dtype)) for n, t in self._constants.items()}
         other.batches = self.batches.to(dtype, where)
-        other._cache = {name: t.to(other.theta) for name, t in self._cache.items() if name == GENERIC}
-        other._of_outputs = {}
+        other._cache = {name: t.to(other.theta) for name, t in other._cache.items()}
         # Found when it is asked for; over several processes now, since all of them take part.
         other._precision = None if other.group.size == 1 else find_precision(other)
         return other
@@ -267,19 +261,24 @@ class EmpiricalRisk:
         if self.group.size == 1:
             return self
         other = copy.copy(self)
-        other.group, other.batches = ALONE, self.batches.gathered()
-        other._of_outputs = {}
+        other.group, other.batches, other._of_outputs = ALONE, self.batches.gathered(), {}
         return other
 
     @recording()
     def restrict(self, names: Iterable[str]) -> EmpiricalRisk:
         """The risk as a function of some of its tensors; the others stay constant at the present point."""
-        other = copy.copy(self)
-        other.space = self.space.restrict(names)
+        other = self._copied("value")
+        other._of_outputs, other.space = self._of_outputs, self.space.restrict(names)
         tensors = self.space.unflatten(self.theta)
         other._constants = self._constants | {n: t for n, t in tensors.items() if n not in other.space}
         other.theta = other.space.flatten(tensors)
-        other._cache = {"value": self._cache["value"]} if "value" in self._cache else {}
+        return other
+
+    def _copied(self, *kept: str) -> EmpiricalRisk:
+        """The same risk, of which nothing is remembered but what `remembered` has under some names."""
+        other = copy.copy(self)
+        other._cache = {name: self._cache[name] for name in kept if name in self._cache}
+        other._of_outputs = {}
         return other
 
     def leaves(self) -> dict[str, Tensor]:
@@ -362,11 +361,8 @@ class EmpiricalRisk:
 
     def alone(self, batch: Batch) -> EmpiricalRisk:
         """The same model and loss over one batch, in this process alone."""
-        other = copy.copy(self)
+        other = self._copied(GENERIC)  # a point is no matter of the data
         other.group, other.batches = ALONE, self.batches.alone(batch)
-        # A point is no matter of the data.
-        other._cache = {name: t for name, t in self._cache.items() if name == GENERIC}
-        other._of_outputs = {}
         return other
 
     def pullback(self, scalar: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
 from math import inf, isfinite
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.kernels import derivative, nodes_of, recording, vector_jacobian
-from bnp_analysis.network.precision import perturbed
+from bnp_analysis.network.precision import perturbed, worst_layer
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.smooth import Watch, generic, watching
 from bnp_analysis.runtime.trees import tensors_of
@@ -27,40 +27,18 @@ ROUNDINGS = 32
 _TRIALS, _SAFETY = 3, 4
 # Examples that are tried together.
 _PART = 256
-# A layer whose derivatives are smaller than this share of the largest, squared, has no effect.
-_EFFECT = 1e-8
 # Recorded operations that neither take differences of derivatives nor round more than a product does: of layers,
 # activations, and what only moves numbers. Others are tried.
 _TAME = {
     f"{name}Backward{k}"
     for k in range(2)
     for name in (
-        *(
-            "Addmm",
-            "Mm",
-            "Bmm",
-            "Baddbmm",
-            "T",
-            "Transpose",
-            "Permute",
-            "View",
-            "UnsafeView",
-            "ReshapeAlias",
-            "Clone",
-            "Add",
-        ),
-        *("Expand", "Squeeze", "Unsqueeze", "Alias", "Slice", "Select", "Split", "Cat", "AsStrided", "ToCopy"),
+        *("Addmm", "Mm", "Bmm", "Baddbmm", "T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Clone"),
+        *("Expand", "Squeeze", "Unsqueeze", "Alias", "Slice", "Select", "Split", "Cat", "AsStrided", "ToCopy", "Add"),
         *("ConstantPadNd", "MaskedFill", "Flip", "Roll", "Repeat", "Index", "IndexSelect", "Gather", "PixelShuffle"),
-        *("Convolution", "MaxPool2DWithIndices", "AvgPool2D", "Mean", "AdaptiveAvgPool2D", "Embedding"),
+        *("Convolution", "MaxPool2DWithIndices", "AvgPool2D", "Mean", "AdaptiveAvgPool2D", "Embedding", "Softmax"),
         *("Relu", "LeakyRelu", "Hardtanh", "Tanh", "Sigmoid", "Gelu", "Silu", "Elu", "Softplus", "LogSoftmax"),
-        *(
-            "Softmax",
-            "Where",
-            "Unsafe",
-            "Chunk",
-            "Stack",
-            "Unbind",
-        ),
+        *("Where", "Unsafe", "Chunk", "Stack", "Unbind"),
     )
 } | {"torch::autograd::AccumulateGrad", "SmoothBackward", "SoftmaxBackward"}
 
@@ -81,13 +59,8 @@ def product_eps(risk: EmpiricalRisk) -> float:
         >>> product_eps(risk) / risk.eps
         10.0
     """
-
-    def amplification() -> Tensor:
-        grown = risk.group.share(lambda: _amplification(risk), "what saturation amplifies")
-        return torch.tensor(max(grown), dtype=torch.float64)
-
-    known = risk.eps * max(1.0, float(risk.remembered("amplification", amplification)) / _ALLOWED)
-    return max(known, _tried(risk)[0] / ROUNDINGS)
+    grown = _everywhere(risk, "what saturation amplifies", lambda: _amplification(risk), max)
+    return max(risk.eps * max(1.0, float(grown) / _ALLOWED), _tried(risk)[0] / ROUNDINGS)
 
 
 def has_vanished(risk: EmpiricalRisk) -> bool:
@@ -96,12 +69,13 @@ def has_vanished(risk: EmpiricalRisk) -> bool:
     The gradient of a random combination of the outputs is compared, wherever a smooth function gets it and in every
     parameter, with the same for derivatives of ordinary size.
     """
+    found = _everywhere(risk, "vanished derivatives", lambda: any(_vanished(risk, b) for b in risk.batches), any)
+    return bool(found) or _tried(risk)[1]
 
-    def vanished() -> Tensor:
-        found = risk.group.share(lambda: any(_vanished(risk, batch) for batch in risk.batches), "vanished derivatives")
-        return torch.tensor(any(found))
 
-    return bool(risk.remembered("vanished", vanished)) or _tried(risk)[1]
+def _everywhere(risk: EmpiricalRisk, what: str, here: Callable[[], Any], join: Callable[[list[Any]], Any]) -> Tensor:
+    """What all processes have found here, joined, once for a risk."""
+    return risk.remembered(what, lambda: torch.tensor(join(risk.group.share(here, what)), dtype=torch.float64))
 
 
 def _tried(risk: EmpiricalRisk) -> tuple[float, bool]:
@@ -111,13 +85,11 @@ def _tried(risk: EmpiricalRisk) -> tuple[float, bool]:
     `1 / s - x^2 / s^3`, in which nothing is left at `x = 1e4` in float32. A zero by a mask or a missing edge stays one.
     """
 
-    def trial() -> Tensor:
-        found = risk.group.share(lambda: [*_trials(risk)], "the rounding of products")
+    def worst(found: list[list[tuple[float, bool]]]) -> list[float]:
         every = [one for own in found for one in own]
-        worst = [max((doubt for doubt, _ in every), default=0.0), any(lost for _, lost in every)]
-        return torch.tensor(worst, dtype=torch.float64)
+        return [max((doubt for doubt, _ in every), default=0.0), any(lost for _, lost in every)]
 
-    doubt, lost = risk.remembered("rounding", trial).tolist()
+    doubt, lost = _everywhere(risk, "the rounding of products", lambda: [*_trials(risk)], worst).tolist()
     return doubt, bool(lost)
 
 
@@ -140,28 +112,22 @@ def _trial(risk: EmpiricalRisk, batch: Batch) -> tuple[float, bool]:
     plain = _pulled(risk, batch)
     if plain is None:
         return 0.0, False
-    moved, lost = dict.fromkeys(plain.derivatives, 0.0), False
+    derivatives, inside = plain
+    moved, lost = dict.fromkeys(derivatives, 0.0), False
     for seed in range(_TRIALS):
         trial = perturbed(seed, lambda: _pulled(risk, batch))
         if trial is None:  # rounding may take what is computed to where it is not defined
             return 1.0, True
         other = trial[0]
-        if other is None or other.inside.keys() != plain.inside.keys():  # another branch of the model
+        if other is None or other[1].keys() != inside.keys():  # another branch of the model
             continue
-        for k, g in plain.inside.items():
-            gap = (other.inside[k] - g).abs()
+        for k, g in inside.items():
+            gap = (other[1][k] - g).abs()
             lost = lost or bool(((gap > 0) & (_SAFETY * gap >= g.abs())).any())
         # Where rounding can make a derivative no number, nothing is known of it: no NaN is smaller than another number.
-        gaps = {n: _square(other.derivatives[n] - t) for n, t in plain.derivatives.items()}
+        gaps = {n: _square(other[0][n] - t) for n, t in derivatives.items()}
         moved = {n: max(moved[n], gap if isfinite(gap) else inf) for n, gap in gaps.items()}
-    layers: dict[str, list[float]] = {}
-    for name, t in plain.derivatives.items():
-        layer = layers.setdefault(name.rpartition(".")[0], [0.0, 0.0])
-        layer[0] += moved[name]
-        layer[1] += _square(t)
-    # In a layer without effect all is noise.
-    floor = _EFFECT * max(size for _, size in layers.values())
-    worst = max((by / size for by, size in layers.values() if size > floor), default=0.0)
+    worst = worst_layer({n: (moved[n], _square(t)) for n, t in derivatives.items()})
     return min(1.0, _SAFETY * worst**0.5), lost
 
 
@@ -192,16 +158,11 @@ def _square(t: Tensor) -> float:
     return float(t.detach().double().square().sum())
 
 
-@dataclass(frozen=True)
-class _Pulled:
-    """`J^T u` by parameters, and the gradients that arrive where operations that may cancel get their arguments."""
+def _pulled(risk: EmpiricalRisk, batch: Batch) -> tuple[dict[str, Tensor], dict[int, Tensor]] | None:
+    """`J^T u` for random `u` by parameters, and the gradients that arrive at arguments of operations that may cancel.
 
-    derivatives: dict[str, Tensor]
-    inside: dict[int, Tensor]
-
-
-def _pulled(risk: EmpiricalRisk, batch: Batch) -> _Pulled | None:
-    """For random `u`; None where no operation of the model can cancel."""
+    None where no operation of the model can cancel.
+    """
     leaves = risk.leaves()
     outputs = risk.batch_outputs(leaves, batch)
     nodes = nodes_of(outputs)
@@ -218,19 +179,14 @@ def _pulled(risk: EmpiricalRisk, batch: Batch) -> _Pulled | None:
 
         return arrived
 
-    handles = [
-        node.register_prehook(watch(k))
-        for k, node in enumerate(nodes)
-        if node in arguments and not hasattr(node, "variable")
-    ]
     g = torch.Generator().manual_seed(0)
     u = torch.randn(outputs.shape, generator=g, dtype=torch.float64).to(outputs)
-    try:
+    with ExitStack() as hooks:
+        for k, node in enumerate(nodes):
+            if node in arguments and not hasattr(node, "variable"):
+                hooks.enter_context(node.register_prehook(watch(k)))
         pulled = derivative(outputs, [*leaves.values()], u, what="the rounding of products")
-    finally:
-        for handle in handles:
-            handle.remove()
-    return _Pulled(dict(zip(leaves, pulled, strict=True)), inside)
+    return dict(zip(leaves, pulled, strict=True)), inside
 
 
 def _amplification(risk: EmpiricalRisk) -> float:

@@ -30,7 +30,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode, handle_torch_function
 from torch.utils._python_dispatch import _disable_current_modes
 
-from bnp_analysis.network.forms import FORMS
+from bnp_analysis.network.forms import FORMS, reduced
 from bnp_analysis.runtime.trees import tensors_of
 
 _ROOT, _LN2 = math.sqrt(2 / math.pi), math.log(2)
@@ -272,26 +272,6 @@ def _exponential(scale: float, alpha: float, width: float, value: Entrywise) -> 
     )
 
 
-def _elu(alpha: float = 1.0) -> Rule:
-    return _exponential(1.0, alpha, 1.0, partial(F.elu, alpha=alpha))
-
-
-def _celu(alpha: float = 1.0) -> Rule:
-    return _exponential(1.0, alpha, alpha, partial(F.celu, alpha=alpha))
-
-
-def _selu() -> Rule:
-    return _exponential(1.0507009873554805, 1.6732632423543772, 1.0, F.selu)
-
-
-def _gelu(approximate: str = "none") -> Rule:
-    return GELU_TANH if approximate == "tanh" else GELU
-
-
-def _constant(rule: Rule) -> Callable[[], Rule]:
-    return lambda: rule
-
-
 def _all(name: str, *, inplace: bool = True) -> list[Any]:
     """A function under all its names."""
     names = [name, *([f"{name}_"] if inplace else [])]
@@ -300,41 +280,36 @@ def _all(name: str, *, inplace: bool = True) -> list[Any]:
 
 
 _SIGMOIDS = {f for name in ("sigmoid", "expit") for f in _all(name, inplace=False)}
-# Function of torch -> the rule for its further arguments.
-_RULES: dict[Any, Callable[..., Rule]] = {}
-for _name, _make in {
-    "tanh": _constant(TANH),
-    "sigmoid": _constant(SIGMOID),
-    "expit": _constant(SIGMOID),
-    "logsigmoid": _constant(LOGSIGMOID),
-    "log_sigmoid": _constant(LOGSIGMOID),
-    "silu": _constant(SILU),
-    "mish": _constant(MISH),
-    "gelu": _gelu,
+_NAMED: dict[str, Callable[..., Rule]] = {
+    "tanh": lambda: TANH,
+    "sigmoid": lambda: SIGMOID,
+    "expit": lambda: SIGMOID,
+    "logsigmoid": lambda: LOGSIGMOID,
+    "log_sigmoid": lambda: LOGSIGMOID,
+    "silu": lambda: SILU,
+    "mish": lambda: MISH,
+    "gelu": lambda approximate="none": GELU_TANH if approximate == "tanh" else GELU,
     "softplus": _softplus,
-    "softsign": _constant(SOFTSIGN),
-    "tanhshrink": _constant(TANHSHRINK),
-    "elu": _elu,
-    "celu": _celu,
-    "exp": _constant(EXP),
-    "expm1": _constant(EXPM1),
-    "exp2": _constant(EXP2),
-    "erf": _constant(ERF),
-    "erfc": _constant(ERFC),
-    "ndtr": _constant(NDTR),
-    "selu": _selu,
-}.items():
-    _RULES |= dict.fromkeys(_all(_name), _make)
+    "softsign": lambda: SOFTSIGN,
+    "tanhshrink": lambda: TANHSHRINK,
+    "elu": lambda alpha=1.0: _exponential(1.0, alpha, 1.0, partial(F.elu, alpha=alpha)),
+    "celu": lambda alpha=1.0: _exponential(1.0, alpha, alpha, partial(F.celu, alpha=alpha)),
+    "exp": lambda: EXP,
+    "expm1": lambda: EXPM1,
+    "exp2": lambda: EXP2,
+    "erf": lambda: ERF,
+    "erfc": lambda: ERFC,
+    "ndtr": lambda: NDTR,
+    "selu": lambda: _exponential(1.0507009873554805, 1.6732632423543772, 1.0, F.selu),
+}
+# Function of torch -> the rule for its further arguments.
+_RULES = {function: make for name, make in _NAMED.items() for function in _all(name)}
 
 
 def generic(x: Tensor) -> Tensor:
     """Positive numbers of ordinary size in no relation to each other."""
     index = torch.arange(x.numel(), device=x.device, dtype=torch.float64)
     return (1 + 0.5 * torch.sin(12.9898 * index)).to(x.dtype).reshape(x.shape)
-
-
-def _structural(rule: Rule) -> Rule:
-    return Rule(rule.value, generic, lambda x: generic(x) + 0.25)
 
 
 def _ordinary(x: Tensor, low: float, high: float) -> bool:
@@ -369,8 +344,7 @@ class Softmax(Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
-        (p,) = ctx.saved_tensors
-        return p * _centred(cotangents[0], p, ctx.dim), None, None
+        return Softmax.jvp(ctx, *cotangents), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -398,8 +372,8 @@ class LogSoftmax(Function):
         if not torch.is_grad_enabled() and not is_functorch_wrapped_tensor(x):
             if ctx.kept is None:
                 p = _unsaturated(x, ctx.dim) if ctx.structural else logarithms.exp()
-                ctx.kept = _Probabilities.of(p, ctx.dim)
-            return ctx.kept.pull(cotangents[0]), None, None
+                ctx.kept = _pulling(p, ctx.dim)
+            return ctx.kept(cotangents[0]), None, None
         return LogSoftmaxPullback.apply(cotangents[0], x, ctx.dim, ctx.structural), None, None
 
     @staticmethod
@@ -415,7 +389,7 @@ class LogSoftmaxPullback(Function):
     @staticmethod
     def forward(g: Tensor, x: Tensor, dim: int, structural: bool) -> Tensor:
         p = _unsaturated(x, dim) if structural else torch.softmax(x, dim)
-        return _Probabilities.of(p, dim).pull(g)
+        return _pulling(p, dim)(g)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -438,27 +412,16 @@ class LogSoftmaxPullback(Function):
         return centred, scale * centred if ctx.needs_input_grad[1] else None, None, None
 
 
-@dataclass(frozen=True)
-class _Probabilities:
-    """A softmax `p` along an axis, and of its largest entry: the place, `p`, and `1 - p` as the sum of the others."""
+def _pulling(p: Tensor, dim: int) -> Entrywise:
+    """`g -> g - p sum g` for a softmax `p`, the largest entry without cancellation: `1 - p` is the sum of others."""
+    top = p.argmax(dim, keepdim=True)
+    largest, others = p.gather(dim, top), p.scatter(dim, top, 0.0).sum(dim, keepdim=True)
 
-    p: Tensor
-    dim: int
-    top: Tensor
-    own: Tensor
-    others: Tensor
+    def pull(g: Tensor) -> Tensor:
+        own, rest = g.gather(dim, top), g.scatter(dim, top, 0.0).sum(dim, keepdim=True)
+        return (g - p * (own + rest)).scatter(dim, top, own * others - largest * rest)
 
-    @classmethod
-    def of(cls, p: Tensor, dim: int) -> _Probabilities:
-        top = p.argmax(dim, keepdim=True)
-        return cls(p, dim, top, p.gather(dim, top), p.scatter(dim, top, 0.0).sum(dim, keepdim=True))
-
-    def pull(self, g: Tensor) -> Tensor:
-        """`g - p sum g`, the largest entry without cancellation."""
-        own = g.gather(self.dim, self.top)
-        rest = g.scatter(self.dim, self.top, 0.0).sum(self.dim, keepdim=True)
-        pulled = g - self.p * (own + rest)
-        return pulled.scatter(self.dim, self.top, own * self.others - self.own * rest)
+    return pull
 
 
 def _centred(g: Tensor, p: Tensor, dim: int, top: Tensor | None = None) -> Tensor:
@@ -539,17 +502,13 @@ def _entrywise(func: Any, x: Tensor, *rest: Any, inplace: bool = False, **kwargs
         *rest, inplace = rest  # type: ignore[assignment]
     inplace = inplace or func.__name__.endswith("_")
     rule = _RULES[func](*rest, **kwargs)
-    if watch is None and not inplace and _ordinary(x, rule.low, rule.high):
-        plain = cast(Tensor, func(x, *rest, **kwargs))
-        if func in _SIGMOIDS and x.requires_grad:
-            _mark(plain, x)
-        return plain
     if watch is not None:
         _note(watch, x, rule)
-        rule = _structural(rule) if watch.structural else rule
+        rule = Rule(rule.value, generic, lambda x: generic(x) + 0.25) if watch.structural else rule
     if inplace:
         return x.copy_(smooth(x.clone(), rule))
-    found = smooth(x, rule)
+    plain = watch is None and _ordinary(x, rule.low, rule.high)
+    found = cast(Tensor, func(x, *rest, **kwargs)) if plain else smooth(x, rule)
     if func in _SIGMOIDS and x.requires_grad:
         _mark(found, x)
     return found
@@ -666,70 +625,68 @@ def _log_add_exp(func: Any, a: Tensor, b: Tensor) -> Tensor:
     return _valued(func, (a, b), {}, a + _softplus_of(b - a))
 
 
-def _softplus_of(x: Tensor) -> Tensor:
-    return _entrywise(F.softplus, x)
+_softplus_of = partial(_entrywise, F.softplus)
 
 
-def _reduced(loss: Tensor, reduction: str) -> Tensor:
-    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
+def _given(old: tuple[Any, ...], kwargs: dict[str, Any], *known: str) -> dict[str, Any] | None:
+    """The arguments of a loss that say something; None where one is not known here."""
+    given = {k: v for k, v in kwargs.items() if v is not None}
+    return None if old or given.keys() - {"reduction", *known} else {"reduction": "mean"} | given
 
 
 def _binary_cross_entropy(
     func: Any, z: Tensor, y: Tensor, weight: Tensor | None = None, *old: Any, **kwargs: Any
 ) -> Tensor:
-    given = {k: v for k, v in kwargs.items() if v is not None}
-    args = (z, y, weight)
-    plain = _WATCH.get() is None and _ordinary(z, -2.5, 2.5)
-    if plain or old or given.keys() - {"reduction", "pos_weight"} or y.requires_grad:
+    given, args = _given(old, kwargs, "pos_weight"), (z, y, weight)
+    if given is None or y.requires_grad or (_WATCH.get() is None and _ordinary(z, -2.5, 2.5)):
         return cast(Tensor, func(*args, *old, **kwargs))
-    ups = y if given.get("pos_weight") is None else y * given["pos_weight"]
+    return _valued(func, args, kwargs, _cross_entropy_of_logits(z, y, y * given.get("pos_weight", 1), weight, given))
+
+
+def _cross_entropy_of_logits(z: Tensor, y: Tensor, ups: Tensor, weight: Tensor | None, given: dict[str, Any]) -> Tensor:
     loss = (1 - y) * _softplus_of(z) + ups * _softplus_of(-z)
-    loss = loss if weight is None else loss * weight
-    return _valued(func, args, kwargs, _reduced(loss, given.get("reduction", "mean")))
+    return reduced(loss if weight is None else loss * weight, given["reduction"])
 
 
 def _of_probabilities(
     func: Any, p: Tensor, y: Tensor, weight: Tensor | None = None, *old: Any, **kwargs: Any
 ) -> Tensor:
     """Binary cross-entropy of probabilities; torch adds 1e-12 to `p (1 - p)` in derivatives, and not in the value."""
-    given = {k: v for k, v in kwargs.items() if v is not None}
-    args = (p, y, weight)
-    if old or given.keys() - {"reduction"} or y.requires_grad:
+    given, args = _given(old, kwargs), (p, y, weight)
+    if given is None or y.requires_grad:
         return cast(Tensor, func(*args, *old, **kwargs))
     if (z := _logits(p)) is not None:
-        loss = (1 - y) * _softplus_of(z) + y * _softplus_of(-z)
-        loss = loss if weight is None else loss * weight
-        return _valued(func, args, kwargs, _reduced(loss, given.get("reduction", "mean")))
+        return _valued(func, args, kwargs, _cross_entropy_of_logits(z, y, y, weight, given))
     watch, q = _WATCH.get(), p
     if watch is not None and watch.structural:
         q = p - p.detach() + generic(p) / 2
     least = math.exp(-100)  # torch's logarithms end at -100
     loss = -y * q.clamp_min(least).log() - (1 - y) * (1 - q).clamp_min(least).log()
-    formula = _reduced(loss if weight is None else loss * weight, given.get("reduction", "mean"))
+    formula = reduced(loss if weight is None else loss * weight, given["reduction"])
     if not is_functorch_wrapped_tensor(p) and bool((p > 1).any() & (p <= 1 + 4 * torch.finfo(p.dtype).eps).all()):
         return formula  # torch takes no probability that rounding, when it is tried, has put above 1
     return _valued(func, args, kwargs, formula)
 
 
 def _poisson(func: Any, z: Tensor, y: Tensor, log_input: bool = True, *rest: Any, **kwargs: Any) -> Tensor:
-    given = {k: v for k, v in kwargs.items() if v is not None}
-    if not log_input or rest or given.keys() - {"full", "eps", "reduction"} or y.requires_grad:
+    given = _given(rest, kwargs, "full", "eps")
+    if given is None or not log_input or y.requires_grad:
         return cast(Tensor, func(z, y, log_input, *rest, **kwargs))
-    loss = _entrywise(torch.exp, z) - y * z
-    return _valued(func, (z, y), kwargs, _reduced(loss, given.get("reduction", "mean")))
+    return _valued(func, (z, y), kwargs, reduced(_entrywise(torch.exp, z) - y * z, given["reduction"]))
 
 
 def _soft_margin(func: Any, z: Tensor, y: Tensor, *old: Any, **kwargs: Any) -> Tensor:
-    if old or {k for k, v in kwargs.items() if v is not None} - {"reduction"}:
+    given = _given(old, kwargs)
+    if given is None:
         return cast(Tensor, func(z, y, *old, **kwargs))
-    return _valued(func, (z, y), kwargs, _reduced(_softplus_of(-y * z), kwargs.get("reduction", "mean")))
+    return _valued(func, (z, y), kwargs, reduced(_softplus_of(-y * z), given["reduction"]))
 
 
 def _cross_entropy(func: Any, z: Tensor, y: Tensor, weight: Tensor | None = None, *old: Any, **kwargs: Any) -> Tensor:
-    given = {k: v for k, v in kwargs.items() if v is not None}
-    if old or given.keys() - {"reduction", "ignore_index", "label_smoothing"} or z.ndim == 0:
+    given = _given(old, kwargs, "ignore_index", "label_smoothing")
+    if given is None or z.ndim == 0:
         return cast(Tensor, func(z, y, weight, *old, **kwargs))
-    axis, smoothing, reduction = int(z.ndim > 1), given.get("label_smoothing", 0.0), given.get("reduction", "mean")
+    axis, smoothing, reduction = int(z.ndim > 1), given.get("label_smoothing", 0.0), given["reduction"]
     logs = _softmaxed(LogSoftmax, F.log_softmax, z, axis)
     if not y.is_floating_point() and smoothing == 0:
         chosen = {k: v for k, v in given.items() if k != "label_smoothing"}
@@ -743,7 +700,7 @@ def _cross_entropy(func: Any, z: Tensor, y: Tensor, weight: Tensor | None = None
         hard = torch.zeros_like(z).scatter(axis, torch.where(kept > 0, y.unsqueeze(axis), 0), 1.0) * kept
         targets, total = hard * (1 - smoothing) + kept * smoothing / z.shape[axis], (hard * weights).sum()
     loss = -(logs * targets * weights).sum(axis)
-    formula = loss.sum() / total if reduction == "mean" else _reduced(loss, reduction)
+    formula = loss.sum() / total if reduction == "mean" else reduced(loss, reduction)
     return _valued(func, (z, y, weight), kwargs, formula)
 
 
@@ -784,12 +741,11 @@ def _attention(
     return p @ v
 
 
-def _tanh_unit(x: Tensor, state: list[Tensor], w: Tensor, u: Tensor, *b: Tensor) -> list[Tensor]:
-    return [_entrywise(torch.tanh, sum(b, F.linear(x, w) + F.linear(state[0], u)))]
+def _unit(act: Entrywise, x: Tensor, state: list[Tensor], w: Tensor, u: Tensor, *b: Tensor) -> list[Tensor]:
+    return [act(sum(b, F.linear(x, w) + F.linear(state[0], u)))]
 
 
-def _relu_unit(x: Tensor, state: list[Tensor], w: Tensor, u: Tensor, *b: Tensor) -> list[Tensor]:
-    return [torch.relu(sum(b, F.linear(x, w) + F.linear(state[0], u)))]
+_tanh_unit, _relu_unit = partial(_unit, partial(_entrywise, torch.tanh)), partial(_unit, torch.relu)
 
 
 def _lstm_unit(x: Tensor, state: list[Tensor], w: Tensor, u: Tensor, *b: Any) -> list[Tensor]:

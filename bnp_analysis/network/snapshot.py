@@ -13,8 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from bnp_analysis.distributed.group import digest
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.network.names import NameIndex, clean_name
-from bnp_analysis.network.parameters import ParameterSpace
+from bnp_analysis.network.parameters import NameIndex, ParameterSpace, clean_name
 from bnp_analysis.runtime.kinds import require_kind
 from bnp_analysis.runtime.memory import require_memory
 from bnp_analysis.runtime.trees import counterpart, map_tensors
@@ -49,28 +48,15 @@ def snapshot(model: nn.Module, dtype: torch.dtype | None, device: torch.device |
     where = torch.device(device) if device is not None else next((t.device for t in own), None)
     what = "a copy of the model, its parameters as a vector, and their gradient"
     require_memory(size, what, "Use a smaller model, or float32", device=where)
-    gradients = {p: p.grad for p in root.parameters()}
-    # Left by a forward pass: features that were kept, weights that a hook computes.
-    histories = [
-        (m, k, t) for m in root.modules() for k, t in vars(m).items() if isinstance(t, Tensor) and not t.is_leaf
-    ]
+    # Left by a forward pass, with histories that cannot be copied: features that are kept, weights that hooks compute.
+    left = [t for m in root.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
     try:
-        # Neither gradients nor histories are needed, and not all of them can be copied.
-        for p in gradients:
-            p.grad = None
-        for module, name, t in histories:
-            vars(module)[name] = t.detach()
-        duplicate = copy.deepcopy(root)
+        duplicate = copy.deepcopy(root, {id(t): t.detach().clone() for t in left})
     except Exception as error:
         raise InvalidInputError(
             f"the model cannot be copied ({error}), so a measurement could not be kept apart from it. Attributes that "
             "are locks, files or tensors inside containers must go, or be buffers"
         ) from error
-    finally:
-        for p, gradient in gradients.items():
-            p.grad = gradient
-        for module, name, t in histories:
-            vars(module)[name] = t
     _unwrap_children(duplicate)
     for module in duplicate.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
@@ -222,9 +208,7 @@ def fit_state(
         InvalidInputError: missing, unknown or ambiguous names, other shapes, tied tensors that differ.
     """
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    first: dict[int, str] = {}
-    canonical = {name: first.setdefault(id(t), name) for name, t in tensors.items()}
-    index = NameIndex(tensors)
+    tied, index = tied_names(model), NameIndex(tensors)
     found: dict[str, Tensor] = {}
     unknown = []
     for given, value in state.items():
@@ -233,7 +217,7 @@ def fit_state(
             if not given.endswith("_extra_state"):
                 unknown.append(given)
             continue
-        listed = space.canonical(name) if name in space else canonical[name]
+        listed = space.canonical(name) if name in space else tied.get(name, name)
         if value.shape != tensors[name].shape:
             shapes = f"{tuple(value.shape)} in the state, {tuple(tensors[name].shape)} in the model"
             raise InvalidInputError(f"{name} has shape {shapes}. {_MISFIT}")

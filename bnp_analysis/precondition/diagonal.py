@@ -13,8 +13,7 @@ from bnp_analysis.curvature.factors import Root, rows_of_batch
 from bnp_analysis.curvature.output_curvature import output_root
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator
-from bnp_analysis.network.names import clean_name
-from bnp_analysis.network.parameters import Block, ParameterSpace
+from bnp_analysis.network.parameters import Block, ParameterSpace, clean_name
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.snapshot import unwrap
 from bnp_analysis.precondition.base import NetworkPreconditioner

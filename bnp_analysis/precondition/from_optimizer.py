@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
-from bnp_analysis.network.parameters import ParameterSpace
+from bnp_analysis.network.parameters import ParameterSpace, choose_parameters
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.network.selection import choose_parameters
 from bnp_analysis.network.snapshot import unwrap
 from bnp_analysis.precondition.base import BlockDiagonal, Entry, NetworkPreconditioner, identity_preconditioner
 from bnp_analysis.precondition.diagonal import (

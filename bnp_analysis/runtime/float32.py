@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import threading
-from contextlib import ContextDecorator
+from collections.abc import Callable
 from functools import cache
 
 import torch
+
+from bnp_analysis.runtime.threads import Switch
 
 _OPERATIONS = ("matmul", "conv", "rnn")
 _FULL = ("ieee", "none")
 
 
-class FullFloat32(ContextDecorator):
-    """`set_float32_matmul_precision`, `allow_tf32` and `fp32_precision` are without effect inside, and as before after.
+def _switched_off() -> Callable[[], None]:
+    """`set_float32_matmul_precision`, `allow_tf32` and `fp32_precision` without effect; returns what restores them.
 
     They change no function, only how its products are rounded, and float32 would be a name for ten or seven bits.
-    They belong to the process, so the first thread that enters switches them off and the last that leaves restores.
 
     Source: PyTorch, *Numerical accuracy*: TF32, `torch.set_float32_matmul_precision`.
 
@@ -29,34 +29,24 @@ class FullFloat32(ContextDecorator):
         'medium'
         >>> torch.set_float32_matmul_precision("highest")
     """
+    before = {}
+    for place in _places():
+        found = torch._C._get_fp32_precision_getter(*place)
+        if found not in _FULL:
+            before[place] = found
+            torch._C._set_fp32_precision_setter(*place, "ieee")
 
-    def __init__(self) -> None:
-        self._lock, self._inside = threading.Lock(), 0
-        self._before: dict[tuple[str, str], str] = {}
+    def restore() -> None:
+        for place, precision in before.items():
+            # What was inherited from the backend's own or torch's setting is inherited again.
+            torch._C._set_fp32_precision_setter(*place, "none")
+            if torch._C._get_fp32_precision_getter(*place) != precision:
+                torch._C._set_fp32_precision_setter(*place, precision)
 
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                for place in _places():
-                    found = torch._C._get_fp32_precision_getter(*place)
-                    if found not in _FULL:
-                        self._before[place] = found
-                        torch._C._set_fp32_precision_setter(*place, "ieee")
-            self._inside += 1
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0 and self._before:
-                for place, found in self._before.items():
-                    # What was inherited from the backend's own or torch's setting is inherited again.
-                    torch._C._set_fp32_precision_setter(*place, "none")
-                    if torch._C._get_fp32_precision_getter(*place) != found:
-                        torch._C._set_fp32_precision_setter(*place, found)
-                self._before.clear()
+    return restore
 
 
-full_float32 = FullFloat32()
+full_float32 = Switch(_switched_off)
 
 
 @cache

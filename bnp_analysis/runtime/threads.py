@@ -7,9 +7,9 @@ torch's, ten times longer than they compute.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ContextDecorator, nullcontext
 from functools import cache
 from typing import Any, TypeVar
 
@@ -23,39 +23,44 @@ Found = TypeVar("Found")
 LOCK = threading.RLock()
 
 
-class Switch:
+class Switch(ContextDecorator):
     """A setting of the process that several threads may want at once: the first one turns it, the last one back.
 
+    Args:
+        turn: turns it, and returns how to turn it back.
+
     Example:
-        >>> switch, seen = Switch(), []
-        >>> with switch.turned(lambda: seen.append("on") or (lambda: seen.append("off"))):
-        ...     with switch.turned(lambda: seen.append("again")):
-        ...         pass
+        >>> switch, seen = Switch(lambda: seen.append("on") or (lambda: seen.append("off"))), []
+        >>> with switch, switch:
+        ...     print(seen)
+        ['on']
         >>> seen
         ['on', 'off']
     """
 
-    def __init__(self) -> None:
-        self._lock, self._users = threading.Lock(), 0
-        self._back: Callable[[], object] = bool
+    def __init__(self, turn: Callable[..., Callable[[], object]]) -> None:
+        self._lock, self._users, self._turn = threading.Lock(), 0, turn
 
-    @contextmanager
-    def turned(self, turn: Callable[[], Callable[[], object]]) -> Iterator[None]:
-        """Meanwhile the setting is what the first user's `turn()` made it, which returns how to turn it back."""
+    def on(self, *how: Any) -> None:
+        """Turn it, as the first user wants it."""
         with self._lock:
             if self._users == 0:
-                self._back = turn()
+                self._back = self._turn(*how)
             self._users += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._users -= 1
-                if self._users == 0:
-                    self._back()
 
+    def off(self) -> None:
+        """Turn it back, if nobody else uses it."""
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._back()
 
-_BLAS, _TORCH = Switch(), Switch()
+    def __enter__(self) -> None:
+        self.on()
+
+    def __exit__(self, *error: object) -> None:
+        self.off()
+
 
 # Rows up to which BLAS libraries do not divide an eigenproblem, and switching them takes longer than it.
 _ALONE = 16
@@ -70,6 +75,16 @@ def _controller() -> Any:
     return ThreadpoolController()
 
 
+def _share(workers: int) -> Callable[[], None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // workers))
+    return lambda: torch.set_num_threads(threads)
+
+
+_BLAS = Switch(lambda: _controller().limit(limits=1, user_api="blas").restore_original_limits)
+_TORCH = Switch(_share)
+
+
 def one_blas_thread(size: int | None = None) -> AbstractContextManager[Any]:
     """Inside it NumPy's and SciPy's BLAS use one thread; torch's threads stay as they are.
 
@@ -82,12 +97,8 @@ def one_blas_thread(size: int | None = None) -> AbstractContextManager[Any]:
         ...     np.linalg.eigvalsh(np.eye(2)).tolist()
         [1.0, 1.0]
     """
-    if size is not None and size <= _ALONE:
-        return nullcontext()
-    controller = _controller()
-    if controller is None:
-        return nullcontext()
-    return _BLAS.turned(lambda: controller.limit(limits=1, user_api="blas").restore_original_limits)
+    alone = size is not None and size <= _ALONE
+    return nullcontext() if alone or _controller() is None else _BLAS
 
 
 def each(
@@ -118,18 +129,14 @@ def each(
             finished(len(found))
         return found
 
-    def share() -> Callable[[], None]:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(max(1, threads // workers))
-        return lambda: torch.set_num_threads(threads)
-
-    with _TORCH.turned(share):
-        pool = ThreadPoolExecutor(workers)
-        try:
-            futures = [pool.submit(work, item) for item in items]
-            for count, future in enumerate(as_completed(futures), 1):
-                future.result()
-                finished(count)
-            return [future.result() for future in futures]
-        finally:
-            pool.shutdown(cancel_futures=True)
+    pool = ThreadPoolExecutor(workers)
+    _TORCH.on(workers)
+    try:
+        futures = [pool.submit(work, item) for item in items]
+        for count, future in enumerate(as_completed(futures), 1):
+            future.result()
+            finished(count)
+        return [future.result() for future in futures]
+    finally:
+        pool.shutdown(cancel_futures=True)
+        _TORCH.off()

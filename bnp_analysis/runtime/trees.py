@@ -22,17 +22,25 @@ def counterpart(t: Tensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if t.is_floating_point() else t.dtype
 
 
-def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(value: Any, fn: Callable[[Tensor], Any]) -> Any:
     """`value` with `fn` applied to every tensor inside tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return fn(value)
+    return map_leaves(value, lambda leaf: fn(leaf) if isinstance(leaf, Tensor) else leaf)
+
+
+def map_leaves(value: Any, fn: Callable[[Any], Any]) -> Any:
+    """`value` with `fn` applied to everything inside tuples, lists and dicts.
+
+    Example:
+        >>> map_leaves({"a": [1, (2, 3)]}, str)
+        {'a': ['1', ('2', '3')]}
+    """
     if isinstance(value, Mapping):
-        return {k: map_tensors(v, fn) for k, v in value.items()}
+        return {k: map_leaves(v, fn) for k, v in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(v, fn) for v in value))
+        return type(value)(*(map_leaves(v, fn) for v in value))
     if isinstance(value, tuple | list):
-        return type(value)(map_tensors(v, fn) for v in value)
-    return value
+        return type(value)(map_leaves(v, fn) for v in value)
+    return fn(value)
 
 
 def tensors_of(value: Any) -> list[Tensor]:

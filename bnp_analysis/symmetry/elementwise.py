@@ -1,11 +1,13 @@
 """Arithmetic, activations, reductions and what only moves numbers around, as demands on labels.
 
 Each rule takes the constraints, the node and its arguments by name, and returns what stands for the result: a value,
-a list of them, or None where it cannot be followed.
+a list of them, or None where it cannot be followed. One that fails, since an argument is something else than what it
+asks for, is not followed either.
 """
 
 from __future__ import annotations
 
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bnp_analysis.runtime.trees import tensors_of
+from bnp_analysis.linalg.local_bases import Floats, Ints
+from bnp_analysis.runtime.trees import map_leaves, tensors_of
 from bnp_analysis.symmetry.candidates import Cause
 from bnp_analysis.symmetry.constraints import (
     FIXED,
@@ -29,7 +32,6 @@ from bnp_analysis.symmetry.constraints import (
     values_in,
 )
 from bnp_analysis.symmetry.graph import Node
-from bnp_analysis.symmetry.linear_system import Floats, Ints
 
 Found = Value | list[Value] | None
 Given = dict[str, Any]
@@ -50,16 +52,15 @@ def moved(c: Constraints, node: Node, given: Given) -> Found:
     stored = all(isinstance(value, Parameters) for value in values)
 
     def written(part: Any) -> Any:
-        if isinstance(part, Activation | Parameters | Constant):
-            return part.entries.double() if stored and isinstance(part, Parameters) else c.labels(part).double()
-        if isinstance(part, dict):
-            return {key: written(inner) for key, inner in part.items()}
-        return type(part)(written(inner) for inner in part) if isinstance(part, list | tuple) else part
+        if not isinstance(part, Value):
+            return part
+        return part.entries.double() if stored and isinstance(part, Parameters) else c.labels(part).double()
 
-    function, args = node.call.function, written(c.value(node.call.positional))
+    args, kwargs = (map_leaves(c.value(given), written) for given in (node.call.positional, node.call.keywords))
+    function = node.call.function
     if node.kind == "view":  # Labels need not lie in memory as the numbers do.
         function, args = torch.reshape, [args[0], args[1:] if isinstance(args[1], int) else args[1]]
-    out = [t.round().to(torch.int64) for t in tensors_of(function(*args, **written(c.value(node.call.keywords))))]
+    out = [t.round().to(torch.int64) for t in tensors_of(function(*args, **kwargs))]
     if stored:
         return [Parameters(t) for t in out]
     first = values[0]
@@ -83,7 +84,7 @@ def chosen(c: Constraints, node: Node, given: Given) -> Found:
 
 
 def _as_value(part: Any) -> Value:
-    if isinstance(part, Activation | Parameters | Constant):
+    if isinstance(part, Value):
         return part
     return Constant(part.double() if isinstance(part, Tensor) else torch.tensor(float(part), dtype=torch.float64))
 
@@ -115,7 +116,8 @@ def _mapped(c: Constraints, labels: Tensor, factor: Tensor | float, offset: Tens
     if not scaling and not bool(constant.any()):
         return Activation(labels)
     # What is zero, or was and is a constant now.
-    labels = torch.where(constant == 0, ZERO, labels) if scaling else _constants_of_zeros(labels, constant)
+    gone, becomes = (constant == 0, ZERO) if scaling else ((labels == ZERO) & (constant != 0), FIXED)
+    labels = torch.where(gone, becomes, labels)
     moving = labels > ZERO
     old, place = torch.unique(labels[moving], return_inverse=True)
     numbers = torch.zeros(len(old), dtype=torch.float64).index_put((place,), constant[moving])
@@ -127,10 +129,6 @@ def _mapped(c: Constraints, labels: Tensor, factor: Tensor | float, offset: Tens
         labels = labels.clone()
         labels[moving] = torch.from_numpy(new)[place]
     return Activation(labels)
-
-
-def _constants_of_zeros(labels: Tensor, constant: Tensor) -> Tensor:
-    return torch.where((labels == ZERO) & (constant != 0), FIXED, labels)
 
 
 def scaled(c: Constraints, labels: Tensor, factor: Tensor) -> Activation:
@@ -200,10 +198,7 @@ def product(c: Constraints, node: Node, given: Given) -> Found:
 
 def power(c: Constraints, node: Node, given: Given) -> Found:
     """`y^k` scales like `k` times the scale of `y`."""
-    value, exponent = given["input"], 2.0 if node.kind == "square" else given.get("other")
-    if not isinstance(value, Activation) or not isinstance(exponent, int | float):
-        return None
-    out = _powers(c, [(value.labels, float(exponent))])
+    out = _powers(c, [(given["input"].labels, 2.0 if node.kind == "square" else float(given["other"]))])
     c.name(out.labels[out.labels != ZERO].numpy(), Cause.HOMOGENEITY)
     return out
 
@@ -250,14 +245,12 @@ def rigid(c: Constraints, node: Node, given: Given) -> Found:
 
 def homogeneous(c: Constraints, node: Node, given: Given) -> Found:
     """Positively homogeneous; a channel that the data keep on one side of zero is linear."""
-    value = given["input"]
-    if not isinstance(value, Activation):
-        return None
     if node.kind.startswith("clamp") and [part for role, part in given.items() if role != "input"] != [0]:
         return None
-    old, place = torch.unique(value.labels, return_inverse=True)
+    labels: Tensor = given["input"].labels
+    old, place = torch.unique(labels, return_inverse=True)
     olds = old.numpy()
-    slopes = _slopes(c, node, value.labels, olds)
+    slopes = _slopes(c, node, labels, olds)
     linear = (slopes != 0) & (olds > ZERO)
     out, bent = olds.copy(), olds[~linear]
     c.only(bent, scale=True)
@@ -303,12 +296,10 @@ def _over_examples(flags: Tensor, labels: Tensor) -> Tensor | None:
 
 def pooled(c: Constraints, node: Node, given: Given) -> Found:
     """Channel by channel, over space."""
-    value = given["input"]
-    if not isinstance(value, Activation):
-        return None
-    space = value.labels.ndim - 2 if node.kind == "interpolate" else int(node.kind[-2])
-    axis = value.labels.ndim - space - 1
-    channels = c.merge(value.labels.movedim(axis, -1))
+    labels: Tensor = given["input"].labels
+    space = labels.ndim - 2 if node.kind == "interpolate" else int(node.kind[-2])
+    axis = labels.ndim - space - 1
+    channels = c.merge(labels.movedim(axis, -1))
     if "max" in node.kind:
         c.separate(channels)
     elif np.any(np.asarray(given.get("padding", 0)) != 0):
@@ -318,10 +309,9 @@ def pooled(c: Constraints, node: Node, given: Given) -> Found:
 
 def reduced(c: Constraints, node: Node, given: Given) -> Found:
     """A mean, sum or maximum along some axes."""
-    value, dim = given["input"], given.get("dim")
-    if not isinstance(value, Activation) or isinstance(dim, Value | Tensor) or (dim is None and node.kind == "max"):
+    labels, dim = given["input"].labels, given.get("dim")
+    if isinstance(dim, Value | Tensor) or (dim is None and node.kind == "max"):
         return None
-    labels = value.labels
     if not labels.numel():  # a part of the batch that two examples do not have
         return None
     dims = range(labels.ndim) if dim is None else {int(d) % labels.ndim for d in np.atleast_1d(dim)}
@@ -336,11 +326,9 @@ def reduced(c: Constraints, node: Node, given: Given) -> Found:
 
 def softmax(c: Constraints, node: Node, given: Given) -> Found:
     """Invariant to a shift that is common along its axis."""
-    value, dim = given["input"], given.get("dim")
-    if not isinstance(value, Activation) or not isinstance(dim, int):
-        return None
-    c.only(value.labels.numpy(), shift=True)
-    for row in torch.unique(value.labels.movedim(dim, -1).reshape(-1, value.labels.shape[dim]), dim=0).numpy():
+    labels, dim = given["input"].labels, index(given["dim"])
+    c.only(labels.numpy(), shift=True)
+    for row in torch.unique(labels.movedim(dim, -1).reshape(-1, labels.shape[dim]), dim=0).numpy():
         moving = row[row != ZERO]
         c.equate(moving[:1].repeat(len(moving)), moving, scale=False)
     return fixed(node.shape, dim % len(node.shape) if node.kind == "softmax" else None)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bnp_analysis.linalg.local_bases import Ints
 from bnp_analysis.symmetry.candidates import SCALES, Cause
 from bnp_analysis.symmetry.constraints import (
     FIXED,
@@ -27,17 +28,13 @@ from bnp_analysis.symmetry.constraints import (
 )
 from bnp_analysis.symmetry.elementwise import Found, Given, gained
 from bnp_analysis.symmetry.graph import Node
-from bnp_analysis.symmetry.linear_system import Ints
 
 # Less than this of a scale behind a norm is not told from nothing.
 _LEAST = 1e-9
 
 
 def linear(c: Constraints, node: Node, given: Given) -> Found:
-    source, weight, bias = given.get("input"), given.get("weight"), given.get("bias")
-    if isinstance(source, Value) and isinstance(weight, Parameters) and isinstance(bias, Parameters | None):
-        return _linear(c, node, source, weight.entries, bias)
-    return None
+    return _linear(c, node, given["input"], given["weight"].entries, given.get("bias"))
 
 
 def _linear(c: Constraints, node: Node, source: Value, weight: Tensor, bias: Parameters | None) -> Activation:
@@ -73,25 +70,22 @@ def _used(
 
 
 def convolution(c: Constraints, node: Node, given: Given) -> Found:
-    source, weight, bias = given.get("input"), given.get("weight"), given.get("bias")
-    if not (isinstance(source, Value) and isinstance(weight, Parameters) and isinstance(bias, Parameters | None)):
-        return None
-    groups, kernel = int(given.get("groups", 1)), weight.entries.shape[2:]
-    inputs, axis = weight.entries.shape[1] * groups, len(node.shape) - len(kernel) - 1
-    channels = _channels(c, source, axis, inputs)
+    weight: Tensor = given["weight"].entries
+    groups, kernel = int(given.get("groups", 1)), weight.shape[2:]
+    inputs, axis = weight.shape[1] * groups, len(node.shape) - len(kernel) - 1
+    channels = _channels(c, given["input"], axis, inputs)
     padding = given.get("padding", 0)
     if padding != "valid" if isinstance(padding, str) else np.any(padding):
         c.fix(channels, scale=False)
     taps = np.repeat(channels.reshape(groups, -1), kernel.numel(), axis=1)
     group = np.arange(inputs) // (inputs // groups)
-    return _used(c, node, axis, taps, weight.entries.flatten(1), bias, channels, group)
+    return _used(c, node, axis, taps, weight.flatten(1), given.get("bias"), channels, group)
 
 
 def embedding(c: Constraints, node: Node, given: Given) -> Found:
-    weight, ignored = given.get("weight"), given.get("padding_idx")
-    if not isinstance(weight, Parameters) or given.get("max_norm") is not None:
+    if given.get("max_norm") is not None:
         return None
-    rows = weight.entries.numpy().T
+    rows, ignored = given["weight"].entries.numpy().T, given.get("padding_idx")
     out = c.fresh(len(rows))
     c.uses.append(Use(out, np.full((1, rows.shape[1]), FIXED), rows, node=node.index, table=True))
     c.treat(out)
@@ -114,7 +108,10 @@ def matmul(c: Constraints, node: Node, given: Given) -> Found:
     if left.ndim < 2 or right.ndim < 2:
         return None
     if isinstance(b, Activation) and bool((left <= ZERO).all()):
-        rows = a.weights in (left.ndim - 1, -1) if isinstance(a, Activation) else _row_sums_are_one(a.value)
+        if isinstance(a, Activation):
+            rows = a.weights in (left.ndim - 1, -1)
+        else:
+            rows = bool((a.value.double().sum(dim=-1) - 1).abs().max() < 1e-12)
         return _averaged(c, right, node.shape, sums_to_one=rows)
     if bool((right <= ZERO).all()):
         # `y M` with a constant `M`: all entries along the last axis move as one.
@@ -122,10 +119,6 @@ def matmul(c: Constraints, node: Node, given: Given) -> Found:
         c.only(found, scale=True)
         return Activation(torch.from_numpy(found).unsqueeze(-1).expand(node.shape).contiguous())
     return _contracted(c, c.merge_along(left, -2), c.merge_along(right, -1), node)
-
-
-def _row_sums_are_one(matrix: Tensor) -> bool:
-    return bool((matrix.double().sum(dim=-1) - 1).abs().max() < 1e-12)
 
 
 def _averaged(c: Constraints, values: Tensor, shape: torch.Size, *, sums_to_one: bool) -> Activation:
@@ -185,12 +178,9 @@ def _reaches_softmax(c: Constraints, index: int) -> bool:
 
 
 def attention(c: Constraints, node: Node, given: Given) -> Found:
-    parts = [given.get(role) for role in ("query", "key", "value")]
-    if given.get("enable_gqa") or not all(isinstance(part, Value) for part in parts):
+    if given.get("enable_gqa") or isinstance(given.get("mask"), Activation | Parameters):
         return None
-    if isinstance(given.get("mask"), Activation | Parameters):
-        return None
-    q, k, v = (c.labels(part) for part in parts if isinstance(part, Value))
+    q, k, v = (c.labels(given[role]) for role in ("query", "key", "value"))
     a, b = np.broadcast_arrays(c.merge_along(q, -2), c.merge_along(k, -2))
     queries, keys = np.unique(np.stack([a.ravel(), b.ravel()]), axis=1)
     c.equations.add((2 * queries, 1.0), (2 * keys, 1.0))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -27,9 +27,8 @@ from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.memory import require_memory
-from bnp_analysis.runtime.trees import tensors_of
-from bnp_analysis.symmetry.basis import NullBasis
-from bnp_analysis.symmetry.candidates import Candidate, Chart, Orbit, Part
+from bnp_analysis.runtime.trees import map_leaves, tensors_of
+from bnp_analysis.symmetry.candidates import Candidate, Chart, NullBasis, Orbit, Part
 from bnp_analysis.symmetry.constraints import Activation, Constant, Constraints, Parameters, Value, fixed, values_in
 from bnp_analysis.symmetry.from_data import Counted, UnreadOutputs, dependent_inputs, without_effect
 from bnp_analysis.symmetry.graph import Graph, Node, Slot
@@ -112,13 +111,10 @@ class NullDirections(Result):
         """Counts by cause."""
         parts = ", ".join(f"{cause} {count}" for cause, count in self.sources.items()) or "none"
         text = f"{self.columns.shape[1]} null directions of {self.dim} ({parts})"
-        if self.approximate:
-            text += "; approximate: " + ", ".join(f"{c} {n} ({s:.1g})" for c, (n, s) in self.approximate.items())
-        if self.rejected:
-            text += "; rejected: " + ", ".join(f"{c} {n} ({s:.1g})" for c, (n, s) in self.rejected.items())
-        if self.residual:
-            text += "; of the Gauss-Newton matrix only: "
-            text += ", ".join(f"{c} {n} ({s:.1g})" for c, (n, s) in self.residual.items())
+        others = {"approximate": self.approximate, "rejected": self.rejected}
+        for title, book in (others | {"of the Gauss-Newton matrix only": self.residual}).items():
+            if book:
+                text += f"; {title}: " + ", ".join(f"{c} {n} ({s:.1g})" for c, (n, s) in book.items())
         return text + (f"; not analysed: {'; '.join(self.not_analysed)}" if self.not_analysed else "")
 
     def records(self) -> list[dict[str, object]]:
@@ -441,13 +437,13 @@ def _with_calls(risk: EmpiricalRisk, graph: Graph) -> Graph:
     return record_graph(risk, batch, calls=True)
 
 
-def follow(constraints: Constraints) -> tuple[Constraints, list[tuple[str, str]]]:
+def follow(c: Constraints) -> tuple[Constraints, list[tuple[str, str]]]:
     """Let every operation write its demands.
 
     Returns:
         The constraints, and the parameters with the kinds of operations that use them in ways that are not followed.
     """
-    c, unfollowed = constraints, list[tuple[str, str]]()
+    unfollowed: list[tuple[str, str]] = []
     for node in c.graph:
         found = _outcome(c, node)
         if found is None:
@@ -480,19 +476,12 @@ def _outcome(c: Constraints, node: Node) -> Value | list[Value] | None:
     # What fails here is an operation like those without a rule; equations that it left behind only forbid more.
     with suppress(Exception):
         if all(isinstance(value, Constant) for value in _operands(c, node)):
-            out = call.function(*_numbers(c.value(call.positional)), **_numbers(c.value(call.keywords)))
-            return [Constant(t.detach()) for t in tensors_of(out)]
-        found: Value | list[Value] | None = (
-            None if effect is None else effect(c, node, c.value(arguments_by_name(node)))
-        )
-        return found
+            # Copied: some operations write into what they read.
+            args, kwargs = (map_leaves(c.value(given), _number) for given in (call.positional, call.keywords))
+            return [Constant(t.detach()) for t in tensors_of(call.function(*args, **kwargs))]
+        return None if effect is None else cast(Value, effect(c, node, c.value(arguments_by_name(node))))
     return None
 
 
-def _numbers(given: Any) -> Any:
-    """Constants as tensors again, copied: some operations write into what they read."""
-    if isinstance(given, Constant):
-        return given.value.clone()
-    if isinstance(given, dict):
-        return {key: _numbers(part) for key, part in given.items()}
-    return type(given)(_numbers(part) for part in given) if isinstance(given, list | tuple) else given
+def _number(part: Any) -> Any:
+    return part.value.clone() if isinstance(part, Constant) else part

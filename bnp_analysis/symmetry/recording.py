@@ -62,7 +62,7 @@ class _Recorder(TorchFunctionMode):
         self.leaves = risk.leaves()
         tensors = risk.named_tensors() | self.leaves
         self._names, self._calls = {id(t): name for name, t in tensors.items()}, calls
-        self._made: dict[int, Slot] = {}
+        self.made: dict[int, Slot] = {}
         # Kept alive: a freed tensor's identity would be given to another.
         self._alive: list[Any] = []
         # Derivatives of ordinary size: one that saturation has made tiny is no missing edge.
@@ -89,7 +89,7 @@ class _Recorder(TorchFunctionMode):
             if node.operation.role and made[0].requires_grad:
                 self.edges[node.index] = get_gradient_edge(made[0])
             self.nodes.append(node)
-            self._made |= {id(t): Slot(node.index, k) for k, t in enumerate(made) if t.is_floating_point()}
+            self.made |= {id(t): Slot(node.index, k) for k, t in enumerate(made) if t.is_floating_point()}
             self._alive += [out, args, kwargs]
         return out
 
@@ -112,7 +112,7 @@ class _Recorder(TorchFunctionMode):
             if id(weight) not in names or (bias is not None and id(bias) not in names):
                 kind, operation = kind + _COMPUTED, replace(operation, role="")
         others = [t for t in given if id(t) not in names]
-        slots = [self._made.get(id(t)) for t in others]
+        slots = [self.made.get(id(t)) for t in others]
         first = others[0].detach() if others else None
         keep = operation.role in ("layer", "norm")
         return Node(
@@ -133,12 +133,9 @@ class _Recorder(TorchFunctionMode):
     def _call(self, func: Any, args: Any, kwargs: Any) -> Call:
         def written(t: Tensor) -> Any:
             name = self._names.get(id(t))
-            return (self._made.get(id(t)) or t.detach().cpu().clone()) if name is None else Name(name)
+            return (self.made.get(id(t)) or t.detach().cpu().clone()) if name is None else Name(name)
 
         return Call(func, map_tensors(list(args), written), map_tensors(dict(kwargs), written))
-
-    def output_slot(self) -> Slot | None:
-        return self._made.get(id(self.out))
 
 
 @recording()
@@ -178,7 +175,7 @@ def record_graph(risk: EmpiricalRisk, batch: Batch, counted: Tensor | None = Non
         for node in run.nodes
     ]
     found = {name: _nonzero(grad, run.leaves[name].shape) for name, grad in moved.items()}
-    return Graph(nodes, run.output_slot(), found, run.transformed)
+    return Graph(nodes, run.made.get(id(run.out)), found, run.transformed)
 
 
 @recording()

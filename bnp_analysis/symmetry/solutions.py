@@ -10,19 +10,9 @@ import torch
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from bnp_analysis.linalg.local_bases import Floats, Ints, Sparse
 from bnp_analysis.symmetry.candidates import SCALES, SHIFTS, Candidate, Cause, Orbit, Part
-from bnp_analysis.symmetry.constraints import Constraints
-from bnp_analysis.symmetry.linear_system import (
-    Equations,
-    Floats,
-    Ints,
-    Sparse,
-    combined,
-    coo_array,
-    csr_array,
-    solutions,
-    vstack,
-)
+from bnp_analysis.symmetry.constraints import Constraints, Equations, combined, coo_array, csr_array, solutions, vstack
 
 # The word that says most about a symmetry comes first.
 _TELLING = (
@@ -39,23 +29,15 @@ Vector = tuple[Ints, Floats]
 # Scales and shifts.
 
 
-@dataclass(frozen=True, eq=False)
-class Moves:
+def parameter_moves(c: Constraints) -> tuple[Sparse, Sparse, Sparse]:
     """How scales and shifts move the free parameters, and what constant or shared parameters ask of them.
 
-    Attributes:
-        tangents: `(n, unknowns)`.
-        exponents: the same for parameters of 1, which scales multiply by powers of `t` wherever they are.
-        demands: `(equations, unknowns)`.
+    Each use says how its parameters must move; those that cannot, or in two ways, are demands.
+
+    Returns:
+        Tangents `(n, unknowns)`; the same for parameters of 1, which scales multiply by powers of `t` wherever they
+        are; demands `(equations, unknowns)`.
     """
-
-    tangents: Sparse
-    exponents: Sparse
-    demands: Sparse
-
-
-def parameter_moves(c: Constraints) -> Moves:
-    """Each use says how its parameters must move; those that cannot, or in two ways, are demands."""
     rows, entries = _expressions(c, c.theta)
     size = c.chart.dim
     stuck = (entries < 0) | (entries >= size) | np.isin(entries, np.concatenate([_EMPTY, *c.pinned]))
@@ -67,7 +49,7 @@ def parameter_moves(c: Constraints) -> Moves:
     differ = csr_array(rows[order[again]] - rows[order[first[use[again]]]])
     onto = coo_array((np.ones(len(moved)), (moved, order[first])), shape=(size, len(entries))).tocsr()
     exponents = onto @ _expressions(c, np.ones_like(c.theta))[0]
-    return Moves(csr_array(onto @ rows), csr_array(exponents), csr_array(vstack([rows[np.flatnonzero(stuck)], differ])))
+    return csr_array(onto @ rows), csr_array(exponents), csr_array(vstack([rows[np.flatnonzero(stuck)], differ]))
 
 
 def _expressions(c: Constraints, theta: Floats) -> tuple[Sparse, Ints]:
@@ -92,8 +74,9 @@ def _expressions(c: Constraints, theta: Floats) -> tuple[Sparse, Ints]:
 
 def scale_candidates(c: Constraints) -> list[Candidate]:
     """Solutions of the equations as directions, those that only the limit of no eps allows apart."""
-    moves, size = parameter_moves(c), 2 * c.count
-    common = vstack([c.equations.matrix(size), moves.demands])
+    *moves, demands = parameter_moves(c)
+    size = 2 * c.count
+    common = vstack([c.equations.matrix(size), demands])
     vectors, left_out = solutions(csr_array(vstack([common, c.exact.matrix(size)])))
     if left_out:
         c.skipped.append(f"{left_out} scales and shifts depend on each other: too many to solve for")
@@ -118,9 +101,9 @@ def _independent(vectors: list[Vector], wanted: Ints, size: int) -> list[Vector]
     return picked
 
 
-def _candidates(c: Constraints, moves: Moves, vectors: list[Vector], *, exact: bool) -> list[Candidate]:
+def _candidates(c: Constraints, moves: list[Sparse], vectors: list[Vector], *, exact: bool) -> list[Candidate]:
     basis = combined(vectors, 2 * c.count)
-    tangents, exponents = (moves.tangents @ basis).tocsc(), (moves.exponents @ basis).tocsc()
+    tangents, exponents = ((moved @ basis).tocsc() for moved in moves)
     found: dict[Cause, list[tuple[Part, Orbit | None]]] = {}
     for k, (unknowns, _) in enumerate(vectors):
         where, values = _column(tangents, k)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.preconditioner import Preconditioner
-from bnp_analysis.network.names import clean_name
+from bnp_analysis.network.parameters import clean_name
 from bnp_analysis.network.snapshot import require_values, unwrap
 from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.random import generator, normal

@@ -21,9 +21,8 @@ from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.network.snapshot import unwrap
 from bnp_analysis.runtime.files import reading, sole_writer
 from bnp_analysis.runtime.kinds import gated, require_loss
-from bnp_analysis.runtime.progress import Progress, Update, reporting
+from bnp_analysis.runtime.progress import Progress, Update, reporting, stop_requests
 from bnp_analysis.runtime.random import random_state
-from bnp_analysis.runtime.stopping import stop_requests
 from bnp_analysis.runtime.trees import tensors_of
 from bnp_analysis.training.probes import Probe, bound, period
 from bnp_analysis.training.run import (

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bnp_analysis.data.formats import parse_cifar_batch
+from bnp_analysis.data.files import parse_cifar_batch
 from bnp_analysis.errors import InvalidInputError
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bnp_analysis.data.formats import parse_idx
+from bnp_analysis.data.files import parse_idx
 from bnp_analysis.errors import InvalidInputError
 
 HEADER = bytes([0, 0, 8, 2, 0, 0, 0, 2, 0, 0, 0, 3])

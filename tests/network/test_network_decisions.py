@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import operator
 import os
 import random
 import sys
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 import bnp_analysis as bnp
 from bnp_analysis.errors import MeasurementWarning, StochasticModelError
+from bnp_analysis.network.decisions import _open
 
 KEPT: dict[str, Any] = {"passes": 0, "log": []}
 TALLY = itertools.count()
@@ -214,3 +216,12 @@ def test_what_runs_when_garbage_is_collected_is_not_the_models() -> None:
     finally:
         gc.callbacks.remove(collected)
     assert times
+
+
+@pytest.mark.parametrize("name", ["lt", "le", "gt", "ge", "eq", "ne"])
+def test_a_comparison_is_open_where_numbers_within_bounds_fall_both_ways(name: str) -> None:
+    bounds = [(low, high) for low in range(4) for high in range(low, 4)]
+    for a, b in itertools.product(bounds, bounds):
+        pairs = itertools.product(range(a[0], a[1] + 1), range(b[0], b[1] + 1))
+        outcomes = {getattr(operator, name)(x, y) for x, y in pairs}
+        assert _open(name, a, b) == (len(outcomes) == 2), (a, b)

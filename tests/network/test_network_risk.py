@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import bnp_analysis as bnp
 from bnp_analysis.errors import BNPAnalysisError, InvalidInputError, NonFiniteError
-from bnp_analysis.network.names import NameIndex, clean_name
+from bnp_analysis.network.parameters import NameIndex, clean_name
 from bnp_analysis.network.snapshot import require_one_device
 
 # the point

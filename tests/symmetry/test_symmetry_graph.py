@@ -18,11 +18,10 @@ from torch import Tensor, nn
 import bnp_analysis as bnp
 from bnp_analysis.linalg.spectra.checks import null_vectors
 from bnp_analysis.symmetry.candidates import Chart
-from bnp_analysis.symmetry.constraints import Constraints
+from bnp_analysis.symmetry.constraints import Constraints, solutions
 from bnp_analysis.symmetry.elementwise import rigid
 from bnp_analysis.symmetry.from_data import shift_invariant
 from bnp_analysis.symmetry.graph import Graph, Operation
-from bnp_analysis.symmetry.linear_system import solutions
 from bnp_analysis.symmetry.null_space import candidate_directions, follow
 from bnp_analysis.symmetry.operations import OPERATIONS
 from bnp_analysis.symmetry.recording import record_graph

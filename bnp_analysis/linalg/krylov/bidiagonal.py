@@ -20,9 +20,8 @@ from bnp_analysis.linalg.scale import comfortable, exponent, in_floats, require_
 from bnp_analysis.runtime.files import saved_run
 from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.memory import require_memory
-from bnp_analysis.runtime.progress import Progress, reporting
+from bnp_analysis.runtime.progress import Progress, reporting, stop_requests
 from bnp_analysis.runtime.random import generator
-from bnp_analysis.runtime.stopping import stop_requests
 
 _CONTAMINATION = 1e-2
 

@@ -26,9 +26,8 @@ from bnp_analysis.linalg.scale import comfortable, exponent, in_floats, require_
 from bnp_analysis.runtime.files import saved_run
 from bnp_analysis.runtime.kinds import gated, require_plain
 from bnp_analysis.runtime.memory import require_memory
-from bnp_analysis.runtime.progress import Progress, reporting
+from bnp_analysis.runtime.progress import Progress, reporting, stop_requests
 from bnp_analysis.runtime.random import generator, normal
-from bnp_analysis.runtime.stopping import stop_requests
 from bnp_analysis.runtime.threads import one_blas_thread
 
 Floats = NDArray[np.float64]

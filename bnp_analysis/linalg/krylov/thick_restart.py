@@ -17,9 +17,8 @@ from bnp_analysis.linalg.matrices import Columns
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.runtime.files import SavedRun
 from bnp_analysis.runtime.memory import require_memory
-from bnp_analysis.runtime.progress import Progress, Update, reporting
+from bnp_analysis.runtime.progress import Progress, StopRequest, Update, reporting, stop_requests
 from bnp_analysis.runtime.random import generator, normal
-from bnp_analysis.runtime.stopping import StopRequest, stop_requests
 from bnp_analysis.runtime.threads import one_blas_thread
 
 _LEAST_VERIFICATION = 8

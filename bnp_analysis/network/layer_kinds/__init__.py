@@ -9,12 +9,11 @@ from bnp_analysis.network.layer_kinds.base import (
     kinds_of,
     register_layer,
 )
-from bnp_analysis.network.layer_kinds.convolution import ConvolutionLayer
+from bnp_analysis.network.layer_kinds.convolution import ConvolutionLayer, TransposedConvolutionLayer
 from bnp_analysis.network.layer_kinds.dense import DenseLayer, recognize
 from bnp_analysis.network.layer_kinds.embedding import EmbeddingLayer
 from bnp_analysis.network.layer_kinds.normalization import BatchNormLayer, ChannelNormLayer, FeatureNormLayer
 from bnp_analysis.network.layer_kinds.recurrent import RecurrentMap
-from bnp_analysis.network.layer_kinds.transposed_convolution import TransposedConvolutionLayer
 
 __all__ = [
     "KINDS",

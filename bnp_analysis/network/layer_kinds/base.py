@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.network.layer_kinds.multiples import multiplier, where_stored
+from bnp_analysis.network.recorded_product import multiplier, where_stored
 from bnp_analysis.runtime.kinds import gated
 
 
@@ -284,6 +284,11 @@ class Layer(ABC):
     def beyond_paper(self, rows: int, examples: int) -> list[str]:
         """What of the layer the paper's rule for `q` does not speak of, in words, for so many rows and examples."""
         return [f"{type(self.module).__name__}, by its rows"]
+
+
+def enter(layer: type[Layer], *types: type[nn.Module], **how: Any) -> None:
+    """Enter types of torch's layers into the registry; `how` as in `LayerKind`."""
+    KINDS.update({module_type: LayerKind(module_type, layer, **how) for module_type in types})
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:

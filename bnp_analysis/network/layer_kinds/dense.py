@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from bnp_analysis.network.layer_kinds.base import KINDS, RECOGNIZERS, Layer, LayerKind
+from bnp_analysis.network.layer_kinds.base import RECOGNIZERS, Layer, LayerKind, enter
 
 # Attributes by which public models say how many units there are, and how many inputs.
 _UNITS, _INPUTS = ("nf", "out_features", "out_channels"), ("nx", "in_features", "in_channels")
@@ -70,5 +70,5 @@ def _transposed(module: nn.Module, shape: tuple[int, ...], bias: int | None) -> 
     return True if said[::-1] == [*shape] else None
 
 
-KINDS[nn.Linear] = LayerKind(nn.Linear, DenseLayer, builtin=True)
+enter(DenseLayer, nn.Linear, builtin=True)
 RECOGNIZERS.append(recognize)

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnp_analysis.network.layer_kinds.base import KINDS, Layer, LayerKind
+from bnp_analysis.network.layer_kinds.base import Layer, enter
 
 
 class EmbeddingLayer(Layer):
@@ -45,4 +45,4 @@ class EmbeddingLayer(Layer):
         return h[:1].numel()
 
 
-KINDS[nn.Embedding] = LayerKind(nn.Embedding, EmbeddingLayer, transposed=True, builtin=True, asked=True)
+enter(EmbeddingLayer, nn.Embedding, transposed=True, builtin=True, asked=True)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnp_analysis.network.layer_kinds.base import KINDS, Layer, LayerKind
+from bnp_analysis.network.layer_kinds.base import Layer, LayerKind, enter
 
 
 class NormLayer(Layer):
@@ -76,11 +76,7 @@ def _normalized(module: Any, h: Tensor) -> Tensor:
     return found
 
 
-_TYPES: dict[type[Layer], tuple[type[nn.Module], ...]] = {
-    FeatureNormLayer: (nn.LayerNorm, nn.RMSNorm),
-    ChannelNormLayer: (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
-    BatchNormLayer: (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
-}
-for layer, types in _TYPES.items():
-    for module_type in types:
-        KINDS[module_type] = LayerKind(module_type, layer, builtin=True, asked=True)
+enter(FeatureNormLayer, nn.LayerNorm, nn.RMSNorm, builtin=True, asked=True)
+_BY_CHANNEL = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+enter(ChannelNormLayer, *_BY_CHANNEL, builtin=True, asked=True)
+enter(BatchNormLayer, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, builtin=True, asked=True)

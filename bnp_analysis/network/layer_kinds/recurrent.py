@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
-from bnp_analysis.network.layer_kinds.base import KINDS, Apart, LayerKind
+from bnp_analysis.network.layer_kinds.base import Apart, LayerKind, enter
 from bnp_analysis.network.layer_kinds.dense import DenseLayer
 from bnp_analysis.network.smooth import LOOPS
 
@@ -107,7 +107,8 @@ def _of_sequence(module: Any, output: Tensor, x: Tensor, hx: Any = None) -> dict
     Outputs of lower layers are not seen: these run again, by the kernels of torch.
     """
     x, output = (_batch_first(module, t) for t in (x, output))
-    states = None if hx is None else [s.unsqueeze(1) if s.ndim == 2 else s for s in _listed(hx)]
+    given = [hx] if isinstance(hx, Tensor) else hx
+    states = None if given is None else [s.unsqueeze(1) if s.ndim == 2 else s for s in given]
     ways, found = _ways(module), dict[str, Tensor]()
     for i in range(module.num_layers):
         here = slice(i * ways, (i + 1) * ways)
@@ -143,11 +144,5 @@ def _ways(module: Any) -> int:
     return 2 if module.bidirectional else 1
 
 
-def _listed(hx: Any) -> list[Tensor]:
-    return [hx] if isinstance(hx, Tensor) else [*hx]
-
-
-for module_type in (nn.RNN, nn.LSTM, nn.GRU):
-    KINDS[module_type] = LayerKind(module_type, RecurrentMap, "weight_ih_l0", "bias_ih_l0", builtin=True)
-for cell_type in (nn.RNNCell, nn.LSTMCell, nn.GRUCell):
-    KINDS[cell_type] = LayerKind(cell_type, RecurrentMap, "weight_ih", "bias_ih", builtin=True)
+enter(RecurrentMap, nn.RNN, nn.LSTM, nn.GRU, weight="weight_ih_l0", bias="bias_ih_l0", builtin=True)
+enter(RecurrentMap, nn.RNNCell, nn.LSTMCell, nn.GRUCell, weight="weight_ih", bias="bias_ih", builtin=True)

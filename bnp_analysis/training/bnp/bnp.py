@@ -16,8 +16,7 @@ from torch.optim import Optimizer
 
 from bnp_analysis.errors import InvalidInputError, TrainingWarning
 from bnp_analysis.network.layers import no_product, require_types
-from bnp_analysis.network.names import clean_name
-from bnp_analysis.network.parameters import ParameterSpace
+from bnp_analysis.network.parameters import ParameterSpace, clean_name
 from bnp_analysis.network.snapshot import require_values, unwrap
 from bnp_analysis.precondition.bnp import BNPPreconditioner
 from bnp_analysis.runtime.kinds import gated

@@ -10,9 +10,7 @@ from torch import nn
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.layer_kinds import KINDS, Layer
 from bnp_analysis.network.layers import changed_product, layers_of
-from bnp_analysis.network.names import clean_name
-from bnp_analysis.network.parameters import ParameterSpace
-from bnp_analysis.network.selection import choose_parameters
+from bnp_analysis.network.parameters import ParameterSpace, choose_parameters, clean_name
 
 Names = str | Iterable[str]
 

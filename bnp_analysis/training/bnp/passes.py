@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bnp_analysis.errors import TrainingWarning
 from bnp_analysis.network.layer_kinds import Layer
 from bnp_analysis.network.layers import layers_of
-from bnp_analysis.network.names import clean_name
+from bnp_analysis.network.parameters import clean_name
 from bnp_analysis.training.bnp.moments import BatchMoments
 
 #: What was seen since the last step: moments of each layer, and how many of its inputs are kept.
