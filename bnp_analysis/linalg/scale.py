@@ -67,8 +67,7 @@ class Scaled(Derived):
     """`2^e F` with vectors in at least single precision; the first product says which `e`, most often 0."""
 
     def __init__(self, operator: LinearOperator) -> None:
-        LinearOperator.__init__(self, operator.shape, precise(operator.dtype), operator.device)
-        self.inner = operator
+        super().__init__(operator, dtype=precise(operator.dtype))
         self._exponent: int | None = None
 
     @property
@@ -164,11 +163,7 @@ class ScaledPreconditioner(Preconditioner):
 
     def __init__(self, inner: Preconditioner, exponent: int) -> None:
         super().__init__(inner.dim, inner.dtype, inner.device)
-        self.inner, self.exponent = inner, exponent
-
-    @property
-    def eps(self) -> float:
-        return self.inner.eps
+        self.inner, self.exponent, self.made_of = inner, exponent, (inner,)
 
     @property
     def roundings(self) -> int:

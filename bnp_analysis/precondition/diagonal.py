@@ -70,14 +70,10 @@ class DiagonalPreconditioner(NetworkPreconditioner):
     def _matmat(self, x: Tensor) -> Tensor:
         return self._column * x
 
-    def _rmatmat(self, y: Tensor) -> Tensor:
-        return self._column * y
-
     def _solve(self, x: Tensor) -> Tensor:
         return x / self._column
 
-    def _rsolve(self, y: Tensor) -> Tensor:
-        return y / self._column
+    _rmatmat, _rsolve = _matmat, _solve
 
     def absolute(self) -> LinearOperator:
         return self
