@@ -117,7 +117,7 @@ class Scaled(Derived):
 
     def _found(self) -> int:
         """The exponent by products with one random vector, made longer or shorter where its image is 0 or infinite."""
-        v = normal((self.inner.shape[1], 1), generator(0), torch.empty(0, dtype=self.dtype, device=self.device))
+        v = normal((self.inner.shape[1], 1), generator(0), self)
         far = -3 * math.frexp(torch.finfo(self.inner.dtype).tiny)[1] // 4
         for shift in (0, far, -far):
             size = binary_exponent(self._at(self.inner._matmat, v, shift)) - binary_exponent(v) - shift

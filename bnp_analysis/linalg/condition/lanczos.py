@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from bnp_analysis.errors import NotConvexError, ZeroOperatorError
 from bnp_analysis.linalg.condition.certificates import (
@@ -166,8 +165,7 @@ def _run(problem: Problem, operator: SymmetricOperator, basis: Columns) -> tuple
     """A random start where the null space is declared; else one in the range, `A g` (T13, trap 7)."""
     start, extra = None, 0
     if not problem.null.complete:
-        like = torch.empty(0, dtype=operator.dtype, device=operator.device)
-        start = operator @ normal((operator.dim,), generator(problem.seed), like)
+        start = operator @ normal((operator.dim,), generator(problem.seed), operator)
         extra = 1
         if float(start.double().norm()) == 0.0:
             raise ZeroOperatorError("the operator maps a random vector to zero: it is the zero operator")

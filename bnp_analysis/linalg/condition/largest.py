@@ -184,9 +184,9 @@ def _kept(theta: Floats) -> Floats:
 def _trace_beyond(A: SymmetricOperator, known: Columns, probes: int, seed: int) -> tuple[float, float, int]:
     """The trace of `A` on the complement of orthonormal columns, its standard error, products spent."""
     g = generator(seed, stream=1)
-    samples, like = [], torch.empty(0, dtype=A.dtype, device=A.device)
+    samples = []
     for _ in range(probes):
-        v = project_out(rademacher((A.dim, 1), g, like), known)
+        v = project_out(rademacher((A.dim, 1), g, A), known)
         samples.append(float((v.double() * (A @ v).double()).sum()))
     found = np.array(samples)
     return float(found.mean()), float(found.std(ddof=1) / math.sqrt(probes)), probes

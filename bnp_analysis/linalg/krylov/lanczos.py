@@ -326,8 +326,7 @@ class _Run:
 
 
 def _start(A: SymmetricOperator, start: Tensor | None, null: Columns | None, seed: int) -> Tensor:
-    like = torch.empty(0, dtype=A.dtype, device=A.device)
-    vector = normal((A.dim,), generator(seed), like) if start is None else start
+    vector = normal((A.dim,), generator(seed), A) if start is None else start
     require_plain(vector, "start")
     if vector.shape != (A.dim,) or vector.dtype != A.dtype or vector.device != A.device:
         raise InvalidInputError(

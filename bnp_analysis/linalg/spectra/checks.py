@@ -84,6 +84,11 @@ def rounding_norm(A: SymmetricOperator, seed: int = 0) -> float:
     return norm_estimate(A, seed)
 
 
+def amplification(A: SymmetricOperator, seed: int) -> tuple[float, int]:
+    """What products round relative to where that may exceed `|A|`, else 0; and the products spent."""
+    return (rounding_norm(A, seed), 2 * NORM_STEPS) if amplified(A) else (0.0, 0)
+
+
 def rounding_of_sums(A: SymmetricOperator, seed: int) -> tuple[float, int]:
     """`eps` times what products round relative to where a sum may cancel, else 0; and the products spent."""
     return (A.eps * rounding_norm(A, seed), 2 * NORM_STEPS) if cancels(A) else (0.0, 0)
@@ -165,8 +170,7 @@ def require_symmetric(A: SymmetricOperator, seed: int) -> None:
         for part in (inner.left, inner.right):
             require_symmetric(scaled(part), seed)
         return
-    like = torch.empty(0, dtype=A.dtype, device=A.device)
-    pair = normal((A.dim, 2), generator(seed), like)
+    pair = normal((A.dim, 2), generator(seed), A)
     image = A @ pair
     require_finite(image, "a product")
     if isinstance(A, GramOperator):

@@ -139,7 +139,7 @@ def _local(null: HasColumns, A: SymmetricOperator) -> DeclaredNull | None:
     if count <= COMBINED or _SAVED * N.held > A.dim * count:
         return None
     N = N.to(precise(A.dtype))
-    g = normal((count, 2), generator(0), torch.empty(0, dtype=N.dtype, device=N.device))
+    g = normal((count, 2), generator(0), N)
     if not float((N.T @ (N @ g) - g).norm()) <= 100 * math.sqrt(count) * torch.finfo(N.dtype).eps * float(g.norm()):
         return None
     given = float(torch.finfo(A.dtype).eps)
