@@ -79,7 +79,7 @@ def dense_ends(
     A, null = problem.A, problem.null
     found = spectrum(problem)
     if found is None:
-        return zero_matrix(null, A.dense_cost + null.cost)
+        return zero_matrix(A.dense_cost + null.cost)
     values, radius, scale = found.values, found.radius, found.scale
     if problem.semidefinite and values[0] < -radius:
         units = f", both in units of 2^{-found.exponent}" if found.exponent else ""
@@ -91,7 +91,7 @@ def dense_ends(
     sizes = np.sort(np.abs(values))
     rank = int((sizes > radius).sum())
     if rank == 0:
-        return zero_matrix(null, found.matvecs)
+        return zero_matrix(found.matvecs)
     unresolved, on_your_word = unexplained_zeros(rank, found.structural, null, A)
     zeros = A.dim - rank
     top, bottom, zero = float(sizes[-1]), float(sizes[zeros]), float(sizes[zeros - 1]) if zeros else 0.0
@@ -104,8 +104,6 @@ def dense_ends(
         lower=max(top_low, 0.0) / high,
         upper=top_high / low if unresolved == 0 and low > 0 else math.inf,
         rank=rank,
-        null_dim=null.dim,
-        null_sources=null.sources,
         on_your_word=on_your_word,
         unresolved=unresolved,
         negative=int((values < -radius).sum()),

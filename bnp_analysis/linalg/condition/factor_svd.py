@@ -103,7 +103,7 @@ def factor_svd(problem: Problem) -> Extremes:
     """The ends of the spectrum from the singular values of the dense factor `F P`."""
     found = singular_values(problem)
     if found is None:
-        return zero_matrix(problem.null, problem.factor("factor-svd").dense_cost + problem.null.cost)
+        return zero_matrix(problem.factor("factor-svd").dense_cost + problem.null.cost)
     ends = factor_extremes(
         problem.A,
         problem.null,

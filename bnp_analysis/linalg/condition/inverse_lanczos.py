@@ -130,8 +130,6 @@ def inverse_lanczos(problem: Problem) -> Extremes:
         lambda_min=bottom,
         lower=lower,
         upper=(high + floor) / (1 / inverse_high - floor) if trusted else math.inf,
-        null_dim=null.dim,
-        null_sources=null.sources,
         noise_floor=floor,
         failure_probability=problem.failure_probability,
         matvecs=spent,

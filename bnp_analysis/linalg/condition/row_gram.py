@@ -119,7 +119,7 @@ def row_gram(problem: Problem) -> Extremes:
     if rows is None:
         return _refused(problem, "P is not the same for every unit of a layer")
     if not len(rows.length):
-        return zero_matrix(null, null.cost)
+        return zero_matrix(null.cost)
     x, frobenius = _smallest(rows, problem.seed)
     bottom = None if x is None else _bottom(rows, x)
     if bottom is None:
@@ -133,8 +133,6 @@ def row_gram(problem: Problem) -> Extremes:
         lower=least / high,
         upper=most / low if unresolved == 0 else math.inf,
         rank=rank,
-        null_dim=null.dim,
-        null_sources=null.sources,
         on_your_word=on_word,
         unresolved=unresolved,
         zero=problem.A.dim - rank,

@@ -237,12 +237,13 @@ def _measure(
     chosen, ends = first_that_fits(tried, lambda method: method.solve(problem))
     if ends.lambda_max == 0.0:
         raise zero_operator(A, P)
+    declared = {"null_dim": problem.null.dim, "null_sources": problem.null.sources}
     if ends.rank is None:  # nothing is counted: every declared direction is believed
-        ends = dataclasses.replace(ends, on_your_word=ends.null_sources.get("declared", 0))
+        declared["on_your_word"] = problem.null.sources.get("declared", 0)
     two_sided = math.isfinite(ends.upper) and math.isfinite(ends.lower)
     chance = ends.failure_probability if math.isfinite(ends.upper) else 0.0
     return ConditionNumber(
-        **(vars(ends) | {"failure_probability": chance}),
+        **(vars(ends) | declared | {"failure_probability": chance}),
         value=ends.lambda_max / ends.lambda_min if ends.lambda_min > 0 else math.inf,
         two_sided=two_sided,
         method=chosen.name,
