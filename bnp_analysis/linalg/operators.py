@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Self, overload
 
 import numpy as np
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg.row_products import RowProducts
 from bnp_analysis.runtime.float32 import full_float32
 from bnp_analysis.runtime.kinds import require_plain
 
@@ -35,6 +35,24 @@ _CANCELLED = (
     "(binary_cross_entropy_with_logits, cross_entropy, softplus, logsigmoid), take a point or data with smaller "
     "logits, leave the saturated layers out with params=, and, from float32, go over to float64"
 )
+
+
+@dataclass(frozen=True, eq=False)
+class RowProducts:
+    """Rows `g_jr (x) h_j` of a factor, in some of its columns: those of one dense layer (T1).
+
+    Products of two rows are `(g_jr . g_ks) (h_j . h_k)`: the Gram matrix of all rows costs what its size is, however
+    many columns there are.
+
+    Attributes:
+        left: `G`, `(R, r, n)`, example by example.
+        right: `H`, `(R, f)`, with the bias column last if there is one.
+        columns: `(n f,)`, positions of the columns: unit after unit, then those of the biases.
+    """
+
+    left: Tensor
+    right: Tensor
+    columns: Tensor
 
 
 class LinearOperator(ABC):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg.local_bases import orthonormal_blocks
+from bnp_analysis.linalg.bases import orthonormal_blocks
 from bnp_analysis.linalg.matrices import Columns, LocalColumns, MatrixOperator
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, describe, gate
 from bnp_analysis.runtime.kinds import require_kind

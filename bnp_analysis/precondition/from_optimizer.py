@@ -23,6 +23,7 @@ from bnp_analysis.precondition.diagonal import (
     from_divisors,
     named_parameters,
     optimizer_divisors,
+    read_states,
     require_shape,
 )
 from bnp_analysis.runtime.kinds import gated
@@ -201,26 +202,11 @@ def _by_tensor(
     block: Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], Preconditioner | None],
 ) -> BlockDiagonal:
     """`P` of an optimizer that treats each tensor by itself, which `block` reads."""
+    found, uncovered = read_states(optimizer, space, model, block)
     blocks: dict[str, Entry] = {}
-    uncovered = dict.fromkeys(space.names, "not among the optimizer's parameters")
-    for p, group, name in named_parameters(optimizer, model):
-        if name not in space:
-            continue
-        listed = space.canonical(name)
-        require_shape(p, name, space)
-        state = optimizer.state.get(p)
-        inner = block(p, group, state) if state else None
-        if inner is None:
-            uncovered[listed] = "the optimizer has not stepped it"
-            continue
-        part = space.slice_of(listed)
-        blocks[listed] = (torch.arange(part.start, part.stop), inner)
-        del uncovered[listed]
-    if not blocks:
-        raise InvalidInputError(
-            f"{type(optimizer).__name__} holds no preconditioner of any parameter: it has made no step, or belongs to "
-            "another model. Train first (SOAP's first step only initializes it)"
-        )
+    for name, inner in found.items():
+        part = space.slice_of(name)
+        blocks[name] = (torch.arange(part.start, part.stop), inner)
     settings = {"source": type(optimizer).__name__}
     return BlockDiagonal(
         space.dim, blocks, space.dtype, space.device, space, settings=settings, uncovered=uncovered

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnp_analysis.linalg.local_bases import Block, Ints, LocalBasis, Sparse, components, dense_block, sparse_columns
+from bnp_analysis.linalg.bases import Block, Ints, LocalBasis, Sparse, components, dense_block, sparse_columns
 from bnp_analysis.linalg.spectra.checks import Verifier
 from bnp_analysis.symmetry.candidates import Part
 

@@ -20,9 +20,8 @@ from bnp_analysis.linalg.condition.number import Extremes
 from bnp_analysis.linalg.forming import UNIT, entry_rounding
 from bnp_analysis.linalg.krylov.lanczos import Tridiagonalization, lanczos, tridiagonal_eigh
 from bnp_analysis.linalg.matrices import CallableOperator
-from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
+from bnp_analysis.linalg.operators import LinearOperator, RowProducts, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
-from bnp_analysis.linalg.row_products import RowProducts
 from bnp_analysis.linalg.scale import comfortable, scaled
 from bnp_analysis.linalg.spectra.checks import factor_rounding_norm, require_finite
 from bnp_analysis.linalg.spectra.null import require_null
