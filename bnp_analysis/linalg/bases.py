@@ -285,8 +285,8 @@ def _rounded(columns: Floats) -> Floats:
     return np.where(np.abs(columns) <= _ROUNDING, 0.0, columns)
 
 
-def sparse_columns(dim: int, blocks: Sequence[Block]) -> Sparse:
-    """Blocks side by side as a sparse matrix of columns."""
+def sparse_columns(dim: int, blocks: Sequence[Block], least: float = _ROUNDING) -> Sparse:
+    """Blocks side by side as a sparse matrix of columns, without entries of at most `least`."""
     if not blocks:
         return sparse.csc_array((dim, 0))
     values = torch.cat([columns.T.reshape(-1) for _, columns in blocks]).numpy()
@@ -294,7 +294,7 @@ def sparse_columns(dim: int, blocks: Sequence[Block]) -> Sparse:
     ends = np.cumsum([0, *(len(where) for where, columns in blocks for _ in range(columns.shape[1]))])
     matrix = sparse.csc_array((values, where, ends), shape=(dim, len(ends) - 1))
     # Zeros that are stored would pass for shared coordinates.
-    matrix.data[np.abs(matrix.data) <= _ROUNDING] = 0.0
+    matrix.data[np.abs(matrix.data) <= least] = 0.0
     matrix.eliminate_zeros()
     return matrix
 

@@ -27,18 +27,18 @@ class GramOperator(SymmetricOperator):
 
     def __init__(self, factor: LinearOperator) -> None:
         super().__init__(factor.shape[1], factor.dtype, factor.device)
-        self._factor, self.made_of = factor, (factor,)
+        self.made_of = (factor,)
 
     @property
     def factor(self) -> LinearOperator:
-        return self._factor
+        return self.made_of[0]
 
     @property
     def rank_bound(self) -> int:
-        return self._factor.rank_bound
+        return self.factor.rank_bound
 
     def _matmat(self, x: Tensor) -> Tensor:
-        return self._factor._rmatmat(self._factor._matmat(x))
+        return self.factor._rmatmat(self.factor._matmat(x))
 
 
 class Shifted(Derived, SymmetricOperator):
@@ -113,10 +113,6 @@ class ColumnSubset(Derived):
         super().__init__(operator, (operator.shape[0], indices.numel()))
         self.indices = indices.to(operator.device)
 
-    @property
-    def rank_bound(self) -> int:
-        return min(self.inner.rank_bound, self.shape[1])
-
     def of(self, matrix: Tensor, exponent: int = 0) -> Tensor:
         return matrix[:, self.indices]
 
@@ -176,10 +172,6 @@ class OnHost(Derived):
 
     def __init__(self, operator: LinearOperator) -> None:
         super().__init__(operator, device="cpu")
-
-    @property
-    def rank_bound(self) -> int:
-        return self.inner.rank_bound
 
     @property
     def exact(self) -> bool:

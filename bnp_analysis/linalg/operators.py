@@ -415,6 +415,10 @@ class Derived(LinearOperator):
         return 0.0
 
     @property
+    def rank_bound(self) -> int:
+        return min(self.shape) if self.added else min(self.inner.rank_bound if self.times else 0, *self.shape)
+
+    @property
     def dense_cost(self) -> int:
         return self.inner.dense_cost
 
@@ -444,10 +448,6 @@ class Multiple(Derived):
             raise InvalidInputError(f"an operator is multiplied by a finite number, not {describe(c)} {c}")
         super().__init__(inner)
         self.times = float(c)
-
-    @property
-    def rank_bound(self) -> int:
-        return self.inner.rank_bound if self.times else 0
 
     def of(self, matrix: Tensor, exponent: int = 0) -> Tensor:
         return self.times * matrix

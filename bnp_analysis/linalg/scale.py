@@ -83,10 +83,6 @@ class Scaled(Derived):
         return times_power(matrix.to(self.dtype), self._exponent)
 
     @property
-    def rank_bound(self) -> int:
-        return self.inner.rank_bound
-
-    @property
     def exact(self) -> bool:
         return self.inner.exact
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -277,11 +278,6 @@ def _confirmed(found: Spectrum, bottom: float, top: float, zeros: int) -> Ends |
     return ends[0] - extra, ends[1] + extra, ends[2] - extra, ends[3] + extra
 
 
-def inertia_ends(problem: Problem) -> Extremes:
-    """All eigenvalues of the dense `P^T A P`; its two ends are decided by counts."""
-    return dense_ends(problem, _confirmed)
-
-
 def _price_of_counts(A: SymmetricOperator, steps: int) -> Price:
     return Price(float(A.dense_cost), 8 * 8 * A.dim**2, 12.0 * A.dim**3)
 
@@ -291,7 +287,7 @@ INERTIA = register(
         name="inertia",
         claim="both ends decided by counts",
         price=_price_of_counts,
-        solve=inertia_ends,
+        solve=partial(dense_ends, decided=_confirmed),
         indefinite=True,
         order=40,
     )

@@ -104,6 +104,13 @@ def lanczos_ends(problem: Problem) -> Extremes:
     )
 
 
+def lanczos_instead(problem: Problem, method: str, why: str, spent: int = 0) -> Extremes:
+    """What Lanczos finds where another method cannot go on, after so many products, and why it cannot."""
+    found = lanczos_ends(problem)
+    note = f"{method} refused: {why}" + (f"; {found.note}" if found.note else "")
+    return replace(found, note=note, matvecs=found.matvecs + spent)
+
+
 def _least_in_range(run: Tridiagonalization, clean: int, problem: Problem) -> float:
     """What `min|lambda|` is at most, from the leading columns of the basis, those that lie in the range."""
     alpha, beta = run.alpha[:clean], run.beta[: clean - 1]

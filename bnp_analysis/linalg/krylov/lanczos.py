@@ -212,11 +212,17 @@ def _saved(A: SymmetricOperator, state: dict[str, Any]) -> Tridiagonalization:
     q = basis[-1]
     scale = float(np.abs(alpha).max()) + float(w.double().norm())
     noise = 100 * float(np.sqrt(A.dim)) * A.eps * scale
-    if not abs(float((A @ q).double() @ q.double()) - alpha[-1]) <= noise:
-        raise InvalidInputError(
-            "the saved run belongs to another operator of the same size; delete the file, or give another checkpoint="
-        )
+    require_same(abs(float((A @ q).double() @ q.double()) - alpha[-1]) <= noise, "run")
     return Tridiagonalization(alpha, state["beta"].numpy(), basis.T, w, int(state["matvecs"]) + 1, "steps")
+
+
+def require_same(holds: bool, what: str) -> None:
+    """Refuse to go on from a saved state whose numbers are not those of this operator."""
+    if not holds:
+        raise InvalidInputError(
+            f"the saved {what} belongs to another operator of the same size; delete the file, or give another "
+            "checkpoint="
+        )
 
 
 class _Run:

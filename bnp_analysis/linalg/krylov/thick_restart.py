@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnp_analysis.errors import InvalidInputError, NonFiniteError
+from bnp_analysis.errors import NonFiniteError
 from bnp_analysis.linalg.bases import dots, length, orthogonalized, project_out
-from bnp_analysis.linalg.krylov.lanczos import Floats
+from bnp_analysis.linalg.krylov.lanczos import Floats, require_same
 from bnp_analysis.linalg.matrices import Columns
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.runtime.files import SavedRun
@@ -130,11 +130,7 @@ class ThickRestart:
         self.g.set_state(state["generator"])
         first = torch.eye(self.size, 1, dtype=self.H.dtype, device=self.H.device)
         image = (self.H[: self.size, :1].to(self.V.dtype).T @ self.V[: self.size] + self._residuals(first))[0]
-        if not float((self.A @ self.V[0] - image).double().norm()) <= 100 * self.noise:
-            raise InvalidInputError(
-                "the saved search belongs to another operator of the same size; delete the file, or give another "
-                "checkpoint="
-            )
+        require_same(float((self.A @ self.V[0] - image).double().norm()) <= 100 * self.noise, "search")
         self.checks += 1
         return True
 

@@ -11,10 +11,10 @@ from typing import Any, cast
 import numpy as np
 import scipy.linalg
 import torch
-from scipy.sparse import csr_array
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
+from bnp_analysis.linalg.bases import sparse_columns
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.forming import amplified, cancels
 from bnp_analysis.linalg.krylov.lanczos import lanczos
@@ -293,7 +293,7 @@ class Verifier:
         ends = np.cumsum([columns.shape[1] for _, columns in parts])
         wide = [i for i, (_, columns) in enumerate(parts) if columns.shape[1] >= _WIDE]
         narrow = [i for i, (_, columns) in enumerate(parts) if 0 < columns.shape[1] < _WIDE]
-        sparse = _sparse_rows([parts[i] for i in narrow], self._operator)
+        sparse = sparse_columns(self._operator.shape[1], [parts[i] for i in narrow], least=0.0).T
         squares = np.zeros(ends[-1])
         places = np.concatenate([np.arange(ends[i] - parts[i][1].shape[1], ends[i]) for i in narrow] or [ends[:0]])
         for rows in self._row_blocks() if self._kept is None else self._kept:
@@ -314,15 +314,6 @@ class Verifier:
                 found.append(_norms(operator @ full.to(operator.device)))
                 self.matvecs += some.shape[1]
         return torch.cat(found)
-
-
-def _sparse_rows(parts: Sequence[tuple[Tensor, Tensor]], operator: LinearOperator) -> Any:
-    """Columns on few coordinates as the rows of one sparse matrix."""
-    lengths = [columns.shape[0] for _, columns in parts for _ in range(columns.shape[1])]
-    none = torch.zeros(0, dtype=operator.dtype)
-    numbers = torch.cat([none, *(columns.T.reshape(-1) for _, columns in parts)]).numpy()
-    where = torch.cat([none.long(), *(where.repeat(columns.shape[1]) for where, columns in parts)]).numpy()
-    return csr_array((numbers, where, np.cumsum([0, *lengths])), shape=(len(lengths), operator.shape[1]))
 
 
 def _norms(columns: Tensor) -> Tensor:

@@ -146,13 +146,9 @@ def _local(null: HasColumns, A: SymmetricOperator) -> DeclaredNull | None:
     return DeclaredNull(N, declared=True, sources=dict(null.sources), given_eps=given)
 
 
-def null_tolerance(A: LinearOperator) -> float:
-    """How large `|A n| / |A|` may be for a null vector `n`, by rounding alone."""
-    return null_tolerance_of(A.shape, A.eps)
-
-
-def null_tolerance_of(shape: tuple[int, ...], eps: float) -> float:
-    return 100 * math.sqrt(max(shape)) * eps
+def null_tolerance(A: LinearOperator, eps: float | None = None) -> float:
+    """How large `|A n| / |A|` may be for a null vector `n`, by rounding alone: of products, or to `eps`."""
+    return 100 * math.sqrt(max(A.shape)) * (A.eps if eps is None else eps)
 
 
 def require_null(A: LinearOperator, null: DeclaredNull, scale: float, what: str = "A") -> float:
@@ -233,7 +229,7 @@ def _require_null_of(A: LinearOperator, null: DeclaredNull, scale: float, what: 
     images = (matrix @ wide).norm(dim=0) / scale
     spoilt = null.given_eps * (matrix.abs() @ wide.abs()).norm(dim=0) / scale
     spoilt += found.rounding * (found.sizes() @ wide.abs()).norm(dim=0) / scale
-    nearly = null_tolerance_of(matrix.shape, null.given_eps)
+    nearly = null_tolerance(A, null.given_eps)
     if bool((images > unit + spoilt).any()) and bool((images <= nearly).all()) and min(matrix.shape) <= _DECIDED:
         sigma = torch.linalg.svdvals(matrix)
         left = matrix.shape[1] - null.dim

@@ -19,7 +19,7 @@ from torch import Tensor
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.bases import project_out
 from bnp_analysis.linalg.forming import UNIT, formed, norm_bound
-from bnp_analysis.linalg.krylov.lanczos import Floats, lanczos, three_term, tridiagonal_eigh
+from bnp_analysis.linalg.krylov.lanczos import Floats, lanczos, require_same, three_term, tridiagonal_eigh
 from bnp_analysis.linalg.matrices import Columns, as_tensor
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
@@ -541,11 +541,7 @@ class _Probes:
         image = self.operator @ v
         quotient, size = float(v.double() @ image.double()), float(image.double().norm())
         off = abs(quotient - found[0, 0] @ found[1, 0])
-        if not off <= 1e3 * math.sqrt(self.operator.dim) * self.operator.eps * size:
-            raise InvalidInputError(
-                "the saved density belongs to another operator of the same size; delete the file, or give another "
-                "checkpoint="
-            )
+        require_same(off <= 1e3 * math.sqrt(self.operator.dim) * self.operator.eps * size, "density")
         return found, int(state["done"]), int(state["matvecs"]) + 1
 
 
