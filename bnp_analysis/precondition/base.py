@@ -102,11 +102,12 @@ class BlockDiagonal(NetworkPreconditioner):
                 met = torch.nonzero(inside).flatten()
                 part = inner.part(met)
                 if part is None:
-                    raise InvalidInputError(
-                        f"{block!r} meets {met.numel()} of the {inner.dim} variables of {name!r}, which "
-                        f"{type(inner).__name__} couples with others; take the whole layer, or a whole unit where P "
-                        "acts on each by itself"
+                    some = (
+                        f"{met.numel()} of the {inner.dim} variables of {name!r}, which {type(inner).__name__} couples"
                     )
+                    if not isinstance(block, str) and hasattr(inner, "unit"):
+                        some = f"only a part of unit {block[1]} of {name!r}, whose weights P couples"
+                    raise InvalidInputError(f"{block!r} meets {some}; take the whole layer")
                 parts[name] = (target[inside], part)
         return BlockDiagonal(wanted.numel(), parts, self.dtype, self.device)
 

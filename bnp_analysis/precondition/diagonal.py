@@ -133,8 +133,7 @@ def diagonal_preconditioner(
             raise InvalidInputError(f"scales must have shape ({space.dim},), got {tuple(source.shape)}")
         P = DiagonalPreconditioner(source.detach().to(risk.theta), space, settings={"source": "scales"})
     elif isinstance(source, torch.optim.Optimizer):
-        divisors, uncovered = optimizer_divisors(source, space, model)
-        P = from_divisors(divisors, space, {"source": type(source).__name__}, uncovered)
+        P = adaptive_preconditioner(source, space, model)
     elif source == "gauss_newton":
         diagonal = gauss_newton_diagonal(risk).double()
         damped = diagonal + damping * diagonal.amax()
@@ -193,10 +192,10 @@ def from_divisors(
     )
 
 
-def optimizer_divisors(
+def adaptive_preconditioner(
     optimizer: torch.optim.Optimizer, space: ParameterSpace, model: nn.Module | None
-) -> tuple[Tensor, dict[str, str]]:
-    """`sqrt(v_hat) + eps` of every parameter, `(n,)` in float64 and 1 where there is none; and why there is none."""
+) -> DiagonalPreconditioner:
+    """`P = diag((sqrt(v_hat) + eps)^(-1/2))` of every parameter that was stepped."""
     if not isinstance(optimizer, ADAPTIVE):
         raise InvalidInputError(
             f"{type(optimizer).__name__} has no diagonal step matrix that is known here; Adam, AdamW, RMSprop and "
@@ -209,7 +208,7 @@ def optimizer_divisors(
         lambda parameter, group, state: _divisor(optimizer, group, state) if float(state["step"]) > 0 else None,
     )
     every = {n: found.get(n, torch.ones(shape, dtype=torch.float64)).cpu() for n, shape in space.shapes.items()}
-    return space.flatten(every).to(space.device), uncovered
+    return from_divisors(space.flatten(every).to(space.device), space, {"source": type(optimizer).__name__}, uncovered)
 
 
 def read_states(
