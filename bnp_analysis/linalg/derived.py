@@ -113,6 +113,10 @@ class ColumnSubset(Derived):
         super().__init__(operator, (operator.shape[0], indices.numel()))
         self.indices = indices.to(operator.device)
 
+    @property
+    def rank_bound(self) -> int:
+        return min(self.inner.rank_bound, self.shape[1])
+
     def of(self, matrix: Tensor, exponent: int = 0) -> Tensor:
         return matrix[:, self.indices]
 

@@ -223,11 +223,8 @@ class DenseOperator(SymmetricOperator):
     def _check_factor(self, factor: Tensor) -> None:
         """`F^T F v = A v` for one vector, relative to `|F|^2`."""
         v = torch.linspace(-1, 2, self.dim, dtype=self.dtype, device=self.device)
-        unit = float(factor.abs().max()) if factor.numel() else 0.0
-        if unit > 0:
-            factor, matrix = factor / unit, self._matrix / unit / unit
-        else:
-            matrix = self._matrix
+        unit = (float(factor.abs().max()) if factor.numel() else 0.0) or 1.0
+        factor, matrix = factor / unit, self._matrix / unit / unit
         gap = float((factor.T @ (factor @ v) - matrix @ v).norm())
         size = (float(factor.norm()) ** 2 + float(matrix.norm())) * float(v.norm())
         if not gap <= 100 * max(factor.shape) * torch.finfo(self.dtype).eps * size:
@@ -420,9 +417,7 @@ class CallableOperator(SymmetricOperator):
 
 def check_symmetric(matrix: Tensor, what: str) -> None:
     """Refuse a matrix whose asymmetry exceeds rounding, relative to its largest entry."""
-    if matrix.numel() == 0:
-        return
-    scale = float(matrix.abs().max())
+    scale = float(matrix.abs().max()) if matrix.numel() else 0.0
     if scale == 0.0:
         return
     asymmetry = float((matrix / scale - matrix.T / scale).abs().max())

@@ -416,7 +416,7 @@ class Derived(LinearOperator):
 
     @property
     def rank_bound(self) -> int:
-        return min(self.shape) if self.added else min(self.inner.rank_bound if self.times else 0, *self.shape)
+        return min(self.shape) if self.added else self.inner.rank_bound if self.times else 0
 
     @property
     def dense_cost(self) -> int:
