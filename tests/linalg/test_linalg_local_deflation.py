@@ -19,7 +19,7 @@ from bnp_analysis.linalg.bases import orthonormal_blocks
 from bnp_analysis.linalg.krylov.bidiagonal import golub_kahan
 from bnp_analysis.linalg.krylov.lanczos import lanczos
 from bnp_analysis.linalg.matrices import CallableOperator, LocalColumns, MatrixOperator, beside
-from bnp_analysis.linalg.spectra.null import COMBINED, SomeNullDirections
+from bnp_analysis.linalg.spectra.checks import COMBINED, SomeNullDirections
 from bnp_analysis.runtime.random import generator
 
 SIZE, BLOCK = 360, 4

@@ -13,7 +13,7 @@ from bnp_analysis.linalg.forming import UNIT
 from bnp_analysis.linalg.krylov.lanczos import Floats
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
-from bnp_analysis.linalg.spectra.null import DeclaredNull
+from bnp_analysis.linalg.spectra.checks import DeclaredNull
 
 UNDECLARED = "null space not declared"
 

@@ -27,8 +27,7 @@ from bnp_analysis.linalg.krylov.lanczos import Floats
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import congruence
 from bnp_analysis.linalg.scale import scaled
-from bnp_analysis.linalg.spectra.checks import require_finite, rounding_norm
-from bnp_analysis.linalg.spectra.null import require_null
+from bnp_analysis.linalg.spectra.checks import require_finite, require_null, rounding_norm
 from bnp_analysis.runtime.memory import require_memory
 
 DENSE_LIMIT = 3_000

@@ -14,8 +14,7 @@ from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.forming import amplified
 from bnp_analysis.linalg.krylov.bidiagonal import Bidiagonalization, golub_kahan
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
-from bnp_analysis.linalg.spectra.checks import factor_rounding_norm
-from bnp_analysis.linalg.spectra.null import NORM_STEPS, require_null
+from bnp_analysis.linalg.spectra.checks import NORM_STEPS, factor_rounding_norm, require_null
 
 
 def golub_kahan_ends(problem: Problem) -> Extremes:

@@ -30,8 +30,7 @@ from bnp_analysis.linalg.matrices import Columns, beside
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import congruence
 from bnp_analysis.linalg.scale import Scaled, exponent
-from bnp_analysis.linalg.spectra.checks import norm_estimate, require_symmetric, rounding_norm
-from bnp_analysis.linalg.spectra.null import NORM_STEPS, require_null
+from bnp_analysis.linalg.spectra.checks import NORM_STEPS, norm_estimate, require_null, require_symmetric, rounding_norm
 from bnp_analysis.runtime.memory import available_memory, require_memory
 from bnp_analysis.runtime.progress import Progress
 from bnp_analysis.runtime.random import generator, normal, rademacher

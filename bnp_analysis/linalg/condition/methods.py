@@ -17,7 +17,7 @@ from bnp_analysis.linalg.condition.number import Extremes, Magnitudes
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.scale import exponent, scaled
-from bnp_analysis.linalg.spectra.null import DeclaredNull
+from bnp_analysis.linalg.spectra.checks import DeclaredNull
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.memory import available_memory

@@ -23,8 +23,7 @@ from bnp_analysis.linalg.matrices import CallableOperator
 from bnp_analysis.linalg.operators import LinearOperator, RowProducts, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.scale import comfortable, scaled
-from bnp_analysis.linalg.spectra.checks import factor_rounding_norm, require_finite
-from bnp_analysis.linalg.spectra.null import require_null
+from bnp_analysis.linalg.spectra.checks import factor_rounding_norm, require_finite, require_null
 from bnp_analysis.runtime.memory import require_memory
 
 # Lanczos steps for either end; those for the largest one stop once it is known so well.

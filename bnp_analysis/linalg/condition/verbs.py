@@ -18,8 +18,7 @@ from bnp_analysis.linalg.condition.number import MAGNITUDE, SINGULAR, ConditionN
 from bnp_analysis.linalg.derived import GramOperator, Shifted
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, computed_in
 from bnp_analysis.linalg.preconditioner import Preconditioner, check_fits, congruence
-from bnp_analysis.linalg.spectra.checks import provenance, require_operator
-from bnp_analysis.linalg.spectra.null import HasBasis, read_null
+from bnp_analysis.linalg.spectra.checks import HasBasis, provenance, read_null, require_operator
 from bnp_analysis.runtime.float32 import full_float32
 from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.progress import Progress

@@ -24,13 +24,13 @@ from bnp_analysis.linalg.matrices import Columns, as_tensor
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.spectra.checks import (
+    HasBasis,
     amplification,
     measured,
     products_known_to,
     provenance,
     require_finite,
 )
-from bnp_analysis.linalg.spectra.null import HasBasis
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.files import saved_run
 from bnp_analysis.runtime.float32 import full_float32
