@@ -134,7 +134,7 @@ class LinearOperator(ABC):
         Every tolerance and every radius is made of it. An operator whose products pass through lower precision (a
         cast inside a model) has a larger one than its dtype.
         """
-        return max((part.eps for part in self.made_of), default=self._eps)
+        return max([part.eps for part in self.made_of]) if self.made_of else self._eps
 
     @property
     def record(self) -> Mapping[str, Any]:

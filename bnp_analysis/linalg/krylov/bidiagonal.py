@@ -155,6 +155,7 @@ class _Run:
         self.null = None if null is None else null.to(torch.float64)
         # Once a new vector would hold more of the null space than this, random vectors are mixed in.
         self.leak_limit = F.eps**0.4
+        self.rounding = 10 * F.eps * math.sqrt(max(F.shape))
         # Rows are basis vectors: contiguous for the products of a reorthogonalization.
         self.V = torch.zeros(0, F.shape[1], dtype=torch.float64, device=F.device)
         self.U = torch.zeros(0, F.shape[0], dtype=torch.float64, device=F.device)
@@ -203,7 +204,7 @@ class _Run:
 
     @property
     def noise(self) -> float:
-        return 10 * self.F.eps * math.sqrt(max(self.F.shape)) * self.scale
+        return self.rounding * self.scale
 
     def advance(self) -> bool:
         """One column of `V`, and one of `U` unless `F v` lies in its span; False when nothing is left to find."""

@@ -234,6 +234,7 @@ class _Run:
         self, A: SymmetricOperator, limit: int, null: Columns | None, w: Tensor, resume: Tridiagonalization | None
     ) -> None:
         self.A, self.limit, self.null, self.w = A, limit, null, w
+        self.rounding = 10 * float(np.sqrt(A.dim)) * A.eps
         self.coupling, self.every = float(length(w)), 1 if A.device.type == "cpu" else _SELDOM
         self.pending: list[Tensor] = []
         # Rows are basis vectors: contiguous for the two products of a reorthogonalization.
@@ -268,8 +269,7 @@ class _Run:
         if self.pending or not self.alpha:
             return False
         scale = max(abs(x) for x in (*self.alpha, *self.beta))
-        noise = 10 * float(np.sqrt(self.A.dim)) * self.A.eps * scale
-        return self.coupling <= noise
+        return self.coupling <= self.rounding * scale
 
     def advance(self, seed: int) -> None:
         """One product: the next basis vector, its `alpha`, the `beta` before it, and the next residual."""

@@ -45,6 +45,7 @@ class ThickRestart:
         start: Tensor | None = None,
     ) -> None:
         self.A, self.null, self.k, self.which, self.tol = A, null, k, which, tol
+        self.rounding = 10 * math.sqrt(min(A.dim, 1000)) * A.eps
         self.upper = {"largest": k, "smallest": 0}.get(which, (k + 1) // 2)  # how many of the upper end
         # A second copy of the value at an end does not change that value.
         self.verify = verify and max(self.upper, k - self.upper) > 1
@@ -188,7 +189,7 @@ class ThickRestart:
         if not math.isfinite(norm):
             raise NonFiniteError(f"product {self.matvecs} with {self.A!r} has NaN or infinite entries")
         self.scale, self.drift = max(self.scale, size), max(self.drift, gap)
-        self.noise = 10 * math.sqrt(min(self.A.dim, 1000)) * self.A.eps * self.scale
+        self.noise = self.rounding * self.scale
         self.H[: j + 1, j] = self.H[j, : j + 1] = column
         self.open = [(r, g) for r, g in kept if float(r.norm()) > self.noise]
         self.size = j + 1

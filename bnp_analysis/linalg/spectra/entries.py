@@ -98,14 +98,12 @@ def trace(
     began = time.perf_counter()
     operator = scaled(measured(A, preconditioner, None, seed)[0])
     samples: list[tuple[float, float]] = []
-    _over_signs(
-        operator,
-        probes,
-        seed,
-        progress,
-        "trace",
-        lambda v, image: samples.append((float(v.double() @ image), float(image.norm()))),
-    )
+
+    def add(v: Tensor, image: Tensor) -> float:
+        samples.append((float(v.double() @ image), float(image.norm())))
+        return samples[-1][1]
+
+    _over_signs(operator, probes, seed, progress, "trace", add)
     values, sizes = np.array(samples).T
     # Each of n terms v_i (A v)_i is known to a rounding; probes do not average it away.
     rounded, extra = rounding_of_sums(operator, seed)
@@ -323,14 +321,16 @@ def _estimated(
     mean, squares = torch.zeros(2, A.dim, dtype=torch.float64)
     done, largest = 0, 0.0
 
-    def add(v: Tensor, image: Tensor) -> None:
+    def add(v: Tensor, image: Tensor) -> float:
         """Welford 1962: equal samples leave no variance, whatever their size."""
         nonlocal mean, squares, done, largest
         found = (v * image).cpu()
         ahead = found - mean
         mean, done = mean + ahead / (done + 1), done + 1
         squares += ahead * (found - mean)
-        largest = max(largest, float(found.norm()))
+        size = float(found.norm())
+        largest = max(largest, size)
+        return size
 
     _over_signs(operator, probes, seed, progress, "diagonal", add)
     error = (squares / (done - 1) / done).sqrt()
@@ -346,17 +346,17 @@ def _over_signs(
     seed: int,
     progress: Progress,
     label: str,
-    add: Callable[[Tensor, Tensor], None],
+    add: Callable[[Tensor, Tensor], float],
 ) -> None:
-    """Give `add` random signs `v` and `A v` in float64; those that there are at an interrupt stay."""
+    """Give `add` random signs `v` and `A v` in float64, of which it says a size; those of before an interrupt stay."""
     g, done = generator(seed), 0
     with reporting(progress, probes, label) as update:
         try:
             while done < probes:
                 v = rademacher((operator.dim,), g, operator)
                 image = operator @ v
-                require_finite(image, f"product {done + 1} with {operator!r}")
-                add(v, image.double())
+                if not math.isfinite(add(v, image.double())):
+                    require_finite(image, f"product {done + 1} with {operator!r}")
                 done += 1
                 update(done)
         except KeyboardInterrupt:
