@@ -45,7 +45,6 @@ class ThickRestart:
         start: Tensor | None = None,
     ) -> None:
         self.A, self.null, self.k, self.which, self.tol = A, null, k, which, tol
-        self.rounding = 10 * math.sqrt(min(A.dim, 1000)) * A.eps
         self.upper = {"largest": k, "smallest": 0}.get(which, (k + 1) // 2)  # how many of the upper end
         # A second copy of the value at an end does not change that value.
         self.verify = verify and max(self.upper, k - self.upper) > 1
@@ -53,6 +52,7 @@ class ThickRestart:
         # The small end of a spectrum converges slowly: a wider basis restarts less often.
         self.width = min(room, max(5 * k, 40) if which == "largest" else max(5 * k + 10, 90))
         require_memory((self.width + 6) * A.dim * A.dtype.itemsize, f"a basis of {self.width} vectors", device=A.device)
+        self.rounding = 10 * math.sqrt(min(A.dim, 1000)) * A.eps  # may take products, which memory has to have room for
         self.V = torch.zeros(self.width + 1, A.dim, dtype=A.dtype, device=A.device)
         self.H = torch.zeros(self.width, self.width, dtype=torch.float64, device=A.device)
         self.open: list[tuple[Tensor, Tensor]] = []
