@@ -23,7 +23,7 @@ from bnp_analysis.linalg import (
     SymmetricOperator,
 )
 from bnp_analysis.linalg.preconditioner import DensePreconditioner
-from bnp_analysis.linalg.spectra.null import HasBasis, SomeNullDirections
+from bnp_analysis.linalg.spectra.checks import HasBasis, SomeNullDirections
 from bnp_analysis.precondition import DiagonalPreconditioner
 from bnp_analysis.testing import random_orthogonal, spectrum
 

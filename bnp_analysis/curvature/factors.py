@@ -15,8 +15,7 @@ from bnp_analysis.curvature.engines import Engine, Plan, tensors_of_columns
 from bnp_analysis.curvature.output_curvature import OutputRoot, from_rows, to_rows
 from bnp_analysis.curvature.products import TOGETHER, OutputGraph, output_graph
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg.operators import LinearOperator
-from bnp_analysis.linalg.row_products import RowProducts
+from bnp_analysis.linalg.operators import LinearOperator, RowProducts
 from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.kernels import recording
 from bnp_analysis.network.risk import EmpiricalRisk

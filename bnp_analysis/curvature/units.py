@@ -18,10 +18,8 @@ from torch import Tensor
 from bnp_analysis.curvature.output_curvature import output_root
 from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.matrices import RowScaled
-from bnp_analysis.linalg.operators import LinearOperator
-from bnp_analysis.linalg.row_products import RowProducts
-from bnp_analysis.linalg.spectra.checks import Verifier, null_vectors
-from bnp_analysis.linalg.spectra.null import SomeNullDirections
+from bnp_analysis.linalg.operators import LinearOperator, RowProducts
+from bnp_analysis.linalg.spectra.checks import SomeNullDirections, Verifier, null_vectors
 from bnp_analysis.network.kernels import derivative
 from bnp_analysis.network.layer_kinds import Layer
 from bnp_analysis.network.layers import Coverage, coverage, products_only

@@ -25,7 +25,7 @@ from bnp_analysis.linalg import (
 )
 from bnp_analysis.linalg.condition.reduction import reduced, reduced_parts, reducible
 from bnp_analysis.linalg.operators import LinearOperator, require_digits
-from bnp_analysis.linalg.spectra.null import HasBasis, SomeNullDirections
+from bnp_analysis.linalg.spectra.checks import HasBasis, SomeNullDirections
 from bnp_analysis.network import EmpiricalRisk, Layer
 from bnp_analysis.precondition import NetworkPreconditioner
 from bnp_analysis.runtime.memory import available_memory

@@ -19,7 +19,7 @@ from bnp_analysis.diagnose.blocks import held, known_null, measured
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg import ConditionProfile, Preconditioner, condition_profile
 from bnp_analysis.linalg.condition.methods import Method, candidates, first_that_fits, named
-from bnp_analysis.linalg.spectra.null import HasBasis
+from bnp_analysis.linalg.spectra.checks import HasBasis
 from bnp_analysis.network import EmpiricalRisk
 from bnp_analysis.precondition import NetworkPreconditioner, bnp_preconditioner
 from bnp_analysis.results import Result

@@ -9,7 +9,7 @@ from bnp_analysis.linalg.condition.factor_svd import factor_work
 from bnp_analysis.linalg.condition.methods import LANCZOS_STEPS
 from bnp_analysis.linalg.condition.reduction import work_to_reduce
 from bnp_analysis.linalg.operators import LinearOperator
-from bnp_analysis.linalg.spectra.off_block import OFF_BLOCK_PROBES
+from bnp_analysis.linalg.spectra.entries import OFF_BLOCK_PROBES
 from bnp_analysis.network import Coverage, EmpiricalRisk, Layer
 from bnp_analysis.network.layers import work_of_an_example
 

@@ -7,7 +7,6 @@ Everything else is written as for one process and run by all of them: parameters
 same numbers everywhere.
 """
 
-from bnp_analysis.distributed.group import ALONE, Group, over_processes
-from bnp_analysis.distributed.launch import initialize, launched
+from bnp_analysis.distributed.group import ALONE, Group, initialize, launched, over_processes
 
 __all__ = ["ALONE", "Group", "initialize", "launched", "over_processes"]

@@ -21,10 +21,9 @@ from .preconditioner import (
     Preconditioner,
     congruence,
 )
-from .spectra.diagonal import Diagonal, diagonal
 from .spectra.eigen import Eigenpairs, eigenpairs
-from .spectra.off_block import OffBlockShare, off_block_share
-from .spectra.quadrature import SpectralDensity, Trace, resolved_from, spectral_density, trace
+from .spectra.entries import Diagonal, OffBlockShare, Trace, diagonal, off_block_share, trace
+from .spectra.quadrature import SpectralDensity, resolved_from, spectral_density
 
 __all__ = [
     "Bidiagonalization",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,30 +27,18 @@ class GramOperator(SymmetricOperator):
 
     def __init__(self, factor: LinearOperator) -> None:
         super().__init__(factor.shape[1], factor.dtype, factor.device)
-        self._factor = factor
+        self.made_of = (factor,)
 
     @property
     def factor(self) -> LinearOperator:
-        return self._factor
-
-    @property
-    def eps(self) -> float:
-        return self._factor.eps
+        return self.made_of[0]
 
     @property
     def rank_bound(self) -> int:
-        return self._factor.rank_bound
-
-    @property
-    def zeros_are_structural(self) -> bool:
-        return self._factor.zeros_are_structural
-
-    @property
-    def record(self) -> Mapping[str, Any]:
-        return self._factor.record
+        return self.factor.rank_bound
 
     def _matmat(self, x: Tensor) -> Tensor:
-        return self._factor._rmatmat(self._factor._matmat(x))
+        return self.factor._rmatmat(self.factor._matmat(x))
 
 
 class Shifted(Derived, SymmetricOperator):
@@ -68,8 +55,8 @@ class Shifted(Derived, SymmetricOperator):
     inner: SymmetricOperator
 
     def __init__(self, operator: SymmetricOperator, delta: float) -> None:
-        SymmetricOperator.__init__(self, operator.dim, operator.dtype, operator.device)
-        self.inner, self.delta = operator, float(delta)
+        super().__init__(operator)
+        self.delta = float(delta)
 
     @property
     def added(self) -> float:
@@ -99,8 +86,8 @@ class WithMultipleOfIdentity(Derived):
     """`[F; c I]`, the factor of `F^T F + c^2 I`."""
 
     def __init__(self, factor: LinearOperator, c: float) -> None:
-        super().__init__((factor.shape[0] + factor.shape[1], factor.shape[1]), factor.dtype, factor.device)
-        self.inner, self._c = factor, c
+        super().__init__(factor, (sum(factor.shape), factor.shape[1]))
+        self._c = c
 
     @property
     def added(self) -> float:
@@ -123,8 +110,8 @@ class ColumnSubset(Derived):
 
     def __init__(self, operator: LinearOperator, indices: Tensor) -> None:
         check_positions(indices, operator.shape[1])
-        LinearOperator.__init__(self, (operator.shape[0], indices.numel()), operator.dtype, operator.device)
-        self.inner, self.indices = operator, indices.to(operator.device)
+        super().__init__(operator, (operator.shape[0], indices.numel()))
+        self.indices = indices.to(operator.device)
 
     @property
     def rank_bound(self) -> int:
@@ -188,12 +175,7 @@ class OnHost(Derived):
     """An operator whose vectors are in host memory though it computes elsewhere: they come and go, it stays."""
 
     def __init__(self, operator: LinearOperator) -> None:
-        LinearOperator.__init__(self, operator.shape, operator.dtype, "cpu")
-        self.inner = operator
-
-    @property
-    def rank_bound(self) -> int:
-        return self.inner.rank_bound
+        super().__init__(operator, device="cpu")
 
     @property
     def exact(self) -> bool:

@@ -34,6 +34,8 @@ class MatrixOperator(LinearOperator):
         tensor([ 9., 12.])
     """
 
+    dense_cost = 0
+
     def __init__(
         self,
         matrix: Tensor,
@@ -64,10 +66,6 @@ class MatrixOperator(LinearOperator):
     @property
     def zeros_are_structural(self) -> bool:
         return self._structural
-
-    @property
-    def dense_cost(self) -> int:
-        return 0
 
     def _matmat(self, x: Tensor) -> Tensor:
         return self._matrix @ x
@@ -201,6 +199,8 @@ class DenseOperator(SymmetricOperator):
         tensor([ 1., -1.])
     """
 
+    dense_cost, exact = 0, True
+
     def __init__(self, matrix: Tensor, factor: Tensor | None = None) -> None:
         if not isinstance(matrix, Tensor) or matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise InvalidInputError(f"expected a square symmetric matrix (n, n), got {describe(matrix)}")
@@ -223,11 +223,8 @@ class DenseOperator(SymmetricOperator):
     def _check_factor(self, factor: Tensor) -> None:
         """`F^T F v = A v` for one vector, relative to `|F|^2`."""
         v = torch.linspace(-1, 2, self.dim, dtype=self.dtype, device=self.device)
-        unit = float(factor.abs().max()) if factor.numel() else 0.0
-        if unit > 0:
-            factor, matrix = factor / unit, self._matrix / unit / unit
-        else:
-            matrix = self._matrix
+        unit = (float(factor.abs().max()) if factor.numel() else 0.0) or 1.0
+        factor, matrix = factor / unit, self._matrix / unit / unit
         gap = float((factor.T @ (factor @ v) - matrix @ v).norm())
         size = (float(factor.norm()) ** 2 + float(matrix.norm())) * float(v.norm())
         if not gap <= 100 * max(factor.shape) * torch.finfo(self.dtype).eps * size:
@@ -238,14 +235,6 @@ class DenseOperator(SymmetricOperator):
     @property
     def factor(self) -> LinearOperator | None:
         return self._factor
-
-    @property
-    def dense_cost(self) -> int:
-        return 0
-
-    @property
-    def exact(self) -> bool:
-        return True
 
     def _matmat(self, x: Tensor) -> Tensor:
         return self._matrix @ x
@@ -272,6 +261,8 @@ class RowScaled(LinearOperator):
         [6.0, 0.0]
     """
 
+    dense_cost = 0
+
     def __init__(
         self, scale: Tensor, rows: Tensor, eps: float | None = None, *, zeros_are_structural: bool = True
     ) -> None:
@@ -285,10 +276,6 @@ class RowScaled(LinearOperator):
     @property
     def zeros_are_structural(self) -> bool:
         return self._structural
-
-    @property
-    def dense_cost(self) -> int:
-        return 0
 
     def conditioned(self, P: LinearOperator) -> RowScaled:
         """`diag(s) (H P)`."""
@@ -322,6 +309,9 @@ class ReducedFactor(LinearOperator):
         norms: seed -> an estimate of `|R|`, kept since every part of it is judged against the whole.
     """
 
+    dense_cost = 0
+    zeros_are_structural = False  # a factorization may round to 0; zero rows and columns of `F` are in its rank
+
     def __init__(self, matrix: Tensor, columns: Tensor, rounding: float, rank: int, factor: LinearOperator) -> None:
         super().__init__((matrix.shape[0], matrix.shape[1]), factor.dtype, matrix.device, factor.eps)
         self.matrix, self.columns, self.rounding, self._rank, self.given = matrix, columns, rounding, rank, factor.exact
@@ -330,15 +320,6 @@ class ReducedFactor(LinearOperator):
     @property
     def rank_bound(self) -> int:
         return min(self.shape[1], self._rank)  # rows that rounding made zero may be missing
-
-    @property
-    def zeros_are_structural(self) -> bool:
-        """Never: a factorization may round to 0; zero rows and columns of `F` are in its rank."""
-        return False
-
-    @property
-    def dense_cost(self) -> int:
-        return 0
 
     def _matmat(self, x: Tensor) -> Tensor:
         return (self.matrix @ x.double()).to(x.dtype)
@@ -370,6 +351,8 @@ class CallableOperator(SymmetricOperator):
         [3.0, 3.0]
     """
 
+    zeros_are_structural = False  # a function computes its zeros
+
     @gated
     def __init__(
         self,
@@ -393,11 +376,6 @@ class CallableOperator(SymmetricOperator):
     @property
     def factor(self) -> LinearOperator | None:
         return self._factor
-
-    @property
-    def zeros_are_structural(self) -> bool:
-        """Never: a function computes its zeros."""
-        return False
 
     @property
     def eps(self) -> float:
@@ -439,9 +417,7 @@ class CallableOperator(SymmetricOperator):
 
 def check_symmetric(matrix: Tensor, what: str) -> None:
     """Refuse a matrix whose asymmetry exceeds rounding, relative to its largest entry."""
-    if matrix.numel() == 0:
-        return
-    scale = float(matrix.abs().max())
+    scale = float(matrix.abs().max()) if matrix.numel() else 0.0
     if scale == 0.0:
         return
     asymmetry = float((matrix / scale - matrix.T / scale).abs().max())

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Self, overload
 
 import numpy as np
@@ -16,7 +18,6 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg.row_products import RowProducts
 from bnp_analysis.runtime.float32 import full_float32
 from bnp_analysis.runtime.kinds import require_plain
 
@@ -36,6 +37,24 @@ _CANCELLED = (
 )
 
 
+@dataclass(frozen=True, eq=False)
+class RowProducts:
+    """Rows `g_jr (x) h_j` of a factor, in some of its columns: those of one dense layer (T1).
+
+    Products of two rows are `(g_jr . g_ks) (h_j . h_k)`: the Gram matrix of all rows costs what its size is, however
+    many columns there are.
+
+    Attributes:
+        left: `G`, `(R, r, n)`, example by example.
+        right: `H`, `(R, f)`, with the bias column last if there is one.
+        columns: `(n f,)`, positions of the columns: unit after unit, then those of the biases.
+    """
+
+    left: Tensor
+    right: Tensor
+    columns: Tensor
+
+
 class LinearOperator(ABC):
     """A real `m x n` matrix known by its products, `A @ v` and `A.T @ u`.
 
@@ -50,6 +69,8 @@ class LinearOperator(ABC):
 
     # So that `numpy.float64(2) * A` asks `A`.
     __array_ufunc__ = None
+    # The operators that it is made of: unless a subclass knows better, what is said of rounding and zeros is theirs.
+    made_of: tuple[LinearOperator, ...] = ()
 
     def __init__(
         self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str, eps: float | None = None
@@ -69,7 +90,7 @@ class LinearOperator(ABC):
         """The product with a checked block `(n, k)`."""
 
     @abstractmethod
-    def _rmatmat(self, y: Tensor) -> Tensor:
+    def _rmatmat(self, x: Tensor) -> Tensor:
         """The transposed product with a checked block `(m, k)`."""
 
     @property
@@ -94,7 +115,7 @@ class LinearOperator(ABC):
         True of given entries and of what a graph leaves out (a missing edge, a ReLU mask). An operator whose zeros may
         be rounding (a cancellation, an underflow) says False.
         """
-        return True
+        return all(part.zeros_are_structural for part in self.made_of)
 
     @property
     def dense_cost(self) -> int:
@@ -113,12 +134,12 @@ class LinearOperator(ABC):
         Every tolerance and every radius is made of it. An operator whose products pass through lower precision (a
         cast inside a model) has a larger one than its dtype.
         """
-        return self._eps
+        return max([part.eps for part in self.made_of]) if self.made_of else self._eps
 
     @property
     def record(self) -> Mapping[str, Any]:
         """How products were computed, for results; empty where there is nothing to choose."""
-        return {}
+        return dict(ChainMap(*(dict(part.record) for part in self.made_of)))
 
     @overload
     def __matmul__(self, other: Tensor) -> Tensor: ...
@@ -253,7 +274,7 @@ class Transposed(LinearOperator):
 
     def __init__(self, operator: LinearOperator) -> None:
         super().__init__((operator.shape[1], operator.shape[0]), operator.dtype, operator.device)
-        self._operator = operator
+        self._operator, self.made_of = operator, (operator,)
 
     @property
     def T(self) -> LinearOperator:
@@ -264,16 +285,8 @@ class Transposed(LinearOperator):
         return self._operator.rank_bound
 
     @property
-    def zeros_are_structural(self) -> bool:
-        return self._operator.zeros_are_structural
-
-    @property
     def dense_cost(self) -> int:
         return self._operator.dense_cost
-
-    @property
-    def eps(self) -> float:
-        return self._operator.eps
 
     def _matmat(self, x: Tensor) -> Tensor:
         return self._operator._rmatmat(x)
@@ -295,32 +308,21 @@ class OfTwo(LinearOperator):
                 f"with one in {right.dtype} on {right.device}; build both in one dtype on one device"
             )
         LinearOperator.__init__(self, shape, left.dtype, left.device)
-        self.left, self.right = left, right
+        self.left, self.right = self.made_of = left, right
 
     @property
     def rank_bound(self) -> int:
         return min(self.left.rank_bound + self.right.rank_bound, *self.shape)
 
     @property
-    def zeros_are_structural(self) -> bool:
-        """Never: entries of a sum or a product are sums, which may cancel or underflow to 0."""
-        return False
-
-    @property
     def dense_cost(self) -> int:
         return self.left.dense_cost + self.right.dense_cost
-
-    @property
-    def eps(self) -> float:
-        return max(self.left.eps, self.right.eps)
-
-    @property
-    def record(self) -> Mapping[str, Any]:
-        return {**self.right.record, **self.left.record}
 
 
 class Product(OfTwo):
     """The product `A B` of two operators; made by `A @ B`."""
+
+    zeros_are_structural = False  # entries are sums, which may cancel or underflow to 0
 
     def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
         if left.shape[1] != right.shape[0]:
@@ -349,6 +351,8 @@ class Product(OfTwo):
 class Sum(OfTwo):
     """The sum `A + B` of two operators; made by `A + B`."""
 
+    zeros_are_structural = False  # entries are sums, which may cancel or underflow to 0
+
     def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
         if left.shape != right.shape:
             raise InvalidInputError(f"shapes {left.shape} and {right.shape} do not add")
@@ -369,10 +373,6 @@ class Stacked(OfTwo):
 
     def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
         super().__init__(left, right, (left.shape[0] + right.shape[0], left.shape[1]), "stack")
-
-    @property
-    def zeros_are_structural(self) -> bool:
-        return self.left.zeros_are_structural and self.right.zeros_are_structural
 
     @property
     def exact(self) -> bool:
@@ -397,8 +397,17 @@ class Derived(LinearOperator):
         times: a number that its entries are multiplied by.
     """
 
-    inner: LinearOperator
     times = 1.0
+
+    def __init__(
+        self,
+        inner: LinearOperator,
+        shape: tuple[int, int] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        LinearOperator.__init__(self, shape or inner.shape, dtype or inner.dtype, device or inner.device)
+        self.inner, self.made_of = inner, (inner,)
 
     @property
     def added(self) -> float:
@@ -406,20 +415,12 @@ class Derived(LinearOperator):
         return 0.0
 
     @property
-    def eps(self) -> float:
-        return self.inner.eps
-
-    @property
-    def zeros_are_structural(self) -> bool:
-        return self.inner.zeros_are_structural
+    def rank_bound(self) -> int:
+        return min(self.shape) if self.added else self.inner.rank_bound if self.times else 0
 
     @property
     def dense_cost(self) -> int:
         return self.inner.dense_cost
-
-    @property
-    def record(self) -> Mapping[str, Any]:
-        return self.inner.record
 
     @property
     def semidefinite(self) -> bool:
@@ -445,12 +446,8 @@ class Multiple(Derived):
     def __init__(self, inner: LinearOperator, c: float) -> None:
         if not isinstance(c, int | float) or not math.isfinite(c):
             raise InvalidInputError(f"an operator is multiplied by a finite number, not {describe(c)} {c}")
-        LinearOperator.__init__(self, inner.shape, inner.dtype, inner.device)
-        self.inner, self.times = inner, float(c)
-
-    @property
-    def rank_bound(self) -> int:
-        return self.inner.rank_bound if self.times else 0
+        super().__init__(inner)
+        self.times = float(c)
 
     def of(self, matrix: Tensor, exponent: int = 0) -> Tensor:
         return self.times * matrix

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg.local_bases import orthonormal_blocks
+from bnp_analysis.linalg.bases import orthonormal_blocks
 from bnp_analysis.linalg.matrices import Columns, LocalColumns, MatrixOperator
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, describe, gate
 from bnp_analysis.runtime.kinds import require_kind
@@ -27,7 +27,7 @@ class Preconditioner(LinearOperator):
     (P^-1 theta) and `_rsolve` (P^-T g), and `absolute`.
     """
 
-    def __init__(self, dim: int, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(self, dim: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         super().__init__((dim, dim), dtype, device)
 
     @property
@@ -45,8 +45,8 @@ class Preconditioner(LinearOperator):
         """`P^-1 x` for a checked block."""
 
     @abstractmethod
-    def _rsolve(self, y: Tensor) -> Tensor:
-        """`P^-T y` for a checked block."""
+    def _rsolve(self, x: Tensor) -> Tensor:
+        """`P^-T x` for a checked block."""
 
     @abstractmethod
     def absolute(self) -> LinearOperator:
@@ -162,24 +162,12 @@ class IdentityPreconditioner(Preconditioner):
         [1.0, 1.0]
     """
 
-    def __init__(self, dim: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
-        super().__init__(dim, dtype, device)
+    roundings = 0
 
     def _matmat(self, x: Tensor) -> Tensor:
         return x
 
-    def _rmatmat(self, y: Tensor) -> Tensor:
-        return y
-
-    def _solve(self, x: Tensor) -> Tensor:
-        return x
-
-    def _rsolve(self, y: Tensor) -> Tensor:
-        return y
-
-    @property
-    def roundings(self) -> int:
-        return 0
+    _rmatmat = _solve = _rsolve = _matmat
 
     def across(self, units: int) -> tuple[Preconditioner, Tensor | None] | None:
         return IdentityPreconditioner(self.dim // units, self.dtype, self.device), None
@@ -253,10 +241,12 @@ class DensePreconditioner(Preconditioner):
 class Congruence(SymmetricOperator):
     """`P^T A P`, symmetric by construction; its factor is `F P` where `A = F^T F`."""
 
+    zeros_are_structural = False  # entries are sums, which may cancel or underflow to 0
+
     def __init__(self, operator: SymmetricOperator, preconditioner: Preconditioner) -> None:
         check_fits(operator, preconditioner)
         super().__init__(operator.dim, operator.dtype, operator.device)
-        self.operator, self.preconditioner = operator, preconditioner
+        self.operator, self.preconditioner = self.made_of = operator, preconditioner
 
     @property
     def factor(self) -> LinearOperator | None:
@@ -284,15 +274,6 @@ class Congruence(SymmetricOperator):
     @property
     def rank_bound(self) -> int:
         return self.operator.rank_bound
-
-    @property
-    def zeros_are_structural(self) -> bool:
-        """Never: entries of a product are sums, which may cancel or underflow to 0."""
-        return False
-
-    @property
-    def eps(self) -> float:
-        return max(self.operator.eps, self.preconditioner.eps)
 
     def _matmat(self, x: Tensor) -> Tensor:
         P = self.preconditioner

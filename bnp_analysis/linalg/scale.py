@@ -22,6 +22,9 @@ from bnp_analysis.runtime.random import generator, normal
 # Binary exponents within which fourth powers of an operator's size, and squares of what it spans, stay in the floats.
 _COMFORTABLE = {torch.float64: 100, torch.float32: 28, torch.bfloat16: 28, torch.float16: 5}
 
+# Products of operators, which are made of scaled ones, and how often each is a factor.
+_POWERS: dict[Any, tuple[int, ...]] = {GramOperator: (2,), Congruence: (1, 2), Product: (1, 1)}
+
 
 def times_power(x: Tensor, exponent: int) -> Tensor:
     """`2^exponent x`, exact but for underflow, also where `2^exponent` is no float.
@@ -67,8 +70,7 @@ class Scaled(Derived):
     """`2^e F` with vectors in at least single precision; the first product says which `e`, most often 0."""
 
     def __init__(self, operator: LinearOperator) -> None:
-        LinearOperator.__init__(self, operator.shape, precise(operator.dtype), operator.device)
-        self.inner = operator
+        super().__init__(operator, dtype=precise(operator.dtype))
         self._exponent: int | None = None
 
     @property
@@ -79,10 +81,6 @@ class Scaled(Derived):
         if self._exponent is None:
             self._exponent = comfortable(matrix)[1]
         return times_power(matrix.to(self.dtype), self._exponent)
-
-    @property
-    def rank_bound(self) -> int:
-        return self.inner.rank_bound
 
     @property
     def exact(self) -> bool:
@@ -118,7 +116,7 @@ class Scaled(Derived):
 
     def _found(self) -> int:
         """The exponent by products with one random vector, made longer or shorter where its image is 0 or infinite."""
-        v = normal((self.inner.shape[1], 1), generator(0), torch.empty(0, dtype=self.dtype, device=self.device))
+        v = normal((self.inner.shape[1], 1), generator(0), self)
         far = -3 * math.frexp(torch.finfo(self.inner.dtype).tiny)[1] // 4
         for shift in (0, far, -far):
             size = binary_exponent(self._at(self.inner._matmat, v, shift)) - binary_exponent(v) - shift
@@ -164,11 +162,7 @@ class ScaledPreconditioner(Preconditioner):
 
     def __init__(self, inner: Preconditioner, exponent: int) -> None:
         super().__init__(inner.dim, inner.dtype, inner.device)
-        self.inner, self.exponent = inner, exponent
-
-    @property
-    def eps(self) -> float:
-        return self.inner.eps
+        self.inner, self.exponent, self.made_of = inner, exponent, (inner,)
 
     @property
     def roundings(self) -> int:
@@ -202,11 +196,8 @@ def scaled_preconditioner(P: Preconditioner) -> Preconditioner:
     if abs(size) <= _COMFORTABLE[P.dtype]:
         return P
     # A row of |P| may overflow where no entry does.
-    return ScaledPreconditioner(P, -int(size) if math.isfinite(size) else (-_most(P.dtype) if size > 0 else 0))
-
-
-def _most(dtype: torch.dtype) -> int:
-    return math.frexp(torch.finfo(dtype).max)[1]
+    most = math.frexp(torch.finfo(P.dtype).max)[1]
+    return ScaledPreconditioner(P, -int(size) if math.isfinite(size) else (-most if size > 0 else 0))
 
 
 def scaled(A: Any) -> Any:
@@ -215,12 +206,9 @@ def scaled(A: Any) -> Any:
         return A
     if isinstance(A, Preconditioner):
         return scaled_preconditioner(A)
-    if isinstance(A, GramOperator):
-        return GramOperator(scaled(A.factor))
-    if isinstance(A, Congruence):
-        return Congruence(scaled(A.operator), scaled(A.preconditioner))
-    if isinstance(A, Product):
-        return Product(scaled(A.left), scaled(A.right))
+    for kind in _POWERS:
+        if isinstance(A, kind):
+            return kind(*map(scaled, A.made_of))
     if isinstance(A, Restriction):
         return Restriction(scaled(A.inner), A.indices)
     if isinstance(A, Shifted) and not isinstance(A, ScaledShift):
@@ -236,13 +224,8 @@ def exponent(A: LinearOperator) -> int:
         return A.exponent
     if isinstance(A, Restriction):
         return exponent(A.inner)
-    if isinstance(A, GramOperator):
-        return 2 * exponent(A.factor)
-    if isinstance(A, Congruence):
-        return exponent(A.operator) + 2 * exponent(A.preconditioner)
-    if isinstance(A, Product):
-        return exponent(A.left) + exponent(A.right)
-    return 0
+    powers = next((powers for kind, powers in _POWERS.items() if isinstance(A, kind)), ())
+    return sum(power * exponent(part) for power, part in zip(powers, A.made_of, strict=False))
 
 
 def require_resolution(A: LinearOperator, vectors: int) -> None:

@@ -3,11 +3,9 @@
 from bnp_analysis.precondition.base import (
     BlockDiagonal,
     NetworkPreconditioner,
-    SplitsByUnit,
     identity_preconditioner,
 )
-from bnp_analysis.precondition.bnp import BNPPreconditioner, bnp_preconditioner, layer_block
-from bnp_analysis.precondition.bnp_block import BNPBlock
+from bnp_analysis.precondition.bnp import BNPBlock, BNPPreconditioner, bnp_preconditioner, layer_block
 from bnp_analysis.precondition.diagonal import DiagonalPreconditioner, diagonal_preconditioner
 from bnp_analysis.precondition.from_optimizer import KroneckerRoots, LBFGSBlock, optimizer_preconditioner
 from bnp_analysis.precondition.kronecker import KroneckerBlock, KroneckerPreconditioner, kfac_preconditioner
@@ -22,7 +20,6 @@ __all__ = [
     "KroneckerRoots",
     "LBFGSBlock",
     "NetworkPreconditioner",
-    "SplitsByUnit",
     "bnp_preconditioner",
     "diagonal_preconditioner",
     "identity_preconditioner",

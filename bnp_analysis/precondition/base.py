@@ -34,18 +34,6 @@ class NetworkPreconditioner(Preconditioner):
         """
 
 
-class SplitsByUnit(Preconditioner):
-    """A layer's preconditioner that acts on each output unit by itself."""
-
-    @abstractmethod
-    def unit(self, i: int) -> Preconditioner:
-        """The preconditioner of output unit `i`, on its variables `unit_positions(i)`."""
-
-    @abstractmethod
-    def unit_positions(self, i: int) -> Tensor:
-        """Where the variables of output unit `i` lie in the layer's flat vector, in ascending order."""
-
-
 class BlockDiagonal(NetworkPreconditioner):
     """`P` made of invertible blocks on disjoint index sets, the identity elsewhere.
 
@@ -111,7 +99,16 @@ class BlockDiagonal(NetworkPreconditioner):
             if bool(inside.all()):
                 parts[name] = (target, inner)
             elif bool(inside.any()):
-                parts[name] = (target[inside], _unit_inside(name, inner, block, inside))
+                met = torch.nonzero(inside).flatten()
+                part = inner.part(met)
+                if part is None:
+                    some = (
+                        f"{met.numel()} of the {inner.dim} variables of {name!r}, which {type(inner).__name__} couples"
+                    )
+                    if not isinstance(block, str) and hasattr(inner, "unit"):
+                        some = f"only a part of unit {block[1]} of {name!r}, whose weights P couples"
+                    raise InvalidInputError(f"{block!r} meets {some}; take the whole layer")
+                parts[name] = (target[inside], part)
         return BlockDiagonal(wanted.numel(), parts, self.dtype, self.device)
 
     def part(self, positions: Tensor) -> Preconditioner | None:
@@ -152,19 +149,6 @@ class BlockDiagonal(NetworkPreconditioner):
         # Only ever multiplied with: the blocks need not be invertible.
         other._parts = [(part, block.absolute()) for part, block in self._parts]
         return other
-
-
-def _unit_inside(name: str, inner: Preconditioner, block: Block, inside: Tensor) -> Preconditioner:
-    """The part of a layer's preconditioner on the variables that a block meets: one whole unit, or an error."""
-    met = torch.nonzero(inside).flatten()
-    if isinstance(inner, SplitsByUnit) and not isinstance(block, str) and isinstance(block[1], int):
-        if torch.equal(inner.unit_positions(block[1]).cpu(), met):
-            return inner.unit(block[1])
-        raise InvalidInputError(f"{block!r} meets only a part of unit {block[1]} of {name!r}, whose weights P couples")
-    raise InvalidInputError(
-        f"{block!r} meets {met.numel()} of the {inner.dim} variables of {name!r}, which {type(inner).__name__} "
-        "couples; take the whole layer"
-    )
 
 
 def _as_slice(positions: Tensor, device: torch.device) -> slice | Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from bnp_analysis.network.snapshot import unwrap
 from bnp_analysis.precondition.base import NetworkPreconditioner
 from bnp_analysis.runtime.kinds import gated
 
+Found = TypeVar("Found")
 ADAPTIVE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad)
 
 
@@ -69,14 +70,10 @@ class DiagonalPreconditioner(NetworkPreconditioner):
     def _matmat(self, x: Tensor) -> Tensor:
         return self._column * x
 
-    def _rmatmat(self, y: Tensor) -> Tensor:
-        return self._column * y
-
     def _solve(self, x: Tensor) -> Tensor:
         return x / self._column
 
-    def _rsolve(self, y: Tensor) -> Tensor:
-        return y / self._column
+    _rmatmat, _rsolve = _matmat, _solve
 
     def absolute(self) -> LinearOperator:
         return self
@@ -135,8 +132,7 @@ def diagonal_preconditioner(
             raise InvalidInputError(f"scales must have shape ({space.dim},), got {tuple(source.shape)}")
         P = DiagonalPreconditioner(source.detach().to(risk.theta), space, settings={"source": "scales"})
     elif isinstance(source, torch.optim.Optimizer):
-        divisors, uncovered = optimizer_divisors(source, space, model)
-        P = from_divisors(divisors, space, {"source": type(source).__name__}, uncovered)
+        P = adaptive_preconditioner(source, space, model)
     elif source == "gauss_newton":
         diagonal = gauss_newton_diagonal(risk).double()
         damped = diagonal + damping * diagonal.amax()
@@ -195,34 +191,56 @@ def from_divisors(
     )
 
 
-def optimizer_divisors(
+def adaptive_preconditioner(
     optimizer: torch.optim.Optimizer, space: ParameterSpace, model: nn.Module | None
-) -> tuple[Tensor, dict[str, str]]:
-    """`sqrt(v_hat) + eps` of every parameter, `(n,)` in float64 and 1 where there is none; and why there is none."""
+) -> DiagonalPreconditioner:
+    """`P = diag((sqrt(v_hat) + eps)^(-1/2))` of every parameter that was stepped."""
     if not isinstance(optimizer, ADAPTIVE):
         raise InvalidInputError(
             f"{type(optimizer).__name__} has no diagonal step matrix that is known here; Adam, AdamW, RMSprop and "
             "Adagrad have. Give its scales as a tensor (n,)"
         )
-    found: dict[str, Tensor] = {}
+    found, uncovered = read_states(
+        optimizer,
+        space,
+        model,
+        lambda parameter, group, state: _divisor(optimizer, group, state) if float(state["step"]) > 0 else None,
+    )
+    every = {n: found.get(n, torch.ones(shape, dtype=torch.float64)).cpu() for n, shape in space.shapes.items()}
+    return from_divisors(space.flatten(every).to(space.device), space, {"source": type(optimizer).__name__}, uncovered)
+
+
+def read_states(
+    optimizer: torch.optim.Optimizer,
+    space: ParameterSpace,
+    model: nn.Module | None,
+    read: Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], Found | None],
+) -> tuple[dict[str, Found], dict[str, str]]:
+    """Parameter name -> what `read(parameter, group, state)` makes of it; name -> why there is nothing.
+
+    Raises:
+        InvalidInputError: there is nothing of any parameter.
+    """
+    found: dict[str, Found] = {}
     uncovered = dict.fromkeys(space.names, "not among the optimizer's parameters")
     for parameter, group, name in named_parameters(optimizer, model):
         if name not in space:
             continue
         listed = space.canonical(name)
         require_shape(parameter, name, space)
-        uncovered[listed] = "the optimizer has not stepped it"
         state = optimizer.state.get(parameter)
-        if state and float(state["step"]) > 0:
-            found[listed] = _divisor(optimizer, group, state)
-            del uncovered[listed]
+        one = read(parameter, group, state) if state else None
+        if one is None:
+            uncovered[listed] = "the optimizer has not stepped it"
+        else:
+            found[listed] = one
+            uncovered.pop(listed, None)
     if not found:
         raise InvalidInputError(
-            f"{type(optimizer).__name__} holds no state for any parameter of the risk: it has made no step, or belongs "
-            "to another model"
+            f"{type(optimizer).__name__} holds no state that preconditions a parameter of the risk: it has made no "
+            "step, or belongs to another model. Train first (SOAP's first step only initializes it)"
         )
-    every = {n: found.get(n, torch.ones(shape, dtype=torch.float64)).cpu() for n, shape in space.shapes.items()}
-    return space.flatten(every).to(space.device), uncovered
+    return found, uncovered
 
 
 def require_shape(parameter: Tensor, name: str, space: ParameterSpace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from bnp_analysis.network.snapshot import unwrap
 from bnp_analysis.precondition.base import BlockDiagonal, Entry, NetworkPreconditioner, identity_preconditioner
 from bnp_analysis.precondition.diagonal import (
     ADAPTIVE,
-    from_divisors,
+    adaptive_preconditioner,
     named_parameters,
-    optimizer_divisors,
+    read_states,
     require_shape,
 )
 from bnp_analysis.runtime.kinds import gated
@@ -101,18 +102,6 @@ def _reader(optimizer: torch.optim.Optimizer) -> Reader:
     )
 
 
-def _sgd(optimizer: torch.optim.Optimizer, space: ParameterSpace, model: nn.Module | None) -> NetworkPreconditioner:
-    """`P = I`; the parameters need no names for that."""
-    return identity_preconditioner(space)
-
-
-def _adaptive(
-    optimizer: torch.optim.Optimizer, space: ParameterSpace, model: nn.Module | None
-) -> NetworkPreconditioner:
-    divisors, uncovered = optimizer_divisors(optimizer, space, model)
-    return from_divisors(divisors, space, {"source": type(optimizer).__name__}, uncovered)
-
-
 def _lbfgs(optimizer: torch.optim.Optimizer, space: ParameterSpace, model: nn.Module | None) -> NetworkPreconditioner:
     """All parameters in one block, in the order in which the optimizer flattens them."""
     (group,) = optimizer.param_groups  # torch allows one
@@ -151,75 +140,63 @@ def _lbfgs(optimizer: torch.optim.Optimizer, space: ParameterSpace, model: nn.Mo
     )
 
 
-def _shampoo(optimizer: torch.optim.Optimizer, space: ParameterSpace, model: nn.Module | None) -> NetworkPreconditioner:
-    def block(p: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> Preconditioner | None:
-        inverses = [state[f"inv_pre_cond_{i}"] for i in range(p.ndim) if f"inv_pre_cond_{i}" in state]
-        if len(inverses) < p.ndim or not p.ndim or not all(bool(m.any()) for m in inverses):
-            return None  # no step at which the factors are computed
-        return KroneckerRoots([_root(m.detach().double()) for m in inverses], dtype=space.dtype)
-
-    return _by_tensor(optimizer, space, model, block)
+#: Of one tensor, from itself, its group and its state: the factors of a Kronecker product, and scales or None for ones.
+Roots = tuple[list[Tensor], Tensor | None]
 
 
-def _soap(optimizer: torch.optim.Optimizer, space: ParameterSpace, model: nn.Module | None) -> NetworkPreconditioner:
-    def block(p: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> Preconditioner | None:
-        if group["normalize_gradient"]:
-            raise InvalidInputError(
-                "SOAP with normalize_gradient divides each step by its own length: that is no linear map of the "
-                "gradient. Without it, it is"
-            )
-        steps = int(group.get("step", 0)) - 1  # its first step only initializes
-        if steps < 1 or state.get("Q") is None:
-            return None
-        shape = tuple(int(n) for n in p.shape)
-        if group["merge_dims"]:
-            if getattr(optimizer, "data_format", "channels_first") != "channels_first" and p.ndim == 4:
-                raise InvalidInputError("SOAP with merge_dims and data_format='channels_last' is not read here")
-            shape = tuple(len(q) for q in state["Q"]) if all(len(q) for q in state["Q"]) else shape
-            if math.prod(shape) != p.numel():
-                raise InvalidInputError("SOAP merged dimensions in a way that its state does not tell")
-        factors = [
-            q.detach().double() if len(q) else torch.eye(n, dtype=torch.float64, device=p.device)
-            for q, n in zip(state["Q"], shape, strict=True)
-        ]
-        square = state["exp_avg_sq"].detach().double().reshape(-1)
-        # The optimizer adds eps to the uncorrected root; the correction is a factor of its learning rate.
-        correction = math.sqrt(1 - float(group["betas"][1]) ** steps) if group["correct_bias"] else 1.0
-        divisor = (square.sqrt() + float(group["eps"])) / correction
-        if not bool((divisor > 0).all()):
-            raise InvalidInputError("SOAP divides by zero: a direction without gradient and eps = 0")
-        return KroneckerRoots(factors, divisor.rsqrt(), dtype=space.dtype)
+def _shampoo(
+    optimizer: torch.optim.Optimizer, p: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
+) -> Roots | None:
+    inverses = [state[f"inv_pre_cond_{i}"] for i in range(p.ndim) if f"inv_pre_cond_{i}" in state]
+    if len(inverses) < p.ndim or not p.ndim or not all(bool(m.any()) for m in inverses):
+        return None  # no step at which the factors are computed
+    return [_root(m.detach().double()) for m in inverses], None
 
-    return _by_tensor(optimizer, space, model, block)
+
+def _soap(
+    optimizer: torch.optim.Optimizer, p: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
+) -> Roots | None:
+    if group["normalize_gradient"]:
+        raise InvalidInputError(
+            "SOAP with normalize_gradient divides each step by its own length: that is no linear map of the "
+            "gradient. Without it, it is"
+        )
+    steps = int(group.get("step", 0)) - 1  # its first step only initializes
+    if steps < 1 or state.get("Q") is None:
+        return None
+    shape = tuple(int(n) for n in p.shape)
+    if group["merge_dims"]:
+        if getattr(optimizer, "data_format", "channels_first") != "channels_first" and p.ndim == 4:
+            raise InvalidInputError("SOAP with merge_dims and data_format='channels_last' is not read here")
+        shape = tuple(len(q) for q in state["Q"]) if all(len(q) for q in state["Q"]) else shape
+        if math.prod(shape) != p.numel():
+            raise InvalidInputError("SOAP merged dimensions in a way that its state does not tell")
+    factors = [
+        q.detach().double() if len(q) else torch.eye(n, dtype=torch.float64, device=p.device)
+        for q, n in zip(state["Q"], shape, strict=True)
+    ]
+    square = state["exp_avg_sq"].detach().double().reshape(-1)
+    # The optimizer adds eps to the uncorrected root; the correction is a factor of its learning rate.
+    correction = math.sqrt(1 - float(group["betas"][1]) ** steps) if group["correct_bias"] else 1.0
+    divisor = (square.sqrt() + float(group["eps"])) / correction
+    if not bool((divisor > 0).all()):
+        raise InvalidInputError("SOAP divides by zero: a direction without gradient and eps = 0")
+    return factors, divisor.rsqrt()
 
 
 def _by_tensor(
     optimizer: torch.optim.Optimizer,
     space: ParameterSpace,
     model: nn.Module | None,
-    block: Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], Preconditioner | None],
-) -> BlockDiagonal:
-    """`P` of an optimizer that treats each tensor by itself, which `block` reads."""
+    *,
+    read: Callable[[torch.optim.Optimizer, Tensor, Mapping[str, Any], Mapping[str, Any]], Roots | None],
+) -> NetworkPreconditioner:
+    """`P` of an optimizer that multiplies each tensor by a Kronecker product, which `read` finds."""
+    found, uncovered = read_states(optimizer, space, model, partial(read, optimizer))
     blocks: dict[str, Entry] = {}
-    uncovered = dict.fromkeys(space.names, "not among the optimizer's parameters")
-    for p, group, name in named_parameters(optimizer, model):
-        if name not in space:
-            continue
-        listed = space.canonical(name)
-        require_shape(p, name, space)
-        state = optimizer.state.get(p)
-        inner = block(p, group, state) if state else None
-        if inner is None:
-            uncovered[listed] = "the optimizer has not stepped it"
-            continue
-        part = space.slice_of(listed)
-        blocks[listed] = (torch.arange(part.start, part.stop), inner)
-        del uncovered[listed]
-    if not blocks:
-        raise InvalidInputError(
-            f"{type(optimizer).__name__} holds no preconditioner of any parameter: it has made no step, or belongs to "
-            "another model. Train first (SOAP's first step only initializes it)"
-        )
+    for name, (factors, scales) in found.items():
+        part = space.slice_of(name)
+        blocks[name] = (torch.arange(part.start, part.stop), KroneckerRoots(factors, scales, dtype=space.dtype))
     settings = {"source": type(optimizer).__name__}
     return BlockDiagonal(
         space.dim, blocks, space.dtype, space.device, space, settings=settings, uncovered=uncovered
@@ -235,14 +212,15 @@ def _muon(optimizer: torch.optim.Optimizer, space: ParameterSpace, model: nn.Mod
 
 
 #: Kind of optimizer -> what reads its state.
-READERS: dict[type, Reader] = {torch.optim.SGD: _sgd, torch.optim.LBFGS: _lbfgs}
-READERS |= dict.fromkeys(ADAPTIVE, _adaptive)
+READERS: dict[type, Reader] = dict.fromkeys(ADAPTIVE, adaptive_preconditioner)
+READERS[torch.optim.SGD] = lambda optimizer, space, model: identity_preconditioner(space)  # which needs no names
+READERS[torch.optim.LBFGS] = _lbfgs
 if hasattr(torch.optim, "Muon"):  # since torch 2.9
     READERS[torch.optim.Muon] = _muon
 #: The same by package and name, for packages that need not be installed.
 FOREIGN: dict[tuple[str, str], Reader] = {
-    ("pytorch_optimizer", "Shampoo"): _shampoo,
-    ("pytorch_optimizer", "SOAP"): _soap,
+    ("pytorch_optimizer", "Shampoo"): partial(_by_tensor, read=_shampoo),
+    ("pytorch_optimizer", "SOAP"): partial(_by_tensor, read=_soap),
     ("pytorch_optimizer", "Muon"): _muon,
 }
 

@@ -60,14 +60,10 @@ class KroneckerBlock(Preconditioner):
     def _matmat(self, x: Tensor) -> Tensor:
         return self._both_sides(x, *(inverse for _, inverse in self._roots))
 
-    def _rmatmat(self, y: Tensor) -> Tensor:
-        return self._matmat(y)
-
     def _solve(self, x: Tensor) -> Tensor:
         return self._both_sides(x, *(root for root, _ in self._roots))
 
-    def _rsolve(self, y: Tensor) -> Tensor:
-        return self._solve(y)
+    _rmatmat, _rsolve = _matmat, _solve
 
     def absolute(self) -> LinearOperator:
         other = copy.copy(self)

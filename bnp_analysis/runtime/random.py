@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,13 @@ Item = TypeVar("Item")
 States = tuple[Any, ...]
 
 
+class Numbers(Protocol):
+    """What has a dtype and a device: a tensor, an operator."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+
 def generator(seed: int, stream: int = 0) -> torch.Generator:
     """A local CPU generator, another for each `stream` of a seed; the global one is never touched."""
     if isinstance(seed, bool) or not isinstance(seed, int):
@@ -32,12 +39,12 @@ def generator(seed: int, stream: int = 0) -> torch.Generator:
     return torch.Generator(device="cpu").manual_seed(seed)
 
 
-def normal(shape: tuple[int, ...], g: torch.Generator, like: Tensor) -> Tensor:
+def normal(shape: tuple[int, ...], g: torch.Generator, like: Numbers) -> Tensor:
     """Standard normal numbers, drawn in float64 and cast: one seed means one vector in every dtype."""
     return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype=like.dtype, device=like.device)
 
 
-def rademacher(shape: tuple[int, ...], g: torch.Generator, like: Tensor) -> Tensor:
+def rademacher(shape: tuple[int, ...], g: torch.Generator, like: Numbers) -> Tensor:
     """Independent signs."""
     signs = torch.randint(0, 2, shape, generator=g, dtype=torch.int64) * 2 - 1
     return signs.to(dtype=like.dtype, device=like.device)

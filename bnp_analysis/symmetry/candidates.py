@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg.local_bases import Block, Ints, LocalBasis, Sparse, components, dense_block, sparse_columns
+from bnp_analysis.linalg.bases import Block, Ints, LocalBasis, Sparse, components, dense_block, sparse_columns
 from bnp_analysis.linalg.spectra.checks import Verifier
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.symmetry.graph import Graph

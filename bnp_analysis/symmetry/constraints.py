@@ -18,7 +18,7 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from bnp_analysis.linalg.local_bases import Floats, Ints, Sparse
+from bnp_analysis.linalg.bases import Floats, Ints, Sparse
 from bnp_analysis.runtime.trees import map_leaves
 from bnp_analysis.symmetry.candidates import Cause, Chart
 from bnp_analysis.symmetry.graph import Graph, Name, Slot

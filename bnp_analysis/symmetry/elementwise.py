@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bnp_analysis.linalg.local_bases import Floats, Ints
+from bnp_analysis.linalg.bases import Floats, Ints
 from bnp_analysis.runtime.trees import map_leaves, tensors_of
 from bnp_analysis.symmetry.candidates import Cause
 from bnp_analysis.symmetry.constraints import (

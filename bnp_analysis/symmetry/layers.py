@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnp_analysis.linalg.local_bases import Ints
+from bnp_analysis.linalg.bases import Ints
 from bnp_analysis.symmetry.candidates import SCALES, Cause
 from bnp_analysis.symmetry.constraints import (
     FIXED,

@@ -17,7 +17,7 @@ from bnp_analysis.curvature import CURVATURES, gauss_newton
 from bnp_analysis.curvature.engines import curvature_name
 from bnp_analysis.curvature.output_curvature import output_root
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.linalg.local_bases import Block as LocalBlock
+from bnp_analysis.linalg.bases import Block as LocalBlock
 from bnp_analysis.linalg.matrices import LocalColumns
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, require_digits
 from bnp_analysis.linalg.spectra.checks import Verifier

@@ -10,7 +10,7 @@ import torch
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from bnp_analysis.linalg.local_bases import Floats, Ints, Sparse
+from bnp_analysis.linalg.bases import Floats, Ints, Sparse
 from bnp_analysis.symmetry.candidates import SCALES, SHIFTS, Candidate, Cause, Orbit, Part
 from bnp_analysis.symmetry.constraints import Constraints, Equations, combined, coo_array, csr_array, solutions, vstack
 

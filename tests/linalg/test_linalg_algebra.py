@@ -16,17 +16,22 @@ import bnp_analysis as bnp
 from bnp_analysis.errors import InvalidInputError, NotConvexError
 from bnp_analysis.linalg import (
     CallableOperator,
+    ColumnSubset,
     DenseOperator,
     DensePreconditioner,
     GramOperator,
     LinearOperator,
     MatrixOperator,
+    Restriction,
+    Shifted,
     SymmetricOperator,
     condition_number,
     congruence,
     magnitude_condition_number,
+    on_host,
 )
 from bnp_analysis.linalg.forming import formed
+from bnp_analysis.linalg.scale import scaled
 from bnp_analysis.testing import (
     check_linear_operator,
     check_symmetric_operator,
@@ -119,6 +124,32 @@ def test_factors_and_signs(parts: tuple[SymmetricOperator, ...]) -> None:
 def test_precision_is_that_of_the_coarser_part() -> None:
     rough = CallableOperator(lambda v: v, 4, dtype=torch.float64, eps=1e-6)
     assert (rough + DenseOperator(torch.eye(4).double())).eps == (2 * rough).eps == 1e-6
+
+
+class Rough(MatrixOperator):
+    """A factor with a precision and a record of its own, and zeros that count or not."""
+
+    def __init__(self, *, structural: bool) -> None:
+        super().__init__(torch.eye(4).double(), zeros_are_structural=structural, eps=1e-6)
+
+    @property
+    def record(self) -> dict[str, str]:
+        return {"engine": "by hand"}
+
+
+@pytest.mark.parametrize("structural", [True, False])
+def test_precision_zeros_and_record_are_those_of_what_an_operator_is_made_of(structural: bool) -> None:
+    """Sums may cancel: zeros of a product, a sum or a congruence are never structural."""
+    F = Rough(structural=structural)
+    A, P = GramOperator(F), DensePreconditioner(torch.eye(4).double())
+    kept = (F.T, 2 * F, ColumnSubset(F, torch.arange(2)), A, 2 * A, Shifted(A, 1.0), Restriction(A, torch.arange(2)))
+    kept += (on_host(A), scaled(A), scaled(F))
+    for made, zeros in (
+        *((one, structural) for one in kept),
+        *((one, False) for one in (A + A, F @ F, congruence(A, P))),
+    ):
+        assert (made.eps, made.zeros_are_structural) == (1e-6, zeros), made
+        assert made.record == {"engine": "by hand"}, made
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -27,7 +27,7 @@ from bnp_analysis.linalg import (
 )
 from bnp_analysis.linalg.bases import accurate_product, orthonormal
 from bnp_analysis.linalg.condition.reduction import reduced
-from bnp_analysis.linalg.spectra.null import SomeNullDirections
+from bnp_analysis.linalg.spectra.checks import SomeNullDirections
 
 E3 = torch.tensor([[0.0], [0.0], [1.0]], dtype=torch.float64)
 

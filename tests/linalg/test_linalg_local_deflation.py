@@ -15,11 +15,11 @@ from torch import Tensor
 import bnp_analysis as bnp
 from bnp_analysis.errors import NullSpaceError
 from bnp_analysis.linalg import DenseOperator, DensePreconditioner, LinearOperator, condition_number, eigenpairs
+from bnp_analysis.linalg.bases import orthonormal_blocks
 from bnp_analysis.linalg.krylov.bidiagonal import golub_kahan
 from bnp_analysis.linalg.krylov.lanczos import lanczos
-from bnp_analysis.linalg.local_bases import orthonormal_blocks
 from bnp_analysis.linalg.matrices import CallableOperator, LocalColumns, MatrixOperator, beside
-from bnp_analysis.linalg.spectra.null import COMBINED, SomeNullDirections
+from bnp_analysis.linalg.spectra.checks import COMBINED, SomeNullDirections
 from bnp_analysis.runtime.random import generator
 
 SIZE, BLOCK = 360, 4

@@ -17,7 +17,7 @@ from bnp_analysis.errors import InvalidInputError, ZeroOperatorError
 from bnp_analysis.linalg import CallableOperator, GramOperator, MatrixOperator, lanczos
 from bnp_analysis.linalg.condition import methods
 from bnp_analysis.linalg.condition.certificates import all_magnitudes
-from bnp_analysis.linalg.condition.largest import _ends, _upper_bounds, krylov_magnitudes
+from bnp_analysis.linalg.condition.lanczos import _ends, _upper_bounds, krylov_magnitudes
 from bnp_analysis.linalg.condition.number import Magnitudes
 from bnp_analysis.linalg.condition.profile import ConditionProfile
 

@@ -82,11 +82,8 @@ def test_spectral_density(tmp_path: Path) -> None:
     assert late.matvecs == whole.matvecs + 1
 
 
-def test_outliers_are_left_out_and_the_axis_may_be_logarithmic() -> None:
+def test_the_axis_may_be_logarithmic() -> None:
     A = operator()
-    pairs = bnp.eigenpairs(A, k=3, tol=1e-10)
-    rest = bnp.spectral_density(A, deflate=pairs.vectors, probes=4, steps=30)
-    assert rest.nodes.max() < float(pairs.values.min())
     decades = bnp.spectral_density(A, probes=30, steps=60, scale="log", width=0.2)
     # Log-spaced eigenvalues are uniform on this axis: 1/3 per decade.
     inside = (decades.grid > -2.5) & (decades.grid < -0.5)

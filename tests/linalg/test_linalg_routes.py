@@ -29,7 +29,7 @@ from bnp_analysis.linalg import (
 )
 from bnp_analysis.linalg.condition import methods as methods_module
 from bnp_analysis.linalg.condition.dense import confirm_ends, count_below
-from bnp_analysis.linalg.spectra.null import SomeNullDirections
+from bnp_analysis.linalg.spectra.checks import SomeNullDirections
 from bnp_analysis.runtime import memory as memory_module
 from bnp_analysis.testing import KINDS, random_orthogonal, spectrum, symmetric_with_spectrum
 

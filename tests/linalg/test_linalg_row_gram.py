@@ -26,8 +26,8 @@ from bnp_analysis.linalg import (
 )
 from bnp_analysis.linalg.condition import factor_svd, row_gram
 from bnp_analysis.linalg.condition.methods import automatic
-from bnp_analysis.linalg.row_products import RowProducts
-from bnp_analysis.precondition.bnp_block import BNPBlock
+from bnp_analysis.linalg.operators import RowProducts
+from bnp_analysis.precondition.bnp import BNPBlock
 from bnp_analysis.runtime.random import generator as seeded
 
 

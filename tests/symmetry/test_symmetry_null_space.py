@@ -24,7 +24,7 @@ from bnp_analysis.errors import MemoryLimitError
 from bnp_analysis.linalg import MatrixOperator
 from bnp_analysis.linalg.matrices import LocalColumns
 from bnp_analysis.linalg.spectra import checks
-from bnp_analysis.linalg.spectra.null import CAUTION, COMBINED, NORM_STEPS
+from bnp_analysis.linalg.spectra.checks import CAUTION, COMBINED, NORM_STEPS
 from bnp_analysis.symmetry import Cause, null_space
 from bnp_analysis.symmetry.candidates import Candidate, NullBasis, Part
 

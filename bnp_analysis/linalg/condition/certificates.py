@@ -13,7 +13,7 @@ from bnp_analysis.linalg.forming import UNIT
 from bnp_analysis.linalg.krylov.lanczos import Floats
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
-from bnp_analysis.linalg.spectra.null import DeclaredNull
+from bnp_analysis.linalg.spectra.checks import DeclaredNull
 
 UNDECLARED = "null space not declared"
 
@@ -190,7 +190,7 @@ def factor_extremes(
     """
     rank = int((sigma > radius).sum())
     if rank == 0:
-        return zero_matrix(null, matvecs)
+        return zero_matrix(matvecs)
     unresolved, on_your_word = unexplained_zeros(rank, structural, null, A)
     structural = min(structural, A.dim - null.dim)
     apparent = (apparent_rank(sigma, structural, noise) if unresolved else None) or rank
@@ -202,8 +202,6 @@ def factor_extremes(
         lower=(max(top - radius, 0.0) / (certain + radius)) ** 2,
         upper=((top + radius) / (certain - radius)) ** 2 if unresolved == 0 else math.inf,
         rank=rank,
-        null_dim=null.dim,
-        null_sources=null.sources,
         on_your_word=on_your_word,
         unresolved=unresolved,
         zero=A.dim - rank,
@@ -290,16 +288,8 @@ def unexplained(unresolved: int, null: DeclaredNull, A: SymmetricOperator) -> st
     return f"{unresolved} eigenvalues below the noise floor are not explained as zero{why}{more}"
 
 
-def zero_matrix(null: DeclaredNull, matvecs: int) -> Extremes:
-    return Extremes(
-        lambda_max=0.0,
-        lambda_min=0.0,
-        lower=math.nan,
-        upper=math.inf,
-        null_dim=null.dim,
-        matvecs=matvecs,
-        rank=0,
-    )
+def zero_matrix(matvecs: int) -> Extremes:
+    return Extremes(lambda_max=0.0, lambda_min=0.0, lower=math.nan, upper=math.inf, matvecs=matvecs, rank=0)
 
 
 def zero_operator(A: SymmetricOperator, P: Preconditioner | None = None) -> ZeroOperatorError:

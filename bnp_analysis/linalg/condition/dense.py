@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,8 +27,7 @@ from bnp_analysis.linalg.krylov.lanczos import Floats
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import congruence
 from bnp_analysis.linalg.scale import scaled
-from bnp_analysis.linalg.spectra.checks import require_finite, rounding_norm
-from bnp_analysis.linalg.spectra.null import require_null
+from bnp_analysis.linalg.spectra.checks import require_finite, require_null, rounding_norm
 from bnp_analysis.runtime.memory import require_memory
 
 DENSE_LIMIT = 3_000
@@ -79,7 +79,7 @@ def dense_ends(
     A, null = problem.A, problem.null
     found = spectrum(problem)
     if found is None:
-        return zero_matrix(null, A.dense_cost + null.cost)
+        return zero_matrix(A.dense_cost + null.cost)
     values, radius, scale = found.values, found.radius, found.scale
     if problem.semidefinite and values[0] < -radius:
         units = f", both in units of 2^{-found.exponent}" if found.exponent else ""
@@ -91,7 +91,7 @@ def dense_ends(
     sizes = np.sort(np.abs(values))
     rank = int((sizes > radius).sum())
     if rank == 0:
-        return zero_matrix(null, found.matvecs)
+        return zero_matrix(found.matvecs)
     unresolved, on_your_word = unexplained_zeros(rank, found.structural, null, A)
     zeros = A.dim - rank
     top, bottom, zero = float(sizes[-1]), float(sizes[zeros]), float(sizes[zeros - 1]) if zeros else 0.0
@@ -104,8 +104,6 @@ def dense_ends(
         lower=max(top_low, 0.0) / high,
         upper=top_high / low if unresolved == 0 and low > 0 else math.inf,
         rank=rank,
-        null_dim=null.dim,
-        null_sources=null.sources,
         on_your_word=on_your_word,
         unresolved=unresolved,
         negative=int((values < -radius).sum()),
@@ -279,11 +277,6 @@ def _confirmed(found: Spectrum, bottom: float, top: float, zeros: int) -> Ends |
     return ends[0] - extra, ends[1] + extra, ends[2] - extra, ends[3] + extra
 
 
-def inertia_ends(problem: Problem) -> Extremes:
-    """All eigenvalues of the dense `P^T A P`; its two ends are decided by counts."""
-    return dense_ends(problem, _confirmed)
-
-
 def _price_of_counts(A: SymmetricOperator, steps: int) -> Price:
     return Price(float(A.dense_cost), 8 * 8 * A.dim**2, 12.0 * A.dim**3)
 
@@ -293,7 +286,7 @@ INERTIA = register(
         name="inertia",
         claim="both ends decided by counts",
         price=_price_of_counts,
-        solve=inertia_ends,
+        solve=partial(dense_ends, decided=_confirmed),
         indefinite=True,
         order=40,
     )

@@ -21,8 +21,7 @@ from bnp_analysis.linalg.forming import LEAST, UNIT, formed, formed_times, norm_
 from bnp_analysis.linalg.krylov.lanczos import Floats
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.scale import scaled
-from bnp_analysis.linalg.spectra.checks import factor_rounding_norm, require_finite
-from bnp_analysis.linalg.spectra.null import require_null
+from bnp_analysis.linalg.spectra.checks import factor_rounding_norm, require_finite, require_null
 from bnp_analysis.runtime.memory import require_memory
 
 # Operations of a singular value decomposition that "auto" takes on: about a minute of one processor core.
@@ -103,7 +102,7 @@ def factor_svd(problem: Problem) -> Extremes:
     """The ends of the spectrum from the singular values of the dense factor `F P`."""
     found = singular_values(problem)
     if found is None:
-        return zero_matrix(problem.null, problem.factor("factor-svd").dense_cost + problem.null.cost)
+        return zero_matrix(problem.factor("factor-svd").dense_cost + problem.null.cost)
     ends = factor_extremes(
         problem.A,
         problem.null,

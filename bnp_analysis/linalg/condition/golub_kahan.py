@@ -14,8 +14,7 @@ from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.forming import amplified
 from bnp_analysis.linalg.krylov.bidiagonal import Bidiagonalization, golub_kahan
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
-from bnp_analysis.linalg.spectra.checks import factor_rounding_norm
-from bnp_analysis.linalg.spectra.null import NORM_STEPS, DeclaredNull, require_null
+from bnp_analysis.linalg.spectra.checks import NORM_STEPS, factor_rounding_norm, require_null
 
 
 def golub_kahan_ends(problem: Problem) -> Extremes:
@@ -49,7 +48,7 @@ def golub_kahan_ends(problem: Problem) -> Extremes:
     top = float(sigma[0]) if sigma.size else 0.0
     radius = 10 * A.eps * math.sqrt(max(operator.shape)) * (top + max(top, size)) + run.dropped
     if run.stop != "exhausted":
-        return problem.in_units(_partial(null, run, radius, min(structural, A.dim - null.dim), matvecs))
+        return problem.in_units(_partial(run, null.complete, radius, min(structural, A.dim - null.dim), matvecs))
     noise = A.eps * max(top, size)
     return problem.in_units(
         factor_extremes(
@@ -58,13 +57,13 @@ def golub_kahan_ends(problem: Problem) -> Extremes:
     )
 
 
-def _partial(null: DeclaredNull, run: Bidiagonalization, radius: float, structural: int, matvecs: int) -> Extremes:
+def _partial(run: Bidiagonalization, complete: bool, radius: float, structural: int, matvecs: int) -> Extremes:
     """A lower bound from the columns of `V` that lie in the row space."""
     sigma = run.singular_values()
     if not (sigma > radius).any():
-        return zero_matrix(null, matvecs)
+        return zero_matrix(matvecs)
     top = float(sigma[0])
-    clean = run.matrix.shape[1] if null.complete else run.clean
+    clean = run.matrix.shape[1] if complete else run.clean
     least = float(np.linalg.svd(run.matrix[:, :clean], compute_uv=False)[-1]) / math.sqrt(1 - 1e-4)
     known = least > radius
     memory = 8 * structural * (len(run.left) + len(run.right)) / 2**30
@@ -73,8 +72,6 @@ def _partial(null: DeclaredNull, run: Bidiagonalization, radius: float, structur
         lambda_min=least**2 if known else 0.0,
         lower=(max(top - radius, 0.0) / (least + radius)) ** 2 if known else math.nan,
         upper=math.inf,
-        null_dim=null.dim,
-        null_sources=null.sources,
         noise_floor=radius**2,
         matvecs=matvecs,
         stop=run.stop,

@@ -12,7 +12,7 @@ from torch import Tensor
 from bnp_analysis.errors import InvalidInputError, NotConvexError
 from bnp_analysis.linalg.bases import project_out
 from bnp_analysis.linalg.condition.certificates import invariance_slack, kuczynski_wozniakowski
-from bnp_analysis.linalg.condition.lanczos import conditioned, lanczos_ends
+from bnp_analysis.linalg.condition.lanczos import conditioned, lanczos_instead
 from bnp_analysis.linalg.condition.methods import Method, Price, Problem, register
 from bnp_analysis.linalg.condition.number import Extremes
 from bnp_analysis.linalg.krylov.lanczos import lanczos
@@ -108,9 +108,8 @@ def inverse_lanczos(problem: Problem) -> Extremes:
     )
     spent = top_run.matvecs + solve.products + checks
     if solve.failed:
-        found = lanczos_ends(replace(problem, checkpoint=None, progress=False))
-        note = f"inverse-lanczos refused: {solve.failed}" + (f"; {found.note}" if found.note else "")
-        return replace(found, note=note, matvecs=found.matvecs + spent)
+        problem = replace(problem, checkpoint=None, progress=False)
+        return lanczos_instead(problem, "inverse-lanczos", solve.failed, spent)
     # Two ends, and two bounds of each.
     chance = problem.failure_probability / 4
     high, _ = kuczynski_wozniakowski(float(values[-1]), min(float(values[0]), 0.0), len(top_run.alpha), dim, chance)
@@ -130,8 +129,6 @@ def inverse_lanczos(problem: Problem) -> Extremes:
         lambda_min=bottom,
         lower=lower,
         upper=(high + floor) / (1 / inverse_high - floor) if trusted else math.inf,
-        null_dim=null.dim,
-        null_sources=null.sources,
         noise_floor=floor,
         failure_probability=problem.failure_probability,
         matvecs=spent,

@@ -1,4 +1,4 @@
-"""The method lanczos: what Ritz values allow one to claim (T13)."""
+"""The method lanczos: what Ritz values allow one to claim of both ends, and of the largest eigenvalues (T13)."""
 
 from __future__ import annotations
 
@@ -8,30 +8,32 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bnp_analysis.errors import NotConvexError, ZeroOperatorError
+from bnp_analysis.linalg.bases import project_out
 from bnp_analysis.linalg.condition.certificates import (
     incomplete,
     invariance_slack,
     kuczynski_wozniakowski,
+    no_magnitudes,
     null_contamination,
     require_probability,
     zero_matrix,
 )
-from bnp_analysis.linalg.condition.largest import held_vectors, krylov_magnitudes
 from bnp_analysis.linalg.condition.methods import LANCZOS_STEPS, Method, Price, Problem, next_method, register
 from bnp_analysis.linalg.condition.number import Extremes, Magnitudes
 from bnp_analysis.linalg.derived import Shifted
 from bnp_analysis.linalg.forming import amplified
 from bnp_analysis.linalg.krylov.lanczos import Floats, Tridiagonalization, lanczos, tridiagonal_eigh
-from bnp_analysis.linalg.matrices import Columns
+from bnp_analysis.linalg.matrices import Columns, beside
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import congruence
 from bnp_analysis.linalg.scale import Scaled, exponent
-from bnp_analysis.linalg.spectra.checks import norm_estimate, require_symmetric, rounding_norm
-from bnp_analysis.linalg.spectra.null import NORM_STEPS, require_null
+from bnp_analysis.linalg.spectra.checks import NORM_STEPS, norm_estimate, require_null, require_symmetric, rounding_norm
 from bnp_analysis.runtime.memory import available_memory, require_memory
-from bnp_analysis.runtime.random import generator, normal
+from bnp_analysis.runtime.progress import Progress
+from bnp_analysis.runtime.random import generator, normal, rademacher
 
 # Eigenvalues that a run goes for unless told otherwise.
 RANKS = 100
@@ -39,37 +41,45 @@ RANKS = 100
 _CONTAMINATION = 1e-2
 # Of the free memory, what vectors may take unless told how many: products need some too. The least that a run has.
 _SHARE, _LEAST = 0.5, 5
+# Searches from new random vectors that may add what the first has missed.
+_ROUNDS = 3
+# Eigenvalues that they are expected to add, and vectors beside those of a basis, both where memory is asked for.
+_MISSED, _BESIDE = 10, 11
 
 
 def lanczos_ends(problem: Problem) -> Extremes:
-    """Ritz values: a lower bound where T13 allows one, an upper one if the whole null space is declared."""
-    A, null, failure_probability = problem.A, problem.null, problem.failure_probability
+    """Ritz values: a lower bound where T13 allows one, an upper one if the whole null space is declared.
+
+    Where magnitudes are compared, interior eigenvalues have no one-sided Ritz bound but this: for `x` in the range,
+    `min|lambda| <= |A x| / |x|`, and the least such ratio on the space searched is the smallest singular value of the
+    tridiagonal matrix extended by its residual row.
+    """
+    null, definite, failure_probability = problem.null, problem.semidefinite, problem.failure_probability
     require_probability(failure_probability)
     operator, basis, noise, spent = conditioned(problem)
     run, extra = _run(problem, operator, basis)
     values, residuals = run.ritz()
     floor = noise * float(np.abs(values).max())
-    if values[0] < -floor:
+    if definite and values[0] < -floor:
         raise NotConvexError(
             f"the operator is indefinite: Lanczos found the Ritz value {values[0]:.4g} with residual "
             f"{residuals[0]:.2g} (rounding explains {floor:.2g}). Use magnitude_condition_number(A), or the "
             "Gauss-Newton matrix"
         )
-    top = float(values[-1])
+    sizes = values if definite else np.abs(values)
+    top = float(sizes.max())
     if top <= 0:
-        return zero_matrix(null, run.matvecs)
-    # On the part of the basis that lies in the range, no Ritz value is below lambda_min+.
-    clean = len(run.alpha) if null.complete else _clean_steps(run, noise)
-    in_range = float(tridiagonal_eigh(run.alpha[:clean], run.beta[: clean - 1])[0][0])
-    in_range /= 1.0 if null.complete else 1 - _CONTAMINATION**2
-    bottom = min(in_range if in_range > floor else math.inf, _certified_smallest(values, residuals, floor))
-    lower = max(top - floor, 0.0) / (bottom + floor) if math.isfinite(bottom) else math.nan
-    dim = A.dim - null.dim
+        return zero_matrix(run.matvecs)
     k = len(run.alpha)
+    in_range = _least_in_range(run, k if null.complete else _clean_steps(run, noise), problem)
+    bottom = min(in_range if in_range > floor else math.inf, _certified_smallest(sizes, residuals, floor))
+    lower = max(top - floor, 0.0) / (bottom + floor) if math.isfinite(bottom) else math.nan
     upper, note = math.inf, "" if null.complete else incomplete(null)
-    if null.complete and math.isfinite(bottom):
+    if not definite:
+        note = "interior eigenvalues are bounded from one side only by Lanczos; method='dense' decides them"
+    elif null.complete and math.isfinite(bottom):
         # Two bounds of each end, so each may fail with half of the probability.
-        chance = failure_probability / 2
+        dim, chance = problem.A.dim - null.dim, failure_probability / 2
         high, low = kuczynski_wozniakowski(top, float(values[0]), k, dim, chance)
         slack = invariance_slack(run.residual_norm + floor, dim, chance)
         high, low = min(high, top + slack), max(low, float(values[0]) - slack)
@@ -82,50 +92,34 @@ def lanczos_ends(problem: Problem) -> Extremes:
         lambda_min=bottom if math.isfinite(bottom) else 0.0,
         lower=lower,
         upper=upper,
-        null_dim=null.dim,
-        null_sources=null.sources,
+        negative=0 if definite else int((values + residuals < -floor).sum()),
         noise_floor=floor,
         failure_probability=failure_probability,
-        residual_max=float(residuals[-1]),
-        residual_min=float(residuals[0]),
+        residual_max=float(residuals[-1]) if definite else math.nan,
+        residual_min=float(residuals[0]) if definite else math.nan,
         matvecs=run.matvecs + extra + spent,
         stop=run.stop,
         note=note,
     )
 
 
-def lanczos_magnitudes(problem: Problem) -> Extremes:
-    """A lower bound of `max|lambda| / min|lambda|`: interior eigenvalues have no one-sided Ritz bound but this.
+def lanczos_instead(problem: Problem, method: str, why: str, spent: int = 0) -> Extremes:
+    """What Lanczos finds where another method cannot go on, after so many products, and why it cannot."""
+    found = lanczos_ends(problem)
+    note = f"{method} refused: {why}" + (f"; {found.note}" if found.note else "")
+    return replace(found, note=note, matvecs=found.matvecs + spent)
 
-    For `x` in the range, `min|lambda| <= |A x| / |x|`; the least such ratio on the space searched is the
-    smallest singular value of the tridiagonal matrix extended by its residual row.
-    """
-    null = problem.null
-    operator, basis, noise, spent = conditioned(problem)
-    run, extra = _run(problem, operator, basis)
-    values, residuals = run.ritz()
-    top = float(np.abs(values).max())
-    floor = noise * top
-    k = len(run.alpha) if null.complete else _clean_steps(run, noise)
-    extended = np.zeros((k + 1, k))
-    extended[:k] = np.diag(run.alpha[:k]) + np.diag(run.beta[: k - 1], 1) + np.diag(run.beta[: k - 1], -1)
-    extended[k, -1] = run.residual_norm if k == len(run.alpha) else run.beta[k - 1]
-    in_range = float(np.linalg.svd(extended, compute_uv=False)[-1]) / math.sqrt(1 - _CONTAMINATION**2)
-    bottom = min(in_range if in_range > floor else math.inf, _certified_smallest(np.abs(values), residuals, floor))
-    lower = max(top - floor, 0.0) / (bottom + floor) if math.isfinite(bottom) else math.nan
-    return Extremes(
-        lambda_max=top,
-        lambda_min=bottom if math.isfinite(bottom) else 0.0,
-        lower=lower,
-        upper=math.inf,
-        null_dim=null.dim,
-        null_sources=null.sources,
-        negative=int((values + residuals < -floor).sum()),
-        noise_floor=floor,
-        matvecs=run.matvecs + extra + spent,
-        stop=run.stop,
-        note="interior eigenvalues are bounded from one side only by Lanczos; method='dense' decides them",
-    )
+
+def _least_in_range(run: Tridiagonalization, clean: int, problem: Problem) -> float:
+    """What `min|lambda|` is at most, from the leading columns of the basis, those that lie in the range."""
+    alpha, beta = run.alpha[:clean], run.beta[: clean - 1]
+    if problem.semidefinite:  # no Ritz value is below lambda_min+
+        least = float(tridiagonal_eigh(alpha, beta)[0][0])
+        return least if problem.null.complete else least / (1 - _CONTAMINATION**2)
+    extended = np.zeros((clean + 1, clean))
+    extended[:clean] = np.diag(alpha) + np.diag(beta, 1) + np.diag(beta, -1)
+    extended[clean, -1] = run.residual_norm if clean == len(run.alpha) else run.beta[clean - 1]
+    return float(np.linalg.svd(extended, compute_uv=False)[-1]) / math.sqrt(1 - _CONTAMINATION**2)
 
 
 def _fitting(A: SymmetricOperator, most: int, vectors: Callable[[int], int]) -> int:
@@ -166,8 +160,7 @@ def _run(problem: Problem, operator: SymmetricOperator, basis: Columns) -> tuple
     """A random start where the null space is declared; else one in the range, `A g` (T13, trap 7)."""
     start, extra = None, 0
     if not problem.null.complete:
-        like = torch.empty(0, dtype=operator.dtype, device=operator.device)
-        start = operator @ normal((operator.dim,), generator(problem.seed), like)
+        start = operator @ normal((operator.dim,), generator(problem.seed), operator)
         extra = 1
         if float(start.double().norm()) == 0.0:
             raise ZeroOperatorError("the operator maps a random vector to zero: it is the zero operator")
@@ -236,7 +229,7 @@ def _solve(problem: Problem) -> Extremes:
     if problem.steps is None:
         problem = replace(problem, steps=_fitting(problem.A, usual, lambda steps: steps + 12))
     inner = problem.scaled()
-    ends = inner.in_units(lanczos_ends(inner) if problem.semidefinite else lanczos_magnitudes(inner))
+    ends = inner.in_units(lanczos_ends(inner))
     if not math.isfinite(ends.upper):
         cut = f"; memory has room for {problem.steps} of {usual} steps" if problem.krylov_steps < usual else ""
         ends = replace(ends, note=ends.note + cut + next_method(problem.A))
@@ -272,6 +265,175 @@ def _magnitudes(problem: Problem) -> Magnitudes:
     )
     stop = "memory" if count < usual and found.stop == "steps" else found.stop
     return replace(found, matvecs=found.matvecs + spent, exponent=-exponent(operator), stop=stop)
+
+
+def krylov_magnitudes(
+    A: SymmetricOperator,
+    null: Columns,
+    count: int,
+    *,
+    steps: int,
+    noise: float,
+    failure_probability: float,
+    probes: int,
+    seed: int,
+    progress: Progress = False,
+) -> Magnitudes:
+    """The `count` largest `|lambda|` from one Lanczos run, and a second one that certifies that none was missed.
+
+    Let the columns of `Y` be Ritz vectors, `A Y = Y Theta + r s^T` with `r` orthogonal to the space searched. By
+    Cauchy's interlacing the i-th largest eigenvalue is at least `theta_i`. By the theorem of Courant and Fischer it is
+    at most the largest value of `x^T A x` over unit `x` orthogonal to `y_1, ..., y_(i-1)`, that is the larger
+    eigenvalue of `[[theta_i, rho], [rho, b]]` with `rho = |r| |(s_i, s_(i+1), ...)|` and `b` the largest eigenvalue of
+    `A` on the complement of `Y`: which a run from a new random vector bounds by the theorem of Kuczynski and
+    Wozniakowski. What that run finds above `theta_R`, further copies of repeated eigenvalues, joins `Y`.
+
+    Args:
+        A: symmetric operator on `R^n`, of a size near 1.
+        null: orthonormal `(n, r)`, null directions.
+        count: `R`.
+        steps: of the first run.
+        noise: of an eigenvalue, relative to `|A|`.
+        failure_probability: of all upper bounds together.
+        probes: random vectors for the trace of the complement.
+        seed: of the random starts.
+
+    Source: Parlett 1998, chapters 10 and 11; Kuczynski and Wozniakowski 1992; T13.
+    """
+    run = lanczos(A, steps, seed=seed, null=null, progress=progress)
+    values, last = run.ritz()[0], tridiagonal_eigh(run.alpha, run.beta)[1][-1]
+    scale = float(np.abs(values).max())
+    if scale == 0.0:
+        return no_magnitudes(run.matvecs)
+    pick = np.argsort(-np.abs(values), kind="stable")[:count]
+    theta, Y = values[pick], run.ritz_vectors(pick)
+    coupling: Floats = run.residual_norm * np.abs(last[pick])
+    spent, stop, floor = run.matvecs, run.stop, noise * scale
+    del run  # its basis
+    chance = failure_probability / _ROUNDS
+    ends = (math.inf, -math.inf)
+    for turn in range(1, _ROUNDS + 1):
+        room = A.dim - null.shape[1] - Y.shape[1]
+        if room == 0 or stop == "interrupted":
+            ends = (0.0, 0.0) if room == 0 else ends
+            break
+        beyond = lanczos(A, min(_certifying(A.dim), room), seed=seed + turn, null=beside(null, Y))
+        spent += beyond.matvecs
+        ends = _ends(beyond, room, chance, floor)
+        found = beyond.ritz()[0]
+        missed = np.abs(found) > (np.abs(theta).min() + floor if Y.shape[1] == count else floor)
+        if beyond.stop == "interrupted" or not missed.any() or turn == _ROUNDS:
+            break
+        known = [Y, beyond.ritz_vectors(np.flatnonzero(missed))]
+        del Y, beyond
+        theta, Y, coupling, products = _rayleigh_ritz(A, known, count)
+        spent += products
+    trace, error = float(theta.sum()), 0.0
+    if room:
+        rest, error, products = _trace_beyond(A, beside(null, Y), probes, seed)
+        trace, spent = trace + rest, spent + products
+    order = np.argsort(-np.abs(theta), kind="stable")
+    theta, coupling = theta[order], coupling[order]
+    upper, rest_bound = _upper_bounds(theta, coupling, ends)
+    return Magnitudes(
+        value=np.abs(theta),
+        lower=np.maximum(_kept(theta) - floor, 0.0),
+        upper=upper + floor,
+        rest=rest_bound + floor,
+        rank=None,
+        trace=trace,
+        trace_error=math.hypot(error, floor),
+        negative=int((theta < -floor).sum()),
+        matvecs=spent,
+        failure_probability=failure_probability,
+        stop=stop,
+    )
+
+
+def held_vectors(count: int, steps: int) -> int:
+    """How many vectors `krylov_magnitudes` holds at most: in the first run, in the next ones, in a step of Ritz.
+
+    Example:
+        >>> held_vectors(100, 300), held_vectors(20, 100)
+        (531, 159)
+    """
+    first, following, ritz = steps + count, 2 * count + _certifying(10**7) + _MISSED, 5 * count + 2 * _MISSED
+    return max(first, following, ritz) + _BESIDE
+
+
+def _certifying(dim: int) -> int:
+    """Steps after which the bound of a random start is within about one per cent."""
+    return 30 + 4 * math.ceil(math.log(dim + 1))
+
+
+def _ends(run: Tridiagonalization, room: int, chance: float, floor: float) -> tuple[float, float]:
+    """Bounds of the spectrum on the complement, above and below."""
+    values = run.ritz()[0]
+    high, low = kuczynski_wozniakowski(float(values[-1]), float(values[0]), len(run.alpha), room, chance / 2)
+    if len(run.alpha) < room:
+        slack = invariance_slack(run.residual_norm + floor, room, chance / 2)
+        high, low = min(high, float(values[-1]) + slack), max(low, float(values[0]) - slack)
+    return max(high, 0.0), min(low, 0.0)
+
+
+def _rayleigh_ritz(A: SymmetricOperator, known: list[Tensor], count: int) -> tuple[Floats, Tensor, Floats, int]:
+    """The `count` largest Ritz values in the span of columns, vectors, residual norms, products; `known` is emptied."""
+    basis = torch.cat(known, dim=1)
+    known.clear()
+    Q = torch.linalg.qr(basis)[0]
+    del basis
+    image = A @ Q
+    values, S = torch.linalg.eigh(((Q.T @ image + image.T @ Q) / 2).double().cpu())
+    pick = torch.argsort(values.abs(), descending=True, stable=True)[:count]
+    S = S[:, pick].to(Q)
+    residual = project_out(image @ S, Q)
+    del image
+    theta: Floats = values[pick].numpy()
+    sizes: Floats = residual.double().norm(dim=0).cpu().numpy()
+    return theta, Q @ S, sizes, Q.shape[1]
+
+
+def _upper_bounds(theta: Floats, coupling: Floats, ends: tuple[float, float]) -> tuple[Floats, float]:
+    """Bounds of the r-th largest `|lambda|` for `r <= R`, and of all others."""
+    bounds: list[float] = []
+    rest = 0.0
+    for sign, beyond in ((1.0, ends[0]), (-1.0, -ends[1])):
+        order = np.argsort(-sign * theta, kind="stable")
+        values, couplings = sign * theta[order], coupling[order]
+        # Of all columns from the i-th on.
+        rho = np.sqrt(np.cumsum(couplings[::-1] ** 2)[::-1])
+        positive = int((values > 0).sum())
+        found = [_larger(values[i], rho[i], beyond) for i in range(positive)]
+        bounds += found
+        following = _larger(values[positive], rho[positive], beyond) if positive < values.size else beyond
+        rest = max(rest, following)
+    # Ritz values of exactly zero have no bound of their own.
+    merged = np.sort(np.array(bounds + [rest] * (theta.size - len(bounds))))[::-1]
+    return np.maximum(merged, rest), rest
+
+
+def _larger(a: float, rho: float, b: float) -> float:
+    """The larger eigenvalue of `[[a, rho], [rho, b]]`."""
+    if not math.isfinite(b):
+        return b
+    return (a + b) / 2 + math.hypot((a - b) / 2, rho)
+
+
+def _kept(theta: Floats) -> Floats:
+    """Interlacing holds at each end of the spectrum by itself, so for magnitudes merged from both."""
+    merged: Floats = np.sort(np.abs(theta))[::-1]
+    return merged
+
+
+def _trace_beyond(A: SymmetricOperator, known: Columns, probes: int, seed: int) -> tuple[float, float, int]:
+    """The trace of `A` on the complement of orthonormal columns, its standard error, products spent."""
+    g = generator(seed, stream=1)
+    samples = []
+    for _ in range(probes):
+        v = project_out(rademacher((A.dim, 1), g, A), known)
+        samples.append(float((v.double() * (A @ v).double()).sum()))
+    found = np.array(samples)
+    return float(found.mean()), float(found.std(ddof=1) / math.sqrt(probes)), probes
 
 
 def _price(A: SymmetricOperator, steps: int) -> Price:

@@ -17,7 +17,7 @@ from bnp_analysis.linalg.condition.number import Extremes, Magnitudes
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.scale import exponent, scaled
-from bnp_analysis.linalg.spectra.null import DeclaredNull
+from bnp_analysis.linalg.spectra.checks import DeclaredNull
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.memory import available_memory
@@ -102,14 +102,6 @@ class Price:
         return self.products <= most.products and self.memory < most.memory and self.flops <= most.flops
 
 
-def _always(_: SymmetricOperator) -> bool:
-    return True
-
-
-def _never(_: SymmetricOperator) -> bool:
-    return False
-
-
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A way to a condition number.
@@ -133,8 +125,8 @@ class Method:
     price: Callable[[SymmetricOperator, int], Price]
     solve: Callable[[Problem], Extremes]
     magnitudes: Callable[[Problem], Magnitudes] | None = None
-    applies: Callable[[SymmetricOperator], bool] = _always
-    automatic: Callable[[SymmetricOperator], bool] = _never
+    applies: Callable[[SymmetricOperator], bool] = lambda _: True
+    automatic: Callable[[SymmetricOperator], bool] = lambda _: False
     decides: bool = False
     indefinite: bool = False
     order: int = 100

@@ -19,8 +19,7 @@ from bnp_analysis.linalg.krylov.lanczos import Floats
 from bnp_analysis.linalg.operators import SymmetricOperator, computed_in
 from bnp_analysis.linalg.preconditioner import Preconditioner, check_fits
 from bnp_analysis.linalg.scale import in_floats
-from bnp_analysis.linalg.spectra.checks import products_known_to, provenance, require_operator
-from bnp_analysis.linalg.spectra.null import HasBasis, read_null
+from bnp_analysis.linalg.spectra.checks import HasBasis, products_known_to, provenance, read_null, require_operator
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.float32 import full_float32
 from bnp_analysis.runtime.kinds import gated

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,18 +14,16 @@ from torch import Tensor
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.condition.certificates import unexplained, unexplained_zeros, zero_matrix
 from bnp_analysis.linalg.condition.factor_svd import FACTOR_WORK, affordable
-from bnp_analysis.linalg.condition.lanczos import lanczos_ends
+from bnp_analysis.linalg.condition.lanczos import lanczos_instead
 from bnp_analysis.linalg.condition.methods import Method, Price, Problem, register
 from bnp_analysis.linalg.condition.number import Extremes
 from bnp_analysis.linalg.forming import UNIT, entry_rounding
 from bnp_analysis.linalg.krylov.lanczos import Tridiagonalization, lanczos, tridiagonal_eigh
 from bnp_analysis.linalg.matrices import CallableOperator
-from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
+from bnp_analysis.linalg.operators import LinearOperator, RowProducts, SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
-from bnp_analysis.linalg.row_products import RowProducts
 from bnp_analysis.linalg.scale import comfortable, scaled
-from bnp_analysis.linalg.spectra.checks import factor_rounding_norm, require_finite
-from bnp_analysis.linalg.spectra.null import require_null
+from bnp_analysis.linalg.spectra.checks import factor_rounding_norm, require_finite, require_null
 from bnp_analysis.runtime.memory import require_memory
 
 # Lanczos steps for either end; those for the largest one stop once it is known so well.
@@ -111,19 +109,20 @@ def row_gram(problem: Problem) -> Extremes:
             "parameters of dense layers that run once per example; those of "
             f"{factor!r} are not known to be. Use method='auto', 'factor-svd' or 'golub-kahan'"
         )
-    require_memory(_memory(parts), f"row-gram of {_count(parts)} rows", device=factor.device)
+    count = parts[0].left.shape[0] * parts[0].left.shape[1]
+    require_memory(_memory(count), f"row-gram of {count} rows", device=factor.device)
     if null.dim:
         checked = scaled(factor)
         require_null(checked, null, factor_rounding_norm(checked), "F")
     rows = _rows(factor, parts, problem.P)
     if rows is None:
-        return _refused(problem, "P is not the same for every unit of a layer")
+        return lanczos_instead(problem, "row-gram", "P is not the same for every unit of a layer")
     if not len(rows.length):
-        return zero_matrix(null, null.cost)
+        return zero_matrix(null.cost)
     x, frobenius = _smallest(rows, problem.seed)
     bottom = None if x is None else _bottom(rows, x)
     if bottom is None:
-        return _refused(problem, "rows of the factor are dependent to rounding")
+        return lanczos_instead(problem, "row-gram", "rows of the factor are dependent to rounding")
     (low, value, high), (least, top, most) = bottom, _top(rows, frobenius, bottom[2] / bottom[0] - 1, problem.seed)
     rank = len(rows.length)
     unresolved, on_word = unexplained_zeros(rank, rows.rank, null, problem.A)
@@ -133,8 +132,6 @@ def row_gram(problem: Problem) -> Extremes:
         lower=least / high,
         upper=most / low if unresolved == 0 else math.inf,
         rank=rank,
-        null_dim=null.dim,
-        null_sources=null.sources,
         on_your_word=on_word,
         unresolved=unresolved,
         zero=problem.A.dim - rank,
@@ -145,11 +142,6 @@ def row_gram(problem: Problem) -> Extremes:
         note=unexplained(unresolved, null, problem.A),
     )
     return found.times_power(-2 * rows.exponent)
-
-
-def _refused(problem: Problem, why: str) -> Extremes:
-    found = lanczos_ends(problem)
-    return replace(found, note=f"row-gram refused: {why}" + (f"; {found.note}" if found.note else ""))
 
 
 def _rows(factor: LinearOperator, parts: Sequence[RowProducts], P: Preconditioner | None) -> _Rows | None:
@@ -325,13 +317,8 @@ def _cholesky(matrix: Tensor) -> Tensor | None:
     return None if int(info) else L
 
 
-def _count(parts: Sequence[RowProducts]) -> int:
-    return parts[0].left.shape[0] * parts[0].left.shape[1]
-
-
-def _memory(parts: Sequence[RowProducts]) -> int:
-    """The Gram matrix, its factor, and some of its rows."""
-    m = _count(parts)
+def _memory(m: int) -> int:
+    """The Gram matrix of so many rows, its factor, and some of its rows."""
     return 8 * (2 * m + 4 * _TOGETHER) * m
 
 
@@ -341,16 +328,17 @@ def _work(rows: int) -> float:
 
 def _applies(A: SymmetricOperator) -> bool:
     F = A.factor
+    if F is None:
+        return False
     # As many independent rows as columns or more are dependent, or have the larger of the two Gram matrices.
-    wide = F is not None and F.rank_bound < F.shape[1] and _work(F.rank_bound) <= FACTOR_WORK
-    return wide and F is not None and F.row_parts is not None
+    return F.rank_bound < F.shape[1] and _work(F.rank_bound) <= FACTOR_WORK and F.row_parts is not None
 
 
 def _price(A: SymmetricOperator, steps: int) -> Price:
     if A.factor is None:
         return Price(0.0, 0, 0.0)
     m = A.factor.rank_bound
-    return Price(0.0, 8 * (2 * m + 4 * _TOGETHER) * m, _work(m) + 4.0 * _BOTTOM * m * m)
+    return Price(0.0, _memory(m), _work(m) + 4.0 * _BOTTOM * m * m)
 
 
 ROW_GRAM = register(

@@ -18,8 +18,7 @@ from bnp_analysis.linalg.condition.number import MAGNITUDE, SINGULAR, ConditionN
 from bnp_analysis.linalg.derived import GramOperator, Shifted
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator, computed_in
 from bnp_analysis.linalg.preconditioner import Preconditioner, check_fits, congruence
-from bnp_analysis.linalg.spectra.checks import provenance, require_operator
-from bnp_analysis.linalg.spectra.null import HasBasis, read_null
+from bnp_analysis.linalg.spectra.checks import HasBasis, provenance, read_null, require_operator
 from bnp_analysis.runtime.float32 import full_float32
 from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.progress import Progress
@@ -237,12 +236,13 @@ def _measure(
     chosen, ends = first_that_fits(tried, lambda method: method.solve(problem))
     if ends.lambda_max == 0.0:
         raise zero_operator(A, P)
+    declared = {"null_dim": problem.null.dim, "null_sources": problem.null.sources}
     if ends.rank is None:  # nothing is counted: every declared direction is believed
-        ends = dataclasses.replace(ends, on_your_word=ends.null_sources.get("declared", 0))
+        declared["on_your_word"] = problem.null.sources.get("declared", 0)
     two_sided = math.isfinite(ends.upper) and math.isfinite(ends.lower)
     chance = ends.failure_probability if math.isfinite(ends.upper) else 0.0
     return ConditionNumber(
-        **(vars(ends) | {"failure_probability": chance}),
+        **(vars(ends) | declared | {"failure_probability": chance}),
         value=ends.lambda_max / ends.lambda_min if ends.lambda_min > 0 else math.inf,
         two_sided=two_sided,
         method=chosen.name,

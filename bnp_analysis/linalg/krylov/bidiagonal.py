@@ -24,6 +24,7 @@ from bnp_analysis.runtime.progress import Progress, reporting, stop_requests
 from bnp_analysis.runtime.random import generator
 
 _CONTAMINATION = 1e-2
+_NUMBERS = ("halves", "mixed", "scale", "dropped", "random")  # of a saved state, as they are
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,22 +144,8 @@ def golub_kahan(
     return run.result(stop).times_power(exponent(given) - exponent(F))
 
 
-@dataclass(frozen=True)
-class _Mark:
-    """Where a run stands; replaced as a whole after a step, so that an interrupt loses that step and nothing else."""
-
-    columns: int
-    rows: int
-    halves: int
-    mixed: bool  # whether the start's own space is exhausted, and random vectors are mixed in
-    scale: float
-    dropped: float
-    w: Tensor
-    random: Tensor
-
-
 class _Run:
-    """The state of a bidiagonalization; basis vectors beyond its mark are scratch."""
+    """The state of a bidiagonalization, which a step changes at its end; basis vectors beyond it are scratch."""
 
     def __init__(
         self, F: LinearOperator, limit: int, null: Columns | None, seed: int, magnitude: float, given: LinearOperator
@@ -167,14 +154,18 @@ class _Run:
         self.null = None if null is None else null.to(torch.float64)
         # Once a new vector would hold more of the null space than this, random vectors are mixed in.
         self.leak_limit = F.eps**0.4
+        self.rounding = 10 * F.eps * math.sqrt(max(F.shape))
         # Rows are basis vectors: contiguous for the products of a reorthogonalization.
         self.V = torch.zeros(0, F.shape[1], dtype=torch.float64, device=F.device)
         self.U = torch.zeros(0, F.shape[0], dtype=torch.float64, device=F.device)
         self.B: Floats = np.zeros((0, 0))
         # Bounds of the part of each right vector that rounding has put into an undeclared null space.
         self.leaks: Floats = np.zeros(0)
-        w = torch.zeros(F.shape[1], dtype=torch.float64, device=F.device)
-        self.mark = _Mark(0, 0, 0, False, magnitude, 0.0, w, self.g.get_state())
+        self.columns = self.rows = self.halves = 0
+        # Whether the start's own space is exhausted, and random vectors are mixed in.
+        self.mixed, self.scale, self.dropped = False, magnitude, 0.0
+        self.w = torch.zeros(F.shape[1], dtype=torch.float64, device=F.device)
+        self.random = self.g.get_state()
         self.make_room(min(limit, F.rank_bound + 2))
 
     def make_room(self, columns: int) -> None:
@@ -190,10 +181,10 @@ class _Run:
 
     def begin(self) -> None:
         """`F^T g`: in the row space, where no null vector is."""
-        w, halves = self._pull(self._outside(0), 0, 0)
+        self.w, self.halves = self._pull(self._outside(0), 0, 0)
         # The first product has said in which units F is.
-        scale = max(math.ldexp(self.magnitude, exponent(self.F) - exponent(self.given)), float(w.norm()))
-        self.mark = replace(self.mark, w=w, halves=halves, scale=scale, random=self.g.get_state())
+        self.scale = max(math.ldexp(self.magnitude, exponent(self.F) - exponent(self.given)), float(self.w.norm()))
+        self.random = self.g.get_state()
 
     def _outside(self, rows: int) -> Tensor | None:
         """A random unit vector outside `U`, None where `U` is everything; `F^T` of it has nothing in `V`."""
@@ -207,57 +198,52 @@ class _Run:
     def _pull(self, y: Tensor | None, columns: int, halves: int) -> tuple[Tensor, int]:
         """The part of `F^T y` outside `V`, zero where there is no `y`; and the count of products."""
         if y is None:
-            return torch.zeros_like(self.mark.w), halves
+            return torch.zeros_like(self.w), halves
         return self._against(self._times(self.F.T, y, halves), self.V[:columns], self.null), halves + 1
 
     @property
-    def columns(self) -> int:
-        return self.mark.columns
-
-    @property
     def noise(self) -> float:
-        unit = self.F.eps
-        return 10 * unit * math.sqrt(max(self.F.shape)) * self.mark.scale
+        return self.rounding * self.scale
 
     def advance(self) -> bool:
         """One column of `V`, and one of `U` unless `F v` lies in its span; False when nothing is left to find."""
-        at, noise = self.mark, self.noise
-        self.g.set_state(at.random)
-        if at.columns == len(self.V):
-            self.make_room(min(self.limit, 2 * at.columns))
-        w, halves, mixed, dropped = at.w, at.halves, at.mixed, at.dropped
+        j, k, noise = self.columns, self.rows, self.noise
+        self.g.set_state(self.random)
+        if j == len(self.V):
+            self.make_room(min(self.limit, 2 * j))
+        w, halves, mixed, dropped = self.w, self.halves, self.mixed, self.dropped
         # F^T u has only its rounding there; subtracting alpha v and dividing by beta enlarge what v had.
-        before = float(self.B[at.rows - 1, at.columns - 1] * self.leaks[at.columns - 1]) if at.rows else 0.0
+        before = float(self.B[k - 1, j - 1] * self.leaks[j - 1]) if k else 0.0
         if not mixed and noise / 10 + before > self.leak_limit * float(w.norm()):
             # The space is exhausted, or nearly: this w, normalized, would put more of the null space into V, and each
             # such part takes a column. F^T of something new is long; repeated values need another start as well.
-            pulled, halves = self._pull(self._outside(at.rows), at.columns, halves)
+            pulled, halves = self._pull(self._outside(k), j, halves)
             w, mixed = w + pulled, True
         if float(w.norm()) <= noise:
             # F^T of a random vector lies in the space: but for chance, so does the whole row space.
-            dropped += float(w.norm()) ** 2
-            self.mark = replace(at, halves=halves, mixed=mixed, dropped=dropped, w=torch.zeros_like(w))
+            self.halves, self.mixed, self.dropped = halves, mixed, dropped + float(w.norm()) ** 2
+            self.w = torch.zeros_like(w)
             return False
         # Once more: what is left of a small vector is less orthogonal than it was.
-        v = self._against(w / w.norm(), self.V[: at.columns], self.null)
+        v = self._against(w / w.norm(), self.V[:j], self.null)
         v, leak = v / v.norm(), min(1.0, (noise / 10 + before) / float(w.norm()))
-        k, image = at.rows, self._times(self.F, v, halves)
+        image = self._times(self.F, v, halves)
         u = self._against(image, self.U[:k], None)
         a, halves = float(u.norm()), halves + 1
-        self.V[at.columns], self.leaks[at.columns] = v, leak
-        self.B[:k, at.columns] = (self.U[:k] @ image).cpu().numpy()
+        self.V[j], self.leaks[j] = v, leak
+        self.B[:k, j] = (self.U[:k] @ image).cpu().numpy()
         y = None
         if a > noise and k < len(self.U):
             y = self.U[k] = u / a
-            self.B[k, at.columns] = a
+            self.B[k, j] = a
             k += 1
         else:
             dropped += a**2
         if mixed and (g := self._outside(k)) is not None:
             y = g if y is None else y + g
-        following, halves = self._pull(y, at.columns + 1, halves)
-        scale = max(at.scale, float(image.norm()))
-        self.mark = _Mark(at.columns + 1, k, halves, mixed, scale, dropped, following, self.g.get_state())
+        self.w, self.halves = self._pull(y, j + 1, halves)
+        self.columns, self.rows, self.mixed, self.dropped = j + 1, k, mixed, dropped
+        self.scale, self.random = max(self.scale, float(image.norm())), self.g.get_state()
         return True
 
     def _times(self, F: LinearOperator, v: Tensor, halves: int) -> Tensor:
@@ -274,35 +260,33 @@ class _Run:
         return w
 
     def state(self) -> dict[str, Any]:
-        at = self.mark
-        bases = {"V": self.V[: at.columns].cpu(), "U": self.U[: at.rows].cpu()}
-        arrays = {"B": self.B[: at.rows, : at.columns], "leaks": self.leaks[: at.columns]}
-        numbers = {name: getattr(at, name) for name in ("halves", "mixed", "scale", "dropped")}
+        vectors = {"V": self.V[: self.columns].cpu(), "U": self.U[: self.rows].cpu(), "w": self.w.cpu()}
+        arrays = {"B": self.B[: self.rows, : self.columns], "leaks": self.leaks[: self.columns]}
         copies = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-        return bases | copies | numbers | {"w": at.w.cpu(), "random": at.random}
+        return vectors | copies | {name: getattr(self, name) for name in _NUMBERS}
 
     def restore(self, state: dict[str, Any]) -> bool:
         """Go on from a saved state; True."""
-        columns, rows = len(state["V"]), len(state["U"])
+        self.columns, self.rows = columns, rows = len(state["V"]), len(state["U"])
         if columns > self.limit:
             raise InvalidInputError(f"the saved run has {columns} columns, steps= allows {self.limit}; allow more")
         if columns > len(self.V):
             self.make_room(columns)
         self.V[:columns], self.U[:rows] = state["V"].to(self.V), state["U"].to(self.U)
         self.B[:rows, :columns], self.leaks[:columns] = state["B"].numpy(), state["leaks"].numpy()
-        numbers = (state["halves"], state["mixed"], state["scale"], state["dropped"])
-        self.mark = _Mark(columns, rows, *numbers, state["w"].to(self.V), state["random"])
+        self.w = state["w"].to(self.V)
+        for name in _NUMBERS:
+            setattr(self, name, state[name])
         if columns:
             self._require_same()
         return True
 
     def _require_same(self) -> None:
         """One product: the last column of `F V = U B` tells another matrix, other null directions lie in `V`."""
-        at = self.mark
-        v, b = self.V[at.columns - 1], torch.from_numpy(self.B[: at.rows, at.columns - 1]).to(self.V)
-        gap = float((self._times(self.F, v, at.halves) - b @ self.U[: at.rows]).norm())
-        inside = 0.0 if self.null is None else float((self.null.T @ self.V[: at.columns].T).norm())
-        self.mark = replace(at, halves=at.halves + 1)
+        v, b = self.V[self.columns - 1], torch.from_numpy(self.B[: self.rows, self.columns - 1]).to(self.V)
+        gap = float((self._times(self.F, v, self.halves) - b @ self.U[: self.rows]).norm())
+        inside = 0.0 if self.null is None else float((self.null.T @ self.V[: self.columns].T).norm())
+        self.halves += 1
         if gap > 10 * self.noise or inside > 1e-8:
             raise InvalidInputError(
                 f"the saved run is of another matrix or another null space: F v misses by {gap:.2g}, rounding explains "
@@ -310,17 +294,16 @@ class _Run:
             )
 
     def result(self, stop: str) -> Bidiagonalization:
-        at = self.mark
-        whole = at.columns == self.F.shape[1] - (0 if self.null is None else self.null.shape[1])
+        whole = self.columns == self.F.shape[1] - (0 if self.null is None else self.null.shape[1])
         # What is left at breakdown was set to zero as well, unless V is all that there is.
-        last = 0.0 if whole or stop != "exhausted" else float(at.w.norm()) ** 2
+        last = 0.0 if whole or stop != "exhausted" else float(self.w.norm()) ** 2
         return Bidiagonalization(
-            matrix=self.B[: at.rows, : at.columns].copy(),
-            left=self.U[: at.rows].T,
-            right=self.V[: at.columns].T,
-            dropped=math.sqrt(at.dropped + last),
-            products=(at.halves + 1) // 2,
+            matrix=self.B[: self.rows, : self.columns].copy(),
+            left=self.U[: self.rows].T,
+            right=self.V[: self.columns].T,
+            dropped=math.sqrt(self.dropped + last),
+            products=(self.halves + 1) // 2,
             noise=self.noise,
-            clean=max(1, int((np.sqrt(np.cumsum(self.leaks[: at.columns] ** 2)) <= _CONTAMINATION).sum())),
+            clean=max(1, int((np.sqrt(np.cumsum(self.leaks[: self.columns] ** 2)) <= _CONTAMINATION).sum())),
             stop=stop,
         )

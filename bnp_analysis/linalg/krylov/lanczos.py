@@ -211,11 +211,17 @@ def _saved(A: SymmetricOperator, state: dict[str, Any]) -> Tridiagonalization:
     q = basis[-1]
     scale = float(np.abs(alpha).max()) + float(w.double().norm())
     noise = 100 * float(np.sqrt(A.dim)) * A.eps * scale
-    if not abs(float((A @ q).double() @ q.double()) - alpha[-1]) <= noise:
-        raise InvalidInputError(
-            "the saved run belongs to another operator of the same size; delete the file, or give another checkpoint="
-        )
+    require_same(abs(float((A @ q).double() @ q.double()) - alpha[-1]) <= noise, "run")
     return Tridiagonalization(alpha, state["beta"].numpy(), basis.T, w, int(state["matvecs"]) + 1, "steps")
+
+
+def require_same(holds: bool, what: str) -> None:
+    """Refuse to go on from a saved state whose numbers are not those of this operator."""
+    if not holds:
+        raise InvalidInputError(
+            f"the saved {what} belongs to another operator of the same size; delete the file, or give another "
+            "checkpoint="
+        )
 
 
 class _Run:
@@ -227,6 +233,7 @@ class _Run:
         self, A: SymmetricOperator, limit: int, null: Columns | None, w: Tensor, resume: Tridiagonalization | None
     ) -> None:
         self.A, self.limit, self.null, self.w = A, limit, null, w
+        self.rounding = 10 * float(np.sqrt(A.dim)) * A.eps
         self.coupling, self.every = float(length(w)), 1 if A.device.type == "cpu" else _SELDOM
         self.pending: list[Tensor] = []
         # Rows are basis vectors: contiguous for the two products of a reorthogonalization.
@@ -261,8 +268,7 @@ class _Run:
         if self.pending or not self.alpha:
             return False
         scale = max(abs(x) for x in (*self.alpha, *self.beta))
-        noise = 10 * float(np.sqrt(self.A.dim)) * self.A.eps * scale
-        return self.coupling <= noise
+        return self.coupling <= self.rounding * scale
 
     def advance(self, seed: int) -> None:
         """One product: the next basis vector, its `alpha`, the `beta` before it, and the next residual."""
@@ -325,8 +331,7 @@ class _Run:
 
 
 def _start(A: SymmetricOperator, start: Tensor | None, null: Columns | None, seed: int) -> Tensor:
-    like = torch.empty(0, dtype=A.dtype, device=A.device)
-    vector = normal((A.dim,), generator(seed), like) if start is None else start
+    vector = normal((A.dim,), generator(seed), A) if start is None else start
     require_plain(vector, "start")
     if vector.shape != (A.dim,) or vector.dtype != A.dtype or vector.device != A.device:
         raise InvalidInputError(

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnp_analysis.errors import InvalidInputError, NonFiniteError
+from bnp_analysis.errors import NonFiniteError
 from bnp_analysis.linalg.bases import dots, length, orthogonalized, project_out
-from bnp_analysis.linalg.krylov.lanczos import Floats
+from bnp_analysis.linalg.krylov.lanczos import Floats, require_same
 from bnp_analysis.linalg.matrices import Columns
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.runtime.files import SavedRun
@@ -51,6 +51,7 @@ class ThickRestart:
         # The small end of a spectrum converges slowly: a wider basis restarts less often.
         self.width = min(room, max(5 * k, 40) if which == "largest" else max(5 * k + 10, 90))
         require_memory((self.width + 6) * A.dim * A.dtype.itemsize, f"a basis of {self.width} vectors", device=A.device)
+        self.rounding = 10 * math.sqrt(min(A.dim, 1000)) * A.eps  # may take products, which memory has to have room for
         self.V = torch.zeros(self.width + 1, A.dim, dtype=A.dtype, device=A.device)
         self.H = torch.zeros(self.width, self.width, dtype=torch.float64, device=A.device)
         self.open: list[tuple[Tensor, Tensor]] = []
@@ -129,11 +130,7 @@ class ThickRestart:
         self.g.set_state(state["generator"])
         first = torch.eye(self.size, 1, dtype=self.H.dtype, device=self.H.device)
         image = (self.H[: self.size, :1].to(self.V.dtype).T @ self.V[: self.size] + self._residuals(first))[0]
-        if not float((self.A @ self.V[0] - image).double().norm()) <= 100 * self.noise:
-            raise InvalidInputError(
-                "the saved search belongs to another operator of the same size; delete the file, or give another "
-                "checkpoint="
-            )
+        require_same(float((self.A @ self.V[0] - image).double().norm()) <= 100 * self.noise, "search")
         self.checks += 1
         return True
 
@@ -191,7 +188,7 @@ class ThickRestart:
         if not math.isfinite(norm):
             raise NonFiniteError(f"product {self.matvecs} with {self.A!r} has NaN or infinite entries")
         self.scale, self.drift = max(self.scale, size), max(self.drift, gap)
-        self.noise = 10 * math.sqrt(min(self.A.dim, 1000)) * self.A.eps * self.scale
+        self.noise = self.rounding * self.scale
         self.H[: j + 1, j] = self.H[j, : j + 1] = column
         self.open = [(r, g) for r, g in kept if float(r.norm()) > self.noise]
         self.size = j + 1

@@ -17,8 +17,7 @@ from bnp_analysis.linalg.matrices import Columns
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
 from bnp_analysis.linalg.scale import comfortable, exponent, in_floats, require_resolution, scaled, times_power
-from bnp_analysis.linalg.spectra.checks import measured, products_known_to, provenance, rounding_of_sums
-from bnp_analysis.linalg.spectra.null import HasBasis
+from bnp_analysis.linalg.spectra.checks import HasBasis, measured, products_known_to, provenance, rounding_of_sums
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.files import saved_run
 from bnp_analysis.runtime.float32 import full_float32

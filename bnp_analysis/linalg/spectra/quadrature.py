@@ -1,4 +1,4 @@
-"""Estimates from random vectors: the spectral density by stochastic Lanczos quadrature, the trace."""
+"""The spectral density by stochastic Lanczos quadrature, and what it says of masses and quantiles, with bounds."""
 
 from __future__ import annotations
 
@@ -16,32 +16,31 @@ from numpy.typing import NDArray
 from scipy.special import betainc
 from torch import Tensor
 
-from bnp_analysis.errors import InvalidInputError, NonFiniteError
-from bnp_analysis.linalg.bases import orthonormal, project_out
-from bnp_analysis.linalg.forming import UNIT, amplified, formed, norm_bound
-from bnp_analysis.linalg.krylov.lanczos import Floats, lanczos, three_term, tridiagonal_eigh
+from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.linalg.bases import project_out
+from bnp_analysis.linalg.forming import UNIT, formed, norm_bound
+from bnp_analysis.linalg.krylov.lanczos import Floats, lanczos, require_same, three_term, tridiagonal_eigh
 from bnp_analysis.linalg.matrices import Columns, as_tensor
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import Preconditioner
-from bnp_analysis.linalg.scale import exponent, in_floats, scaled
 from bnp_analysis.linalg.spectra.checks import (
+    HasBasis,
+    amplification,
     measured,
     products_known_to,
     provenance,
     require_finite,
-    rounding_norm,
-    rounding_of_sums,
 )
-from bnp_analysis.linalg.spectra.null import NORM_STEPS, HasBasis
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.files import saved_run
 from bnp_analysis.runtime.float32 import full_float32
 from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.memory import require_memory
 from bnp_analysis.runtime.progress import Progress, reporting
-from bnp_analysis.runtime.random import generator, normal, rademacher
+from bnp_analysis.runtime.random import generator, normal
 
 _ROUNDING = 1e-12  # of sums of weights, in float64
+_SAVED = ("nodes", "weights", "residuals")
 _TENTH = 0.1  # of a decade, by which eigenvalues are widened on an axis of logarithms of both signs
 
 
@@ -356,7 +355,7 @@ class SpectralDensity(Result):
     @property
     def _room(self) -> int:
         """The dimension in which the probes were drawn."""
-        return int(self.dim - self.null_dim - self.settings["deflated"])
+        return self.dim - self.null_dim
 
     @property
     def _complete(self) -> bool:
@@ -385,7 +384,6 @@ def spectral_density(
     *,
     preconditioner: Preconditioner | None = None,
     null: Tensor | HasBasis | None = None,
-    deflate: Tensor | None = None,
     probes: int = 8,
     steps: int = 64,
     points: int = 1000,
@@ -406,8 +404,6 @@ def spectral_density(
         A: symmetric operator on `R^n`.
         preconditioner: `P`; the density of `P^T A P`.
         null: known null directions in the coordinates of `A`, left out of the density.
-        deflate: vectors `(n, k)` whose span is left out as well, in the coordinates of the operator measured: for
-            instance `eigenpairs(...).vectors`, so that outliers do not stretch the axis.
         probes: number of random vectors; with more of them the sampling error is smaller.
         steps: Lanczos steps each; with more of them the quadrature error is smaller.
         points: size of the grid.
@@ -440,12 +436,7 @@ def spectral_density(
         True
     """
     operator, declared = measured(A, preconditioner, null, seed)
-    basis = (
-        declared.basis
-        if deflate is None
-        else orthonormal(torch.cat([as_tensor(declared.basis), deflate], dim=1), "deflate=")
-    )
-    room = A.dim - basis.shape[1]
+    room = A.dim - declared.dim
     if scale not in ("linear", "log"):
         raise InvalidInputError(f"scale must be 'linear' or 'log', got {scale!r}")
     if method not in ("quadrature", "dense"):
@@ -458,20 +449,11 @@ def spectral_density(
     require_memory(8 * 3 * nodes_in_all * points, f"a density at points={points} from {nodes_in_all} nodes")
     began = time.perf_counter()
     if method == "dense":
-        nodes, weights, residuals, rounding = _all_eigenvalues(operator, basis)
-        matvecs = declared.cost + operator.dense_cost
+        (nodes, weights, residuals), rounding = _all_eigenvalues(operator, declared.basis)
+        matvecs = operator.dense_cost
     else:
-        nodes, weights, residuals, rounding, matvecs = _by_probes(
-            operator,
-            basis,
-            probes,
-            min(steps, room),
-            reorthogonalize=reorthogonalize,
-            checkpoint=checkpoint,
-            seed=seed,
-            spent=declared.cost,
-            progress=progress,
-        )
+        run = _Probes(operator, declared.basis, min(steps, room), reorthogonalize)
+        (nodes, weights, residuals), rounding, matvecs = run.rules(probes, seed, checkpoint, progress)
     settings = {
         "probes": probes,
         "steps": steps,
@@ -479,7 +461,6 @@ def spectral_density(
         "scale": scale,
         "method": method,
         "reorthogonalize": reorthogonalize,
-        "deflated": basis.shape[1] - declared.dim,
     }
     axis = _logarithms(nodes) if scale == "log" else nodes
     grid, sigma = _grid(axis[weights > 0], width, points)
@@ -496,72 +477,76 @@ def spectral_density(
         width=sigma,
         dim=A.dim,
         null_dim=declared.dim,
-        matvecs=matvecs,
+        matvecs=matvecs + declared.cost,
         **provenance(A, preconditioner, settings, seed, began),
     )
 
 
-def _by_probes(
-    operator: SymmetricOperator,
-    basis: Columns,
-    probes: int,
-    steps: int,
-    *,
-    reorthogonalize: bool,
-    checkpoint: str | Path | None,
-    seed: int,
-    spent: int,
-    progress: Progress,
-) -> tuple[Floats, Floats, Floats, float, int]:
-    """Nodes, weights and residuals of each probe, their rounding, and the products with those spent."""
-    g = generator(seed)
-    like = torch.empty(0, dtype=operator.dtype, device=operator.device)
-    starts = [normal((operator.dim,), g, like) for _ in range(probes)]
-    nodes, weights, residuals = np.zeros((3, probes, steps))
-    matvecs, done, amplification = spent, 0, 0.0
-    if amplified(operator):
-        amplification, matvecs = rounding_norm(operator, seed), matvecs + 2 * NORM_STEPS
-    key = (
-        f"density with residuals of dimension {operator.dim} in {operator.dtype}, {probes} probes x {steps}, "
-        f"{basis.shape[1]} left out, seed {seed}" + ("" if reorthogonalize else ", not reorthogonalized")
-    )
-    with saved_run(checkpoint, key) as saved, reporting(progress, probes, "spectral density") as update:
-        if (state := saved.restore(lambda state: _probes_done(state, operator, starts[0], basis))) is not None:
-            (nodes, weights, residuals), done, matvecs = state
-        try:
-            for i in range(done, probes):
-                alpha, beta, products, stop = _run(operator, steps, starts[i], basis, reorthogonalize)
-                matvecs += products
-                if stop == "interrupted":
-                    raise KeyboardInterrupt
-                values, vectors = tridiagonal_eigh(alpha, beta[:-1])
-                nodes[i, : values.size], weights[i, : values.size] = values, vectors[0] ** 2
-                residuals[i, : values.size] = np.abs(vectors[-1]) * beta[-1]
-                done = i + 1
-                update(done)
-                kept = {"nodes": nodes, "weights": weights, "residuals": residuals}
-                arrays = {name: torch.from_numpy(x) for name, x in kept.items()}
-                saved.save(arrays | {"done": done, "matvecs": matvecs})
-        except KeyboardInterrupt:
-            # The probe in hand is incomplete; the finished ones are a result of their own.
-            if done == 0:
-                raise
-    nodes, weights, residuals = nodes[:done], weights[:done], residuals[:done]
-    rounding = math.sqrt(operator.dim) * operator.eps * max(float(np.abs(nodes).max()), amplification)
-    return nodes, weights, residuals, rounding, matvecs
+@dataclass(frozen=True)
+class _Probes:
+    """Gauss rules of an operator outside a basis, by so many steps from each of some random vectors."""
+
+    operator: SymmetricOperator
+    basis: Columns
+    steps: int
+    reorthogonalize: bool
+
+    def rules(
+        self, probes: int, seed: int, checkpoint: str | Path | None, progress: Progress
+    ) -> tuple[Floats, float, int]:
+        """Nodes, weights and residuals `(3, probes, steps)`, the rounding of the nodes, and the products spent."""
+        A, g = self.operator, generator(seed)
+        starts = [normal((A.dim,), g, A) for _ in range(probes)]
+        found, done = np.zeros((3, probes, self.steps)), 0
+        size, matvecs = amplification(A, seed)
+        key = (
+            f"density with residuals of dimension {A.dim} in {A.dtype}, {probes} probes x {self.steps}, "
+            f"{self.basis.shape[1]} left out, seed {seed}" + ("" if self.reorthogonalize else ", not reorthogonalized")
+        )
+        with saved_run(checkpoint, key) as saved, reporting(progress, probes, "spectral density") as update:
+            if (state := saved.restore(lambda state: self._resumed(state, starts[0]))) is not None:
+                found, done, matvecs = state
+            try:
+                while done < probes:
+                    rule, products, stop = self._rule(starts[done])
+                    matvecs += products
+                    if stop == "interrupted":
+                        raise KeyboardInterrupt
+                    found[:, done, : rule.shape[1]], done = rule, done + 1
+                    update(done)
+                    arrays = dict(zip(_SAVED, map(torch.from_numpy, found), strict=True))
+                    saved.save(arrays | {"done": done, "matvecs": matvecs})
+            except KeyboardInterrupt:
+                # The probe in hand is incomplete; the finished ones are a result of their own.
+                if done == 0:
+                    raise
+        found = found[:, :done]
+        return found, math.sqrt(A.dim) * A.eps * max(float(np.abs(found[0]).max()), size), matvecs
+
+    def _rule(self, start: Tensor) -> tuple[Floats, int, str]:
+        """Nodes, weights and residuals of one vector, `(3, k)`, the products and why it ended."""
+        if self.reorthogonalize:
+            run = lanczos(self.operator, self.steps, start=start, null=self.basis)
+            alpha, beta, products, stop = run.alpha, np.append(run.beta, run.residual_norm), run.matvecs, run.stop
+        else:
+            (alpha, beta, products), stop = three_term(self.operator, self.steps, start, self.basis), "steps"
+        values, vectors = tridiagonal_eigh(alpha, beta[:-1])
+        return np.stack([values, vectors[0] ** 2, np.abs(vectors[-1]) * beta[-1]]), products, stop
+
+    def _resumed(self, state: dict[str, Any], start: Tensor) -> tuple[Floats, int, int]:
+        """What a saved run holds, if its first probe's Rayleigh quotient, which its rule integrates, is that of now."""
+        found = np.stack([state[name].numpy() for name in _SAVED])
+        v = project_out(start.unsqueeze(1), self.basis).squeeze(1)
+        v = v / v.norm()
+        image = self.operator @ v
+        quotient, size = float(v.double() @ image.double()), float(image.double().norm())
+        off = abs(quotient - found[0, 0] @ found[1, 0])
+        require_same(off <= 1e3 * math.sqrt(self.operator.dim) * self.operator.eps * size, "density")
+        return found, int(state["done"]), int(state["matvecs"]) + 1
 
 
-def _probes_done(
-    state: dict[str, Any], operator: SymmetricOperator, start: Tensor, basis: Columns
-) -> tuple[list[Floats], int, int]:
-    """What a saved run holds, the products with one more that shows that it is of this operator."""
-    arrays = [state[name].numpy() for name in ("nodes", "weights", "residuals")]
-    _require_same(operator, start, basis, arrays[0][0] @ arrays[1][0])
-    return arrays, int(state["done"]), int(state["matvecs"]) + 1
-
-
-def _all_eigenvalues(operator: SymmetricOperator, basis: Columns) -> tuple[Floats, Floats, Floats, float]:
-    """All eigenvalues in the complement of a basis, equal weights, no residuals, and what they are rounded by."""
+def _all_eigenvalues(operator: SymmetricOperator, basis: Columns) -> tuple[Floats, float]:
+    """All eigenvalues in the complement of a basis as a rule of equal weights, and what they are rounded by."""
     n = operator.dim
     require_memory(8 * 6 * n * n, f"the dense matrix of {operator!r}", "Use method='quadrature', or a smaller block")
     dense = formed(operator)
@@ -572,8 +557,8 @@ def _all_eigenvalues(operator: SymmetricOperator, basis: Columns) -> tuple[Float
         matrix = outside.T @ matrix @ outside
     found = np.ldexp(torch.linalg.eigvalsh(matrix).numpy(), -dense.exponent)
     rounding = dense.rounding * norm_bound(dense.sizes().cpu()) + n * UNIT * norm_bound(matrix)
-    weights = np.full(found.shape, 1 / found.size)
-    return found[None], weights[None], np.zeros((1, found.size)), math.ldexp(rounding, -dense.exponent)
+    rule = np.stack([found, np.full(found.shape, 1 / found.size), np.zeros(found.size)])
+    return rule[:, None], math.ldexp(rounding, -dense.exponent)
 
 
 def _grid(found: Floats, width: float | None, points: int) -> tuple[Floats, float]:
@@ -583,16 +568,6 @@ def _grid(found: Floats, width: float | None, points: int) -> tuple[Floats, floa
     # Of a multiple of the identity the range is rounding: its size stands in.
     sigma = width or 0.01 * (high - low if high - low > 1e-8 * size else size or 1.0)
     return np.linspace(low - 5 * sigma, high + 5 * sigma, points), sigma
-
-
-def _run(
-    operator: SymmetricOperator, steps: int, start: Tensor, null: Columns, reorthogonalize: bool
-) -> tuple[Floats, Floats, int, str]:
-    """The tridiagonal matrix of a probe, its last residual norm beside `beta`, the products and why it ended."""
-    if reorthogonalize:
-        run = lanczos(operator, steps, start=start, null=null)
-        return run.alpha, np.append(run.beta, run.residual_norm), run.matvecs, run.stop
-    return *three_term(operator, steps, start, null), "steps"
 
 
 def _bracket(
@@ -685,19 +660,6 @@ def _logarithms(nodes: Floats) -> Floats:
     return np.asarray(np.log10(np.maximum(sizes, np.finfo(np.float64).eps * sizes.max())))
 
 
-def _require_same(operator: SymmetricOperator, start: Tensor, basis: Columns, mean: float) -> None:
-    """The first probe's Rayleigh quotient, which its quadrature integrates exactly, tells one operator from another."""
-    v = project_out(start.unsqueeze(1), basis).squeeze(1)
-    v = v / v.norm()
-    image = operator @ v
-    quotient, size = float(v.double() @ image.double()), float(image.double().norm())
-    if not abs(quotient - mean) <= 1e3 * math.sqrt(operator.dim) * operator.eps * size:
-        raise InvalidInputError(
-            "the saved density belongs to another operator of the same size; delete the file, or give another "
-            "checkpoint="
-        )
-
-
 def standard_error(samples: Floats) -> float:
     """Of the mean; NaN for a single probe, which has no spread."""
     if samples.size < 2:
@@ -705,84 +667,3 @@ def standard_error(samples: Floats) -> float:
     # Squares of the samples may leave the floats.
     power = math.frexp(float(np.abs(samples).max()))[1]
     return math.ldexp(float(np.ldexp(samples, -power).std(ddof=1)) / math.sqrt(samples.size), power)
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Trace(Result):
-    """A stochastic trace with its standard error, and what its products round."""
-
-    value: float
-    error: float
-    dim: int
-
-    def summary(self) -> str:
-        """The trace and its error."""
-        cost = f"{self.matvecs} products{products_known_to(self)}"
-        return f"trace = {self.value:.6g} +- {self.error:.2g} (standard error), {cost}"
-
-
-@full_float32
-@gated
-def trace(
-    A: SymmetricOperator,
-    *,
-    preconditioner: Preconditioner | None = None,
-    probes: int = 32,
-    seed: int = 0,
-    progress: Progress = False,
-) -> Trace:
-    """The trace of `P^T A P` by Hutchinson's estimator, `mean(v.Av)` over random signs `v`.
-
-    Args:
-        A: symmetric operator on `R^n`.
-        preconditioner: `P`; the trace of `P^T A P`.
-        probes: number of random vectors, at least 2.
-        seed: of the probes.
-        progress: True draws a bar, a callable gets `(done, total)`.
-
-    Returns:
-        A `Trace` with the standard error over probes and the rounding `sqrt(n) eps |A v|` of products.
-
-    Raises:
-        InvalidInputError: fewer than two probes; NonFiniteError: a product with NaN or infinity.
-
-    Source: Hutchinson 1990.
-
-    Example:
-        >>> import torch, bnp_analysis as bnp
-        >>> bnp.trace(bnp.DenseOperator(torch.eye(7, dtype=torch.float64))).value
-        7.0
-    """
-    if probes < 2:
-        raise InvalidInputError(f"an error bar needs at least two probes, got {probes}")
-    began = time.perf_counter()
-    operator = scaled(measured(A, preconditioner, None, seed)[0])
-    g = generator(seed)
-    like = torch.empty(0, dtype=operator.dtype, device=A.device)
-    samples: list[float] = []
-    largest = 0.0
-    with reporting(progress, probes, "trace") as update:
-        try:
-            for i in range(probes):
-                v = rademacher((A.dim,), g, like)
-                image = (operator @ v).double()
-                samples.append(float(v.double() @ image))
-                largest = max(largest, float(image.norm()))
-                if not math.isfinite(samples[-1]):
-                    raise NonFiniteError(f"product {i + 1} with {operator!r} has NaN or infinite entries")
-                update(i + 1)
-        except KeyboardInterrupt:
-            # Two finished probes are a result of their own, with an error bar.
-            if len(samples) < 2:
-                raise
-    values = np.array(samples)
-    # Each of n terms v_i (A v)_i is known to a rounding; probes do not average it away.
-    rounded, extra = rounding_of_sums(operator, seed)
-    rounding = math.sqrt(A.dim) * (operator.eps * largest + math.sqrt(A.dim) * rounded)
-    return Trace(
-        value=in_floats(float(values.mean()), -exponent(operator), "the trace"),
-        error=in_floats(math.hypot(standard_error(values), rounding), -exponent(operator), "the error of the trace"),
-        dim=A.dim,
-        matvecs=len(samples) + extra,
-        **provenance(A, preconditioner, {"probes": probes}, seed, began),
-    )

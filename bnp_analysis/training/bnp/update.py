@@ -19,6 +19,7 @@ from bnp_analysis.network.parameters import ParameterSpace
 from bnp_analysis.precondition.base import layer_positions
 from bnp_analysis.precondition.bnp import (
     RULES,
+    BNPBlock,
     BNPPreconditioner,
     damped_variance,
     extensions,
@@ -26,7 +27,6 @@ from bnp_analysis.precondition.bnp import (
     scale_square,
     surviving_mean,
 )
-from bnp_analysis.precondition.bnp_block import BNPBlock
 from bnp_analysis.training.bnp.layers import has_free_bias
 from bnp_analysis.training.bnp.moments import Buffer, RunningMoments, distributed
 from bnp_analysis.training.bnp.settings import Settings
