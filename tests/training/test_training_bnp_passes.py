@@ -94,7 +94,14 @@ ERRORS: list[type[BaseException]] = [FailError, KeyboardInterrupt]
 #: Wrapper, error, whose hook raises it, options of the hook, whether BNP is made before it, whether in an except block.
 FAILURES: list[Any] = [
     *itertools.product([alone], ERRORS, ["0", "2", ""], OPTIONS, [False, True], [False, True]),
-    *itertools.product([compiled, compiled_in_place, nn.DataParallel], ERRORS, ["0", "", "wrapper"], [{}], [1], [0]),
+    *itertools.product([nn.DataParallel], ERRORS, ["0", "", "wrapper"], [{}], [True], [False]),
+    # Compiling takes most of a case: each wrapper raises each error, in each place once.
+    (compiled, FailError, "0", {}, True, False),
+    (compiled, KeyboardInterrupt, "", {}, True, False),
+    (compiled, FailError, "wrapper", {}, True, False),
+    (compiled_in_place, KeyboardInterrupt, "0", {}, True, False),
+    (compiled_in_place, FailError, "", {}, True, False),
+    (compiled_in_place, KeyboardInterrupt, "wrapper", {}, True, False),
 ]
 
 
