@@ -1,4 +1,4 @@
-"""Singular values and eigenvalues in extended precision: an answer that no route of the package computes.
+"""Singular values and eigenvalues in extended precision: an answer that no method of the package computes.
 
 `numpy.longdouble` has 64 bits of mantissa on x86 (80-bit numbers) and 113 on 64-bit ARM Linux. Where it is no more than
 float64, `PRECISE` is False and the problems that need it are left out.

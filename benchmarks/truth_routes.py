@@ -1,4 +1,4 @@
-"""One route on one problem: what it said, what that cost, and whether it is true."""
+"""One method on one problem: what it said, what that cost, and whether it is true."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The truth suite: every route of `condition_number` against problems whose answer is known.
+"""The truth suite: every method of `condition_number` against problems whose answer is known.
 
     python benchmarks/truth_suite.py [--quick] [--out benchmarks/results] [--only WORDS]
 

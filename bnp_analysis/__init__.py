@@ -14,6 +14,7 @@ _load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 _SUCCESSORS = {
     "rank_estimate": "condition_number(A).rank, which is decided, or n * (1 - spectral_density(A).mass(-x, x).value)",
+    "routes": "linalg.methods",
 }
 # Names of 0.1 that now stand in their rooms: types of results, and what few programs ask for. They work as before, and
 # are not listed.
@@ -22,7 +23,7 @@ _ROOMS = {
     "linalg": (
         *("ConditionNumber", "DensePreconditioner", "Eigenpairs", "Preconditioner", "SpectralDensity"),
         *("SymmetricOperator", "congruence", "lanczos", "magnitude_condition_number"),
-        *("regularized_condition_number", "routes"),
+        "regularized_condition_number",
     ),
     "results": ("Result",),
     "symmetry": ("NullDirections",),

@@ -46,8 +46,8 @@ risk = bnp.EmpiricalRisk(model, torch.nn.functional.cross_entropy, digits.tensor
 A = bnp.gauss_newton(risk)
 print(risk)
 print(A)
-for route in bnp.linalg.routes(A):
-    print(route)
+for cost in bnp.linalg.methods(A):
+    print(cost)
 
 # %% [markdown]
 # `kappa* = a (b .. c)` claims that $\kappa^*$ lies between `b` and `c`; `kappa* >= b` claims a lower bound alone.

@@ -69,13 +69,13 @@ print(widths(with_factor))
 print(widths(without_factor))
 
 # %% [markdown]
-# ## Every route, before it runs
+# ## Every method, before it runs
 #
-# `routes` lists what each way to the number would cost, and what it could claim.
+# `methods` lists what each way to the number would cost, and what it could claim.
 
 # %%
-for route in bnp.linalg.routes(problem.operator):
-    print(route)
+for cost in bnp.linalg.methods(problem.operator):
+    print(cost)
 
 # %% [markdown]
 # ## Lanczos and a null space that nobody declared

@@ -1,5 +1,5 @@
 """What a layer table says that it takes: a price that leaves out what takes most, grows with the wrong number, or is
-asked after the work is done; a refusal that does not say how to go on; a route that takes minutes because only the
+asked after the work is done; a refusal that does not say how to go on; a method that takes minutes because only the
 sizes of a factor were looked at are caught here."""
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ _SUCCESSORS = {
     "rank_estimate": "condition_number(A).rank, which is decided, or n * (1 - spectral_density(A).mass(-x, x).value)",
     "RankEstimate": "ConditionNumber.rank",
     "choose_route": "choose_method",
+    "routes": "methods",
+    "Route": "MethodCost",
 }
 
 

@@ -1,6 +1,6 @@
 """The public names; `__init__.py` imports each one when it is first asked for."""
 
-from .condition.methods import Method, Price, Problem, Route, choose_method, methods, register, routes
+from .condition.methods import Method, MethodCost, Price, Problem, choose_method, methods, register
 from .condition.number import ConditionNumber
 from .condition.profile import ConditionProfile, condition_profile
 from .condition.verbs import (
@@ -41,13 +41,13 @@ __all__ = [
     "LinearOperator",
     "MatrixOperator",
     "Method",
+    "MethodCost",
     "OffBlockShare",
     "Preconditioner",
     "Price",
     "Problem",
     "Product",
     "Restriction",
-    "Route",
     "RowScaled",
     "Shifted",
     "SpectralDensity",
@@ -69,7 +69,6 @@ __all__ = [
     "register",
     "regularized_condition_number",
     "resolved_from",
-    "routes",
     "singular_condition_number",
     "spectral_density",
     "trace",

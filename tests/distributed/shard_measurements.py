@@ -168,7 +168,7 @@ def _numbers(risk: bnp.EmpiricalRisk) -> Found:
     found |= {"density": density.density, "quadrature nodes": density.nodes}
     found["trace"] = bnp.trace(A, probes=4, seed=1).value
     # row-gram needs the rows of all examples in one process.
-    routes = [route.method for route in bnp.linalg.routes(A) if route.applies]
+    routes = [route.method for route in bnp.linalg.methods(A) if route.applies]
     found["a route"] = [method for method in routes if method != "row-gram"]
     return found
 

@@ -3,7 +3,7 @@
 Bugs that only these tests catch: a sum over batches that ends before the other processes' batches (products, moments,
 triangles, scales, diagonals), rows of a factor in another order than in one process, targets of the Monte Carlo Fisher
 matrix that depend on who draws them, a process without data that has no shapes to contribute, statistics of layers that
-run on one process only, a route or a null space that is chosen from one shard, results that differ between ranks; a
+run on one process only, a method or a null space that is chosen from one shard, results that differ between ranks; a
 process that waits for one that has failed, died or stalled; processes that add up different models, losses, points or
 vectors; a group that is out of step after an error that both caught; a saved run that each process resumes from a file
 of its own; a check that one process passes and the other never reaches. One file, because starting two processes takes

@@ -13,7 +13,7 @@ import torch
 
 import bnp_analysis as bnp
 from bnp_analysis.errors import MemoryLimitError
-from bnp_analysis.linalg import CallableOperator, SymmetricOperator, choose_method, lanczos, routes
+from bnp_analysis.linalg import CallableOperator, SymmetricOperator, choose_method, lanczos
 from bnp_analysis.linalg.condition import lanczos as lanczos_method
 from bnp_analysis.linalg.condition import methods as methods_module
 from bnp_analysis.linalg.krylov.thick_restart import ThickRestart
@@ -56,7 +56,7 @@ def test_a_basis_has_to_fit_where_it_lives(run: Callable[[CallableOperator], obj
 def test_routes_follow_the_memory_of_the_operator(device: torch.device) -> None:
     here, there = (CallableOperator(lambda v: v, 30, device=where) for where in ("cpu", device))
     assert (choose_method(here), choose_method(there)) == ("dense", "lanczos")
-    assert {r.method for r in routes(here) if r.applies} - {r.method for r in routes(there) if r.applies} >= {"dense"}
+    assert {r.method for r in methods(here) if r.applies} - {r.method for r in methods(there) if r.applies} >= {"dense"}
 
 
 def test_the_limits_of_a_container_count(tmp_path: Path) -> None:

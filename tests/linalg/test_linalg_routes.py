@@ -1,7 +1,7 @@
-"""Every route tells the truth about the same problems, at the cost it announces.
+"""Every method tells the truth about the same problems, at the cost it announces.
 
-Bugs that only these tests catch: a route that disagrees with the others; eigenvalue counts off by one block; a
-regularized number that forgets `|P|`, or claims a bound after Ctrl-C; a route chosen that does not fit into memory.
+Bugs that only these tests catch: a method that disagrees with the others; eigenvalue counts off by one block; a
+regularized number that forgets `|P|`, or claims a bound after Ctrl-C; a method chosen that does not fit into memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from bnp_analysis.linalg import (
     condition_number,
     magnitude_condition_number,
     regularized_condition_number,
-    routes,
 )
 from bnp_analysis.linalg.condition import methods as methods_module
 from bnp_analysis.linalg.condition.dense import confirm_ends, count_below
@@ -199,7 +198,7 @@ def test_an_interrupted_regularized_number_claims_nothing(generator: torch.Gener
 def test_routes_announce_their_products(generator: torch.Generator) -> None:
     p = symmetric_with_spectrum(spectrum("log", 24, 1e3), generator)
     A = counting(p.operator)
-    announced = {route.method: route for route in routes(A, steps=15)}
+    announced = {route.method: route for route in methods(A, steps=15)}
     assert not announced["factor-svd"].applies
     for method in ("dense", "lanczos"):
         before = len(A.calls)

@@ -1,4 +1,4 @@
-"""What each route may claim: true two-sided statements, honest one-sided ones, reasons where it refuses.
+"""What each method may claim: true two-sided statements, honest one-sided ones, reasons where it refuses.
 
 Bugs that only these tests catch: null directions that were found taken for all that there are; a certificate that
 confirms a wrong eigenvalue; an inner solve that did not converge and is used all the same; a probability that does
@@ -24,7 +24,6 @@ from bnp_analysis.linalg import (
     condition_number,
     magnitude_condition_number,
     regularized_condition_number,
-    routes,
 )
 from bnp_analysis.linalg.condition import factor_svd, inverse_lanczos
 from bnp_analysis.linalg.condition.methods import registered
@@ -197,7 +196,7 @@ def test_regularized_on_every_route(dtype: torch.dtype, generator: torch.Generat
 
 def test_costs_before_a_run(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     p = symmetric_with_spectrum(spectrum("log", 60, 1e3, rank=20), generator, factor_rows=20)
-    table = {route.method: route for route in routes(p.operator, steps=30)}
+    table = {route.method: route for route in methods(p.operator, steps=30)}
     assert list(table) == ["factor-svd", "row-gram", "golub-kahan", "dense", "inertia", "inverse-lanczos", "lanczos"]
     assert table["golub-kahan"].products == 22
     assert table["golub-kahan"].memory == 8 * 21 * 80
@@ -209,4 +208,4 @@ def test_costs_before_a_run(generator: torch.Generator, monkeypatch: pytest.Monk
     large = GramOperator(MatrixOperator(torch.ones(1, 1).expand(120, 150)))
     for most, applies in ((1e9, True), (1e5, False)):
         monkeypatch.setattr(factor_svd, "FACTOR_WORK", most)
-        assert {route.method: route for route in routes(large)}["factor-svd"].applies == applies
+        assert {route.method: route for route in methods(large)}["factor-svd"].applies == applies

@@ -22,7 +22,6 @@ from bnp_analysis.linalg import (
     LinearOperator,
     MatrixOperator,
     condition_number,
-    routes,
 )
 from bnp_analysis.linalg.condition import factor_svd, row_gram
 from bnp_analysis.linalg.condition.methods import automatic
@@ -238,4 +237,4 @@ def test_rows_are_taken_where_they_are_fewer_than_columns(examples, applies, mon
     for module in (row_gram, factor_svd):
         monkeypatch.setattr(module, "affordable", lambda shape: False)
     assert (automatic(A).name == "row-gram") == applies
-    assert [route.applies for route in routes(A) if route.method == "row-gram"] == [applies]
+    assert [route.applies for route in methods(A) if route.method == "row-gram"] == [applies]

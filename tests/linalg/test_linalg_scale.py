@@ -1,4 +1,4 @@
-"""Numbers near the ends of the floats, in every verb and by every route, against exact fractions.
+"""Numbers near the ends of the floats, in every verb and by every method, against exact fractions.
 
 Only these tests catch: squares and norms that vanish or overflow, an underflow or a cancellation that is taken for
 structure, raw `OverflowError` and `ZeroDivisionError`, half precision in a basis, a value outside its own interval.

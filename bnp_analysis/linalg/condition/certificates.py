@@ -186,7 +186,7 @@ def factor_extremes(
         noise: the size of one rounding in them.
         structural: how many structure allows to be nonzero, declared directions not counted.
         scale: of `sigma`, `radius` and `noise`.
-        matvecs, stop: of the route.
+        matvecs, stop: of the method.
     """
     rank = int((sigma > radius).sum())
     if rank == 0:
@@ -238,7 +238,7 @@ def all_magnitudes(
         rest: no eigenvalue that counts as zero is larger.
         structural: how many structure allows to be nonzero, declared directions not counted.
         scale, exponent: of the values: the eigenvalues are `2^exponent scale` times these.
-        matvecs: of the route.
+        matvecs: of the method.
     """
     resolved = int((lower > 0).sum())
     unresolved, on_word = unexplained_zeros(resolved, structural, null, A)

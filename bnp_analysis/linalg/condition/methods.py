@@ -234,7 +234,7 @@ def first_that_fits(methods: Sequence[Method], use: Callable[[Method], T]) -> tu
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Route(Result):
+class MethodCost(Result):
     """A method for the condition number of one operator, with its price.
 
     Attributes:
@@ -265,7 +265,7 @@ class Route(Result):
 
 
 @gated
-def methods(A: SymmetricOperator, steps: int = LANCZOS_STEPS) -> list[Route]:
+def methods(A: SymmetricOperator, steps: int = LANCZOS_STEPS) -> list[MethodCost]:
     """Every method for the condition number of an operator, with its cost and memory, before anything runs.
 
     Args:
@@ -273,19 +273,19 @@ def methods(A: SymmetricOperator, steps: int = LANCZOS_STEPS) -> list[Route]:
         steps: of Lanczos.
 
     Returns:
-        A list of `Route`; the first that applies among factor-svd, row-gram, dense, lanczos is what `"auto"` takes.
+        A list of `MethodCost`; the first that applies among factor-svd, row-gram, dense, lanczos is what `"auto"` takes.
 
     Source: T13.
 
     Example:
         >>> import torch, bnp_analysis as bnp
-        >>> [route.method for route in bnp.linalg.routes(bnp.DenseOperator(torch.eye(3))) if route.applies]
+        >>> [cost.method for cost in bnp.linalg.methods(bnp.DenseOperator(torch.eye(3))) if cost.applies]
         ['dense', 'inertia', 'inverse-lanczos', 'lanczos']
     """
     free = available_memory(A.device)
     prices = [(method, method.price(A, steps)) for method in registered()]
     return [
-        Route(
+        MethodCost(
             method=method.name,
             **vars(price),
             applies=method.applies(A) and price.memory < free,
@@ -294,9 +294,6 @@ def methods(A: SymmetricOperator, steps: int = LANCZOS_STEPS) -> list[Route]:
         )
         for method, price in prices
     ]
-
-
-routes = methods  # its name before
 
 
 @gated
@@ -313,7 +310,7 @@ def choose_method(A: SymmetricOperator, *, indefinite: bool = False) -> str:
 
 def next_method(A: SymmetricOperator) -> str:
     """What would close a one-sided answer, with its cost, in words."""
-    usable = {route.method: route for route in methods(A) if route.applies}
+    usable = {cost.method: cost for cost in methods(A) if cost.applies}
     found = next((usable[method.name] for method in registered() if method.decides and method.name in usable), None)
     if found is None:
         return ""

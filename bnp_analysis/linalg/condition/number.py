@@ -19,7 +19,7 @@ _SMALLEST = math.ulp(0.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Extremes:
-    """What a route finds: the ends of the nonzero spectrum, counts, and the bounds of their ratio.
+    """What a method finds: the ends of the nonzero spectrum, counts, and the bounds of their ratio.
 
     The fields are those of `ConditionNumber`.
     """
@@ -97,11 +97,11 @@ class ConditionNumber(Result, Extremes):
             smallest certified one.
         lower, upper: bounds; `lower` is NaN where none may be issued, `upper` infinite where none is known.
         two_sided: both bounds hold (with `failure_probability`, where that is not zero).
-        method: the route, as `condition_number` names them.
+        method: its name, as `condition_number` takes it.
         lambda_max, lambda_min: largest and smallest nonzero eigenvalue (magnitudes for an indefinite matrix).
         residual_max, residual_min: some eigenvalue lies within each of these of `lambda_max`, `lambda_min`; NaN where
-            the route gives no such pair.
-        rank: eigenvalues counted as nonzero, None when the route cannot count them.
+            the method gives no such pair.
+        rank: eigenvalues counted as nonzero, None when the method cannot count them.
         null_dim: dimension of the declared null space.
         null_sources: its directions counted by cause.
         on_your_word: eigenvalues that are zero because a tensor of null directions says so: no arithmetic of the

@@ -89,7 +89,7 @@ def condition_number(
             `"factor-svd"`, the dense factor; `"row-gram"`, the Gram matrix of rows that are Kronecker products, as
             those of dense layers; `"golub-kahan"`, the factor by products, to breakdown; `"dense"`, all eigenvalues;
             `"inertia"`, the same with both ends decided by LDL^T counts; `"lanczos"`, Ritz values;
-            `"inverse-lanczos"`, both ends with an inner conjugate gradient. `routes(A)` lists their costs.
+            `"inverse-lanczos"`, both ends with an inner conjugate gradient. `methods(A)` lists their costs.
         steps: of Lanczos (100 by default) or Golub-Kahan (by default until nothing is left).
         failure_probability: of the bounds that rest on a random start.
         checkpoint: file from which a Golub-Kahan or Lanczos run resumes, and to which it writes.
@@ -103,7 +103,7 @@ def condition_number(
         NotConvexError: a negative eigenvalue beyond rounding; `magnitude_condition_number` is the way on.
         NullSpaceError: declared directions that are not null.
         InvalidInputError: a zero or empty operator, or one that is not symmetric.
-        MemoryLimitError: the route does not fit into memory.
+        MemoryLimitError: the method does not fit into memory.
 
     Source: T13.
 
@@ -177,7 +177,7 @@ def magnitude_condition_number(
 
     Args:
         A: symmetric operator on `R^n`, for instance the Hessian of a network's loss.
-        preconditioner, null, method, steps, seed, progress: as for `condition_number`; the routes are
+        preconditioner, null, method, steps, seed, progress: as for `condition_number`; the methods are
             `"dense"`, `"inertia"` and `"lanczos"`, the last gives a lower bound only.
 
     Returns:

@@ -66,7 +66,7 @@ def check_floating_point(problem: Problem) -> Iterator[Check]:
 
 
 def _factor_and_gram(g: torch.Generator) -> Iterator[Check]:
-    """Errors of `lambda_min+` from the two routes, the worst of a few matrices with prescribed singular values."""
+    """Errors of `lambda_min+` from the two methods, the worst of a few matrices with prescribed singular values."""
     factor, gram = 0.0, 0.0
     rows, columns = _SHAPE
     for _ in range(_CASES):
