@@ -733,7 +733,14 @@ def _cross_entropy(func: Any, z: Tensor, y: Tensor, weight: Tensor | None = None
     logs = _softmaxed(LogSoftmax, F.log_softmax, z, axis)
     if not y.is_floating_point() and smoothing == 0:
         chosen = {k: v for k, v in given.items() if k != "label_smoothing"}
-        return F.nll_loss(logs, y, weight, **chosen)
+        value = F.nll_loss(logs.detach(), y, weight, **chosen)
+        # Linear in the logarithms, of which torch does not know that: every product would carry zeros back to them.
+        kept = y != given.get("ignore_index", -100)
+        index = torch.where(kept, y, 0).long().unsqueeze(axis)
+        shares = kept.to(z) if weight is None else weight[index.squeeze(axis)] * kept
+        loss = -logs.gather(axis, index).squeeze(axis) * shares
+        formula = loss.sum() / shares.sum() if reduction == "mean" else _reduced(loss, reduction)
+        return cast(Tensor, Valued.apply(value, formula))
     shape = [-1 if d == axis else 1 for d in range(z.ndim)]
     weights = torch.ones_like(z) if weight is None else weight.view(shape).expand_as(z)
     if y.is_floating_point():

@@ -261,7 +261,7 @@ class _Run:
         """Whether the residual is rounding, relative to the operator as seen so far (trap 5)."""
         if self.pending or not self.alpha:
             return False
-        scale = max(abs(x) for x in (*self.alpha, *self.beta))
+        scale = max(map(abs, (*self.alpha, *self.beta)))
         noise = 10 * float(np.sqrt(self.A.dim)) * self.A.eps * scale
         return self.coupling <= noise
 
