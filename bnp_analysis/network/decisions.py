@@ -127,7 +127,7 @@ class State:
         self._before = self._numbers()
         self._counts = [(x, repr(x)) for x in self._going if isinstance(x, itertools.count)]
         self._running = [(x, _progress(x)) for x in self._going if isinstance(x, types.GeneratorType)]
-        self._environment = dict(os.environ)
+        self._environment = _environment()
 
     def _numbers(self) -> dict[tuple[int, Any], tuple[Any, Any]]:
         return {
@@ -149,9 +149,9 @@ class State:
         """What went on and cannot be set: iterators, generators, variables of the environment."""
         found = [f"an iterator ({was})" for x, was in self._counts if repr(x) != was]
         found += [f"the generator {x.__name__}()" for x, was in self._running if _progress(x) != was]
-        now = dict(os.environ)
+        now = _environment()
         names = {n for n in now.keys() | self._environment.keys() if now.get(n) != self._environment.get(n)}
-        return found + [f"os.environ[{n!r}]" for n in sorted(names)]
+        return found + [f"os.environ[{os.fsdecode(n)!r}]" for n in sorted(names)]
 
     def functions(self) -> list[tuple[Any, Any]]:
         """`(namespace, key)` of functions that read the clock or draw numbers."""
@@ -162,6 +162,11 @@ class State:
             for key in [*space]
             if callable(space[key]) and _hashed(space[key]) in known
         ]
+
+
+def _environment() -> dict[Any, Any]:
+    """The variables as they are stored: to decode them all takes as long as a pass of a small network."""
+    return dict(vars(os.environ).get("_data", os.environ))
 
 
 def _progress(x: types.GeneratorType[Any, Any, Any]) -> Any:
