@@ -62,7 +62,7 @@ def tasks() -> list[Task]:
     for name, kind, kappa, n, rank, dtype in (
         ("log, kappa 1e2, full rank", "log", 1e2, 200, 200, torch.float64),
         ("log, kappa 1e6, full rank", "log", 1e6, 200, 200, torch.float64),
-        ("log, kappa 1e4, 50 null directions (trap 7)", "log", 1e4, 400, 350, torch.float64),
+        ("log, kappa 1e4, 50 null directions", "log", 1e4, 400, 350, torch.float64),
         ("isolated, kappa 1e8, 20 null directions", "isolated", 1e8, 200, 180, torch.float64),
         ("clustered, kappa 1e6, 20 null directions", "clustered", 1e6, 200, 180, torch.float64),
         ("log, kappa 1e10, 20 null directions", "log", 1e10, 200, 180, torch.float64),

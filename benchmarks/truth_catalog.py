@@ -99,8 +99,8 @@ def other_ways() -> Iterator[Problem]:
         yield Problem("P^T A P", name, conditioned(norm, 1e2, 5, dtype=f32))
     for steps in (60, 100, 150):
         for known in (0, 25, 50):
-            name = f"trap 7, {steps} steps, {known} of 50 null directions known"
-            yield Problem("trap 7", name, trap_seven(steps, known), quick=steps == 100)
+            name = f"{steps} steps, {known} of 50 null directions known"
+            yield Problem("undeclared null space", name, trap_seven(steps, known), quick=steps == 100)
     for delta in (1e-3, 1e-1):
         routes = ("factor-svd", "golub-kahan", "dense", "inertia", "lanczos", "inverse-lanczos")
         make = random_problem("log", 1e8, (30, 40), delta=delta, routes=routes)

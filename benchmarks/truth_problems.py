@@ -216,7 +216,7 @@ def random_problem(
 def conditioned(
     norm: float, kappa: float, seed: int, *, diagonal: bool = False, dtype: torch.dtype = torch.float64
 ) -> Callable[[], Case]:
-    """`F = G P^-1` and `P` with `|P| = norm`: `F P` is far smaller than `|F| |P|` (trap 11)."""
+    """`F = G P^-1` and `P` with `|P| = norm`: `F P` is far smaller than `|F| |P|`."""
 
     def make() -> Case:
         n, g = 24, torch.Generator().manual_seed(seed)

@@ -62,7 +62,10 @@ def accuracy(rows: list[Row]) -> list[Row]:
     plain = [
         row
         for row in rows
-        if "refused" not in row and row["kind"] == "kappa*" and row["truth"] <= 1.2 * KAPPA and row["group"] != "trap 7"
+        if "refused" not in row
+        and row["kind"] == "kappa*"
+        and row["truth"] <= 1.2 * KAPPA
+        and row["group"] != "undeclared null space"
     ]
     svd = [row for row in plain if row["method"] == "factor-svd" and not row["single"]]
     gk = [row for row in plain if row["method"] == "golub-kahan" and not row["single"]]

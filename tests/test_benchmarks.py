@@ -65,7 +65,7 @@ def test_the_quick_suite_finds_no_false_claim(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("method", ["factor-svd", "golub-kahan"])
 def test_a_false_claim_is_found(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without its `|P|` term the certificate misses the truth (trap 11), and the suite says so."""
+    """Without its `|P|` term the certificate misses the truth, and the suite says so."""
     if method == "factor-svd":
         true_radius = factor_svd.singular_value_radius
         monkeypatch.setattr(

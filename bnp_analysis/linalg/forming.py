@@ -38,7 +38,7 @@ class Formed:
 
     Attributes:
         matrix: the dense operator, times `2^exponent`.
-        magnitude: `|F| |P1| |P2| ...` of a product, without which no interval survives `|P| = 1e5` (trap 11); else
+        magnitude: `|F| |P1| |P2| ...` of a product, without which no interval survives `|P| = 1e5`; else
             None, which stands for `|matrix|`. Of a `ReducedFactor` one row, bounds of columns: then
             `|(matrix - exact) e_j| <= rounding * magnitude_j`.
         rounding: 0 where the entries are given.

@@ -116,7 +116,7 @@ class State:
         """Remembers what there is now."""
         self._before = self._numbers()
         self._progress = [_progress(x) for x in self._going]
-        self._environment = dict(os.environ)
+        self._environment = _environment()
 
     def variables(self) -> list[tuple[Any, Any, Any]]:
         """`(namespace, key, value)` of all that there is."""
@@ -144,14 +144,19 @@ class State:
             for x, was in zip(self._going, self._progress, strict=True)
             if _progress(x) != was
         ]
-        now = dict(os.environ)
+        now = _environment()
         names = {n for n in now.keys() | self._environment.keys() if now.get(n) != self._environment.get(n)}
-        return found + [f"os.environ[{n!r}]" for n in sorted(names)]
+        return found + [f"os.environ[{os.fsdecode(n)!r}]" for n in sorted(names)]
 
     def functions(self) -> list[tuple[Any, Any]]:
         """`(namespace, key)` of functions that read the clock or draw numbers."""
         known = _wrapped()
         return [(space, key) for space, key, value in self.variables() if callable(value) and _hashed(value) in known]
+
+
+def _environment() -> dict[Any, Any]:
+    """The variables as they are stored: to decode them all takes as long as a pass of a small network."""
+    return dict(vars(os.environ).get("_data", os.environ))
 
 
 def _progress(x: itertools.count[Any] | types.GeneratorType[Any, Any, Any]) -> Any:

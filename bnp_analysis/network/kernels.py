@@ -82,13 +82,13 @@ def recording() -> Iterator[None]:
 def with_differentiable_kernels(run: Callable[[], Found], *, recurrent: bool) -> Found:
     """`run()` by kernels that have a right second derivative, uncompiled.
 
-    Math attention, native recurrent layers (trap 12), activations that are kept where a model checkpoints them, and
+    Math attention, native recurrent layers, activations that are kept where a model checkpoints them, and
     what `Accurate` puts in place of torch's functions.
 
     Which kernels torch takes belongs to the process: other threads wait, and an interrupt cannot leave it changed.
     """
     switches = [*_ATTENTION, *(_RECURRENT if recurrent else [])]
-    # Functions compiled inside forward() run eagerly (trap 13). Who compiled one has loaded the compiler.
+    # Functions compiled inside forward() run eagerly. Who compiled one has loaded the compiler.
     dynamo: Any = sys.modules.get("torch._dynamo.eval_frame") if hasattr(torch.compiler, "set_stance") else None
     with LOCK:
         before = [is_on() for is_on, _ in switches]

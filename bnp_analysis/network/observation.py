@@ -155,6 +155,10 @@ def custom_functions(outputs: Tensor) -> list[str]:
     return [*dict.fromkeys(name.removesuffix("Backward") for name in custom)]
 
 
+# Most of what is reached are attributes of modules, of which these have no parts.
+_WHOLE = frozenset((bool, int, float, str, bytes, type(None), Tensor, nn.Parameter))
+
+
 def reached(roots: Iterable[Any], depth: int = 6) -> Iterator[Any]:
     """What is within reach of modules and functions: attributes, closures, globals they name."""
     seen: set[int] = set()
@@ -170,6 +174,8 @@ def reached(roots: Iterable[Any], depth: int = 6) -> Iterator[Any]:
 
 
 def _parts(value: Any) -> Iterable[Any]:
+    if type(value) in _WHOLE:
+        return ()
     if isinstance(value, types.MethodType):
         return (value.__self__, value.__func__)
     if isinstance(value, types.BuiltinMethodType) and not isinstance(value.__self__, types.ModuleType):

@@ -303,7 +303,7 @@ class EmpiricalRisk:
         return out if torch.is_grad_enabled() else out.detach()
 
     def _call(self, module: nn.Module, tensors: Mapping[str, Tensor], args: Any, kwargs: Any, prefix: str = "") -> Any:
-        # Copies, no operations of the network: batch statistics write into buffers (trap 2).
+        # Copies, no operations of the network: batch statistics write into buffers.
         with torch._C.DisableTorchFunction():
             buffers = {name: b.clone() for name, b in self._model.named_buffers()}
         values = {**self._constants, **tensors, **buffers}

@@ -456,6 +456,46 @@ class Valued(Function):
         return tangents[1].clone()
 
 
+class Likelihood(Function):
+    """`F.nll_loss`, linear in the logarithms: torch's own carries zeros back to them in every second derivative."""
+
+    @staticmethod
+    def forward(logs: Tensor, y: Tensor, weight: Tensor | None, axis: int, given: dict[str, Any]) -> Tensor:
+        return F.nll_loss(logs, y, weight, **given)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        logs, y, weight, ctx.axis, ctx.given = inputs
+        ctx.shape = logs.shape
+        ctx.save_for_backward(y, weight)
+        ctx.save_for_forward(y, weight)
+
+    @staticmethod
+    def _shares(ctx: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The place of each target, and its part of the loss."""
+        y, weight = ctx.saved_tensors
+        kept = y != ctx.given.get("ignore_index", -100)
+        index = torch.where(kept, y, 0).long()
+        shares = kept.to(like) if weight is None else weight[index] * kept
+        if ctx.given.get("reduction", "mean") == "mean":
+            total = shares.sum()
+            shares = shares / torch.where(total == 0, 1.0, total)  # as torch's where all targets are ignored
+        return index.unsqueeze(ctx.axis), shares.unsqueeze(ctx.axis)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        (g,) = cotangents
+        index, shares = Likelihood._shares(ctx, g)
+        g = g if g.ndim == 0 else g.unsqueeze(ctx.axis)
+        return g.new_zeros(ctx.shape).scatter(ctx.axis, index, -g * shares), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        index, shares = Likelihood._shares(ctx, tangents[0])
+        parts = -tangents[0].gather(ctx.axis, index).mul(shares).squeeze(ctx.axis)
+        return parts if ctx.given.get("reduction") == "none" else parts.sum()
+
+
 # Attribute of a sigmoid: what it was taken of, and the versions of both, which change when one is written into.
 _LOGITS = "_bnp_analysis_logits"
 
@@ -690,7 +730,7 @@ def _cross_entropy(func: Any, z: Tensor, y: Tensor, weight: Tensor | None = None
     logs = _softmaxed(LogSoftmax, F.log_softmax, z, axis)
     if not y.is_floating_point() and smoothing == 0:
         chosen = {k: v for k, v in given.items() if k != "label_smoothing"}
-        return F.nll_loss(logs, y, weight, **chosen)
+        return cast(Tensor, Likelihood.apply(logs, y, weight, axis, chosen))
     shape = [-1 if d == axis else 1 for d in range(z.ndim)]
     weights = torch.ones_like(z) if weight is None else weight.view(shape).expand_as(z)
     if y.is_floating_point():

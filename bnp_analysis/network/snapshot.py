@@ -183,7 +183,7 @@ def wrappers(model: nn.Module) -> list[nn.Module]:
 
 
 def _unwrap_children(module: nn.Module) -> None:
-    """Products run eagerly: compiled second derivatives are not reliable (trap 13)."""
+    """Products run eagerly: compiled second derivatives are not reliable."""
     # Not named_children(): it shows a module that is used twice once.
     for name, child in list(module._modules.items()):
         if child is None:

@@ -1,7 +1,7 @@
 """The dense routes: their intervals hold the exact answer, are tight, and count what they cannot explain.
 
 Bugs that only these tests catch: small eigenvalues decided on `F^T F` in place of `F`; noise counted as rank, or a
-small eigenvalue counted as zero without a word (trap 8); an undeclared null space that passes as resolved; a declared
+small eigenvalue counted as zero without a word; an undeclared null space that passes as resolved; a declared
 one that is not believed; a negative eigenvalue that is clamped. The problems are free of rounding.
 """
 

@@ -1,6 +1,6 @@
 """What Lanczos claims about a condition number is true: lower bounds, probabilistic upper ones, and silence.
 
-Bugs that only these tests catch: a ratio of Ritz values sold as a condition number (trap 7); a bound issued although
+Bugs that only these tests catch: a ratio of Ritz values sold as a condition number; a bound issued although
 rounding has put an undeclared null space into the basis; an upper bound from a space that is invariant to rounding
 but missed an eigenvector; a failure probability that is exceeded; products that are not counted.
 """
@@ -32,7 +32,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["
 
 @pytest.mark.parametrize("steps", [60, 100, 150])
 def test_an_undeclared_null_space_gives_no_false_bound(steps: int, generator: torch.Generator) -> None:
-    """Trap 7: truth 1e4, 50 undeclared null directions; the ratios were 1.8e4, 7.5e5 and 2.4e10."""
+    """Truth 1e4, 50 undeclared null directions; the ratios were 1.8e4, 7.5e5 and 2.4e10."""
     p = symmetric_with_spectrum(spectrum("log", 400, 1e4, rank=350), generator)
     values = lanczos(p.operator, steps, seed=1).ritz()[0]
     assert values[-1] / values[values > 0].min() > 1.05e4, "the trap is gone: this test shows nothing any more"

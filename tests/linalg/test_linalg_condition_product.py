@@ -1,6 +1,6 @@
 """`P^T A P` is measured with the rounding of its product counted, in every way to say it.
 
-Bugs that only these tests catch: a certificate without its `|P|` term (trap 11) for one of `preconditioner=`,
+Bugs that only these tests catch: a certificate without its `|P|` term for one of `preconditioner=`,
 `congruence`, rows that are conditioned directly, a product of operators; a null space that is refused because the
 congruence cancels; null directions taken in the wrong coordinates. Truth comes from 60 digits.
 """
@@ -74,7 +74,7 @@ def ways(factor: Tensor, P: DensePreconditioner) -> dict[str, ConditionNumber]:
 def test_the_interval_counts_the_rounding_of_the_product(
     exponent: int, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
-    """Trap 11: without the `|P|` term 60 of 60 intervals missed the truth at `|P| = 1e5`."""
+    """Without the `|P|` term 60 of 60 intervals missed the truth at `|P| = 1e5`."""
     norm = 10.0**exponent if dtype == torch.float64 else 10.0 ** (exponent / 2)
     resolved = 0
     for _ in range(12):

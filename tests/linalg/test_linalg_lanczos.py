@@ -1,7 +1,7 @@
 """The Lanczos process leaves what it promises: a decomposition, an orthonormal basis, true eigenvalues.
 
-Bugs that only these tests catch: a lost second pass of Gram-Schmidt; a breakdown test that is absolute (trap 5), so
-that a small matrix loses eigenvalues; null directions taken out of the operator in place of the basis (trap 6);
+Bugs that only these tests catch: a lost second pass of Gram-Schmidt; a breakdown test that is absolute, so
+that a small matrix loses eigenvalues; null directions taken out of the operator in place of the basis;
 copies of a repeated eigenvalue that never appear, or appear twice; a resumed run that differs from an
 uninterrupted one; an interrupt that leaves a half-finished step; NaN that ends up in a Ritz value.
 """
@@ -93,7 +93,7 @@ def test_without_restart_it_stops_when_the_space_is_invariant(generator: torch.G
 @pytest.mark.parametrize("exponent", [-330, -46, -1, 46, 330])
 @pytest.mark.parametrize("kind", [*KINDS, "three values"])
 def test_a_scaled_matrix_has_scaled_ritz_values(exponent: int, kind: str, generator: torch.Generator) -> None:
-    """Trap 5: an absolute breakdown test returned one of five eigenvalues of 1e-14 A, 64 % too low."""
+    """An absolute breakdown test returned one of five eigenvalues of 1e-14 A, 64 % too low."""
     if kind == "three values":
         A = symmetric_with_spectrum(torch.tensor([2.0] * 9 + [1.0] * 9 + [0.5] * 9), generator).operator
     else:
@@ -148,7 +148,7 @@ def test_eigenvalues_equal_those_of_scipy(which: str, generator: torch.Generator
 
 
 def test_null_directions_stay_out_of_the_basis(generator: torch.Generator) -> None:
-    """Trap 6: with the projection in the operator the smallest Ritz value was 1e-18 in place of 1e-3."""
+    """With the projection in the operator the smallest Ritz value was 1e-18 in place of 1e-3."""
     p = problem("log", 120, 1e3, generator, rank=100)
     null = p.null
     kept = lanczos(p.operator, 100, null=null)

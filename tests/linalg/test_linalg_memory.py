@@ -13,7 +13,7 @@ import torch
 
 import bnp_analysis as bnp
 from bnp_analysis.errors import MemoryLimitError
-from bnp_analysis.linalg import CallableOperator, SymmetricOperator, choose_method, lanczos
+from bnp_analysis.linalg import CallableOperator, SymmetricOperator, choose_method, lanczos, methods
 from bnp_analysis.linalg.condition import lanczos as lanczos_method
 from bnp_analysis.linalg.condition import methods as methods_module
 from bnp_analysis.linalg.krylov.thick_restart import ThickRestart

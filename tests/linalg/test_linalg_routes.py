@@ -24,6 +24,7 @@ from bnp_analysis.linalg import (
     choose_method,
     condition_number,
     magnitude_condition_number,
+    methods,
     regularized_condition_number,
 )
 from bnp_analysis.linalg.condition import methods as methods_module

@@ -23,6 +23,7 @@ from bnp_analysis.linalg import (
     MatrixOperator,
     condition_number,
     magnitude_condition_number,
+    methods,
     regularized_condition_number,
 )
 from bnp_analysis.linalg.condition import factor_svd, inverse_lanczos

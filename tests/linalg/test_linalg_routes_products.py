@@ -1,4 +1,4 @@
-"""Every route counts the rounding of `F P`, however the product is wrapped (trap 11).
+"""Every route counts the rounding of `F P`, however the product is wrapped.
 
 Bugs that only these tests catch: a certificate that sees `|F P|` where the rounding is that of `|F| |P|`, because the
 product hides inside a shift, a part, a stack or a Gram matrix; an asymmetry of rounding that is refused as a wrong

@@ -22,6 +22,7 @@ from bnp_analysis.linalg import (
     LinearOperator,
     MatrixOperator,
     condition_number,
+    methods,
 )
 from bnp_analysis.linalg.condition import factor_svd, row_gram
 from bnp_analysis.linalg.condition.methods import automatic

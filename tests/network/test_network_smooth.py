@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bnp_analysis.network.kernels import nodes_of
 from bnp_analysis.network.smooth import Accurate, watching
 
 mp.mp.dps = 60
@@ -189,26 +190,40 @@ def test_cumulative_sums_of_exponentials(axis: int) -> None:
         assert abs(H[i, j].item() - exact[i, j]) <= 1e-13 * abs(exact[i, j])
 
 
+@pytest.mark.parametrize("shape", [(5, 4, 3), (6, 4), (4,)])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_cross_entropy_is_torchs(smoothing: float, reduction: str) -> None:
+def test_cross_entropy_is_torchs(shape: tuple[int, ...], smoothing: float, reduction: str) -> None:
+    """Values, first and second derivatives; with class indices no zeros are carried back through the softmax."""
     g = torch.Generator().manual_seed(0)
-    z = torch.randn(5, 4, 3, generator=g, dtype=torch.float64, requires_grad=True)
-    y = torch.randint(0, 4, (5, 3), generator=g)
-    y[0, 0] = -100
-    w = torch.rand(4, generator=g, dtype=torch.float64)
-    for target in (y, torch.rand(5, 4, 3, generator=g, dtype=torch.float64)):
+    z = torch.randn(shape, generator=g, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(0, 4, shape[:1] + shape[2:] if len(shape) > 1 else (), generator=g)
+    if y.ndim:
+        y[0] = -100
+    w, v = (torch.rand(s, generator=g, dtype=torch.float64) for s in ((4,), shape))
+    for target, weight in itertools.product((y, torch.rand(shape, generator=g, dtype=torch.float64)), (w, None)):
 
-        def loss(target: Tensor = target) -> Tensor:
-            return F.cross_entropy(z, target, w, reduction=reduction, label_smoothing=smoothing)
+        def loss(target: Tensor = target, weight: Tensor | None = weight) -> Tensor:
+            return F.cross_entropy(z, target, weight, reduction=reduction, label_smoothing=smoothing)
 
         with Accurate():
             ours = loss()
         theirs = loss()
         assert torch.equal(ours, theirs)
-        torch.testing.assert_close(
-            *(torch.autograd.grad(a.sum(), z)[0] for a in (ours, theirs)), rtol=1e-12, atol=1e-15
-        )
+        scales = torch.arange(1.0, ours.numel() + 1, dtype=torch.float64).view(ours.shape)
+        first = [torch.autograd.grad((a * scales).sum(), z, create_graph=True)[0] for a in (ours, theirs)]
+        torch.testing.assert_close(*first, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(*(torch.autograd.grad(a, z, v)[0] for a in first), rtol=1e-12, atol=1e-15)
+        if target is y and not smoothing:
+            assert "LogSoftmaxBackward" not in {node.name() for node in nodes_of(first[0])}
+
+
+def test_cross_entropy_of_nothing_has_no_slope() -> None:
+    z = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    with Accurate():
+        loss = F.cross_entropy(z, torch.full((3,), -100))
+    assert loss.isnan()
+    assert not torch.autograd.grad(loss, z)[0].any()
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -308,7 +308,7 @@ def test_frozen_layers() -> None:
 
 
 class Attention(nn.Module):
-    """Its output layer's forward never runs, though it has a gradient (trap 16); a tied pair; an own layer."""
+    """Its output layer's forward never runs, though it has a gradient; a tied pair; an own layer."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -157,7 +157,7 @@ def conditioned(problem: Problem, held: int | None = None) -> tuple[SymmetricOpe
 
 
 def _run(problem: Problem, operator: SymmetricOperator, basis: Columns) -> tuple[Tridiagonalization, int]:
-    """A random start where the null space is declared; else one in the range, `A g` (T13, trap 7)."""
+    """A random start where the null space is declared; else one in the range, `A g` (T13)."""
     start, extra = None, 0
     if not problem.null.complete:
         start = operator @ normal((operator.dim,), generator(problem.seed), operator)

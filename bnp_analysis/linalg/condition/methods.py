@@ -273,7 +273,7 @@ def methods(A: SymmetricOperator, steps: int = LANCZOS_STEPS) -> list[MethodCost
         steps: of Lanczos.
 
     Returns:
-        A list of `MethodCost`; the first that applies among factor-svd, row-gram, dense, lanczos is what `"auto"` takes.
+        Their costs; the first that applies among factor-svd, row-gram, dense, lanczos is what `"auto"` takes.
 
     Source: T13.
 

@@ -91,7 +91,7 @@ class Tridiagonalization:
 
 
 def tridiagonal_eigh(alpha: Floats, beta: Floats) -> tuple[Floats, Floats]:
-    """Eigenvalues and vectors of the tridiagonal problem, always in float64 (trap 11)."""
+    """Eigenvalues and vectors of the tridiagonal problem, always in float64."""
     if alpha.size == 1:
         return alpha.copy(), np.ones((1, 1))
     _, e = comfortable(torch.from_numpy(np.concatenate([alpha, beta])))
@@ -121,7 +121,7 @@ def lanczos(
         steps: largest number of columns of `Q`; at most `n - r` are possible.
         start: start vector `(n,)`; default a Gaussian one from `seed`.
         seed: of the start vector and of restarts.
-        null: orthonormal `(n, r)`; kept out of the basis by reorthogonalization (trap 6).
+        null: orthonormal `(n, r)`; kept out of the basis by reorthogonalization.
         restart: on an invariant subspace go on from a new random vector, so that repeated
             eigenvalues appear with their multiplicity; else stop there.
         resume: continue an earlier run of the same operator instead of starting one.
@@ -264,10 +264,10 @@ class _Run:
 
     @property
     def broken_down(self) -> bool:
-        """Whether the residual is rounding, relative to the operator as seen so far (trap 5)."""
+        """Whether the residual is rounding, relative to the operator as seen so far."""
         if self.pending or not self.alpha:
             return False
-        scale = max(abs(x) for x in (*self.alpha, *self.beta))
+        scale = max(map(abs, (*self.alpha, *self.beta)))
         return self.coupling <= self.rounding * scale
 
     def advance(self, seed: int) -> None:

@@ -208,7 +208,8 @@ class BNP:
         """
         if self._closed:
             raise InvalidInputError("step() after close(): the hooks are gone")
-        self._leave_out(self._passes.cut())
+        if self._passes.open:
+            self._leave_out(self._passes.cut())
         if not self._pending and not self.covered:
             raise InvalidInputError(
                 "step() has nothing to precondition: the weights of all covered layers, "
@@ -222,7 +223,7 @@ class BNP:
                 "the model, which has no hooks (DataParallel makes such copies)"
             )
         found = find_gradients(self._layers, self._pending, self._running.rows)
-        if any(marked(found, other._marks) for other in self._others):
+        if self._others and any(marked(found, other._marks) for other in self._others):
             raise InvalidInputError(
                 "another BNP object has preconditioned these gradients already: P P^T would be applied twice. close() "
                 "one of the two, or give each its own layers with include= and exclude="
@@ -377,15 +378,18 @@ class BNP:
 
     def begin_pass(self, module: nn.Module, trains: bool) -> None:
         """A forward pass of the model, or of what wraps it, begins, from its hook."""
-        self._leave_out(self._passes.cut(module))
+        passes = self._passes
+        if passes.open:
+            self._leave_out(passes.cut(module))
         rows = dict(self._pending), {i: len(parts) for i, parts in self._inputs.items()}
-        self._passes.open.append(Open(module, rows, handled()))
-        if trains and len(self._passes.open) == 1:
-            self._passes.begin(self._running.step, bool(self._attached))
+        passes.open.append(Open(module, rows, handled()))
+        if trains and len(passes.open) == 1:
+            passes.begin(self._running.step, bool(self._attached))
 
     def end_pass(self, module: nn.Module) -> None:
         """A forward pass has ended, from its hook."""
-        self._leave_out(self._passes.end(module))
+        if (failed := self._passes.end(module)) is not None:
+            self._leave_out(failed)
 
     def _leave_out(self, failed: Open | None) -> None:
         """Leave out what was seen since a pass began that has failed."""

@@ -21,6 +21,13 @@ from bnp_analysis.network.recorded_product import Recorded, Recording
 from bnp_analysis.network.snapshot import unwrap, wrappers
 from bnp_analysis.training.bnp.passes import handled
 
+# Looked up once: these are asked in every forward pass of every layer.
+_compiling, _peek, _backward = (
+    torch.compiler.is_dynamo_compiling,
+    torch._C._functorch.peek_interpreter_stack,
+    torch._C._current_graph_task_id,
+)
+
 
 class _NoScriptError(InvalidInputError, AttributeError):
     """Asked for by name, as TorchScript asks for what it compiles; for others no attribute."""
@@ -41,6 +48,12 @@ class _Hook:
             "torch.jit.script would compile the hooks of BNP into the model, which collect statistics for training. "
             "Call close() first"
         )
+
+    def eagerly(self, *arguments: Any) -> None:
+        """Break the graph of a compiled model here, and call this outside of it: it counts, which a graph must not."""
+        from bnp_analysis.training.bnp.eager import call
+
+        call(self, *arguments)
 
 
 class InputHook(_Hook):
@@ -64,16 +77,9 @@ class InputHook(_Hook):
         return self._owner()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_dynamo_compiling():
-            # A compiled model breaks its graph here: what follows counts, which a graph must not.
-            from bnp_analysis.training.bnp.eager import call
-
-            call(self.see, module, args, kwargs)
-        else:
-            self.see(module, args, kwargs)
-
-    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Hand on the input if this is a forward pass that trains."""
+        if _compiling():
+            self.eagerly(module, args, kwargs)
+            return
         # Shallow copies share the table of hooks: replicas of DataParallel.
         if module is not self._module or not _trains(self._mode):
             return
@@ -99,15 +105,9 @@ class InnerHook(_Hook):
         return self._owner()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if torch.compiler.is_dynamo_compiling():
-            from bnp_analysis.training.bnp.eager import call
-
-            call(self.see, module, args, kwargs, output)
-        else:
-            self.see(module, args, kwargs, output)
-
-    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Hand on the inputs if this was a forward pass that trains."""
+        if _compiling():
+            self.eagerly(module, args, kwargs, output)
+            return
         _, first = self._layers[0]
         owner = self._owner()
         if owner is None or module is not first.module or not _trains(module):
@@ -168,7 +168,7 @@ class Proof:
         self._handles += _collect(layer, self.owner, self._index, self._outputs, module)
         owner.receive(self._index, h)
         if self._outputs is not None:
-            OutputHook(layer, weakref.ref(self._outputs), self._index, module).watch(module, output)
+            OutputHook(layer, weakref.ref(self._outputs), self._index, module)(module, (), output)
 
 
 class ProofHook(_Hook):
@@ -183,7 +183,7 @@ class ProofHook(_Hook):
         return self._proof.owner()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
-        if torch.compiler.is_dynamo_compiling():
+        if _compiling():
             return
         if self._ends:
             self._proof.end(module, output)
@@ -204,15 +204,9 @@ class PassHook(_Hook):
         self._module, self._owner, self._end = module, owner, end
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
-        if torch.compiler.is_dynamo_compiling():
-            from bnp_analysis.training.bnp.eager import call
-
-            call(self.tell, module)
-        else:
-            self.tell(module)
-
-    def tell(self, module: nn.Module) -> None:
-        """Tell the owner."""
+        if _compiling():
+            self.eagerly(module, args, output)
+            return
         owner = self._owner()
         if owner is None or module is not self._module:
             return
@@ -222,8 +216,7 @@ class PassHook(_Hook):
         hooks = module._forward_hooks
         if next(reversed(hooks)) != self._end.id:
             hooks[self._end.id] = hooks.pop(self._end.id)  # behind hooks of others, which may raise
-        differentiated = torch._C._functorch.peek_interpreter_stack() is not None
-        owner.begin_pass(module, trains=module.training and torch.is_grad_enabled() and not differentiated)
+        owner.begin_pass(module, module.training and torch.is_grad_enabled() and _peek() is None)
 
 
 class OutputHook(_Hook):
@@ -240,15 +233,9 @@ class OutputHook(_Hook):
         self._layer, self._owner, self._index, self._mode = layer, owner, index, mode
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_dynamo_compiling():
-            from bnp_analysis.training.bnp.eager import call
-
-            call(self.watch, module, output)
-        else:
-            self.watch(module, output)
-
-    def watch(self, module: nn.Module, output: Tensor) -> None:
-        """Register for the gradient at an output in training."""
+        if _compiling():
+            self.eagerly(module, args, output)
+            return
         # A forward pass that activation checkpointing repeats gets a hook that is never called.
         if not self._mode.training or module is not self._layer.module or not output.requires_grad:
             return
@@ -260,7 +247,7 @@ class OutputHook(_Hook):
                 if scales is not None:
                     scales.receive(index, gradient)
 
-            output.register_hook(passed)  # type: ignore[no-untyped-call] # torch does not annotate it
+            output.register_hook(passed)
 
 
 def add_hooks(
@@ -318,9 +305,7 @@ def _trains(module: nn.Module) -> bool:
     if not module.training or not torch.is_grad_enabled():
         return False
     # Gradients by `torch.func` are someone's measurement: they never reach `.grad`, and rows would not outlive it.
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    return torch._C._current_graph_task_id() == -1 or not _recomputed()
+    return _peek() is None and (_backward() == -1 or not _recomputed())
 
 
 def _recomputed() -> bool:
@@ -370,7 +355,7 @@ class EndOfBackward:
 
     def _seen(self, _: Tensor) -> None:
         # By the pass and not by a flag: one that raises never ends.
-        running = torch._C._current_graph_task_id()
+        running = _backward()
         if running != self._pass:
             self._pass = running
             # Twice: averages of gradients over processes wait for the end too, and are queued while it runs.

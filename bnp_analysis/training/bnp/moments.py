@@ -16,6 +16,7 @@ from bnp_analysis.network.layer_kinds import Layer
 from bnp_analysis.network.moments import update_moments, without_start
 from bnp_analysis.training.bnp.settings import Settings
 
+_ABLE = dist.is_available()
 _PRECISE = (torch.float32, torch.float64)
 _PART = 2**19  # numbers that are centred together
 
@@ -62,13 +63,13 @@ def batch_moments(layer: Layer, h: Tensor, kind: str) -> BatchMoments | None:
         The moments, or None for an input without rows.
     """
     h = h.detach()
+    # First what most often comes: its Python is a part of a small network's step that one sees.
+    if layer.rows_are_inputs and h.ndim == 2 and h.dtype in _PRECISE:
+        return _table_moments(h)
     if not h.is_floating_point() and (counted := layer.counted(h)) is not None:
         return _frequencies(*counted, layer)._replace(examples=layer.example_count(h)) if h.numel() else None
     if h.dtype not in _PRECISE:
         h = h.float()
-    # First what most often comes: its Python is a part of a small network's step that one sees.
-    if layer.rows_are_inputs and h.ndim == 2:
-        return _table_moments(h)
     if h.numel() == 0:
         return None
     if kind == "patch" or not layer.spatial:
@@ -94,7 +95,7 @@ def _table_moments(table: Tensor) -> BatchMoments | None:
         return None
     if count == 1:
         # A copy: whoever gave the input may reuse its memory before the step.
-        return BatchMoments(1, 1, 1, table.clone().flatten(), None)
+        return BatchMoments(1, 1, 1, table.clone().view(-1), None)
     if table.is_cuda:
         variance, mean = torch.var_mean(table, dim=0, correction=0)
     else:
@@ -179,8 +180,7 @@ class RunningMoments:
         Raises:
             NonFiniteError: NaN or infinity, now or since the flag was last read; names the layer and the step.
         """
-        batch = self._gather(found)
-        counts = [[m.samples, m.rows, m.examples] if (m := found.get(i)) else [0] * 3 for i in range(len(self.names))]
+        batch, counts = self._gather(found)
         if distributed():
             values, counts = _all_reduced(batch.values, counts, self.widths)
             batch = Buffer(values, self.widths)
@@ -189,7 +189,8 @@ class RunningMoments:
         if self._settings.variance == "paper" and 1 in samples:
             for i in (i for i, n in enumerate(samples) if n == 1):
                 torch.sub(batch.means[i], old.means[i], out=batch.variances[i]).square_()
-        self._update(old, new, batch, self._past(rows, batch.values))
+        past, start = self._weights(rows, batch.values)
+        self._update(old, new, batch, past)
         new.largest = torch.segment_reduce(new.variance, "max", lengths=self._lengths, unsafe=True)
         every, step = self._every, self.step + 1
         # A mean that is not finite makes the variance of its layer so.
@@ -200,10 +201,9 @@ class RunningMoments:
             self._guard(old, new, step)
         self.now, self._next = new, old
         self.step = step
-        for i, n in enumerate(rows):
-            if n:
-                self.rows[i], self.examples[i] = n, examples[i]
-                self.start[i] *= self._constant(n)
+        self.rows = [n or before for n, before in zip(rows, self.rows, strict=True)]
+        self.examples = [n or before for n, before in zip(examples, self.examples, strict=True)]
+        self.start = start
         if every > 1 and step % every == 0:
             self.check()
 
@@ -232,26 +232,26 @@ class RunningMoments:
         else:
             new.variance.addcmul_(delta.square_(), past * (1 - past))
 
-    def _past(self, rows: Sequence[int], like: Tensor) -> float | Tensor:
-        """The weight of what was seen before: a number, or where layers differ one per entry."""
-        if self._settings.reference_rows is None and all(rows) and self.start.count(self.start[0]) == len(rows):
-            return self._weight(0, rows[0])
-        weights = [self._weight(i, n) for i, n in enumerate(rows)]
-        parts = [torch.full((n,), w, dtype=like.dtype) for w, n in zip(weights, self.widths, strict=True)]
-        return torch.cat(parts).to(like.device, non_blocking=True)
+    def _weights(self, rows: Sequence[int], like: Tensor) -> tuple[float | Tensor, list[float]]:
+        """The weight of what was seen before, a number, or where layers differ one per entry; and that of the start."""
+        count = len(rows)
+        if rows.count(rows[0]) == self.start.count(self.start[0]) == count:
+            past, start = self._weight(rows[0], self.start[0])
+            return past, [start] * count
+        weights = [self._weight(*pair) for pair in zip(rows, self.start, strict=True)]
+        parts = [torch.full((n,), w, dtype=like.dtype) for (w, _), n in zip(weights, self.widths, strict=True)]
+        return torch.cat(parts).to(like.device, non_blocking=True), [start for _, start in weights]
 
-    def _constant(self, rows: int) -> float:
-        rho, reference = self._settings.rho, self._settings.reference_rows
-        return rho if reference is None else float(rho ** (rows / reference))
-
-    def _weight(self, index: int, rows: int) -> float:
+    def _weight(self, rows: int, start: float) -> tuple[float, float]:
+        """What so many rows leave of what was seen before, and of the start."""
         if not rows:
-            return 1.0
-        rho = self._constant(rows)
-        return without_start(rho, self.start[index]) if self._settings.init == "corrected" else rho
+            return 1.0, start
+        rho, reference = self._settings.rho, self._settings.reference_rows
+        rho = rho if reference is None else float(rho ** (rows / reference))
+        return without_start(rho, start) if self._settings.init == "corrected" else rho, start * rho
 
-    def _gather(self, found: Mapping[int, BatchMoments]) -> Buffer:
-        """What the layers saw, side by side; zeros, which weigh nothing, for those that did not run."""
+    def _gather(self, found: Mapping[int, BatchMoments]) -> tuple[Buffer, list[tuple[int, int, int]]]:
+        """What the layers saw, side by side, and counts; zeros, which weigh nothing, for those that did not run."""
         some = next(iter(found.values())).mean
         batch = self._batch
         if batch is None or batch.values.dtype is not some.dtype or batch.values.device != some.device:
@@ -260,14 +260,11 @@ class RunningMoments:
                 BatchMoments(0, 0, 0, zero, zero) for zero in Buffer(batch.values.clone(), self.widths).means
             ]
             self._next = None
-        means, variances = [], []
         # In the order of the layers, which need not be that of their forward passes.
-        for i, absent in enumerate(self._absent):
-            seen = found.get(i, absent)
-            means.append(seen.mean)
-            variances.append(absent.mean if seen.variance is None else seen.variance)
-        torch.cat(means + variances, out=batch.flat)
-        return batch
+        seen = [found.get(i, absent) for i, absent in enumerate(self._absent)]
+        variances = [a.mean if m.variance is None else m.variance for m, a in zip(seen, self._absent, strict=True)]
+        torch.cat([m.mean for m in seen] + variances, out=batch.flat)
+        return batch, [m[:3] for m in seen]
 
     def _buffers(self, batch: Tensor) -> tuple[Buffer, Buffer]:
         """The statistics, `(0, 1)` at first, and a place for the next ones, as the batch's are."""
@@ -304,10 +301,12 @@ class RunningMoments:
 
 def distributed() -> bool:
     """Whether training runs in several processes."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return _ABLE and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _all_reduced(batch: Tensor, own_counts: list[list[int]], widths: Sequence[int]) -> tuple[Tensor, list[list[int]]]:
+def _all_reduced(
+    batch: Tensor, own_counts: list[tuple[int, int, int]], widths: Sequence[int]
+) -> tuple[Tensor, list[tuple[int, int, int]]]:
     """Moments and counts of all processes together, as if one had seen every row (T4); samples come first."""
     sizes = torch.tensor(widths, device=batch.device)
     counts = torch.tensor(own_counts, dtype=torch.float64, device=batch.device)
@@ -318,4 +317,4 @@ def _all_reduced(batch: Tensor, own_counts: list[list[int]], widths: Sequence[in
     dist.all_reduce(mean)
     variance = (batch[1] + (batch[0] - mean).square()) * (own / everywhere)
     dist.all_reduce(variance)
-    return torch.stack([mean, variance]), [[int(n) for n in layer] for layer in counts.tolist()]
+    return torch.stack([mean, variance]), [(int(s), int(r), int(n)) for s, r, n in counts.tolist()]

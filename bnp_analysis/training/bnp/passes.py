@@ -63,8 +63,6 @@ class Passes:
         Returns:
             The first of them, if there is one.
         """
-        if not self.open:
-            return None
         running = _running()
         running[beginning] -= 1
         for place, one in enumerate(self.open):
@@ -94,8 +92,11 @@ class Passes:
         Warns:
             TrainingWarning: between the last passes the weights changed three times and `step` did not.
         """
-        weight = next((layer.own_weight for layer in self._layers if layer.trains), None)
-        if weight is None:
+        for layer in self._layers:
+            weight = layer.kind.parameter(layer.module)
+            if weight is not None and weight.requires_grad:
+                break
+        else:
             return
         self.count += 1
         if self._last is not None:
@@ -161,6 +162,7 @@ def changes(
     """
     modules = {clean_name(name): module for name, module in model.named_modules()}
     there = {id(module) for module in modules.values()}
+    new = [module for module in modules.values() if module not in before]
     uses = Counter(id(p) for module in set(modules.values()) for p in module._parameters.values())
     found = {}
     for layer in layers:
@@ -170,8 +172,8 @@ def changes(
             found[layer.name] = "its weight is computed from others (pruned or parametrized) since BNP was made"
         elif uses[id(layer.own_weight)] > 1:
             found[layer.name] = "its weight is shared with another module since BNP was made: make it anew"
-    for layer in layers_of(modules.items(), also=also)[0]:
-        if layer.module not in before:
+    for layer in layers_of(modules.items(), also=also)[0] if new else []:
+        if layer.module in new:
             for name in (layer.weight, layer.bias):
                 if name is not None:
                     found[name] = f"{layer.name} was added after BNP was made: make it anew, with load_state_dict"

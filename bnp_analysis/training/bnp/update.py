@@ -35,6 +35,7 @@ from bnp_analysis.training.bnp.settings import Settings
 Gradients = tuple[int, Layer, Tensor, Tensor | None]
 Marks = dict[int, tuple[weakref.ref[Tensor], int]]
 
+_DENSE = torch.strided
 _POWER_STEPS = 5
 
 
@@ -52,14 +53,13 @@ def find_gradients(layers: Sequence[Layer], seen: Container[int], rows: Sequence
     found: list[Gradients] = []
     missing: list[str] = []
     for i, layer in enumerate(layers):
-        # Attributes of modules are slow; each is looked up once.
-        held, kind = layer.module._parameters, layer.kind
-        owner: Any = kind.parameter(layer.module)
-        own = held.get(kind.bias) if layer.bias is not None else None
+        # Attributes of modules and tensors are slow; each is looked up once.
+        owner: Any = layer.kind.parameter(layer.module)
         if owner is None or not owner.requires_grad or not (rows[i] or i in seen):
             continue
+        own: Any = layer.module._parameters.get(layer.kind.bias) if layer.bias is not None else None
         free = own is not None and own.requires_grad
-        weight, bias = owner.grad, own.grad if own is not None and free else None
+        weight, bias = owner.grad, own.grad if free else None
         if weight is None or (free and bias is None):
             if i in seen:
                 missing += [layer.weight] if weight is None else []
@@ -69,13 +69,13 @@ def find_gradients(layers: Sequence[Layer], seen: Container[int], rows: Sequence
             weight, bias = (None if g is None else require_whole_units(layer, g) for g in (weight, bias))
         if not weight.is_floating_point():
             raise InvalidInputError(f"layer {layer.name!r} has become {weight.dtype} since BNP was made: make it anew")
-        if weight.layout is not torch.strided or (bias is not None and bias.layout is not torch.strided):
+        if weight.layout is not _DENSE or (bias is not None and bias.layout is not _DENSE):
             raise InvalidInputError(f"the gradient of layer {layer.name!r} is sparse; BNP needs dense gradients")
         found.append((i, layer, weight, bias))
     if not found:
         raise InvalidInputError("step() before any backward pass: no covered layer has a gradient")
-    owners = {id(weight): layer.name for _, layer, weight, _ in found}
-    if len(owners) < len(found):
+    if len({id(weight) for _, _, weight, _ in found}) < len(found):
+        owners = {id(weight): layer.name for _, layer, weight, _ in found}
         shared = [layer.name for _, layer, weight, _ in found if owners[id(weight)] != layer.name]
         raise InvalidInputError(
             f"layer {shared[0]!r} shares its weight with another one since BNP was made, and P P^T would be applied to "
@@ -452,8 +452,8 @@ class Update:
                 divide_units_(w, b, outputs.squares(i))
             if w is not stored:
                 stored.copy_(w)
-            if bias is not None and b is not None and b is not bias:
-                bias.copy_(b)
+            if b is not bias:
+                bias.copy_(b)  # type: ignore[union-attr, arg-type] # both are None, or none is
 
     def _square(self, i: int, layer: Layer, mean: Tensor, s2: Tensor, inputs: Sequence[Tensor]) -> float:
         """`q^2` of a layer in this step, where shapes alone do not give it."""
