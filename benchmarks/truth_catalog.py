@@ -18,7 +18,7 @@ from truth_problems import (
     hidden_cast,
     random_problem,
     stored_matrix,
-    trap_seven,
+    undeclared_null_space,
 )
 
 from bnp_analysis.testing import KINDS
@@ -100,7 +100,7 @@ def other_ways() -> Iterator[Problem]:
     for steps in (60, 100, 150):
         for known in (0, 25, 50):
             name = f"{steps} steps, {known} of 50 null directions known"
-            yield Problem("undeclared null space", name, trap_seven(steps, known), quick=steps == 100)
+            yield Problem("undeclared null space", name, undeclared_null_space(steps, known), quick=steps == 100)
     for delta in (1e-3, 1e-1):
         routes = ("factor-svd", "golub-kahan", "dense", "inertia", "lanczos", "inverse-lanczos")
         make = random_problem("log", 1e8, (30, 40), delta=delta, routes=routes)

@@ -231,7 +231,7 @@ def conditioned(
     return make
 
 
-def trap_seven(steps: int, known: int) -> Callable[[], Case]:
+def undeclared_null_space(steps: int, known: int) -> Callable[[], Case]:
     """Truth 1e4, 50 null directions of which `known` are declared: 50 as all of them, fewer as what was found."""
 
     def make() -> Case:

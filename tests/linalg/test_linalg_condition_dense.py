@@ -235,7 +235,7 @@ def test_directions_that_are_not_null_are_refused(method: str, generator: torch.
 
 
 def test_an_indefinite_matrix_has_no_kappa(generator: torch.Generator) -> None:
-    """Trap 8."""
+    """One negative eigenvalue, however small beside the largest, is refused."""
     values = torch.cat([spectrum("log", 15, 1e3), torch.tensor([-1e-6], dtype=torch.float64)])
     for scale in (1e-14, 1.0, 1e14):
         A = symmetric_with_spectrum(scale * values, generator).operator

@@ -205,7 +205,7 @@ class Found:
 
 
 @pytest.mark.parametrize("steps", [60, 100, 150, 400])
-def test_trap_7(steps: int, generator: torch.Generator) -> None:
+def test_an_undeclared_null_space_is_not_contaminated(steps: int, generator: torch.Generator) -> None:
     """Truth 1e4 and 50 undeclared null directions."""
     p = symmetric_with_spectrum(spectrum("log", 400, 1e4, rank=350), generator, factor_rows=400)
     for seed in range(3):
