@@ -21,6 +21,7 @@ import bnp_analysis as bnp
 from bnp_analysis.curvature.units import unit_blocks
 from bnp_analysis.errors import BNPAnalysisError
 from bnp_analysis.network import coverage, layer_moments, layer_rows
+from bnp_analysis.network.snapshot import fingerprint
 
 State = dict[str, Any]
 
@@ -406,3 +407,21 @@ def test_data_of_another_kind_are_copied_too() -> None:
     before = risk.value
     x.zero_()
     assert torch.equal(risk(risk.theta), before)
+
+
+def test_what_processes_compare_of_a_loss() -> None:
+    """Each of these is another loss, to every other one and not to itself."""
+    losses = [
+        lambda: F.cross_entropy,
+        lambda: F.mse_loss,
+        nn.CrossEntropyLoss,
+        lambda: nn.CrossEntropyLoss(label_smoothing=0.1),
+        lambda: nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 1.0])),
+        lambda: functools.partial(F.cross_entropy, label_smoothing=0.1),
+        lambda: functools.partial(F.cross_entropy, label_smoothing=0.2),
+        lambda: functools.partial(F.cross_entropy, weight=torch.tensor([1.0, 2.0, 1.0])),
+        lambda: functools.partial(F.mse_loss, label_smoothing=0.1),
+    ]
+    found = [[fingerprint(nn.Linear(2, 3), make(), torch.zeros(9))["the loss"] for make in losses] for _ in range(2)]
+    assert found[0] == found[1]
+    assert len(set(found[0])) == len(losses)
