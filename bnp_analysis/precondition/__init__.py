@@ -1,5 +1,7 @@
 """Preconditioners of networks: BNP and what it is compared with."""
 
+from typing import NoReturn
+
 from bnp_analysis.precondition.base import (
     BlockDiagonal,
     NetworkPreconditioner,
@@ -27,3 +29,8 @@ __all__ = [
     "layer_block",
     "optimizer_preconditioner",
 ]
+
+
+def __getattr__(name: str) -> NoReturn:
+    gone = ": P.part(positions) does what it asked for" if name == "SplitsByUnit" else ""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{gone}")

@@ -41,6 +41,9 @@ def test_names_that_are_gone_say_what_to_use() -> None:
         (bnp, "rank_estimate", "spectral_density"),
         (bnp.linalg, "block_lanczos", "eigenpairs"),
         (bnp.linalg, "choose_route", "choose_method"),
+        (bnp.linalg, "Route", "MethodCost"),
+        (bnp, "routes", "linalg.methods"),
+        (bnp.precondition, "SplitsByUnit", r"part\(positions\)"),
     ):
         with pytest.raises(AttributeError, match=successor):
             getattr(where, name)
