@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnp_analysis import results as _encoding
+from bnp_analysis import results
 from bnp_analysis.results import decode, encode, plain
 
 
@@ -63,7 +63,7 @@ FLOATS = [0.1, -0.0, 5e-324, 1.7976931348623157e308, math.nan, math.inf, -math.i
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "complex64", "complex128"])
 @pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_float_arrays_are_bit_exact(dtype: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_encoding, "LIST_LIMIT", limit)
+    monkeypatch.setattr(results, "LIST_LIMIT", limit)
     array = np.array(FLOATS).astype(dtype).reshape(2, 4)
     if array.dtype.kind == "c":
         array.imag = array.real[::-1]
@@ -79,7 +79,7 @@ def test_float_arrays_are_bit_exact(dtype: str, limit: int, monkeypatch: pytest.
 def test_tensors_keep_dtype_shape_and_values(
     name: str, shape: tuple[int, ...], limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_encoding, "LIST_LIMIT", limit)
+    monkeypatch.setattr(results, "LIST_LIMIT", limit)
     count = math.prod(shape)
     tensor = ((torch.arange(count, dtype=torch.float64) + 1) / 3).reshape(shape).to(getattr(torch, name))
     back = after_text(tensor)
