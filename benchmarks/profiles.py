@@ -2,7 +2,7 @@
 
     python benchmarks/profiles.py [--quick] [--out benchmarks/results]
 
-Every rung is an interval for the ratio of the largest eigenvalue to that of its rank. It is compared with the ratio
+The ratio of the largest eigenvalue to that of a rank is given as an interval. Each is compared with the ratio
 from NumPy's eigenvalues of the dense matrix, or singular values of the dense factor, wherever these are known to 1e-6.
 Writes `profiles.md`; exit status 1 if an interval misses.
 """
@@ -37,9 +37,9 @@ Spectrum = tuple[NDArray[np.float64], float]
 
 @dataclass
 class Row:
-    """What was compared in one group: rungs, those that miss, those that the reference does not know, widths."""
+    """What was compared in one group: ratios, those that miss, those that the reference does not know, widths."""
 
-    rungs: int = 0
+    ratios: int = 0
     false: int = 0
     undecided: int = 0
     profiles: int = 0
@@ -139,7 +139,7 @@ def magnitudes(A: bnp.linalg.SymmetricOperator, P: Any) -> Spectrum:
 
 
 def compare(row: Row, profile: ConditionProfile, truth: Spectrum) -> None:
-    """Count the rungs of one profile."""
+    """Count the ratios of one profile."""
     values, doubt = truth
     row.profiles += 1
     for r, low, high in zip(profile.ranks.tolist(), profile.lower, profile.upper, strict=True):
@@ -147,7 +147,7 @@ def compare(row: Row, profile: ConditionProfile, truth: Spectrum) -> None:
             row.undecided += 1
             continue
         ratio = values[0] / values[r - 1]
-        row.rungs += 1
+        row.ratios += 1
         row.false += not low * (1 - KNOWN) <= ratio <= high * (1 + KNOWN)
         row.widths.append(high / low - 1)
 
@@ -201,23 +201,23 @@ def measure(quick: bool) -> dict[str, Row]:
 
 def page(rows: dict[str, Row], quick: bool) -> str:
     """The table."""
-    rungs, false = sum(row.rungs for row in rows.values()), sum(row.false for row in rows.values())
+    ratios, false = sum(row.ratios for row in rows.values()), sum(row.false for row in rows.values())
     lines = [
         "# Condition profiles against the dense spectrum",
         "",
         "`python benchmarks/profiles.py`" + (" `--quick`, a part" if quick else ""),
         "",
-        f"**{rungs:,} rungs of {sum(row.profiles for row in rows.values()):,} profiles, {false} false.** A rung is an "
+        f"**{ratios:,} ratios of {sum(row.profiles for row in rows.values()):,} profiles, {false} false.** Each is an "
         "interval for the ratio of the largest eigenvalue to that of its rank. *Undecided*: the eigenvalue is too "
         f"close to rounding for NumPy's dense spectrum to know it to {KNOWN:g}. *Width*: `upper/lower - 1`.",
         "",
-        "| group | profiles | rungs | false | undecided | median width | largest width |",
+        "| group | profiles | ratios | false | undecided | median width | largest width |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
         median, largest = (f"{x:.1g}" for x in (np.median(row.widths), max(row.widths))) if row.widths else ("-", "-")
         lines.append(
-            f"| {name} | {row.profiles} | {row.rungs} | {row.false} | {row.undecided} | {median} | {largest} |"
+            f"| {name} | {row.profiles} | {row.ratios} | {row.false} | {row.undecided} | {median} | {largest} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     text = page(rows, arguments.quick)
     write_text(arguments.out / "profiles.md", text)
     print(text)
-    return int(any(row.false for row in rows.values()) or not math.fsum(row.rungs for row in rows.values()))
+    return int(any(row.false for row in rows.values()) or not math.fsum(row.ratios for row in rows.values()))
 
 
 if __name__ == "__main__":

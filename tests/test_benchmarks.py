@@ -151,7 +151,7 @@ def test_constructions_are_what_they_say() -> None:
         assert abs(values[0] / values[-1] - (1 if kind == "flat" else 2**20)) <= 2**20 * 4e-3
 
 
-@pytest.mark.parametrize("shift", [1, 0], ids=["as it is", "rungs shifted by one"])
+@pytest.mark.parametrize("shift", [1, 0], ids=["as it is", "ratios shifted by one"])
 def test_profiles_of_networks_are_true_and_false_ones_would_be_found(
     shift: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

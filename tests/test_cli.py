@@ -37,7 +37,7 @@ def test_condition_prints_table_bounds_and_writes_files(tmp_path, capsys):
     text = capsys.readouterr().out
     for word in ("fc1", "fc2", "k(G^)", "Whole network", "gauss-newton", "hessian", "negative", "products", "R: rows"):
         assert word in text
-    # It ends with what holds at any size: the rungs of the whole network from both sides, and the gain.
+    # It ends with what holds at any size: the ratios of the whole network from both sides, and the gain.
     for word in ("Hessian of the whole network", "dead: ", "gap: ", "without P over with P"):
         assert word in text
     assert re.search(r"\n +2 +\d\S* \(\S+ \.\. \S+\) +\d\S* \(\S+ \.\. \S+\) +\d\S* \(", text)

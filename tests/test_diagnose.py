@@ -151,7 +151,7 @@ def test_tables_are_numbers_that_sort_and_words_that_print(problem):
         assert word in text
     assert cell(row.block) in result.layers._repr_html_()
     assert "\n" not in repr(result)
-    # The whole network: its rungs, and both bounds of every one.
+    # The whole network: its ranks, and both bounds of every one.
     whole = result.to_dataframe().query("layer == 'whole network' and rank == 5 and matrix == 'gauss-newton'")
     A = bnp.gauss_newton(bnp.EmpiricalRisk(model, cross_entropy, (x, y))).to_dense()
     sizes = torch.linalg.eigvalsh(A).flip(0)

@@ -81,7 +81,7 @@ class BlockSpectra(Result):
         """One row per block, of numbers.
 
         `smallest`, `largest`, `mean` are those of the nodes of the density, `negative` the mass below minus its
-        rounding with bounds; `lambda_max` with bounds, `effective_rank` and the last known rung `ratio` at `rank` are
+        rounding with bounds; `lambda_max` with bounds, `effective_rank` and the last known `ratio` at `rank` are
         the profile's; `noise` as above.
         """
         rows: list[dict[str, object]] = []
@@ -121,8 +121,8 @@ class BlockSpectra(Result):
             cell: dict[str, object] = {name: row[name] for name in kept}
             if any(self.profiles):
                 cell["trace/lambda_1"] = f"{row['effective_rank']:.3g}"
-                rung = f"{row['ratio']:.3g} ({row['lower']:.3g} .. {row['upper']:.3g}) at rank {row['rank']:.0f}"
-                cell["lambda_1/lambda_r"] = "-" if profile is None or not len(profile.ranks) else rung
+                ratio = f"{row['ratio']:.3g} ({row['lower']:.3g} .. {row['upper']:.3g}) at rank {row['rank']:.0f}"
+                cell["lambda_1/lambda_r"] = "-" if profile is None or not len(profile.ranks) else ratio
             shown.append(cell)
         return shown
 
@@ -190,23 +190,23 @@ def block_spectra(
         return CURVATURES[name](of, seed=seed, block=block, engine=engine, max_memory=max_memory)
 
     densities: list[SpectralDensity] = []
-    rungs: list[ConditionProfile | None] = []
+    found_profiles: list[ConditionProfile | None] = []
     with reporting(progress, len(wanted) + 1, "spectra of blocks") as update:
         for block in wanted.values():
             A = build(risk, block)
             method = "dense" if A.dim <= probes * steps else "quadrature"
             densities.append(spectral_density(A, probes=probes, steps=steps, method=method, seed=seed))
-            rungs.append(_profile(A, seed) if profiles else None)
+            found_profiles.append(_profile(A, seed) if profiles else None)
             update(len(densities))
         share = off_block(risk, list(wanted.values()), build, seed=seed)
         update(len(densities) + 1)
     distance, noise = _distances(densities)
-    found = [*densities, *(rung for rung in rungs if rung is not None), *([] if share is None else [share])]
+    found = [*densities, *(one for one in found_profiles if one is not None), *([] if share is None else [share])]
     return BlockSpectra(
         names=tuple(wanted),
         sizes=tuple(len(p) for p in positions),
         densities=tuple(densities),
-        profiles=tuple(rungs),
+        profiles=tuple(found_profiles),
         distance=distance,
         noise=noise,
         off_block=share,

@@ -214,17 +214,17 @@ class Comparison(Result):
         return ", ".join(f"{name} {cell(k)} -> {cell(with_P)} with P" for name, (k, with_P) in self.network.items())
 
     def __str__(self) -> str:
-        """The summary, the layers, and the whole network with its rungs."""
-        rungs = [
+        """The summary, the layers, and the whole network rank by rank."""
+        profiles = [
             f"Whole network, {name}: lambda_1 over the eigenvalue of a rank\n{found.table()}"
             for name, found in self.profiles.items()
         ]
-        return "\n\n".join([self._line(), self.layers.printed(), LEGEND, *rungs])
+        return "\n\n".join([self._line(), self.layers.printed(), LEGEND, *profiles])
 
     def records(self) -> list[dict[str, Any]]:
-        """The rows of the layer table, then one for each matrix of the whole network, then its rungs.
+        """The rows of the layer table, then one for each matrix of the whole network, then its ranks.
 
-        `matrix` and `rank` say which: a rung is the ratio of the largest eigenvalue to that of this rank; without a
+        `matrix` and `rank` say which: at a rank stands the ratio of the largest eigenvalue to it; without a
         rank it is that of the smallest nonzero one.
         """
         head = {"matrix": "gauss-newton", "rank": math.nan}

@@ -219,7 +219,7 @@ def compare(
         raise InvalidInputError(f"unknown curvature {', '.join(unknown)}; there are: {', '.join(CURVATURES)}")
     held: dict[str, Any] = {"engine": engine, "max_memory": max_memory}
     table = layer_table(risk, P, layers=layers, dtype=None, **held, max_flops=max_flops, seed=seed, progress=progress)
-    network, rungs = {}, {}
+    network, by_rank = {}, {}
     null = cache(lambda of: known_null(risk, None, curvature=of))
     for name in curvature:
         A = curvature_matrix(risk, name, seed, **held)
@@ -227,19 +227,19 @@ def compare(
         known = null("gauss-newton" if A.semidefinite else name) if automatic(A, indefinite=True).decides else None
         network[name] = pair(A, P, known, seed, progress=progress)
         if profiles and network[name] != (None, None):
-            rungs[name] = condition(
+            by_rank[name] = condition(
                 risk, curvature=name, preconditioner=P, dtype=None, **held, seed=seed, progress=progress
             )
     return Comparison(
         layers=table,
         network=network,
-        profiles=rungs,
+        profiles=by_rank,
         settings=table.settings,
         engine=table.engine,
         seed=seed,
         matvecs=table.matvecs
         + _products([k for both in network.values() for k in both])
-        + sum(found.matvecs for found in rungs.values()),
+        + sum(found.matvecs for found in by_rank.values()),
         seconds=time.perf_counter() - began,
     )
 

@@ -146,9 +146,9 @@ def test_numbers_of_krylov_methods_are_those_of_a_dense_basis(blocks, N, operato
     assert one.null_sources == {"a cause": 90}
     assert one.lower == pytest.approx(other.lower, rel=1e-9)
     assert one.matvecs < other.matvecs
-    rungs, dense = (bnp.condition_profile(operator, preconditioner=P, null=n, steps=90) for n in (local, plain))
-    assert rungs.ranks.tolist() == dense.ranks.tolist()
-    assert rungs.upper == pytest.approx(dense.upper, rel=1e-6)
+    local_ones, dense = (bnp.condition_profile(operator, preconditioner=P, null=n, steps=90) for n in (local, plain))
+    assert local_ones.ranks.tolist() == dense.ranks.tolist()
+    assert local_ones.upper == pytest.approx(dense.upper, rel=1e-6)
     pairs = [eigenpairs(operator, 3, preconditioner=P, null=n).values for n in (local, plain)]
     assert pairs[0] == pytest.approx(pairs[1], rel=1e-6)
     density = [bnp.spectral_density(operator, preconditioner=P, null=n, steps=20, probes=2) for n in (local, plain)]

@@ -1,6 +1,6 @@
 """Condition profiles: every interval holds the ratio of its own rank, whatever the spectrum.
 
-Bugs that only this file catches: an upper bound that a repeated or hidden eigenvalue escapes, rungs shifted by one,
+Bugs that only this file catches: an upper bound that a repeated or hidden eigenvalue escapes, ratios shifted by one,
 magnitudes of the two ends merged wrongly, a bound that forgets the coupling of the Ritz vectors to the rest.
 """
 

@@ -26,7 +26,7 @@ from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.progress import Progress
 
 _LADDER = (2, 5, 10, 20, 50, 100, 200, 500)
-# A rung whose eigenvalue is known to no better than this factor is left out.
+# A rank whose eigenvalue is known to no better than this factor is left out.
 _KNOWN = 2.0
 
 
@@ -35,10 +35,10 @@ class ConditionProfile(Result):
     """The ratios `lambda_1 / lambda_r` of a matrix for a ladder of ranks `r`, each an interval.
 
     Attributes:
-        ranks: `(k,)` int64, ascending; a rung whose eigenvalue is not known to within a factor of 2 is left out.
+        ranks: `(k,)` int64, ascending; a rank whose eigenvalue is not known to within a factor of 2 is left out.
         value, lower, upper: `(k,)` float64, the ratio at each rank and bounds that hold for that very rank.
         lambda_max, lambda_max_lower, lambda_max_upper: the largest `|lambda|` and its bounds.
-        rank: the number of nonzero eigenvalues where it is certain, so that the last rung is `kappa*`; else None.
+        rank: the number of nonzero eigenvalues where it is certain, so that the last ratio is `kappa*`; else None.
         effective_rank, effective_rank_error: `trace / lambda_1`, and its standard error (0 for a dense matrix); no
             rank where eigenvalues are negative.
         thresholds: `(t,)` float64, fractions of `lambda_1`.
@@ -72,10 +72,10 @@ class ConditionProfile(Result):
     stop: str
 
     def summary(self) -> str:
-        """One line: three rungs, the effective rank, how it is known."""
+        """One line: three ratios, the effective rank, how it is known."""
         name = "|lambda|_1/|lambda|_r" if self.negative else "lambda_1/lambda_r"
         chosen = sorted({0, (len(self.ranks) - 1) // 2, len(self.ranks) - 1}) if len(self.ranks) else []
-        rungs = ", ".join(
+        ratios = ", ".join(
             f"{self.value[i]:.4g} ({self.lower[i]:.4g} .. {self.upper[i]:.4g}) at rank {self.ranks[i]}" for i in chosen
         )
         last = " = kappa*" if self.rank is not None and len(self.ranks) and self.ranks[-1] == self.rank else ""
@@ -84,7 +84,7 @@ class ConditionProfile(Result):
         chance = f", fails with probability <= {self.failure_probability:g}" if self.failure_probability else ""
         chance += ", fewer ranks than usual for lack of memory" if self.stop == "memory" else ""
         return (
-            f"{name} = {rungs or 'not known at any rank'}{last}; {share} {self.effective_rank:.4g}{error}; "
+            f"{name} = {ratios or 'not known at any rank'}{last}; {share} {self.effective_rank:.4g}{error}; "
             f"{self.method} {self.dtype}, {self.matvecs} products{products_known_to(self)}{chance}"
         )
 
@@ -136,9 +136,9 @@ def condition_profile(
     Args:
         A: symmetric operator on `R^n`.
         preconditioner: `P` with `theta = P z`; the operator measured is `P^T A P`.
-        null: known null directions in the coordinates of `A`; zero eigenvalues are no rungs in any case, declared ones
+        null: known null directions in the coordinates of `A`; zero eigenvalues have no rank in any case, declared ones
             need not be found.
-        ranks: the ladder, integers from 2 to `n`; default 2, 5, 10, 20, 50, 100 with Lanczos, up to the rank of a dense
+        ranks: which, integers from 2 to `n`; default 2, 5, 10, 20, 50, 100 with Lanczos, up to the rank of a dense
             matrix.
         steps: of Lanczos, default three for each rank, at least 100.
         method: `"auto"`: a dense matrix where `condition_number` would take one, else Lanczos; or any registered method
