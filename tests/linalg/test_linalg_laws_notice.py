@@ -133,6 +133,15 @@ def test_a_wrong_preconditioner_is_noticed(
         check_preconditioner(P, generator)
 
 
+def test_a_wrong_transpose_that_is_inverted_is_noticed(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Change, "apply_transpose", Change.apply)
+    monkeypatch.setattr(Change, "solve_transpose", Change.solve)
+    with pytest.raises(AssertionError, match=r"broken law: apply_transpose\(v\) = P\^T v"):
+        check_preconditioner(Change(MATRIX - 4 * torch.eye(3)), generator)
+
+
 @pytest.mark.parametrize(
     ("matrix", "words"),
     [
