@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 import bnp_analysis as bnp
 from bnp_analysis.diagnose import cell, spread
 from bnp_analysis.diagnose.tables import gain, ratio
+from bnp_analysis.errors import InvalidInputError
 
 
 def effective(singular: np.ndarray, floor: float = 1e-11) -> float:
@@ -179,6 +180,18 @@ def test_bad_names_are_refused_with_what_there_is(problem):
         bnp.layer_table(risk, layers=["fc9"])
     with pytest.raises(bnp.errors.InvalidInputError, match="gauss-newton"):
         bnp.compare(risk, curvature=["hesian"])
+
+
+def test_unknown_matrices_are_refused_before_anything_is_measured(problem):
+    model, x, y = problem
+    measured = []
+    with pytest.raises(InvalidInputError, match=r"unknown curvature Hesian, fischer; there are: gauss-newton, "):
+        bnp.compare(
+            bnp.EmpiricalRisk(model, cross_entropy, (x, y)),
+            curvature=["hessian", "Hesian", "fischer"],
+            progress=lambda done, total: measured.append(done),
+        )
+    assert not measured
 
 
 def test_one_sided_numbers_are_marked():
