@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from bnp_analysis import data
-from bnp_analysis.data.files import ENVIRONMENT_VARIABLE
+from bnp_analysis.data.files import ENVIRONMENT_VARIABLE, decompress
 from bnp_analysis.errors import ChecksumError, DataNotFoundError, InvalidInputError
 
 Contents = dict[str, bytes]
@@ -206,3 +206,10 @@ def test_wrong_sizes_with_a_right_checksum_are_refused(
         monkeypatch.setattr("bnp_analysis.data.dataset.parse_idx", lambda *_, a=arrays: next(a))
         with pytest.raises(InvalidInputError, match=message):
             data.load("mnist", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, lzma.compress])
+def test_no_more_is_unpacked_than_was_published(pack: Callable[[bytes], bytes]) -> None:
+    assert decompress(pack(b"pixels"), "x", size=6) == b"pixels"
+    with pytest.raises(ChecksumError, match="x goes on after the 5 bytes that were published"):
+        decompress(pack(b"pixels"), "x", size=5)
