@@ -62,7 +62,7 @@ def _gpt(width: int, layers: int) -> Any:
     try:
         from bnp_analysis.models.networks import Attention, Branch
     except ModuleNotFoundError:  # where builds before this one have them
-        from bnp_analysis.models.transformer import Attention, Branch  # type: ignore[import-not-found, no-redef]
+        from bnp_analysis.models.transformer import Attention, Branch
 
     class Causal(Attention):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
