@@ -96,8 +96,6 @@ def fisher(
     """
     if kind not in KINDS:
         raise InvalidInputError(f"kind must be 'mc' or 'empirical', got {kind!r}")
-    if samples < 1:
-        raise InvalidInputError(f"samples must be at least 1, got {samples}")
     require_output_curvature(risk, "fisher")
 
     def build(r: EmpiricalRisk) -> Fisher:

@@ -69,8 +69,6 @@ def preconditioner_report(
         >>> round(preconditioner_report(P, A).cosine, 12)
         1.0
     """
-    if not 0 <= damping < float("inf"):
-        raise InvalidInputError(f"damping must be finite and not negative, got {damping}")
     began, products, cosine = time.perf_counter(), 0, None
     require_memory(8 * 5 * P.dim**2, f"dense matrices of {P.dim} parameters")
     dense = P.to_dense().double().cpu()

@@ -119,8 +119,8 @@ def slice(
         (True, 1.0)
     """
     began = time.perf_counter()
-    if isinstance(points, bool) or not isinstance(points, int) or points < 3:
-        raise InvalidInputError(f"points must be an integer of at least 3, got {points!r}")
+    if points < 3:
+        raise InvalidInputError(f"points must be at least 3, got {points}")
     if radius is not None and not 0 < radius < math.inf:
         raise InvalidInputError(f"radius must be positive and finite, got {radius}")
     given = [direction] if second is None else [direction, second]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -122,8 +121,6 @@ def diagonal_preconditioner(
         >>> bnp.diagonal_preconditioner(risk).scales.tolist()
         [0.25, 1.0]
     """
-    if not 0 <= damping < math.inf:
-        raise InvalidInputError(f"damping must be finite and not negative, got {damping}")
     if damping and not isinstance(source, str):
         raise InvalidInputError("damping is Jacobi's; an optimizer has its own eps, and scales are taken as they are")
     space = risk.space

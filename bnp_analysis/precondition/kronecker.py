@@ -145,8 +145,6 @@ def kfac_preconditioner(
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    if not 0 <= damping < math.inf:
-        raise InvalidInputError(f"damping must be finite and not negative, got {damping}")
     layers = covered_layers(risk, "K-FAC")
     layers = layers.without(lambda layer: layer.kind.gain, "K-FAC has no factors of pruned and parametrized weights")
     sizes = [

@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sized
 from numbers import Integral, Real
 from typing import ParamSpec, TypeVar
@@ -201,7 +202,7 @@ KINDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "Block": (_is_block, "the name of a layer, or (name, unit)"),
     "Callable[[Any], Tensor]": (callable, "a function"),
 }
-_POSITIVE = (0, math.inf, True)
+_POSITIVE, _LARGEST = (0, math.inf, True), sys.float_info.max
 #: An argument's name -> the least number that it may be, the largest, and whether these two are themselves left out;
 #: the same wherever the name stands.
 RANGES: Mapping[str, tuple[float, float, bool]] = {
@@ -211,9 +212,10 @@ RANGES: Mapping[str, tuple[float, float, bool]] = {
         (1, 2**63 - 1, False),
     ),
     **dict.fromkeys(
-        ("epochs", "eps1", "eps2", "damping", "max_flops", "time_limit", "weight_decay"),
+        ("epochs", "max_flops", "time_limit"),
         (0, math.inf, False),
     ),
+    **dict.fromkeys(("eps1", "eps2", "damping", "weight_decay"), (0, _LARGEST, False)),
     **dict.fromkeys(("lr", "tol", "width", "grow", "max_memory"), _POSITIVE),
     **{"seed": (-(2**63), 2**63 - 1, False), "failure_probability": (0, 1, True)},
 }
@@ -308,8 +310,12 @@ def require_range(name: str, value: object) -> None:
     assert isinstance(value, Real)
     number = value if isinstance(value, int) else float(value)
     if not (least < number < most if open_ended else least <= number <= most):
-        ends = "positive" if least == 1 else f"at least {least:g}"
-        ends = f"in ({least:g}, {most:g})" if open_ended else f"at most {most:g}" if number > most else ends
+        if open_ended:
+            ends = f"in ({least:g}, {most:g})"
+        elif number > most:
+            ends = "finite and not negative" if most == _LARGEST else f"at most {most:g}"
+        else:
+            ends = "positive" if least == 1 else f"at least {least:g}"
         raise InvalidInputError(f"{name} must be {ends}, got {name}={value!r:.60}")
 
 

@@ -251,6 +251,7 @@ def test_given_scales_are_taken_as_they_are() -> None:
         (None, {}, "source must be 'gauss_newton'"),
         ("gauss_newton", {"damping": -1.0}, "damping must be at least 0"),
         ("gauss_newton", {"damping": float("nan")}, "damping must be a real number"),
+        ("gauss_newton", {"damping": float("inf")}, "damping must be finite and not negative"),
     ],
 )
 def test_bad_sources_are_refused(source: Any, options: dict[str, Any], message: str) -> None:

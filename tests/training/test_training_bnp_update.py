@@ -253,4 +253,5 @@ def test_gradients_of_other_layers_are_left_alone() -> None:
     assert not torch.equal(before[:n], after[:n])
     assert pre.covered == ("0",)
     assert set(pre.uncovered) == {"1.weight", "1.bias", "2.weight", "2.bias"}
+    assert pre.uncovered["2.weight"] == pre.uncovered["2.bias"] == "left out by include= or exclude="
     assert gradient(model).numel() == before.numel()

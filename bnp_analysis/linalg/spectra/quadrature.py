@@ -441,10 +441,8 @@ def spectral_density(
         raise InvalidInputError(f"scale must be 'linear' or 'log', got {scale!r}")
     if method not in ("quadrature", "dense"):
         raise InvalidInputError(f"method must be 'quadrature' or 'dense', got {method!r}")
-    if probes < 1 or steps < 1 or points < 2 or room < 1:
+    if points < 2 or room < 1:
         raise InvalidInputError(f"probes={probes}, steps={steps}, points={points} for {room} dimensions: nothing to do")
-    if width is not None and not width > 0:
-        raise InvalidInputError(f"width must be positive, got {width}")
     nodes_in_all = room if method == "dense" else probes * min(steps, room)
     require_memory(8 * 3 * nodes_in_all * points, f"a density at points={points} from {nodes_in_all} nodes")
     began = time.perf_counter()
