@@ -149,7 +149,6 @@ def cnn(
         raise InvalidInputError(f"image size {height} x {width} is not divisible by {2**_HALVINGS}")
     check_known("pool", pool, _POOLS)
     check_known("padding_mode", padding_mode, ("zeros", "circular"))
-    check_known("activation", activation, ACTIVATIONS)
     placed = Normalization(norm, norm_at, norm_affine, norm_groups)
 
     def make() -> nn.Sequential:
@@ -276,7 +275,6 @@ def resnet(
         raise InvalidInputError(f"depth must be 6 n + 2 with n >= 1 (8, 14, 20, 32, 56, ...), not {depth}")
     check_sizes(in_channels=in_channels, num_classes=num_classes, width=width)
     check_known("shortcut", shortcut, ("pad", "projection"))
-    check_known("activation", activation, ACTIVATIONS)
     placed = Normalization(norm, norm_at, norm_affine, norm_groups)
 
     def block(inputs: int, outputs: int) -> ResidualBlock:
@@ -464,7 +462,6 @@ def transformer(
         raise InvalidInputError(f"patch={patch} does not divide images of {shape[1]} x {shape[2]}")
     if width % heads:
         raise InvalidInputError(f"heads={heads} does not divide width={width}")
-    check_known("activation", activation, ACTIVATIONS)
     if norm not in _NORMS:
         raise InvalidInputError(f"a transformer has norm 'layer' or 'none', not {norm!r}")
     if norm != "none" and norm_at != "input":

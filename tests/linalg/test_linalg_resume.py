@@ -169,13 +169,14 @@ def test_ctrl_c_at_any_line_leaves_a_usable_file(name: str, tmp_path: Path, monk
     def traced(path: Path) -> None:
         nonlocal total
         total = 0
+        tracer = sys.gettrace()  # of coverage, if that is measured
         sys.settrace(count)
         try:
             FINISHED[name](operator(), path)
         except KeyboardInterrupt:
             pass
         finally:
-            sys.settrace(None)
+            sys.settrace(tracer)
 
     at: set[int] = set()
     traced(tmp_path / "length.pt")

@@ -130,13 +130,14 @@ def interrupted(run: Callable[[], object], at: int) -> bool:
                 raise KeyboardInterrupt
         return trace
 
+    tracer = sys.gettrace()  # of coverage, if that is measured
     sys.settrace(trace)
     try:
         run()
     except KeyboardInterrupt:
         return True
     finally:
-        sys.settrace(None)
+        sys.settrace(tracer)
     return False
 
 
