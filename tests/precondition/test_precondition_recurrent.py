@@ -255,7 +255,10 @@ def test_what_is_left_alone_is_named() -> None:
     assert bnp.BNP(net).uncovered["rnn.weight_ih_l0"] == own
     hooked = drawn(nn.GRU, batch_first=True)()
     hooked.rnn.register_forward_hook(lambda module, args, output: (2 * output[0], output[1]))
-    for net_, said in ((net, own), (hooked, "GRU does not compute what a loop over its steps does")):
+    longer = drawn(nn.GRU, batch_first=True)()
+    longer.rnn.register_forward_hook(lambda module, args, output: (output[0].repeat(1, 2, 1), output[1]))
+    other = "GRU does not compute what a loop over its steps does"
+    for net_, said in ((net, own), (hooked, other), (longer, other)):
         found = coverage(bnp.EmpiricalRisk(net_, F.cross_entropy, (x, y)))
         assert [layer.name for layer in found] == ["head"]
         assert {found.uncovered[f"rnn.weight_{end}_l0"] for end in ("ih", "hh")} == {said}
