@@ -58,16 +58,16 @@ def shapes_and_scales() -> Iterator[Problem]:
     for n in (1, 4, 16, 50, 256):
         make = constructed("log", n, 10 if n > 1 else 0)
         yield Problem("constructed, sizes", f"log, n {n}, kappa {1e6 if n > 1 else 1:.0e}", make, quick=n < 50)
-    yield Problem("constructed, sizes", "log, n 1024, kappa 1e+06", constructed("log", 1024, 10, routes=few))
-    large = constructed("log", 3000, 10, rank=400, rows=400, routes=("factor-svd", "golub-kahan", "lanczos"))
+    yield Problem("constructed, sizes", "log, n 1024, kappa 1e+06", constructed("log", 1024, 10, methods=few))
+    large = constructed("log", 3000, 10, rank=400, rows=400, methods=("factor-svd", "golub-kahan", "lanczos"))
     yield Problem("constructed, sizes", "log, 400 x 3000, kappa 1e+06", large)
-    square = constructed("two-scale", 3000, 10, routes=("factor-svd",))
+    square = constructed("two-scale", 3000, 10, methods=("factor-svd",))
     yield Problem("constructed, sizes", "two-scale, n 3000, kappa 1e+06", square)
     for rows, n in ((256, 64), (64, 256)):
         name = f"log, {rows} x {n}, kappa 1e12"
         yield Problem("constructed, sizes", name, constructed("log", n, 20, rank=64, rows=rows), quick=True)
     for kind, n, e in (("log", 16, 5), ("log", 16, 10), ("log", 16, 18), ("isolated", 16, 20), ("repeated", 64, 18)):
-        make = constructed(kind, n, e, dtype=f32, routes=few)
+        make = constructed(kind, n, e, dtype=f32, methods=few)
         yield Problem("constructed, float32", f"{kind}, n {n}, kappa {4.0**e:.1g}", make, quick=n == 16)
     for kind, e, negative in (("log", 5, 0), ("isolated", 10, 0), ("log", 10, 6), ("two-scale", 10, 9), ("log", 16, 5)):
         name = f"{kind}, n 16, kappa {4.0**e:.1g}, {negative} negative"
@@ -79,12 +79,12 @@ def other_ways() -> Iterator[Problem]:
     f32, few = torch.float32, ("factor-svd", "golub-kahan", "dense", "lanczos")
     for kind in KINDS:
         for kappa in (1e4, 1e8, 1e12, 1e14) if kind != "flat" else (1.0,):
-            routes = (*ALL, "inverse-lanczos") if kappa <= 1e4 else ALL
-            make = random_problem(kind, kappa, routes=routes)
+            methods = (*ALL, "inverse-lanczos") if kappa <= 1e4 else ALL
+            make = random_problem(kind, kappa, methods=methods)
             yield Problem("random vectors", f"{kind}, 50 x 40, kappa {kappa:.0e}", make, quick=kappa == 1e12)
     for kappa in (1e4, 1e8, 1e12):
         for given in (True, False):
-            make = random_problem("log", kappa, (30, 20), dtype=f32, given=given, routes=few)
+            make = random_problem("log", kappa, (30, 20), dtype=f32, given=given, methods=few)
             rows_are = "stored" if given else "computed"
             yield Problem("random vectors, float32", f"log, 30 x 20, kappa {kappa:.0e}, rows {rows_are}", make, True)
     for norm in (1e1, 1e3, 1e5):
@@ -102,8 +102,8 @@ def other_ways() -> Iterator[Problem]:
             name = f"{steps} steps, {known} of 50 null directions known"
             yield Problem("undeclared null space", name, undeclared_null_space(steps, known), quick=steps == 100)
     for delta in (1e-3, 1e-1):
-        routes = ("factor-svd", "golub-kahan", "dense", "inertia", "lanczos", "inverse-lanczos")
-        make = random_problem("log", 1e8, (30, 40), delta=delta, routes=routes)
+        methods = ("factor-svd", "golub-kahan", "dense", "inertia", "lanczos", "inverse-lanczos")
+        make = random_problem("log", 1e8, (30, 40), delta=delta, methods=methods)
         yield Problem("regularized", f"log, 30 x 40, kappa 1e8, delta {delta:g}", make, quick=delta == 1e-1)
 
 

@@ -16,7 +16,7 @@ from bnp_analysis.testing import spectrum, symmetric_with_spectrum
 
 @dataclass(frozen=True)
 class Claim:
-    """A route on one problem: `measure(seed)` is what it says, `truth` a tiny range that holds the answer."""
+    """A method on one problem: `measure(seed)` is what it says, `truth` a tiny range that holds the answer."""
 
     name: str
     stated: float

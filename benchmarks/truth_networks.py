@@ -144,7 +144,7 @@ def network(
     block: Any = None,
     shape: tuple[int, int] = TALL,
     dtype: torch.dtype = torch.float64,
-    routes: tuple[str, ...] = BOTH,
+    methods: tuple[str, ...] = BOTH,
 ) -> Callable[[], Case]:
     def make() -> Case:
         risk = risk_of(kind, loss, stage, dtype, shape)
@@ -165,7 +165,7 @@ def network(
             size = float(torch.linalg.matrix_norm(magnitudes.double(), 2))
         null = bnp.null_directions(risk, block=block)
         facts = {"null directions": null.basis.shape[1], "parameters": A.dim}
-        return Case(A, truth_of(product, size, source=source), routes, P=P, null=null, facts=facts)
+        return Case(A, truth_of(product, size, source=source), methods, P=P, null=null, facts=facts)
 
     return make
 
@@ -231,7 +231,7 @@ def blocks() -> Iterator[Problem]:
         for layer in ("fc1", "fc2"):
             for stage in (0, 800):
                 for way in ("no P", "BNP", "diagonal P"):
-                    make = network(kind, "CE", stage, way, block=layer, routes=dense if layer == "fc2" else BOTH)
+                    make = network(kind, "CE", stage, way, block=layer, methods=dense if layer == "fc2" else BOTH)
                     quick = kind == "relu" and layer == "fc2" and stage == 0 and way == "BNP"
                     yield Problem("layer block", f"{kind} CE {layer}, {stage} steps, {way}", make, quick)
     for layer, loss in (("fc2", "CE"), ("fc2", "MSE")):
@@ -240,7 +240,7 @@ def blocks() -> Iterator[Problem]:
     for kind in ("relu", "tanh"):
         for unit in (("fc1", 2), ("fc2", 3)):
             for way in ("no P", "BNP", "diagonal P"):
-                make = network(kind, "CE", 100, way, block=unit, routes=dense)
+                make = network(kind, "CE", 100, way, block=unit, methods=dense)
                 yield Problem(
                     "unit block", f"{kind} CE {unit[0]} unit {unit[1]}, 100 steps, {way}", make, unit[0] == "fc2"
                 )

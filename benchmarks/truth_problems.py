@@ -56,7 +56,7 @@ class Case:
 
     A: SymmetricOperator
     truth: Truth
-    routes: tuple[str, ...] = ALL
+    methods: tuple[str, ...] = ALL
     P: Preconditioner | None = None
     null: Tensor | HasBasis | None = None
     steps: int | None = None
@@ -132,7 +132,7 @@ def constructed(
     shift: int = 0,
     declared: bool = False,
     dtype: torch.dtype = torch.float64,
-    routes: tuple[str, ...] = ALL,
+    methods: tuple[str, ...] = ALL,
 ) -> Callable[[], Case]:
     """A stored factor with exactly known singular values; `shift` scales them by a power of two."""
 
@@ -142,7 +142,9 @@ def constructed(
         assert torch.equal(F.to(dtype).double(), F), "the numbers do not fit into the dtype"
         kappa = float((values[0] / values[-1]) ** 2)
         truth = Truth(kappa, kappa, "construction", len(values), float(values[0]) ** 2 * 4.0**shift)
-        return Case(GramOperator(MatrixOperator(F.to(dtype))), truth, routes, null=null.to(dtype) if declared else None)
+        return Case(
+            GramOperator(MatrixOperator(F.to(dtype))), truth, methods, null=null.to(dtype) if declared else None
+        )
 
     return make
 
@@ -199,16 +201,16 @@ def random_problem(
     dtype: torch.dtype = torch.float64,
     given: bool = True,
     delta: float | None = None,
-    routes: tuple[str, ...] = ALL,
+    methods: tuple[str, ...] = ALL,
 ) -> Callable[[], Case]:
     """Full rank, random singular vectors; the truth is that of the stored numbers. `given` False widens by rounding."""
 
     def make() -> Case:
         F = random_factor(kind, kappa, shape, min(shape), 11, dtype)
         truth = truth_of(long(F), 0.0, min(shape), delta=delta or 0.0)
-        null = torch.zeros(shape[1], 0, dtype=dtype) if "inverse-lanczos" in routes else None
+        null = torch.zeros(shape[1], 0, dtype=dtype) if "inverse-lanczos" in methods else None
         A = GramOperator(MatrixOperator(F, exact=given))
-        return Case(A, truth, routes, null=null, delta=delta)
+        return Case(A, truth, methods, null=null, delta=delta)
 
     return make
 
@@ -280,8 +282,8 @@ def far_apart(values: tuple[float, ...], scale: float = 1.0, *, factor: bool = F
         kappa = float(ratio) if ratio < 10**300 else math.inf
         A: SymmetricOperator = GramOperator(MatrixOperator(D)) if factor else DenseOperator(D)
         P = None if scale == 1.0 else DensePreconditioner(scale * torch.eye(len(values), dtype=torch.float64))
-        routes = (*BOTH, "dense", "lanczos") if factor else ("dense", "inertia", "lanczos")
-        return Case(A, Truth(kappa, kappa, "exact fractions", len(values)), routes, P=P)
+        methods = (*BOTH, "dense", "lanczos") if factor else ("dense", "inertia", "lanczos")
+        return Case(A, Truth(kappa, kappa, "exact fractions", len(values)), methods, P=P)
 
     return make
 
@@ -324,8 +326,8 @@ def declared_small(small: float, *, factor: bool, dtype: torch.dtype = torch.flo
         null = torch.tensor([[0.0], [0.0], [1.0]], dtype=dtype)
         kappa = float(1 / Fraction(float(D[2, 2])) ** (2 if factor else 1))
         A: SymmetricOperator = GramOperator(MatrixOperator(D)) if factor else DenseOperator(D)
-        routes = (*BOTH, "dense", "lanczos") if factor else ("dense", "inertia", "lanczos")
-        return Case(A, Truth(kappa, kappa, "construction", 3), routes, null=null)
+        methods = (*BOTH, "dense", "lanczos") if factor else ("dense", "inertia", "lanczos")
+        return Case(A, Truth(kappa, kappa, "construction", 3), methods, null=null)
 
     return make
 

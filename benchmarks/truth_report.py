@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from truth_routes import KAPPA
+from truth_methods import KAPPA
 
 Row = dict[str, Any]
 # A gap of 100 between singular values.
@@ -119,7 +119,7 @@ def markdown(record: dict[str, Any]) -> str:
         + ", ".join(f"{name} {version}" for name, version in record["versions"].items())
         + f"; extended precision {record['extended_unit']:.1g}; {record['state']}.",
         "",
-        f"**{total['problems']} problems, {total['runs']} runs of routes: {total['two_sided']} two-sided intervals, "
+        f"**{total['problems']} problems, {total['runs']} runs of methods: {total['two_sided']} two-sided intervals, "
         f"{total['two_sided_violations']} of them false; {total['one_sided']} one-sided statements, "
         f"{total['one_sided_violations']} of them false; {total['refused']} refused with a reason.**",
         "",
@@ -135,7 +135,7 @@ def markdown(record: dict[str, Any]) -> str:
         *_misses(record["accuracy"]),
     ]
     lines += [*_chances(record["chances"]), *_nullity(record["nullity"])]
-    lines += ["## By group and route", "", *_groups(rows), "", *_runs(rows)]
+    lines += ["## By group and method", "", *_groups(rows), "", *_runs(rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -208,7 +208,7 @@ def _groups(rows: list[Row]) -> list[str]:
                 len(part) - len(said),
             )
         )
-    return _table(("group", "route", "runs", "both sides", "false", "worst error", "widest", "refused"), body)
+    return _table(("group", "method", "runs", "both sides", "false", "worst error", "widest", "refused"), body)
 
 
 def _runs(rows: list[Row]) -> list[str]:
@@ -229,7 +229,7 @@ def _runs(rows: list[Row]) -> list[str]:
         body.append((*head, claim, off, wide, row["products"], row["note"].replace("|", "\\|")[:90]))
     title = ["## False claims, and those that another method of the same problem decides", ""]
     words = ["", "Every run stands in `truth_suite.json`, which the command writes."]
-    head_row = ("group", "problem", "route", "truth", "rank", "claim", "error", "width", "products", "note")
+    head_row = ("group", "problem", "method", "truth", "rank", "claim", "error", "width", "products", "note")
     return [*title, *_table(head_row, body), *words]
 
 

@@ -17,7 +17,7 @@ from truth_problems import BOTH, Case, Problem, Truth
 
 import bnp_analysis as bnp
 
-ROUTES = (*BOTH, "dense", "lanczos")
+METHODS = (*BOTH, "dense", "lanczos")
 F64, F32 = torch.float64, torch.float32
 
 
@@ -79,7 +79,7 @@ def of_loss(name: str, values: tuple[float, float], dtype: torch.dtype) -> Calla
         with mp.workdps(60):
             S = [curvature(mp.mpf(z)) for z in values]
             truth = answer(max(S) / min(S), 2)
-        return Case(bnp.gauss_newton(risk), truth, ROUTES)
+        return Case(bnp.gauss_newton(risk), truth, METHODS)
 
     return make
 
@@ -100,7 +100,7 @@ def of_activation(name: str, values: tuple[float, float], dtype: torch.dtype) ->
             trace, determinant = 2 * (a * a + b * b), 3 * a * a * b * b
             top = (trace + mp.sqrt(trace * trace - 4 * determinant)) / 2
             truth = answer(top * top / determinant, 2)
-        return Case(bnp.gauss_newton(risk, block="0"), truth, ROUTES)
+        return Case(bnp.gauss_newton(risk, block="0"), truth, METHODS)
 
     return make
 
@@ -163,7 +163,7 @@ def of_gates(kind: str, gate: int, size: float, dtype: torch.dtype) -> Callable[
             J = mp.matrix([[slope(row, k) for k in range(len(w))] for row in x.tolist()])
             sigma = mp.svd_r(J, compute_uv=False)
             truth = answer((max(sigma) / min(sigma)) ** 2, len(w))
-        return Case(bnp.gauss_newton(risk), truth, ROUTES)
+        return Case(bnp.gauss_newton(risk), truth, METHODS)
 
     return make
 

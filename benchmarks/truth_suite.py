@@ -20,10 +20,10 @@ from typing import Any
 import torch
 import truth_catalog
 import truth_chances
+import truth_methods
 import truth_networks
 import truth_nullity
 import truth_report
-import truth_routes
 import truth_saturation
 from truth_arithmetic import PRECISE, UNIT
 
@@ -45,8 +45,8 @@ def measure(record: dict[str, Any], quick: bool, only: str) -> None:
     for i, problem in enumerate(chosen):
         record["state"] = f"interrupted at problem {i + 1} of {len(chosen)}"
         case = problem.make()
-        for method in truth_routes.methods(case):
-            record["rows"].append(truth_routes.run(problem, case, method))
+        for method in truth_methods.methods(case):
+            record["rows"].append(truth_methods.run(problem, case, method))
         if sys.stderr.isatty():
             print(f"\r{i + 1}/{len(chosen)} {problem.group}: {problem.name:<60.60}", end="", file=sys.stderr)
     if not only:

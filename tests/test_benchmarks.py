@@ -1,6 +1,6 @@
 """The truth suite runs, finds no false claim, and would find one.
 
-Bugs that only these tests catch: a suite that passes whatever the routes say; an answer in extended precision that is
+Bugs that only these tests catch: a suite that passes whatever the methods say; an answer in extended precision that is
 wrong itself; an interrupt that loses what was done; a false two-sided claim on the quick part of the suite.
 """
 
@@ -85,9 +85,9 @@ def test_a_false_claim_is_found(method: str, tmp_path: Path, monkeypatch: pytest
 
 
 def test_what_is_done_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import truth_routes
+    import truth_methods
 
-    real, seen = truth_routes.run, []
+    real, seen = truth_methods.run, []
 
     def impatient(*arguments: Any) -> dict[str, Any]:
         seen.append(arguments)
@@ -95,7 +95,7 @@ def test_what_is_done_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(truth_routes, "run", impatient)
+    monkeypatch.setattr(truth_methods, "run", impatient)
     _, record = run("constructed log, n 64, kappa 1e+03", tmp_path)
     assert len(record["rows"]) == 3
     assert record["state"].startswith("interrupted at problem 1 of")

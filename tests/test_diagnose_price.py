@@ -121,7 +121,7 @@ class Shaped(LinearOperator):
 
 
 @pytest.mark.parametrize(
-    ("shape", "route"),
+    ("shape", "method"),
     [
         ((2_000, 40_000), "factor-svd"),
         ((5_000, 5_000), "factor-svd"),
@@ -131,13 +131,13 @@ class Shaped(LinearOperator):
     ],
 )
 def test_a_factor_is_decomposed_where_that_takes_a_minute(
-    shape: tuple[int, int], route: str, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     A = GramOperator(Shaped(*shape))
     for module in ("methods", "reduction"):
         where = __import__("sys").modules[f"bnp_analysis.linalg.condition.{module}"]
         monkeypatch.setattr(where, "available_memory", lambda *_: 10**12)
-    assert choose_method(A) == route
+    assert choose_method(A) == method
     # A tall one is decomposed after a reduction, which many numbers share.
-    assert reducible(A) == (route == "factor-svd" or shape == (100_000, 4_900))
+    assert reducible(A) == (method == "factor-svd" or shape == (100_000, 4_900))
     assert choose_method(CallableOperator(lambda v: v, 9_000)) == "lanczos"

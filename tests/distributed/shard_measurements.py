@@ -168,8 +168,8 @@ def _numbers(risk: bnp.EmpiricalRisk) -> Found:
     found |= {"density": density.density, "quadrature nodes": density.nodes}
     found["trace"] = bnp.trace(A, probes=4, seed=1).value
     # row-gram needs the rows of all examples in one process.
-    routes = [route.method for route in bnp.linalg.methods(A) if route.applies]
-    found["a route"] = [method for method in routes if method != "row-gram"]
+    costs = [cost for cost in bnp.linalg.methods(A) if cost.method != "row-gram"]
+    found["methods that apply"] = [cost.method for cost in costs if cost.applies]
     return found
 
 

@@ -1,4 +1,4 @@
-"""The dense routes: their intervals hold the exact answer, are tight, and count what they cannot explain.
+"""The dense methods: their intervals hold the exact answer, are tight, and count what they cannot explain.
 
 Bugs that only these tests catch: small eigenvalues decided on `F^T F` in place of `F`; noise counted as rank, or a
 small eigenvalue counted as zero without a word; an undeclared null space that passes as resolved; a declared

@@ -35,7 +35,7 @@ def test_an_undeclared_null_space_gives_no_false_bound(steps: int, generator: to
     """Truth 1e4, 50 undeclared null directions; the ratios were 1.8e4, 7.5e5 and 2.4e10."""
     p = symmetric_with_spectrum(spectrum("log", 400, 1e4, rank=350), generator)
     values = lanczos(p.operator, steps, seed=1).ritz()[0]
-    assert values[-1] / values[values > 0].min() > 1.05e4, "the trap is gone: this test shows nothing any more"
+    assert values[-1] / values[values > 0].min() > 1.05e4, "the difficulty is gone: this test shows nothing any more"
     for seed in range(4):
         k = condition_number(p.operator, method="lanczos", steps=steps, seed=seed)
         assert k.lower <= 1e4

@@ -162,7 +162,7 @@ def test_null_directions_stay_out_of_the_basis(generator: torch.Generator) -> No
     projected = CallableOperator(lambda v: project(p.operator @ project(v)), 120, dtype=torch.float64)
     start = project(torch.randn(120, dtype=torch.float64, generator=generator))
     leaked = lanczos(projected, 110, start=start).ritz()[0][0]
-    assert leaked < 1e-12, "the trap is gone: this test shows nothing any more"
+    assert leaked < 1e-12, "the difficulty is gone: this test shows nothing any more"
 
 
 def test_null_directions_shorten_the_run(generator: torch.Generator) -> None:

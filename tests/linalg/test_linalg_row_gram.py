@@ -238,4 +238,4 @@ def test_rows_are_taken_where_they_are_fewer_than_columns(examples, applies, mon
     for module in (row_gram, factor_svd):
         monkeypatch.setattr(module, "affordable", lambda shape: False)
     assert (automatic(A).name == "row-gram") == applies
-    assert [route.applies for route in methods(A) if route.method == "row-gram"] == [applies]
+    assert [cost.applies for cost in methods(A) if cost.method == "row-gram"] == [applies]

@@ -155,10 +155,10 @@ def test_what_is_lost_beside_the_largest_is_not_zero(values: tuple[float, ...], 
     D, P = torch.diag(torch.tensor(values, dtype=torch.float64)), scale * torch.eye(len(values), dtype=torch.float64)
     ratio = Fraction(max(values)) / Fraction(min(values))
     for A in (DenseOperator(D), GramOperator(MatrixOperator(D))):
-        routes = (
+        names = (
             ("dense", "inertia", "lanczos") if A.factor is None else ("factor-svd", "golub-kahan", "dense", "lanczos")
         )
-        for method in routes:
+        for method in names:
             k = condition_number(A, preconditioner=DensePreconditioner(P), method=method)
             assert not k.two_sided, k
             assert math.isnan(k.lower) or Fraction(k.lower) <= ratio ** (1 if A.factor is None else 2)

@@ -150,7 +150,7 @@ def condition_profile(
         progress: True draws a bar, a callable gets `(done, total)`.
 
     Returns:
-        A `ConditionProfile`. Rungs that are not reached are left out.
+        A `ConditionProfile`. Ranks that are not reached are left out.
 
     Raises:
         InvalidInputError: ranks or thresholds that do not fit, an unknown method, a zero operator; NullSpaceError,

@@ -23,9 +23,9 @@ KAPPA = 1e12
 
 
 def methods(case: Case) -> tuple[str, ...]:
-    """The routes of a case; `reduced` is factor-svd on the triangle of its factor, as tables measure blocks."""
-    more = "factor-svd" in case.routes and case.delta is None and not case.indefinite and reducible(case.A)
-    return (*case.routes, "reduced") if more else case.routes
+    """The methods of a case; `reduced` is factor-svd on the triangle of its factor, as tables measure blocks."""
+    more = "factor-svd" in case.methods and case.delta is None and not case.indefinite and reducible(case.A)
+    return (*case.methods, "reduced") if more else case.methods
 
 
 def measure(case: Case, method: str) -> ConditionNumber:

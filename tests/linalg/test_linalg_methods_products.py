@@ -1,4 +1,4 @@
-"""Every route counts the rounding of `F P`, however the product is wrapped.
+"""Every method counts the rounding of `F P`, however the product is wrapped.
 
 Bugs that only these tests catch: a certificate that sees `|F P|` where the rounding is that of `|F| |P|`, because the
 product hides inside a shift, a part, a stack or a Gram matrix; an asymmetry of rounding that is refused as a wrong
@@ -30,7 +30,7 @@ from bnp_analysis.linalg import (
 )
 from bnp_analysis.testing import random_orthogonal, spectrum
 
-ROUTES = ("factor-svd", "golub-kahan", "dense", "inertia", "lanczos", "inverse-lanczos")
+METHODS = ("factor-svd", "golub-kahan", "dense", "inertia", "lanczos", "inverse-lanczos")
 PART = [0, 2, 3]
 
 
@@ -77,7 +77,7 @@ WRAPPED: dict[str, Callable[[MatrixOperator, DensePreconditioner], SymmetricOper
 }
 
 
-@pytest.mark.parametrize("method", ROUTES)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("way", WRAPPED)
 def test_bounds_hold_up_to_norm_1e5(way: str, method: str, generator: torch.Generator) -> None:
     """Without the `|P|` term two-sided intervals missed the truth, most of them at `1e4` and beyond."""
@@ -92,7 +92,7 @@ def test_bounds_hold_up_to_norm_1e5(way: str, method: str, generator: torch.Gene
     assert both >= 5, "bounds that are never finite are no evidence"
 
 
-@pytest.mark.parametrize("method", ROUTES)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("delta", [1e-8, 1e-3])
 def test_regularized_bounds_hold_up_to_norm_1e5(method: str, delta: float, generator: torch.Generator) -> None:
     """`P^T A P + delta I` and its factor `[F P; sqrt(delta) I]` round like `P^T A P` and `F P`."""

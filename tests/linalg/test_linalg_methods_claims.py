@@ -197,16 +197,16 @@ def test_regularized_on_every_route(dtype: torch.dtype, generator: torch.Generat
 
 def test_costs_before_a_run(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     p = symmetric_with_spectrum(spectrum("log", 60, 1e3, rank=20), generator, factor_rows=20)
-    table = {route.method: route for route in methods(p.operator, steps=30)}
+    table = {cost.method: cost for cost in methods(p.operator, steps=30)}
     assert list(table) == ["factor-svd", "row-gram", "golub-kahan", "dense", "inertia", "inverse-lanczos", "lanczos"]
     assert table["golub-kahan"].products == 22
     assert table["golub-kahan"].memory == 8 * 21 * 80
     assert condition_number(p.operator, method="golub-kahan").matvecs <= 22
     assert not table.pop("row-gram").applies  # its rows are no Kronecker products
-    assert all(route.applies == (route.memory < available_memory()) for route in table.values())
+    assert all(cost.applies == (cost.memory < available_memory()) for cost in table.values())
     assert "22 products" in str(table["golub-kahan"])
     assert "depends on the spectrum" in str(table["inverse-lanczos"])
     large = GramOperator(MatrixOperator(torch.ones(1, 1).expand(120, 150)))
     for most, applies in ((1e9, True), (1e5, False)):
         monkeypatch.setattr(factor_svd, "FACTOR_WORK", most)
-        assert {route.method: route for route in methods(large)}["factor-svd"].applies == applies
+        assert {cost.method: cost for cost in methods(large)}["factor-svd"].applies == applies

@@ -199,7 +199,7 @@ def test_an_interrupted_regularized_number_claims_nothing(generator: torch.Gener
 def test_routes_announce_their_products(generator: torch.Generator) -> None:
     p = symmetric_with_spectrum(spectrum("log", 24, 1e3), generator)
     A = counting(p.operator)
-    announced = {route.method: route for route in methods(A, steps=15)}
+    announced = {cost.method: cost for cost in methods(A, steps=15)}
     assert not announced["factor-svd"].applies
     for method in ("dense", "lanczos"):
         before = len(A.calls)
