@@ -237,3 +237,11 @@ def test_a_block_that_leaves_float32_is_refused() -> None:
     assert BNPBlock(mean, variance, 1.0, units=1, bias=True).dtype == torch.float64
     with pytest.raises(InvalidInputError, match="zero or infinite"):
         BNPBlock(mean, variance, 1.0, units=1, bias=True, dtype=torch.float32)
+
+
+def test_units_that_a_layer_lacks_are_refused() -> None:
+    block = BNPBlock(torch.zeros(1, 3), torch.ones(1, 3), 1.0, units=4, bias=True)
+    assert block.unit(3).dim == 4
+    for i in (4, -1):
+        with pytest.raises(InvalidInputError, match=f"the layer has units 0..3, not {i}"):
+            block.unit(i)
