@@ -127,6 +127,11 @@ def test_what_lowers_the_precision_is_found_and_named(name: str) -> None:
         assert str(single.precision) == "float32"
 
 
+def test_a_complex_cast_that_keeps_every_digit_is_none_that_lowers() -> None:
+    model = Inside(lambda h: h * complex_pairs(torch.sign(h.detach())))
+    assert bnp.EmpiricalRisk(model, F.cross_entropy, data(), dtype=DOUBLE).precision.dtype == DOUBLE
+
+
 @pytest.mark.parametrize(
     ("loss", "cause"),
     [

@@ -248,8 +248,9 @@ def test_a_wrapper_that_ascends_first_is_right() -> None:
 def test_two_optimizers_are_named() -> None:
     model, _, _ = network()
     first, second = model[0], model[2]  # type: ignore[index]
-    with pytest.warns(TrainingWarning, match="weights of 2: another one"):
+    with pytest.warns(TrainingWarning, match="weights of 2: another one") as seen:
         BNP(model).attach(torch.optim.SGD(first.parameters(), lr=RATE))
+    assert seen[0].filename == __file__, "the line to change is the caller's"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         BNP(model, include="0").attach(torch.optim.SGD(first.parameters(), lr=RATE))
