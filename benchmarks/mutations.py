@@ -7,8 +7,9 @@ a `not`, a term, a statement. Left out are docstrings, messages, `__repr__`, ann
 read. Each is applied in a temporary copy of the tree, and tests run until one fails: first the module's doctests and
 the files that name it, then its room's, then all others. `mutations.json` keeps what was found, so that the next call
 goes on from there; `mutations.md` is the table. A breakage that changes nothing that could be observed is no gap of the
-tests: write `"verdict": "equivalent"` and a `"reason"` into its entry, and both stay. Exit status 1 if fewer than 95 %
-of the others were caught.
+tests: write `"verdict": "equivalent"` and a `"reason"` into its entry, and both stay. So does `"verdict":
+"caught"` with `"by": "TEST, written since"`, where a test was added. Exit status 1 if fewer than 95 % of the others
+were caught.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "bnp_analysis"
 GOAL = 0.95
 ROOM = "not caught by its room"
+SINCE = "written since"
 SHOWN = ("file", "line", "kind", "before", "after")
 TIMEOUT = 1200  # seconds for the tests of one breakage; one that never ends is caught
 
@@ -169,10 +171,6 @@ def failing(tree: Path, files: list[str]) -> str:
 
 def sound_copy(tree: Path) -> Path:
     """The checkout as it stands, what is not committed included."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-
     git("clone", "--quiet", str(ROOT), str(tree))
     for name in git("ls-files", "--modified", "--others", "--exclude-standard").splitlines():
         if (ROOT / name).is_file():
@@ -200,16 +198,21 @@ def attempt(tree: Path, site: dict[str, Any], depth: int) -> dict[str, Any]:
     return {"verdict": verdict, "by": caught, "seconds": round(time.monotonic() - began, 1)}
 
 
+def git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
 def table(found: list[dict[str, Any]], count: int, seed: int) -> str:
     """The page: totals, then a line for each breakage, the gaps first."""
     number = {word: sum(row["verdict"] == word for row in found) for word in ("caught", "equivalent")}
-    judged = len(found) - number["equivalent"]
+    judged, since = len(found) - number["equivalent"], sum(SINCE in row.get("by", "") for row in found)
     rows = sorted(found, key=lambda row: (row["verdict"] == "caught", row["file"], row["line"]))
     page = [
         "# Deliberate breakages",
         "",
-        f"`python benchmarks/mutations.py --count {count} --seed {seed}`, {len(found)} tried: {number['caught']} of "
-        f"{judged} caught, {number['equivalent']} more change nothing that could be observed.",
+        f"`python benchmarks/mutations.py --count {count} --seed {seed}` at {git('describe', '--always').strip()}, "
+        f"{len(found)} tried: {number['caught'] - since} of {judged} were caught at first, {number['caught']} are now; "
+        f"{number['equivalent']} more change nothing that could be observed.",
         "",
         "| where | what | before | after | verdict | by, or why not |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -253,7 +256,7 @@ def main(arguments: list[str] | None = None) -> int:
             write_text(store, json.dumps([*found, *known.values()], indent=1) + "\n")
             write_text(options.out / "mutations.md", table(found, len(choice), options.seed))
             print(f"{i + 1}/{len(choice)} {site['file']}:{site['line']} {site['kind']}: {row['verdict']}", flush=True)
-        tests = sorted({row["by"] for row in found if "::" in row.get("by", "")})
+        tests = sorted({row["by"].partition(f", {SINCE}")[0] for row in found if "::" in row.get("by", "")})
         if tests and (failed := failing(tree, tests)):
             print(f"{failed} fails without any breakage: what it caught does not count", file=sys.stderr)
             return 2
