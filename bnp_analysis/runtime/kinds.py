@@ -202,7 +202,7 @@ KINDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "Block": (_is_block, "the name of a layer, or (name, unit)"),
     "Callable[[Any], Tensor]": (callable, "a function"),
 }
-_POSITIVE, _LARGEST = (0, math.inf, True), sys.float_info.max
+_LARGEST = sys.float_info.max
 #: An argument's name -> the least number that it may be, the largest, and whether these two are themselves left out;
 #: the same wherever the name stands.
 RANGES: Mapping[str, tuple[float, float, bool]] = {
@@ -216,8 +216,8 @@ RANGES: Mapping[str, tuple[float, float, bool]] = {
         (0, math.inf, False),
     ),
     **dict.fromkeys(("eps1", "eps2", "damping", "weight_decay"), (0, _LARGEST, False)),
-    **dict.fromkeys(("lr", "tol", "width", "grow", "max_memory"), _POSITIVE),
-    **{"seed": (-(2**63), 2**63 - 1, False), "failure_probability": (0, 1, True)},
+    **dict.fromkeys(("lr", "width", "grow", "max_memory"), (0, math.inf, True)),
+    **{"seed": (-(2**63), 2**63 - 1, False), "failure_probability": (0, 1, True), "tol": (0, 1, True)},
 }
 _OUTPUTS = ("str | Path", "str | os.PathLike[str]")
 
@@ -311,7 +311,7 @@ def require_range(name: str, value: object) -> None:
     number = value if isinstance(value, int) else float(value)
     if not (least < number < most if open_ended else least <= number <= most):
         if open_ended:
-            ends = f"in ({least:g}, {most:g})"
+            ends = "positive and finite" if most == math.inf else f"strictly between {least:g} and {most:g}"
         elif number > most:
             ends = "finite and not negative" if most == _LARGEST else f"at most {most:g}"
         else:

@@ -263,8 +263,6 @@ class SharpnessTracker:
     ) -> None:
         require_loss(loss)
         require_same_model(model, loss, optimizer)
-        if not tol < 1:
-            raise InvalidInputError(f"tol must be between 0 and 1, got {tol}")
         if curvature not in CURVATURES:
             raise InvalidInputError(f"unknown curvature {curvature!r}; there are: {', '.join(CURVATURES)}")
         if not _is_object(preconditioner) and preconditioner not in (None, "optimizer", "bnp"):

@@ -78,8 +78,9 @@ WRONG: dict[str, list[object]] = {
 RANGES: dict[str, list[object]] = {
     **{key: [0, -1] for key in ["k", "probes", "steps", "points", "samples", "every", "most", "batch_size"]},
     **{key: [0, -1] for key in ["check_every", "checkpoint_every", "max_matvecs"]},
-    **{key: [-1] for key in ["epochs", "time_limit", "eps1", "eps2", "damping", "tol", "width", "max_memory"]},
-    "max_memory": [0, -1],
+    **{key: [-1] for key in ["epochs", "time_limit"]},
+    **{key: [-1, math.inf] for key in ["eps1", "eps2", "damping", "weight_decay"]},
+    **{"width": [0.0, -1.0, math.inf], "max_memory": [0, -1], "tol": [0.0, -1.0, 1.0, math.inf]},
     **{"rho": [1.0, -0.1], "failure_probability": [0.0, 1.0, -1.0], "lr": [0.0, -1.0, math.inf], "grow": [-1.0]},
     **{"temperature": [-1.0, math.inf], "reference_rows": [0.0, -1.0], "max_flops": [-1.0], "seed": [HUGE]},
 }

@@ -88,7 +88,7 @@ def eigenpairs(
         which: `"largest"`, `"smallest"` (algebraically), or `"both"` ends, `k` split between them.
         preconditioner: `P`; the operator measured is `P^T A P`.
         null: known null directions in the coordinates of `A`, left out of the search.
-        tol: a pair is converged when its residual is at most `max(tol |theta|, c eps |theta|_max)`.
+        tol: in (0, 1); a pair is converged when its residual is at most `max(tol |theta|, c eps |theta|_max)`.
         max_matvecs: where the search gives up; what was reached is returned and says so.
         multiplicity: `"verify"`: once all have converged, go on in a random direction, which has a part along further
             copies of repeated eigenvalues, until one would have shown (chance of overlooking it 1e-3) but at most half
