@@ -3,6 +3,7 @@ what was measured is caught here."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -13,7 +14,10 @@ import pytest
 import torch
 
 import bnp_analysis as bnp
-from bnp_analysis.cli import main
+from bnp_analysis.cli import answered, main, parser_of
+from bnp_analysis.cli.options import risk_of
+from bnp_analysis.curvature import CURVATURES
+from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.theory.statements import layers as coordinates
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,10 +65,11 @@ def test_the_seed_decides_and_options_reach_their_place(tmp_path):
     assert [row.layer for row in found[0].layers.layers] == ["fc2"]
 
 
-def test_damping_dtype_and_other_models(tmp_path):
+def test_damping_dtype_and_other_models(tmp_path, capsys):
     out = tmp_path / "c.json"
     options = ["--preconditioner", "bnp-damped", "--dtype", "float32", "--curvature", "gauss-newton", "--layers", "fc2"]
-    assert main(["condition", *SMALL, *options, "--json", str(out)]) == 0
+    assert main(["condition", *SMALL, *options, "--norm", "layer", "--json", str(out)]) == 0
+    assert "\nNot covered by P: norm1.weight (covered where it is asked for, also=[" in capsys.readouterr().out
     result = bnp.diagnose.Comparison.load(out)
     assert result.network["gauss-newton"][0].dtype == "float32"
     assert result.layers.settings["preconditioner"]["eps1"] == 1e-2
@@ -145,6 +150,11 @@ def test_a_checkpoint_is_measured_where_it_stands(tmp_path, capsys):
         (["--samples", "100000"], "100000"),
         (["--checkpoint", "missing.pt"], "missing.pt"),
         (["--lr", "1e30", "--epochs", "2"], "learning rate"),
+        (["--hidden", "4", "0"], "--hidden must be at least 1"),
+        (["--samples", "0"], "samples must be positive, got samples=0"),
+        (["--device", "nowhere"], "--device nowhere: "),
+        (["--checkpoint", "."], "the checkpoint . is a folder, a pipe or a device, not a file"),
+        (["--figure", "table.txt"], "--figure table.txt: the suffix must be one of .png, .pdf"),
     ],
 )
 def test_bad_input_says_so_and_exits_with_two(options, words, capsys):
@@ -152,6 +162,71 @@ def test_bad_input_says_so_and_exits_with_two(options, words, capsys):
     captured = capsys.readouterr()
     assert words in captured.err
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--blocks", "fc9"], "--blocks: block: no parameter belongs to 'fc9'"),
+        (["--blocks", "fc1", "--probes", "1"], "--probes 1: the noise of a distance needs at least two"),
+    ],
+)
+def test_bad_blocks_of_a_spectrum_say_so_and_exit_with_two(options, words, capsys):
+    assert main(["spectrum", *SMALL, *options]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_several_processes_do_not_fetch_the_same_files():
+    arguments = parser_of("condition").parse_args(["--download"])
+    arguments.group = argparse.Namespace(rank=0, size=2)
+    with pytest.raises(InvalidInputError, match="--download in several processes would fetch the same files several"):
+        risk_of(arguments)
+
+
+def test_an_interrupted_program_says_so_and_exits_with_130(capsys):
+    def stop() -> int:
+        raise KeyboardInterrupt
+
+    assert answered(stop, "some-program") == 130
+    assert capsys.readouterr().err == "some-program: interrupted\n"
+
+
+@pytest.mark.parametrize("during", ["eigenpairs", "density"])
+def test_an_interrupted_spectrum_writes_what_there_is_and_exits_with_130(during, tmp_path, monkeypatch, capsys):
+    """Its matrix has the eigenvalues 1 .. n, and is interrupted once."""
+    products = 0
+
+    def product(v: torch.Tensor) -> torch.Tensor:
+        nonlocal products
+        products += 1
+        if products == interrupt:
+            raise KeyboardInterrupt
+        return v * torch.arange(1, len(v) + 1)
+
+    def curvature(risk: bnp.EmpiricalRisk, seed: int, **engine: object) -> bnp.linalg.SymmetricOperator:
+        return bnp.CallableOperator(product, risk.space.dim, dtype=torch.float64)
+
+    monkeypatch.setitem(CURVATURES, "hessian", curvature)
+    args = ["spectrum", *SMALL, "--top", "1", "--probes", "3", "--steps", "4", "--json", str(tmp_path / "s.json")]
+
+    def written() -> tuple[bnp.linalg.Eigenpairs, bnp.linalg.SpectralDensity]:
+        files = tmp_path / "s-eigenpairs.json", tmp_path / "s-density.json"
+        return bnp.linalg.Eigenpairs.load(files[0]), bnp.linalg.SpectralDensity.load(files[1])
+
+    interrupt = 0
+    assert main(args) == 0
+    pairs, density = written()
+    for path in tmp_path.iterdir():
+        path.unlink()
+    interrupt = products + (pairs.matvecs - 1 if during == "eigenpairs" else pairs.matvecs + density.matvecs)
+    capsys.readouterr()
+    assert main(args) == 130
+    captured = capsys.readouterr()
+    assert captured.err == "bnp-analysis: interrupted\n"
+    assert "hessian with P" not in captured.out
+    assert {path.name for path in tmp_path.iterdir()} == {"s-eigenpairs.json", "s-density.json"}
+    cut, rest = written()
+    assert (cut.stop, len(rest.nodes)) == (("interrupted", 3) if during == "eigenpairs" else (pairs.stop, 2))
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path, capsys):
@@ -210,6 +285,20 @@ def test_figures_run_the_module_of_the_checkout(tmp_path, capfd):
     (folder / "__main__.py").write_text("import os, sys\nprint(os.getcwd(), *sys.argv[1:])\nsys.exit(2)\n")
     assert main(["figures", "fig99", "--root", str(tmp_path), "--out", "x"]) == 2
     assert capfd.readouterr().out.split() == [str(tmp_path), "fig99", "--out", "x"]
+
+
+def test_figures_of_an_installation_run_in_the_current_folder(tmp_path, capfd, monkeypatch):
+    """Outside of a checkout, with figures beside the package that print what they were given."""
+    folder, here = tmp_path / "installed" / "paper_figures", tmp_path / "here"
+    folder.mkdir(parents=True)
+    here.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "__main__.py").write_text("import os, sys\nprint(os.getcwd(), *sys.argv[1:])\nsys.exit(3)\n")
+    monkeypatch.syspath_prepend(folder.parent)
+    monkeypatch.setenv("PYTHONPATH", str(folder.parent))
+    monkeypatch.chdir(here)
+    assert main(["figures", "fig99", "--out", "x"]) == 3
+    assert capfd.readouterr().out.split() == [str(here), "fig99", "--out", "x"]
 
 
 def test_bench_runs_what_is_named_or_a_choice(tmp_path, capfd):
@@ -278,6 +367,20 @@ def test_an_interrupted_check_keeps_what_was_made(tmp_path, monkeypatch, capsys)
     table = bnp.theory.CheckTable.load(out)
     assert {check.source for check in table.checks} == {"Prop. 2 (T1)"}
     assert "interrupted in Theorem 3 (T2)" in capsys.readouterr().out
+
+
+def test_an_interrupt_in_the_rates_keeps_what_was_made(tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr("bnp_analysis.cli.check.rates_of", stop)
+    out = tmp_path / "c.json"
+    assert main(["check", *SMALL, "--only", "prop9", "--rates", "0.5", "--json", str(out)]) == 130
+    table = bnp.theory.CheckTable.load(out)
+    assert {check.source for check in table.checks} == {"Prop. 9 (T1)"}
+    assert table.stop == "interrupted in the rates"
+    assert "interrupted in the rates" in capsys.readouterr().out
 
 
 def test_check_observes_rates_if_asked(capsys):

@@ -178,6 +178,10 @@ def test_bad_names_are_refused_with_what_there_is(problem):
     risk = bnp.EmpiricalRisk(model, cross_entropy, (x, y))
     with pytest.raises(bnp.errors.InvalidInputError, match="fc1, fc2"):
         bnp.layer_table(risk, layers=["fc9"])
+    with pytest.raises(bnp.errors.InvalidInputError, match="layers is empty; leave it out for every layer"):
+        bnp.layer_table(risk, layers=[])
+    with pytest.raises(bnp.errors.InvalidInputError, match="unknown curvature 'hesian'; there are: gauss-newton, "):
+        bnp.diagnose.curvature_matrix(risk, "hesian")
     with pytest.raises(bnp.errors.InvalidInputError, match="gauss-newton"):
         bnp.compare(risk, curvature=["hesian"])
 
@@ -216,6 +220,9 @@ def test_a_row_still_answers_to_the_words_of_its_table() -> None:
         bnp.EmpiricalRisk(torch.nn.Linear(2, 2).double(), torch.nn.functional.cross_entropy, (x, y))
     )
     (row,), (words,) = table.records(), table.cells()
+    inputs = [f"{k.value:.3g}" for k in (table.layers[0].inputs, table.layers[0].centered, table.layers[0].normalized)]
+    numbers = f"kappa(H^) {' -> '.join(inputs)}; block {words['layer k*']} -> {words['layer k* with P']}"
+    assert table.layers[0].summary() == f"Linear: R 6, m 2, {numbers}"
     assert row["layer k*"] == words["layer k*"]
     assert "layer k*" not in row
     with pytest.raises(KeyError):

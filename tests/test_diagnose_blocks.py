@@ -20,7 +20,9 @@ from bnp_analysis.curvature.units import unit_blocks
 from bnp_analysis.diagnose import blocks
 from bnp_analysis.diagnose.blocks import pair
 from bnp_analysis.linalg import (
+    CallableOperator,
     ConditionNumber,
+    DenseOperator,
     DensePreconditioner,
     GramOperator,
     MatrixOperator,
@@ -217,6 +219,15 @@ def test_what_a_reduced_factor_hides_is_measured_directly(rounding, generator, m
     assert found.two_sided
     assert found.value == pytest.approx(plain.value, rel=1e-10)
     assert pair(own, None, None, 0)[1] is None
+
+
+def test_what_is_unresolved_with_p_alone_is_measured_directly():
+    matrix, P = (torch.diag(torch.tensor([1.0, small], dtype=torch.float64)) for small in (1e-3, 1e-4))
+    careless = CallableOperator(lambda v: matrix @ v, 2, dtype=torch.float64, eps=1e-8)
+    plain, found = pair(careless, DensePreconditioner(P), None, 0, direct=DenseOperator(matrix))
+    assert (plain.unresolved, found.unresolved) == (0, 0)
+    assert found.value == pytest.approx(1e11, rel=1e-3)
+    assert pair(careless, DensePreconditioner(P), None, 0)[1].unresolved == 1
 
 
 def test_dependent_inputs_are_found_in_layers_too_large_to_search(data, monkeypatch):

@@ -116,6 +116,69 @@ def test_a_critical_step_is_where_the_loss_is_back(tanh_risk: bnp.EmpiricalRisk)
     assert found.value == pytest.approx(float(quotient / (g @ g)), rel=1e-6)
 
 
+class Held(torch.autograd.Function):
+    """The cube, with one derivative."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return 3 * ctx.saved_tensors[0] ** 2 * grad
+
+
+class Cubed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Held.apply(x)
+
+
+def test_without_a_second_derivative_the_loss_is_still_asked() -> None:
+    """`L = w^6`: back at `-w`."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), Cubed()).double()
+    one = torch.ones(2, 1, dtype=torch.float64)
+    with torch.no_grad():
+        model[0].weight.fill_(0.5)
+    risk = bnp.EmpiricalRisk(model, nn.functional.mse_loss, (one, 0 * one))
+    plain = bnp.slice(risk, "gradient", points=3, radius=0.5)
+    assert plain.loss == pytest.approx([0.0, 0.5**6, 1.0])
+    assert np.isnan(plain.curvatures).all()
+    assert np.isnan(plain.quadratic).all()
+    assert plain.matvecs == 0
+    assert "not known" in str(plain)
+    found = directional_sharpness(risk)
+    assert math.isnan(found.value)
+    assert found.matvecs == 0
+    assert found.critical == pytest.approx(2 * 6 * 0.5**5, rel=1e-5)
+
+
+def test_a_step_to_where_the_loss_is_infinite_is_too_long() -> None:
+    """Of `w - log w` at 2 the quadratic model is back at -2, the loss itself where `w - log w` is `2 - log 2`."""
+    model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    one = torch.ones(2, 1, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+    risk = bnp.EmpiricalRisk(model, lambda o, y: -torch.log(o).mean() + (y * o).mean(), (one, one))
+    found = directional_sharpness(risk)
+    back = 2 - found.critical**-1  # after a step 2 / critical of the slope 1/2
+    assert back - math.log(back) == pytest.approx(2 - math.log(2), rel=1e-5)
+    assert found.value == pytest.approx(0.25)
+
+
+def test_where_rounding_hides_all_growth_the_bracket_is_open() -> None:
+    """`L = c + w^2 / (1000 (1 + w^2))` never grows by what the rounding of `c` leaves."""
+    model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    one = torch.ones(2, 1, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.fill_(0.1)
+    risk = bnp.EmpiricalRisk(model, lambda o, y: (o * o / (1 + o * o)).mean() / 1000 + 1e12, (one, one))
+    found = directional_sharpness(risk)
+    assert found.critical > 0
+    assert (found.critical_lower, found.critical_upper) == (0.0, math.inf)
+
+
 def test_a_step_that_never_grows_the_loss_has_no_critical_size() -> None:
     model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
     one = torch.ones(2, 1, dtype=torch.float64)
@@ -149,6 +212,7 @@ def test_mass_of_a_prescribed_spectrum_is_known() -> None:
     A = bnp.DenseOperator(rotated.T @ torch.diag(torch.arange(4.0, 0, -1, dtype=torch.float64)) @ rotated)
     found = eigenvector_mass(bnp.eigenpairs(A, k=3), space)
     assert found.mass == pytest.approx(np.array([[0.36, 0.64], [1, 0], [0.64, 0.36]]), abs=1e-9)
+    assert found.summary() == "mass of 3 eigenvectors in 2 blocks; 4: b (0.64), 3: a (1.00), 2: a (0.64)"
 
 
 def test_bad_input_is_refused_with_words(tanh_risk: bnp.EmpiricalRisk) -> None:
@@ -174,6 +238,9 @@ def test_bad_input_is_refused_with_words(tanh_risk: bnp.EmpiricalRisk) -> None:
     pairs = bnp.eigenpairs(bnp.hessian(tanh_risk, block="fc1"), k=1)
     with pytest.raises(InvalidInputError, match="25 entries, the space 43"):
         eigenvector_mass(pairs, tanh_risk.space)
+    for blocks in ([], {}):
+        with pytest.raises(InvalidInputError, match="blocks is empty; leave it out for every layer"):
+            eigenvector_mass(pairs, tanh_risk.space.restrict(["fc1.weight", "fc1.bias"]), blocks=blocks)
 
 
 class Shifted(nn.Module):

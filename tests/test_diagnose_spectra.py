@@ -6,6 +6,7 @@ wrong rows, a share with the wrong square or root, bars of a share that are too 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -194,6 +195,13 @@ def test_a_share_by_its_factor_by_parts_and_at_far_scales(matrices: dict[str, Te
     assert near.norm == pytest.approx(float(matrices["dense"].norm()), rel=0.3)
 
 
+def test_a_share_says_its_error_and_its_price(matrices: dict[str, Tensor]) -> None:
+    share = off_block_share(bnp.DenseOperator(matrices["dense"]), IDX, method="stochastic", probes=5)
+    assert share.summary() == f"{share}, {5 * (1 + len(IDX))} products"
+    assert replace(share, value=0.5, lower=0.25, upper=0.625).error == 0.25
+    assert replace(share, value=0.5, lower=0.375, upper=0.75).error == 0.25
+
+
 def test_a_block_diagonal_matrix_has_nothing_outside() -> None:
     A = bnp.DenseOperator(torch.block_diag(torch.ones(2, 2), 3 * torch.ones(3, 3)).double())
     blocks = list(torch.arange(5).split([2, 3]))
@@ -226,15 +234,48 @@ def test_bad_input_is_refused_with_words(risk: bnp.EmpiricalRisk) -> None:
         bnp.block_spectra(risk, blocks=["decoder.*"])
     with pytest.raises(InvalidInputError, match="leave blocks out"):
         bnp.block_spectra(risk, blocks=[])
+    with pytest.raises(InvalidInputError, match="the noise of a distance needs at least two probes, got 1"):
+        bnp.block_spectra(risk, probes=1)
     A = bnp.DenseOperator(torch.eye(4))
     with pytest.raises(InvalidInputError, match="distinct"):
         off_block_share(A, [torch.arange(3), torch.arange(2, 4)])
     with pytest.raises(InvalidInputError, match="1 of 4 coordinates are in no block"):
         off_block_share(A, [torch.arange(3)])
+    for wrong, got in (({"method": "dense"}, "'dense' and 0.95"), ({"confidence": 1.0}, "'auto' and 1.0")):
+        with pytest.raises(InvalidInputError, match=rf"auto, exact or stochastic and .* in \(0, 1\), got {got}"):
+            off_block_share(A, [torch.arange(4)], **wrong)
     with pytest.raises(InvalidInputError, match="three probes"):
         off_block_share(A, [torch.arange(4)], probes=2)
     with pytest.raises(ZeroOperatorError):
         off_block_share(bnp.DenseOperator(torch.zeros(4, 4)), [torch.arange(4)])
+
+
+class Beside(nn.Module):
+    """Its second layer has no part in the outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(4, 3), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+def test_units_are_blocks_and_one_without_curvature_has_no_profile() -> None:
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    risk = bnp.EmpiricalRisk(Beside().double(), nn.functional.mse_loss, (x, x[:, :3]))
+    blocks = [("used", 0), ("used", slice(1, 3)), "unused"]
+    found = bnp.block_spectra(risk, blocks=blocks, curvature="gauss_newton")
+    assert found.names == ("used[0]", "used[1:3]", "unused")
+    assert found.sizes == (5, 10, 10)
+    unit, pair, none = found.profiles
+    whole = torch.linalg.eigvalsh(bnp.gauss_newton(risk, block="used").to_dense())
+    assert none is None
+    for profile in (unit, pair):
+        assert profile.value[-1] == pytest.approx(float(whole[-1] / whole[0]))
+    zero = bnp.block_spectra(risk, blocks=["unused.weight", "unused.bias"], curvature="gauss_newton")
+    assert zero.off_block is None
+    assert zero.profiles == (None, None)
 
 
 def test_overlapping_blocks_have_no_share(risk: bnp.EmpiricalRisk) -> None:

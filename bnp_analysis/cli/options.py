@@ -91,8 +91,8 @@ def require_arguments(arguments: argparse.Namespace) -> None:
     for name in given.keys() & RANGES.keys():
         if isinstance(given[name], int | float):
             require_range(name, given[name])
-    if given.get("samples", 1) < 1 or min(given.get("hidden", [1])) < 1:
-        raise InvalidInputError("--samples and the widths of --hidden must be at least 1")
+    if min(given.get("hidden", [1])) < 1:
+        raise InvalidInputError("the widths of --hidden must be at least 1")
     try:
         torch.empty(1, device=given["device"]).item() if "device" in given else None
     except (RuntimeError, AssertionError) as error:

@@ -202,8 +202,6 @@ def rows_of_batch(risk: EmpiricalRisk, batch: Batch, root: Root) -> Iterator[Ten
         try:
             yield _jacobian_rows(risk, part, replace(root, rows=root.rows[rows]))
         except InvalidInputError:
-            if part is batch:
-                raise
             # Made for one size of batch.
             yield _jacobian_rows(risk, batch, root, rows)
 

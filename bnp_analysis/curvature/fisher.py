@@ -12,7 +12,7 @@ from torch import Tensor
 from bnp_analysis.curvature.engines import CURVATURES, EngineOperator, restricted
 from bnp_analysis.curvature.factors import JacobianFactor, batch_roots
 from bnp_analysis.curvature.gauss_newton import require_output_curvature
-from bnp_analysis.curvature.output_curvature import OutputRoot, loss_gradient, output_root
+from bnp_analysis.curvature.output_curvature import OutputRoot, bends_down, loss_gradient, output_root
 from bnp_analysis.curvature.products import OutputGraph
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
@@ -34,6 +34,11 @@ class Fisher(EngineOperator[OutputGraph]):
 
     def __init__(self, risk: EmpiricalRisk, make: Make, engine: str = "auto", max_memory: int | None = None) -> None:
         made = batch_roots(risk, make)
+        if made is None and bends_down(risk):
+            raise InvalidInputError(
+                "no distribution is known for this loss: it bends down in the outputs, and no variance is negative. "
+                "Use kind='empirical', or gauss_newton, which needs none"
+            )
         if made is None:
             raise InvalidInputError(
                 "the Fisher matrix needs one gradient per example, so a loss that is separate over examples, and data "

@@ -207,11 +207,14 @@ class EmpiricalRisk:
 
     @property
     def outputs(self) -> Tensor:
-        """`f(x_j; theta)` over all batches, concatenated in the order of the pass, processes in that of ranks."""
+        """`f(x_j; theta)` over all batches, concatenated in the order of the pass, processes in that of ranks.
+
+        Of a model whose output is one number for a batch, these numbers.
+        """
         tensors = self.space.unflatten(self.theta)
         with torch.no_grad():
             own = self.group.share(lambda: [self.batch_outputs(tensors, b).cpu() for b in self.batches], "outputs")
-        return torch.cat([part for parts in own for part in parts]).to(self.space.device)
+        return torch.cat([part if part.ndim else part.view(1) for parts in own for part in parts]).to(self.space.device)
 
     @recording()
     def at(self, theta: Tensor | Mapping[str, Tensor]) -> EmpiricalRisk:

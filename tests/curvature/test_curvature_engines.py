@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import bnp_analysis as bnp
 from bnp_analysis.curvature import engines
 from bnp_analysis.curvature.convolutions import Convolution, TwiceDifferentiable
-from bnp_analysis.curvature.engines import ENGINES
+from bnp_analysis.curvature.engines import ENGINES, Engine
 from bnp_analysis.curvature.hessian import Hessian
 from bnp_analysis.curvature.products import gradient_graph
 from bnp_analysis.errors import InvalidInputError, MemoryLimitError
@@ -79,6 +79,7 @@ def test_blocks_and_fisher_matrices_take_an_engine(engine: str) -> None:
         assert relative(unit.to_dense(), dense[row][:, row]) <= 1e-10
     A = bnp.fisher(risk, "empirical", engine=engine)
     assert A.engine.kept == (0 if engine == "recompute" else 3)
+    assert A.factor.engine == A.engine
     assert relative(A.to_dense(), bnp.fisher(risk, "empirical").factor.to_dense().T @ A.factor.to_dense()) <= 1e-10
 
 
@@ -88,6 +89,8 @@ def test_what_is_no_engine_is_refused() -> None:
         bnp.hessian(risk, engine="compiled")
     with pytest.raises(InvalidInputError, match="max_memory"):
         bnp.gauss_newton(risk, max_memory=0)
+    with pytest.raises(InvalidInputError, match="max_memory is a positive number of bytes, got 0"):
+        Engine(risk, gradient_graph, max_memory=0)
 
 
 @pytest.mark.parametrize("build", [bnp.hessian, bnp.gauss_newton])

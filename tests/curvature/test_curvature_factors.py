@@ -339,6 +339,60 @@ def test_two_classes_by_margin_are_still_right() -> None:
     assert relative(rows.T @ rows, problem.gauss_newton()) <= 1e-12
 
 
+LARGE = 100 + numbers(4, 4)
+MIXING = torch.tensor([[1.0, 0.0], [2.0, 1.0], [0.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
+
+
+def logistic(o: Tensor, y: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(o, torch.zeros_like(o))
+
+
+@pytest.mark.parametrize(
+    ("loss", "outputs", "kinds", "ranks", "vanished"),
+    [
+        (lambda o, y: (o @ MIXING).square().mean(), LARGE, ("general", "general"), (8, 12), True),
+        (logistic, LARGE - 60, ("diagonal", "diagonal"), (16, 16), False),
+        (F.cross_entropy, torch.tensor([[400.0, 0, 1, 2]]).double(), ("softmax", "general"), (3, 4), True),
+    ],
+    ids=["low rank", "saturated logistic", "saturated softmax"],
+)
+def test_a_loss_that_refuses_other_outputs_has_the_root_that_is_seen(
+    loss: Callable[..., Tensor],
+    outputs: Tensor,
+    kinds: tuple[str, str],
+    ranks: tuple[int, int],
+    vanished: bool,
+) -> None:
+    """What it would be at ordinary outputs is not known: neither its form nor that a zero is structure."""
+
+    def strict(o: Tensor, y: Tensor) -> Tensor:
+        if float(o.detach().amax()) < 10:
+            raise ValueError("no outputs of mine")
+        return loss(o, y)
+
+    found, other = root_of(outputs, loss), root_of(outputs, strict)
+    assert (found.kind, other.kind) == kinds
+    assert (found.rank, other.rank) == ranks
+    assert (found.vanished, other.vanished) == (False, vanished)
+    assert found.rounding <= other.rounding > 0
+    assert relative(*(root.root.transpose(1, 2) @ root.root for root in (other, found))) <= 1e-10
+
+
+def test_an_unused_layer_has_rows_of_zeros() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 3), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.used(x)
+
+    risk = Problem(spread(Unused()), F.mse_loss, [(numbers(2, 4), numbers(2, 3, seed=1))]).risk()
+    rows = bnp.gauss_newton(risk, block="unused").factor.to_dense()
+    assert rows.shape == (6, 25)
+    assert not rows.any()
+
+
 def test_float32_factors() -> None:
     for name in ("cross_entropy", "mse", "margins", "cnn", "mlp, BatchNorm, train"):
         problem = PROBLEMS[name]()

@@ -134,6 +134,16 @@ def test_empirical_shares_follow_count(name: str) -> None:
     assert relative(bnp.fisher(problem.risk(), "empirical").to_dense(), expected / total) <= 1e-12
 
 
+def test_rows_of_outputs_that_are_no_examples_have_equal_shares() -> None:
+    """Of two sequences in one tensor: a gradient for each token."""
+    single = tanh_mlp(4, 5, 3)
+    x, y = numbers(2, 3, 4), classes(2, 3, 3)
+    gradients = example_gradients(Problem(single, F.cross_entropy, [(x.flatten(0, 1), y.flatten())]))
+    flat = nn.Sequential(nn.Flatten(0, 1), single)
+    A = bnp.fisher(bnp.EmpiricalRisk(flat, lambda o, y: F.cross_entropy(o, y.flatten()), (x, y)), "empirical")
+    assert relative(A.to_dense(), sum(torch.outer(g, g) for g in gradients) / 6) <= 1e-12
+
+
 def test_empirical_of_batch_coupled_networks() -> None:
     """The gradient of an example's loss, through its output alone, with the whole batch behind it."""
     problem = PROBLEMS["mlp, BatchNorm, train"]()
@@ -166,6 +176,19 @@ def test_losses_without_a_distribution() -> None:
     with pytest.raises(InvalidInputError, match="no distribution is known"):
         bnp.fisher(problem.risk(), "mc")
     assert bnp.fisher(problem.risk(), "empirical").dim == 15
+
+
+@pytest.mark.parametrize(
+    ("loss", "match"),
+    [
+        (lambda o, y: torch.cos(o).mean(), "no distribution is known for this loss: it bends down in the outputs"),
+        (lambda o, y: o.var(), "a loss that is separate over examples"),
+    ],
+)
+def test_losses_without_a_root(loss: Callable[..., Tensor], match: str) -> None:
+    """Of one that is not convex it was said that it is not separate over examples."""
+    with pytest.raises(InvalidInputError, match=match):
+        bnp.fisher(Problem(tanh_mlp(4, 3), loss, [(numbers(5, 4), numbers(5, 3, seed=1))]).risk(), "mc")
 
 
 def test_a_sum_has_no_examples() -> None:

@@ -13,11 +13,12 @@ from curvature_reference import Problem, classes, numbers, relative
 from test_curvature_products import PROBLEMS
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import bnp_analysis as bnp
 from bnp_analysis.curvature import units
 from bnp_analysis.curvature.output_curvature import OutputRoot
-from bnp_analysis.curvature.units import unit_blocks
+from bnp_analysis.curvature.units import row_products, unit_blocks
 from bnp_analysis.linalg.condition.reduction import reduced
 from bnp_analysis.network import coverage
 from bnp_analysis.testing import check_symmetric_operator
@@ -105,6 +106,29 @@ def test_rows_are_no_products_where_a_layer_sees_several():
     assert bnp.gauss_newton(bnp.EmpiricalRisk(model, F.mse_loss, (x, y))).factor.row_parts is None
     model = nn.Sequential(nn.Conv1d(3, 2, 2), nn.Flatten(), nn.Linear(6, 2)).double()
     assert bnp.gauss_newton(bnp.EmpiricalRisk(model, F.mse_loss, (x, y[:, 0]))).factor.row_parts is None
+
+
+class Scaled(nn.Module):
+    """A layer, and a parameter that is none of a layer's."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.scale = nn.Linear(4, 3), nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.scale * self.layer(x)
+
+
+def test_rows_are_no_products_where_they_would_be_too_few_or_mixed():
+    x, y = numbers(6, 4), classes(6, 3)
+    data = TensorDataset(x, y)
+    coupled = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, affine=False), nn.Tanh(), nn.Linear(3, 3)).double()
+    for model, given in (
+        (coupled.train(), (x, y)),
+        (Scaled().double(), (x, y)),
+        (nn.Sequential(nn.Linear(4, 3)).double(), DataLoader(data, batch_size=3, shuffle=True)),
+    ):
+        assert row_products(bnp.EmpiricalRisk(model, F.cross_entropy, given)) is None
 
 
 @pytest.mark.parametrize("block", [None, "fc1"])

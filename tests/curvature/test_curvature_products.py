@@ -348,3 +348,28 @@ def test_a_loss_that_is_linear_in_the_outputs_has_no_curvature_of_its_own() -> N
     assert float(bnp.gauss_newton(risk).to_dense().abs().max()) == 0
     linear = Problem(spread(nn.Linear(3, 2)), lambda o, y: (o * y).mean(), [(numbers(6, 3), numbers(6, 2, seed=1))])
     assert float(bnp.hessian(linear.risk()).to_dense().abs().max()) == 0
+
+
+def test_a_loss_that_does_not_look_at_the_outputs_has_no_curvature() -> None:
+    risk = Problem(tanh_mlp(3, 4, 2), lambda o, y: y.mean(), [(numbers(6, 3), numbers(6, 2, seed=1))]).risk()
+    assert float(bnp.gauss_newton(risk).to_dense().abs().max()) == 0
+    assert float(bnp.hessian(risk).to_dense().abs().max()) == 0
+
+
+def test_one_number_for_the_whole_batch_is_an_output_without_rows() -> None:
+    class Length(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x).square().mean()
+
+    problem = Problem(spread(Length()), lambda o, y: (o - 1) ** 2, [(numbers(6, 3), numbers(6))])
+    risk = problem.risk()
+    A = bnp.gauss_newton(risk)
+    assert relative(A.to_dense(), problem.gauss_newton()) <= 1e-10
+    assert relative(bnp.hessian(risk).to_dense(), problem.hessian()) <= 1e-10
+    assert A.factor is None
+    assert A.semidefinite
+    assert "no ratio of eigenvalues is known to within a factor of 2" in str(bnp.condition(risk))

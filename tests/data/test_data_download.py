@@ -85,12 +85,12 @@ def mnist(idx_contents: Callable[[str], Contents], server: Server) -> Contents:
     return contents
 
 
-def tar(contents: Contents) -> bytes:
+def tar(contents: Contents, folders: tuple[str, ...] = ()) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for name, content in contents.items():
             info = tarfile.TarInfo(name)
-            info.size = len(content)
+            info.size, info.type = (0, tarfile.DIRTYPE) if name in folders else (len(content), tarfile.REGTYPE)
             archive.addfile(info, io.BytesIO(content))
     return buffer.getvalue()
 
@@ -203,23 +203,27 @@ def test_cifar_arrives_from_its_archive(tmp_path: Path, server: Server, cifar_co
     ]
 
 
-@pytest.mark.parametrize("fault", ["changed", "missing", "folder", "cut", "no archive"])
+@pytest.mark.parametrize("fault", ["changed", "missing", "folder", "file is a folder", "cut", "no archive"])
 def test_a_bad_archive_leaves_nothing_behind(
     tmp_path: Path, server: Server, cifar_contents: Contents, fault: str
 ) -> None:
     members = {f"cifar-10-batches-py/{name}": content for name, content in cifar_contents.items()}
     last = "cifar-10-batches-py/test_batch"
+    whole: tuple[str, ...] = ()
     if fault == "changed":
         members[last] = members[last][:-1] + b"!"
+    elif fault == "file is a folder":
+        whole = (last,)
     elif fault == "missing":
         del members[last]
     elif fault == "folder":
         members = {name.split("/")[1]: content for name, content in members.items()}
-    content = tar(members)
+    content = tar(members, folders=whole)
     if fault == "cut":
         content = content[: len(content) // 2]
     server.files["/base/cifar-10-python.tar.gz"] = b"hello" if fault == "no archive" else content
-    with pytest.raises(ChecksumError, match=r"cifar-10-python\.tar\.gz"):
+    what = f": {last} is not a file" if whole else ""
+    with pytest.raises(ChecksumError, match=rf"cifar-10-python\.tar\.gz{what}"):
         data.download("cifar10", data_dir=tmp_path, url=server.url)
     assert all_files(tmp_path) == []
 

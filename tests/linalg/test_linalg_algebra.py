@@ -121,6 +121,33 @@ def test_factors_and_signs(parts: tuple[SymmetricOperator, ...]) -> None:
     assert k.value == pytest.approx(4.0, rel=1e-14)
 
 
+def test_a_sum_of_factors_rounds_relative_to_its_parts(generator: torch.Generator) -> None:
+    """By Golub-Kahan from the stacked factor, with and without a product in it that cancels."""
+    F, G = (MatrixOperator(torch.randn(n, 4, generator=generator, dtype=torch.float64)) for n in (5, 3))
+    P = DensePreconditioner(torch.diag(torch.tensor([1e6, 1.0, 1.0, 1.0], dtype=torch.float64)))
+    plain = GramOperator(F) + GramOperator(G)
+    for A, size in ((plain, 1.0), (GramOperator(F @ P) + GramOperator(G), 1e6), (plain + GramOperator(F @ P), 1e6)):
+        k = condition_number(A, method="golub-kahan")
+        truth = torch.linalg.svdvals(A.factor.to_dense())
+        assert k.value == pytest.approx(float(truth[0] / truth[-1]) ** 2, rel=1e-6)
+        assert k.noise_floor**0.5 > 10 * 2.2e-16 * size
+
+
+def test_a_transposed_matrix_costs_no_product_either(generator: torch.Generator) -> None:
+    F = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    found, other = (condition_number(GramOperator(op)) for op in (MatrixOperator(F).T, MatrixOperator(F.T)))
+    for k in (found, other):
+        assert (k.method, k.rank, k.matvecs) == ("factor-svd", 4, 0)
+    assert found.value == pytest.approx(other.value, rel=1e-12)
+
+
+def test_a_sum_has_the_tensors_of_its_parts(tanh_risk: bnp.EmpiricalRisk) -> None:
+    H, loose = bnp.hessian(tanh_risk), CallableOperator(lambda v: v, tanh_risk.space.dim, dtype=torch.float64)
+    for A in (H + loose, loose + H):
+        assert A.shapes == tanh_risk.space.shapes
+    assert (loose + loose).shapes == {}
+
+
 def test_precision_is_that_of_the_coarser_part() -> None:
     rough = CallableOperator(lambda v: v, 4, dtype=torch.float64, eps=1e-6)
     assert (rough + DenseOperator(torch.eye(4).double())).eps == (2 * rough).eps == 1e-6
@@ -163,6 +190,15 @@ def test_what_does_not_fit_is_refused() -> None:
             c * A
     with pytest.raises(TypeError):
         A + 1  # type: ignore[operator]
+    with pytest.raises(InvalidInputError, match=r"expected a matrix \(m, n\), got a tensor of shape \(3,\)"):
+        MatrixOperator(torch.ones(3))
+    with pytest.raises(InvalidInputError, match=r"expected a matrix \(m, n\), got list"):
+        MatrixOperator([[1.0]])  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match=r"the vector must be a dense tensor, not .*: write \.to_dense\(\)"):
+        A @ torch.ones(3).double().to_sparse()
+    for eps in (0.0, -1e-3):
+        with pytest.raises(InvalidInputError, match=f"eps is the spacing of numbers at 1, positive, got {eps}"):
+            CallableOperator(lambda v: v, 3, eps=eps)
 
 
 def test_one_condition_number_serves_both_kinds(generator: torch.Generator) -> None:

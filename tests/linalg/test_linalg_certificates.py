@@ -236,6 +236,10 @@ def test_norms(generator: torch.Generator) -> None:
     factor = Shifted(GramOperator(F @ P), 9.0).factor
     assert factor is not None
     assert factor_rounding_norm(factor) == pytest.approx(math.hypot(10.0, 3.0))
+    assert factor_rounding_norm((F @ P) - (F @ P)) == pytest.approx(20.0)
+    stacked = (GramOperator(F @ P) + GramOperator(F)).factor
+    assert stacked is not None
+    assert factor_rounding_norm(stacked) == pytest.approx(math.hypot(10.0, 1.0))
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1.0, 1e300])

@@ -181,6 +181,13 @@ def test_no_bound_at_all_is_said_in_words() -> None:
     assert k.upper == math.inf
     assert not k.two_sided
     assert "one-sided: after 2 steps the space is invariant to rounding" in str(k)
+    # |P|^2 |A| is 1e12, and P^T A P has eigenvalues 1e-12 and 1e-6.
+    A, P = (DenseOperator(torch.diag(torch.tensor([1.0, 1e-18])).double()), torch.tensor([1e-6, 1e6]).double())
+    for null, also in ((none_null(2), ""), (None, "; null space not declared")):
+        k = condition_number(A, preconditioner=DensePreconditioner(torch.diag(P)), null=null, method="lanczos")
+        assert math.isnan(k.lower)
+        assert k.upper == math.inf
+        assert k.note.startswith(f"no Ritz value stands above the noise floor{also}")
 
 
 def test_results_survive_a_file(tmp_path: Path, generator: torch.Generator) -> None:

@@ -71,6 +71,23 @@ def test_a_null_space_may_be_given_badly(offset: float, lengths: tuple[float, fl
     assert (k.null_dim, k.on_your_word) == (2, 2 if method == "lanczos" else 0), "fourteen rows explain it"
 
 
+@pytest.mark.parametrize("off", [1e-15, 1e-14])
+def test_a_direction_off_by_rounding_is_believed_where_the_singular_values_say_zero(off: float) -> None:
+    null = torch.tensor([off, 0.0, 0.0, 1.0], dtype=torch.float64)
+    k = condition_number(DenseOperator(torch.diag(torch.tensor([1.0, 2.0, 3.0, 0.0], dtype=torch.float64))), null=null)
+    assert (k.null_dim, k.two_sided) == (1, True)
+    assert k.value == pytest.approx(3.0)
+    small = DenseOperator(torch.diag(torch.tensor([1.0, 2.0, 3.0, 1e-14], dtype=torch.float64)))
+    with pytest.raises(NullSpaceError, match="declared null direction 0 is not null"):
+        condition_number(small, null=null)
+
+
+def test_products_that_cannot_tell_a_null_direction_are_not_asked() -> None:
+    A = CallableOperator(lambda v: v * torch.linspace(0, 1, 100).double(), 100, dtype=torch.float64, eps=2e-3)
+    with pytest.raises(NullSpaceError, match=r"known to 0\.002 only, so that none could tell a null direction"):
+        condition_number(A, null=torch.eye(100, dtype=torch.float64)[:, :1], method="lanczos")
+
+
 def test_single_precision_columns_of_exact_numbers() -> None:
     b = (torch.arange(16) % 2).float()
     null = torch.stack([torch.ones(16), 1e6 + b], dim=1)
@@ -165,6 +182,10 @@ def test_ordinary_rounding_is_no_cast(dtype: torch.dtype) -> None:
     A = CallableOperator(lambda v: calls.append(1) or v, 5, dtype=dtype)
     assert (A.eps, A.eps, len(calls)) == (torch.finfo(dtype).eps, torch.finfo(dtype).eps, 3)
     assert CallableOperator(lambda v: 0 * v, 5, dtype=dtype).eps == torch.finfo(dtype).eps
+    for half, n in ((torch.float16, 5), (torch.bfloat16, 5), (dtype, 0)):
+        untried = CallableOperator(lambda v: calls.append(2) or v, n, dtype=half)
+        assert untried.eps == torch.finfo(half).eps
+    assert len(calls) == 3, "too few digits, or numbers, to try any"
     assert CallableOperator(lambda v: v / 0, 5, dtype=dtype).eps == torch.finfo(dtype).eps
 
 

@@ -9,6 +9,8 @@ is orthogonal to, is in other coordinates, or ends the search because it is zero
 from __future__ import annotations
 
 import math
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +183,21 @@ def test_an_interrupt_keeps_what_is_there(generator: torch.Generator) -> None:
     torch.testing.assert_close(found.residuals, residuals, rtol=1e-6, atol=1e-13)
     with pytest.raises(KeyboardInterrupt):
         eigenpairs(counting(p.operator, {2: interrupt}), 3)
+
+
+def test_a_second_interrupt_ends_the_search_at_once(generator: torch.Generator) -> None:
+    def ask(times: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        def product(v: torch.Tensor) -> torch.Tensor:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+            return v
+
+        return product
+
+    A = symmetric_with_spectrum(spectrum("log", 200, 1e6), generator).operator
+    assert eigenpairs(counting(A, {35: ask(1)}), 3).stop == "interrupted"
+    with pytest.raises(KeyboardInterrupt):
+        eigenpairs(counting(A, {35: ask(2)}), 3)
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:

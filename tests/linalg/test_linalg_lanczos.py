@@ -188,6 +188,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(restart: bool, cut: int, gene
     assert defect(p.operator, resumed) <= 1e-13
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0**-700])
+def test_a_run_that_is_longer_already_comes_back_whole(scale: float, generator: torch.Generator) -> None:
+    A = counting(DenseOperator(scale * problem("log", 20, 1e3, generator).operator.to_dense()))
+    whole = lanczos(A, 8, seed=5)
+    again = lanczos(A, 5, resume=whole)
+    np.testing.assert_array_equal(again.alpha, whole.alpha)
+    np.testing.assert_array_equal(again.beta, whole.beta)
+    assert torch.equal(again.basis, whole.basis)
+    assert again.matvecs == whole.matvecs == 8
+
+
 def test_a_restart_does_not_draw_the_start_vector_again(generator: torch.Generator) -> None:
     """A start drawn outside from the same seed lies in the basis: drawn again, only rounding would be left of it."""
     p = problem("repeated", 9, 4.0, generator)

@@ -25,10 +25,12 @@ from bnp_analysis.linalg import (
     Preconditioner,
     Restriction,
     RowScaled,
+    Shifted,
     SymmetricOperator,
     congruence,
 )
 from bnp_analysis.linalg.derived import OnHost, SymmetricOnHost
+from bnp_analysis.linalg.scale import ScaledPreconditioner
 from bnp_analysis.testing import (
     check_linear_operator,
     check_preconditioner,
@@ -71,6 +73,7 @@ RECTANGULAR: dict[str, Made] = {
     "matrix, more columns than a chunk": lambda g, t: MatrixOperator(matrix(g, t, 150, 140)),
     "transposed": lambda g, t: MatrixOperator(matrix(g, t, 9, 4)).T,
     "product": lambda g, t: MatrixOperator(matrix(g, t, 9, 4)) @ MatrixOperator(matrix(g, t, 4, 6)),
+    "restriction times a matrix": lambda g, t: Restriction(dense(g, t), SOME) @ MatrixOperator(matrix(g, t, 3, 4)),
     "transposed product": lambda g, t: (MatrixOperator(matrix(g, t, 9, 4)) @ MatrixOperator(matrix(g, t, 4, 6))).T,
     "factor times preconditioner": lambda g, t: MatrixOperator(matrix(g, t, 9, 7)) @ invertible(g, t),
     "columns of a matrix": lambda g, t: ColumnSubset(MatrixOperator(matrix(g, t, 9, 7)), SOME),
@@ -87,10 +90,13 @@ SYMMETRIC: dict[str, Made] = {
     "dense": dense,
     "dense, n = 1": lambda g, t: DenseOperator(torch.tensor([[3.0]], dtype=t)),
     "dense, n = 0": lambda g, t: DenseOperator(torch.zeros(0, 0, dtype=t)),
+    "callable, n = 0": lambda g, t: CallableOperator(lambda v: v, 0, dtype=t),
     "dense with factor": lambda g, t: dense(g, t, rows=9),
     "dense with wide factor": lambda g, t: dense(g, t, rows=5),
     "callable": called,
     "Gram": lambda g, t: GramOperator(MatrixOperator(matrix(g, t, 5, 7))),
+    "Gram of a transposed matrix": lambda g, t: GramOperator(MatrixOperator(matrix(g, t, 7, 5)).T),
+    "shifted": lambda g, t: Shifted(dense(g, t), 0.5),
     "restriction": lambda g, t: Restriction(dense(g, t, rows=9), SOME),
     "restriction of a callable": lambda g, t: Restriction(called(g, t), SOME),
     "congruence": lambda g, t: congruence(dense(g, t), invertible(g, t)),
@@ -111,6 +117,7 @@ PRECONDITIONERS: dict[str, Callable[[torch.Generator, torch.dtype], Precondition
     "dense, condition 1e3": lambda g, t: DensePreconditioner(
         (random_orthogonal(6, g) * spectrum("log", 6, 1e3, scale=1e5) @ random_orthogonal(6, g)).to(t)
     ),
+    "dense, scaled": lambda g, t: ScaledPreconditioner(invertible(g, t), -5),
     "dense, norm 1e-9": lambda g, t: DensePreconditioner(1e-9 * matrix(g, t, 5, 5)),
     "dense, dtype changed": lambda g, t: invertible(g, torch.float32 if t == torch.float64 else torch.float64).to(t),
 }

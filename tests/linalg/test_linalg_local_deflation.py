@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import bnp_analysis as bnp
-from bnp_analysis.errors import NullSpaceError
+from bnp_analysis.errors import InvalidInputError, NullSpaceError
 from bnp_analysis.linalg import DenseOperator, DensePreconditioner, LinearOperator, condition_number, eigenpairs
 from bnp_analysis.linalg.bases import orthonormal_blocks
 from bnp_analysis.linalg.krylov.bidiagonal import golub_kahan
@@ -135,6 +135,13 @@ def test_transported_they_span_what_dense_ones_do(blocks, N, P):
     assert same_span(found.to_dense(), P.transport(N)) < 1e-13
 
 
+def test_transported_by_what_mixes_all_they_are_dense(blocks, N):
+    P = DensePreconditioner(torch.eye(SIZE, dtype=torch.float64) + 0.01 * numbers(SIZE, SIZE, seed=7))
+    found = P.transport(LocalColumns(SIZE, blocks))
+    assert isinstance(found, Tensor)
+    assert same_span(found, torch.linalg.qr(torch.linalg.solve(P.to_dense(), N))[0]) < 1e-12
+
+
 @pytest.mark.parametrize("preconditioned", [False, True])
 def test_numbers_of_krylov_methods_are_those_of_a_dense_basis(blocks, N, operator, P, preconditioned, never_dense):
     P = P if preconditioned else None
@@ -177,13 +184,23 @@ def test_one_direction_among_many_that_is_not_null_is_refused(blocks, operator, 
         condition_number(operator, null=Local(LocalColumns(SIZE, spoilt)), method="lanczos")
 
 
-def test_columns_that_are_not_orthonormal_are_made_so(blocks, operator):
-    @dataclass(frozen=True, eq=False)
-    class Both(Local):
-        @property
-        def basis(self) -> Tensor:
-            return self.columns.to_dense()
+@dataclass(frozen=True, eq=False)
+class Both(Local):
+    @property
+    def basis(self) -> Tensor:
+        return self.columns.to_dense()
 
+
+def test_columns_of_another_operator_are_refused(blocks, matrix):
+    null = Both(LocalColumns(SIZE, blocks))
+    larger = CallableOperator(lambda v: v, SIZE + 1, dtype=torch.float64)
+    with pytest.raises(InvalidInputError, match=r"null directions must be \(361, r\), got \(360, 90\)"):
+        condition_number(larger, null=null, method="lanczos")
+    with pytest.raises(InvalidInputError, match=r"null directions are in torch.float64 .*, the operator in .*32"):
+        condition_number(DenseOperator(matrix.float()), null=null, method="lanczos")
+
+
+def test_columns_that_are_not_orthonormal_are_made_so(blocks, operator):
     longer = LocalColumns(SIZE, [(w, 3.0 * v) for w, v in blocks])
     found = condition_number(operator, null=Both(longer), method="lanczos", steps=60)
     assert found.lower == pytest.approx(

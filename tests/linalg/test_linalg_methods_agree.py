@@ -196,6 +196,13 @@ def test_an_interrupted_regularized_number_claims_nothing(generator: torch.Gener
             regularized_condition_number(counting(A, {early: interrupt}), 1e-3, method="lanczos")
 
 
+def test_an_inverse_is_not_begun_after_ctrl_c(generator: torch.Generator) -> None:
+    A = symmetric_with_spectrum(spectrum("log", 60, 1e3), generator).operator
+    for early in (3, 12):
+        with pytest.raises(KeyboardInterrupt):
+            condition_number(counting(A, {early: interrupt}), null=none_null(60), method="inverse-lanczos")
+
+
 def test_routes_announce_their_products(generator: torch.Generator) -> None:
     p = symmetric_with_spectrum(spectrum("log", 24, 1e3), generator)
     A = counting(p.operator)

@@ -175,6 +175,14 @@ def test_bases_grow_where_rounding_adds_directions(generator: torch.Generator) -
     np.testing.assert_allclose(run.singular_values()[:90], torch.linalg.svdvals(F)[:90].numpy(), atol=1e-13)
 
 
+def test_bases_grow_beyond_a_rank_that_was_said_too_small(tmp_path: Path, generator: torch.Generator) -> None:
+    F = torch.randn(9, 7, generator=generator, dtype=torch.float64)
+    for _ in range(2):  # the second run is resumed from all seven columns
+        run = golub_kahan(MatrixOperator(F, rank_bound=1), 7, checkpoint=tmp_path / "run.pt")
+        laws(F, run)
+        np.testing.assert_allclose(run.singular_values(), torch.linalg.svdvals(F).numpy(), rtol=1e-12)
+
+
 @pytest.mark.parametrize("kind", ["log", "clustered"])
 @pytest.mark.parametrize("norm", [0.0, 1e2])
 def test_a_partial_run_bounds_from_below(kind: str, norm: float, generator: torch.Generator) -> None:

@@ -66,6 +66,7 @@ def test_where_no_check_is_needed_or_none_is_long_enough() -> None:
     assert products_that_show(np.array([2.0]), bulk, bulk, 100, 1e-6, 0.0) == 0
     assert products_that_show(np.array([0.5, 0.4]), bulk, bulk, 100, 1e-6, 0.0) == float("inf")
     assert products_that_show(np.array([2.0, 1.5]), bulk[:0], bulk[:0], 100, 1e-6, 0.0) == float("inf")
+    assert products_that_show(np.array([0.0, 0.0]), -bulk - 1, -bulk - 1, 100, 1e-6, 0.0) == float("inf")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])

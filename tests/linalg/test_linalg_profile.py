@@ -215,6 +215,9 @@ def test_bad_input_is_answered() -> None:
     for method in ("dense", "lanczos"):
         with pytest.raises(ZeroOperatorError):
             bnp.condition_profile(bnp.DenseOperator(torch.zeros(4, 4, dtype=torch.float64)), method=method)
+    rows = bnp.linalg.MatrixOperator(torch.zeros(3, 4, dtype=torch.float64))
+    with pytest.raises(ZeroOperatorError, match="the operator is zero to rounding"):
+        bnp.condition_profile(bnp.linalg.GramOperator(rows), method="factor-svd")
     with pytest.raises(InvalidInputError, match="SymmetricOperator"):
         bnp.condition_profile(torch.eye(3))  # type: ignore[arg-type]
 

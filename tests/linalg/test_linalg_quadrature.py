@@ -159,6 +159,9 @@ def test_refusals(generator: torch.Generator) -> None:
     for width in (0.0, -1.0, math.nan):
         with pytest.raises(InvalidInputError, match="width"):
             spectral_density(A, width=width)
+    for floor in (0.0, -1e-3, math.nan):
+        with pytest.raises(InvalidInputError, match=f"floor must be positive, got {floor}"):
+            spectral_density(A, steps=4, probes=1).symmetric_log(floor)
     with pytest.raises(InvalidInputError, match=r"R\^0 has no eigenvalues"):
         spectral_density(DenseOperator(torch.zeros(0, 0)))
     with pytest.raises(InvalidInputError, match="two probes"):

@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bnp_analysis.errors import InvalidInputError
+from bnp_analysis.errors import InvalidInputError, ZeroOperatorError
 from bnp_analysis.linalg import (
     DensePreconditioner,
     GramOperator,
+    IdentityPreconditioner,
     LinearOperator,
     MatrixOperator,
     condition_number,
@@ -194,6 +195,30 @@ def test_rows_that_structure_makes_dependent_are_not_counted():
     assert found.two_sided
     assert found.lower <= kappa <= found.upper
     assert found.upper <= (1 + 1e-7) * found.lower
+
+
+def test_rows_of_zeros_have_no_condition_number():
+    left, right = rows(6)
+    with pytest.raises(ZeroOperatorError, match="the operator is zero to rounding"):
+        measured(0 * left, right)
+
+
+def test_the_identity_is_the_same_for_every_unit():
+    left, right = rows(7)
+    found, plain = (
+        measured(left, right, preconditioner=IdentityPreconditioner(21, torch.float64)),
+        measured(left, right),
+    )
+    assert found.two_sided
+    assert (found.method, found.note) == ("row-gram", "")
+    assert found.value == pytest.approx(plain.value, rel=1e-12)
+
+
+def test_nothing_is_certified_where_rows_cancel():
+    """Of two equal rows the difference is zero."""
+    ones = torch.ones(2, dtype=torch.float64)
+    same = row_gram._Rows([(ones[:, None], ones[:1, None])], torch.zeros(2, dtype=torch.int64), ones, ones, 1e-16, 0, 2)
+    assert row_gram._bottom(same, torch.tensor([1.0, -1.0], dtype=torch.float64)) is None
 
 
 def test_equal_largest_eigenvalues_and_a_scale_far_from_one():

@@ -40,6 +40,7 @@ from bnp_analysis.linalg import (
     trace,
 )
 from bnp_analysis.linalg.condition.reduction import reduced
+from bnp_analysis.linalg.scale import ScaledPreconditioner, scaled_preconditioner
 
 TWO = [[2.0, 1.0], [1.0, 2.0]]  # eigenvalues 3 and 1
 SCALES = (-1040, -540, -300, 300, 990, 1022)
@@ -197,6 +198,14 @@ def test_a_symmetric_matrix_in_other_variables(method: str) -> None:
     k = condition_number(A, preconditioner=T, method=method)
     assert math.isnan(k.lower) or k.lower <= truth
     assert k.upper >= truth - 3
+
+
+def test_magnitudes_of_rows_outlive_the_scale_of_a_preconditioner() -> None:
+    """Rows times a power of two before the product would lose their small entries."""
+    P = scaled_preconditioner(DensePreconditioner(stored([[1.0, 0.0], [-3.0, 2.0]], 900)))
+    assert isinstance(P, ScaledPreconditioner)
+    found = P.row_magnitude(stored([[1.0, 0.0], [0.0, -(2.0**-300)]]))
+    assert torch.equal(times(found, -900 - P.exponent), stored([[1.0, 0.0], [3 * 2.0**-300, 2.0**-299]]))
 
 
 def test_qr_that_rounds_to_zero_leaves_the_rank() -> None:

@@ -262,6 +262,14 @@ def test_second_derivatives_of_no_function_are_refused(
                 verb(risk, block=block)
 
 
+def test_products_are_tried_where_the_output_is_one_number_for_the_batch() -> None:
+    """Such outputs could not be put together, and a trial that fails refuses nothing."""
+    model = drawn(lambda: Middle(lambda m, h: Unlinked.apply(h)))
+    risk = bnp.EmpiricalRisk(model, lambda o, y: (o - 1) ** 2, table(40), output=lambda o: o.square().mean())
+    with pytest.raises(DerivativeError, match="the outputs"):
+        bnp.gauss_newton(risk)
+
+
 def test_second_derivatives_are_tried_once_per_risk(monkeypatch: pytest.MonkeyPatch) -> None:
     risk = classify(drawn(lambda: Middle(lambda m, h: torch.tanh(h))), table(40))
     bnp.hessian(risk)

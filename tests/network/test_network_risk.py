@@ -388,6 +388,14 @@ def test_several_outputs_are_joined_as_the_refusal_says(kind: type) -> None:
     assert risk.outputs.shape == (len(x), 4)
 
 
+def test_outputs_that_are_one_number_for_a_batch_are_these_numbers() -> None:
+    (x, y), model = table(), mlp()
+    batches = [(x[:4], y[:4]), (x[4:], y[4:])]
+    risk = bnp.EmpiricalRisk(model, lambda o, y: o, batches, output=lambda o: o.square().mean())
+    expected = torch.stack([model(part).square().mean() for part, _ in batches]).detach()
+    torch.testing.assert_close(risk.outputs, expected, rtol=1e-12, atol=0, check_dtype=False)
+
+
 @pytest.mark.parametrize(
     ("loss", "match"),
     [

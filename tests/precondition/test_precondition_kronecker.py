@@ -185,6 +185,26 @@ def test_the_output_factor_is_its_definition(case: str, risks: dict[str, bnp.Emp
         torch.testing.assert_close(S[0], moments_by_definition(risk, name), rtol=1e-9, atol=1e-12)
 
 
+def test_a_batch_that_a_layer_does_not_see_adds_nothing() -> None:
+    class Either(nn.Module):
+        """The first layer for four features, the second for five."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.four, self.five = nn.Linear(4, 3), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.four(x) if x.shape[1] == 4 else self.five(x)
+
+    model, entropy, y = Either().double(), nn.functional.cross_entropy, torch.arange(6) % 3
+    batches = [(uneven((2, 4), 1), y[:2]), (uneven((4, 5), 2), y[2:])]
+    first = ["four.weight", "four.bias"]
+    seen = bnp.EmpiricalRisk(model, entropy, batches[:1], params=first)
+    expected = output_moments(seen, coverage(seen))["four"] / 3
+    for risk in (bnp.EmpiricalRisk(model, entropy, batches, params=first), bnp.EmpiricalRisk(model, entropy, batches)):
+        torch.testing.assert_close(output_moments(risk, coverage(risk))["four"], expected, rtol=1e-12, atol=0)
+
+
 def test_groups_have_their_own_factors() -> None:
     """A grouped convolution is damped and factored group by group, as if each were a layer of its own."""
     x = uneven((8, 4, 4, 4), 2)

@@ -42,8 +42,6 @@ class _Solver:
     def __call__(self, b: Tensor) -> Tensor:
         # Squares of what is far from 1 leave the floats.
         b, power = comfortable(self._clean(b.double()))
-        if not b.any():
-            return times_power(b, -power).to(self.B.dtype)
         x, r = torch.zeros_like(b), b.clone()
         p, rr, size = r.clone(), float(r @ r), float(b.norm())
         for _ in range(self.limit):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,7 +171,7 @@ def condition_profile(
     require_probability(failure_probability)
     if probes < 2:
         raise InvalidInputError(f"an error bar needs at least two probes, got {probes}")
-    if not isinstance(thresholds, Iterable) or not all(0 < t <= 1 for t in thresholds):
+    if not all(0 < t <= 1 for t in thresholds):
         raise InvalidInputError(f"thresholds are fractions of the largest eigenvalue, in (0, 1], got {thresholds}")
     if preconditioner is not None:
         check_fits(A, preconditioner)
@@ -219,8 +219,6 @@ def condition_profile(
 def _ladder(ranks: Sequence[int] | None, dim: int) -> list[int]:
     if ranks is None:
         return []
-    if not isinstance(ranks, Iterable):
-        raise InvalidInputError(f"ranks must be several integers, got {ranks!r}; for one rank give ranks=[{ranks}]")
     ranks = list(ranks)
     wrong = [r for r in ranks if isinstance(r, bool) or not isinstance(r, int | np.integer) or not 2 <= r <= dim]
     if wrong or not ranks:
