@@ -60,6 +60,10 @@ def jacobians(net: nn.Module, x: Tensor) -> Tensor:
     return vmap(jacfwd(net))(x).flatten(1)
 
 
+def chances(net: nn.Module, x: Tensor) -> Tensor:
+    return vmap(lambda z: torch.softmax(torch.cat([net(z), net(-z)]), 0).log())(x)
+
+
 def dual(net: nn.Module, x: Tensor) -> Tensor:
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(net(forward_ad.make_dual(x, torch.ones_like(x)))).tangent  # type: ignore[no-any-return]
@@ -132,6 +136,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "vjp": lambda: Inside(pulled_back),
     ".grad": lambda: Inside(left_in_grad),
     "jacfwd": lambda: Inside(jacobians),
+    "softmax": lambda: Inside(chances),
     "dual numbers": lambda: Inside(dual),
     "forces": lambda: Inside(force, convolutions()),
     "forces, torch.func": lambda: Inside(forces, convolutions()),
