@@ -574,18 +574,32 @@ def _by_torch(func: Any, x: Tensor, *rest: Any, **kwargs: Any) -> Any:
         if func in _RULES:
             given = {k: v for k, v in kwargs.items() if k != "inplace"}
             with temporarily_clear_interpreter_stack(), torch.no_grad():
-                slopes = _RULES[func](*rest, **given).slope(_numbers(x)).abs()
+                slopes = _RULES[func](*rest, **given).slope(untransformed(x)).abs()
                 slope = float(slopes.min()) if slopes.numel() else 1.0
         watch.amplify(1 / max(slope, torch.finfo(x.dtype).eps))
     return func(x, *rest, **kwargs)
 
 
-def _numbers(x: Tensor) -> Tensor:
-    """What lies inside the transforms around a tensor, axes over which they map first."""
-    while is_functorch_wrapped_tensor(x):
-        batch = maybe_get_bdim(x) if is_batchedtensor(x) else 0
-        x = get_unwrapped(x).movedim(batch, 0) if batch else get_unwrapped(x)
-    return x
+def untransformed(t: Tensor) -> Tensor:
+    """The numbers of a tensor inside transforms of `torch.func`, recorded where they are: batches of `vmap` come first.
+
+    Example:
+        >>> seen = []
+        >>> def f(row):
+        ...     seen.append(untransformed(row))
+        ...     return row.sum()
+        >>> _ = torch.func.vmap(torch.func.grad(f))(torch.ones(3, 2))
+        >>> seen[0].shape
+        torch.Size([3, 2])
+    """
+    axes = list(range(t.ndim))
+    while is_functorch_wrapped_tensor(t):
+        if is_batchedtensor(t):
+            batch = maybe_get_bdim(t)
+            axes = [batch, *(axis + (axis >= batch) for axis in axes)]
+        t = get_unwrapped(t)
+    # At once and outside: a transform of a tensor that is still inside another one would need that to run.
+    return t if axes == sorted(axes) else t.permute(axes)
 
 
 def _outside(x: Tensor) -> AbstractContextManager[Any]:
@@ -595,7 +609,7 @@ def _outside(x: Tensor) -> AbstractContextManager[Any]:
 
 def _finite(x: Tensor) -> bool:
     with _outside(x):
-        return bool(torch.isfinite(_numbers(x)).all())
+        return bool(torch.isfinite(untransformed(x)).all())
 
 
 def _note(watch: Watch, x: Tensor, rule: Rule) -> None:
@@ -606,7 +620,7 @@ def _note(watch: Watch, x: Tensor, rule: Rule) -> None:
     # Inside a transform the gradients of two passes cannot be compared.
     watch.vanished = watch.vanished or inside
     with _outside(x), torch.no_grad():
-        z, tiny = _numbers(x).detach(), torch.finfo(x.dtype).tiny
+        z, tiny = untransformed(x).detach(), torch.finfo(x.dtype).tiny
         slope = rule.slope(z)
         watch.least = min(watch.least, float(slope.abs().min()) if z.numel() else math.inf)
         change = (z * rule.curvature(z) / slope).abs()
@@ -636,7 +650,7 @@ def _softmaxed(made: Any, func: Any, x: Tensor, dim: int | None = None, *rest: A
             watch.edges.append(get_gradient_edge(x))
         watch.vanished = watch.vanished or is_functorch_wrapped_tensor(x)
         with _outside(x), torch.no_grad():
-            z = _numbers(x).detach()
+            z = untransformed(x).detach()
             axis = dim if dim < 0 else dim + z.ndim - x.ndim
             p, kept = torch.softmax(z, axis), _unsaturated(z, axis) > 0
             watch.vanished = watch.vanished or bool(((p < torch.finfo(p.dtype).tiny) & kept).any())
