@@ -177,6 +177,23 @@ def test_a_weight_that_is_no_matrix_is_named(shape: tuple[int, ...], transposed:
         del KINDS[Gains]
 
 
+def test_a_layer_inside_a_module_that_does_not_show_its_product_is_left_out() -> None:
+    class Hidden(nn.Linear):
+        pass
+
+    class HiddenLayer(KINDS[nn.Linear].layer):  # type: ignore[misc]
+        inner = True
+
+    register_layer(Hidden, like=HiddenLayer)
+    try:
+        model = nn.Sequential(Hidden(3, 2), nn.Linear(2, 2))
+        found = coverage(bnp.EmpiricalRisk(model, F.mse_loss, (torch.eye(3), torch.ones(3, 2))))
+        assert [layer.name for layer in found] == ["1"]
+        assert found.uncovered["0.weight"] == "Hidden does not compute what a loop over its steps does"
+    finally:
+        del KINDS[Hidden]
+
+
 class Convolution(nn.Module):
     pass
 
