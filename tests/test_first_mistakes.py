@@ -18,7 +18,8 @@ from torch.nn.functional import cross_entropy
 
 import bnp_analysis as bnp
 from bnp_analysis.errors import InvalidInputError, NotConvexError, StochasticModelError
-from bnp_analysis.runtime.kinds import KINDS, WAYS, _kind
+from bnp_analysis.runtime.kinds import KINDS, WAYS, _kind, require_range
+from bnp_analysis.runtime.random import generator
 
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.arange(12) % 3
@@ -259,3 +260,37 @@ def test_the_recipe_of_the_guide_for_weights(count: Callable[..., float]) -> Non
 
 def test_curvature_may_be_one_name() -> None:
     assert list(bnp.compare(RISK, curvature="gauss-newton").network) == ["gauss-newton"]
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (
+            lambda: bnp.linalg.MatrixOperator(torch.eye(2).to_sparse()),
+            "the matrix must be a dense tensor, not torch.sparse_coo: write .to_dense()",
+        ),
+        (
+            lambda: bnp.linalg.MatrixOperator(torch.eye(2, device="meta")),
+            "the matrix is on the meta device: it has a shape and no values",
+        ),
+        (
+            lambda: bnp.EmpiricalRisk(MODEL, cross_entropy, (X, Y), device="abacus"),
+            "device must be a device of torch, such as 'cpu' or None, not 'abacus'",
+        ),
+        (
+            lambda: bnp.EmpiricalRisk(MODEL, cross_entropy, (X, Y), dtype=torch.int64),
+            "dtype must be a floating-point type, such as torch.float64, or None, not torch.int64",
+        ),
+        (
+            lambda: bnp.bnp_preconditioner(RISK, output_scale="estimated"),
+            "output_scale must be True or False, not 'estimated'",
+        ),
+        (lambda: require_range("lr", float("nan")), "lr must be a real number, got nan"),
+        (lambda: require_range("epochs", "three"), "epochs must be a real number, got 'three'"),
+        (lambda: generator(True), "seed must be an integer, got True"),
+        (lambda: generator(1.5), "seed must be an integer, got 1.5"),
+    ],
+)
+def test_arguments_are_told_what_they_must_be(call: Callable[[], object], said: str) -> None:
+    with pytest.raises(InvalidInputError, match=f"^{re.escape(said)}$"):
+        call()

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import builtins
 import errno
+import fcntl
 import io
 import os
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bnp_analysis as bnp
 from bnp_analysis.cli import main
 from bnp_analysis.errors import InvalidInputError, MemoryLimitError, OutputError
-from bnp_analysis.runtime import memory
+from bnp_analysis.runtime import files, memory
 
 G = torch.Generator().manual_seed(0)
 X, Y = torch.randn(8, 3, generator=G, dtype=torch.float64), torch.arange(8) % 2
@@ -458,3 +460,87 @@ def test_commands_refuse_memory_in_a_sentence(
     (sentence,) = capsys.readouterr().err.splitlines()
     assert re.match(r"bnp-analysis: error: .* would take about \S+ GiB, 0\.000977 GiB are available", sentence)
     assert not (tmp_path / "out.json").exists()
+
+
+# files of a run
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_a_result_replaces_no_folder_and_no_pipe(make: Callable[[Path], None], tmp_path: Path) -> None:
+    path = tmp_path / "taken"
+    make(path)
+    with pytest.raises(InvalidInputError, match=r"taken is a folder, a pipe or a device, which writing would replace$"):
+        bnp.condition_number(operator()).save(path)
+    assert [left.name for left in tmp_path.iterdir()] == ["taken"]
+
+
+def test_an_error_that_is_not_the_systems_stays_what_it_is() -> None:
+    error = RuntimeError("no matter of files")
+    with pytest.raises(RuntimeError) as seen, files.writing("run.pt"):
+        raise error
+    assert seen.value is error
+
+
+def test_what_a_killed_run_left_is_taken_away_by_the_next(tmp_path: Path) -> None:
+    for name in (".run[1].pt.0a.tmp", ".run1.pt.0a.tmp", ".run[1].pt.tmp.pt"):
+        (tmp_path / name).write_bytes(OLD)
+    with files.sole_writer(tmp_path / "run[1].pt"):
+        left = {path.name for path in tmp_path.iterdir()}
+    assert left == {".run[1].pt.lock", ".run1.pt.0a.tmp", ".run[1].pt.tmp.pt"}
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_a_lock_that_is_no_file_is_named(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / ".run.pt.lock")
+    said = r"checkpoint=\S*run\.pt is locked by \S*\.run\.pt\.lock, which is no ordinary file: delete it$"
+    with pytest.raises(InvalidInputError, match=said):
+        bnp.eigenpairs(operator(), 2, checkpoint=tmp_path / "run.pt")
+
+
+def test_where_no_locks_are_known_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    assert bnp.eigenpairs(operator(), 2, checkpoint=tmp_path / "run.pt").stop == "converged"
+    assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
+
+
+def test_a_path_that_is_only_read_may_be_any(tmp_path: Path) -> None:
+    """A process beside the one that writes asks for nothing, and makes nothing."""
+    (tmp_path / "file").write_bytes(OLD)
+    for path in (tmp_path, tmp_path / "file" / "run.pt", tmp_path / "none" / "run.pt"):
+        files.require_output(files.ReadOnlyPath(path), "checkpoint")
+        with files.sole_writer(files.ReadOnlyPath(path)):
+            assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_is_no_state(tmp_path: Path) -> None:
+    said = (
+        r"is not a saved run, or damaged \(it is a folder, a pipe or a device\); delete it, or give another checkpoint="
+    )
+    with pytest.raises(InvalidInputError, match=said):
+        files.read_state(tmp_path, "a saved run")
+
+
+def test_limits_of_memory_that_cannot_be_read_are_none(tmp_path: Path) -> None:
+    assert memory._within_control_groups(tmp_path, tmp_path / "none") == sys.maxsize
+    (tmp_path / "own").write_text("0::/a\n")
+    (tmp_path / "a").mkdir()
+    above = {"max": "1000", "current": "400", "stat": "inactive_file 100"}
+    for limit in ("no number", "500"):  # of the latter there is nothing that says how much is used
+        (tmp_path / "a" / "memory.max").write_text(limit)
+        for name, text in above.items():
+            (tmp_path / f"memory.{name}").write_text(text)
+        assert memory._within_control_groups(tmp_path, tmp_path / "own") == 700
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux has it")
+def test_the_peak_of_memory_is_that_of_this_process_in_megabytes() -> None:
+    def now(name: str) -> float:
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(lines[name].split()[0]) / 1024
+
+    before = memory.peak_memory("cpu")
+    assert now("VmRSS") <= before <= now("VmHWM")
+    assert memory.peak_memory("cpu", reset=True) <= before

@@ -38,6 +38,32 @@ def test_bars_have_the_heights_of_the_result(result):
     assert ax.get_yscale() == "log"
 
 
+def test_bars_that_are_bounds_say_so(result):
+    first, *rest = result.layers.layers
+    bound = replace(first, centered=replace(first.centered, two_sided=False))
+    ax = plotting.plot_inputs(replace(result.layers, layers=(bound, *rest)))
+    assert [(text.get_text(), text.xy) for text in ax.texts] == [("≥", (0.0, first.centered.value))]
+    plt.close("all")
+
+
+def test_profiles_show_the_last_nonzero_eigenvalue_and_one_side_may_lack():
+    x, y = torch.eye(4, dtype=torch.float64)[:3], torch.zeros(3, 1, dtype=torch.float64)
+    risk = bnp.EmpiricalRisk(torch.nn.Linear(4, 1, bias=False).double(), torch.nn.functional.mse_loss, (x, y))
+    found = bnp.condition(risk, preconditioner=None)
+    assert found.with_P is None
+    ax = plotting.plot_profile(found)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["without $P$"]
+    whole = replace(found.without_P, rank=int(found.without_P.ranks[-1]))
+    ax = plotting.plot_profile(whole)
+    (square,) = [line for line in ax.lines if line.get_marker() == "s"]
+    assert (square.get_xdata()[0], square.get_ydata()[0]) == (whole.ranks[-1], whole.value[-1])
+    assert ax.get_xlabel() == "rank $r$ (square: the last nonzero eigenvalue)"
+    ax = plotting.plot_profile(replace(whole, rank=None))
+    assert [line.get_marker() for line in ax.lines] == ["o"]
+    assert ax.get_xlabel() == "rank $r$"
+    plt.close("all")
+
+
 def test_every_number_is_drawn_and_bounds_look_different(result):
     ax = plotting.plot_blocks(result)
     markers = [(line.get_marker(), y) for line in ax.lines for y in np.atleast_1d(line.get_ydata())]

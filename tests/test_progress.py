@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
 
 import pytest
 
-from bnp_analysis.runtime.progress import reporting
+from bnp_analysis.runtime.progress import Stopped, reporting, stop_requests
 
 
 class Stream(io.StringIO):
@@ -33,3 +34,11 @@ def test_a_bar_is_for_terminals_and_goes_when_it_is_done(terminal: bool, monkeyp
     assert ("work" in written) == terminal
     assert written.split("\r")[-1].strip() == ""
     assert capsys.readouterr().out == ""
+
+
+def test_a_run_that_was_asked_to_stop_ends_where_it_looks() -> None:
+    with stop_requests(signal.SIGTERM) as request:
+        request.heed()
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Stopped, match=r"^SIGTERM$"):
+            request.heed()

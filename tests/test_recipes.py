@@ -157,6 +157,43 @@ def test_a_layer_that_is_not_what_it_was_registered_for_is_left_out() -> None:
     assert found.uncovered["0.w"] == "Twice does not compute the product that it was registered for"
 
 
+@pytest.mark.parametrize(("shape", "transposed"), [((3,), False), ((3, 2, 1), True)])
+def test_a_weight_that_is_no_matrix_is_named(shape: tuple[int, ...], transposed: bool) -> None:
+    class Gains(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(shape))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.w.flatten()[:3]
+
+    register_layer(Gains, like=nn.Linear, weight="w", transposed=transposed)
+    try:
+        risk = bnp.EmpiricalRisk(Gains(), F.mse_loss, (torch.eye(3), torch.ones(3, 3)))
+        said = f"a Gains has a weight 'w' of shape {shape}, which is no matrix of units and features"
+        with pytest.raises(InvalidInputError, match=f"^{re.escape(said)}$"):
+            coverage(risk)
+    finally:
+        del KINDS[Gains]
+
+
+def test_a_layer_inside_a_module_that_does_not_show_its_product_is_left_out() -> None:
+    class Hidden(nn.Linear):
+        pass
+
+    class HiddenLayer(KINDS[nn.Linear].layer):  # type: ignore[misc]
+        inner = True
+
+    register_layer(Hidden, like=HiddenLayer)
+    try:
+        model = nn.Sequential(Hidden(3, 2), nn.Linear(2, 2))
+        found = coverage(bnp.EmpiricalRisk(model, F.mse_loss, (torch.eye(3), torch.ones(3, 2))))
+        assert [layer.name for layer in found] == ["1"]
+        assert found.uncovered["0.weight"] == "Hidden does not compute what a loop over its steps does"
+    finally:
+        del KINDS[Hidden]
+
+
 class Convolution(nn.Module):
     pass
 
@@ -166,7 +203,9 @@ class Convolution(nn.Module):
     [
         (Transposed, {"like": nn.ReLU}, "ReLU is no registered layer"),
         (Convolution, {"like": nn.Conv1d}, "no subclass of Conv1d"),
-        (nn.Conv1d, {"like": nn.Conv1d, "transposed": True}, "stored transposed"),
+        (nn.Conv1d, {"like": nn.Conv1d, "transposed": True}, "is a convolution that is stored transposed"),
+        (nn.ConvTranspose1d, {"like": nn.ConvTranspose1d}, "transposed convolution, whose weight is stored transposed"),
+        (Convolution, {"like": nn.ConvTranspose1d, "transposed": True}, "no subclass of ConvTranspose1d"),
         (int, {"like": nn.Linear}, "a class of modules is registered"),
     ],
 )

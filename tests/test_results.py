@@ -8,21 +8,26 @@ compare clocks; HTML injection.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import FrozenInstanceError, dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 
+from bnp_analysis import results
 from bnp_analysis.errors import DataNotFoundError, InvalidInputError
 from bnp_analysis.results import FORMAT_VERSION, Result, package_versions
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 
 class Stop(StrEnum):
@@ -55,6 +60,20 @@ class ResultsTestTable(Result):
     def records(self) -> list[dict[str, Any]]:
         """One row for each layer."""
         return [{"name": row["name"], "kappa": row["kappa"].value} for row in self.rows]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultsTestList(Result):
+    """A result with a list of words."""
+
+    names: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultsTestLater(Result):
+    """A result with a type that only type checkers import."""
+
+    path: Fraction | str = ""
 
 
 def round_trip(result: Result, folder: Path) -> Any:
@@ -167,6 +186,14 @@ GOOD = {"format": "bnp_analysis.result", "format_version": 1, "type": "ResultsTe
         ),
         (GOOD | {"fields": {"value": {"$tensor": {"dtype": "load", "shape": [], "data": [1]}}}}, "damaged"),
         (GOOD | {"fields": {"value": {"$device": "abacus"}}}, "damaged"),
+        (GOOD | {"fields": {"value": {"$dtype": "load"}}}, "damaged.*'load' is not a dtype"),
+        (
+            GOOD | {"fields": {"value": {"$array": {"dtype": "float64", "shape": [1], "data": [{"$result": {}}]}}}},
+            r"damaged.*\{'\$result': \{\}\} inside an array",
+        ),
+        (GOOD | {"fields": {"value": "one"}}, "field 'value' holds a str, not float of ResultsTestNumber"),
+        (GOOD | {"fields": {"value": 1.0, "method": 3}}, "field 'method' holds an int, not str of ResultsTestNumber"),
+        (GOOD | {"type": "ResultsTestList", "fields": {"names": "abc"}}, "field 'names' holds a str, not Sequence"),
         (GOOD | {"fields": {"value": {"$result": {"type": "NoSuchResult", "fields": {}}}}}, "unknown type"),
     ],
 )
@@ -176,6 +203,30 @@ def test_damaged_files_are_refused_with_their_name(text: Any, message: str, tmp_
     with pytest.raises(InvalidInputError, match=message) as caught:
         Result.load(path)
     assert "damaged.json" in str(caught.value)
+
+
+def test_sequences_and_types_that_are_not_known_when_the_program_runs(tmp_path: Path) -> None:
+    for names in (["a", "b"], ("a", "b")):
+        assert round_trip(ResultsTestList(names=names), tmp_path).names == names
+    assert round_trip(ResultsTestLater(path="a"), tmp_path).path == "a"
+
+
+def test_a_package_without_metadata_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(package: str) -> str:
+        if package == "scipy":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return "1.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", lacking)
+    found = dict(results._versions.__wrapped__())
+    assert found["scipy"] == "not installed"
+    assert found["torch"] == "1.0"
+
+
+def test_a_folder_is_no_result_and_a_table_may_be_empty(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="is a folder, a pipe or a device, so no result can be read"):
+        Result.load(tmp_path)
+    assert ResultsTestTable().table() == "(no rows)"
 
 
 def test_load_on_a_subclass_checks_the_class(tmp_path: Path) -> None:

@@ -20,9 +20,10 @@ from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.kernels import KernelMode, derivative
 from bnp_analysis.network.layer_kinds import KINDS, Layer, by_module, kind_of, kinds_of
-from bnp_analysis.network.observation import transformed, untransformed
+from bnp_analysis.network.observation import transformed
 from bnp_analysis.network.recorded_product import Recorded
 from bnp_analysis.network.risk import EmpiricalRisk
+from bnp_analysis.network.smooth import untransformed
 from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.trees import tensors_of
 

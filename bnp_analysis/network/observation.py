@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from bnp_analysis.errors import DerivativeError, InvalidInputError
 from bnp_analysis.network.kernels import nodes_of
+from bnp_analysis.network.smooth import untransformed
 from bnp_analysis.network.snapshot import unwrap
 from bnp_analysis.runtime.trees import tensors_of
 
@@ -278,26 +279,6 @@ def differentiable_part(t: Tensor) -> Tensor:
             "a layer gives vmap its examples along another axis than the first, so they cannot be told apart in what "
             "is recorded. Let vmap inside forward() have in_dims=0, or give the layer whole batches"
         )
-    return t
-
-
-def untransformed(t: Tensor) -> Tensor:
-    """The numbers of a tensor inside transforms of `torch.func`, recorded where they are: batches of `vmap` come first.
-
-    Example:
-        >>> import torch
-        >>> seen = []
-        >>> def f(row):
-        ...     seen.append(untransformed(row))
-        ...     return row.sum()
-        >>> _ = torch.func.vmap(torch.func.grad(f))(torch.ones(3, 2))
-        >>> seen[0].shape
-        torch.Size([3, 2])
-    """
-    while transformed(t):
-        batch = _functorch.maybe_get_bdim(t) if _functorch.is_batchedtensor(t) else 0
-        t = _functorch.get_unwrapped(t)
-        t = t if batch == 0 else t.movedim(batch, 0)
     return t
 
 

@@ -227,7 +227,7 @@ class ParameterSpace:
         """
         names = [str(i) for i in range(parts)] if isinstance(parts, int) else list(parts)
         rows = {self._rows(name) for name in self.layer_names(layer)}
-        if len(rows) > 1 or not names or min(rows) % len(names):
+        if len(rows) > 1 or not names or not min(rows) or min(rows) % len(names):
             raise InvalidInputError(
                 f"the tensors of {layer!r} have {' and '.join(map(str, sorted(rows)))} rows, which do not divide into "
                 f"{len(names)} equal parts; give blocks as (name, slice(begin, end))"

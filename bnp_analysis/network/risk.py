@@ -24,13 +24,12 @@ from bnp_analysis.network.observation import (
     differentiable_part,
     live_tensors,
     reads_model,
-    untransformed,
     watched,
 )
 from bnp_analysis.network.parameters import ParameterSpace, choose_parameters
 from bnp_analysis.network.precision import GENERIC, Precision, find_precision
 from bnp_analysis.network.purity import require_mean_loss, require_pure
-from bnp_analysis.network.smooth import Accurate
+from bnp_analysis.network.smooth import Accurate, untransformed
 from bnp_analysis.network.snapshot import brought, fingerprint, point, snapshot, snapshot_loss, tied_names, with_tensors
 from bnp_analysis.runtime.kinds import gated, require_loss, require_plain
 from bnp_analysis.runtime.threads import LOCK

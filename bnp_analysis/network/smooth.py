@@ -12,18 +12,25 @@ derivatives replaced by numbers of ordinary size: what is then zero is zero by a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from types import FunctionType
+from types import FunctionType, MappingProxyType
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack, get_unwrapped, is_functorch_wrapped_tensor
+from torch._C._functorch import (
+    TransformType,
+    get_interpreter_stack,
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    maybe_get_bdim,
+)
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -363,8 +370,9 @@ class LogSoftmax(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, ctx.dim, ctx.structural = inputs
         ctx.kept = None
+        # The same for both: under vmap torch remembers the batched axes of the tensors that were saved last.
         ctx.save_for_backward(x, output)
-        ctx.save_for_forward(x)
+        ctx.save_for_forward(x, output)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
@@ -378,7 +386,7 @@ class LogSoftmax(Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        (x,) = ctx.saved_tensors
+        x, _ = ctx.saved_tensors
         p = Softmax.apply(x, ctx.dim, ctx.structural)
         return _centred(tangents[0], p, ctx.dim)
 
@@ -460,7 +468,7 @@ class Likelihood(Function):
     """`F.nll_loss`, linear in the logarithms: torch's own carries zeros back to them in every second derivative."""
 
     @staticmethod
-    def forward(logs: Tensor, y: Tensor, weight: Tensor | None, axis: int, given: dict[str, Any]) -> Tensor:
+    def forward(logs: Tensor, y: Tensor, weight: Tensor | None, axis: int, given: Mapping[str, Any]) -> Tensor:
         return F.nll_loss(logs, y, weight, **given)
 
     @staticmethod
@@ -538,8 +546,6 @@ def _valued(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 
 def _entrywise(func: Any, x: Tensor, *rest: Any, inplace: bool = False, **kwargs: Any) -> Tensor:
     watch = _WATCH.get()
-    if rest and isinstance(rest[-1], bool):
-        *rest, inplace = rest  # type: ignore[assignment]
     inplace = inplace or func.__name__.endswith("_")
     rule = _RULES[func](*rest, **kwargs)
     if watch is not None:
@@ -568,17 +574,42 @@ def _by_torch(func: Any, x: Tensor, *rest: Any, **kwargs: Any) -> Any:
         if func in _RULES:
             given = {k: v for k, v in kwargs.items() if k != "inplace"}
             with temporarily_clear_interpreter_stack(), torch.no_grad():
-                slopes = _RULES[func](*[r for r in rest if not isinstance(r, bool)], **given).slope(_numbers(x)).abs()
+                slopes = _RULES[func](*rest, **given).slope(untransformed(x)).abs()
                 slope = float(slopes.min()) if slopes.numel() else 1.0
         watch.amplify(1 / max(slope, torch.finfo(x.dtype).eps))
     return func(x, *rest, **kwargs)
 
 
-def _numbers(x: Tensor) -> Tensor:
-    """What lies inside the transforms around a tensor."""
-    while is_functorch_wrapped_tensor(x):
-        x = get_unwrapped(x)
-    return x
+def untransformed(t: Tensor) -> Tensor:
+    """The numbers of a tensor inside transforms of `torch.func`, recorded where they are: batches of `vmap` come first.
+
+    Example:
+        >>> seen = []
+        >>> def f(row):
+        ...     seen.append(untransformed(row))
+        ...     return row.sum()
+        >>> _ = torch.func.vmap(torch.func.grad(f))(torch.ones(3, 2))
+        >>> seen[0].shape
+        torch.Size([3, 2])
+    """
+    axes = list(range(t.ndim))
+    while is_functorch_wrapped_tensor(t):
+        if is_batchedtensor(t):
+            batch = maybe_get_bdim(t)
+            axes = [batch, *(axis + (axis >= batch) for axis in axes)]
+        t = get_unwrapped(t)
+    # At once and outside: a transform of a tensor that is still inside another one would need that to run.
+    return t if axes == sorted(axes) else t.permute(axes)
+
+
+def _outside(x: Tensor) -> AbstractContextManager[Any]:
+    """Meanwhile numbers can be looked at that lie inside transforms."""
+    return temporarily_clear_interpreter_stack() if is_functorch_wrapped_tensor(x) else nullcontext()
+
+
+def _finite(x: Tensor) -> bool:
+    with _outside(x):
+        return bool(torch.isfinite(untransformed(x)).all())
 
 
 def _note(watch: Watch, x: Tensor, rule: Rule) -> None:
@@ -588,8 +619,8 @@ def _note(watch: Watch, x: Tensor, rule: Rule) -> None:
     inside = is_functorch_wrapped_tensor(x)
     # Inside a transform the gradients of two passes cannot be compared.
     watch.vanished = watch.vanished or inside
-    with temporarily_clear_interpreter_stack() if inside else nullcontext(), torch.no_grad():
-        z, tiny = _numbers(x).detach(), torch.finfo(x.dtype).tiny
+    with _outside(x), torch.no_grad():
+        z, tiny = untransformed(x).detach(), torch.finfo(x.dtype).tiny
         slope = rule.slope(z)
         watch.least = min(watch.least, float(slope.abs().min()) if z.numel() else math.inf)
         change = (z * rule.curvature(z) / slope).abs()
@@ -615,14 +646,16 @@ def _softmaxed(made: Any, func: Any, x: Tensor, dim: int | None = None, *rest: A
             if not (x.requires_grad and _nearly_certain(x.detach(), found.detach(), dim)):
                 return found
     else:
-        with torch.no_grad():
-            if x.requires_grad:
-                watch.edges.append(get_gradient_edge(x))
-            p = torch.softmax(x.detach(), dim)
-            kept = _unsaturated(x.detach(), dim) > 0
+        if x.requires_grad:
+            watch.edges.append(get_gradient_edge(x))
+        watch.vanished = watch.vanished or is_functorch_wrapped_tensor(x)
+        with _outside(x), torch.no_grad():
+            z = untransformed(x).detach()
+            axis = dim if dim < 0 else dim + z.ndim - x.ndim
+            p, kept = torch.softmax(z, axis), _unsaturated(z, axis) > 0
             watch.vanished = watch.vanished or bool(((p < torch.finfo(p.dtype).tiny) & kept).any())
             # The roots of probabilities are what counts: half of the relative error.
-            spread = (x.detach().amax(dim, keepdim=True) - x.detach()).masked_fill(~kept, 0.0)
+            spread = (z.amax(axis, keepdim=True) - z).masked_fill(~kept, 0.0)
             watch.amplify(float(spread.max()) / 2)
     return cast(Tensor, made.apply(x, dim, watch is not None and watch.structural))
 
@@ -637,7 +670,7 @@ def _nearly_certain(x: Tensor, p: Tensor, dim: int) -> bool:
 
 
 def _log_sum_exp(func: Any, x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
-    if not isinstance(dim, int) or x.ndim == 0 or not bool(torch.isfinite(x).all()):
+    if not isinstance(dim, int) or x.ndim == 0 or not _finite(x):
         return cast(Tensor, func(x, dim, keepdim))
     formula = _log_of_sum(x, dim)
     return _valued(func, (x, dim, keepdim), {}, formula if keepdim else formula.squeeze(dim))
@@ -652,7 +685,7 @@ def _log_of_sum(x: Tensor, dim: int) -> Tensor:
 
 def _log_cum_sum_exp(func: Any, x: Tensor, dim: int) -> Tensor:
     """Every partial sum by itself: torch's derivatives take logarithms of 0 and add the largest number to itself."""
-    if x.ndim == 0 or x.numel() * x.shape[dim] > _PARTIAL_SUMS or not bool(torch.isfinite(x).all()):
+    if x.ndim == 0 or x.numel() * x.shape[dim] > _PARTIAL_SUMS or not _finite(x):
         return cast(Tensor, func(x, dim))
     later = torch.ones(x.shape[dim], x.shape[dim], dtype=torch.bool, device=x.device).triu(1)
     sums = x.movedim(dim, -1).unsqueeze(-2).masked_fill(later, -math.inf)
@@ -660,8 +693,6 @@ def _log_cum_sum_exp(func: Any, x: Tensor, dim: int) -> Tensor:
 
 
 def _log_add_exp(func: Any, a: Tensor, b: Tensor) -> Tensor:
-    if not bool(torch.isfinite(a).all() & torch.isfinite(b).all()):
-        return cast(Tensor, func(a, b))
     return _valued(func, (a, b), {}, a + _softplus_of(b - a))
 
 
@@ -729,7 +760,8 @@ def _cross_entropy(func: Any, z: Tensor, y: Tensor, weight: Tensor | None = None
     axis, smoothing, reduction = int(z.ndim > 1), given.get("label_smoothing", 0.0), given["reduction"]
     logs = _softmaxed(LogSoftmax, F.log_softmax, z, axis)
     if not y.is_floating_point() and smoothing == 0:
-        chosen = {k: v for k, v in given.items() if k != "label_smoothing"}
+        # One argument: torch.func would take a dict apart.
+        chosen = MappingProxyType({k: v for k, v in given.items() if k != "label_smoothing"})
         return cast(Tensor, Likelihood.apply(logs, y, weight, axis, chosen))
     shape = [-1 if d == axis else 1 for d in range(z.ndim)]
     weights = torch.ones_like(z) if weight is None else weight.view(shape).expand_as(z)

@@ -25,11 +25,9 @@ def snapshot(model: nn.Module, dtype: torch.dtype | None, device: torch.device |
     """A deep copy of the model, unwrapped; its parameters still say which of them require a gradient.
 
     Raises:
-        InvalidInputError: no model, one that cannot be copied, or a dtype that is not floating point.
+        InvalidInputError: no model, or one that cannot be copied.
     """
     require_kind(model, "model", nn.Module)
-    if dtype is not None and not dtype.is_floating_point:
-        raise InvalidInputError(f"dtype must be a floating-point type, got {dtype}")
     root = unwrap(model)
     if isinstance(root, torch.jit.ScriptModule):
         raise InvalidInputError(

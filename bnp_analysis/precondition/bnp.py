@@ -442,10 +442,6 @@ def bnp_preconditioner(
     given = {"eps1": eps1, "eps2": eps2, "q": q, "statistics": statistics, "bias_free": bias_free}
     settings = PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
     require_options(settings["eps1"], settings["eps2"], settings["q"], settings["bias_free"])
-    if not isinstance(output_scale, bool):  # a word such as "none" would count as true
-        raise InvalidInputError(
-            f"output_scale must be True or False here, got {output_scale!r}; BNP has estimated ones"
-        )
     layers = covered_layers(risk, "BNP", also)
     moments = layer_moments(risk, statistics=settings["statistics"], layers=layers)
     rule = settings["q"]

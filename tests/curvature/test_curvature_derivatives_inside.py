@@ -60,6 +60,10 @@ def jacobians(net: nn.Module, x: Tensor) -> Tensor:
     return vmap(jacfwd(net))(x).flatten(1)
 
 
+def chances(net: nn.Module, x: Tensor) -> Tensor:
+    return vmap(lambda z: torch.softmax(torch.cat([net(z), net(-z)]), 0).log())(x)
+
+
 def dual(net: nn.Module, x: Tensor) -> Tensor:
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(net(forward_ad.make_dual(x, torch.ones_like(x)))).tangent  # type: ignore[no-any-return]
@@ -132,6 +136,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "vjp": lambda: Inside(pulled_back),
     ".grad": lambda: Inside(left_in_grad),
     "jacfwd": lambda: Inside(jacobians),
+    "softmax": lambda: Inside(chances),
     "dual numbers": lambda: Inside(dual),
     "forces": lambda: Inside(force, convolutions()),
     "forces, torch.func": lambda: Inside(forces, convolutions()),
@@ -198,6 +203,36 @@ def test_preconditioners_tables_and_null_directions_work(name: str) -> None:
         assert other.lower >= 1
     for row in bnp.layer_table(risk).records():
         assert row
+
+
+@pytest.mark.parametrize("axes", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_rows_of_maps_inside_of_maps_are_those_of_the_whole(axes: tuple[int, int]) -> None:
+    """Whichever axes are mapped over, the outer one comes first."""
+    x = numbers(4, 3, 5)
+    outer, inner = axes
+
+    def mapped(net: nn.Module, h: Tensor) -> Tensor:
+        h = h if outer == 0 else h.transpose(0, 1)
+        h = h if inner == 0 else h.transpose(1 - outer, 2)
+        return vmap(vmap(net, in_dims=inner), in_dims=outer)(h).flatten(1)
+
+    risk = Problem(spread(Inside(mapped, nn.Linear(5, 2))), F.mse_loss, [(x, numbers(4, 6))]).risk()
+    assert torch.equal(bnp.network.layer_rows(risk)["net"].squeeze(1), x.flatten(0, 1))
+
+
+def test_a_layer_whose_examples_are_mapped_over_another_axis_is_told() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return vmap(self.words, in_dims=1)(x.T).flatten(1)
+
+    x = torch.arange(18).view(6, 3) % 5
+    risk = Problem(spread(Words()), F.mse_loss, [(x, numbers(6, 6))]).risk()
+    with pytest.raises(bnp.errors.InvalidInputError, match=r"vmap its examples along another axis.*have in_dims=0"):
+        bnp.bnp_preconditioner(risk, also=[nn.Embedding], output_scale=True)
 
 
 def test_rows_are_those_that_the_layer_multiplies() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import bnp_analysis as bnp
 from bnp_analysis.curvature import output_curvature
+from bnp_analysis.network.saturation import has_vanished
 
 mp.mp.dps = 60
 
@@ -463,3 +464,49 @@ def test_zeros_of_a_loss_are_structure_where_it_does_not_look(size: float, vanis
     risk = bnp.EmpiricalRisk(model, loss, (torch.ones(1, 1).double(), torch.zeros(1, 2).double()))
     assert output_curvature.products_of_loss(risk)[1] is vanished
     assert bnp.gauss_newton(risk).zeros_are_structural is not vanished
+
+
+class Branching(nn.Module):
+    """`how` makes the output of the values of a layer, and of the data."""
+
+    def __init__(self, how: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.how = nn.Linear(2, 2), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.how(self.layer(x), x)
+
+
+def by_slope(h: Tensor, x: Tensor) -> Tensor:
+    """More functions where a derivative is above what that of a tanh can be."""
+    z = h.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(torch.tanh(z).sum(), z)
+    return torch.tanh(torch.tanh(h)) if float(slope.max()) > 1 else torch.tanh(h)
+
+
+def exact(h: Tensor, x: Tensor) -> Tensor:
+    """Refuses every other rounding than its own."""
+    if not torch.equal(h + h, 2 * h):
+        raise ValueError("not what it was")
+    return h - h.square()
+
+
+@pytest.mark.parametrize(
+    ("how", "vanished"),
+    [
+        (lambda h, x: torch.tanh(h), False),
+        (lambda h, x: x + 0 * torch.tanh(h).detach(), False),  # nothing to differentiate
+        (by_slope, True),
+        (exact, True),
+    ],
+)
+def test_nothing_is_claimed_of_derivatives_that_cannot_be_compared(
+    how: Callable[[Tensor, Tensor], Tensor], vanished: bool
+) -> None:
+    x = torch.tensor([[0.5, -1.0], [1.5, 0.25], [-0.5, 1.0]], dtype=torch.float64)
+    model = Branching(how).double()
+    with torch.no_grad():
+        model.layer.weight.copy_(torch.tensor([[1.0, 0.5], [-0.5, 1.0]]))
+        model.layer.bias.copy_(torch.tensor([0.25, -0.25]))
+    risk = bnp.EmpiricalRisk(model, F.mse_loss, (x, torch.zeros(3, 2)))
+    assert has_vanished(risk) == vanished

@@ -106,6 +106,7 @@ def test_pad_shortcut_has_no_parameters_and_the_projection_has() -> None:
     assert sum(isinstance(m, PadShortcut) for m in pad.modules()) == 2
     extra = set(dict(projection.named_parameters())) - set(dict(pad.named_parameters()))
     assert extra == {f"stage{s}.block1.shortcut.conv.{p}" for s in (2, 3) for p in ("weight", "bias")}
+    assert repr(pad.stage2.block1.shortcut) == "PadShortcut(stride=2, extra_channels=4)"
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -235,6 +235,19 @@ def test_data_that_change_later_are_noticed_then() -> None:
     assert torch.equal(operator @ risk.theta, kept)  # its graphs are of the old data
 
 
+def test_a_loader_is_the_same_data_in_another_dtype() -> None:
+    """Other digits have another hash; from then on their changes are noticed as well."""
+    x, y = table(8)
+    loader = DataLoader(TensorDataset(x, y), batch_size=4)
+    single = classify(mlp(), loader).to(torch.float32)
+    expected = classify(mlp(), (x, y)).to(torch.float32)
+    for _ in range(2):
+        torch.testing.assert_close(single(single.theta), expected.value)
+    x[3, 0] += 1
+    with pytest.raises(InconsistentDataError, match="two passes over the loader saw different examples"):
+        single(single.theta)
+
+
 def test_a_repeated_example_is_not_a_lost_one() -> None:
     """Sums of examples would not tell apart 1 + 1 and 2 + 0; hashes do."""
     x, y = torch.zeros(4, 4, dtype=torch.float64), torch.zeros(4, dtype=torch.long)

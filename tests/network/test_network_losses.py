@@ -149,6 +149,22 @@ def test_a_loss_module_may_take_the_network_too() -> None:
     torch.testing.assert_close(difference[risk.space.slice_of("fc2.bias")], 2 * own, rtol=1e-11, atol=0)
 
 
+def test_a_loss_that_does_not_say_what_it_takes_gets_outputs_and_targets() -> None:
+    """`torch.dist` is not written in Python, and has no signature."""
+    x, y = numbers(9, 4), numbers(9, 3)
+    assert bnp.EmpiricalRisk(mlp(), torch.dist, (x, y)).value.item() == pytest.approx(
+        float((mlp()(x) - y).norm().detach()), rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_loss_of_targets_alone_has_derivatives_of_zero(dtype: torch.dtype) -> None:
+    risk = bnp.EmpiricalRisk(mlp(), lambda o, y: (2.0 * y).mean(), table(), dtype=dtype)
+    assert risk.gradient.dtype == dtype
+    assert risk.gradient.tolist() == [0.0] * risk.space.dim
+    assert not bnp.hessian(risk).to_dense().any()
+
+
 @pytest.mark.parametrize(
     "verb",
     [

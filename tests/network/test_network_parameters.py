@@ -83,6 +83,8 @@ def test_positions_of_blocks(block: str | tuple[str, int], positions: list[int])
         (("fc1", -1), "no output unit -1"),
         (("scale", 0), r"'scale' has shape \(\)"),
         (("", 1), "block.fc1.weight"),
+        (3, r"^block must be the name of a layer, or \(name, unit\), not 3$"),
+        (("fc1", 0.5), r"block must be the name of a layer, or \(name, unit\), not \('fc1', 0\.5\)"),
     ],
 )
 def test_blocks_that_do_not_exist(block: str | tuple[str, int], match: str) -> None:
@@ -141,3 +143,5 @@ def test_patterns_and_ranges_of_units_are_blocks() -> None:
     for parts_wanted in (4, [], 0):
         with pytest.raises(InvalidInputError, match="divide"):
             packed.row_blocks("a", parts_wanted)
+    with pytest.raises(InvalidInputError, match="'scale' have 0 rows, which do not divide into 1 equal parts"):
+        SPACE.row_blocks("scale", 1)

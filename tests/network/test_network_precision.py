@@ -278,6 +278,7 @@ ORDINARY: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "masks": (Routed, numbers(20, 6)),
     "pixels": (Pixels, classes(20, 256, 3, 3, 3).to(torch.uint8)),
     "a factor of no dimension": (lambda: Inside(lambda h: h / torch.sqrt(torch.tensor(6.0))), numbers(20, 6)),
+    "signs in half": (lambda: Inside(lambda h: h * h.detach().sign().half()), numbers(20, 6)),
     "zeros like it": (lambda: Inside(lambda h: h + torch.zeros_like(h, dtype=HALF)), numbers(20, 6)),
     "numpy in full": (lambda: Inside(lambda h: HostTanh.apply(h, str(h.dtype)[6:], 1.0)), numbers(20, 6)),
     "a spectrum": (lambda: Inside(lambda h: torch.fft.rfft(h.tanh()).abs(), 4), numbers(20, 6)),

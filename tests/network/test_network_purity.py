@@ -89,6 +89,12 @@ def test_random_layers_are_known_by_their_settings() -> None:
     assert random_layers(cast(bnp.EmpiricalRisk, risk)) == ["0", "3", "6", "8"]
 
 
+def test_outputs_of_another_shape_in_every_pass() -> None:
+    model = drawn(lambda: nn.Sequential(nn.Linear(4, 99), Inside(lambda h: h[:, : random.randint(3, 99)])))
+    with pytest.raises(StochasticModelError, match=r"another mask.*it draws from: Python's random"):
+        classify(model, table())
+
+
 def test_dropout_beside_live_batch_statistics() -> None:
     """The way out that the error names: everything in evaluation mode but BatchNorm."""
     model = net(nn.BatchNorm1d(6), nn.Dropout(0.5)).eval()
@@ -242,6 +248,10 @@ def test_extreme_draws_are_extreme_and_come_to_an_end() -> None:
                 float(torch.rand((), dtype=torch.float64)),
             ]
             assert all(low <= v <= high for v in values), values
+            for p in (1e-9, 1 - 1e-7):  # a mask of either kind, however rare
+                assert bool((F.dropout(torch.ones(9), p) > 0).all()) == (which == 1)
+            assert not torch.ones(9).bernoulli_(0.0).any()
+            assert bool(torch.zeros(9).bernoulli_(1.0).all())
             for _ in range(300):
                 random.sample(range(100), 7)
                 random.gammavariate(0.3, 1.0)
@@ -325,6 +335,43 @@ def test_separate_examples_are_not_called_coupled(name: str, dtype: torch.dtype,
     x = torch.randint(9, (14, 5), generator=g) if tokens else numbers(14, 4)
     model = drawn(lambda: Mixing(SEPARATE[name], tokens))
     assert not classify(model, (x, classes(14, 3)), dtype=dtype, derivatives="surrogate").coupled
+
+
+def test_batches_that_are_cut_to_their_longest_example_are_coupled() -> None:
+    """The shape of all outputs depends on one example."""
+
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.out = nn.Embedding(9, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(torch.tanh(self.words(x[:, (x != 0).any(0)]))).flatten(0, 1)
+
+    x = torch.ones(6, 5, dtype=torch.int64)
+    x[:, 3:] = 0
+    x[torch.randperm(6, generator=torch.Generator().manual_seed(0))[-1], 4] = 2  # not among those tried first
+    assert bnp.EmpiricalRisk(drawn(Cut), lambda o, y: o.square().mean(), (x, torch.zeros(6))).coupled
+
+
+def test_tokens_that_are_changed_first_take_no_more_passes() -> None:
+    """They become numbers later: independence is still seen by derivatives, not by trying all pairs."""
+
+    class Changed(Mixing):
+        def __init__(self, more: int) -> None:
+            super().__init__(lambda h: h, tokens=True)
+            self.more = more
+
+        def forward(self, x: Tensor) -> Tensor:
+            passes[self.more] += 1
+            return super().forward((x + self.more) % 9 if self.more else x)
+
+    passes = [0, 0]
+    x = torch.randint(9, (64, 5), generator=torch.Generator().manual_seed(4))
+    for more in (0, 1):
+        model = drawn(lambda more=more: Changed(more))
+        assert not classify(model, (x, classes(64, 3))).coupled
+    assert passes[0] == passes[1]
 
 
 def test_as_many_positions_as_examples() -> None:
@@ -471,6 +518,15 @@ def test_losses_that_are_no_means_are_refused_over_several_batches(name: str) ->
 def test_means_are_means_in_every_precision(dtype: torch.dtype) -> None:
     for loss in (squares("mean"), F.cross_entropy, lambda o, y: F.cross_entropy(o, y, label_smoothing=0.1)):
         bnp.EmpiricalRisk(net(), loss, halves(3000), dtype=dtype)
+
+
+def test_batches_that_cannot_be_cut_are_believed() -> None:
+    """Weights of classes beside the labels are of no example."""
+    weights = torch.tensor([1.0, 2.0, 0.5])
+    data = [(x, {"class": y, "weights": weights}) for x, y in halves()]
+    risk = bnp.EmpiricalRisk(net(), lambda o, t: (o * t["weights"]).square().sum(), data)
+    values = [(net()(x) * weights).square().sum().detach() for x, _ in data]
+    assert risk.value.item() == pytest.approx(float(4 * values[0] + 5 * values[1]) / 9, rel=1e-6)
 
 
 def test_an_ignored_target_in_a_later_batch() -> None:

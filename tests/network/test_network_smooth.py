@@ -8,7 +8,9 @@ derivatives, or cannot run on stacks of cotangents.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import mpmath as mp
@@ -254,3 +256,140 @@ def test_structure_is_what_masks_and_edges_leave() -> None:
     assert bool((ordinary > 0.4).all())
     assert cut.tolist() == [0.0, 1.0, 1.0]
     assert len(seen.edges) == 1
+
+
+def test_an_amplification_that_is_known() -> None:
+    """`|x f'' / f'|` of `erf` is `2 x^2`, looked at where the derivative is small."""
+    x = torch.tensor([0.5, 3.0], dtype=torch.float64, requires_grad=True)
+    with watching() as seen, Accurate():
+        torch.erf(x)
+    assert seen.amplification == pytest.approx(18.0, rel=1e-12)
+    assert seen.least == pytest.approx(float(2 / mp.sqrt(mp.pi) * mp.exp(-9)), rel=1e-12)
+
+
+Z = torch.tensor([[0.5, -1.0, 2.0], [3.0, 0.25, -0.75]], dtype=torch.float64)
+TARGETS = torch.tensor([2, 0])
+WEIGHTS = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
+    "log_softmax": lambda z: torch.log_softmax(z, 1),
+    "glu": lambda z: F.glu(z.T),
+    "soft margin": lambda z: F.soft_margin_loss(z, z.detach().sign()),
+    "cross-entropy": lambda z: F.cross_entropy(z, TARGETS, WEIGHTS),
+    "cross-entropy, one ignored": lambda z: F.cross_entropy(z, TARGETS, ignore_index=0),
+    "cross-entropy, sum": lambda z: F.cross_entropy(z, TARGETS, WEIGHTS, reduction="sum"),
+    "cross-entropy, none": lambda z: F.cross_entropy(z, TARGETS, WEIGHTS, reduction="none"),
+}
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward_derivatives_are_torchs(name: str) -> None:
+    f, v = FORWARD[name], Z.flip(0) + 1
+    expected = torch.func.jvp(f, (Z,), (v,))
+    with Accurate():
+        found = torch.func.jvp(f, (Z,), (v,))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-15)
+
+
+def test_third_derivatives_of_the_log_softmax_are_torchs() -> None:
+    found = []
+    for mode in (Accurate(), nullcontext()):
+        z = Z.clone().requires_grad_()
+        with mode:
+            t = torch.log_softmax(z, 1).mul(WEIGHTS).sum()
+        for _ in range(3):
+            torch.autograd.grad(t, z, retain_graph=True)  # keeps a softmax that has no derivative
+            (g,) = torch.autograd.grad(t, z, create_graph=True)
+            t = g.sin().mul(Z.flip(0)).sum()
+        found.append(g)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+
+
+HEADS = torch.arange(72, dtype=torch.float64).sin().view(2, 4, 3, 3)  # keys and values: heads, places, width
+SIGNS = Z.sign()
+LEFT: dict[str, Callable[[Tensor], Tensor]] = {
+    "a softmax without an axis": F.log_softmax,
+    "cumulative sums with an infinity": lambda z: torch.logcumsumexp(torch.where(Z == 3, math.inf, z), 1)[:, 1:],
+    "the cumulative sum of a number": lambda z: torch.logcumsumexp(z[0, 0], 0),
+    "sums with a mask": lambda z: torch.logaddexp(torch.where(Z < -0.8, -math.inf, z), z.flip(0)),
+    "binary cross-entropy": lambda z: F.binary_cross_entropy_with_logits(z, (Z > 0).double(), size_average=False),
+    "of probabilities": lambda z: F.binary_cross_entropy(z.sigmoid(), (Z > 0).double(), size_average=False),
+    "poisson, of rates": lambda z: F.poisson_nll_loss(z.exp(), Z.exp(), log_input=False),
+    "poisson": lambda z: F.poisson_nll_loss(z, Z.exp(), size_average=False),
+    "soft margin": lambda z: F.soft_margin_loss(z, SIGNS, size_average=False),
+    "cross-entropy": lambda z: F.cross_entropy(z, TARGETS, size_average=False),
+    "margins": lambda z: F.multi_margin_loss(z, TARGETS, size_average=False),
+    "margins of each": lambda z: F.multilabel_margin_loss(z, TARGETS[:, None].expand(2, 3), reduce=False),
+    "attention without any": lambda z: F.scaled_dot_product_attention(z[None], HEADS[0], HEADS[1], dropout_p=1.0),
+    "attention, turned": lambda z: F.scaled_dot_product_attention(z[None], HEADS[0], HEADS[1], scale=-0.5),
+    "attention, grouped": lambda z: F.scaled_dot_product_attention(
+        z.repeat(8, 1).view(1, 8, 2, 3), HEADS[0][None], HEADS[1][None], enable_gqa=True
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*(size_average|Implicit dimension)")
+@pytest.mark.parametrize("name", LEFT)
+def test_older_arguments_masks_and_special_cases_are_torchs(name: str) -> None:
+    found = []
+    for mode in (Accurate(), nullcontext()):
+        z = Z.clone().requires_grad_()
+        with mode, sdpa_kernel(SDPBackend.MATH):
+            y = LEFT[name](z)
+        found.append((y.detach(), *torch.autograd.grad(y.sin().sum(), z)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-15)
+
+
+def softened(z: Tensor) -> Tensor:
+    return torch.logsumexp(z, 0) * z + torch.logaddexp(z, z.flip(0)) * torch.logcumsumexp(z, 0)
+
+
+EACH: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda z: torch.softmax(z, 0),
+    "log_softmax": lambda z: torch.log_softmax(z, 0),
+    "log_softmax of pairs": lambda z: torch.log_softmax(torch.stack([z, z.square()]), 0),
+    "softmax of a number": lambda z: z * torch.softmax(z[0], 0),
+    "sums of exponentials": softened,
+    "cross-entropy": lambda z: z * F.cross_entropy(z, torch.tensor(1)),
+    "weighted": lambda z: z * F.cross_entropy(z[None], torch.tensor([1]), WEIGHTS),
+    "attention": lambda z: F.scaled_dot_product_attention(*z.expand(3, 1, 3).mT.unbind(0)),
+}
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_functions_of_each_example_under_vmap_are_those_of_one_after_the_other(name: str) -> None:
+    """Reverse and forward derivatives, and what is watched, also where axes that are mapped over do not come first."""
+    f = EACH[name]
+    ways: list[Callable[[Tensor], Tensor]] = [
+        lambda z: torch.stack([f(row) for row in z]),
+        torch.func.vmap(f),
+        lambda z: torch.func.vmap(f, in_dims=1)(z.T),
+    ]
+    found = []
+    for way in ways:
+        z = Z.clone().requires_grad_()
+        with watching() as seen, Accurate():
+            way(z * 1)
+        with Accurate():
+            y, moved = way(z * 1), torch.func.jvp(way, (Z,), (Z.flip(0),))[1]
+        g = torch.autograd.grad(y.sin().sum(), z, create_graph=True)[0]
+        second = torch.autograd.grad(g.sin().sum(), z)[0]
+        found.append((y.detach(), moved, g.detach(), second, torch.tensor(seen.amplification)))
+        assert seen.vanished == (
+            way is not ways[0] and name != "softmax of a number"
+        )  # nothing is claimed of gradients inside transforms
+    for other in found[1:]:
+        for ours, theirs in zip(other, found[0], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_a_recurrent_layer_that_drops_is_left_to_torch() -> None:
+    """Its masks are drawn inside of torch's kernel, so no loop over time has them; here everything is dropped."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 2, 3, generator=g, dtype=torch.float64)
+    layer = nn.GRU(3, 2, num_layers=2, dropout=1.0).double()
+    with watching(), Accurate():
+        found = layer(x)
+    for ours, theirs in zip(found, layer(x), strict=True):
+        assert torch.equal(ours, theirs)

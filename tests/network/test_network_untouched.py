@@ -393,6 +393,12 @@ def test_scripted_models_are_refused() -> None:
         classify(torch.jit.script(mlp()), table())
 
 
+def test_a_place_for_a_part_may_be_empty() -> None:
+    model = mlp()
+    model.fc1.register_module("norm", None)
+    assert torch.equal(classify(model, table()).gradient, classify(mlp(), table()).gradient)
+
+
 def test_sparse_gradients_become_dense_ones() -> None:
     make = lambda sparse: nn.Sequential(nn.Embedding(6, 4, sparse=sparse), nn.Flatten(), nn.Linear(8, 3))  # noqa: E731
     data = (classes(5, 6, 2), classes(5, 3))

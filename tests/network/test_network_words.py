@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import bnp_analysis as bnp
 from bnp_analysis.errors import InvalidInputError, NoDerivativeError, StochasticModelError
+from bnp_analysis.network.batches import Batches
 
 
 class Odd(nn.Module):
@@ -215,6 +216,13 @@ def test_count_takes_x_and_y_or_the_pair(count: Callable[..., float]) -> None:
 def test_count_of_another_kind_is_refused(count: Any) -> None:
     with pytest.raises(InvalidInputError, match=r"count= is a function of a batch, count=lambda x, y"):
         classify(mlp(), table(), count=count)
+
+
+def test_count_that_does_not_say_what_it_takes_is_given_x_and_y() -> None:
+    """Functions that are not written in Python may have no signature."""
+    x, y = numbers(2, 5).abs()
+    batches = Batches((x, y), torch.dot, torch.float64, torch.device("cpu"))
+    assert batches.total == pytest.approx(float((x * y).sum()), rel=1e-12)
 
 
 def test_count_that_fails_is_told() -> None:

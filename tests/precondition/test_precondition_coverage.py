@@ -245,3 +245,13 @@ def test_units_that_a_layer_lacks_are_refused() -> None:
     for i in (4, -1):
         with pytest.raises(InvalidInputError, match=f"the layer has units 0..3, not {i}"):
             block.unit(i)
+
+
+def test_blocks_know_their_units() -> None:
+    P = BNPBlock(torch.zeros(1, 2), torch.ones(1, 2), 1.0, units=3, bias=True)
+    for unit in (-1, 3):
+        with pytest.raises(InvalidInputError, match=rf"^the layer has units 0\.\.2, not {unit}$"):
+            P.unit(unit)
+    assert P.across(3) is not None
+    assert P.across(6) is None  # of another layer
+    assert BNPBlock(torch.zeros(3, 2), torch.ones(3, 2), 1.0, units=3, bias=True).across(3) is None  # groups differ

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import bnp_analysis as bnp
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.precondition import diagonal_preconditioner
+from bnp_analysis.precondition import DiagonalPreconditioner, diagonal_preconditioner
+from bnp_analysis.precondition.base import BlockDiagonal
 
 Optimizers = dict[str, Callable[[Any], torch.optim.Optimizer]]
 
@@ -264,3 +265,18 @@ def test_a_loss_without_a_factor_is_refused() -> None:
     risk = bnp.EmpiricalRisk(model, lambda o, t: -nn.functional.cross_entropy(o, t), (x, y))
     with pytest.raises(InvalidInputError, match="not convex in the outputs"):
         diagonal_preconditioner(risk)
+
+
+def test_blocks_need_names() -> None:
+    with pytest.raises(InvalidInputError, match="was built without a parameter space; it has no layers"):
+        DiagonalPreconditioner(torch.ones(3)).block("0")
+
+
+def test_parts_that_meet_nothing_are_the_identity() -> None:
+    inner = DiagonalPreconditioner(torch.tensor([2.0, 3.0]))
+    P = BlockDiagonal(4, {"a": (torch.arange(2), inner)}, torch.float32, torch.device("cpu"))
+    rest, own = P.part(torch.tensor([2, 3])), P.part(torch.tensor([0, 1]))
+    assert rest is not None
+    assert torch.equal(rest.to_dense(), torch.eye(2))
+    assert own is inner
+    assert P.part(torch.tensor([1, 2])) is None

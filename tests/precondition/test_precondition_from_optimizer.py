@@ -210,6 +210,111 @@ def test_shampoos_state_is_read_without_the_package() -> None:
     torch.testing.assert_close(-0.5 * P.direction(gradient), step, rtol=1e-8, atol=1e-12)
 
 
+def test_states_of_shampoo_that_are_no_map_are_refused() -> None:
+    model, x, y = network("dense")
+    optimizer = Shampoo(model.parameters(), lr=0.5)
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    state = optimizer.state[model[0].weight]
+    kept = state["inv_pre_cond_1"]
+    state["inv_pre_cond_1"] = kept - 2 * torch.linalg.eigvalsh(kept)[-1] * torch.eye(len(kept), dtype=kept.dtype)
+    with pytest.raises(
+        InvalidInputError, match=r"not positive definite: its eigenvalues run from -.*larger matrix_eps"
+    ):
+        bnp.optimizer_preconditioner(optimizer, model)
+    state["inv_pre_cond_1"] = torch.zeros_like(kept)  # as before the first step at which it is computed
+    assert bnp.optimizer_preconditioner(optimizer, model).uncovered == {"0.weight": "the optimizer has not stepped it"}
+
+
+class SOAP(torch.optim.Optimizer):
+    """A stand-in with a state like that of the package's."""
+
+    __module__ = "pytorch_optimizer.optimizer.soap"
+
+    def __init__(self, parameters: Any, **settings: Any) -> None:
+        usual = {"normalize_gradient": False, "merge_dims": False, "betas": (0.9, 0.75), "correct_bias": True, "eps": 0}
+        super().__init__(parameters, usual | {"step": 2} | settings)
+
+
+def merged(**settings: Any) -> tuple[nn.Module, SOAP, list[Tensor], Tensor]:
+    """A tensor of three dimensions, two of them merged; its factors, and the diagonal between them."""
+    g = torch.Generator().manual_seed(0)
+    model = nn.ParameterDict({"w": torch.zeros(2, 3, 2, 1, dtype=torch.float64)})
+    optimizer = SOAP(model.parameters(), **settings)
+    Q = [random_orthogonal(n, g) for n in (2, 6)]
+    square = 1 + torch.rand(2, 6, dtype=torch.float64, generator=g)
+    optimizer.state[model["w"]].update({"Q": Q, "exp_avg_sq": square})
+    return model, optimizer, Q, square
+
+
+def test_soap_may_merge_dimensions() -> None:
+    """After one step that counts `v_hat = v / (1 - beta_2)`, and `P P^T = Q diag(v_hat^(-1/2)) Q^T`."""
+    model, optimizer, Q, square = merged(merge_dims=True)
+    P = bnp.optimizer_preconditioner(optimizer, model).to_dense()
+    both = torch.kron(*Q)
+    torch.testing.assert_close(P @ P.T, both @ torch.diag((square / 0.25).flatten().rsqrt()) @ both.T)
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "said"),
+    [
+        ({"normalize_gradient": True}, {}, r"divides each step by its own length: that is no linear map"),
+        ({"step": 1}, {}, r"made no step.*SOAP's first step only initializes"),
+        ({}, {"Q": None}, r"made no step"),
+        ({}, {"exp_avg_sq": torch.zeros(2, 6)}, r"divides by zero: a direction without gradient and eps = 0"),
+        ({}, {"Q": [torch.eye(3), torch.eye(6)]}, r"merged dimensions in a way that its state does not tell"),
+    ],
+)
+def test_states_of_soap_that_are_no_map_are_refused(settings: dict[str, Any], change: Any, said: str) -> None:
+    model, optimizer, *_ = merged(merge_dims=True, **settings)
+    optimizer.state[model["w"]].update(change)
+    with pytest.raises(InvalidInputError, match=said):
+        bnp.optimizer_preconditioner(optimizer, model)
+
+
+def test_soap_that_merges_in_another_layout_is_refused() -> None:
+    model, optimizer, *_ = merged(merge_dims=True)
+    optimizer.data_format = "channels_last"
+    with pytest.raises(
+        InvalidInputError, match="SOAP with merge_dims and data_format='channels_last' is not read here"
+    ):
+        bnp.optimizer_preconditioner(optimizer, model)
+
+
+def test_a_singular_factor_is_refused() -> None:
+    with pytest.raises(
+        InvalidInputError, match=r"singular to rounding: its singular values run from 3 to 0.*larger eps"
+    ):
+        KroneckerRoots([torch.eye(2), torch.diag(torch.tensor([3.0, 0.0]))])
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_rounding_of_the_product_form_is_within_what_it_says(count: int, generator: torch.Generator) -> None:
+    """In float32, against the sizes that `absolute` adds up; every pair adds a product and a difference."""
+    H = symmetric_with_spectrum(spectrum("log", 6, 1e3), generator).operator.to_dense()
+    pairs = pairs_of(H, count, generator)
+    exact, P = LBFGSBlock(pairs, 0.3), LBFGSBlock(pairs, 0.3, dtype=torch.float32)
+    v = torch.randn(6, dtype=torch.float32, generator=generator)
+    off = (P.apply(v).double() - exact.apply(v.double())).abs()
+    sizes = P.absolute() @ v.abs()
+    assert P.roundings == count * (6 + 4) + 2
+    assert bool((off <= P.roundings * torch.finfo(torch.float32).eps / 2 * sizes).all())
+
+
+def test_parameters_outside_of_the_space_are_passed_over() -> None:
+    model, x, y = network("dense")
+    adam = torch.optim.Adam(model.parameters())
+    nn.functional.cross_entropy(model(x), y).backward()
+    adam.step()
+    risk = risk_of(model, x, y)
+    whole, part = (bnp.optimizer_preconditioner(adam, model, space=s) for s in (risk, risk.space.restrict(["0.bias"])))
+    assert part.uncovered == {}
+    assert torch.equal(part.to_dense(), whole.block("0.bias").to_dense())
+    adam.state[model[0].bias]["exp_avg_sq"][0] = math.nan
+    with pytest.raises(InvalidInputError, match="divisors have NaN or infinite entries: the optimizer's state"):
+        bnp.optimizer_preconditioner(adam, model)
+
+
 def test_a_report_of_p_itself() -> None:
     H = torch.diag(torch.tensor([16.0, 4.0, 1.0], dtype=torch.float64))
     A = bnp.DenseOperator(H)

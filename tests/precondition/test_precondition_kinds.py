@@ -114,6 +114,7 @@ def _forward(formula: Callable[[Any, Tensor], Tensor]) -> type[Like]:
     return type("Own", (Like,), {"forward": formula})
 
 
+ANOTHER = numbers(4, 4)
 LOOKALIKES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a mask that is all ones": lambda m, x: F.linear(x, m.weight * torch.ones_like(m.weight), m.bias),
     "a gain that is one": lambda m, x: 1.0 * F.linear(x, m.weight, m.bias),
@@ -127,6 +128,7 @@ LOOKALIKES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a product that is written to": lambda m, x: F.linear(x, m.weight, m.bias).clamp_(-1e9),
     "an input that is written to": lambda m, x: F.linear(x.mul_(1.0), m.weight, m.bias),
     "rows in another order": lambda m, x: F.linear(x.flip(0), m.weight, m.bias).flip(0),
+    "another weight": lambda m, x: F.linear(x, ANOTHER, m.bias) + 0 * m.weight.sum(),
 }
 
 
@@ -207,6 +209,21 @@ def test_which_modules_may_be_dense_layers() -> None:
     assert [kind_of(module).transposed for module in yes] == [False, True, True, False]
 
 
+def test_a_dense_layer_that_gives_more_than_its_product_is_named() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own, self.head = _forward(lambda m, x: (F.linear(x, m.weight, m.bias), x))(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.add(*self.own(x)))
+
+    found = coverage(bnp.EmpiricalRisk(drawn(Both)(), F.cross_entropy, (numbers(12, 4), labels(12))))
+    assert [layer.name for layer in found] == ["head"]
+    said = "Own does something else than to multiply its input by its weight and add its bias"
+    assert found.uncovered["own.weight"] == said
+
+
 def test_nothing_but_a_lookalike() -> None:
     model = drawn(lambda: _forward(LOOKALIKES["a residual"])(4, 4))()
     pre = bnp.BNP(model)
@@ -285,6 +302,14 @@ def test_pruned_entries_get_no_step_and_a_later_mask_is_read() -> None:
     assert pre.covered == ("3",)
 
 
+def test_a_parametrization_that_is_taken_away_takes_its_layer_along() -> None:
+    model = drawn(lambda: headed(with_mask(nn.Linear(5, 4), True), 4))()
+    pre = bnp.BNP(model)
+    assert pre.covered == ("0", "3")
+    parametrize.remove_parametrizations(model[0], "weight")
+    assert pre.covered == ("3",)
+
+
 def test_pruned_biases_and_other_parametrizations_are_named() -> None:
     x, y = numbers(12, 4), labels(12)
 
@@ -304,28 +329,39 @@ def test_pruned_biases_and_other_parametrizations_are_named() -> None:
         def forward(self, v: Tensor) -> Tensor:
             return v * self.s
 
+    class Stored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("w", torch.ones(4, 4))
+
+        def forward(self, v: Tensor) -> Tensor:
+            return self.w
+
     def layers() -> nn.Module:
         return nn.Sequential(
             prune.random_unstructured(nn.Linear(4, 4), "bias", 0.5),
             parametrizations.weight_norm(nn.Linear(4, 4)),
             parametrizations.orthogonal(nn.Linear(4, 4)),
-            *(parametrize.register_parametrization(nn.Linear(4, 4), "weight", k()) for k in (Moving, Random, Learned)),
+            *(
+                parametrize.register_parametrization(nn.Linear(4, 4), "weight", k())
+                for k in (Moving, Random, Learned, Stored)
+            ),
             nn.Linear(4, 3),
         )
 
     model = drawn(layers)()
     risk = bnp.EmpiricalRisk(model, F.cross_entropy, (x, y))
     found = coverage(risk)
-    assert [layer.name for layer in found] == ["0", "6"]
+    assert [layer.name for layer in found] == ["0", "7"]
     assert found["0"].bias is None
     assert found.uncovered["0.bias_orig"].startswith("a pruned bias")
-    for i, kind in enumerate(["_WeightNorm", "_Orthogonal", "Moving", "Random", "Learned"], start=1):
+    for i, kind in enumerate(["_WeightNorm", "_Orthogonal", "Moving", "Random", "Learned", "Stored"], start=1):
         said = {why for name, why in found.uncovered.items() if name.startswith(f"{i}.parametrizations.weight.orig")}
         assert said == {f"parametrized by {kind}: a weight is covered where it is one parameter times fixed numbers"}
     pre = bnp.BNP(model)
     F.cross_entropy(model(x), y).backward()
     pre.step()
-    assert pre.covered == ("0", "6")
+    assert pre.covered == ("0", "7")
 
 
 def test_kfac_leaves_pruned_weights_alone() -> None:
@@ -406,6 +442,25 @@ def test_an_embedding_trains_as_a_dense_layer_on_indicators_and_padding_gets_no_
             torch.testing.assert_close(model.words.weight.grad, twin.weight.grad.T)
         if padding is not None:
             assert not model.words.weight.grad[padding].any()
+
+
+@pytest.mark.parametrize("padding", [None, 4])
+def test_the_measured_scale_of_an_embedding_is_that_of_its_indicators(padding: int | None) -> None:
+    x, y = sentences(), labels(14)
+    one_hot = F.one_hot(x, 6).double()
+    if padding is not None:
+        one_hot[..., padding] = 0
+    model, twin = drawn(lambda: Words(padding))(), nn.Linear(6, 4, bias=False).double()
+    scales = []
+    for net, output, options in (
+        (model, lambda: F.cross_entropy(model(x), y), {"also": [nn.Embedding], "exclude": "head"}),
+        (twin, lambda: twin(one_hot).square().mean(), {}),
+    ):
+        pre = bnp.BNP(net, q="measured", **options)
+        output().backward()
+        pre.step()
+        scales += pre.preconditioner().q.values()
+    assert scales[0] == pytest.approx(scales[1], rel=1e-9)
 
 
 def test_no_dense_rows_for_frequencies(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -266,6 +266,31 @@ def test_what_is_left_alone_is_named() -> None:
         bnp.register_layer(Scaled, like=nn.GRU)
 
 
+def test_a_sequence_by_itself_is_read_as_a_batch_of_one() -> None:
+    """Without the dimension of examples the steps come first, whatever `batch_first` says."""
+
+    class Alone(nn.Module):
+        def __init__(self, first: bool, alone: bool) -> None:
+            super().__init__()
+            self.rnn, self.alone = nn.GRU(3, 2, batch_first=first), alone
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rnn(x)[0] if self.alone else self.rnn(x[None])[0][0]
+
+    x, y = sequences()[0][0], torch.arange(sequences()[0].shape[1]) % 2
+    batch = Alone(True, False).double()
+    for first in (False, True):
+        alone = Alone(first, True).double()
+        alone.load_state_dict(batch.state_dict())
+        found, expected = (
+            bnp.network.layer_rows(bnp.EmpiricalRisk(net, F.cross_entropy, (x, y))) for net in (alone, batch)
+        )
+        assert found.keys() == expected.keys()
+        assert torch.equal(found["rnn.*_ih_l0"][:, 0], x)
+        for name, rows in expected.items():
+            torch.testing.assert_close(found[name], rows)
+
+
 def test_states_that_are_given_to_a_stack() -> None:
     """Each layer and direction starts from its own; the lower layer is made here as a layer by itself."""
     g = torch.Generator().manual_seed(3)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -215,6 +216,35 @@ def test_beyond_the_paper_the_rule_is_extended_and_says_so(kind: str, rows: int)
     assert pre.preconditioner().q[""] ** 2 == pytest.approx(expected, rel=1e-14)
     assert word in pre.preconditioner().extensions[""]
     assert BNP.paper(layer).settings.q == "paper"
+
+
+@pytest.mark.parametrize(
+    ("make", "x", "name", "said"),
+    [
+        (
+            lambda: nn.ConvTranspose1d(2, 3, 3), uneven((4, 2, 9)), "0",
+            "a transposed convolution, as that of its input with zeros in between",
+        ),
+        (
+            lambda: nn.GRU(2, 3, batch_first=True), uneven((4, 9, 2)), "0.*_hh_l0",
+            "9 time steps an example, as of a convolution with kernel size 1",
+        ),
+        (
+            lambda: nn.Embedding(5, 3), torch.arange(36).view(4, 9) % 5, "0",
+            "Embedding, by its rows; no free bias, with the q of a layer that has one",
+        ),
+    ],
+)  # fmt: skip
+def test_kinds_that_the_paper_does_not_have_are_named(
+    make: Callable[[], nn.Module], x: Tensor, name: str, said: str
+) -> None:
+    class First(nn.Module):
+        def forward(self, h: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+            return (h[0] if isinstance(h, tuple) else h).flatten(1)
+
+    model = nn.Sequential(make(), First()).double()
+    risk = bnp.EmpiricalRisk(model, lambda o, y: o.square().mean(), (x, torch.zeros(4)))
+    assert bnp.bnp_preconditioner(risk, preset="paper", also=[nn.Embedding]).extensions[name] == said
 
 
 def test_other_rules_have_no_extensions_and_rows_are_the_default() -> None:

@@ -191,11 +191,6 @@ class Layer(ABC):
         return -1 - self.spatial
 
     @property
-    def pads_zeros(self) -> bool:
-        """Whether rows have entries that are zero because they lie outside of the input."""
-        return False
-
-    @property
     def own_weight(self) -> Tensor:
         """The parameter of the module."""
         # In a risk not a parameter but the tensor that stands for it.

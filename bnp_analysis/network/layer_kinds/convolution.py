@@ -34,10 +34,6 @@ class ConvolutionLayer(Layer):
         return math.prod(self.module.kernel_size)
 
     @property
-    def pads_zeros(self) -> bool:
-        return self.module.padding_mode == "zeros" and any(self._padding)
-
-    @property
     def _padding(self) -> list[int]:
         """Entries on either side, the last dimension first: the form of `F.pad`, whatever form the user gave."""
         return list(self.module._reversed_padding_repeated_twice)
@@ -99,10 +95,6 @@ class TransposedConvolutionLayer(ConvolutionLayer):
     @classmethod
     def units_of(cls, kind: LayerKind, module: Any, weight: Tensor) -> int:
         return int(module.out_channels)
-
-    @property
-    def pads_zeros(self) -> bool:
-        return True
 
     def matrix(self, weight: Tensor) -> Tensor:
         if self.groups == 1:
