@@ -4,6 +4,7 @@ of padding; a bias counted in two maps; moments in training other than those of 
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -264,6 +265,22 @@ def test_what_is_left_alone_is_named() -> None:
         assert {found.uncovered[f"rnn.weight_{end}_l0"] for end in ("ih", "hh")} == {said}
     with pytest.raises(InvalidInputError, match="Scaled is a recurrent layer, whose maps have names of their own"):
         bnp.register_layer(Scaled, like=nn.GRU)
+
+
+def test_passes_that_do_not_train_are_not_seen_and_a_forgotten_object_sees_nothing() -> None:
+    net, x = Net(nn.LSTM, batch_first=True).double(), torch.randn(
+        (6, 4, 3), dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    pre = bnp.BNP(net)
+    net.eval()(x)
+    with torch.no_grad():
+        net.train()(x)
+    assert not pre._pending
+    net(x)
+    assert len(pre._pending) == 3
+    del pre
+    gc.collect()
+    net(x).sum().backward()
 
 
 def test_states_that_are_given_to_a_stack() -> None:
