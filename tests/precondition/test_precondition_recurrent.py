@@ -268,8 +268,9 @@ def test_what_is_left_alone_is_named() -> None:
 
 
 def test_passes_that_do_not_train_are_not_seen_and_a_forgotten_object_sees_nothing() -> None:
-    net, x = Net(nn.LSTM, batch_first=True).double(), torch.randn(
-        (6, 4, 3), dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    net, x = (
+        Net(nn.LSTM, batch_first=True).double(),
+        torch.randn((6, 4, 3), dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
     )
     pre = bnp.BNP(net)
     net.eval()(x)
