@@ -3,6 +3,8 @@ is caught here."""
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 
@@ -48,3 +50,15 @@ def test_divergence_and_bad_sizes_are_errors():
         fit(torch.nn.Linear(3, 1, dtype=torch.float64), torch.nn.functional.mse_loss, (x, y), epochs=200, lr=1e3)
     with pytest.raises(bnp.errors.InvalidInputError, match="batch_size=0"):
         fit(torch.nn.Linear(3, 1), torch.nn.functional.mse_loss, (x, y), batch_size=0)
+
+
+def test_an_interrupt_is_one():
+    x, y = data()
+    model = torch.nn.Linear(3, 1, dtype=torch.float64)
+
+    def loss(output, target):
+        signal.raise_signal(signal.SIGINT)
+        return torch.nn.functional.mse_loss(output, target)
+
+    with pytest.raises(KeyboardInterrupt, match="SIGINT after step 1: nothing was saved"):
+        fit(model, loss, (x, y))

@@ -91,7 +91,10 @@ def embedding(c: Constraints, node: Node, given: Given) -> Found:
     c.treat(out)
     if ignored is not None:
         # Its row gets no gradient: what needs it to move is no direction of these derivatives.
-        c.fix(out, scale=bool((c.theta[rows[:, ignored]] != 0).any()))
+        held = bool((c.theta[rows[:, ignored]] != 0).any())
+        c.fix(out, scale=held)
+        if held:
+            c.separate(out)
     return along_axis(out, node.shape, len(node.shape) - 1)
 
 

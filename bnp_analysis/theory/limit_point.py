@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bnp_analysis.curvature.hessian import hessian
+from bnp_analysis.errors import NonFiniteError
 from bnp_analysis.linalg.preconditioner import IdentityPreconditioner, Preconditioner
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.results import Result
@@ -145,9 +146,14 @@ def _row(risk: EmpiricalRisk) -> tuple[float, float, float]:
 def _lbfgs(risk: EmpiricalRisk) -> EmpiricalRisk:
     from scipy.optimize import minimize
 
+    worse = float(risk.value) + abs(float(risk.value)) + 1.0
+
     def objective(x: Any) -> Any:
         there = risk.at(torch.from_numpy(x.copy()))
-        return float(there.value), there.gradient.cpu().numpy()
+        try:
+            return float(there.value), there.gradient.cpu().numpy()
+        except NonFiniteError:  # a trial step that overflows; from infinity the next one would not be interpolated
+            return worse, 0 * x
 
     options: Any = {"maxiter": 3000, "maxfun": 6000, "maxcor": 30, "ftol": 0.0, "gtol": 0.0}
     found = minimize(objective, risk.theta.cpu().numpy(), jac=True, method="L-BFGS-B", options=options)
@@ -186,13 +192,16 @@ def _newton(
 
 
 def _better(there: EmpiricalRisk, here: EmpiricalRisk) -> bool:
-    """Lower; or as low to rounding, with half the gradient."""
-    new, old = float(there.value), float(here.value)
-    if not math.isfinite(new):
+    """Lower; or as low to rounding, with half the gradient. What overflows is not."""
+    try:
+        new, old = float(there.value), float(here.value)
+        if new > old + 16 * _UNIT * abs(old):
+            return False
+        gradient = float(there.gradient.norm())
+    except NonFiniteError:
         return False
-    if new < old * (1 - 1e-12) if old > 0 else new < old:
-        return True
-    return new <= old + 16 * _UNIT * abs(old) and float(there.gradient.norm()) < 0.5 * float(here.gradient.norm())
+    lower = new < old * (1 - 1e-12) if old > 0 else new < old
+    return lower or gradient < 0.5 * float(here.gradient.norm())
 
 
 def _why(history: list[tuple[float, float, float]], newton: float, floor: float, deadline: float) -> str:
@@ -380,8 +389,6 @@ def off_the_minimizers(spectrum: Spectrum) -> str:
     a minimizer of the same rank, if there is one nearby. Where the risk grows like the fourth power along a null
     direction (redundant units), a gradient remains there and curvature appears.
     """
-    if not spectrum.null_dim:
-        return ""
     g, risk, chart = torch.Generator().manual_seed(1), spectrum.risk, spectrum.P
     seen, rank = "", len(spectrum.values)
 
@@ -402,7 +409,7 @@ def off_the_minimizers(spectrum: Spectrum) -> str:
             top = vectors[:, :rank]
             there = there.at(there.theta - chart.apply(top @ ((top.T @ z) / values[:rank])))
         left, _, z = by_size(there)
-        rest, curvature = float(z.norm()), float(left[rank:].abs().max()) if len(left) > rank else 0.0
+        rest, curvature = float(z.norm()), float(left[rank:].abs().max())
         if rest <= 1e3 * spectrum.floor and curvature <= 1000 * spectrum.noise:
             return ""
         seen = (

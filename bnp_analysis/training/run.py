@@ -169,11 +169,6 @@ class Parts:
         Raises:
             InvalidInputError: they do not fit.
         """
-        missing = [name for name in self.others if state.get(name) is None]
-        if missing:
-            raise InvalidInputError(
-                f"the checkpoint was saved without {', '.join(missing)}: leave it out, or start anew"
-            )
         before = copied(self.take())
         try:
             self._put(state)

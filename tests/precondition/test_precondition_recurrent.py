@@ -4,6 +4,7 @@ of padding; a bias counted in two maps; moments in training other than those of 
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -289,6 +290,23 @@ def test_a_sequence_by_itself_is_read_as_a_batch_of_one() -> None:
         assert torch.equal(found["rnn.*_ih_l0"][:, 0], x)
         for name, rows in expected.items():
             torch.testing.assert_close(found[name], rows)
+
+
+def test_passes_that_do_not_train_are_not_seen_and_a_forgotten_object_sees_nothing() -> None:
+    net, x = (
+        Net(nn.LSTM, batch_first=True).double(),
+        torch.randn((6, 4, 3), dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
+    )
+    pre = bnp.BNP(net)
+    net.eval()(x)
+    with torch.no_grad():
+        net.train()(x)
+    assert not pre._pending
+    net(x)
+    assert len(pre._pending) == 3
+    del pre
+    gc.collect()
+    net(x).sum().backward()
 
 
 def test_states_that_are_given_to_a_stack() -> None:

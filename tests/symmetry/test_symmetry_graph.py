@@ -8,6 +8,7 @@ taken as cut though the output depends on them; small numbers taken for zero.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -170,6 +171,297 @@ def test_what_cannot_be_followed_is_named() -> None:
         model = Written(forward, a=nn.Linear(3, 4), b=nn.Linear(4, 4), out=nn.Linear(4, 2))
         _, skipped = candidate_directions(risk_of(model, numbers(7, 3)))
         assert word in "; ".join(skipped), (word, skipped)
+
+
+class Entries(nn.Module):
+    """Parameters without a layer."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape))
+
+
+TOKENS, KEPT, PLACES = numbers(60, 4, 3), torch.tensor([True, False, True, False]), numbers(4, 4, seed=3)
+SCALED = torch.tensor([1.0, 2.0, 1.0, 1.0], dtype=torch.float64)
+
+
+def _a() -> nn.Module:
+    return nn.Linear(3, 4)
+
+
+def _b() -> nn.Module:
+    return nn.Linear(4, 4)
+
+
+def _scores(m: Written, x: Tensor) -> Tensor:
+    return m.a(x) @ m.k(x).transpose(1, 2)
+
+
+# Of each rule a network that asks for it: the causes that are found, none too many, and words for what is not followed.
+RULES: dict[str, tuple[Forward, dict[str, Callable[[], nn.Module]], Tensor, dict[str, int], str]] = {
+    "a mask by its keyword": (
+        lambda m, x: torch.tanh(m.a(x)).masked_fill(KEPT, value=0.0),
+        {},
+        numbers(60, 3),
+        {"dependent inputs": 4, "dead units": 8},
+        "",
+    ),
+    "a sum with a factor": (
+        lambda m, x: torch.add(m.a(x), 1.0, alpha=2),
+        {},
+        numbers(60, 3),
+        {"dependent inputs": 2, "unread outputs": 8},
+        "passes through add",
+    ),
+    "a difference from a number": (
+        lambda m, x: F.relu(1 - m.a(x)),
+        {},
+        numbers(60, 3),
+        {"homogeneity": 3, "always-active units": 2},
+        "",
+    ),
+    "a number minus linear units": (
+        lambda m, x: 1 - m.a(x),
+        {},
+        numbers(60, 3),
+        {"dependent inputs": 2, "unread outputs": 8, "linear layer": 8},
+        "",
+    ),
+    "a constant in front": (
+        lambda m, x: F.relu(SCALED + 50 + m.a(x)),
+        {},
+        numbers(60, 3),
+        {"dependent inputs": 2, "unread outputs": 8, "always-active units": 8},
+        "",
+    ),
+    "a quotient that is rounded": (
+        lambda m, x: torch.div(m.a(x), 3.0, rounding_mode=None),
+        {},
+        numbers(60, 3),
+        {"dependent inputs": 2, "unread outputs": 8},
+        "passes through div",
+    ),
+    "numbers that differ from place to place": (
+        lambda m, x: (m.a(x) + PLACES).mean(1),
+        {},
+        TOKENS,
+        {"dependent inputs": 2, "unread outputs": 8, "linear layer": 2},
+        "",
+    ),
+    "factors that differ from place to place": (
+        lambda m, x: F.relu(m.a(x) * PLACES.abs()).mean(1),
+        {},
+        TOKENS,
+        {"homogeneity": 4},
+        "",
+    ),
+    "gains of zeros": (
+        lambda m, x: torch.tanh(h := m.a(x)) + 0 * h * m.g.weight,
+        {"g": lambda: Entries(4)},
+        numbers(60, 3),
+        {"parameters without effect": 4},
+        "",
+    ),
+    "gains of linear units": (
+        lambda m, x: m.a(x) * m.g.weight,
+        {"g": lambda: Entries(4)},
+        numbers(60, 3),
+        {"dependent inputs": 2, "unread outputs": 8, "linear layer": 12},
+        "",
+    ),
+    "a function of parameters": (
+        lambda m, x: F.linear(m.a(x), torch.tanh(m.b.weight)),
+        {"b": lambda: Entries(4, 4)},
+        numbers(60, 3),
+        {"dependent inputs": 2, "unread outputs": 8},
+        "passes through linear with computed weights; b.weight: used by tanh",
+    ),
+    "two bounds": (lambda m, x: m.a(x).clamp(0, 0.7), {}, numbers(60, 3), {}, "passes through clamp"),
+    "another bound": (lambda m, x: m.a(x).clamp(min=0.1), {}, numbers(60, 3), {}, "passes through clamp"),
+    "a mask for each example": (
+        lambda m, x: F.relu(torch.where(x[:, :1] > 0, m.a(x) + 50, SCALED[:1] * 0)),
+        {},
+        numbers(60, 3),
+        {"unread outputs": 8, "homogeneity": 4},
+        "",
+    ),
+    "a larger one of two": (
+        lambda m, x: torch.max(m.a(x), other=m.b(m.a(x))),
+        {"b": _b},
+        numbers(60, 3),
+        {"dependent inputs": 4},
+        "a.weight, a.bias: used more than once; passes through max",
+    ),
+    "a maximum": (lambda m, x: m.a(x).amax(1), {}, TOKENS, {"linear layer": 8}, ""),
+    "a product with parameters": (
+        lambda m, x: m.a(x) @ m.w.weight,
+        {"w": lambda: Entries(4, 4)},
+        numbers(60, 3),
+        {"dependent inputs": 2, "unread outputs": 16, "linear layer": 16},
+        "",
+    ),
+    "a product with a vector": (
+        lambda m, x: (h := m.a(x)) * (h @ SCALED)[:, None],
+        {},
+        numbers(60, 3),
+        {"unread outputs": 4},
+        "passes through matmul",
+    ),
+    "a product with a constant": (
+        lambda m, x: m.a(x) @ PLACES,
+        {},
+        numbers(60, 3),
+        {"dependent inputs": 2, "unread outputs": 8, "linear layer": 1},
+        "",
+    ),
+    "a layer norm of parameters": (
+        lambda m, x: F.linear(m.a(x), F.layer_norm(m.b.weight, (4,))),
+        {"b": lambda: Entries(4, 4)},
+        numbers(60, 3),
+        {"dependent inputs": 2, "unread outputs": 8},
+        "passes through linear with computed weights; b.weight: used by layer_norm",
+    ),
+    "a group norm of parameters": (
+        lambda m, x: F.linear(m.a(x), F.group_norm(m.b.weight, 2)),
+        {"b": lambda: Entries(4, 4)},
+        numbers(60, 3),
+        {"dependent inputs": 4, "group_norm shift": 8},
+        "passes through linear with computed weights; b.weight: used by group_norm",
+    ),
+    "a batch norm of parameters": (
+        lambda m, x: F.linear(m.a(x), F.batch_norm(m.b.weight, None, None, training=True)),
+        {"b": lambda: Entries(4, 4)},
+        numbers(60, 3),
+        {"dependent inputs": 2, "unread outputs": 8},
+        "passes through linear with computed weights; b.weight: used by batch_norm",
+    ),
+    "a norm of zeros too": (lambda m, x: F.layer_norm(F.pad(m.a(x), (0, 1)), (5,))[:, :4], {}, numbers(60, 3), {}, ""),
+    "a norm of unequal gains": (lambda m, x: F.rms_norm(m.a(x) * SCALED, (4,), eps=1e-2), {}, numbers(60, 3), {}, ""),
+    "scores without a softmax": (
+        lambda m, x: torch.tanh(_scores(m, x)).mean(2),
+        {"k": _a},
+        TOKENS,
+        {"attention query-key": 16},
+        "",
+    ),
+    "scores with a softmax along the queries": (
+        lambda m, x: _scores(m, x).softmax(1).mean(2),
+        {"k": _a},
+        TOKENS,
+        {"dependent inputs": 2, "unread outputs": 4, "attention query-key": 16},
+        "",
+    ),
+    "a mask that is learned": (
+        lambda m, x: F.scaled_dot_product_attention(m.a(x), m.k(x), m.v(x), m.w.weight).mean(1),
+        {"k": _a, "v": _a, "w": lambda: Entries(4, 4)},
+        TOKENS,
+        {"dependent inputs": 2, "unread outputs": 12},
+        "passes through scaled_dot_product_attention; w.weight: used by scaled_dot_product_attention",
+    ),
+    "a norm over two axes": (
+        lambda m, x: m.n(m.a(x)).mean(1),
+        {"n": lambda: nn.LayerNorm((4, 4))},
+        TOKENS,
+        {"layer_norm shift": 1, "norm affine": 8},
+        "n: layer_norm over several axes",
+    ),
+    "parameters that are added": (
+        lambda m, x: torch.tanh(m.a(x) + m.g.weight).mean(1),
+        {"g": lambda: Entries(4, 4)},
+        TOKENS,
+        {"linear layer": 4},
+        "",
+    ),
+    "a bias of its own": (
+        lambda m, x: m.a(x) + m.g.weight,
+        {"g": lambda: Entries(4)},
+        numbers(60, 3),
+        {"dependent inputs": 2, "unread outputs": 10, "linear layer": 10},
+        "",
+    ),
+    "a pool with padding": (
+        lambda m, x: F.avg_pool1d(m.a(x).transpose(1, 2), 2, padding=1).mean(2),
+        {},
+        TOKENS,
+        {"dependent inputs": 2, "unread outputs": 8, "linear layer": 8},
+        "",
+    ),
+    "a norm of each example and channel": (
+        lambda m, x: torch.tanh(m.n(m.a(x).transpose(1, 2))).mean(2),
+        {"n": lambda: nn.InstanceNorm1d(4, affine=True)},
+        TOKENS,
+        {"instance_norm shift": 4},
+        "",
+    ),
+    "a layer twice": (
+        lambda m, x: m.a(x) + m.a(x.flip(0)),
+        {},
+        numbers(60, 3),
+        {"dependent inputs": 2, "residual stream": 16},
+        "a.weight, a.bias: used more than once",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_each_rule_finds_what_there_is_and_invents_nothing(name: str) -> None:
+    forward, layers, x, sources, words = RULES[name]
+    made = {"a": _a(), **{layer: make() for layer, make in layers.items()}, "out": nn.Linear(4, 2)}
+    model = Written(lambda m, x: m.out(forward(m, x)), **made)
+    found = bnp.null_directions(bnp.EmpiricalRisk(model, F.mse_loss, (x, numbers(len(x), 2, seed=9))))
+    assert dict(found.sources) == sources
+    assert not found.rejected
+    assert "; ".join(found.not_analysed) == words
+
+
+@pytest.mark.parametrize(
+    ("options", "zero", "sources", "words"),
+    [
+        ({}, False, {"unread outputs": 12, "linear layer": 10}, ""),
+        # The row gets no gradient: where it is zero, as torch begins, scales and mixings leave it where it is.
+        ({"padding_idx": 0}, True, {"parameters without effect": 4, "unread outputs": 10, "linear layer": 8}, ""),
+        ({"padding_idx": 0}, False, {"parameters without effect": 4, "unread outputs": 10}, ""),
+        ({"max_norm": 1.0}, False, {}, "e.weight: used by embedding"),
+    ],
+)
+def test_rows_of_a_table_that_do_not_move(options: Any, zero: bool, sources: dict[str, int], words: str) -> None:
+    x = torch.randint(0, 6, (60, 3), generator=torch.Generator().manual_seed(0))
+    model = Written(
+        lambda m, x: m.out(F.embedding(x, m.e.weight, **options).mean(1)), e=Entries(6, 4), out=nn.Linear(4, 2)
+    )
+    if zero:
+        model.e.weight.data[0] = 0
+    risk = bnp.EmpiricalRisk(model, F.mse_loss, (x, numbers(60, 2, seed=9)), derivatives="surrogate")
+    found = bnp.null_directions(risk)
+    assert dict(found.sources) == sources
+    assert not found.rejected
+    assert "; ".join(found.not_analysed) == words
+
+
+def test_a_layer_that_runs_twice_has_mixings_and_no_orbits_of_them() -> None:
+    model = Written(lambda m, x: m.out(m.a(x) + m.a(x.flip(0))), a=_a(), out=nn.Linear(4, 2))
+    found = bnp.null_directions(risk := bnp.EmpiricalRisk(model, F.mse_loss, (numbers(60, 3), numbers(60, 2, seed=9))))
+    assert found.sources["residual stream"] == 16
+    assert found.orbits
+    for orbit in found.orbits:
+        assert float(risk(orbit.apply(risk.theta, 2.0))) == pytest.approx(float(risk.value))
+
+
+def test_what_would_take_too_long_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = Written(lambda m, x: m.out(m.a(x)), a=_a(), out=nn.Linear(4, 2))
+    cut = Written(lambda m, x: m.out(F.relu(m.a(x))), a=_a(), out=nn.Linear(4, 2))
+    norm = Written(
+        lambda m, x: m.out(m.n(m.a(x)) + m.b(m.a(x))), a=_a(), n=nn.BatchNorm1d(4), b=_b(), out=nn.Linear(4, 2)
+    )
+    for place, most, model, words in (
+        ("solutions._MOST_WORK", 1.0, linear, "4^2 mixings of parallel channels are too many"),
+        ("from_data._MOST_WORK", 1.0, cut, "a: too large to search the active rows of each unit for dependences"),
+        ("constraints._MOST", 1, norm, "scales and shifts depend on each other: too many to solve for"),
+    ):
+        with monkeypatch.context() as patch:
+            assert words not in "; ".join(candidate_directions(risk_of(model, numbers(9, 3)))[1])
+            patch.setattr(f"bnp_analysis.symmetry.{place}", most)
+            assert words in "; ".join(candidate_directions(risk_of(model, numbers(9, 3)))[1])
 
 
 def test_a_new_operation_is_one_line_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from null_models import Case, hidden, net
 from torch import Tensor, nn
 
 import bnp_analysis as bnp
-from bnp_analysis.errors import MemoryLimitError
+from bnp_analysis.errors import InvalidInputError, MemoryLimitError
 from bnp_analysis.linalg import MatrixOperator
 from bnp_analysis.linalg.matrices import LocalColumns
 from bnp_analysis.linalg.spectra import checks
@@ -67,6 +67,18 @@ def test_causes_print_and_are_written_as_words(tmp_path: Path) -> None:
     assert N.sources[Cause.HOMOGENEITY] == N.sources["homogeneity"] == 5
     stored = json.loads(N.save(tmp_path / "null.json").read_text())
     assert stored["fields"]["sources"] == {"softmax shift": 6, "homogeneity": 5}
+
+
+def test_records_have_a_row_for_each_cause() -> None:
+    assert solved("relu").null.records() == [
+        {"cause": "softmax shift", "dimensions": 6},
+        {"cause": "homogeneity", "dimensions": 5},
+    ]
+
+
+def test_a_factor_of_another_size_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="the factor has 5 columns, the parameters are 43"):
+        bnp.null_directions(solved("relu").risk, factor=MatrixOperator(numbers(7, 5)))
 
 
 @pytest.mark.parametrize("norm", ["layer", "group", "batch"])

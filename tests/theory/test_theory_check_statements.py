@@ -6,7 +6,10 @@ sequences, several batches, layers without a bias or a bare layer as root; one t
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from theory_check_problems import AWKWARD, COSTLY, NETWORKS, checks, relu
 from torch import nn
 
 from bnp_analysis.theory.check import Source
-from bnp_analysis.theory.statements import STATEMENTS, spectra
+from bnp_analysis.theory.statements import STATEMENTS, spectra, symmetry
 from bnp_analysis.theory.statements.setting import Problem, Statement
 
 HOMOGENEOUS = {"relu", "deep", "constant feature", "conv", "conv, circular", "conv, groups, zero padding"}
@@ -142,6 +145,74 @@ def test_smooth_activations_are_named_with_the_size_of_the_difference() -> None:
     found = checks(source("T1'"), NETWORKS["tanh"]())
     assert "tanh" in found[0].reason
     assert "differ by" in found[0].reason
+
+
+@pytest.mark.parametrize(("q", "holds"), [("paper", True), ("measured", None), (2.0, True)])
+def test_the_rows_of_bnp_follow_the_rule_of_its_q(q: str | float, holds: bool | None) -> None:
+    import bnp_analysis as bnp
+
+    risk = NETWORKS["conv"]()  # more rows than examples
+    found = source("Theorem 3")(risk, bnp.bnp_preconditioner(risk, q=q))
+    rows = [check for check in found if "the rows of H^ P" in check.statement]
+    assert [check.holds for check in rows] == [holds, holds]
+    assert all(("q is measured: T8" in check.reason) is (holds is None) for check in rows)
+
+
+def test_a_network_of_one_block_has_no_blocks_to_whiten() -> None:
+    from theory_check_problems import inputs, risk_of
+
+    found = checks(source("T16"), risk_of(lambda: nn.Sequential(nn.Linear(6, 3)), inputs(30, 6)))
+    assert [check.reason for check in found if check.holds is None] == ["a single block"]
+    assert [check.holds for check in found] == [None, True]
+
+
+def test_a_factor_that_is_too_large_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bnp_analysis.theory.statements import setting
+
+    monkeypatch.setattr(setting, "FACTOR_LIMIT", 100)
+    found = checks(source("T16"), relu(5))
+    assert any("the dense factor is 15 x 53, more than 100 numbers" in check.reason for check in found)
+
+
+def test_too_few_steps_for_a_bound_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spectra, "_STEPS", 5)
+    monkeypatch.setattr(spectra, "_CHANCE", 1e-9)
+    found = checks(source("T13"), relu())
+    assert any("5 steps are too few for a bound in dimension " in check.reason for check in found)
+
+
+def test_a_lanczos_run_without_a_bound_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = spectra.condition_number
+
+    def unknown(A: Any, **options: Any) -> Any:
+        found = original(A, **options)
+        return dataclasses.replace(found, lower=math.nan, note="too flat") if "method" in options else found
+
+    monkeypatch.setattr(spectra, "condition_number", unknown)
+    (check,) = spectra._ritz(Problem(relu()))
+    assert check.holds is None
+    assert check.reason == "no bound was issued: too flat"
+
+
+def test_an_orbit_keeps_its_rank() -> None:
+    problem = Problem(relu())
+    curve = symmetry.orbit_curve(problem.risk, symmetry.scalings(problem)[0], (0.5, 2.0))
+    rank = int(torch.linalg.matrix_rank(problem.factor))
+    assert curve.ranks == {name: [rank, rank] for name in curve.observed}
+
+
+def test_orbits_are_studied_on_a_part_of_many_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(symmetry, "_ROWS", 30)
+    assert symmetry._studied(Problem(relu()))[0].batches.total == 10
+    assert symmetry._studied(Problem(relu(7)))[0].batches.total == 7
+
+
+def test_an_eigenvalue_that_is_hardly_known_gives_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(symmetry, "_KNOWN", 1e-18)
+    found = [check for check in checks(source("T12"), relu()) if check.statement.startswith(symmetry._KAPPA)]
+    assert found
+    assert all(check.holds is None for check in found)
+    assert all("the smallest eigenvalue is known only to" in check.reason for check in found)
 
 
 def test_large_problems_name_their_size() -> None:

@@ -180,6 +180,58 @@ def test_softmax_needs_the_shifts_of_the_logits(monkeypatch: Patch) -> None:
 
 def test_points_that_are_no_minimizers() -> None:
     assert any("no minimizer" in reason for reason in reasons(every_step(relu())))
+    # A convex loss away from its minimum.
+    assert any("no minimizer: |grad|" in reason for reason in reasons(every_step(NETWORKS["bare"]())))
+
+
+def test_a_kink_at_the_minimizer_is_said() -> None:
+    risk = solved()
+    batch, tensors = next(iter(risk.batches)), risk.named_tensors()
+    with torch.no_grad():
+        bias = tensors["0.bias"] - torch.nn.functional.linear(batch.x, tensors["0.weight"], tensors["0.bias"])[5]
+        there = risk.at(tensors | {"0.bias": torch.cat([bias[:1], tensors["0.bias"][1:]])})
+    kinked = rewritten(there, batches=[dataclasses.replace(batch, y=there.outputs)])
+    assert any("1 at the input of 1" in reason or "not smooth" in reason for reason in reasons(every_step(kinked)))
+
+
+def quadratic(*sizes: float) -> bnp.EmpiricalRisk:
+    """Least squares without a symmetry."""
+    x = torch.diag(torch.tensor(sizes, dtype=torch.float64))
+    model = nn.Linear(len(sizes), 1, bias=False, dtype=torch.float64)
+    return bnp.EmpiricalRisk(model, nn.functional.mse_loss, (x, torch.ones(len(sizes), 1, dtype=torch.float64)))
+
+
+def test_a_quadratic_contracts_by_r_and_has_no_eps() -> None:
+    """Nothing is scaled or shifted: the nearest point is the minimizer itself."""
+    risk = quadratic(3.0, 2.0, 1.0)
+    found = every_step(risk.at(torch.tensor([1 / 3, 1 / 2, 1.0], dtype=torch.float64)))
+    assert [check.holds for check in found] == [True, None]
+    assert found[0].observed == pytest.approx(1.0, abs=1e-9)
+    assert found[0].details["r"] == pytest.approx(0.8)
+    assert "eps is rounding" in found[1].reason
+
+
+def test_a_step_that_ends_at_the_minimizer_has_no_ratios() -> None:
+    found = every_step(quadratic(1.0, 1.0).at(torch.ones(2, dtype=torch.float64)))
+    assert reasons(found) == ["kappa* is 1: a step or two end at the minimizer, to rounding"]
+
+
+def test_steps_end_where_rounding_begins() -> None:
+    risk = quadratic(2.0, 1.0).at(torch.tensor([0.5, 1.0], dtype=torch.float64))
+    found = contraction(risk, orbit_of(risk), hessian(risk).to_dense(), 2, 0.2, risk.theta + 1e-9, 1000)
+    assert 10 < len(found.ratios) < 100
+    assert max(found.ratios) < 0.81
+
+
+def test_rates_of_a_network_are_observed_at_its_minimizer() -> None:
+    risk = quadratic(3.0, 2.0, 1.0)
+    found = list(rates.rates_of(risk, bnp.bnp_preconditioner(risk, eps1=0.1)))
+    assert not [str(check) for check in found if check.holds is False]
+    assert [check.source for check in found] == ["Theorem 1 (T14)"] * 2 + ["T14", "T14", "T15", "T15"]
+    assert all(check.holds for check in found[2:])
+    assert "[this network, the given P, kappa*" in found[-1].statement
+    assert found[-1].kappa < found[2].kappa
+    assert len(list(rates.rates_of(risk))) == 5
 
 
 # Theorem 4, Prop. 11
@@ -291,7 +343,19 @@ def test_what_is_counted_for_bn_is_bn() -> None:
     torch.testing.assert_close(back, x.grad, rtol=1e-12, atol=1e-12)
 
 
+def test_only_dense_layers_have_a_count() -> None:
+    assert "the count is of dense layers" in reasons(coordinates.check_cost(NETWORKS["conv"]()))
+
+
 # Prop. 7
+
+
+def test_a_step_that_rounding_hides_is_not_compared() -> None:
+    """Inputs so far from the origin that `z` has no digits left for the step."""
+    far = risk_of(lambda: nn.Linear(4, 3), 1e12 + inputs(24, 4))
+    (check,) = normalization.check_one_step(far.at(1e12 * far.theta))
+    assert check.holds is None
+    assert "the parameters with BN are rounded by" in check.reason
 
 
 def test_a_step_of_damped_bnp_is_not_bn(monkeypatch: Patch) -> None:
@@ -375,6 +439,24 @@ def test_other_paddings_are_not_spoken_of(options: dict[str, object]) -> None:
         inputs(8, 2, 5, 5),
     )
     assert any("not a zero-padded convolution" in reason for reason in reasons(statistics.check_padded_means(risk)))
+
+
+def padded(kernel: int, *sizes: tuple[int, int]) -> bnp.EmpiricalRisk:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        first = nn.Conv2d(2, 3, kernel, padding=kernel // 2)
+        model = nn.Sequential(first, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3)).double()
+    data = [(inputs(8, 2, *size), torch.arange(8) % 3) for size in sizes]
+    return bnp.EmpiricalRisk(model, nn.functional.cross_entropy, data)
+
+
+def test_images_that_the_bound_does_not_speak_of() -> None:
+    found = reasons(statistics.check_padded_means(padded(3, (5, 5), (4, 4))))
+    assert "images of several sizes" in found
+    found = reasons(statistics.check_padded_means(padded(5, (1, 1))))
+    assert "the kernel reaches [2, 2], beyond the whole image (1, 1)" in found
+    # Along one axis it may.
+    assert not any("beyond" in reason for reason in reasons(statistics.check_padded_means(padded(5, (1, 4)))))
 
 
 def test_a_bound_that_forgets_a_term(monkeypatch: Patch) -> None:

@@ -52,6 +52,11 @@ def test_a_problem_is_what_it_says(name: str) -> None:
     assert started.value == pytest.approx(float(risk.value), rel=1e-12, abs=1e-20)
 
 
+def test_a_problem_is_shown_in_a_line() -> None:
+    problem = linear_chain((4, 3, 2), kappa=5.0)
+    assert repr(problem) == f"<KnownProblem: {problem.description}>"
+
+
 @pytest.mark.parametrize("shift", [0.0, 100.0])
 def test_the_shift_is_in_standard_deviations(shift: float) -> None:
     risk = linear_chain((6, 6, 6), shift=shift, kappa=None).risk

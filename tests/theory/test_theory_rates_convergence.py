@@ -326,6 +326,70 @@ def test_an_interrupt_keeps_what_was_done(moved: float, monkeypatch: pytest.Monk
     assert check.fit is not None
 
 
+def test_an_interrupt_of_the_search_ends_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convergence_study, "find_minimizer", interrupted)
+    check = check_convergence_rate(softmax().risk)
+    assert check.holds is None
+    assert check.outcome == "interrupted"
+    assert check.reason == "interrupted before the run had a tail"
+
+
+def test_a_limit_that_comes_when_the_limit_point_has_moved_ends_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tail is straight already, but of a run whose prediction is another one now."""
+    x = torch.diag(torch.tensor([3.0, 2.0, 1.0], dtype=D))
+    risk = EmpiricalRisk(nn.Linear(3, 1, bias=False, dtype=D), mse, (x, torch.ones(3, 1, dtype=D)))
+    most = check_convergence_rate(risk).iterations - 3
+    monkeypatch.setattr(convergence_study.Study, "_moved", lambda *ignored: 1.0)
+    check = check_convergence_rate(risk, options=RateOptions(max_iterations=most))
+    assert check.holds is None
+    assert check.outcome == "iteration limit"
+    assert check.reason == "the iteration limit came when the limit point had moved, before another run"
+    assert check.iterations == most
+
+
+def test_a_run_that_diverges_begins_again_from_nearer(monkeypatch: pytest.MonkeyPatch) -> None:
+    true, sizes = convergence_study.perturbed, list[float]()
+
+    def far(iteration: Any, theta: Any, z: Any, *rest: Any) -> Any:
+        sizes.append(float(z.norm()))
+        return true(iteration, theta, 1e6 * z / z.norm() if len(sizes) <= times else z, *rest)
+
+    monkeypatch.setattr(convergence_study, "perturbed", far)
+    problem = linear_chain((2, 2, 2), kappa=3.0, n=12)
+    times = 1
+    check = check_convergence_rate(problem.risk)
+    assert check.holds, check
+    assert len(sizes) == 2
+    assert sizes[1] < sizes[0] / 20
+    times = 4
+    sizes.clear()
+    never = check_convergence_rate(problem.risk)
+    assert never.holds is None
+    assert never.outcome == "not applicable"
+    assert "from no perturbation that rounding allows did the run stay" in never.reason
+    assert len(sizes) == times
+
+
+def test_another_rank_at_the_end_is_another_limit() -> None:
+    risk = linear_chain((3, 2, 2), kappa=5.0, n=30).solved
+    study = convergence_study.Study(risk, None, "gd", "optimal", 0, float("inf"), RateOptions())
+    study.known["matvecs"] = 0
+    spectrum, prediction = study._measure(risk)
+    assert study._moved(risk, (risk.theta,), spectrum, prediction) < 1e-9
+    there = risk.at(torch.zeros_like(risk.theta))
+    assert study._moved(there, (there.theta,), spectrum, prediction) == float("inf")
+
+
+def test_a_perturbation_below_rounding_leaves_no_digits() -> None:
+    check = check_convergence_rate(softmax(kappa=10.0).risk, options=RateOptions(perturbation=1e-16))
+    assert check.holds is None
+    assert "leaves no digits for a run: kappa* is 10" in check.reason
+    assert check.iterations == 0
+
+
 def test_a_check_survives_a_file(tmp_path: Path) -> None:
     check = softmax_by_gradient_descent()
     check.save(tmp_path / "check.json")
@@ -373,6 +437,14 @@ def test_the_gain_says_whether_bnp_helps() -> None:
     assert hopeless.holds is None
     assert "too slow" in hopeless.reason
     assert hopeless.details["predicted gain"] > 1e3, "the prediction is told all the same"
+
+
+def test_the_gain_says_when_bnp_slows_down_and_when_nothing_is_known() -> None:
+    slower = convergence_study._statement(0.5)
+    assert slower == "BNP does not help: it needs 2 times more iterations than gradient descent"
+    unknown = check_bnp_gain(softmax().risk.to(torch.float32))
+    assert unknown.holds is None
+    assert unknown.statement == "BNP changes the number of iterations by the ratio of the time constants"
 
 
 @pytest.mark.parametrize("make", [softmax, pytest.param(relu, marks=pytest.mark.slow)])
@@ -426,11 +498,28 @@ def test_the_start_from_zero_and_one_is_not_protected() -> None:
     assert max(far.norms) > 100 * far.norms[0]
 
 
-def test_clustered_eigenvalues_wait_for_the_slowest() -> None:
-    """Straight lines in a plot long before the slowest mode is alone; a verdict needs it to be."""
+def clustered() -> EmpiricalRisk:
     values = torch.cat([torch.linspace(1.0, 1.06, 8, dtype=D), torch.tensor([5.0], dtype=D)])
     x = torch.diag((values * len(values) / 2).sqrt())
-    risk = EmpiricalRisk(nn.Linear(9, 1, bias=False, dtype=D), mse, (x, torch.ones(9, 1, dtype=D)))
+    return EmpiricalRisk(nn.Linear(9, 1, bias=False, dtype=D), mse, (x, torch.ones(9, 1, dtype=D)))
+
+
+def test_a_run_without_a_straight_tail_says_what_ended_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    short = check_convergence_rate(clustered(), step=0.1, options=RateOptions(max_iterations=100))
+    assert short.holds is None
+    assert short.outcome == "iteration limit"
+    assert short.reason.startswith("the iteration limit came before a straight tail, -1/log r = 9.491 is predicted; so")
+    monkeypatch.setattr(rates, "_CYCLES", 1)
+    swings = check_convergence_rate(clustered(), step=0.1)
+    assert swings.holds is None
+    assert swings.outcome == "no tail"
+    assert f"no straight tail in {swings.iterations} iterations, -1/log r = 9.491 is predicted" in swings.reason
+    assert "expected bias of the fit 0.0" in swings.reason
+
+
+def test_clustered_eigenvalues_wait_for_the_slowest() -> None:
+    """Straight lines in a plot long before the slowest mode is alone; a verdict needs it to be."""
+    risk = clustered()
     check = check_convergence_rate(risk, step=0.1)
     assert check.holds, check
     assert check.details["cycles"] > 1

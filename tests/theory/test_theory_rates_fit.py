@@ -21,8 +21,16 @@ from bnp_analysis import EmpiricalRisk
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.models import mlp
 from bnp_analysis.theory import rates
-from bnp_analysis.theory.limit_point import find_minimizer, gradient_floor
-from bnp_analysis.theory.rates import expected_bias, fit_rate
+from bnp_analysis.theory.limit_point import (
+    _newton,
+    _row,
+    find_minimizer,
+    gradient_floor,
+    measure,
+    roughness,
+    undetermined,
+)
+from bnp_analysis.theory.rates import DIVERGED, TIME, HeavyBallIteration, expected_bias, fit_rate, run
 
 D = torch.float64
 
@@ -106,6 +114,38 @@ def test_too_short_a_run_is_refused() -> None:
         fit_rate([0.5**k for k in range(20)])
     with pytest.raises(InvalidInputError):
         fit_rate([1.0, math.nan] * 40)
+    with pytest.raises(InvalidInputError, match="power must be 0 or 1, got 2"):
+        fit_rate([0.9**k for k in range(100)], power=2)
+
+
+def test_a_run_that_is_over_in_one_step_has_no_bias() -> None:
+    assert expected_bias([2.0, 2.0], 0.5, 0.0, first=50, last=100) == 0.0
+
+
+def least_squares(wall: float = math.inf) -> EmpiricalRisk:
+    """`w^2/2` from 1, beyond a wall infinite."""
+    model = nn.Linear(1, 1, bias=False, dtype=D)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+
+    def loss(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (output**2).mean() / 2 + (math.inf if bool(output.abs().max() > wall) else 0.0)
+
+    return EmpiricalRisk(model, loss, (torch.ones(1, 1, dtype=D), torch.zeros(1, 1, dtype=D)))
+
+
+def test_a_run_says_why_it_ended() -> None:
+    """What it has done so far is kept."""
+    risk = least_squares(wall=50.0)
+    slow, fast = (HeavyBallIteration(risk, None, step) for step in (0.1, 4.0))
+    late = run(slow, slow.at_rest(risk.theta), below=0.0, most=100, deadline=0.0)
+    assert late.stop == TIME
+    assert late.norms == [1.0]
+    # The loss is infinite at 81, long before the gradient has grown by 1e4.
+    beyond = run(fast, fast.at_rest(risk.theta), below=0.0, most=100, deadline=math.inf)
+    assert beyond.stop == DIVERGED
+    assert beyond.norms == pytest.approx([1.0, 3.0, 9.0, 27.0, 81.0])
+    assert float(beyond.state[0]) == pytest.approx(81.0)
 
 
 def labelled(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,6 +158,77 @@ def test_separable_data_have_no_minimizer(generator: torch.Generator) -> None:
     assert not found.attained
     assert "no attained minimizer" in found.reason
     assert found.gradient_norm < 1e-15, "a small gradient alone would have said that it is one"
+
+
+def test_a_search_says_where_it_ended(generator: torch.Generator) -> None:
+    x, y = labelled(generator)
+    found = find_minimizer(EmpiricalRisk(mlp([2, 2], dtype=D), nn.CrossEntropyLoss(label_smoothing=0.1), (x, y)))
+    assert str(found).startswith(f"minimizer with loss {found.value:.6g}, |grad| ")
+    assert "(rounding " in str(found)
+    none = find_minimizer(EmpiricalRisk(mlp([2, 2], dtype=D), nn.functional.cross_entropy, (x, y)))
+    assert str(none) == f"no minimizer: {none.reason}"
+
+
+def test_a_descent_that_ends_at_a_kink_has_no_critical_point() -> None:
+    """`3 |w - 1| + w^2/2`, least at 1."""
+    found = find_minimizer(walled(math.inf, 3.0, lambda output: 3 * (output - 1).abs() + output**2 / 2))
+    assert float(found.theta) == pytest.approx(1.0, abs=1e-6)
+    assert not found.attained
+    assert "no critical point was reached" in found.reason
+    assert "at a kink" in found.reason
+
+
+def walled(at: float, start: float, slope: Any) -> EmpiricalRisk:
+    """One weight, whose loss falls slowly to a wall where it overflows."""
+    model = nn.Linear(1, 1, bias=False, dtype=D)
+    with torch.no_grad():
+        model.weight.fill_(start)
+    loss = lambda output, y: (slope(output) + torch.exp(10 * (output - at))).mean()  # noqa: E731
+    return EmpiricalRisk(model, loss, (torch.ones(1, 1, dtype=D), torch.zeros(1, 1, dtype=D)))
+
+
+def test_a_trial_step_that_overflows_is_taken_back() -> None:
+    """By the search along a line, and by Newton steps."""
+    found = find_minimizer(walled(200.0, 0.0, lambda output: -output))
+    assert found.attained
+    assert float(found.theta) == pytest.approx(200 - math.log(10) / 10)
+    risk = walled(5.0, -5.0, lambda output: (1 + output**2).sqrt())
+    there, newton, _ = _newton(risk, [_row(risk)], math.inf)
+    assert newton < 1e-8
+    assert float(there.gradient.norm()) < 1e-12
+
+
+class Powers(nn.Module):
+    """`(v, w^k)`, whose squares are the loss."""
+
+    def __init__(self, power: int, w: float) -> None:
+        super().__init__()
+        self.theta, self.power = nn.Parameter(torch.tensor([1.0, w], dtype=D)), power
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.stack([self.theta[0] - 1, self.theta[1] ** self.power])
+
+
+@pytest.mark.parametrize(("power", "scale"), [(2, 1.0), (1, 1e-4)])
+def test_a_small_eigenvalue_on_the_way_to_a_singular_minimizer_is_undetermined(power: int, scale: float) -> None:
+    """`w^4` at 1e-4, whose curvature a step to the minimizer would change by a ninth; a flat parabola's stays."""
+    x = torch.tensor([[1.0, scale]], dtype=D)
+    risk = EmpiricalRisk(Powers(power, 1e-4), nn.functional.mse_loss, (x, torch.zeros(1, 2, dtype=D)))
+    spectrum = measure(risk, None)
+    assert spectrum.kappa > 1e6
+    said = undetermined(spectrum)
+    if power == 1:
+        assert said == ""
+    else:
+        assert "the smallest eigenvalue 6e-08 grows to 6.1e-06 within 1e-3 |theta|" in said
+        assert "by 0.11 of itself" in said
+
+
+def test_a_gradient_that_bends_is_not_called_a_kink() -> None:
+    words = roughness(least_squares(), 0.0, 0.25)
+    assert "not close to linear" in words
+    assert "(remainder 0.25)" in words
+    assert "not smooth" not in words
 
 
 def test_smoothed_labels_have_one(generator: torch.Generator) -> None:

@@ -77,6 +77,7 @@ def test_the_state_of_another_architecture_is_refused_whole(kind: str, options: 
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
+        (None, None, "no entries"),
         ("mean", torch.tensor([torch.nan] * 5), "mean that is not finite"),
         ("variance", -torch.ones(5), "variance that is not finite, or negative"),
         ("variance", None, "no variance"),
@@ -84,14 +85,21 @@ def test_the_state_of_another_architecture_is_refused_whole(kind: str, options: 
         ("start", 2.0, "outside of"),
         ("q2", 0.0, "not positive"),
         ("output_squares", -torch.ones(4), "output_squares that is not finite, or negative"),
+        ("skewness", torch.ones(5), "entries skewness that no statistics have"),
+        ("direction", torch.ones(6), r"direction that is no tensor \(1, 6, 1\)"),
+        ("direction", [1.0] * 6, "direction that is no tensor"),
+        ("direction", torch.full((1, 6, 1), torch.nan), "direction that is not finite"),
     ],
 )
-def test_a_damaged_state_changes_nothing(key: str, value: object, said: str) -> None:
+def test_a_damaged_state_changes_nothing(key: str | None, value: object, said: str) -> None:
     model, x, y = network()
     pre = BNP(model, output_scale="estimated")
     stepped(model, x, y, pre)
     state = copy.deepcopy(pre.state_dict())
-    state["layers"]["0"][key] = value
+    if key is None:
+        state["layers"]["0"] = value
+    else:
+        state["layers"]["0"][key] = value
     before = numbers(pre)
     with pytest.raises(InvalidInputError, match=f"'0' has .*{said}.*nothing was changed"):
         pre.load_state_dict(state)
@@ -108,6 +116,18 @@ def test_a_deep_copy_goes_on_by_itself() -> None:
     assert torch.equal(stepped(twin, x + 1, y, other)[1], expected)
     stepped(twin, 100 * x, y, other)
     assert pre.state_dict()["step"] == 2
+
+
+def test_a_copy_of_a_closed_object_is_closed() -> None:
+    model, x, y = network()
+    pre = BNP(model)
+    stepped(model, x, y, pre)
+    pre.close()
+    twin, other = copy.deepcopy((model, pre))
+    assert hooks(twin) == 0
+    with pytest.raises(InvalidInputError, match="after close"):
+        other.step()
+    assert numbers(other) == numbers(pre)
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), copy.copy])
@@ -393,6 +413,15 @@ def test_an_empty_batch_and_a_bare_layer() -> None:
     assert pre.covered == ("",)
     assert list(pre.state_dict()["layers"]) == [""]
     assert "BNP" in repr(pre)
+
+
+@pytest.mark.parametrize("kind", ["sequence", "padding"])
+def test_an_empty_batch_among_others_changes_nothing(kind: str) -> None:
+    model, x, y = network(kind)
+    twin = copy.deepcopy(model)
+    pre, other = BNP(model), BNP(twin)
+    model(x[:0])
+    assert torch.equal(stepped(model, x, y, pre)[1], stepped(twin, x, y, other)[1])
 
 
 def test_changes_of_precision_and_device_are_followed() -> None:

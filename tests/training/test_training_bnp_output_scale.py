@@ -116,6 +116,30 @@ def test_gradients_that_say_nothing_leave_the_estimate(bad: float) -> None:
     assert bool(torch.isfinite(gradient(model)).all())
 
 
+def test_gradients_written_by_hand_leave_the_estimate() -> None:
+    """Nothing passed through the outputs: at first every scale is one, later what it was."""
+    model, x, y = network()
+    twin = copy.deepcopy(model)
+    pre, plain = BNP(model, output_scale="estimated"), BNP(twin)
+
+    def by_hand(m: nn.Module, own: BNP) -> Tensor:
+        with torch.no_grad():
+            m.zero_grad()
+        m(x)
+        for k, p in enumerate(m.parameters()):
+            p.grad = torch.ones_like(p) + k
+        own.step()
+        return gradient(m)
+
+    assert torch.equal(by_hand(model, pre), by_hand(twin, plain))
+    stepped(model, x, y, pre)
+    before = {n: e["output_squares"].clone() for n, e in pre.state_dict()["layers"].items()}
+    by_hand(model, pre)
+    for name, entry in pre.state_dict()["layers"].items():
+        assert torch.equal(entry["output_squares"], before[name])
+    assert float((before["0"] - 1).abs().max()) > 0.1
+
+
 def test_a_dead_unit_gets_the_damping_alone() -> None:
     model, x, y = network()
     model[1] = nn.ReLU()

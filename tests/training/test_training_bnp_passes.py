@@ -216,6 +216,23 @@ def test_a_model_without_an_output_has_not_failed() -> None:
     pre.step()
 
 
+def test_the_end_of_a_pass_that_never_began_is_none() -> None:
+    """A hook of the user that runs before those of BNP fails: torch calls only what stands behind the pass."""
+    model, twin, x, y = twins()
+    pre, other = BNP(model), BNP(twin)
+
+    def refuse(module: nn.Module, args: Any) -> None:
+        raise ValueError("not this one")
+
+    handle = model.register_forward_pre_hook(refuse, prepend=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match="not this one"):
+            model(100 * x)
+    handle.remove()
+    assert torch.equal(stepped(model, x, y, pre)[1], stepped(twin, x, y, other)[1])
+
+
 def test_per_example_gradients_between_steps_change_nothing() -> None:
     model, twin, x, y = twins()
     pre, other = BNP(model), BNP(twin)
@@ -277,8 +294,22 @@ def test_other_changes_of_the_weights_are_no_training() -> None:
     pre.close()
 
 
-def test_two_objects_may_measure_but_only_one_steps() -> None:
+class ByHand(nn.Module):
+    """A layer that is known by its shape alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.eye(4, 5) + 0.1), nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_two_objects_may_measure_but_only_one_steps(own: bool) -> None:
     model, x, y = network()
+    if own:
+        model = ByHand().double()
     first, second = BNP(model), BNP(model)
     before, once = stepped(model, x, y, first)
     assert relative(once, before) > 0.1

@@ -123,6 +123,33 @@ def test_measured_q_is_the_norm_of_the_normalized_rows(kind: str, bias: bool, bi
     assert pre.preconditioner().q == pytest.approx(P.q, rel=1e-6)
 
 
+def test_a_measured_q_stays_where_a_layer_saw_nothing() -> None:
+    """A gradient is there, from elsewhere, but no rows to measure with."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both = True
+            self.a, self.b = nn.Linear(5, 3).double(), nn.Linear(5, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + self.b(x) if self.both else self.a(x)
+
+    model, (_, x, y) = Branches(), network()
+    pre = BNP(model, q="measured", rho=0.5)
+    backward(model, x, y)
+    pre.step()
+    before = {name: entry["q2"] for name, entry in pre.state_dict()["layers"].items()}
+    model.both = False
+    backward(model, 3 * x, y)
+    model.b.weight.grad = torch.ones(3, 5, dtype=torch.float64)
+    model.b.bias.grad = torch.ones(3, dtype=torch.float64)
+    pre.step()
+    after = {name: entry["q2"] for name, entry in pre.state_dict()["layers"].items()}
+    assert after["b"] == before["b"]
+    assert after["a"] != before["a"]
+
+
 def in_z(model: nn.Module, P: Tensor, make: type[torch.optim.Optimizer], options: dict, x: Tensor, y: Tensor) -> Tensor:
     """The same optimizer on `L(P z)`, with autograd through `P`."""
     names, shapes = zip(*((n, p.shape) for n, p in model.named_parameters()), strict=True)

@@ -16,7 +16,7 @@ import torch
 from bnp_analysis.cli import parser_of
 from bnp_analysis.cli.options import experiment_of
 from bnp_analysis.errors import InvalidInputError
-from bnp_analysis.training.experiment import Experiment
+from bnp_analysis.training.experiment import Experiment, split
 from bnp_analysis.training.run import Run
 
 SMALL = ["--samples", "60", "--hidden", "6", "--epochs", "2", "--batch-size", "16", "--quiet"]
@@ -43,6 +43,26 @@ def test_every_option_of_the_problem_reaches_the_experiment():
         weight_decay=0.1, schedule="step", batch_size=7, epochs=3, seed=8, device="meta",
     )  # fmt: skip
     assert experiment_of(parse()) == Experiment()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"optimizer": "lion"}, "unknown optimizer 'lion'; known: sgd, momentum, adam, adamw"),
+        ({"schedule": "linear"}, "unknown schedule 'linear'; known: constant, cosine, step"),
+        ({"preconditioner": "kfac"}, "unknown preconditioner 'kfac'; known: none, bnp"),
+    ],
+)
+def test_an_experiment_names_what_there_is(wrong, words):
+    with pytest.raises(InvalidInputError, match=words):
+        Experiment(**wrong)
+
+
+def test_an_experiment_may_not_hold_out_everything():
+    with pytest.raises(InvalidInputError, match=r"holdout=0\.99 of 10 examples leaves none"):
+        split(Experiment(samples=10, holdout=0.99))
+    train, held = split(Experiment(samples=10, holdout=0.9))
+    assert (len(train[1]), len(held[1])) == (1, 9)
 
 
 def test_it_prints_and_writes_what_it_did(tmp_path, capsys):

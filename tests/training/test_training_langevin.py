@@ -236,6 +236,7 @@ def test_what_it_refuses() -> None:
         ("params", lambda: bnp.SGLD(["weight"], lr=1)),
         ("preconditioner", lambda: bnp.SGLD(of(), lr=1, preconditioner=0.5)),  # type: ignore[arg-type]
         ("preconditioner", lambda: bnp.SGLD([next(of())], lr=1, preconditioner=P)),
+        ("real and whole", lambda: bnp.SGLD([nn.Parameter(torch.zeros(2, dtype=torch.complex64))], lr=1)),
         ("same parameters", lambda: bnp.SGLD(of(), lr=1, preconditioner=bnp.BNP(twin))),
     ]
     for named, call in wrong:
@@ -253,6 +254,11 @@ def test_what_it_refuses() -> None:
     sampler = bnp.SGLD(of(), lr=0.1, preconditioner=P)
     first.grad = None
     with pytest.raises(InvalidInputError, match="have gradients"):
+        sampler.step()
+    table = nn.Embedding(3, 2, sparse=True)
+    sampler = bnp.SGLD(table.parameters(), lr=0.1)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(InvalidInputError, match=r"needs dense gradients.*sparse=False"):
         sampler.step()
     # The loop calls step() too: P P^T would be applied twice.
     running = bnp.BNP(twin)

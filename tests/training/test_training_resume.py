@@ -229,6 +229,9 @@ def test_files_of_other_runs_and_damaged_ones_are_refused(tmp_path):
         start(tmp_path, "tensors", seed=12)
     with pytest.raises(InvalidInputError, match="data: 'TensorBatches' there, 'DataLoader' here"):
         start(tmp_path, "loader")
+    checkpointing.write_state(tmp_path / "old.pt", {"format": "bnp_analysis.training/1"})
+    with pytest.raises(InvalidInputError, match=r"old\.pt has the format .*/1; this version reads .*/2"):
+        checkpointing.load_state(tmp_path / "old.pt")
     whole = (tmp_path / "run.pt").read_bytes()
     (tmp_path / "run.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InvalidInputError, match="not the checkpoint of a training run"):
@@ -283,6 +286,38 @@ def test_another_order_of_the_same_examples_is_refused(tmp_path):
     with pytest.raises(InvalidInputError, match="the targets of batch 2 of epoch 1 are not those"):
         follow(pairs[1:] + pairs[:1])
     assert follow(pairs).finished
+
+
+def test_a_loader_that_draws_its_order_from_elsewhere_is_refused(tmp_path):
+    start(tmp_path, "generator", epochs=1)
+    with pytest.raises(InvalidInputError, match="a loader with other generators"):
+        start(tmp_path, "loader")
+    assert start(tmp_path, "generator")[0].finished
+
+
+def test_a_stream_that_ends_before_the_place_of_the_checkpoint_is_refused(tmp_path):
+    class Stream:
+        def __init__(self, batches: int) -> None:
+            self.batches = batches
+
+        def __iter__(self):
+            return iter([(torch.eye(3)[[i]], torch.tensor([i])) for i in range(self.batches)])
+
+    def follow(batches: int, **options) -> Run:
+        model = bnp.models.mlp([3, 3])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        loss = torch.nn.functional.cross_entropy
+        return train(model, loss, Stream(batches), optimizer, checkpoint=tmp_path / "r.pt", epochs=2, **options)
+
+    def ask(step: int, model: object) -> dict:
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return {}
+
+    assert follow(3, probes=[ask]).stopped == "SIGINT"
+    with pytest.raises(InvalidInputError, match="the loader has 1 batches, the checkpoint was saved after 2 of them"):
+        follow(1)
+    assert follow(3).finished
 
 
 def test_a_measured_scale_goes_on_bit_for_bit(tmp_path):

@@ -104,6 +104,10 @@ def test_adam_diverges_above_its_threshold_and_not_below() -> None:
         assert (abs(theta) > 1) is diverges
 
 
+def test_adagrad_has_that_of_gradient_descent_under_its_own_P() -> None:
+    assert stability_threshold(torch.optim.Adagrad([nn.Parameter(torch.ones(1))], lr=0.1))[0] == pytest.approx(20)
+
+
 def test_decoupled_decay_moves_the_threshold() -> None:
     p = [nn.Parameter(torch.ones(1))]
     plain, _ = stability_threshold(torch.optim.AdamW(p, lr=0.1, weight_decay=0.0))
@@ -118,6 +122,7 @@ def test_where_there_is_no_threshold_the_reason_is_said() -> None:
         (torch.optim.SGD([{"params": [a]}, {"params": [b], "lr": 0.2}], lr=0.1), "different rates"),
         (torch.optim.Adadelta([a]), "none is known for Adadelta"),
         (torch.optim.SGD([a], lr=0.0), "rate of zero"),
+        (torch.optim.Adagrad([a], lr=0.1, lr_decay=0.1), "a rate that decays by itself"),
     ):
         value, why = stability_threshold(optimizer)
         assert math.isnan(value)
@@ -150,6 +155,10 @@ def test_a_resumed_tracker_has_the_measurements_of_one_run() -> None:
     assert tracker.result().steps.tolist() == [4, 8, 12]
     with pytest.raises(InvalidInputError, match="no state"):
         tracker.load_state_dict({"k": 1})
+    other = bnp.models.mlp([6, 3], dtype=torch.float64)
+    tracker = bnp.SharpnessTracker(other, LOSS, (x, y), torch.optim.SGD(other.parameters(), lr=0.1))
+    with pytest.raises(InvalidInputError, match="the saved eigenvectors have 53 entries, the model 21"):
+        tracker.load_state_dict(whole.state_dict())
 
 
 def test_it_is_a_probe_of_train_and_changes_nothing() -> None:
@@ -165,6 +174,30 @@ def test_it_is_a_probe_of_train_and_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters(), strict=True))
     assert tracker.result().steps.tolist() == [2, 4, 6, 8]  # nothing before the first step: Adam has no P yet
     assert "sharpness" in str(found.probes)
+
+
+def test_the_preconditioner_that_trains_may_be_given() -> None:
+    """A `BNP`: its `P` of the last step, under which gradient descent has a threshold."""
+    model, x, y = problem()
+    pre, optimizer = bnp.BNP(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = bnp.SharpnessTracker(model, LOSS, (x, y), optimizer, preconditioner=pre, tol=1e-4)
+    LOSS(model(x), y).backward()
+    pre.step()
+    optimizer.step()
+    tracker.measure()
+    risk = bnp.EmpiricalRisk(model, LOSS, (x, y))
+    B = bnp.linalg.congruence(bnp.hessian(risk), pre.preconditioner(risk.space))
+    found = tracker.result()
+    assert found.values[-1, 0] == pytest.approx(float(torch.linalg.eigvalsh(B.to_dense())[-1]), rel=1e-4)
+    assert found.threshold.tolist() == pytest.approx([20.0])
+    assert "P = BNP" in str(found)
+
+
+def test_before_the_first_measurement_it_says_so() -> None:
+    tracker, *_ = trained(OPTIMIZERS["sgd"], steps=3)
+    found = tracker.result()
+    assert str(found) == "sharpness: nothing measured yet"
+    assert found.records() == []
 
 
 @pytest.mark.parametrize("preconditioner", ["bnp", None])

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 import bnp_analysis as bnp
-from bnp_analysis.errors import InvalidInputError, NonFiniteError
+from bnp_analysis.errors import InvalidInputError, MemoryLimitError, NonFiniteError
 from bnp_analysis.training.probes import ConditionProbe, Every
 from bnp_analysis.training.run import Run
 from bnp_analysis.training.trainer import train
@@ -198,6 +198,9 @@ def test_the_condition_probe_measures_what_a_direct_measurement_gives():
     assert found["condition_with_p"] == bnp.condition_number(A, preconditioner=P, null=null).value
     assert found["condition_with_p"] < found["condition"]
 
+    with pytest.raises(InvalidInputError, match="needs loss= outside of a training run"):
+        ConditionProbe("fc2", 1, (x, y))(0, model)
+
     class Trained:
         def preconditioner(self):
             return bnp.identity_preconditioner(bnp.EmpiricalRisk(model, F.cross_entropy, (x.float(), y)))
@@ -206,6 +209,17 @@ def test_the_condition_probe_measures_what_a_direct_measurement_gives():
     assert bound(0, model)["preconditioner"] == "exact"
     assert bound(1, model)["preconditioner"] == "trained"
     assert bound(1, model)["condition_with_p"] == pytest.approx(found["condition"])
+
+
+def test_a_probe_measures_without_null_directions_where_memory_has_no_room_for_them(monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise MemoryLimitError("too many")
+
+    model = bnp.models.mlp([4, 3], seed=2, dtype=torch.float64)
+    A = bnp.gauss_newton(bnp.EmpiricalRisk(model, F.cross_entropy, data(40)), block="fc1")
+    monkeypatch.setattr("bnp_analysis.training.probes.null_directions", refuse)
+    found = ConditionProbe("fc1", 1, data(40), F.cross_entropy)(0, model)
+    assert found["condition"] == bnp.condition_number(A).value
 
 
 @pytest.mark.parametrize(
@@ -217,6 +231,14 @@ def test_the_condition_probe_measures_what_a_direct_measurement_gives():
         ({"loader": []}, "no batch"),
         ({"loader": [(1, 2)]}, "no input tensor"),
         ({"loader": [data()], "batch_size": 3}, "a loader has its own"),
+        ({"loader": 3}, "iterable of such batches, not int"),
+        ({"loader": {"x": data()}}, "iterable of such batches, not dict"),
+        ({"loader": data()[0]}, "iterable of such batches, not Tensor"),
+        ({"loader": "digits"}, "iterable of such batches, not str"),
+        ({"loader": (data()[0][:4], data()[1])}, "on 4 inputs and 50 targets do not fit"),
+        ({"loader": (data()[0][:0], data()[1][:0])}, "on 0 inputs and 0 targets do not fit"),
+        ({"eval_data": []}, "evaluation data have no example"),
+        ({"probes": ["fc1"]}, "probes must be functions .*, not 'fc1'"),
         ({"loader": torch.utils.data.TensorDataset(*data())}, "DataLoader"),
         ({"loss": lambda output, y: output}, "scalar"),
         ({"loss": lambda output, y: output.detach().mean()}, "depends on the parameters"),
@@ -229,6 +251,38 @@ def test_bad_input_is_refused(change, message):
     call = {"loss": F.cross_entropy, "loader": data()} | change
     with pytest.raises(InvalidInputError, match=message):
         train(model, call.pop("loss"), call.pop("loader"), sgd(model), **call)
+
+
+def test_a_sampler_that_shuffles_by_the_epoch_is_told_which_one_begins() -> None:
+    class Rotated(torch.utils.data.Sampler):
+        epochs: tuple[int, ...] = ()
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epochs += (epoch,)
+
+        def __iter__(self):
+            return iter(torch.arange(50).roll(self.epochs[-1]).tolist())
+
+        def __len__(self) -> int:
+            return 50
+
+    for inner in (False, True):
+        sampler = Rotated()
+        how = {"sampler": sampler, "batch_size": 25}
+        if inner:
+            how = {"batch_sampler": torch.utils.data.BatchSampler(sampler, 25, drop_last=False)}
+        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data()), **how)
+        train(model := network(), F.cross_entropy, loader, sgd(model), epochs=3)
+        assert set(sampler.epochs) == {0, 1, 2}
+        assert list(sampler.epochs) == sorted(sampler.epochs)
+
+
+def test_a_summary_says_how_good_the_last_epoch_was() -> None:
+    final = {"epoch": 1, "step": 1, "train_loss": 0.5, "lr": 0.1, "eval_loss": 0.75, "accuracy": 0.25}
+    run = Run(loss=torch.tensor([2.0]).numpy(), lr=torch.tensor([0.1]).numpy(), epochs=(final,), seed=0)
+    assert run.summary() == (
+        "finished after 1 steps, 1 epochs; last loss 2, train_loss 0.5, eval_loss 0.75, accuracy 0.25"
+    )
 
 
 def test_a_preconditioner_that_cannot_step_is_refused_before_anything_is_done() -> None:

@@ -89,7 +89,7 @@ class Orbit:
             H = J.T @ across + self.exponents.T @ ((x * rest)[:, None] * self.exponents)
             step = torch.linalg.solve(H, J.T @ rest)
             log_t = log_t - step
-            if float(step.abs().max()) <= 4 * _UNIT:
+            if not bool((step.abs() > 4 * _UNIT).any()):  # nothing is scaled, or nothing is left to do
                 break
         x = self.scales(log_t) * self.origin
         return log_t, x + self.shifts @ (self.shifts.T @ (theta - x))
@@ -103,16 +103,29 @@ class Contraction:
         ratios: `|theta_{k+1} - theta*_{k+1}| / |theta_k - theta*_k|`.
         factors: `r` with the eigenvalues at `theta*_k`.
         remainders: `alpha |grad L(theta_k) - Hess(theta*_k) (theta_k - theta*_k)| / |theta_k - theta*_k|`.
+        roundings: of the ratios.
     """
 
     ratios: list[float] = field(default_factory=list)
     factors: list[float] = field(default_factory=list)
     remainders: list[float] = field(default_factory=list)
+    roundings: list[float] = field(default_factory=list)
 
     @property
     def excess(self) -> float:
         """The smallest `eps` for which every step has ratio at most `r + eps`."""
-        return max(ratio - r for ratio, r in zip(self.ratios, self.factors, strict=True))
+        return self._largest[0]
+
+    @property
+    def resolved(self) -> bool:
+        """Whether it stands above rounding."""
+        excess, rounding = self._largest
+        return excess > 100 * rounding
+
+    @property
+    def _largest(self) -> tuple[float, float]:
+        steps = zip(self.ratios, self.factors, self.roundings, strict=True)
+        return max((ratio - r, rounding) for ratio, r, rounding in steps)
 
     @property
     def worst(self) -> float:
@@ -157,6 +170,7 @@ def contraction(
         found.ratios.append(new / distance)
         found.factors.append(max(abs(1 - alpha * float(values[-rank])), abs(1 - alpha * float(values[-1]))))
         found.remainders.append(alpha * rest / distance)
+        found.roundings.append(_UNIT * float(theta.norm()) / distance)
         distance = new
     return found
 
@@ -242,7 +256,10 @@ def _every_step(problem: Problem, orbit: Orbit) -> Iterator[Check]:
         [contraction(risk, orbit, H, rank, alpha, risk.theta + d * v, _STEPS) for v in ends]
         for d in (radius, radius / 10)
     )
-    far, near = (max(run.excess for run in runs) for runs in (far_runs, near_runs))
+    if not all(run.ratios for run in (*far_runs, *near_runs)):
+        raise NotApplicable(f"kappa* is {spectrum.kappa:.6g}: a step or two end at the minimizer, to rounding")
+    farthest, nearest = (max(runs, key=lambda run: run.excess) for runs in (far_runs, near_runs))
+    far, near = farthest.excess, nearest.excess
     given = ("null space = tangent space", "a minimizer", "no kink within the ball")
     details = {
         "r": far_runs[0].factors[0],
@@ -255,13 +272,17 @@ def _every_step(problem: Problem, orbit: Orbit) -> Iterator[Check]:
     worst = max(run.worst for run in (*far_runs, *near_runs))
     words = f"{_EVERY}: the largest ratio over r + eps"
     yield at_most(words, worst, 1.0, tolerance=1e-9, given=given, details=details)
+    words = "eps shrinks like the distance: the slope in logarithms"
+    if not (farthest.resolved and nearest.resolved):
+        yield refused(words, "eps is rounding: the risk is quadratic here, to its digits", details=details)
+        return
     yield equals(
-        "eps shrinks like the distance: the slope in logarithms",
-        math.log10(far / near) if near > 0 and far > 0 else math.nan,
+        words,
+        math.log10(far / near),
         1.0,
         tolerance=0.05,
         given=given,
-        reason="without eps the statement is false" if near > 0 else "",
+        reason="without eps the statement is false",
         details=details,
     )
 

@@ -284,8 +284,6 @@ def _generated(problem: Problem) -> Iterator[Check]:
         raise NotApplicable("no unit or channel is scaled or mixed by a linear generator")
     for one in made:
         t, expected = one.tangent(risk.theta), -one.transposed(risk.gradient)
-        if not bool(t.any()):
-            continue
         image = H @ t
         sizes = {"|Hess t|": float(image.norm()), "|B^T grad|": float(expected.norm())}
         size = max(*sizes.values(), 1e-5 * norm_estimate(H) * float(t.norm()))

@@ -43,9 +43,6 @@ class Settings:
                 raise InvalidInputError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}{more}")
         if self.reference_rows is not None and not _positive(self.reference_rows):
             raise InvalidInputError(f"reference_rows must be a positive number or None, got {self.reference_rows!r}")
-        every = self.check_every
-        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-            raise InvalidInputError(f"check_every must be a positive integer or None, got {every!r}")
 
 
 def _positive(x: object) -> bool:
