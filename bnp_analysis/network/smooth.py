@@ -962,7 +962,7 @@ def _plain(args: tuple[Any, ...]) -> bool:
     return bool(args) and type(args[0]) in (Tensor, torch.nn.Parameter) and args[0].is_floating_point()
 
 
-def opened(func: Any) -> Any:
+def _opened(func: Any) -> Any:
     """A function of torch that is written in Python, so that the calls inside it are seen in its place."""
     space = {**func.__globals__, "has_torch_function": lambda *_: False}
     space["has_torch_function_variadic"] = space["has_torch_function_unary"] = space["has_torch_function"]
@@ -972,5 +972,5 @@ def opened(func: Any) -> Any:
 
 
 # Read through to the calls inside.
-COMPOSITE = {F.multi_head_attention_forward, F.multilabel_soft_margin_loss, F.softmin}
-_INSIDE = {func: opened(func) for func in COMPOSITE} | FORMS
+_COMPOSITE = (F.multi_head_attention_forward, F.multilabel_soft_margin_loss, F.softmin)
+_INSIDE = {func: _opened(func) for func in _COMPOSITE} | FORMS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
@@ -175,7 +175,7 @@ class Chart:
     def __init__(self, risk: EmpiricalRisk, graph: Graph) -> None:
         self.space, self.graph, self.dim = risk.space, graph, risk.space.dim
         self._tensors = {name: t.detach().cpu().double() for name, t in risk.named_tensors().items()}
-        self._positions, self._movable = dict[str, Tensor](), dict[str, bool]()
+        self._positions = dict[str, Tensor]()
         self._start, begin = {}, self.dim
         for name, t in self._tensors.items():
             free = name in self.space
@@ -199,19 +199,6 @@ class Chart:
         if name not in self._positions:
             self._positions[name] = torch.arange(start, start + t.numel()).view(t.shape)
         return self._positions[name]
-
-    def movable(self, name: str) -> bool:
-        """Whether a parameter is free and used once."""
-        if name not in self._movable:
-            self._movable[name] = name in self.space and self.graph.uses(name) == 1
-        return self._movable[name]
-
-    def part(self, pieces: Iterable[tuple[str, Tensor, Tensor]]) -> Part | None:
-        """Columns on several tensors `(name, positions, values)` as one part; None if one that is not movable moves."""
-        moving = [piece for piece in pieces if bool(piece[2].any())]
-        if not moving or not all(self.movable(name) for name, _, _ in moving):
-            return None
-        return Part(torch.cat([where for _, where, _ in moving]), torch.cat([values for _, _, values in moving]))
 
 
 # Closer to the span of the others than this, relative, a direction does not count as new.

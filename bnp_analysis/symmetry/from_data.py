@@ -64,7 +64,7 @@ def dependent_inputs(chart: Chart, graphs: list[Graph], skipped: list[str]) -> l
         names = [name for role, name in node.parameters.items() if role in ("weight", "bias") and name in chart.space]
         if not (node.is_layer or node.is_norm) or not names:
             continue
-        if shared := [name for name in names if not chart.movable(name)]:
+        if shared := [name for name in names if graphs[0].uses(name) > 1]:
             skipped.append(f"{', '.join(shared)}: used more than once")
         elif node.channel_axis is None:
             skipped.append(f"{node.layer}: {node.kind} over several axes")
@@ -72,8 +72,7 @@ def dependent_inputs(chart: Chart, graphs: list[Graph], skipped: list[str]) -> l
             search = _Search(chart, [graph.nodes[node.index] for graph in graphs], skipped)
             for i in range(search.units):
                 cause, vectors = search.of_unit(i)
-                part = search.part(i, vectors)
-                parts[cause] += [] if part is None else [part]
+                parts[cause] += [search.part(i, vectors)] if vectors.shape[1] else []
     return [Candidate(cause, tuple(found)) for cause, found in parts.items()]
 
 
@@ -144,12 +143,13 @@ class _Search:
         y = y if offset is None else y - offset
         return y if gain is None or gain == 0 else y / gain
 
-    def part(self, i: int, vectors: Tensor) -> Part | None:
-        """Vectors over `(weights, bias)` of unit `i`; None if there is none."""
+    def part(self, i: int, vectors: Tensor) -> Part:
+        """Vectors over `(weights, bias)` of unit `i`, at least one."""
         names = [self._first.parameters[role] for role in self.roles]
         places = [self._chart.positions(name)[i].reshape(-1) for name in names]
-        pieces = torch.split(vectors.cpu(), [len(place) for place in places])
-        return self._chart.part(zip(names, places, pieces, strict=True)) if vectors.shape[1] else None
+        pieces = zip(places, torch.split(vectors.cpu(), [len(place) for place in places]), strict=True)
+        moving = [(where, values) for where, values in pieces if bool(values.any())]
+        return Part(torch.cat([where for where, _ in moving]), torch.cat([values for _, values in moving]))
 
 
 def _double(t: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.kernels import derivative, recording
 from bnp_analysis.network.observation import transformed
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.network.smooth import COMPOSITE, opened, watching
+from bnp_analysis.network.smooth import watching
 from bnp_analysis.runtime.trees import map_tensors, tensors_of
 from bnp_analysis.symmetry.graph import Call, Graph, Name, Node, Operation, Slot
 from bnp_analysis.symmetry.operations import ARGUMENTS, OPERATIONS
@@ -71,9 +71,6 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in COMPOSITE:
-            with self:
-                return opened(func)(*args, **kwargs)
         given = tensors_of((list(args), kwargs))
         # What backward() leaves in `.grad` depends on tensors that are not among the arguments.
         if any(transformed(t) for t in given) or func == Tensor.grad.__get__:  # type: ignore[union-attr]
