@@ -122,7 +122,7 @@ def test_a_layer_forms_its_jacobian_once(images, monkeypatch):
 
     monkeypatch.setattr(JacobianFactor, "row_blocks", counted)
     monkeypatch.setattr(JacobianFactor, "to_dense", lambda self: pytest.fail("the factor is formed once more"))
-    monkeypatch.setattr(blocks, "known_null", lambda risk, block, factor=None, reading=None: None)
+    monkeypatch.setattr(blocks, "known_null", lambda risk, block, factor=None, recorded=None: None)
     bnp.layer_table(images, off_block=False)  # which forms that of the whole network
     assert len(formed) == 1
     # Also where every number with P is measured once more on the rows themselves.

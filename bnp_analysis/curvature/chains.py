@@ -217,11 +217,11 @@ def _is_smooth(node: Node) -> bool:
 def _smooth_bend(node: Node, shape: Sequence[int], g: Tensor | None) -> tuple[Bend, Tensor | None]:
     with torch.no_grad():
         x = node.saved_tensors[0].detach()
-        slope = node.rule.slope(x)
+        slope = node.f.slope(x)
         if g is None:
             return Bend(slope, shape, None), None
         g = g.reshape(shape)
-        return Bend(slope, shape, node.rule.curvature(x) * g), slope * g
+        return Bend(slope, shape, node.f.curvature(x) * g), slope * g
 
 
 def _plus(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:

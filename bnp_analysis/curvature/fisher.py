@@ -20,7 +20,7 @@ from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.parameters import Block
 from bnp_analysis.network.purity import is_mean
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.network.smooth import watching
+from bnp_analysis.network.smooth import monitoring
 from bnp_analysis.runtime.kinds import gated
 from bnp_analysis.runtime.random import generator, uniform_at
 from bnp_analysis.runtime.trees import tensors_of
@@ -123,7 +123,7 @@ def _empirical(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> OutputRoot
     count = outputs.shape[0]
     shares = _shares(risk, batch, outputs).clamp_min(torch.finfo(g.dtype).tiny)
     root = g.detach().reshape(count, 1, -1) / shares.to(g).sqrt().view(-1, 1, 1)
-    with watching(structural=True):
+    with monitoring(structural=True):
         ordinary = loss_gradient(risk, batch, outputs)[1].reshape(count, -1)
     vanished = bool(((ordinary != 0) & (g.detach().reshape(count, -1) == 0)).any())
     return OutputRoot(root, count, "gradients", vanished=vanished)

@@ -17,7 +17,7 @@ from bnp_analysis.network.layer_kinds import Layer
 from bnp_analysis.network.precision import perturbed
 from bnp_analysis.network.risk import EmpiricalRisk
 from bnp_analysis.network.saturation import ROUNDINGS, product_eps
-from bnp_analysis.network.smooth import SIGMOID, generic, watching
+from bnp_analysis.network.smooth import SIGMOID, generic, monitoring
 from bnp_analysis.runtime.trees import tensors_of
 
 # Beyond this many numbers the per-example matrices are not formed.
@@ -321,7 +321,7 @@ class _Bends:
 
     def structural(self, make: Callable[[_Bends], Tensor]) -> Tensor:
         """The same with derivatives of ordinary size in the place of those that saturation makes tiny."""
-        with watching(structural=True):
+        with monitoring(structural=True):
             return make(self)
 
 

@@ -32,7 +32,7 @@ from bnp_analysis.runtime.memory import available_memory
 from bnp_analysis.runtime.progress import Progress
 from bnp_analysis.runtime.threads import each
 from bnp_analysis.symmetry import NullDirections
-from bnp_analysis.symmetry.null_space import Reading, search
+from bnp_analysis.symmetry.null_space import RecordedNetwork, search
 
 Pair = tuple[ConditionNumber | None, ConditionNumber | None]
 # Parameters of a block beyond which tables do not search for all its null directions.
@@ -56,7 +56,7 @@ def block_numbers(
     own: SymmetricOperator,
     P: NetworkPreconditioner,
     dense: UnitBlocks | None,
-    reading: Callable[[], Reading],
+    recorded: Callable[[], RecordedNetwork],
     seed: int,
     update: Callable[[int], None],
 ) -> BlockNumbers:
@@ -68,7 +68,7 @@ def block_numbers(
         own: its Gauss-Newton block.
         P: the preconditioner.
         dense: the layer's unit blocks, where it is dense and runs once per example.
-        reading: makes what a search for null directions reads of the network, once.
+        recorded: makes what a search for null directions reads of the network, once.
         seed: of random starts.
         update: gets how many of the layer's blocks are done.
     """
@@ -77,7 +77,7 @@ def block_numbers(
         products = own.factor.dense_cost
         own = held(own, own.factor)
         small = reduced(own)
-    null = known_null(risk, layer.name, small.factor if small is not own else None, reading=reading)
+    null = known_null(risk, layer.name, small.factor if small is not own else None, recorded=recorded)
     whole = pair(small, P.block(layer.name), null, seed, direct=own)
     update(1)
     inner = risk.space.restrict(risk.space.layer_names(layer.name))
@@ -159,14 +159,14 @@ def known_null(
     factor: LinearOperator | None = None,
     *,
     curvature: str = "gauss-newton",
-    reading: Callable[[], Reading] | None = None,
+    recorded: Callable[[], RecordedNetwork] | None = None,
 ) -> NullDirections | None:
     """The verified null directions; None for large blocks, whose basis is dense: their numbers stay one-sided."""
     if not searched(risk, block):
         return None
     inner = risk if block is None else risk.restrict(risk.space.layer_names(block))
     try:
-        return search(inner, curvature, factor, None if reading is None else reading())
+        return search(inner, curvature, factor, None if recorded is None else recorded())
     except MemoryLimitError:
         return None
 
@@ -177,10 +177,10 @@ def searched(risk: EmpiricalRisk, block: str | None) -> bool:
     return risk.space.restrict(names).dim <= SEARCHED
 
 
-def reading_of(risk: EmpiricalRisk, layers: Sequence[Layer]) -> Callable[[], Reading]:
+def recorded_network(risk: EmpiricalRisk, layers: Sequence[Layer]) -> Callable[[], RecordedNetwork]:
     """What the search reads of the network for those of some layers that it covers, read when it is first asked for."""
     found = [name for layer in layers if searched(risk, layer.name) for name in risk.space.layer_names(layer.name)]
-    return cache(lambda: Reading(risk.restrict(found)))
+    return cache(lambda: RecordedNetwork(risk.restrict(found)))
 
 
 def measured(risk: EmpiricalRisk, dtype: torch.dtype | None, what: str) -> EmpiricalRisk:

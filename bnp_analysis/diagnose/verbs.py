@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bnp_analysis.curvature import CURVATURES, gauss_newton, hessian
 from bnp_analysis.curvature.units import unit_blocks
-from bnp_analysis.diagnose.blocks import LayerBlocks, block_numbers, known_null, measured, pair, reading_of
+from bnp_analysis.diagnose.blocks import LayerBlocks, block_numbers, known_null, measured, pair, recorded_network
 from bnp_analysis.diagnose.conditioning import condition
 from bnp_analysis.diagnose.price import MOST_WORK, off_block_is_cheap, require_work, table_work
 from bnp_analysis.diagnose.spectra import off_block as share_outside
@@ -101,7 +101,7 @@ def layer_table(
     triangles = input_triangles(risk, moments, found)
     units = unit_blocks(risk, found)
     held: dict[str, Any] = {"engine": engine, "max_memory": max_memory}
-    own, reading = LayerBlocks(risk, list(found), units, held), reading_of(risk, list(found))
+    own, recorded = LayerBlocks(risk, list(found), units, held), recorded_network(risk, list(found))
     table = []
     with reporting(
         progress, sum(layer.units + 2 for layer in found), f"layers, {sum(work.values()):.0e} flops"
@@ -112,7 +112,7 @@ def layer_table(
             worst = [max((_singular(t, risk.eps) for t in form), key=lambda k: k.value) for form in forms]
             advance = partial(lambda before, count: update(before + count), done)
             A = own.of(layer.name)
-            blocks = block_numbers(risk, layer, A, P, units.get(layer.name), reading, seed, advance)
+            blocks = block_numbers(risk, layer, A, P, units.get(layer.name), recorded, seed, advance)
             done += layer.units + 2
             update(done)
             table.append(

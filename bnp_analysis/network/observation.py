@@ -221,7 +221,7 @@ Visit = Callable[[str, nn.Module, Any, Any], Any]
 
 
 @contextmanager
-def watched(model: nn.Module, visit: Visit, names: Iterable[str] | None) -> Iterator[None]:
+def forward_hooks(model: nn.Module, visit: Visit, names: Iterable[str] | None) -> Iterator[None]:
     """Meanwhile every forward pass of the named modules, default all, calls `visit(name, module, inputs, output)`."""
     wanted = None if names is None else set(names)
     handles: list[Any] = []

@@ -22,9 +22,9 @@ from bnp_analysis.network.observation import (
     Visit,
     WithModel,
     differentiable_part,
+    forward_hooks,
     live_tensors,
     reads_model,
-    watched,
 )
 from bnp_analysis.network.parameters import ParameterSpace, choose_parameters
 from bnp_analysis.network.precision import GENERIC, Precision, find_precision
@@ -390,7 +390,7 @@ class EmpiricalRisk:
             with temporarily_clear_interpreter_stack():
                 visit(name, module, map_tensors(args, plain), map_tensors(output, plain))
 
-        with LOCK, watched(self._model, look if numbers else visit, names), torch.no_grad():
+        with LOCK, forward_hooks(self._model, look if numbers else visit, names), torch.no_grad():
             for batch in self.batches:
                 self.batch_outputs(tensors, batch)
 
@@ -416,7 +416,7 @@ class EmpiricalRisk:
                     seen[layer.name].append((received, differentiable_part(a)))
             return handed
 
-        with LOCK, watched(self._model, note, known):
+        with LOCK, forward_hooks(self._model, note, known):
             return self.batch_outputs(self.leaves() if leaves is None else leaves, batch), seen
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:

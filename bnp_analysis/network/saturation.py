@@ -15,7 +15,7 @@ from bnp_analysis.network.batches import Batch, slice_batch
 from bnp_analysis.network.kernels import derivative, nodes_of, recording, vector_jacobian
 from bnp_analysis.network.precision import perturbed, worst_layer
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.network.smooth import Watch, generic, watching
+from bnp_analysis.network.smooth import Monitor, generic, monitoring
 from bnp_analysis.runtime.trees import tensors_of
 
 # An entry's error is taken for 32 roundings at least: room for what the argument of a smooth function has rounded,
@@ -171,7 +171,7 @@ def _pulled(risk: EmpiricalRisk, batch: Batch) -> tuple[dict[str, Tensor], dict[
         return None
     inside: dict[int, Tensor] = {}
 
-    def watch(k: int) -> Callable[[Any], None]:
+    def note(k: int) -> Callable[[Any], None]:
         def arrived(gradients: Any) -> None:
             g = next((g for g in gradients if g is not None and not g._is_zerotensor()), None)
             if g is not None and g.is_floating_point():
@@ -184,26 +184,26 @@ def _pulled(risk: EmpiricalRisk, batch: Batch) -> tuple[dict[str, Tensor], dict[
     with ExitStack() as hooks:
         for k, node in enumerate(nodes):
             if node in arguments and not hasattr(node, "variable"):
-                hooks.enter_context(node.register_prehook(watch(k)))
+                hooks.enter_context(node.register_prehook(note(k)))
         pulled = derivative(outputs, [*leaves.values()], u, what="the rounding of products")
     return dict(zip(leaves, pulled, strict=True)), inside
 
 
 def _amplification(risk: EmpiricalRisk) -> float:
     tensors = risk.space.unflatten(risk.theta)
-    with torch.no_grad(), watching() as watch:
+    with torch.no_grad(), monitoring() as monitor:
         for batch in risk.batches:
             risk.batch_loss(risk.batch_outputs(tensors, batch), batch)
-    return watch.amplification
+    return monitor.amplification
 
 
 @recording()
 def _vanished(risk: EmpiricalRisk, batch: Batch) -> bool:
-    with watching() as seen:
+    with monitoring() as seen:
         real = _gradients(risk, batch, seen)
     if seen.vanished or not seen.edges:
         return seen.vanished
-    with watching(structural=True) as ordinary:
+    with monitoring(structural=True) as ordinary:
         expected = _gradients(risk, batch, ordinary)
     if len(real) != len(expected):
         return True
@@ -214,10 +214,10 @@ def _vanished(risk: EmpiricalRisk, batch: Batch) -> bool:
     )
 
 
-def _gradients(risk: EmpiricalRisk, batch: Batch, watch: Watch) -> list[Tensor | None]:
+def _gradients(risk: EmpiricalRisk, batch: Batch, monitor: Monitor) -> list[Tensor | None]:
     leaves = risk.leaves()
     outputs = risk.batch_outputs(leaves, batch)
     if not outputs.requires_grad:
         return []
-    wanted: Any = [*watch.edges, *leaves.values()]
+    wanted: Any = [*monitor.edges, *leaves.values()]
     return vector_jacobian(outputs, wanted, generic(outputs.detach()), allow_unused=True)

@@ -5,7 +5,7 @@ difference of two near numbers, and at `tanh(20)` it is an exact 0. Inside `Accu
 values, and first and second derivatives with a small relative error for all arguments: `sech^2 x`,
 `sigmoid(x) sigmoid(-x)`, the normal density. What torch computes accurately (ELU, exponentials, `atan`) is left to it.
 
-A derivative that underflows to zero is still no structure. `Watch(structural=True)` runs the same functions with
+A derivative that underflows to zero is still no structure. `Monitor(structural=True)` runs the same functions with
 derivatives replaced by numbers of ordinary size: what is then zero is zero by a mask or a missing edge.
 """
 
@@ -52,7 +52,7 @@ Entrywise = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Rule:
+class ScalarFunction:
     """A function with its first two derivatives, entry by entry.
 
     From `low` to `high` torch's own derivatives keep their digits, and its kernels are used.
@@ -70,7 +70,7 @@ class Rule:
 
 
 @dataclass(eq=False)
-class Watch:
+class Monitor:
     """What smooth functions did while a model ran.
 
     Attributes:
@@ -92,18 +92,18 @@ class Watch:
         self.amplification = max(self.amplification, by)
 
 
-_WATCH: ContextVar[Watch | None] = ContextVar("watch", default=None)
+_MONITOR: ContextVar[Monitor | None] = ContextVar("monitor", default=None)
 
 
 @contextmanager
-def watching(*, structural: bool = False) -> Iterator[Watch]:
-    """Watch what smooth functions do in models and losses that run inside."""
-    watch = Watch(structural)
-    token = _WATCH.set(watch)
+def monitoring(*, structural: bool = False) -> Iterator[Monitor]:
+    """Monitor what smooth functions do in models and losses that run inside."""
+    monitor = Monitor(structural)
+    token = _MONITOR.set(monitor)
     try:
-        yield watch
+        yield monitor
     finally:
-        _WATCH.reset(token)
+        _MONITOR.reset(token)
 
 
 class Function(torch.autograd.Function):
@@ -120,15 +120,15 @@ class Function(torch.autograd.Function):
 
 
 class Smooth(Function):
-    """A derivative of a rule, entry by entry: of order 0 the function itself."""
+    """A derivative of a scalar function, entry by entry: of order 0 the function itself."""
 
     @staticmethod
-    def forward(x: Tensor, rule: Rule, order: int) -> Tensor:
-        return rule.derivative(order)(x)
+    def forward(x: Tensor, f: ScalarFunction, order: int) -> Tensor:
+        return f.derivative(order)(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.rule, ctx.order = inputs
+        x, ctx.f, ctx.order = inputs
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
 
@@ -145,13 +145,13 @@ class Smooth(Function):
         """The derivative of the next order; the last one is made of torch's operations."""
         (x,) = ctx.saved_tensors
         if ctx.order == 1 or not (torch.is_grad_enabled() or is_functorch_wrapped_tensor(x)):
-            return cast(Tensor, ctx.rule.derivative(ctx.order + 1)(x))
-        return cast(Tensor, Smooth.apply(x, ctx.rule, ctx.order + 1))
+            return cast(Tensor, ctx.f.derivative(ctx.order + 1)(x))
+        return cast(Tensor, Smooth.apply(x, ctx.f, ctx.order + 1))
 
 
-def smooth(x: Tensor, rule: Rule) -> Tensor:
-    """`f(x)` with the derivatives of its rule."""
-    return cast(Tensor, Smooth.apply(x, rule, 0))
+def smooth(x: Tensor, f: ScalarFunction) -> Tensor:
+    """`f(x)`, with the derivatives that `f` states."""
+    return cast(Tensor, Smooth.apply(x, f, 0))
 
 
 def _sigmoid(x: Tensor) -> Tensor:
@@ -235,43 +235,45 @@ def _mish_curvature(x: Tensor) -> Tensor:
 
 
 _ALL = -math.inf, math.inf
-SIGMOID = Rule(torch.sigmoid, _bell, lambda x: -_bell(x) * _tanh(x / 2), -math.inf, 2.5)
-TANH = Rule(torch.tanh, lambda x: 4 * _bell(2 * x), lambda x: -8 * _bell(2 * x) * _tanh(x), -2.0, 2.0)
-LOGSIGMOID = Rule(F.logsigmoid, lambda x: _sigmoid(-x), lambda x: -_bell(x), -math.inf, 2.5)
-SILU = Rule(
+SIGMOID = ScalarFunction(torch.sigmoid, _bell, lambda x: -_bell(x) * _tanh(x / 2), -math.inf, 2.5)
+TANH = ScalarFunction(torch.tanh, lambda x: 4 * _bell(2 * x), lambda x: -8 * _bell(2 * x) * _tanh(x), -2.0, 2.0)
+LOGSIGMOID = ScalarFunction(F.logsigmoid, lambda x: _sigmoid(-x), lambda x: -_bell(x), -math.inf, 2.5)
+SILU = ScalarFunction(
     F.silu,
     lambda x: _sigmoid(x) * (1 + x * _sigmoid(-x)),
     lambda x: _bell(x) * (2 - x * _tanh(x / 2)),
     -math.inf,
     2.5,
 )
-MISH = Rule(F.mish, _mish_slope, _mish_curvature, -2.0, 2.0)
-GELU = Rule(F.gelu, _gelu_slope, lambda x: _density(x) * (2 - x * x), -2.0, math.inf)
-GELU_TANH = Rule(partial(F.gelu, approximate="tanh"), _gelu_tanh_slope, _gelu_tanh_curvature, -2.0, 2.0)
-EXP = Rule(torch.exp, torch.exp, torch.exp, *_ALL)
-ERF = Rule(torch.erf, _erf_slope, lambda x: -2 * x * _erf_slope(x), *_ALL)
-EXPM1 = Rule(torch.expm1, torch.exp, torch.exp, -3.0, math.inf)
-EXP2 = Rule(torch.exp2, lambda x: _LN2 * torch.exp2(x), lambda x: _LN2**2 * torch.exp2(x), *_ALL)
-ERFC = Rule(torch.erfc, lambda x: -_erf_slope(x), lambda x: 2 * x * _erf_slope(x), *_ALL)
-NDTR = Rule(torch.special.ndtr, _density, lambda x: -x * _density(x), *_ALL)
-SOFTSIGN = Rule(F.softsign, lambda x: (1 + x.abs()) ** -2, lambda x: -2 * x.sign() * (1 + x.abs()) ** -3, -8.0, 8.0)
-TANHSHRINK = Rule(F.tanhshrink, lambda x: _tanh(x) ** 2, lambda x: 8 * _tanh(x) * _bell(2 * x))
+MISH = ScalarFunction(F.mish, _mish_slope, _mish_curvature, -2.0, 2.0)
+GELU = ScalarFunction(F.gelu, _gelu_slope, lambda x: _density(x) * (2 - x * x), -2.0, math.inf)
+GELU_TANH = ScalarFunction(partial(F.gelu, approximate="tanh"), _gelu_tanh_slope, _gelu_tanh_curvature, -2.0, 2.0)
+EXP = ScalarFunction(torch.exp, torch.exp, torch.exp, *_ALL)
+ERF = ScalarFunction(torch.erf, _erf_slope, lambda x: -2 * x * _erf_slope(x), *_ALL)
+EXPM1 = ScalarFunction(torch.expm1, torch.exp, torch.exp, -3.0, math.inf)
+EXP2 = ScalarFunction(torch.exp2, lambda x: _LN2 * torch.exp2(x), lambda x: _LN2**2 * torch.exp2(x), *_ALL)
+ERFC = ScalarFunction(torch.erfc, lambda x: -_erf_slope(x), lambda x: 2 * x * _erf_slope(x), *_ALL)
+NDTR = ScalarFunction(torch.special.ndtr, _density, lambda x: -x * _density(x), *_ALL)
+SOFTSIGN = ScalarFunction(
+    F.softsign, lambda x: (1 + x.abs()) ** -2, lambda x: -2 * x.sign() * (1 + x.abs()) ** -3, -8.0, 8.0
+)
+TANHSHRINK = ScalarFunction(F.tanhshrink, lambda x: _tanh(x) ** 2, lambda x: 8 * _tanh(x) * _bell(2 * x))
 
 
-def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Rule:
+def _softplus(beta: float = 1.0, threshold: float = 20.0) -> ScalarFunction:
     # torch goes over to x where the difference is rounding; the second derivative has not gone yet.
     value = partial(F.softplus, beta=beta, threshold=threshold)
     high = 2.5 / beta if beta > 0 else -math.inf
-    return Rule(value, lambda x: _sigmoid(beta * x), lambda x: beta * _bell(beta * x), -math.inf, high)
+    return ScalarFunction(value, lambda x: _sigmoid(beta * x), lambda x: beta * _bell(beta * x), -math.inf, high)
 
 
-def _exponential(scale: float, alpha: float, width: float, value: Entrywise) -> Rule:
+def _exponential(scale: float, alpha: float, width: float, value: Entrywise) -> ScalarFunction:
     """`scale x` above zero, `scale alpha (exp(x / width) - 1)` below."""
 
     def below(x: Tensor) -> Tensor:
         return scale * alpha / width * torch.exp(x.clamp(max=0) / width)
 
-    return Rule(
+    return ScalarFunction(
         value,
         lambda x: torch.where(x > 0, scale, below(x)),
         lambda x: torch.where(x > 0, 0.0, below(x) / width),
@@ -287,7 +289,7 @@ def _all(name: str, *, inplace: bool = True) -> list[Any]:
 
 
 _SIGMOIDS = {f for name in ("sigmoid", "expit") for f in _all(name, inplace=False)}
-_NAMED: dict[str, Callable[..., Rule]] = {
+_NAMED: dict[str, Callable[..., ScalarFunction]] = {
     "tanh": lambda: TANH,
     "sigmoid": lambda: SIGMOID,
     "expit": lambda: SIGMOID,
@@ -309,8 +311,8 @@ _NAMED: dict[str, Callable[..., Rule]] = {
     "ndtr": lambda: NDTR,
     "selu": lambda: _exponential(1.0507009873554805, 1.6732632423543772, 1.0, F.selu),
 }
-# Function of torch -> the rule for its further arguments.
-_RULES = {function: make for name, make in _NAMED.items() for function in _all(name)}
+# Function of torch -> the scalar function for its further arguments.
+_FUNCTIONS = {function: make for name, make in _NAMED.items() for function in _all(name)}
 
 
 def generic(x: Tensor) -> Tensor:
@@ -322,7 +324,7 @@ def generic(x: Tensor) -> Tensor:
 def _ordinary(x: Tensor, low: float, high: float) -> bool:
     """Whether torch's derivatives may be used: none is asked for, or all entries lie between bounds."""
     if is_functorch_wrapped_tensor(x):  # whose numbers cannot be looked at
-        return low == -math.inf and high == math.inf
+        return False
     if not x.requires_grad or not x.numel():
         return True
     with _unseen():
@@ -545,16 +547,16 @@ def _valued(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _entrywise(func: Any, x: Tensor, *rest: Any, inplace: bool = False, **kwargs: Any) -> Tensor:
-    watch = _WATCH.get()
+    monitor = _MONITOR.get()
     inplace = inplace or func.__name__.endswith("_")
-    rule = _RULES[func](*rest, **kwargs)
-    if watch is not None:
-        _note(watch, x, rule)
-        rule = Rule(rule.value, generic, lambda x: generic(x) + 0.25) if watch.structural else rule
+    f = _FUNCTIONS[func](*rest, **kwargs)
+    if monitor is not None:
+        _note(monitor, x, f)
+        f = ScalarFunction(f.value, generic, lambda x: generic(x) + 0.25) if monitor.structural else f
     if inplace:
-        return x.copy_(smooth(x.clone(), rule))
-    plain = watch is None and _ordinary(x, rule.low, rule.high)
-    found = cast(Tensor, func(x, *rest, **kwargs)) if plain else smooth(x, rule)
+        return x.copy_(smooth(x.clone(), f))
+    plain = monitor is None and _ordinary(x, f.low, f.high)
+    found = cast(Tensor, func(x, *rest, **kwargs)) if plain else smooth(x, f)
     if func in _SIGMOIDS and x.requires_grad:
         _mark(found, x)
     return found
@@ -569,14 +571,14 @@ def _forwards_twice() -> bool:
 
 def _by_torch(func: Any, x: Tensor, *rest: Any, **kwargs: Any) -> Any:
     """A function with the derivatives that torch has, which keep the fewer digits the smaller they are beside 1."""
-    if (watch := _WATCH.get()) is not None:
-        watch.vanished, slope = True, 0.0
-        if func in _RULES:
+    if (monitor := _MONITOR.get()) is not None:
+        monitor.vanished, slope = True, 0.0
+        if func in _FUNCTIONS:
             given = {k: v for k, v in kwargs.items() if k != "inplace"}
             with temporarily_clear_interpreter_stack(), torch.no_grad():
-                slopes = _RULES[func](*rest, **given).slope(untransformed(x)).abs()
+                slopes = _FUNCTIONS[func](*rest, **given).slope(untransformed(x)).abs()
                 slope = float(slopes.min()) if slopes.numel() else 1.0
-        watch.amplify(1 / max(slope, torch.finfo(x.dtype).eps))
+        monitor.amplify(1 / max(slope, torch.finfo(x.dtype).eps))
     return func(x, *rest, **kwargs)
 
 
@@ -612,34 +614,34 @@ def _finite(x: Tensor) -> bool:
         return bool(torch.isfinite(untransformed(x)).all())
 
 
-def _note(watch: Watch, x: Tensor, rule: Rule) -> None:
+def _note(monitor: Monitor, x: Tensor, f: ScalarFunction) -> None:
     """Remember what derivatives of one call amplify, where they arrive, and whether its value has vanished."""
     if x.requires_grad:
-        watch.edges.append(get_gradient_edge(x))
+        monitor.edges.append(get_gradient_edge(x))
     inside = is_functorch_wrapped_tensor(x)
     # Inside a transform the gradients of two passes cannot be compared.
-    watch.vanished = watch.vanished or inside
+    monitor.vanished = monitor.vanished or inside
     with _outside(x), torch.no_grad():
         z, tiny = untransformed(x).detach(), torch.finfo(x.dtype).tiny
-        slope = rule.slope(z)
-        watch.least = min(watch.least, float(slope.abs().min()) if z.numel() else math.inf)
-        change = (z * rule.curvature(z) / slope).abs()
+        slope = f.slope(z)
+        monitor.least = min(monitor.least, float(slope.abs().min()) if z.numel() else math.inf)
+        change = (z * f.curvature(z) / slope).abs()
         steep = change[(slope.abs() >= tiny) & (slope.abs() < 0.1)]
-        watch.amplify(float(steep.max()) if steep.numel() else 0.0)
+        monitor.amplify(float(steep.max()) if steep.numel() else 0.0)
         subnormal = slope.abs()[(slope != 0) & (slope.abs() < tiny)]
         # Below the smallest normal number the spacing is the same everywhere.
-        watch.amplify(min(tiny / float(subnormal.min()), 1 / torch.finfo(x.dtype).eps) if subnormal.numel() else 0.0)
-        watch.vanished = watch.vanished or bool(((rule.value(z).abs() < tiny) & (z != 0)).any())
+        monitor.amplify(min(tiny / float(subnormal.min()), 1 / torch.finfo(x.dtype).eps) if subnormal.numel() else 0.0)
+        monitor.vanished = monitor.vanished or bool(((f.value(z).abs() < tiny) & (z != 0)).any())
 
 
 def _softmaxed(made: Any, func: Any, x: Tensor, dim: int | None = None, *rest: Any, **kwargs: Any) -> Tensor:
     """A softmax, or one of its logarithms, along an axis."""
-    watch = _WATCH.get()
+    monitor = _MONITOR.get()
     dtype = next((d for d in (*rest, kwargs.get("dtype")) if isinstance(d, torch.dtype)), None)
     if dim is None or x.ndim == 0:
         return cast(Tensor, func(x, dim, *rest, **kwargs))
     x = x if dtype is None else x.to(dtype)
-    if watch is None:
+    if monitor is None:
         # In a loss each rounding counts, and its outputs are few: logarithms are always written out.
         if made is Softmax and not is_functorch_wrapped_tensor(x):
             found = cast(Tensor, func(x, dim))
@@ -647,17 +649,17 @@ def _softmaxed(made: Any, func: Any, x: Tensor, dim: int | None = None, *rest: A
                 return found
     else:
         if x.requires_grad:
-            watch.edges.append(get_gradient_edge(x))
-        watch.vanished = watch.vanished or is_functorch_wrapped_tensor(x)
+            monitor.edges.append(get_gradient_edge(x))
+        monitor.vanished = monitor.vanished or is_functorch_wrapped_tensor(x)
         with _outside(x), torch.no_grad():
             z = untransformed(x).detach()
             axis = dim if dim < 0 else dim + z.ndim - x.ndim
             p, kept = torch.softmax(z, axis), _unsaturated(z, axis) > 0
-            watch.vanished = watch.vanished or bool(((p < torch.finfo(p.dtype).tiny) & kept).any())
+            monitor.vanished = monitor.vanished or bool(((p < torch.finfo(p.dtype).tiny) & kept).any())
             # The roots of probabilities are what counts: half of the relative error.
             spread = (z.amax(axis, keepdim=True) - z).masked_fill(~kept, 0.0)
-            watch.amplify(float(spread.max()) / 2)
-    return cast(Tensor, made.apply(x, dim, watch is not None and watch.structural))
+            monitor.amplify(float(spread.max()) / 2)
+    return cast(Tensor, made.apply(x, dim, monitor is not None and monitor.structural))
 
 
 def _nearly_certain(x: Tensor, p: Tensor, dim: int) -> bool:
@@ -709,7 +711,7 @@ def _binary_cross_entropy(
     func: Any, z: Tensor, y: Tensor, weight: Tensor | None = None, *old: Any, **kwargs: Any
 ) -> Tensor:
     given, args = _given(old, kwargs, "pos_weight"), (z, y, weight)
-    if given is None or y.requires_grad or (_WATCH.get() is None and _ordinary(z, -2.5, 2.5)):
+    if given is None or y.requires_grad or (_MONITOR.get() is None and _ordinary(z, -2.5, 2.5)):
         return cast(Tensor, func(*args, *old, **kwargs))
     return _valued(func, args, kwargs, _cross_entropy_of_logits(z, y, y * given.get("pos_weight", 1), weight, given))
 
@@ -728,8 +730,8 @@ def _of_probabilities(
         return cast(Tensor, func(*args, *old, **kwargs))
     if (z := _logits(p)) is not None:
         return _valued(func, args, kwargs, _cross_entropy_of_logits(z, y, y, weight, given))
-    watch, q = _WATCH.get(), p
-    if watch is not None and watch.structural:
+    monitor, q = _MONITOR.get(), p
+    if monitor is not None and monitor.structural:
         q = p - p.detach() + generic(p) / 2
     least = math.exp(-100)  # torch's logarithms end at -100
     loss = -y * q.clamp_min(least).log() - (1 - y) * (1 - q).clamp_min(least).log()
@@ -867,10 +869,10 @@ def _cell(unit: Callable[..., list[Tensor]], x: Tensor, hx: Any, *weights: Tenso
 
 def _gated(make: Callable[..., list[Tensor] | None], func: Any, *args: Any) -> Any:
     """A recurrent layer or cell by smooth functions where its gates saturate: its own kernels are faster."""
-    if _WATCH.get() is None:
+    if _MONITOR.get() is None:
         if not any(t.requires_grad for t in tensors_of(args)):
             return func(*args)
-        with torch.no_grad(), watching() as seen:
+        with torch.no_grad(), monitoring() as seen:
             make(*args)
         if seen.least > _COARSEST and not seen.vanished:
             return func(*args)
@@ -903,7 +905,7 @@ LOOPS: dict[Any, Callable[..., list[Tensor] | None]] = {
 }
 
 _REPLACED: dict[Any, Callable[..., Any]] = {
-    **{func: _named(func, _entrywise) for func in _RULES},
+    **{func: _named(func, _entrywise) for func in _FUNCTIONS},
     **{f: _named(f, partial(_softmaxed, Softmax)) for f in _all("softmax", inplace=False)},
     **{f: _named(f, partial(_softmaxed, LogSoftmax)) for f in _all("log_softmax", inplace=False)},
     **{f: _named(f, _log_sum_exp) for f in _all("logsumexp", inplace=False)},
@@ -945,7 +947,7 @@ class Accurate(TorchFunctionMode):
             _mark(found, func(_logits(args[0]), *args[1:], **kwargs))
             return found
         if (replacement := _PROBABILITIES[func] if known else _REPLACED.get(func)) is not None:
-            if (torch.is_grad_enabled() or _WATCH.get()) and _plain(args) and kwargs.get("out") is None:
+            if (torch.is_grad_enabled() or _MONITOR.get()) and _plain(args) and kwargs.get("out") is None:
                 if _forwards_twice():
                     return _by_torch(func, *args, **kwargs)
                 if torch._C._len_torch_function_stack():

@@ -297,7 +297,7 @@ class SavedRun:
                     f"{self._path} holds another run: saved for '{stored}', this is '{self._key}'. Resuming would mix "
                     "two matrices; delete it, or give another checkpoint="
                 )
-            with reading(self._path, "a saved run"):
+            with clear_read_errors(self._path, "a saved run"):
                 return put(state)
         finally:
             self._last = time.monotonic()
@@ -332,7 +332,7 @@ def saved_run(path: str | Path | None, key: str) -> Iterator[SavedRun]:
 
 
 @contextmanager
-def reading(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+def clear_read_errors(path: str | os.PathLike[str], what: str) -> Iterator[None]:
     """Errors of someone who reads a damaged file become one of the package, which names the file and what is missing.
 
     Raises:
@@ -340,7 +340,7 @@ def reading(path: str | os.PathLike[str], what: str) -> Iterator[None]:
 
     Example:
         >>> try:
-        ...     with reading("run.pt", "a saved run"):
+        ...     with clear_read_errors("run.pt", "a saved run"):
         ...         {}["alpha"]
         ... except InvalidInputError as error:
         ...     print(error)
@@ -368,7 +368,7 @@ def read_state(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
     Raises:
         InvalidInputError: it is not what `write_state` wrote, to the last bit; names the file and what is wrong.
     """
-    with reading(path, what):
+    with clear_read_errors(path, what):
         if not Path(path).is_file():
             raise ValueError("it is a folder, a pipe or a device")
         found = load_tensors(path)

@@ -198,19 +198,19 @@ def search(
     risk: EmpiricalRisk,
     curvature: str = "gauss_newton",
     factor: LinearOperator | None = None,
-    reading: Reading | None = None,
+    recorded: RecordedNetwork | None = None,
 ) -> NullDirections:
     """The search of `null_directions` for all free parameters of a risk.
 
     Args:
         risk: the empirical risk.
         curvature, factor: as in `null_directions`.
-        reading: of a risk that this one is a restriction of, where several are searched.
+        recorded: of a risk that this one is a restriction of, where several are searched.
     """
     began, name = time.perf_counter(), curvature_name(curvature)
     # The search reads all data at once: with several processes each has them all, and finds the same.
     risk = risk.gathered()
-    candidates, skipped = candidate_directions(risk, reading)
+    candidates, skipped = candidate_directions(risk, recorded)
     count = sum(c.count for c in candidates)
     numbers = sum(part.values.numel() for c in candidates for part in c.parts)
     require_memory(_COPIES * 8 * numbers, "the basis of the candidate null directions")
@@ -352,7 +352,7 @@ def _unit(found: NullDirections, positions: Tensor, began: float) -> NullDirecti
 # The search.
 
 
-class Reading:
+class RecordedNetwork:
     """What is read of a network once, for all choices of free parameters among those of a risk.
 
     Args:
@@ -375,7 +375,9 @@ class Reading:
             self.unread = UnreadOutputs(risk, chart, self.graph, self.constraints.uses, counted)
 
 
-def candidate_directions(risk: EmpiricalRisk, reading: Reading | None = None) -> tuple[list[Candidate], list[str]]:
+def candidate_directions(
+    risk: EmpiricalRisk, recorded: RecordedNetwork | None = None
+) -> tuple[list[Candidate], list[str]]:
     """Candidates of every cause, the most local first, and what could not be analysed.
 
     Inside one unit: parameters without effect, dependent inputs, inactive rows, dead units. Inside one layer: what
@@ -384,7 +386,7 @@ def candidate_directions(risk: EmpiricalRisk, reading: Reading | None = None) ->
 
     Args:
         risk: the empirical risk.
-        reading: of this risk, or of one that it is a restriction of; default its own.
+        recorded: of this risk, or of one that it is a restriction of; default its own.
 
     Returns:
         The candidates in `risk.space`, and words for what was left out.
@@ -394,7 +396,7 @@ def candidate_directions(risk: EmpiricalRisk, reading: Reading | None = None) ->
 
     Source: T11.
     """
-    read, skipped = reading or Reading(risk), list[str]()
+    read, skipped = recorded or RecordedNetwork(risk), list[str]()
     if not read.alike:
         return [], ["the operations depend on the batch"]
     chart = Chart(risk, read.graph)

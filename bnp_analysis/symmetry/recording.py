@@ -20,7 +20,7 @@ from bnp_analysis.network.batches import Batch
 from bnp_analysis.network.kernels import derivative, recording
 from bnp_analysis.network.observation import transformed
 from bnp_analysis.network.risk import EmpiricalRisk
-from bnp_analysis.network.smooth import watching
+from bnp_analysis.network.smooth import monitoring
 from bnp_analysis.runtime.trees import map_tensors, tensors_of
 from bnp_analysis.symmetry.graph import Call, Graph, Name, Node, Operation, Slot
 from bnp_analysis.symmetry.operations import ARGUMENTS, OPERATIONS
@@ -66,7 +66,7 @@ class _Recorder(TorchFunctionMode):
         # Kept alive: a freed tensor's identity would be given to another.
         self._alive: list[Any] = []
         # Derivatives of ordinary size: one that saturation has made tiny is no missing edge.
-        with self, watching(structural=True) if structural else nullcontext():
+        with self, monitoring(structural=True) if structural else nullcontext():
             self.out = risk.batch_outputs(tensors, batch)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

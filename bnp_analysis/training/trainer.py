@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bnp_analysis.errors import InvalidInputError, NonFiniteError
 from bnp_analysis.network.snapshot import unwrap
-from bnp_analysis.runtime.files import reading, sole_writer
+from bnp_analysis.runtime.files import clear_read_errors, sole_writer
 from bnp_analysis.runtime.kinds import gated, require_loss
 from bnp_analysis.runtime.progress import Progress, Update, reporting, stop_requests
 from bnp_analysis.runtime.random import random_state
@@ -284,7 +284,7 @@ class _Loop:
         if self.path is None or not self.path.exists():
             return False
         state = load_state(self.path)
-        with reading(self.path, "the checkpoint of a training run"):
+        with clear_read_errors(self.path, "the checkpoint of a training run"):
             require_same(self.path, state["settings"], self.identity)
             at, self.order = _Progressed.from_state(state["progress"]), state["order"]
         if state["progress"]["stopped"] == DIVERGED:
@@ -293,7 +293,7 @@ class _Loop:
                 "Start with a lower learning rate and another checkpoint=, or delete the file. Its last good "
                 "parameters are torch.load(FILE)['model']"
             )
-        with reading(self.path, "the checkpoint of a training run"):
+        with clear_read_errors(self.path, "the checkpoint of a training run"):
             self.parts.put_back(state)
             if at.batch == 0:
                 self.parts.set_order(self.order)

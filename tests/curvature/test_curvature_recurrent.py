@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bnp_analysis as bnp
-from bnp_analysis.network.smooth import Accurate, watching
+from bnp_analysis.network.smooth import Accurate, monitoring
 
 PRECISIONS = [torch.float64, torch.float32]
 LAYERS: dict[str, type[nn.Module]] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
@@ -167,7 +167,7 @@ def test_the_loop_over_time_has_the_layers_derivatives(kind: str, options: dict[
 
     for given in (x, x[0], packed):
         expected = derivatives(given)
-        with watching(), Accurate():
+        with monitoring(), Accurate():
             found = derivatives(given)
         for a, b in zip(expected, found, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bnp_analysis.network.kernels import nodes_of
-from bnp_analysis.network.smooth import Accurate, watching
+from bnp_analysis.network.smooth import Accurate, monitoring
 
 mp.mp.dps = 60
 
@@ -247,9 +247,9 @@ def test_attention_and_gates_are_torchs(masked: bool) -> None:
 
 def test_structure_is_what_masks_and_edges_leave() -> None:
     x = torch.tensor([-900.0, 900.0, 0.5], dtype=torch.float64, requires_grad=True)
-    with watching() as seen, Accurate():
+    with monitoring() as seen, Accurate():
         (real,) = torch.autograd.grad(torch.tanh(x).sum(), x)
-    with watching(structural=True), Accurate():
+    with monitoring(structural=True), Accurate():
         (ordinary,) = torch.autograd.grad(torch.tanh(x).sum(), x)
         (cut,) = torch.autograd.grad(torch.relu(x).sum(), x)
     assert real[:2].tolist() == [0.0, 0.0]
@@ -261,7 +261,7 @@ def test_structure_is_what_masks_and_edges_leave() -> None:
 def test_an_amplification_that_is_known() -> None:
     """`|x f'' / f'|` of `erf` is `2 x^2`, looked at where the derivative is small."""
     x = torch.tensor([0.5, 3.0], dtype=torch.float64, requires_grad=True)
-    with watching() as seen, Accurate():
+    with monitoring() as seen, Accurate():
         torch.erf(x)
     assert seen.amplification == pytest.approx(18.0, rel=1e-12)
     assert seen.least == pytest.approx(float(2 / mp.sqrt(mp.pi) * mp.exp(-9)), rel=1e-12)
@@ -369,7 +369,7 @@ def test_functions_of_each_example_under_vmap_are_those_of_one_after_the_other(n
     found = []
     for way in ways:
         z = Z.clone().requires_grad_()
-        with watching() as seen, Accurate():
+        with monitoring() as seen, Accurate():
             way(z * 1)
         with Accurate():
             y, moved = way(z * 1), torch.func.jvp(way, (Z,), (Z.flip(0),))[1]
@@ -389,7 +389,7 @@ def test_a_recurrent_layer_that_drops_is_left_to_torch() -> None:
     g = torch.Generator().manual_seed(0)
     x = torch.randn(4, 2, 3, generator=g, dtype=torch.float64)
     layer = nn.GRU(3, 2, num_layers=2, dropout=1.0).double()
-    with watching(), Accurate():
+    with monitoring(), Accurate():
         found = layer(x)
     for ours, theirs in zip(found, layer(x), strict=True):
         assert torch.equal(ours, theirs)

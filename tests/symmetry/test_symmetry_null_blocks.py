@@ -16,7 +16,7 @@ from null_models import hidden
 from torch import Tensor, nn
 
 import bnp_analysis as bnp
-from bnp_analysis.symmetry.null_space import Reading, search
+from bnp_analysis.symmetry.null_space import RecordedNetwork, search
 
 LAYERED = (
     *("relu deep", "linear", "dead and always active", "constant features", "few rows", "ignored labels", "words"),
@@ -59,10 +59,10 @@ def test_directions_of_layers_and_units_are_null_for_their_dense_blocks(name: st
 def test_one_reading_serves_every_layer(name: str) -> None:
     """Nodes of the graph, constraints and derivatives of the whole network, with the parameters of one layer free."""
     risk = solved(name).risk
-    reading = Reading(risk)
+    recorded = RecordedNetwork(risk)
     for layer in layers(solved(name).problem):
         own = bnp.null_directions(risk, block=layer)
-        shared = search(risk.restrict(risk.space.layer_names(layer)), reading=reading)
+        shared = search(risk.restrict(risk.space.layer_names(layer)), recorded=recorded)
         assert (shared.sources, shared.not_analysed) == (own.sources, own.not_analysed)
         assert {cause: count for cause, (count, _) in shared.rejected.items()} == {
             cause: count for cause, (count, _) in own.rejected.items()
