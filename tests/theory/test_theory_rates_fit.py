@@ -178,6 +178,21 @@ def test_a_descent_that_ends_at_a_kink_has_no_critical_point() -> None:
     assert "at a kink" in found.reason
 
 
+@pytest.mark.parametrize(
+    "loss", [nn.L1Loss(), lambda output, y: (1 - output * y.sign()).relu().mean()], ids=["l1", "hinge"]
+)
+def test_what_a_gradient_jumps_by_is_no_rounding(generator: torch.Generator, loss: Any) -> None:
+    """At the end of the descent some examples lie on their kinks: any perturbation changes the gradient by theirs."""
+    x, y = (torch.randn(40, k, generator=generator, dtype=D) for k in (3, 1))
+    found = find_minimizer(EmpiricalRisk(nn.Linear(3, 1, dtype=D), loss, (x, y)))
+    assert not found.attained
+    assert found.gradient_norm > 0.01
+    assert found.floor < 1e-5
+    smooth = find_minimizer(EmpiricalRisk(nn.Linear(3, 1, dtype=D), nn.SmoothL1Loss(beta=1e-3), (x, y)))
+    assert smooth.attained
+    assert 0 < smooth.gradient_norm < 1e3 * smooth.floor
+
+
 def walled(at: float, start: float, slope: Any) -> EmpiricalRisk:
     """One weight, whose loss falls slowly to a wall where it overflows."""
     model = nn.Linear(1, 1, bias=False, dtype=D)
