@@ -132,6 +132,21 @@ def test_a_file_of_another_run_is_refused(name: str, tmp_path: Path) -> None:
         RUNS[name](operator(), path)
 
 
+def test_a_run_whose_tridiagonal_matrix_has_no_diagonal_goes_on(tmp_path: Path) -> None:
+    """`[[0, B], [B^T, 0]]` from a start in one half: the Rayleigh quotients are rounding, and no measure of its size."""
+    B = torch.randn(N // 2, N // 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = torch.cat([torch.ones(N // 2, dtype=torch.float64), torch.zeros(N // 2, dtype=torch.float64)])
+
+    def run(steps: int, scale: float = 1.0) -> Any:
+        A = CallableOperator(lambda v: scale * torch.cat([B @ v[N // 2 :], B.T @ v[: N // 2]]), N, dtype=torch.float64)
+        return lanczos(A, steps, start=start, checkpoint=tmp_path / "run.pt")
+
+    assert np.abs(run(9).alpha).max() < 1e-12
+    again = run(20)
+    assert again.alpha.size == 20
+    assert again.matvecs == 21
+
+
 FINISHED: dict[str, Callable[[CallableOperator, Path | None], Any]] = {
     "lanczos": lambda A, path: lanczos(A, 30, seed=1, checkpoint=path).basis,
     "lanczos until": lambda A, path: lanczos(A, 30, until=lambda run: len(run.alpha) >= 10, checkpoint=path).basis,

@@ -47,6 +47,8 @@ def test_a_problem_is_what_it_says(name: str) -> None:
     assert problem.kappa == pytest.approx(values[-1] / values[problem.null_dimension], rel=1e-6)
     assert problem.kappa == pytest.approx(ASKED.get(name, problem.kappa), rel=1e-6)
     assert bnp.null_directions(risk).basis.shape[1] == problem.null_dimension, "all of it has a cause"
+    apart = (problem.risk.theta / problem.minimizer - 1)[problem.minimizer != 0]
+    assert float(apart.square().mean().sqrt()) == pytest.approx(1e-5, rel=0.5), "in each number, at random"
     started = find_minimizer(problem.risk)
     assert started.attained
     assert started.value == pytest.approx(float(risk.value), rel=1e-12, abs=1e-20)
