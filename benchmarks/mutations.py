@@ -5,9 +5,9 @@
 With a seed it chooses lines of code of the package and breaks one thing on each: a comparison, an operator, a constant,
 a `not`, a term, a statement. Left out are docstrings, messages, `__repr__`, annotations and what only type checkers
 read. Each is applied in a temporary copy of the tree, and tests run until one fails: first the module's doctests and
-the files that name it, then its room's, then all others. `mutations.json` keeps what was found, so that the next call
-goes on from there; `mutations.md` is the table. A breakage that changes nothing that could be observed is no gap of the
-tests: write `"verdict": "equivalent"` and a `"reason"` into its entry, and both stay. So does `"verdict":
+the files that name it, then its room's, then all others. `mutations_SEED.json` keeps what was found, so that the next
+call goes on from there; `mutations_SEED.md` is the table. A breakage that changes nothing that could be observed is no
+gap of the tests: write `"verdict": "equivalent"` and a `"reason"` into its entry, and both stay. So does `"verdict":
 "caught"` with `"by": "TEST, written since"`, where a test was added. Exit status 1 if fewer than 95 % of the others
 were caught.
 """
@@ -234,13 +234,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the choice, run nothing")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the two files")
     options = parser.parse_args(arguments)
-    require_outputs({"--out": [options.out / "mutations.json", options.out / "mutations.md"]})
+    store, page = (options.out / f"mutations_{options.seed}.{kind}" for kind in ("json", "md"))
+    require_outputs({"--out": [store, page]})
     choice = chosen(options.count, options.seed)
     if options.list:
         for site in choice:
             print(f"{site['file']}:{site['line']}: {site['kind']}: {site['before']!r} -> {site['after']!r}")
         return 0
-    store = options.out / "mutations.json"
     known = {row["key"]: row for row in json.loads(store.read_text())} if store.exists() else {}
     final = {"caught", "equivalent", *([] if options.again else ["not caught"])}
     if options.rooms_only and not options.again:
@@ -254,7 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
                 row = attempt(tree, site, 2 if options.rooms_only else 3)
             found.append({"key": identity(site)} | {w: site[w] for w in SHOWN} | row)
             write_text(store, json.dumps([*found, *known.values()], indent=1) + "\n")
-            write_text(options.out / "mutations.md", table(found, len(choice), options.seed))
+            write_text(page, table(found, len(choice), options.seed))
             print(f"{i + 1}/{len(choice)} {site['file']}:{site['line']} {site['kind']}: {row['verdict']}", flush=True)
         tests = sorted({row["by"].partition(f", {SINCE}")[0] for row in found if "::" in row.get("by", "")})
         if tests and (failed := failing(tree, tests)):
