@@ -23,7 +23,7 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, MemoryLimitError, NonFiniteError, NullSpaceError
-from bnp_analysis.linalg import DenseOperator, DensePreconditioner, Eigenpairs, congruence, eigenpairs
+from bnp_analysis.linalg import CallableOperator, DenseOperator, DensePreconditioner, Eigenpairs, congruence, eigenpairs
 from bnp_analysis.linalg.derived import Restriction, Shifted
 from bnp_analysis.runtime import memory as memory_module
 from bnp_analysis.testing import random_orthogonal, spectrum, symmetric_with_spectrum
@@ -165,6 +165,19 @@ def test_unconfirmed_multiplicity_is_not_called_converged(generator: torch.Gener
     for budget in range(12, whole.matvecs, 5):
         found = eigenpairs(p.operator, 4, max_matvecs=budget)
         assert found.stop == "steps" or found.values.tolist() == pytest.approx([3.0] * 4)
+
+
+def test_a_bound_of_the_rounding_does_not_end_the_search(generator: torch.Generator) -> None:
+    """Products may be far better than they are certain to be: what was asked for is reached, and said no better."""
+    values = spectrum("log", 300, 1e3)
+    A = CallableOperator(lambda v: values.float() * v, 300, dtype=torch.float32, eps=3e-6)
+    found = eigenpairs(A, 10, tol=1e-4)
+    exact = (values[:, None] * found.vectors.double() - found.vectors.double() * found.values).norm(dim=0)
+    asked = 1e-4 * found.values
+    assert A.eps * 10 * math.sqrt(300) > 2e-4, "the bound alone would explain more than was asked for"
+    assert bool((exact <= 1.01 * asked).all())
+    assert bool((found.residuals >= exact).all())
+    assert found.stop == "converged"
 
 
 def test_every_product_is_counted(generator: torch.Generator) -> None:

@@ -133,7 +133,7 @@ def test_a_file_of_another_run_is_refused(name: str, tmp_path: Path) -> None:
 
 
 def test_a_run_whose_tridiagonal_matrix_has_no_diagonal_goes_on(tmp_path: Path) -> None:
-    """`[[0, B], [B^T, 0]]` from a start in one half: the Rayleigh quotients are rounding, and no measure of its size."""
+    """`[[0, B], [B^T, 0]]` from a start in one half: the Rayleigh quotients are rounding, no measure of its size."""
     B = torch.randn(N // 2, N // 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     start = torch.cat([torch.ones(N // 2, dtype=torch.float64), torch.zeros(N // 2, dtype=torch.float64)])
 

@@ -51,7 +51,10 @@ class ThickRestart:
         # The small end of a spectrum converges slowly: a wider basis restarts less often.
         self.width = min(room, max(5 * k, 40) if which == "largest" else max(5 * k + 10, 90))
         require_memory((self.width + 6) * A.dim * A.dtype.itemsize, f"a basis of {self.width} vectors", device=A.device)
-        self.rounding = 10 * math.sqrt(min(A.dim, 1000)) * A.eps  # may take products, which memory has to have room for
+        roundings = 10 * math.sqrt(min(A.dim, 1000))
+        self.rounding = roundings * A.eps  # may take products, which memory has to have room for
+        # What products are certain to is a bound; most are better, and the search goes as far as its own arithmetic.
+        self.own_rounding = roundings * min(A.eps, torch.finfo(A.dtype).eps)
         self.V = torch.zeros(self.width + 1, A.dim, dtype=A.dtype, device=A.device)
         self.H = torch.zeros(self.width, self.width, dtype=torch.float64, device=A.device)
         self.open: list[tuple[Tensor, Tensor]] = []
@@ -190,17 +193,17 @@ class ThickRestart:
         self.scale, self.drift = max(self.scale, size), max(self.drift, gap)
         self.noise = self.rounding * self.scale
         self.H[: j + 1, j] = self.H[j, : j + 1] = column
-        self.open = [(r, g) for r, g in kept if float(r.norm()) > self.noise]
+        self.open = [(r, g) for r, g in kept if float(r.norm()) > self.least]
         self.size = j + 1
-        if norm > self.noise:
+        if norm > self.least:
             g = torch.zeros(self.width, dtype=torch.float64, device=u.device)
             g[j] = 1.0
             self.open.append((w, g))
-        self.chain = len(self.open) <= 1 and norm > self.noise
+        self.chain = len(self.open) <= 1 and norm > self.least
         if self.matvecs < self.given:
             self.chain = False  # the next direction is there
         elif self.size < self.width or not self.full:
-            self.V[self.size] = w / norm if norm > self.noise else self._fresh()
+            self.V[self.size] = w / norm if norm > self.least else self._fresh()
             if self.given > 1 and self.size < self.width:
                 self._gather()
                 self.V[self.size] = self._next_direction()
@@ -212,7 +215,7 @@ class ThickRestart:
         Q, T = torch.linalg.qr(torch.stack([r for r, _ in self.open]).double().T)
         U, S, W = torch.linalg.svd(T @ torch.stack([g for _, g in self.open]), full_matrices=False)
         rows = (Q @ U).T.to(self.V.dtype)
-        self.open = [(r, s * w) for r, s, w in zip(rows, S, W, strict=True) if float(s) > self.noise]
+        self.open = [(r, s * w) for r, s, w in zip(rows, S, W, strict=True) if float(s) > self.least]
         self.chain = False
 
     def _fresh(self) -> Tensor:
@@ -254,10 +257,15 @@ class ThickRestart:
             return False
         values, vectors, wanted = self._decompose()
         residuals = self._residual_norms(self._coefficients(vectors, wanted)).cpu().numpy()
-        return bool(np.all(residuals <= self._tolerance(values[wanted])))
+        return bool(np.all(residuals <= self._tolerance(values[wanted], self.least)))
 
-    def _tolerance(self, values: Floats) -> Floats:
-        tolerance: Floats = 0.9 * np.maximum(self.tol * np.abs(values), self.noise)  # what is reported is rounded too
+    @property
+    def least(self) -> float:
+        """Residuals below it are rounding of the search's own arithmetic."""
+        return self.own_rounding * self.scale
+
+    def _tolerance(self, values: Floats, least: float) -> Floats:
+        tolerance: Floats = 0.9 * np.maximum(self.tol * np.abs(values), least)  # what is reported is rounded too
         return tolerance
 
     def _confirmed(self) -> bool:
@@ -267,7 +275,9 @@ class ThickRestart:
         """
         values, vectors, wanted = self._decompose()
         found, seen = values[wanted], self.seen
-        if not self.verify or (seen is not None and bool(np.all(np.abs(found - seen) <= 2 * self._tolerance(found)))):
+        if not self.verify or (
+            seen is not None and bool(np.all(np.abs(found - seen) <= 2 * self._tolerance(found, self.noise)))
+        ):
             return True
         self.seen = found
         self.longest_verification = self.longest_verification or max(_LEAST_VERIFICATION, self.matvecs // 2)
@@ -295,7 +305,7 @@ class ThickRestart:
         """The residual of the worst wanted pair; while they all are converged, the direction of the search."""
         values, vectors, wanted = self._decompose()
         Y = self._coefficients(vectors, wanted)
-        excess = self._residual_norms(Y).cpu().numpy() - self._tolerance(values[wanted])
+        excess = self._residual_norms(Y).cpu().numpy() - self._tolerance(values[wanted], self.least)
         worst = int(excess.argmax())
         if excess[worst] <= 0 or len(self.open) == 1:
             return self.V[self.size].clone()
