@@ -180,6 +180,27 @@ def test_a_bound_of_the_rounding_does_not_end_the_search(generator: torch.Genera
     assert found.stop == "converged"
 
 
+@pytest.mark.parametrize("seed", [7, 8, 14, 31])
+@pytest.mark.parametrize(
+    ("low", "eps"),
+    [(torch.float32, 2.0**-22), (torch.float16, 2.0**-10), (torch.bfloat16, 2.0**-7)],
+    ids=["float32", "float16", "bfloat16"],
+)
+def test_what_counts_as_rounding_is_in_the_residuals(low: torch.dtype, eps: float, seed: int) -> None:
+    """Products as coarse as they say: residuals that the search let go as rounding are no zeros."""
+    g = torch.Generator().manual_seed(seed)
+    rank = 2 + seed % 30
+    n = rank + 25 + seed % 17
+    values = torch.zeros(n, dtype=torch.float64)
+    values[:rank] = spectrum("log", rank, 10.0 ** (1 + seed % 5))
+    Q = random_orthogonal(n, g)
+    M = Q * values @ Q.T
+    A = CallableOperator(lambda v: (M @ v.to(low).double()).to(low).float(), n, dtype=torch.float32, eps=eps)
+    found = eigenpairs(A, 3, tol=1e-4)
+    X = found.vectors.double()
+    assert bool(((M @ X - X * found.values).norm(dim=0) <= found.residuals).all())
+
+
 def test_every_product_is_counted(generator: torch.Generator) -> None:
     p = symmetric_with_spectrum(spectrum("log", 90, 100.0, rank=80), generator)
     for null in (None, p.null):

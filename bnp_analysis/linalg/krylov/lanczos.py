@@ -231,7 +231,8 @@ class _Run:
         self, A: SymmetricOperator, limit: int, null: Columns | None, w: Tensor, resume: Tridiagonalization | None
     ) -> None:
         self.A, self.limit, self.null, self.w = A, limit, null, w
-        self.rounding = 10 * float(np.sqrt(A.dim)) * A.eps
+        # The run's own: what products are certain to is a bound, which would end runs that still learn.
+        self.rounding = 10 * float(np.sqrt(A.dim)) * min(A.eps, torch.finfo(A.dtype).eps)
         self.coupling, self.every = float(length(w)), 1 if A.device.type == "cpu" else _SELDOM
         self.pending: list[Tensor] = []
         # Rows are basis vectors: contiguous for the two products of a reorthogonalization.

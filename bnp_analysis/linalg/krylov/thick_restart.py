@@ -58,6 +58,8 @@ class ThickRestart:
         self.V = torch.zeros(self.width + 1, A.dim, dtype=A.dtype, device=A.device)
         self.H = torch.zeros(self.width, self.width, dtype=torch.float64, device=A.device)
         self.open: list[tuple[Tensor, Tensor]] = []
+        # Of each basis vector, the lengths of residuals that counted as rounding and were let go.
+        self.dropped = torch.zeros(self.width, dtype=torch.float64, device=A.device)
         self.chain = True  # whether the open residuals belong to the newest vector alone
         self.g = generator(seed)
         self.size, self.matvecs, self.stop = 0, 0, "steps"
@@ -110,6 +112,7 @@ class ThickRestart:
             "V": self.V[: self.size + 1].cpu(),
             "H": self.H.cpu(),
             "open": [(r.cpu(), g.cpu()) for r, g in self.open],
+            "dropped": self.dropped.cpu(),
             "chain": self.chain,
             "seen": None if self.seen is None else torch.from_numpy(np.asarray(self.seen).copy()),
             "counts": [self.size, self.matvecs, self.checks, self.longest_verification, self.verify_until],
@@ -126,6 +129,7 @@ class ThickRestart:
         self.V[: len(state["V"])] = state["V"].to(self.V)
         self.H = state["H"].to(self.H)
         self.open = [(r.to(self.V), g.to(self.H)) for r, g in state["open"]]
+        self.dropped = state["dropped"].to(self.H)
         self.chain = state["chain"]
         self.seen = None if state["seen"] is None else state["seen"].numpy()
         self.size, self.matvecs, self.checks, self.longest_verification, self.verify_until = state["counts"]
@@ -162,12 +166,13 @@ class ThickRestart:
             update(min(self.matvecs, max_matvecs))
             request.heed()
 
-    def wanted_pairs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Values `(k,)`, vectors `(n, k)` and residual norms `(k,)` of the wanted pairs."""
+    def wanted_pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Values `(k,)`, vectors `(n, k)`, residual norms `(k,)` of the wanted pairs, and what was dropped of these."""
         values, vectors, wanted = self._decompose()
         Y = self._coefficients(vectors, wanted)
         X = (Y.to(self.V.dtype).T @ self.V[: self.size]).T
-        return torch.as_tensor(values[wanted].copy(), dtype=torch.float64), X, self._residual_norms(Y)
+        dropped = self.dropped[: self.size] @ Y.abs()
+        return torch.as_tensor(values[wanted].copy(), dtype=torch.float64), X, self._residual_norms(Y), dropped
 
     def _expand(self) -> None:
         """One product: the image of the newest vector, its column of `H`, and the next direction."""
@@ -193,12 +198,16 @@ class ThickRestart:
         self.scale, self.drift = max(self.scale, size), max(self.drift, gap)
         self.noise = self.rounding * self.scale
         self.H[: j + 1, j] = self.H[j, : j + 1] = column
-        self.open = [(r, g) for r, g in kept if float(r.norm()) > self.least]
+        self.open = []
+        for r, g in kept:
+            self._keep(r, float(r.norm()), g)
         self.size = j + 1
         if norm > self.least:
             g = torch.zeros(self.width, dtype=torch.float64, device=u.device)
             g[j] = 1.0
             self.open.append((w, g))
+        else:
+            self.dropped[j] += norm
         self.chain = len(self.open) <= 1 and norm > self.least
         if self.matvecs < self.given:
             self.chain = False  # the next direction is there
@@ -215,8 +224,16 @@ class ThickRestart:
         Q, T = torch.linalg.qr(torch.stack([r for r, _ in self.open]).double().T)
         U, S, W = torch.linalg.svd(T @ torch.stack([g for _, g in self.open]), full_matrices=False)
         rows = (Q @ U).T.to(self.V.dtype)
-        self.open = [(r, s * w) for r, s, w in zip(rows, S, W, strict=True) if float(s) > self.least]
-        self.chain = False
+        self.open, self.chain = [], False
+        for r, s, w in zip(rows, S, W, strict=True):
+            self._keep(r, 1.0, s * w)
+
+    def _keep(self, r: Tensor, length: float, g: Tensor) -> None:
+        """Hold a residual and the share that each basis vector has of it; where it is rounding, only its length."""
+        if length * float(g.norm()) > self.least:
+            self.open.append((r, g))
+        else:
+            self.dropped += length * g.abs()
 
     def _fresh(self) -> Tensor:
         """A random unit vector outside the basis and the null space."""
@@ -329,12 +346,16 @@ class ThickRestart:
         self.V[:size] /= self.V[:size].norm(dim=1, keepdim=True)
         self.H.zero_()
         self.H[:size, :size] = torch.diag(torch.as_tensor(values[chosen].copy(), device=self.H.device))
-        for place, (r, g) in enumerate(self.open):
-            turned = torch.zeros_like(g)
-            turned[:size] = Y.T @ g[: self.size]
-            self.open[place] = (r, turned)
+        self.open = [(r, self._turned(Y.T, g)) for r, g in self.open]
+        self.dropped = self._turned(Y.T.abs(), self.dropped)
         self.size, self.chain = size, False
         self.V[self.size] = following
+
+    def _turned(self, turn: Tensor, g: Tensor) -> Tensor:
+        """The shares of new basis vectors."""
+        new = torch.zeros_like(g)
+        new[: len(turn)] = turn @ g[: self.size]
+        return new
 
 
 #: The chance that a multiplicity check misses a copy, by Chebyshev's bound.

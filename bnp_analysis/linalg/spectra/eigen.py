@@ -139,13 +139,14 @@ def eigenpairs(
     with saved_run(checkpoint, key) as saved:
         saved.restore(search.restore)
         search.run(max_matvecs, progress, saved)
-    values, vectors, residuals = search.wanted_pairs()
+    values, vectors, residuals, dropped = search.wanted_pairs()
     spent = search.matvecs + search.checks + declared.cost
     if search.drift > search.noise and search.stop != "interrupted":
         residuals = (operator @ vectors - vectors * values.to(vectors)).double().norm(dim=0)
-        spent += k
+        spent, dropped = spent + k, 0 * dropped
     residuals = residuals.cpu()
     done = residuals <= (tol * values.abs()).clamp(min=search.noise)
+    residuals = residuals + dropped.cpu()
     if operator.eps > torch.finfo(operator.dtype).eps:
         residuals = residuals + search.noise / 10
     elif A.dim > 1:  # of a whole space the residual is 0, the values are still rounded
