@@ -109,6 +109,8 @@ def _slices(M: Tensor, bits: int, dim: int) -> list[Tensor]:
 
 # Numbers summed in single precision before the sums are added in double.
 _BLOCK = 1 << 7
+# So many products are held at a time, in the processor's cache.
+_PRODUCTS = 1 << 20
 
 
 def dots(V: Tensor, w: Tensor) -> Tensor:
@@ -125,13 +127,13 @@ def dots(V: Tensor, w: Tensor) -> Tensor:
         >>> abs(error) <= 128 * 2**-24 * 2000
         True
     """
-    k, n = V.shape
+    n = V.shape[1]
     if V.dtype == torch.float64 or V.device.type != "cpu" or n <= _BLOCK:
         return (V @ w).double()
     whole = n - n % _BLOCK
-    blocks = V[:, :whole].reshape(k, whole // _BLOCK, _BLOCK)
-    parts = torch.bmm(blocks.transpose(0, 1), w[:whole].reshape(-1, _BLOCK, 1))
-    total: Tensor = parts[..., 0].sum(dim=0, dtype=torch.float64) + (V[:, whole:] @ w[whole:]).double()
+    blocks, x = V[:, :whole].unflatten(1, (-1, _BLOCK)), w[:whole].reshape(-1, _BLOCK)
+    parts = torch.cat([torch.linalg.vecdot(rows, x) for rows in blocks.split(max(1, _PRODUCTS // n))])
+    total: Tensor = parts.sum(dim=1, dtype=torch.float64) + (V[:, whole:] @ w[whole:]).double()
     return total
 
 
