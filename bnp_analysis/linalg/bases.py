@@ -132,7 +132,7 @@ def dots(V: Tensor, w: Tensor) -> Tensor:
         return (V @ w).double()
     whole = n - n % _BLOCK
     blocks, x = V[:, :whole].reshape(len(V), -1, _BLOCK), w[:whole].reshape(-1, _BLOCK)
-    parts = torch.cat([torch.linalg.vecdot(rows, x) for rows in blocks.split(max(1, _PRODUCTS // n))])
+    parts = torch.cat([torch.linalg.vecdot(rows, x) for rows in torch.split(blocks, max(1, _PRODUCTS // n))])
     total: Tensor = parts.sum(dim=1, dtype=torch.float64) + (V[:, whole:] @ w[whole:]).double()
     return total
 
