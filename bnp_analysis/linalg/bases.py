@@ -131,7 +131,7 @@ def dots(V: Tensor, w: Tensor) -> Tensor:
     if V.dtype == torch.float64 or V.device.type != "cpu" or n <= _BLOCK:
         return (V @ w).double()
     whole = n - n % _BLOCK
-    blocks, x = V[:, :whole].reshape(len(V), -1, _BLOCK), w[:whole].reshape(-1, _BLOCK)
+    blocks, x = V[:, :whole].reshape(len(V), whole // _BLOCK, _BLOCK), w[:whole].reshape(-1, _BLOCK)
     parts = torch.cat([torch.linalg.vecdot(rows, x) for rows in torch.split(blocks, max(1, _PRODUCTS // n))])
     total: Tensor = parts.sum(dim=1, dtype=torch.float64) + (V[:, whole:] @ w[whole:]).double()
     return total
