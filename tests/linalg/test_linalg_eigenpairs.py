@@ -201,6 +201,17 @@ def test_what_counts_as_rounding_is_in_the_residuals(low: torch.dtype, eps: floa
     assert bool(((M @ X - X * found.values).norm(dim=0) <= found.residuals).all())
 
 
+@pytest.mark.parametrize("kappa", [1e2, 1e6])
+def test_at_the_last_digits_residuals_are_still_bounds(kappa: float) -> None:
+    """There the products contradict one another by more than what is left of the residuals."""
+    values = spectrum("log", 2000, kappa)
+    found = eigenpairs(CallableOperator(lambda v: values * v, 2000, dtype=torch.float64), 4, tol=1e-14)
+    exact = ((values[:, None] - found.values) * found.vectors).norm(dim=0)
+    assert found.stop == "converged"
+    assert bool((exact <= found.residuals).all())
+    assert float(found.residuals.max()) < 2e-14
+
+
 def test_every_product_is_counted(generator: torch.Generator) -> None:
     p = symmetric_with_spectrum(spectrum("log", 90, 100.0, rank=80), generator)
     for null in (None, p.null):

@@ -64,6 +64,7 @@ class ThickRestart:
         self.g = generator(seed)
         self.size, self.matvecs, self.stop = 0, 0, "steps"
         self.checks = 0  # products that compared saved searches with the operator
+        # How far the products contradict the symmetry of `H`, in the Frobenius norm: what residuals do not know of.
         self.scale = self.noise = self.drift = 0.0
         self.full = self.width == room
         self.seen: Floats | None = None  # the wanted values before the multiplicity check that goes on
@@ -192,10 +193,10 @@ class ThickRestart:
         w, norm, more = orthogonalized(w, self.V[: j + 1], self.null)
         column += more
         self.matvecs += 1
-        norm, size, gap = torch.stack([norm, column.abs().max(), more.abs().max()]).tolist()
+        norm, size, gap = torch.stack([norm, column.abs().max(), more.norm()]).tolist()
         if not math.isfinite(norm):
             raise NonFiniteError(f"product {self.matvecs} with {self.A!r} has NaN or infinite entries")
-        self.scale, self.drift = max(self.scale, size), max(self.drift, gap)
+        self.scale, self.drift = max(self.scale, size), math.hypot(self.drift, gap)
         self.noise = self.rounding * self.scale
         self.H[: j + 1, j] = self.H[j, : j + 1] = column
         self.open = []

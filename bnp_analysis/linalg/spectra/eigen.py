@@ -106,8 +106,8 @@ def eigenpairs(
         progress: True draws a bar, a callable gets `(done, total)`.
 
     Returns:
-        `Eigenpairs`. Residuals follow from the products made, and are recomputed by one product each where those
-        contradict one another by more than rounding.
+        `Eigenpairs`. Residuals follow from the products made, with what these contradict one another by, and are
+        recomputed by one product each where that is more than a tenth of them and of what is asked for.
 
     Raises:
         InvalidInputError: `k` or `which` do not fit; NullSpaceError: declared directions that are not null;
@@ -141,12 +141,12 @@ def eigenpairs(
         search.run(max_matvecs, progress, saved)
     values, vectors, residuals, dropped = search.wanted_pairs()
     spent = search.matvecs + search.checks + declared.cost
-    if search.drift > search.noise and search.stop != "interrupted":
-        residuals = (operator @ vectors - vectors * values.to(vectors)).double().norm(dim=0)
-        spent, dropped = spent + k, 0 * dropped
-    residuals = residuals.cpu()
-    done = residuals <= (tol * values.abs()).clamp(min=search.noise)
-    residuals = residuals + dropped.cpu()
+    residuals, asked, unknown = residuals.cpu(), tol * values.abs(), dropped.cpu() + search.drift
+    if search.stop != "interrupted" and bool((unknown > torch.maximum(residuals, asked) / 10).any()):
+        residuals = (operator @ vectors - vectors * values.to(vectors)).double().norm(dim=0).cpu()
+        spent, unknown = spent + k, 0 * unknown
+    done = residuals <= asked.clamp(min=search.noise)
+    residuals = residuals + unknown
     if operator.eps > torch.finfo(operator.dtype).eps:
         residuals = residuals + search.noise / 10
     elif A.dim > 1:  # of a whole space the residual is 0, the values are still rounded
