@@ -1,4 +1,4 @@
-"""What every result of the package shares: provenance, one honest line, tables and files.
+"""The base of all results: provenance, a one-line summary, tables and files.
 
 A result is a frozen dataclass that derives from :class:`Result` and holds numbers, words, arrays, tensors,
 containers of these, and other results; never a model or an operator. Files are strict JSON, written atomically, and

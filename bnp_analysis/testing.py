@@ -1,4 +1,4 @@
-"""Problems with a known answer, and the laws that every operator and preconditioner obeys.
+"""Problems with known answers, and checks of the laws that every operator and preconditioner satisfies.
 
 For the tests of this package and for your own operators: `spectrum` and `symmetric_with_spectrum` prescribe
 eigenvalues; the `check_*` functions raise an `AssertionError` that names the law an implementation breaks.

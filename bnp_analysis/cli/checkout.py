@@ -1,4 +1,4 @@
-"""`bnp-analysis figures` and `bench`: programs of a checkout; an installed package brings those of the figures too."""
+"""`bnp-analysis figures` and `bench`: scripts of a checkout; an installed package includes those of the figures."""
 
 from __future__ import annotations
 

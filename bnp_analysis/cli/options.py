@@ -1,4 +1,4 @@
-"""What commands share: options, each declared once, the network and risk that they describe, and several processes."""
+"""Options, the network and the risk that several commands share, and runs in several processes."""
 
 from __future__ import annotations
 

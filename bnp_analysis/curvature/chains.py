@@ -1,4 +1,4 @@
-"""Products written out for perceptrons: outputs that are one chain of dense layers and activations.
+"""Closed-form products for perceptrons, whose outputs are one chain of dense layers and activations.
 
 A general graph is differentiated node by node as torch recorded it: every sum is a pass of its own, and the second
 derivatives of piecewise linear activations are tensors of zeros. Along a chain the products are known (Pearlmutter's

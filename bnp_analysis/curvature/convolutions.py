@@ -1,4 +1,4 @@
-"""Convolutions whose second derivatives cost what is asked of them.
+"""Convolutions whose second derivatives compute only the requested products.
 
 torch's own computes all three products of a convolution's second derivative whoever asks, by convolutions that swap
 examples and channels: twice the work that a Gauss-Newton product needs. A convolution is bilinear, `y = C(x, w)`, so

@@ -1,4 +1,4 @@
-"""Curvature operators made of graphs of the batches: kept for all products, rebuilt in every one, or some of each.
+"""Curvature operators from graphs of the batches, which are kept for all products or rebuilt in each.
 
 A curvature is an `EngineOperator`: it says how the graph of one batch is recorded and multiplied with. Its engine hands
 it the graph of every batch in turn. *Retained* graphs cost memory once and time never; *recompute* holds one graph at a

@@ -1,4 +1,4 @@
-"""The Gauss-Newton matrix: the part of the Hessian that the curvature of the loss alone explains."""
+"""The Gauss-Newton matrix: the part of the Hessian that comes from the curvature of the loss alone."""
 
 from __future__ import annotations
 

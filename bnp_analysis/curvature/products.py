@@ -1,4 +1,4 @@
-"""The only derivative products of the package: Hessian-vector, Jacobian-vector and its transpose.
+"""All derivative products of the package: with the Hessian, the Jacobian and its transpose.
 
 All are reverse mode over reverse mode: torch's fused BatchNorm, LayerNorm and InstanceNorm give silently wrong
 second derivatives under `grad(jvp)` and nested `jvp`, and `jvp(grad)` fails for some losses. The

@@ -1,4 +1,4 @@
-"""What is known of each data set that lives in files: their names, checksums, places and mirrors."""
+"""Names, checksums, addresses and mirrors of the files of each data set."""
 
 from __future__ import annotations
 

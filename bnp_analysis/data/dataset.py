@@ -1,4 +1,4 @@
-"""A data set in memory, and `load`, the one way to it."""
+"""A data set in memory, and `load`, which makes one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files of a data set: found, verified before they are read, downloaded where they are missing; their formats."""
+"""Files of a data set: search, verification before reading, download of missing files, and formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verbs a notebook wants: compositions, no new mathematics."""
+"""High-level measurements and reports, composed of the other subpackages; no new mathematics."""
 
 from bnp_analysis.diagnose.conditioning import Conditioning, condition
 from bnp_analysis.diagnose.preconditioners import PreconditionerReport, preconditioner_report

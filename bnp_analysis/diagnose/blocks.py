@@ -1,4 +1,4 @@
-"""The numbers of a layer's block and of its units' blocks, without and with `P`: each factor is formed once."""
+"""Condition numbers of a layer's block and its units' blocks, without and with `P`, from one factor each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a preconditioner is by itself: how uneven, of what stable rank, how near to the inverse curvature."""
+"""A report on a preconditioner: condition number, stable rank, cosine with the inverse curvature."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a layer table takes, in floating-point operations from sizes, said before it starts."""
+"""The cost of a layer table in floating-point operations, estimated from sizes before it starts."""
 
 from __future__ import annotations
 

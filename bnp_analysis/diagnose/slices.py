@@ -1,4 +1,4 @@
-"""The loss along directions beside its quadratic model, sharpness along a step, and where eigenvectors live."""
+"""The loss along directions and its quadratic model, sharpness along a step, eigenvector mass by layer."""
 
 from __future__ import annotations
 

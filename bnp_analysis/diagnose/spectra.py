@@ -1,4 +1,4 @@
-"""Spectra of the blocks of a curvature: densities, profiles, how unlike they are, and how much lies outside of them."""
+"""Spectra of the blocks of a curvature: densities, profiles, distances, and the part outside the blocks."""
 
 from __future__ import annotations
 

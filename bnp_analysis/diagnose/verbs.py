@@ -1,4 +1,4 @@
-"""The verbs a notebook wants: how well conditioned each layer and the network are, without and with `P`."""
+"""`layer_table` and `compare`: condition numbers of layers and of the network, without and with `P`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""More than one process: each holds a shard of the data, sums over batches end with a sum over processes.
+"""Several processes: each holds a shard of the data, sums over batches end with a sum over processes.
 
     group = bnp.distributed.initialize()  # under torchrun; one process without it
     risk = bnp.EmpiricalRisk(model, loss, group.shard((x, y)), group=group)

@@ -1,4 +1,4 @@
-"""A group of processes that share the data of a risk, in step with each other, and how they find each other."""
+"""Groups of processes that divide the data of a risk: initialization, and checked exchanges."""
 
 from __future__ import annotations
 

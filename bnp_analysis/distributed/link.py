@@ -1,4 +1,4 @@
-"""The wire between processes: tensors in, tensors out, and an error that names who was lost."""
+"""Communication of tensors between processes, with errors that name a lost rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numerical linear algebra on flat vectors; it knows no networks.
+"""Numerical linear algebra on flat vectors, independent of networks.
 
 `operators` are matrices known by their products, `preconditioner` the invertible maps `P` and `P^T A P`, `krylov` the
 processes, `spectra` eigenpairs, densities and traces, `condition` the condition number with its methods.

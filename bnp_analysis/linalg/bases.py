@@ -1,4 +1,4 @@
-"""Orthonormal bases, and what is orthogonal to them: stored as columns, as rows, or as blocks on few coordinates.
+"""Orthonormal bases, stored as columns, rows or sparse blocks, and projection onto their complements.
 
 Blocks on few coordinates are grown some columns at a time.
 """

@@ -1,4 +1,4 @@
-"""Operators made from other operators: Gram matrices, shifts, parts, the same with vectors on the host."""
+"""Operators derived from others: Gram matrices, shifts, submatrices, vectors in host memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dense matrices of operators, formed in float64, with what forming them has rounded (T13)."""
+"""Dense matrices of operators, formed in float64, with bounds on the rounding of their entries (T13)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operators made from what one has: a stored matrix, or a function; and how large a rank their zeros allow."""
+"""Operators from a stored matrix or a function, and the structural rank that their zeros allow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operators brought to the middle of the floats by a power of two, which is exact, and out of half precision (T13).
+"""Exact scaling of operators by powers of two, against over- and underflow, and out of half precision (T13).
 
 Squares, norms and products of numbers near the ends of the floats vanish or overflow. A verb measures `2^e A`, whose
 norm is near 1, and multiplies its results by `2^-e`.

@@ -1,4 +1,4 @@
-"""What a model is to us: its parameters, its risk, the rows that its layers see."""
+"""A model as a function of flat parameters: its risk, its layers, and the rows of their inputs."""
 
 from bnp_analysis.network.layer_kinds import Layer, register_layer
 from bnp_analysis.network.layers import Coverage, coverage

@@ -1,4 +1,4 @@
-"""The data of a risk: batches in one form, read the same way in every pass; what goes into a model and comes out."""
+"""The data of a risk: uniform batches, read the same way in every pass; inputs and outputs of the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pass decides by numbers that are others in the next one: random numbers, the clock, counters."""
+"""Decisions in a pass that depend on random numbers, the clock or counters, which differ between passes."""
 
 from __future__ import annotations
 

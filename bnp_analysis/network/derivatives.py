@@ -1,4 +1,4 @@
-"""Is what autograd computes the derivative of the risk? Difference quotients along random directions.
+"""Comparison of autograd's derivatives of a risk with difference quotients along random directions.
 
 A derivative is refused when it is not that of the function: modules that run again in the backward pass, `detach`,
 straight-through estimators, wrong `autograd.Function`s. Quotients are taken in float64 where the model runs in it, at

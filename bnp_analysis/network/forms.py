@@ -1,4 +1,4 @@
-"""Functions whose kernels in torch have no second derivative, or a wrong one, by operations that have all of them.
+"""Functions whose torch kernels lack a correct second derivative, rewritten in differentiable operations.
 
 The values are the same; so are the gradients, but for the one of torch's CTC in log-probabilities that are not
 normalized, which is the derivative of another function.

@@ -1,4 +1,4 @@
-"""The state of torch around a user's model and loss, and what becomes of the errors that leave them.
+"""The state of torch while a user's model and loss run, and the conversion of their exceptions.
 
 Everything of a user runs inside `explained`: forward, loss, `count=`, and the derivatives of all of them.
 """

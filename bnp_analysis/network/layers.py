@@ -1,4 +1,4 @@
-"""Which layers of a model are covered: by its structure, and by what its forward passes do with their weights."""
+"""Which layers of a model are covered, by their modules and by the use of their weights in a pass."""
 
 from __future__ import annotations
 

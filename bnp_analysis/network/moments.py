@@ -1,4 +1,4 @@
-"""Means, variances and second moments of the inputs of each layer, over all rows of the data; and running ones."""
+"""Means, variances and second moments of layer inputs over all rows of the data, and running averages."""
 
 from __future__ import annotations
 

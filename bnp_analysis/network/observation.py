@@ -1,4 +1,4 @@
-"""What a pass uses and shows: modules at work, random numbers, what stops a gradient, parameters read by a loss."""
+"""Observation of a pass: called modules, random numbers, stopped gradients, parameters a loss reads."""
 
 from __future__ import annotations
 

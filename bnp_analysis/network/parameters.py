@@ -1,4 +1,4 @@
-"""The chart between a model's named tensors and flat vectors: which are free, and names with and without wrappers."""
+"""The map between a model's named tensors and flat vectors: free parameters, names without wrappers."""
 
 from __future__ import annotations
 

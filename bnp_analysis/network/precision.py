@@ -1,4 +1,4 @@
-"""In which precision a risk and its products are really computed, and how far rounding moves them."""
+"""The precision in which a risk and its products are really computed, and the effect of rounding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is the risk one function of theta? Random layers, batch coupling and losses that are not means."""
+"""Checks that a risk is one function of theta: random layers, coupled examples, losses that are no means."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether what a forward pass called makes its output a product, of its input and its weight or of fixed numbers."""
+"""Whether a recorded pass multiplies its input, or fixed numbers, by its weight."""
 
 from __future__ import annotations
 

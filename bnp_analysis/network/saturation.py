@@ -1,4 +1,4 @@
-"""What saturated smooth functions do to a risk's derivatives: how much rounding they amplify, and which vanish."""
+"""The effect of saturated functions on a risk's derivatives: amplified rounding, vanished derivatives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Smooth functions whose derivatives keep their digits where they saturate.
+"""Smooth functions whose derivatives stay accurate where they saturate.
 
 torch takes the derivative of `tanh` as `1 - y^2` and that of a sigmoid as `y (1 - y)`: where `y` is nearly 1 that is a
 difference of two near numbers, and at `tanh(20)` it is an exact 0. Inside `Accurate` such functions have torch's

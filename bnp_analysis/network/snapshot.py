@@ -1,4 +1,4 @@
-"""A private copy of a user's model: nothing done to it reaches the original; its state, and what identifies it."""
+"""A private copy of a user's model, independent of the original; its state and its fingerprint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preconditioners of networks: BNP and what it is compared with."""
+"""Preconditioners of networks: BNP, and diagonal and Kronecker-factored ones for comparison."""
 
 from typing import NoReturn
 

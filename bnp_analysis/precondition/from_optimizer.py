@@ -1,4 +1,4 @@
-"""The preconditioner that an optimizer applies, read from its state; where it is one fixed positive definite map."""
+"""The preconditioner of an optimizer, read from its state if it is a fixed positive definite map."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and states of long runs, read only by the run that they belong to."""
+"""Atomic writing of files, and saved states of long runs, which only the same run may resume."""
 
 from __future__ import annotations
 

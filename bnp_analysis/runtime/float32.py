@@ -1,4 +1,4 @@
-"""Products of float32 numbers in float32: what lets kernels round them to TF32 or bfloat16 is off meanwhile."""
+"""Full-precision float32 products: rounding to TF32 or bfloat16 is switched off meanwhile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one gate for arguments of the wrong kind: what is wanted, and the code that makes it from what was given."""
+"""Type checks of arguments, with errors that show the code that makes the wanted type from the given one."""
 
 from __future__ import annotations
 

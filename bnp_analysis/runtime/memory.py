@@ -1,4 +1,4 @@
-"""Memory is estimated before a computation starts, never found out by being killed."""
+"""Memory estimates, checked before a computation starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long computations report where they are, and are stopped between two steps, where their state is whole.
+"""Progress reports of long computations, which can be stopped between two steps.
 
 Ctrl-C and the like raise a flag, which a long run looks at between two steps.
 """

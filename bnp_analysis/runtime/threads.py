@@ -1,4 +1,4 @@
-"""Threads: the one lock of the process's settings, settings that several threads want, BLAS on one thread, workers.
+"""Threads: the lock for settings of the process, settings that threads share, one-thread BLAS, workers.
 
 NumPy's BLAS has threads of its own beside torch's. For matrices of a hundred rows they wait for one another, and for
 torch's, ten times longer than they compute.

@@ -1,4 +1,4 @@
-"""Candidate null directions on few coordinates, their causes and finite symmetries, and the basis grown of them."""
+"""Sparse candidate null directions, their causes and finite symmetries, and the basis built from them."""
 
 from __future__ import annotations
 

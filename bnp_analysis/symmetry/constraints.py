@@ -1,4 +1,4 @@
-"""What a network's operations demand of its activations: which scales, shifts and mixings of channels they let through.
+"""Equations for the scales, shifts and mixings of channels under which operations are equivariant.
 
 Each tensor inside the network has labels for its entries; entries of one label change together, by `scale y + shift`.
 Operations write linear equations between these scales and shifts, parameters move accordingly.

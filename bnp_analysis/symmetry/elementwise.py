@@ -1,4 +1,4 @@
-"""Arithmetic, activations, reductions and what only moves numbers around, as demands on labels.
+"""Symmetry rules of arithmetic, activations, reductions and rearrangements of entries.
 
 Each rule takes the constraints, the node and its arguments by name, and returns what stands for the result: a value,
 a list of them, or None where it cannot be followed. One that fails, since an argument is something else than what it

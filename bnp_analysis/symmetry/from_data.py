@@ -1,4 +1,4 @@
-"""Null directions that data and derivatives show: dependent inputs, rows and units without effect, unread outputs."""
+"""Null directions from data and derivatives: dependent inputs, rows and units without effect, unused outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operations of one forward pass as a graph: what is kept of each, and what is known of its kind."""
+"""The operations of one forward pass as a graph, and the interface of an operation's rule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers, normalizations, products of activations and attention: where parameters work and channels meet.
+"""Symmetry rules of layers, normalizations, products of activations, and attention.
 
 Each rule takes the constraints, the node and its arguments by name, and returns what stands for the result, or None
 where it cannot be followed.

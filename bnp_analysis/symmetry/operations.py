@@ -1,4 +1,4 @@
-"""The table of operations: what each function of torch that may appear in a network does to scales, shifts and mixings.
+"""The table of operations: the rule by which each torch function acts on scales, shifts and mixings.
 
 A new operation is one more line, with a rule of `elementwise` or `layers` or one of your own; what is missing here is
 not followed, which forbids symmetries and invents none. Activations that are neither homogeneous nor periodic are

@@ -1,4 +1,4 @@
-"""Symmetries as moves of parameters: scales and shifts that solve the equations, and mixings of parallel channels."""
+"""Symmetries as directions of parameters: scales and shifts that solve the equations, mixings of channels."""
 
 from __future__ import annotations
 

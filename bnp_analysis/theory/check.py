@@ -1,4 +1,4 @@
-"""What a checked statement leaves, prediction, observation and verdict; and which statements there are, by name."""
+"""The result of a check (prediction, observation, verdict), and the statements by name."""
 
 from __future__ import annotations
 

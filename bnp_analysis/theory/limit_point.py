@@ -1,4 +1,4 @@
-"""The limit point that a rate speaks of: the minimizer, to rounding; its spectrum; and whether T14 may speak there."""
+"""The limit point of a rate: the minimizer to rounding, its spectrum, and whether T14 applies there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Problems whose minimizer, null space and effective condition number are known: for theory and its checks.
+"""Problems whose minimizer, null space and effective condition number are known.
 
 Inputs are real (handwritten digits), targets come from a teacher network, so that the loss has an attained minimizer
 with zero residual; no pre-activation lies near a kink. Dials choose `kappa*`, the shift and the scales of the inputs

@@ -1,4 +1,4 @@
-"""An experiment in words and numbers, and the parts of the training run that it stands for."""
+"""The description of an experiment, and the parts of the training run that it defines."""
 
 from __future__ import annotations
 

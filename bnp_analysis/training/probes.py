@@ -1,4 +1,4 @@
-"""Measurements along a training run: condition numbers of layers, the largest eigenvalues, and where stability ends."""
+"""Measurements during training: condition numbers of layers, largest eigenvalues, stability thresholds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training run leaves behind: its result, its log while it runs, and its whole state, put back bit for bit."""
+"""The result of a training run, its log, and its complete state, which is restored bit for bit."""
 
 from __future__ import annotations
 

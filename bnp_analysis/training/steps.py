@@ -1,4 +1,4 @@
-"""What a training run does with batches: where they come from, a step on one of them, an evaluation on all."""
+"""Batches of a training run, a step on one batch, and an evaluation on all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Condition numbers: the verbs, the methods they choose among, and what may be claimed."""
+"""Condition numbers: the public functions, the methods they choose from, and certificates."""
 
 # Each of these registers its method.
 from bnp_analysis.linalg.condition import (  # noqa: F401

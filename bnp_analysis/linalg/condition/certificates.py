@@ -1,4 +1,4 @@
-"""What floating point and random starts allow one to claim about the ends of a spectrum (T13)."""
+"""Certified bounds on the ends of a spectrum, given rounding and random starts (T13)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The methods dense, all eigenvalues of the dense matrix, and inertia, which decides its ends by counts (T13)."""
+"""The methods dense (all eigenvalues of the matrix) and inertia (its ends, by eigenvalue counts) (T13)."""
 
 from __future__ import annotations
 

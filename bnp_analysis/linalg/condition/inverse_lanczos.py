@@ -1,4 +1,4 @@
-"""The method inverse-lanczos, with an inner conjugate gradient: a matrix-free statement about both ends (T13)."""
+"""The method inverse-lanczos: matrix-free bounds on both ends by an inner conjugate gradient (T13)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The method lanczos: what Ritz values allow one to claim of both ends, and of the largest eigenvalues (T13)."""
+"""The method lanczos: bounds on both ends and on the largest eigenvalues from Ritz values (T13)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Methods for condition numbers: what a method is, the registry, what each would cost, and which one `auto` takes.
+"""Methods for condition numbers: interface, registry, cost estimates, and the choice of `auto`.
 
 A new method is one file that ends with `register(Method(...))`, and one line that imports it in `condition/__init__`.
 """

@@ -1,4 +1,4 @@
-"""A condition number as a result: value, bounds, and how they are known; and what methods find for one."""
+"""The result `ConditionNumber`, and the `Extremes` and `Magnitudes` that methods return."""
 
 from __future__ import annotations
 

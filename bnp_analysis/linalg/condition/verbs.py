@@ -1,4 +1,4 @@
-"""The effective condition number of a symmetric operator, as an interval that says how it knows."""
+"""The effective condition number of a symmetric operator, as a certified interval."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What is asked of a spectrum: eigenpairs, densities, traces, ranks; and what is checked and left out first."""
+"""Eigenpairs, densities, traces and diagonals of symmetric operators."""

@@ -1,4 +1,4 @@
-"""What is checked before an operator is measured: that it is one, symmetric, finite, how large; null directions."""
+"""Checks of an operator before a measurement: type, symmetry, finiteness, size, null directions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a symmetric operator's entries is cheap: its trace, its diagonal, how much lies outside of blocks.
+"""Trace, diagonal and off-block share of a symmetric operator, exact where cheap.
 
 Exact where a dense side is cheap, else estimated from products with random signs.
 """

@@ -1,4 +1,4 @@
-"""The spectral density by stochastic Lanczos quadrature, and what it says of masses and quantiles, with bounds."""
+"""The spectral density by stochastic Lanczos quadrature, with bounds on masses and quantiles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry of layer kinds: each file says how one kind turns inputs into rows; nothing outside asks for types."""
+"""The registry of layer kinds: each file defines how one kind turns inputs into rows; other code checks no types."""
 
 from bnp_analysis.network.layer_kinds.base import (
     KINDS,

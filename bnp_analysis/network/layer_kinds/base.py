@@ -1,4 +1,4 @@
-"""What a kind of layer has to say, and the registry of those that are known.
+"""The interface of a kind of layer, and the registry of the known kinds.
 
 A covered layer computes `a_i = w_i . h + b_i` for every row `h` that it makes of its input. Its kind says how inputs
 become rows, how many units, features and groups there are, and how the layer's parameters are called and stored.

@@ -1,4 +1,4 @@
-"""Convolutions: the patch under the kernel is a row, one for each output position; transposed ones by zeros between."""
+"""Convolutions: a row is the patch under the kernel at one output position; transposed ones by zero insertion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dense layers: every position before the last dimension is a row; and what looks like one, which is then proved."""
+"""Dense layers: every position before the last dimension is a row; and modules proved to be like one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embeddings: an index is a row of zeros with a one, whose moments are frequencies; rows are not formed for them."""
+"""Embeddings: the row of an index is a one-hot vector, never formed; moments are frequencies."""
 
 from __future__ import annotations
 

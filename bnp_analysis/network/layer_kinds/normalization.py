@@ -1,4 +1,4 @@
-"""The gains and offsets of normalizations: every unit has one input, the normalized feature or channel of its own."""
+"""Gains and offsets of normalizations: a unit's one input is its normalized feature or channel."""
 
 from __future__ import annotations
 

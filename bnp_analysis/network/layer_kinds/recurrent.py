@@ -1,4 +1,4 @@
-"""Recurrent layers and cells: the input map and the recurrent map of each layer and direction, a layer each."""
+"""Recurrent layers and cells: input map and recurrent map of each layer and direction are layers."""
 
 from __future__ import annotations
 

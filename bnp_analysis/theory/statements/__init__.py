@@ -1,4 +1,4 @@
-"""All statements over one risk: which there are, in which order, and what an interruption leaves."""
+"""The checks of all statements for one risk, in a fixed order; an interruption keeps the finished ones."""
 
 from __future__ import annotations
 

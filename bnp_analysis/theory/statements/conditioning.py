@@ -1,4 +1,4 @@
-"""Why BNP conditions: centering and scaling (Theorem 4), the curvature between (Prop. 11), T7, `q` (T8, Prop. 5)."""
+"""Why BNP improves conditioning: Theorem 4, Prop. 11, T7, and the choice of `q` (T8, Prop. 5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds layer by layer: the Hessian's form (T1, T1'), the change of variables (T2), the update (T3, T5), costs."""
+"""Layer by layer: the Hessian's form (T1, T1'), change of variables (T2), update (T3, T5), costs."""
 
 from __future__ import annotations
 

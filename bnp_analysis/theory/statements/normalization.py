@@ -1,4 +1,4 @@
-"""Statistics: running ones (T4), those of a convolution (T6), and BN by a batch's against BNP (Prop. 7, T9)."""
+"""Running statistics (T4), those of a convolution (T6), and BN compared with BNP (Prop. 7, T9)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rates inside `check_theory`: Theorem 1 step by step, T14 and T15 on problems with a known minimizer, or a user's."""
+"""Rates: Theorem 1 step by step, T14 and T15 on problems with a known minimizer or a user's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a statement is, how it is tried, and what its checks share: the problem, refusals, and oracles.
+"""Statements, their execution, and the problem, refusals and oracles that their checks share.
 
 Oracles are the same risk with modules replaced, and BNP of one layer written out, dense, from its definition.
 """

@@ -1,4 +1,4 @@
-"""What may be claimed of a condition number in floating point (T13), and of whitened blocks for the whole (T16)."""
+"""Condition numbers in floating point (T13), and whitened blocks and the whole matrix (T16)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BNP in training: hooks that see what layers see, running statistics, and the step that changes gradients."""
+"""BNP in training: hooks that record layer inputs, running statistics, and the change of gradients."""
 
 from bnp_analysis.training.bnp.bnp import BNP
 

@@ -1,4 +1,4 @@
-"""BNP in a training loop: its options, and `.grad` that becomes `P P^T .grad`."""
+"""The class `BNP`, which replaces `.grad` by `P P^T .grad` in a training loop; its options."""
 
 from __future__ import annotations
 

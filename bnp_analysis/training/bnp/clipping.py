@@ -1,4 +1,4 @@
-"""Gradients preconditioned when a backward pass ends, before a loop that one does not own clips them."""
+"""Preconditioning at the end of a backward pass, before a loop that one cannot edit clips gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a compiled model runs eagerly; imported when one is traced, since torch's compiler takes a second to load."""
+"""Functions that a compiled model runs eagerly; imported on tracing, since torch's compiler takes a second to load."""
 
 from __future__ import annotations
 

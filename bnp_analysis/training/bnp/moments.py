@@ -1,4 +1,4 @@
-"""What layers see: moments of one forward pass (T4), and their running averages, side by side in one flat tensor."""
+"""Moments of layer inputs in one forward pass (T4), and their running averages, in one flat tensor."""
 
 from __future__ import annotations
 

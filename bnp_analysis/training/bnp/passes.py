@@ -1,4 +1,4 @@
-"""Forward passes between two steps: rows of one that fails, weights that train without BNP, layers that changed."""
+"""Forward passes between two steps: failed passes, weights that train without BNP, changed layers."""
 
 from __future__ import annotations
 

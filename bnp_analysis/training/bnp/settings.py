@@ -1,4 +1,4 @@
-"""The options of BNP in training, checked in one place."""
+"""The options of BNP in training, and their validation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The update `P P^T g`: the gradients there are, `P` of the running statistics, and the same `P` as it is measured."""
+"""The update `P P^T g` with `P` of the running statistics, and the same `P` for measurements."""
 
 from __future__ import annotations
 
