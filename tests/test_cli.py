@@ -39,7 +39,7 @@ def test_condition_prints_table_bounds_and_writes_files(tmp_path, capsys):
     out, picture = tmp_path / "c.json", tmp_path / "c.png"
     assert main(["condition", *SMALL, "--json", str(out), "--figure", str(picture)]) == 0
     text = capsys.readouterr().out
-    for word in ("fc1", "fc2", "k(G^)", "Whole network", "gauss-newton", "hessian", "negative", "products", "R: rows"):
+    for word in ("fc1", "fc2", "k(G^)", "Whole network", "gauss_newton", "hessian", "negative", "products", "R: rows"):
         assert word in text
     # It ends with what holds at any size: the ratios of the whole network from both sides, and the gain.
     for word in ("Hessian of the whole network", "dead: ", "gap: ", "without P over with P"):
@@ -61,24 +61,24 @@ def test_the_seed_decides_and_options_reach_their_place(tmp_path):
         found.append(bnp.diagnose.Comparison.load(out))
     assert found[0] == found[1]
     assert found[0] != found[2]
-    assert list(found[0].network) == ["fisher-mc"]
+    assert list(found[0].network) == ["fisher_mc"]
     assert [row.layer for row in found[0].layers.layers] == ["fc2"]
 
 
 def test_damping_dtype_and_other_models(tmp_path, capsys):
     out = tmp_path / "c.json"
-    options = ["--preconditioner", "bnp-damped", "--dtype", "float32", "--curvature", "gauss-newton", "--layers", "fc2"]
+    options = ["--preconditioner", "bnp-damped", "--dtype", "float32", "--curvature", "gauss_newton", "--layers", "fc2"]
     assert main(["condition", *SMALL, *options, "--norm", "layer", "--json", str(out)]) == 0
     assert "\nNot covered by P: norm1.weight (covered where it is asked for, also=[" in capsys.readouterr().out
     result = bnp.diagnose.Comparison.load(out)
-    assert result.network["gauss-newton"][0].dtype == "float32"
+    assert result.network["gauss_newton"][0].dtype == "float32"
     assert result.layers.settings["preconditioner"]["eps1"] == 1e-2
 
 
 @pytest.mark.parametrize("name", ["diagonal", "kfac"])
 def test_other_preconditioners(name, tmp_path):
     out = tmp_path / "c.json"
-    args = ["condition", *SMALL, "--preconditioner", name, "--curvature", "gauss-newton", "--layers", "fc2"]
+    args = ["condition", *SMALL, "--preconditioner", name, "--curvature", "gauss_newton", "--layers", "fc2"]
     assert main([*args, "--json", str(out)]) == 0
     units = bnp.diagnose.Comparison.load(out).layers.layers[0].unit_blocks_with_P
     assert all(k is None for k in units) == (name == "kfac")
@@ -126,7 +126,7 @@ def test_a_checkpoint_is_measured_where_it_stands(tmp_path, capsys):
     out = tmp_path / "c.json"
     args = [
         "--curvature",
-        "gauss-newton",
+        "gauss_newton",
         "--layers",
         "fc2",
         "--checkpoint",

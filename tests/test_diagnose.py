@@ -102,7 +102,7 @@ def test_compare_measures_in_float64_whatever_the_model_and_keeps_the_model(prob
     before = {name: p.clone() for name, p in model.named_parameters()}
     risk = bnp.EmpiricalRisk(model, cross_entropy, (x.float(), y))
     P = bnp.bnp_preconditioner(risk)
-    result = bnp.compare(risk, P, curvature=("gauss-newton", "hessian", "fisher-empirical"))
+    result = bnp.compare(risk, P, curvature=("gauss_newton", "hessian", "fisher_empirical"))
     assert {k.dtype for pair in result.network.values() for k in pair} == {"float64"}
     assert risk.space.dtype == torch.float32
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
@@ -118,7 +118,7 @@ def test_a_network_without_curvature_keeps_its_table(problem):
         model.fc2.weight.zero_()
         model.fc2.bias.copy_(torch.tensor([1e4, 0.0, 0.0]))
     result = bnp.compare(bnp.EmpiricalRisk(model, cross_entropy, (x, torch.zeros(60, dtype=torch.long))))
-    assert result.network["gauss-newton"] == (None, None)
+    assert result.network["gauss_newton"] == (None, None)
     assert result.layers.layers[0].inputs.two_sided
     assert "-" in str(result)
 
@@ -131,7 +131,7 @@ def test_results_survive_a_file_and_make_tables(problem, tmp_path):
     frame = result.to_dataframe()
     assert list(frame["layer"]) == ["fc1", "fc2", "whole network", "whole network"]
     assert "<table" in result._repr_html_()
-    assert "gauss-newton" in str(result)
+    assert "gauss_newton" in str(result)
 
 
 def test_tables_are_numbers_that_sort_and_words_that_print(problem):
@@ -153,7 +153,7 @@ def test_tables_are_numbers_that_sort_and_words_that_print(problem):
     assert cell(row.block) in result.layers._repr_html_()
     assert "\n" not in repr(result)
     # The whole network: its ranks, and both bounds of every one.
-    whole = result.to_dataframe().query("layer == 'whole network' and rank == 5 and matrix == 'gauss-newton'")
+    whole = result.to_dataframe().query("layer == 'whole network' and rank == 5 and matrix == 'gauss_newton'")
     A = bnp.gauss_newton(bnp.EmpiricalRisk(model, cross_entropy, (x, y))).to_dense()
     sizes = torch.linalg.eigvalsh(A).flip(0)
     assert whole["value"].item() == pytest.approx(float(sizes[0] / sizes[4]), rel=1e-6)
@@ -180,16 +180,30 @@ def test_bad_names_are_refused_with_what_there_is(problem):
         bnp.layer_table(risk, layers=["fc9"])
     with pytest.raises(bnp.errors.InvalidInputError, match="layers is empty; leave it out for every layer"):
         bnp.layer_table(risk, layers=[])
-    with pytest.raises(bnp.errors.InvalidInputError, match="unknown curvature 'hesian'; there are: gauss-newton, "):
+    with pytest.raises(bnp.errors.InvalidInputError, match="unknown curvature 'hesian'; there are: gauss_newton, "):
         bnp.diagnose.curvature_matrix(risk, "hesian")
-    with pytest.raises(bnp.errors.InvalidInputError, match="gauss-newton"):
+    with pytest.raises(bnp.errors.InvalidInputError, match="gauss_newton"):
         bnp.compare(risk, curvature=["hesian"])
+
+
+@pytest.mark.parametrize("name", ["gauss_newton", "gauss-newton", "fisher_mc", "fisher-mc"])
+def test_a_curvature_has_one_name_everywhere(problem, name):
+    """With an underscore; a hyphen, as on command lines, is taken for one."""
+    model, x, y = problem
+    risk, known = bnp.EmpiricalRisk(model, cross_entropy, (x, y)), name.replace("-", "_")
+    assert [*bnp.compare(risk, curvature=name, layers=["fc2"]).network] == [known]
+    assert bnp.condition(risk, curvature=name, block="fc2").settings["curvature"] == known
+    assert bnp.block_spectra(risk, curvature=name, blocks=["fc2"]).settings["curvature"] == known
+    assert bnp.diagnose.curvature_matrix(risk, name).dim == risk.space.dim
+    assert bnp.null_directions(risk, block="fc2", curvature=name).basis.shape[0] > 0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert bnp.SharpnessTracker(model, cross_entropy, (x, y), optimizer, curvature=name)
 
 
 def test_unknown_matrices_are_refused_before_anything_is_measured(problem):
     model, x, y = problem
     measured = []
-    with pytest.raises(InvalidInputError, match=r"unknown curvature Hesian, fischer; there are: gauss-newton, "):
+    with pytest.raises(InvalidInputError, match=r"unknown curvature 'Hesian', 'fischer'; there are: gauss_newton, "):
         bnp.compare(
             bnp.EmpiricalRisk(model, cross_entropy, (x, y)),
             curvature=["hessian", "Hesian", "fischer"],
@@ -209,7 +223,7 @@ def test_one_sided_numbers_are_marked():
 def test_regression_network_with_bare_linear_root(generator):
     x, y = torch.rand(20, 3, generator=generator), torch.rand(20, 1, generator=generator)
     result = bnp.compare(bnp.EmpiricalRisk(nn.Linear(3, 1), mse_loss, (x, y)))
-    plain, conditioned = result.network["gauss-newton"]
+    plain, conditioned = result.network["gauss_newton"]
     assert plain.two_sided
     assert conditioned.value < plain.value
 

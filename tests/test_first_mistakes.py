@@ -259,7 +259,7 @@ def test_the_recipe_of_the_guide_for_weights(count: Callable[..., float]) -> Non
 
 
 def test_curvature_may_be_one_name() -> None:
-    assert list(bnp.compare(RISK, curvature="gauss-newton").network) == ["gauss-newton"]
+    assert list(bnp.compare(RISK, curvature="gauss_newton").network) == ["gauss_newton"]
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,7 @@ def test_figures_leave_whole_files_on_a_disk_that_fills_up(disk: Disk) -> None:
 SMALL = ["--samples", "20", "--hidden", "3", "--quiet"]
 #: Words of a command, and its outputs.
 COMMANDS: dict[str, tuple[list[str], list[str]]] = {
-    "condition": (["--epochs", "0", "--curvature", "gauss-newton"], ["--json out.json", "--figure out.png"]),
+    "condition": (["--epochs", "0", "--curvature", "gauss_newton"], ["--json out.json", "--figure out.png"]),
     "spectrum": (
         ["--epochs", "0", "--top", "1", "--steps", "3", "--probes", "1"],
         ["--json out.json", "--figure out.png"],

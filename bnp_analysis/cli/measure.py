@@ -23,13 +23,17 @@ from bnp_analysis.diagnose import LEGEND, MOST_WORK, Comparison, block_spectra, 
 from bnp_analysis.linalg import eigenpairs, spectral_density
 
 
+def _underscored(name: str) -> str:
+    return name.replace("-", "_")
+
+
 def condition(parser: argparse.ArgumentParser) -> None:
     """Add the options of `condition`."""
     operator_options(parser)
     add = parser.add_argument
     add("--layers", nargs="+", metavar="NAME", help="only these layers in the table")
-    both = ["gauss-newton", "hessian"]
-    add("--curvature", nargs="+", choices=CURVATURES, default=both, help="of the whole network")
+    both = ["gauss_newton", "hessian"]
+    add("--curvature", nargs="+", type=_underscored, choices=CURVATURES, default=both, help="of the whole network")
     add("--max-flops", type=float, default=MOST_WORK, metavar="N", help="that the table may take")
     parser.set_defaults(run=_condition)
 
@@ -38,7 +42,7 @@ def spectrum(parser: argparse.ArgumentParser) -> None:
     """Add the options of `spectrum`."""
     operator_options(parser)
     add = parser.add_argument
-    add("--curvature", choices=CURVATURES, default="hessian", help="the matrix")
+    add("--curvature", type=_underscored, choices=CURVATURES, default="hessian", help="the matrix")
     add("--top", type=int, default=5, metavar="K", help="eigenvalues to print")
     add("--probes", type=int, default=8, help="random vectors of the density")
     add("--steps", type=int, default=64, help="Lanczos steps of each")

@@ -342,17 +342,16 @@ class EngineOperator(SymmetricOperator, Generic[G]):
 CURVATURES: dict[str, Callable[..., SymmetricOperator]] = {}
 
 
-def curvature_name(given: str) -> str:
-    """The name in `CURVATURES` of a curvature that Python or the command line names: `gauss_newton`, `gauss-newton`.
+def curvature_names(*given: str) -> list[str]:
+    """The names in `CURVATURES` of curvatures; hyphens, as on a command line, count as underscores.
 
     Raises:
-        InvalidInputError: there is none of this name.
+        InvalidInputError: there is no curvature of one of these names.
     """
-    name = given.replace("_", "-")
-    if name not in CURVATURES:
-        known = ", ".join(k.replace("-", "_") for k in CURVATURES)
-        raise InvalidInputError(f"curvature must be one of {known}, got {given!r}")
-    return name
+    names = [name.replace("-", "_") for name in given]
+    if unknown := [repr(name) for name, known in zip(given, names, strict=True) if known not in CURVATURES]:
+        raise InvalidInputError(f"unknown curvature {', '.join(unknown)}; there are: {', '.join(CURVATURES)}")
+    return names
 
 
 def restricted(

@@ -112,7 +112,7 @@ def fisher(
 
 
 for _kind in KINDS:
-    CURVATURES[f"fisher-{_kind}"] = partial(fisher, kind=_kind)
+    CURVATURES[f"fisher_{_kind}"] = partial(fisher, kind=_kind)
 
 
 def _empirical(risk: EmpiricalRisk, batch: Batch, outputs: Tensor) -> OutputRoot | None:

@@ -126,7 +126,7 @@ def gauss_newton(
     return restricted(risk, block, lambda r: GaussNewton(r, engine, max_memory))
 
 
-CURVATURES["gauss-newton"] = lambda risk, seed, **engine: gauss_newton(risk, **engine)
+CURVATURES["gauss_newton"] = lambda risk, seed, **engine: gauss_newton(risk, **engine)
 
 
 def require_output_curvature(risk: EmpiricalRisk, what: str) -> None:

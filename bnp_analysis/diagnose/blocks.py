@@ -158,7 +158,7 @@ def known_null(
     block: str | None,
     factor: LinearOperator | None = None,
     *,
-    curvature: str = "gauss-newton",
+    curvature: str = "gauss_newton",
     recorded: Callable[[], RecordedNetwork] | None = None,
 ) -> NullDirections | None:
     """The verified null directions; None for large blocks, whose basis is dense: their numbers stay one-sided."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bnp_analysis.curvature import CURVATURES
-from bnp_analysis.curvature.engines import curvature_name
+from bnp_analysis.curvature.engines import curvature_names
 from bnp_analysis.diagnose.blocks import held, known_null, measured
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg import ConditionProfile, Preconditioner, condition_profile
@@ -28,10 +28,10 @@ from bnp_analysis.runtime.kinds import gated, require_kind
 from bnp_analysis.runtime.progress import Progress
 
 _IN_WORDS = {
-    "gauss-newton": "Gauss-Newton matrix",
+    "gauss_newton": "Gauss-Newton matrix",
     "hessian": "Hessian",
-    "fisher-mc": "Fisher matrix of sampled targets",
-    "fisher-empirical": "empirical Fisher matrix",
+    "fisher_mc": "Fisher matrix of sampled targets",
+    "fisher_empirical": "empirical Fisher matrix",
 }
 _COLUMNS = ("value", "lower", "upper", "two_sided", "method")
 # Products, and operations of dense algebra, without and with P each, that keep the whole call to a minute of two cores.
@@ -177,7 +177,7 @@ def condition(
         (True, True)
     """
     began = time.perf_counter()
-    name = curvature_name(curvature)
+    (name,) = curvature_names(curvature)
     risk = measured(risk, dtype, "ratios of eigenvalues")
     P, label, uncovered = _preconditioner(risk, preconditioner, dtype)
     A = CURVATURES[name](risk, seed=seed, block=block, engine=engine, max_memory=max_memory)
@@ -192,8 +192,8 @@ def condition(
         known = None if isinstance(null, str) else null
         if isinstance(null, str) and chosen.decides:
             # What annihilates the outputs' derivatives is null for every semidefinite curvature.
-            own_null = "gauss-newton" if A.semidefinite else name
-            rows = stored.factor if name == "gauss-newton" else None
+            own_null = "gauss_newton" if A.semidefinite else name
+            rows = stored.factor if name == "gauss_newton" else None
             known = known_null(risk, block, rows, curvature=own_null)
         profiles = [
             condition_profile(

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from bnp_analysis.curvature import CURVATURES
-from bnp_analysis.curvature.engines import curvature_name
+from bnp_analysis.curvature.engines import curvature_names
 from bnp_analysis.diagnose.blocks import measured
 from bnp_analysis.errors import InvalidInputError, ZeroOperatorError
 from bnp_analysis.linalg import (
@@ -179,7 +179,7 @@ def block_spectra(
         (('fc1', 'fc2'), (15, 8), True)
     """
     began = time.perf_counter()
-    name = curvature_name(curvature)
+    (name,) = curvature_names(curvature)
     if probes < 2:
         raise InvalidInputError(f"the noise of a distance needs at least two probes, got {probes}")
     risk = measured(risk, dtype, "spectra of blocks")

@@ -227,7 +227,7 @@ class Comparison(Result):
         `matrix` and `rank` say which: at a rank stands the ratio of the largest eigenvalue to it; without a
         rank it is that of the smallest nonzero one.
         """
-        head = {"matrix": "gauss-newton", "rank": math.nan}
+        head = {"matrix": "gauss_newton", "rank": math.nan}
         rows = [{"layer": row.pop("layer")} | head | row for row in self.layers.records()]
         for name, (plain, other) in self.network.items():
             whole = {"layer": "whole network", "matrix": name}

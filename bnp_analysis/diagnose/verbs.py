@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.curvature import CURVATURES, gauss_newton, hessian
+from bnp_analysis.curvature.engines import curvature_names
 from bnp_analysis.curvature.units import unit_blocks
 from bnp_analysis.diagnose.blocks import LayerBlocks, block_numbers, known_null, measured, pair, recorded_network
 from bnp_analysis.diagnose.conditioning import condition
@@ -169,7 +170,7 @@ def compare(
     risk: EmpiricalRisk,
     P: NetworkPreconditioner | None = None,
     *,
-    curvature: Sequence[str] | str = ("gauss-newton", "hessian"),
+    curvature: Sequence[str] | str = ("gauss_newton", "hessian"),
     layers: Sequence[str] | None = None,
     profiles: bool = False,
     dtype: torch.dtype | None = torch.float64,
@@ -184,8 +185,8 @@ def compare(
     Args:
         risk: the empirical risk.
         P: a preconditioner over `risk.space`; default the undamped BNP one.
-        curvature: matrices of the whole network to measure: `"gauss-newton"`, `"hessian"`, `"fisher-mc"`,
-            `"fisher-empirical"`; or one of them.
+        curvature: matrices of the whole network to measure: `"gauss_newton"`, `"hessian"`, `"fisher_mc"`,
+            `"fisher_empirical"`; or one of them.
         layers: names of the layers wanted in the table; default all.
         profiles: also how the ratio of eigenvalues grows with the rank, as `condition` measures it: numbers with both
             bounds at any size, at some hundred products each.
@@ -209,14 +210,11 @@ def compare(
         >>> x, y = torch.rand(30, 4, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 2
         >>> risk = bnp.EmpiricalRisk(bnp.models.mlp([4, 3, 2]), torch.nn.functional.cross_entropy, (x, y))
         >>> sorted(bnp.compare(risk).network)
-        ['gauss-newton', 'hessian']
+        ['gauss_newton', 'hessian']
     """
     began = time.perf_counter()
     risk, P = _measured(risk, P, dtype)
-    curvature = [curvature] if isinstance(curvature, str) else curvature
-    unknown = [name for name in curvature if name not in CURVATURES]
-    if unknown:
-        raise InvalidInputError(f"unknown curvature {', '.join(unknown)}; there are: {', '.join(CURVATURES)}")
+    curvature = curvature_names(*([curvature] if isinstance(curvature, str) else curvature))
     held: dict[str, Any] = {"engine": engine, "max_memory": max_memory}
     table = layer_table(risk, P, layers=layers, dtype=None, **held, max_flops=max_flops, seed=seed, progress=progress)
     network, by_rank = {}, {}
@@ -224,7 +222,7 @@ def compare(
     for name in curvature:
         A = curvature_matrix(risk, name, seed, **held)
         # What annihilates the Gauss-Newton matrix annihilates Fisher matrices; of the Hessian it is looked for anew.
-        known = null("gauss-newton" if A.semidefinite else name) if automatic(A, indefinite=True).decides else None
+        known = null("gauss_newton" if A.semidefinite else name) if automatic(A, indefinite=True).decides else None
         network[name] = pair(A, P, known, seed, progress=progress)
         if profiles and network[name] != (None, None):
             by_rank[name] = condition(
@@ -257,8 +255,7 @@ def curvature_matrix(
         >>> curvature_matrix(risk, "hessian").dim
         3
     """
-    if name not in CURVATURES:
-        raise InvalidInputError(f"unknown curvature {name!r}; there are: {', '.join(CURVATURES)}")
+    (name,) = curvature_names(name)
     return CURVATURES[name](risk, seed=seed, engine=engine, max_memory=max_memory)
 
 

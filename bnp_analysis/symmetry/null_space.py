@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bnp_analysis.curvature import CURVATURES, gauss_newton
-from bnp_analysis.curvature.engines import curvature_name
+from bnp_analysis.curvature.engines import curvature_names
 from bnp_analysis.curvature.output_curvature import output_root
 from bnp_analysis.errors import InvalidInputError
 from bnp_analysis.linalg.bases import Block as LocalBlock
@@ -207,7 +207,7 @@ def search(
         curvature, factor: as in `null_directions`.
         recorded: of a risk that this one is a restriction of, where several are searched.
     """
-    began, name = time.perf_counter(), curvature_name(curvature)
+    began, (name,) = time.perf_counter(), curvature_names(curvature)
     # The search reads all data at once: with several processes each has them all, and finds the same.
     risk = risk.gathered()
     candidates, skipped = candidate_directions(risk, recorded)
@@ -246,7 +246,7 @@ def search(
         matvecs=verifier.matvecs,
         seconds=time.perf_counter() - began,
     )
-    if name != "gauss-newton":
+    if name != "gauss_newton":
         found = replace(_annihilated(found, CURVATURES[name](risk, seed=0)), seconds=time.perf_counter() - began)
     object.__setattr__(found, "_orbits", tuple(orbits))
     return found

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bnp_analysis.curvature import CURVATURES, gauss_newton
+from bnp_analysis.curvature.engines import curvature_names
 from bnp_analysis.errors import InvalidInputError, MemoryLimitError, ZeroOperatorError
 from bnp_analysis.linalg import Preconditioner, condition_number, congruence, eigenpairs
 from bnp_analysis.linalg.derived import Shifted
@@ -213,7 +214,7 @@ class SharpnessTracker:
         tol: residuals are at most this times the value, which then is that near to an eigenvalue.
         grow: one more value is tracked once the smallest tracked one exceeds this times the threshold.
         most: so many at most.
-        curvature: `"hessian"` or `"gauss-newton"`.
+        curvature: `"hessian"` or `"gauss_newton"`.
         dtype: in which it is measured; None for the model's.
         max_matvecs: products of one measurement at most; what was reached is kept.
         output: picks the output tensor, as for `EmpiricalRisk`.
@@ -263,8 +264,7 @@ class SharpnessTracker:
     ) -> None:
         require_loss(loss)
         require_same_model(model, loss, optimizer)
-        if curvature not in CURVATURES:
-            raise InvalidInputError(f"unknown curvature {curvature!r}; there are: {', '.join(CURVATURES)}")
+        (curvature,) = curvature_names(curvature)
         if not _is_object(preconditioner) and preconditioner not in (None, "optimizer", "bnp"):
             raise InvalidInputError(
                 f"preconditioner must be 'optimizer', 'bnp', None, a BNP or a Preconditioner, got {preconditioner!r}"

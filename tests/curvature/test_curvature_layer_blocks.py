@@ -151,7 +151,7 @@ def test_tables_and_numbers_follow_one_plan(monkeypatch):
     for name in ("factor_svd", "row_gram", "reduction"):
         monkeypatch.setattr(f"bnp_analysis.linalg.condition.{name}.affordable", lambda shape: min(shape) < 30)
     risk = perceptron()
-    found = bnp.compare(risk, curvature="gauss-newton")
+    found = bnp.compare(risk, curvature="gauss_newton")
     for row in found.layers.layers:
         number = bnp.condition_number(bnp.gauss_newton(risk, block=row.layer))
         assert row.block.method == number.method
@@ -159,7 +159,7 @@ def test_tables_and_numbers_follow_one_plan(monkeypatch):
         assert number.lower <= row.block.upper
     # The second layer has fewer parameters than rows.
     assert [row.block.method for row in found.layers.layers] == ["row-gram", "dense"]
-    assert found.network["gauss-newton"][0].method == found.network["gauss-newton"][1].method == "row-gram"
+    assert found.network["gauss_newton"][0].method == found.network["gauss_newton"][1].method == "row-gram"
 
 
 def test_the_independent_rows_of_a_softmax_are_right_entry_by_entry():

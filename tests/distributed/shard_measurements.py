@@ -87,7 +87,7 @@ def _risk(risk: bnp.EmpiricalRisk) -> Found:
 
 def _matrices(risk: bnp.EmpiricalRisk) -> Iterator[tuple[str, Callable[..., Any]]]:
     yield "hessian", bnp.hessian
-    yield "gauss-newton", bnp.gauss_newton
+    yield "gauss_newton", bnp.gauss_newton
     if risk.batches.ordered:
         yield "fisher mc", lambda r, **k: bnp.fisher(r, "mc", samples=2, seed=3, **k)
         yield "fisher empirical", lambda r, **k: bnp.fisher(r, "empirical", **k)
@@ -175,7 +175,7 @@ def _numbers(risk: bnp.EmpiricalRisk) -> Found:
 
 def _tables(risk: bnp.EmpiricalRisk) -> Found:
     found: Found = {}
-    comparison = bnp.compare(risk, curvature=["gauss-newton", "fisher-mc"])
+    comparison = bnp.compare(risk, curvature=["gauss_newton", "fisher_mc"])
     for name, pair in comparison.network.items():
         found[f"compared: {name}"] = torch.tensor([k.value for k in pair if k is not None], dtype=torch.float64)
     for row in comparison.layers.layers:
