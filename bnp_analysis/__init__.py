@@ -1,4 +1,4 @@
-"""Condition numbers of neural-network losses, with evidence, with and without BNP.
+"""Condition numbers of neural-network losses, with certified bounds, with and without BNP.
 
 import bnp_analysis as bnp
 risk = bnp.EmpiricalRisk(model, loss, (x, y))

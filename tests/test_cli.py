@@ -256,7 +256,9 @@ def test_module_and_help(capsys):
     assert subprocess.run([sys.executable, "-m", "bnp_analysis"], capture_output=True, check=False).returncode == 2
     with pytest.raises(SystemExit, match="0"):
         main(["condition", "--help"])
-    assert "--curvature" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "training examples used; all if not given (default: 1000)" in said
+    assert "no progress bars --" in said, "what is no value is no default"
 
 
 @pytest.mark.skipif(not (ROOT / "benchmarks").exists(), reason="benchmarks/ is in the repository alone")

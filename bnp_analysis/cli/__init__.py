@@ -70,6 +70,13 @@ def _run(words: list[str]) -> int:
     return int(arguments.run(arguments))
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """States defaults that are values; where there is none, the help of the option says what happens."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def parser_of(command: str) -> argparse.ArgumentParser:
     """The parser of the words behind a command that is not one of a checkout's.
 
@@ -81,7 +88,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"bnp-analysis {command}",
         description=words,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Formatter,
     )
     getattr(importlib.import_module(f"bnp_analysis.cli.{module}"), command)(parser)
     return parser
@@ -90,7 +97,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
 def _overview() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bnp-analysis",
-        description="Condition numbers of neural-network losses, with evidence, with and without BNP.",
+        description="Condition numbers of neural-network losses with certified bounds, with and without BNP.",
         epilog="Exit status: 0 done, 1 a check fails, 2 bad input, 130 interrupted.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -86,7 +86,7 @@ class Conditioning(Result):
         text.append(
             f"The intervals hold except with probability {chance:g}."
             if chance
-            else "The intervals hold up to rounding, which they count."
+            else "The intervals are certain and include rounding errors."
         )
         if last := _what_is_missing([p for p in (self.without_P, self.with_P) if p is not None]):
             text.append(last)
