@@ -131,7 +131,7 @@ def test_the_cheaper_side_is_taken_and_said() -> None:
 
 
 def test_a_diagonal_smaller_than_what_stands_beside_it_is_known_to_the_rounding_of_products() -> None:
-    """Columns of length 1 cancel on the diagonal in float32; a bound relative to the diagonal itself was 1e5 times too small."""
+    """Columns of length 1 cancel there in float32: a bound relative to the diagonal was 1e5 times too small."""
     g = torch.Generator().manual_seed(0)
     X = torch.randn(50, 30, generator=g, dtype=torch.float64)
     Y = torch.randn(50, 30, generator=g, dtype=torch.float64)
