@@ -181,6 +181,19 @@ def test_what_may_be_rounding_is_in_the_quadrature(reorthogonalize: bool) -> Non
         assert abs(found.value - share) <= found.quadrature + 0.1
 
 
+@pytest.mark.parametrize("exponent", [-1000, -530, 530, 960])
+def test_a_band_has_the_scale_of_the_density(exponent: int) -> None:
+    """Squares of densities left the floats: lower ends were NaN, or 0."""
+    values = torch.linspace(1, 2, 100, dtype=torch.float64)
+    plain, scaled = (
+        spectral_density(DenseOperator(torch.diag(2.0**e * values)), probes=20, steps=100, points=50).band()
+        for e in (0, exponent)
+    )
+    assert plain[0].max() > 0.5
+    for expected, found in zip(plain, scaled, strict=True):
+        np.testing.assert_allclose(np.ldexp(found, exponent), expected, rtol=1e-9, atol=1e-9)
+
+
 def test_refusals() -> None:
     density = spectral_density(DenseOperator(torch.diag(torch.arange(1.0, 9.0).double())), probes=2)
     for confidence in (0.0, 1.0, math.nan):
