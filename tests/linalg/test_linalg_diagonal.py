@@ -130,6 +130,22 @@ def test_the_cheaper_side_is_taken_and_said() -> None:
     assert bnp.diagonal(thin).method == "exact"
 
 
+def test_a_diagonal_smaller_than_what_stands_beside_it_is_known_to_the_rounding_of_products() -> None:
+    """Columns of length 1 cancel there in float32: a bound relative to the diagonal was 1e5 times too small."""
+    g = torch.Generator().manual_seed(0)
+    X = torch.randn(50, 30, generator=g, dtype=torch.float64)
+    Y = torch.randn(50, 30, generator=g, dtype=torch.float64)
+    X, Y = (Z / Z.norm(dim=0) for Z in (X, Y))
+    x, y = X.float(), Y.float()
+    A = CallableOperator(lambda v: x.T @ (x @ v) - y.T @ (y @ v), 30)
+    found = bnp.diagonal(A)
+    low, high = found.interval()
+    true = x.double().square().sum(dim=0) - y.double().square().sum(dim=0)
+    assert found.method == "exact"
+    assert bool(((low <= true) & (true <= high)).all())
+    assert found.rounding <= 1e-4
+
+
 def test_far_scales_change_nothing_but_the_scale() -> None:
     matrix = random_symmetric(10)
     for method in ("exact", "stochastic"):

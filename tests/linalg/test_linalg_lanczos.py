@@ -84,10 +84,21 @@ def test_a_full_run_finds_every_eigenvalue_with_its_multiplicity(
 def test_without_restart_it_stops_when_the_space_is_invariant(generator: torch.Generator) -> None:
     p = symmetric_with_spectrum(torch.tensor([3.0] * 5 + [1.0] * 4 + [0.0] * 3), generator)
     run = lanczos(p.operator, 12)
-    assert (run.stop, len(run.alpha), run.residual_norm) == ("invariant subspace", 3, 0.0)
+    assert (run.stop, len(run.alpha)) == ("invariant subspace", 3)
+    assert run.residual_norm <= 1e-14
     np.testing.assert_allclose(run.ritz()[0], [0, 1, 3], atol=1e-13)
     again = lanczos(p.operator, 12, resume=run)
     assert (again.stop, again.matvecs) == ("invariant subspace", 3)
+
+
+def test_residuals_are_true_where_a_run_ends_by_what_may_be_rounding() -> None:
+    """Eigenvalues within 1e-4 of one another, in float32 and 20,000 dimensions: residuals were stated as 0."""
+    values = 1 + 1e-4 * torch.randn(20_000, generator=torch.Generator().manual_seed(0))
+    run = lanczos(CallableOperator(lambda v: values * v, 20_000), 20)
+    assert run.stop == "invariant subspace"
+    vectors = run.ritz_vectors().double()
+    true = values.double()[:, None] * vectors - vectors * torch.from_numpy(run.ritz()[0])
+    np.testing.assert_allclose(run.ritz()[1], true.norm(dim=0).numpy(), rtol=1e-2)
 
 
 @pytest.mark.parametrize("exponent", [-330, -46, -1, 46, 330])

@@ -200,7 +200,7 @@ def _clean_steps(run: Tridiagonalization, noise: float) -> int:
     """How many Lanczos vectors, together, hold at most `_CONTAMINATION` of an undeclared null space."""
     scale = float(np.abs(run.alpha).max() + (np.abs(run.beta).max() if run.beta.size else 0.0))
     bounds = null_contamination(run.alpha, run.beta, noise * scale, noise)
-    total = np.sqrt(np.cumsum(bounds**2))
+    total = np.sqrt(np.cumsum(np.minimum(bounds, 1.0) ** 2))
     return max(1, int((total <= _CONTAMINATION).sum()))
 
 

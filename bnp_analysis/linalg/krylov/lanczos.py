@@ -42,7 +42,7 @@ class Tridiagonalization:
         alpha: `(k,)` diagonal of `T`, float64.
         beta: `(k - 1,)` off-diagonal of `T`, float64; a zero marks a restart.
         basis: `Q`, `(n, k)`, in the operator's dtype.
-        residual: `r`, `(n,)`; zero when the space is invariant.
+        residual: `r`, `(n,)`; rounding when the space is invariant, or as small as what rounding may be.
         matvecs: products with the operator spent so far.
         stop: `"steps"`, `"converged"`, `"invariant subspace"`, `"exhausted"` or `"interrupted"`.
     """
@@ -308,7 +308,7 @@ class _Run:
             self.alpha.append(alpha)
             self.coupling = norm
             if i < len(found) and self.broken_down:
-                self.w = torch.zeros_like(self.w)
+                self.w = norm * self.basis[self.size]
                 break
 
     def state(self) -> dict[str, Any]:
@@ -324,9 +324,8 @@ class _Run:
     def snapshot(self, stop: str) -> Tridiagonalization:
         self.read()
         k = self.size
-        w = torch.zeros_like(self.w) if stop == "invariant subspace" else self.w
         beta = np.array(self.beta[: k - 1])
-        return Tridiagonalization(np.array(self.alpha), beta, self.basis[:k].T, w, self.matvecs, stop)
+        return Tridiagonalization(np.array(self.alpha), beta, self.basis[:k].T, self.w, self.matvecs, stop)
 
 
 def _start(A: SymmetricOperator, start: Tensor | None, null: Columns | None, seed: int) -> Tensor:
@@ -365,8 +364,8 @@ def three_term(
         every: steps after which the numbers are read; default 1 on the CPU, 10 where reading means waiting.
 
     Returns:
-        Diagonal `(k,)`; off-diagonal and, last, the norm of the residual, `(k,)`; the products spent. `k < steps` for
-        an invariant subspace, whose residual is rounding and given as zero.
+        Diagonal `(k,)`; off-diagonal and, last, the norm of the residual, `(k,)`; the products spent. `k < steps` where
+        the residual may be rounding, that of an invariant subspace.
 
     Raises:
         NonFiniteError: a product with NaN or infinity.
@@ -389,7 +388,7 @@ def three_term(
     v = project_out(start.unsqueeze(1), null).squeeze(1)
     v, previous = v / length(v), torch.zeros_like(v)
     every = every or (1 if A.device.type == "cpu" else 10)
-    eps = A.eps
+    eps = min(A.eps, torch.finfo(A.dtype).eps)
     for k in range(steps):
         w = A @ v
         alpha[k] = dots(v[None], w)[0]
@@ -403,8 +402,7 @@ def three_term(
             scale = np.maximum.accumulate(np.abs(found).max(axis=0))  # NaN from the first one on
             small = (found[1] <= 10 * math.sqrt(A.dim) * eps * scale).nonzero()[0]
             if small.size:  # an invariant subspace; what was computed after it is of no use
-                last = int(small[0]) + 1
-                kept = np.stack([found[0, :last], np.append(found[1, : last - 1], 0.0)])
+                kept = found[:, : int(small[0]) + 1]
                 return *_in_units(kept, exponent(given) - exponent(A)), k + 1
             if not np.isfinite(scale[-1]):
                 raise NonFiniteError(

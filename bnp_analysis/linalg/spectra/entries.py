@@ -309,7 +309,8 @@ def _read_off(side: LinearOperator, *, of_factor: bool) -> tuple[Tensor, float]:
         rounding, power = wrong.max(), -2 * dense.exponent
     else:
         lengths = dense.matrix.diagonal().clone()
-        rounding, power = dense.rounding * dense.sizes().diagonal().max(), -dense.exponent
+        # A product is known to a rounding of its length, not of each entry.
+        rounding, power = dense.rounding * dense.sizes().norm(dim=0).max(), -dense.exponent
     return times_power(lengths.cpu(), power), float(times_power(rounding, power))
 
 

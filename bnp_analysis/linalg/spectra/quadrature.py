@@ -302,15 +302,18 @@ class SpectralDensity(Result):
         Where the lower one is zero, the density says nothing about whether there are eigenvalues.
         """
         _require_confidence(confidence)
-        peak = 1 / (self.width * math.sqrt(2 * math.pi))
-        most = np.clip((self.density + self.quadrature) / peak, 0.0, 1.0)
+        # In units of the width: squares of densities leave the floats.
+        peak, density, open_ = 1 / math.sqrt(2 * math.pi), self.density * self.width, self.quadrature * self.width
+        most = np.clip((density + open_) / peak, 0.0, 1.0)
         upper = self._shares(most, most, confidence)[1]
         # An eigenvalue far off counts little, and scatters as little: its height here is the unit (Satterthwaite 1946).
-        heights = _gaussians(self.grid, self._axis(), self.width) * self.weights[..., None]
-        squares = (_gaussians(self.grid, self._axis(), self.width) * heights).sum(axis=(0, 1))
+        each = _gaussians(self.grid / self.width, self._axis() / self.width, 1.0)
+        heights = each * self.weights[..., None]
+        squares = (each * heights).sum(axis=(0, 1))
         own = np.maximum(squares / np.maximum(heights.sum(axis=(0, 1)), 1e-300), 1e-300)
-        least = np.clip((self.density - self.quadrature) / own, 0.0, 1.0)
-        return own * self._shares(least, least, confidence)[0], peak * upper
+        least = np.clip((density - open_) / own, 0.0, 1.0)
+        lower = own * self._shares(least, least, confidence)[0]
+        return lower / self.width, peak * upper / self.width
 
     def resolved(self, confidence: float = 0.95) -> float:
         """Where a logarithmic axis begins to say something: peaks below are places of nodes, not of eigenvalues.
