@@ -210,12 +210,15 @@ def search(
     began, (name,) = time.perf_counter(), curvature_names(curvature)
     # The search reads all data at once: with several processes each has them all, and finds the same.
     risk = risk.gathered()
+    if factor is not None and factor.shape[1] != risk.space.dim:
+        raise InvalidInputError(f"the factor has {factor.shape[1]} columns, the parameters are {risk.space.dim}")
+    if name != "gauss_newton" and risk.space.dtype != torch.float64 and risk.space.device.type != "mps":
+        # What another matrix annihilates too is decided by its products, which in float32 hide up to 1e-3 of it.
+        return _rounded(search(risk.to(torch.float64), name), risk, name, began)
     candidates, skipped = candidate_directions(risk, recorded)
     count = sum(c.count for c in candidates)
     numbers = sum(part.values.numel() for c in candidates for part in c.parts)
     require_memory(_COPIES * 8 * numbers, "the basis of the candidate null directions")
-    if factor is not None and factor.shape[1] != risk.space.dim:
-        raise InvalidInputError(f"the factor has {factor.shape[1]} columns, the parameters are {risk.space.dim}")
     A = gauss_newton(risk)
     verifier = Verifier(factor or A.factor or A, count)
     approximate: dict[str, tuple[int, float]] = {}
@@ -250,6 +253,19 @@ def search(
         found = replace(_annihilated(found, CURVATURES[name](risk, seed=0)), seconds=time.perf_counter() - began)
     object.__setattr__(found, "_orbits", tuple(orbits))
     return found
+
+
+def _rounded(found: NullDirections, risk: EmpiricalRisk, name: str, began: float) -> NullDirections:
+    """The directions of a risk in float64 for the same risk in its own dtype, whose decisions may be others."""
+    blocks = tuple((where, columns.to(risk.theta)) for where, columns in found.blocks)
+    own = _annihilated(replace(found, blocks=blocks), CURVATURES[name](risk, seed=0))
+    residual = dict(found.residual)
+    for cause, (count, size) in own.residual.items():
+        known, worst = residual.get(cause, (0, 0.0))
+        residual[cause] = (known + count, max(worst, size))
+    own = replace(own, residual=residual, engine=risk.provenance, seconds=time.perf_counter() - began)
+    object.__setattr__(own, "_orbits", found.orbits)
+    return own
 
 
 def _annihilated(found: NullDirections, A: SymmetricOperator) -> NullDirections:

@@ -23,7 +23,16 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 from bnp_analysis.errors import InvalidInputError, MemoryLimitError, NonFiniteError, NullSpaceError
-from bnp_analysis.linalg import CallableOperator, DenseOperator, DensePreconditioner, Eigenpairs, congruence, eigenpairs
+from bnp_analysis.linalg import (
+    CallableOperator,
+    DenseOperator,
+    DensePreconditioner,
+    Eigenpairs,
+    GramOperator,
+    MatrixOperator,
+    congruence,
+    eigenpairs,
+)
 from bnp_analysis.linalg.derived import Restriction, Shifted
 from bnp_analysis.runtime import memory as memory_module
 from bnp_analysis.testing import random_orthogonal, spectrum, symmetric_with_spectrum
@@ -385,3 +394,22 @@ def test_several_starts_hide_nothing_and_may_be_dependent(generator: torch.Gener
         eigenpairs(p.operator, 2, start=torch.zeros(40, 2, dtype=torch.float64))
     with pytest.raises(InvalidInputError, match=r"several are \(40, b\)"):
         eigenpairs(p.operator, 2, start=torch.ones(3, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("through_factor", [True, False])
+def test_residuals_count_what_a_preconditioner_amplifies(through_factor: bool, generator: torch.Generator) -> None:
+    """Inputs of mean 100 and deviation 1, normalized by `P`: a product in float32 loses what `P` cancels."""
+    h = 100 + torch.randn(200, 5, generator=generator, dtype=torch.float64)
+    rows = torch.cat([torch.ones(200, 1, dtype=torch.float64), h], dim=1).float() / 16
+    A = GramOperator(MatrixOperator(rows)) if through_factor else DenseOperator(rows.T @ rows)
+    P = torch.eye(6)
+    P[0, 1:] = -100.0
+    found = eigenpairs(A, 3, preconditioner=DensePreconditioner(P))
+    M = rows.double().T @ rows.double() if through_factor else (rows.T @ rows).double()
+    exact = P.double().T @ M @ P.double()
+    vectors = found.vectors.double()
+    true = (exact @ vectors - vectors * found.values).norm(dim=0)
+    assert float(true.max()) > 10 * torch.finfo(torch.float32).eps * float(found.values[0]), "or nothing was amplified"
+    assert bool((true <= found.residuals).all())
+    if through_factor:
+        assert float(found.residuals.max()) < 0.1 * float(found.values.min()), "a bound that says something"

@@ -1,7 +1,7 @@
 """Null directions of the Hessian: those of the Gauss-Newton matrix that it annihilates too, and what is left of others.
 
 Bugs that only these tests catch: a linear generator taken for null away from critical points; combinations of
-generators that are null though none of them is, forgotten; a small residual that passes for none.
+generators that are null though none of them is, forgotten; a small residual that passes for none, in float32 too.
 """
 
 from __future__ import annotations
@@ -48,6 +48,26 @@ def test_they_are_all_that_the_hessian_annihilates_of_the_others(name: str) -> N
     assert int((sigma < 1e-12).sum()) == found.basis.shape[1] == sum(found.sources.values())
     left = sum(count for count, _ in found.residual.values())
     assert left + found.basis.shape[1] == known.basis.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("activation", "distance"), [(nn.ReLU(), 1e-6), (nn.LeakyReLU(), 1e-4)], ids=["near a minimizer", "further away"]
+)
+def test_float32_takes_no_small_curvature_for_none(activation: nn.Module, distance: float) -> None:
+    """In float32 products show nothing along rescalings near a minimizer: kappa* came two-sided, far too small."""
+    x, model = numbers(40, 2).float(), spread(nn.Sequential(nn.Linear(2, 3), activation, nn.Linear(3, 2)), 0).float()
+    y = model(x).detach() + distance * numbers(40, 2, seed=5).float()
+    problem = Problem(model.double(), F.mse_loss, [(x.double(), y.double())])
+    H, risk = problem.hessian(), bnp.EmpiricalRisk(model.float(), F.mse_loss, (x, y))
+    assert risk.space.dtype == torch.float32
+    N = bnp.null_directions(risk, curvature="hessian")
+    sizes = torch.linalg.eigvalsh(H).abs().sort(descending=True).values
+    nonzero = sizes[sizes > 1e-13 * sizes[0]]
+    assert N.basis.dtype == torch.float32
+    assert N.basis.shape[1] <= len(sizes) - len(nonzero)
+    assert N.residual["homogeneity"][0] == 3
+    found = bnp.condition_number(bnp.hessian(risk), null=N)
+    assert found.lower <= float(sizes[0] / nonzero[-1]) <= found.upper
 
 
 def test_ranks_of_a_linear_network() -> None:

@@ -310,6 +310,21 @@ def rounding_of_sums(A: SymmetricOperator, seed: int) -> tuple[float, int]:
     return (A.eps * rounding_norm(A, seed), 2 * NORM_STEPS) if cancels(A) else (0.0, 0)
 
 
+def rounding_at(A: Congruence, values: Tensor, vectors: Tensor, seed: int) -> Tensor:
+    """What products `P^T A P y` round to at eigenpairs, `(k,)`: `eps |P| |A| || |P| |y| ||`.
+
+    Through a factor of `A` it is `eps |F| (|F P| || |P| |y| || + |P| |F P y|)`: a rounding of `F P y` goes through
+    `F P`, one of its image under `F^T` through `P`.
+    """
+    P = A.preconditioner
+    size, norm = factor_rounding_norm(P, seed), rounding_norm(A.operator, seed)
+    spread: Tensor = P.absolute()._matmat(vectors.abs()).double().norm(dim=0).cpu()
+    if A.operator.factor is None:
+        return A.eps * size * norm * spread
+    largest = norm_estimate(A, seed)
+    return A.eps * math.sqrt(norm) * (math.sqrt(largest) * spread + size * values.abs().cpu().sqrt())
+
+
 def factor_rounding_norm(F: LinearOperator, seed: int = 0) -> float:
     """The same for a factor: `|F|`, for `F P` it is `|F| |P|`."""
     if isinstance(F, Scaled) and amplified(F):

@@ -15,9 +15,17 @@ from bnp_analysis.linalg.bases import project_out
 from bnp_analysis.linalg.krylov.thick_restart import ThickRestart
 from bnp_analysis.linalg.matrices import Columns
 from bnp_analysis.linalg.operators import SymmetricOperator
-from bnp_analysis.linalg.preconditioner import Preconditioner
+from bnp_analysis.linalg.preconditioner import Congruence, Preconditioner
 from bnp_analysis.linalg.scale import comfortable, exponent, in_floats, require_resolution, scaled, times_power
-from bnp_analysis.linalg.spectra.checks import HasBasis, measured, products_known_to, provenance, rounding_of_sums
+from bnp_analysis.linalg.spectra.checks import (
+    NORM_STEPS,
+    HasBasis,
+    measured,
+    products_known_to,
+    provenance,
+    rounding_at,
+    rounding_of_sums,
+)
 from bnp_analysis.results import Result
 from bnp_analysis.runtime.files import saved_run
 from bnp_analysis.runtime.float32 import full_float32
@@ -153,6 +161,8 @@ def eigenpairs(
         residuals = residuals + 4 * operator.eps * search.scale
     rounded, extra = rounding_of_sums(operator, seed)
     residuals, spent = residuals + math.sqrt(A.dim) * rounded, spent + extra
+    if isinstance(operator, Congruence):
+        residuals, spent = residuals + rounding_at(operator, values, vectors, seed), spent + 2 * NORM_STEPS
     power = -exponent(operator)
     in_floats(float(values.abs().max()), power, "the largest of the eigenvalues asked for")
     if power:  # an error may be too small for a float, but is not zero
