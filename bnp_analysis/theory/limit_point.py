@@ -153,15 +153,16 @@ def _lbfgs(risk: EmpiricalRisk) -> EmpiricalRisk:
     worse = float(risk.value) + abs(float(risk.value)) + 1.0
 
     def objective(x: Any) -> Any:
-        there = risk.at(torch.from_numpy(x.copy()))
         try:
+            there = risk.at(torch.from_numpy(x.copy()))
             return float(there.value), there.gradient.cpu().numpy()
         except NonFiniteError:  # a trial step that overflows; from infinity the next one would not be interpolated
-            return worse, 0 * x
+            return worse, torch.zeros(x.shape, dtype=torch.float64).numpy()
 
     options: Any = {"maxiter": 3000, "maxfun": 6000, "maxcor": 30, "ftol": 0.0, "gtol": 0.0}
     found = minimize(objective, risk.theta.cpu().numpy(), jac=True, method="L-BFGS-B", options=options)
-    return risk.at(torch.from_numpy(found.x.copy()))
+    end = torch.from_numpy(found.x.copy())
+    return risk.at(end) if bool(torch.isfinite(end).all()) else risk
 
 
 def _newton(
@@ -177,8 +178,8 @@ def _newton(
         kept = values.abs() > 100 * len(values) * _UNIT * scale
         along = (vectors.T @ risk.gradient)[kept]
         sizes, vectors = values[kept].abs(), vectors[:, kept]
-        # From the origin, where nothing has a size, lengths are absolute.
-        length = max(float(risk.theta.norm()), 0.0 if history[0][2] > 0 else 1.0)
+        # From the origin, where nothing has a size, lengths are absolute; at it, relative to the start.
+        length = max(float(risk.theta.norm()), 0.0 if history[0][2] > 0 else 1.0) or history[0][2]
         newton = float((along / sizes).norm()) / length if len(sizes) else 0.0
         if time.monotonic() > deadline:
             break
@@ -407,7 +408,7 @@ def off_the_minimizers(spectrum: Spectrum) -> str:
         t = chart.apply(
             spectrum.null @ torch.randn(spectrum.null_dim, generator=g, dtype=torch.float64).to(spectrum.null)
         )
-        there = risk.at(risk.theta + part * risk.theta.norm() / t.norm() * t)
+        there = risk.at(risk.theta + part * (float(risk.theta.norm()) or 1.0) / t.norm() * t)  # 1 at the origin
         for _ in range(4):
             values, vectors, z = by_size(there)
             top = vectors[:, :rank]
@@ -438,7 +439,7 @@ def undetermined(spectrum: Spectrum) -> str:
         return ""
     risk, v = spectrum.risk, spectrum.P.apply(spectrum.vectors[:, 0])
     d = max(abs(float(v @ risk.gradient)), spectrum.floor) / spectrum.smallest
-    size = 1e-3 * float(risk.theta.norm() / v.norm())
+    size = 1e-3 * (float(risk.theta.norm()) or 1.0) / float(v.norm())
     both = [float(v @ (hessian(risk.at(risk.theta + sign * size * v)) @ v)) for sign in (1, -1)]
     full = sum(both) / 2
     change = (full - spectrum.smallest) * (d / size) ** 2 / spectrum.smallest

@@ -526,3 +526,24 @@ def test_clustered_eigenvalues_wait_for_the_slowest() -> None:
     short = check_convergence_rate(risk, step=0.1, options=RateOptions(max_iterations=300))
     assert short.holds is None
     assert "expected bias" in short.reason or "iteration limit" in short.reason
+
+
+class Scalar(nn.Module):
+    """A function of its three parameters, whatever the data."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor], start: list[float]) -> None:
+        super().__init__()
+        self.function, self.p = function, nn.Parameter(torch.tensor(start, dtype=D))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(self.p) * x
+
+
+@pytest.mark.parametrize("start", [[0.5, 0.0, 0.0], [0.0, 0.0, 0.0]])
+def test_the_origin_as_a_singular_minimizer(start: list[float]) -> None:
+    """`a^2 + b^4 + 5 c^2`: the null space at 0 is no manifold of minimizers, and the way there has lengths."""
+    model = Scalar(lambda p: p[0] ** 2 + p[1] ** 4 + 5 * p[2] ** 2, start)
+    risk = EmpiricalRisk(model, lambda output, y: (output - y).mean(), (torch.ones(2, 1, dtype=D), torch.zeros(2, 1)))
+    check = check_convergence_rate(risk, time_limit=10.0)
+    assert check.holds is None
+    assert "singular minimizer" in check.reason
