@@ -34,8 +34,8 @@ class Eigenpairs(Result):
     Attributes:
         values: `(k,)` float64, in the order asked for: largest first, or smallest first.
         vectors: `(n, k)`, orthonormal, in the coordinates of the operator measured (`z` with a preconditioner).
-        residuals: `(k,)` float64, `|A y - theta y|`: some eigenvalue lies within it of each value (T13). What products
-            and vectors round is added, `sqrt(min(n, 1000)) eps |A|`, and `4 eps |A|` at least.
+        residuals: `(k,)` float64, `|A y - theta y|`: some eigenvalue lies within it of each value (T13). Where products
+            are less precise than vectors, their rounding `sqrt(n) eps |A|` is added, else `4 eps |A|`.
         converged: how many pairs meet the tolerance.
         stop: `"converged"` (and, unless `multiplicity="trust"`, a multiplicity check from another start found no
             further copies of repeated eigenvalues), `"steps"`, `"interrupted"`, or `"rounding"` where products are too
@@ -147,9 +147,10 @@ def eigenpairs(
     residuals = residuals.cpu()
     done = residuals <= (tol * values.abs()).clamp(min=search.noise)
     residuals = residuals + dropped.cpu()
-    # The products, the basis and the vectors made of it are rounded; one number that is given is not.
-    if A.dim > 1 or operator.eps > torch.finfo(operator.dtype).eps:
-        residuals = residuals + max(search.noise / 10, 4 * operator.eps * search.scale)
+    if operator.eps > torch.finfo(operator.dtype).eps:
+        residuals = residuals + search.noise / 10
+    elif A.dim > 1:  # of a whole space the residual is 0, the values are still rounded
+        residuals = residuals + 4 * operator.eps * search.scale
     rounded, extra = rounding_of_sums(operator, seed)
     residuals, spent = residuals + math.sqrt(A.dim) * rounded, spent + extra
     power = -exponent(operator)
