@@ -178,7 +178,7 @@ def test_residuals_count_what_products_and_vectors_round_in_float32(seed: int) -
     found = eigenpairs(A, 3, which="smallest", seed=seed)
     vectors = found.vectors.double()
     assert bool(((product(vectors) - vectors * found.values).norm(dim=0) <= found.residuals).all())
-    assert float(found.residuals.max()) <= 40 * A.eps
+    assert float(found.residuals.max()) <= 50 * A.eps
 
 
 @pytest.mark.parametrize("budget", [1, 10, 40, 100])

@@ -88,9 +88,8 @@ def test_no_more_products_than_the_krylov_space_needs(dtype: torch.dtype) -> Non
         rows = found.vectors.double().T
         measured = (values.double() * rows - found.values[:, None] * rows).norm(dim=1)
         rounded = math.sqrt(1000) * torch.finfo(dtype).eps * 12  # of products in general; these are exact
-        torch.testing.assert_close(
-            found.residuals - rounded, measured, rtol=0.02, atol=1e-5 if dtype == torch.float32 else 1e-12
-        )
+        assert bool((measured <= found.residuals).all())
+        assert bool((found.residuals <= 1.02 * measured + rounded).all())
         assert bool((measured <= 1e-3 * found.values).all())
 
 

@@ -42,8 +42,8 @@ class Eigenpairs(Result):
     Attributes:
         values: `(k,)` float64, in the order asked for: largest first, or smallest first.
         vectors: `(n, k)`, orthonormal, in the coordinates of the operator measured (`z` with a preconditioner).
-        residuals: `(k,)` float64, `|A y - theta y|`: some eigenvalue lies within it of each value (T13). The rounding of
-            products and vectors is added, `sqrt(min(n, 1000)) eps |A|`, and at least `4 eps |A|`.
+        residuals: `(k,)` float64, `|A y - theta y|`: some eigenvalue lies within it of each value (T13). They include
+            the rounding of products and vectors, `sqrt(min(n, 1000)) eps |A|`, and at least `4 eps |A|`.
         converged: how many pairs meet the tolerance.
         stop: `"converged"` (and, unless `multiplicity="trust"`, a multiplicity check from another start found no
             further copies of repeated eigenvalues), `"steps"`, `"interrupted"`, or `"rounding"` where products are too
