@@ -23,9 +23,13 @@ from bnp_analysis.linalg import (
     MatrixOperator,
     RowScaled,
     condition_number,
+    condition_profile,
     congruence,
+    eigenpairs,
     singular_condition_number,
+    spectral_density,
 )
+from bnp_analysis.precondition import DiagonalPreconditioner
 from bnp_analysis.testing import random_orthogonal, spectrum, symmetric_with_spectrum
 
 
@@ -168,3 +172,51 @@ def test_krylov_counts_the_rounding_of_a_stored_congruence(method: str, generato
             assert k.lower <= true_kappa_dense(square, matrix) <= k.upper
             resolved += k.two_sided
     assert resolved >= 6
+
+
+@pytest.mark.parametrize("method", ["golub-kahan", "lanczos", "inverse-lanczos"])
+@pytest.mark.parametrize(("dtype", "decades"), [(torch.float32, 4), (torch.float32, 6), (torch.float64, 8)])
+def test_rounding_of_null_directions_that_P_amplifies_is_in_the_bounds(
+    method: str, dtype: torch.dtype, decades: int
+) -> None:
+    """`P^-1` carries the last digits of declared directions into the range, where they hide eigenvalues: 11 for 1e5."""
+    for A, P, null, factor in _badly_scaled(dtype, decades):
+        true = true_kappa(factor, P.to_dense())
+        try:
+            k = condition_number(A, preconditioner=P, null=null, method=method)
+            profile = condition_profile(A, preconditioner=P, null=null, method="lanczos")
+        except ZeroOperatorError:
+            continue
+        assert not (k.lower > (1 + 1e-9) * true)
+        assert not (k.upper < (1 - 1e-9) * true)
+        second = profile.ranks == 2
+        assert bool((profile.lower[second] <= (1 + 1e-9) * true).all())
+        assert bool((profile.upper[second] >= (1 - 1e-9) * true).all())
+
+
+@pytest.mark.parametrize(("dtype", "decades"), [(torch.float32, 6), (torch.float64, 4), (torch.float64, 8)])
+def test_eigenpairs_and_densities_count_what_P_amplifies_of_null_directions(dtype: torch.dtype, decades: int) -> None:
+    for A, P, null, factor in _badly_scaled(dtype, decades):
+        rows = factor.double() @ P.to_dense().double()
+        found = eigenpairs(A, 2, preconditioner=P, null=null)
+        vectors = found.vectors.double()
+        assert bool(((rows.T @ (rows @ vectors) - vectors * found.values).norm(dim=0) <= found.residuals).all())
+        true = torch.cat([torch.linalg.svdvals(rows) ** 2, torch.zeros(1, dtype=torch.float64)])
+        density = spectral_density(A, preconditioner=P, null=null, probes=2, steps=6)
+        nodes, residuals = (torch.as_tensor(x[density.weights > 0]) for x in (density.nodes, density.residuals))
+        apart = (nodes[:, None] - true).abs().amin(dim=1)
+        assert bool((apart <= residuals + density.rounding).all())
+
+
+def _badly_scaled(
+    dtype: torch.dtype, decades: int
+) -> list[tuple[GramOperator, DiagonalPreconditioner, Tensor, Tensor]]:
+    """Two rows of integers, a diagonal `P` over so many decades to both sides, and the null space of the rows."""
+    made = []
+    for seed in (2, 3, 5):
+        g = torch.Generator().manual_seed(seed)
+        factor = torch.randint(-9, 10, (2, 8), generator=g).to(dtype)
+        scales = torch.logspace(-decades, decades, 8, dtype=torch.float64)[torch.randperm(8, generator=g)].to(dtype)
+        null = torch.linalg.svd(factor.double())[2][2:].T.contiguous().to(dtype)
+        made.append((GramOperator(MatrixOperator(factor)), DiagonalPreconditioner(scales), null, factor))
+    return made

@@ -14,7 +14,7 @@ from bnp_analysis.linalg.derived import GramOperator
 from bnp_analysis.linalg.forming import amplified
 from bnp_analysis.linalg.krylov.bidiagonal import Bidiagonalization, golub_kahan
 from bnp_analysis.linalg.operators import LinearOperator, SymmetricOperator
-from bnp_analysis.linalg.spectra.checks import NORM_STEPS, factor_rounding_norm, require_null
+from bnp_analysis.linalg.spectra.checks import NORM_STEPS, factor_rounding_norm, left_of, require_null
 
 
 def golub_kahan_ends(problem: Problem) -> Extremes:
@@ -26,7 +26,7 @@ def golub_kahan_ends(problem: Problem) -> Extremes:
     problem = replace(problem, A=GramOperator(problem.factor("golub-kahan"))).scaled()
     A, P, null, factor = problem.A, problem.P, problem.null, problem.factor("golub-kahan")
     operator: LinearOperator = factor
-    basis, size, spent = null.basis, 0.0, 0
+    basis, size, left, spent = null.basis, 0.0, 0.0, 0
     if null.dim or P is not None or amplified(factor):
         # Otherwise products round relative to |F|, which the run itself finds.
         size, spent = factor_rounding_norm(factor, problem.seed), NORM_STEPS + null.dim
@@ -34,6 +34,7 @@ def golub_kahan_ends(problem: Problem) -> Extremes:
     if P is not None:
         operator, basis = factor @ P, P.transport(null.basis)
         size *= factor_rounding_norm(P, problem.seed)
+        left, spent = left_of(operator, basis), spent + null.images
     structural = factor.rank_bound
     run = golub_kahan(
         operator,
@@ -46,7 +47,7 @@ def golub_kahan_ends(problem: Problem) -> Extremes:
     )
     sigma, matvecs = run.singular_values(), run.products + spent
     top = float(sigma[0]) if sigma.size else 0.0
-    radius = 10 * A.eps * math.sqrt(max(operator.shape)) * (top + max(top, size)) + run.dropped
+    radius = 10 * A.eps * math.sqrt(max(operator.shape)) * (top + max(top, size)) + run.dropped + left
     if run.stop != "exhausted":
         return problem.in_units(_partial(run, null.complete, radius, min(structural, A.dim - null.dim), matvecs))
     noise = A.eps * max(top, size)

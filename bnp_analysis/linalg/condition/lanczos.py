@@ -30,7 +30,14 @@ from bnp_analysis.linalg.matrices import Columns, beside
 from bnp_analysis.linalg.operators import SymmetricOperator
 from bnp_analysis.linalg.preconditioner import congruence
 from bnp_analysis.linalg.scale import Scaled, exponent
-from bnp_analysis.linalg.spectra.checks import NORM_STEPS, norm_estimate, require_null, require_symmetric, rounding_norm
+from bnp_analysis.linalg.spectra.checks import (
+    NORM_STEPS,
+    left_of,
+    norm_estimate,
+    require_null,
+    require_symmetric,
+    rounding_norm,
+)
 from bnp_analysis.runtime.memory import available_memory, require_memory
 from bnp_analysis.runtime.progress import Progress
 from bnp_analysis.runtime.random import generator, normal, rademacher
@@ -153,7 +160,10 @@ def conditioned(problem: Problem, held: int | None = None) -> tuple[SymmetricOpe
     # Rounding in P^T A P is relative to |P|^2 |A|, which may exceed |P^T A P| (T13).
     actual = norm_estimate(operator, seed)
     worse = max(1.0, rounding_norm(operator, seed) / actual) if actual > 0 else 1.0
-    return operator, basis, noise * worse, spent + 2 * NORM_STEPS
+    noise, spent = noise * worse, spent + 2 * NORM_STEPS
+    if P is not None and null.dim and actual > 0:
+        noise, spent = noise + 2 * left_of(operator, basis) / actual, spent + null.images
+    return operator, basis, noise, spent
 
 
 def _run(problem: Problem, operator: SymmetricOperator, basis: Columns) -> tuple[Tridiagonalization, int]:

@@ -107,8 +107,12 @@ class DeclaredNull:
     @property
     def cost(self) -> int:
         """Products that checking the directions takes: the norm of the operator, and one for each."""
-        checked = min(self.dim, COMBINED) if isinstance(self.basis, LocalColumns) else self.dim
-        return NORM_STEPS + checked if self.dim else 0
+        return NORM_STEPS + self.images if self.dim else 0
+
+    @property
+    def images(self) -> int:
+        """Products that show what is left of the directions."""
+        return min(self.dim, COMBINED) if isinstance(self.basis, LocalColumns) else self.dim
 
 
 def read_null(null: Tensor | HasBasis | None, A: SymmetricOperator) -> DeclaredNull:
@@ -238,6 +242,14 @@ def _images(A: LinearOperator, basis: Columns, tolerance: float) -> Tensor:
         chosen[some, torch.arange(len(some), device=basis.device)] = 1.0
         found[some] = (A @ (basis @ chosen)).double().norm(dim=0)
     return found
+
+
+def left_of(A: LinearOperator, null: Columns) -> float:
+    """`|A Z|_F` of null directions `Z` that `P` has transported: it amplifies their rounding (T13).
+
+    What is searched is `A (I - Z Z^T)`: singular values are off by as much at most, eigenvalues by twice that.
+    """
+    return float(_images(A, null, math.inf).norm()) if null.shape[1] else 0.0
 
 
 def _stored(A: LinearOperator) -> bool:

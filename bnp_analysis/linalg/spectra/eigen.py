@@ -20,6 +20,7 @@ from bnp_analysis.linalg.scale import comfortable, exponent, in_floats, require_
 from bnp_analysis.linalg.spectra.checks import (
     NORM_STEPS,
     HasBasis,
+    left_of,
     measured,
     products_known_to,
     provenance,
@@ -161,6 +162,8 @@ def eigenpairs(
     rounded, extra = rounding_of_sums(operator, seed)
     residuals, spent = residuals + math.sqrt(A.dim) * rounded, spent + extra
     if isinstance(operator, Congruence):
+        if declared.dim:
+            residuals, spent = residuals + left_of(operator, declared.basis), spent + declared.images
         residuals, spent = residuals + rounding_at(operator, values, vectors, seed), spent + 2 * NORM_STEPS
     power = -exponent(operator)
     in_floats(float(values.abs().max()), power, "the largest of the eigenvalues asked for")

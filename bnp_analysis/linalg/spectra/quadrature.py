@@ -22,10 +22,11 @@ from bnp_analysis.linalg.forming import UNIT, formed, norm_bound
 from bnp_analysis.linalg.krylov.lanczos import Floats, lanczos, require_same, three_term, tridiagonal_eigh
 from bnp_analysis.linalg.matrices import Columns, as_tensor
 from bnp_analysis.linalg.operators import SymmetricOperator
-from bnp_analysis.linalg.preconditioner import Preconditioner
+from bnp_analysis.linalg.preconditioner import Congruence, Preconditioner
 from bnp_analysis.linalg.spectra.checks import (
     HasBasis,
     amplification,
+    left_of,
     measured,
     products_known_to,
     provenance,
@@ -455,6 +456,8 @@ def spectral_density(
     else:
         run = _Probes(operator, declared.basis, min(steps, room), reorthogonalize)
         (nodes, weights, residuals), rounding, matvecs = run.rules(probes, seed, checkpoint, progress)
+    if isinstance(operator, Congruence) and declared.dim:
+        rounding, matvecs = rounding + 2 * left_of(operator, declared.basis), matvecs + declared.images
     settings = {
         "probes": probes,
         "steps": steps,
