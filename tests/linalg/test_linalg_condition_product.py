@@ -213,10 +213,10 @@ def _badly_scaled(
 ) -> list[tuple[GramOperator, DiagonalPreconditioner, Tensor, Tensor]]:
     """Two rows of integers, a diagonal `P` over so many decades to both sides, and the null space of the rows."""
     made = []
-    for seed in (2, 3, 5):
+    for seed, n in ((2, 8), (3, 8), (5, 8), (5, 60)):
         g = torch.Generator().manual_seed(seed)
-        factor = torch.randint(-9, 10, (2, 8), generator=g).to(dtype)
-        scales = torch.logspace(-decades, decades, 8, dtype=torch.float64)[torch.randperm(8, generator=g)].to(dtype)
+        factor = torch.randint(-9, 10, (2, n), generator=g).to(dtype)
+        scales = torch.logspace(-decades, decades, n, dtype=torch.float64)[torch.randperm(n, generator=g)].to(dtype)
         null = torch.linalg.svd(factor.double())[2][2:].T.contiguous().to(dtype)
         made.append((GramOperator(MatrixOperator(factor)), DiagonalPreconditioner(scales), null, factor))
     return made

@@ -34,7 +34,7 @@ def golub_kahan_ends(problem: Problem) -> Extremes:
     if P is not None:
         operator, basis = factor @ P, P.transport(null.basis)
         size *= factor_rounding_norm(P, problem.seed)
-        left, spent = left_of(operator, basis), spent + null.images
+        left, spent = left_of(operator, basis), spent + null.combined
     structural = factor.rank_bound
     run = golub_kahan(
         operator,

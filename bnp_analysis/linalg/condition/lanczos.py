@@ -162,7 +162,7 @@ def conditioned(problem: Problem, held: int | None = None) -> tuple[SymmetricOpe
     worse = max(1.0, rounding_norm(operator, seed) / actual) if actual > 0 else 1.0
     noise, spent = noise * worse, spent + 2 * NORM_STEPS
     if P is not None and null.dim and actual > 0:
-        noise, spent = noise + 2 * left_of(operator, basis) / actual, spent + null.images
+        noise, spent = noise + 2 * left_of(operator, basis) / actual, spent + null.combined
     return operator, basis, noise, spent
 
 

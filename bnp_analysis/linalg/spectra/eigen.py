@@ -163,7 +163,7 @@ def eigenpairs(
     residuals, spent = residuals + math.sqrt(A.dim) * rounded, spent + extra
     if isinstance(operator, Congruence):
         if declared.dim:
-            residuals, spent = residuals + left_of(operator, declared.basis), spent + declared.images
+            residuals, spent = residuals + left_of(operator, declared.basis), spent + declared.combined
         residuals, spent = residuals + rounding_at(operator, values, vectors, seed), spent + 2 * NORM_STEPS
     power = -exponent(operator)
     in_floats(float(values.abs().max()), power, "the largest of the eigenvalues asked for")

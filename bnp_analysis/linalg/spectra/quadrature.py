@@ -457,7 +457,7 @@ def spectral_density(
         run = _Probes(operator, declared.basis, min(steps, room), reorthogonalize)
         (nodes, weights, residuals), rounding, matvecs = run.rules(probes, seed, checkpoint, progress)
     if isinstance(operator, Congruence) and declared.dim:
-        rounding, matvecs = rounding + 2 * left_of(operator, declared.basis), matvecs + declared.images
+        rounding, matvecs = rounding + 2 * left_of(operator, declared.basis), matvecs + declared.combined
     settings = {
         "probes": probes,
         "steps": steps,
