@@ -397,7 +397,7 @@ def attempted(words: str, checks: Iterable[Check]) -> Iterator[Check]:
         yield from checks
     except NotApplicable as refusal:
         yield refused(words, str(refusal))
-    except BNPAnalysisError as error:
+    except (BNPAnalysisError, ArithmeticError) as error:  # numbers beyond the floats
         yield refused(words, f"could not be tried: {error}")
 
 
@@ -465,9 +465,25 @@ def refused(words: str, reason: str, **more: Any) -> Check:
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """`|found - expected| / |expected|` in the norm of all entries; infinite where only `expected` is zero."""
-    gap, size = float((found - expected).norm()), float(expected.norm())
-    return gap / size if size > 0 else (0.0 if gap == 0 else math.inf)
+    """`|found - expected| / |expected|` in the norm of all entries, whatever their size.
+
+    It is infinite where only `expected` is zero, and where only `found` is not finite.
+
+    Raises:
+        NotApplicable: `expected` has left the floats.
+    """
+    if not expected.numel():
+        return 0.0
+    if not bool(torch.isfinite(expected).all()):
+        raise NotApplicable("what is compared with leaves the range of floats")
+    # Squares of entries beyond 1e154 are infinite, of those below 1e-162 zero.
+    unit = torch.maximum(found.abs().max(), expected.abs().max())
+    if not bool(torch.isfinite(unit)):
+        return math.inf
+    if not unit > 0:
+        return 0.0
+    gap, size = float((found / unit - expected / unit).norm()), float((expected / unit).norm())
+    return gap / size if size > 0 else math.inf
 
 
 Replace = Mapping[str, Callable[[nn.Module], nn.Module]]
