@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import bnp_analysis as bnp
 from bnp_analysis.theory.check import Check, Source
 from bnp_analysis.theory.statements import STATEMENTS, spectra, symmetry
+from bnp_analysis.theory.statements import layers as layer_statements
 from bnp_analysis.theory.statements.setting import NotApplicable, Problem, Statement, attempted, distance, refused
 
 HOMOGENEOUS = {"relu", "deep", "constant feature", "conv", "conv, circular", "conv, groups, zero padding"}
@@ -316,3 +317,14 @@ def test_distances_of_all_sizes(size: float) -> None:
     assert distance(0 * one, 0 * one) == 0
     with pytest.raises(NotApplicable, match="range of floats"):
         distance(one, one / 0)
+
+
+def test_rounding_that_large_means_amplify_gives_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = bnp.models.mlp([4, 3], dtype=torch.float64)
+    risk = bnp.EmpiricalRisk(model, nn.functional.mse_loss, (1e6 + inputs(20, 4), inputs(20, 3, seed=1)))
+    found = checks(source("Algorithm 2"), risk)
+    assert any("leave" in check.reason and "to rounding" in check.reason for check in found)
+    assert not [str(check) for check in found if check.holds is False]
+    # More than rounding fails here too.
+    monkeypatch.setattr(layer_statements, "_formula", lambda g, *rest: 1e6 * g)
+    assert [check for check in checks(source("Algorithm 2"), risk) if check.holds is False]
