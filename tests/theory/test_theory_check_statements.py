@@ -328,3 +328,10 @@ def test_rounding_that_large_means_amplify_gives_no_verdict(monkeypatch: pytest.
     # More than rounding fails here too.
     monkeypatch.setattr(layer_statements, "_formula", lambda g, *rest: 1e6 * g)
     assert [check for check in checks(source("Algorithm 2"), risk) if check.holds is False]
+
+
+def test_condition_numbers_that_rounding_hides_give_no_verdict() -> None:
+    # Five inputs of rank four, to rounding.
+    model = bnp.models.mlp([4, 5, 3], activation="identity", dtype=torch.float64, seed=2)
+    risk = bnp.EmpiricalRisk(model, nn.functional.mse_loss, (1e4 + inputs(20, 4), inputs(20, 3, seed=1)))
+    assert not [str(check) for check in checks(source("Prop. 11"), risk) if check.holds is False]
