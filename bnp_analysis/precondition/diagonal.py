@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -191,8 +192,8 @@ def from_divisors(
 def adaptive_preconditioner(
     optimizer: torch.optim.Optimizer, space: ParameterSpace, model: nn.Module | None
 ) -> DiagonalPreconditioner:
-    """`P = diag((sqrt(v_hat) + eps)^(-1/2))` of every parameter that was stepped."""
-    if not isinstance(optimizer, ADAPTIVE):
+    """`P = diag((sqrt(v_hat) + eps)^(-1/2))` of every parameter that was stepped, times the root of its rate."""
+    if not any(steps_as(optimizer, kind) for kind in ADAPTIVE):
         raise InvalidInputError(
             f"{type(optimizer).__name__} has no diagonal step matrix that is known here; Adam, AdamW, RMSprop and "
             "Adagrad have. Give its scales as a tensor (n,)"
@@ -201,34 +202,54 @@ def adaptive_preconditioner(
         optimizer,
         space,
         model,
-        lambda parameter, group, state: _divisor(optimizer, group, state) if float(state["step"]) > 0 else None,
+        lambda parameter, group, state, rate: (
+            _divisor(optimizer, group, state) / rate if float(state.get("step", 0)) > 0 else None
+        ),
     )
     every = {n: found.get(n, torch.ones(shape, dtype=torch.float64)).cpu() for n, shape in space.shapes.items()}
     return from_divisors(space.flatten(every).to(space.device), space, {"source": type(optimizer).__name__}, uncovered)
+
+
+def steps_as(optimizer: torch.optim.Optimizer, kind: type[torch.optim.Optimizer]) -> bool:
+    """Whether an optimizer's step is that of a kind: a class made from it may have a step of its own.
+
+    Example:
+        >>> class Signs(torch.optim.SGD):
+        ...     def step(self, closure=None):
+        ...         pass
+        >>> steps_as(Signs([torch.ones(1)], lr=1.0), torch.optim.SGD)
+        False
+    """
+    # torch wraps the method of each class once it is used.
+    return isinstance(optimizer, kind) and inspect.unwrap(type(optimizer).step) is inspect.unwrap(kind.step)
 
 
 def read_states(
     optimizer: torch.optim.Optimizer,
     space: ParameterSpace,
     model: nn.Module | None,
-    read: Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], Found | None],
+    read: Callable[[Tensor, Mapping[str, Any], Mapping[str, Any], float], Found | None],
 ) -> tuple[dict[str, Found], dict[str, str]]:
-    """Parameter name -> what `read(parameter, group, state)` makes of it; name -> why there is nothing.
+    """Parameter name -> what `read(parameter, group, state, rate)` makes of it; name -> why there is nothing.
+
+    `rate` is the group's learning rate over the largest of all groups; without a rate a parameter does not move.
 
     Raises:
         InvalidInputError: there is nothing of any parameter.
     """
     found: dict[str, Found] = {}
     uncovered = dict.fromkeys(space.names, "not among the optimizer's parameters")
+    top = max(_rate(group) for group in optimizer.param_groups)
     for parameter, group, name in named_parameters(optimizer, model):
         if name not in space:
             continue
         listed = space.canonical(name)
         require_shape(parameter, name, space)
         state = optimizer.state.get(parameter)
-        one = read(parameter, group, state) if state else None
+        rate = _rate(group) / top if top > 0 else 1.0  # at a rate of zero everywhere it is that of a schedule
+        one = read(parameter, group, state or {}, rate) if rate > 0 else None
         if one is None:
-            uncovered[listed] = "the optimizer has not stepped it"
+            uncovered[listed] = "the optimizer has not stepped it" if rate > 0 else "its learning rate is zero"
         else:
             found[listed] = one
             uncovered.pop(listed, None)
@@ -238,6 +259,11 @@ def read_states(
             "step, or belongs to another model. Train first (SOAP's first step only initializes it)"
         )
     return found, uncovered
+
+
+def _rate(group: Mapping[str, Any]) -> float:
+    """The learning rate of a group; states without one are of an optimizer that has one for all."""
+    return float(group.get("lr", 1.0))
 
 
 def require_shape(parameter: Tensor, name: str, space: ParameterSpace) -> None:

@@ -20,10 +20,12 @@ from bnp_analysis.network.snapshot import unwrap
 from bnp_analysis.precondition.base import BlockDiagonal, Entry, NetworkPreconditioner, identity_preconditioner
 from bnp_analysis.precondition.diagonal import (
     ADAPTIVE,
+    DiagonalPreconditioner,
     adaptive_preconditioner,
     named_parameters,
     read_states,
     require_shape,
+    steps_as,
 )
 from bnp_analysis.runtime.kinds import gated
 
@@ -40,7 +42,9 @@ def optimizer_preconditioner(
 ) -> NetworkPreconditioner:
     """The `P` with which an optimizer's step is `-lr P P^T g`, read from its state as it is now.
 
-    Learning rate, momentum and weight decay are no part of it. The condition number of `P^T A P` is that of what this
+    Learning rate, momentum and weight decay are no part of it; where groups of parameters have different rates, `lr` is
+    the largest and their ratios to it are part of `P`. `g` is the gradient that the optimizer reads, behind what hooks
+    such as those of `BNP.attach` make of it. The condition number of `P^T A P` is that of what this
     optimizer leaves to the learning rate; `diagnose.preconditioner_report(P)` describes `P` itself.
 
     Args:
@@ -60,7 +64,8 @@ def optimizer_preconditioner(
 
     Raises:
         InvalidInputError: no step yet; an optimizer whose step is no fixed positive definite map of the gradient, such
-            as Muon, or one that is not known; another model; `param_groups` of which L-BFGS couples some outside.
+            as Muon, or one with `maximize`, which steps along the gradient; one that is not known, or a class made from
+            a known one with a step of its own; another model; `param_groups` of which L-BFGS couples some outside.
 
     Source: T15; Nocedal 1980 for L-BFGS, Brodlie, Gourlay and Greenstadt 1973 for its product form; Gupta, Koren and
     Singer 2018 (Shampoo); Vyas et al. 2024 (SOAP).
@@ -87,8 +92,12 @@ def optimizer_preconditioner(
 
 def _reader(optimizer: torch.optim.Optimizer) -> Reader:
     """What reads this kind of optimizer's state; an optimizer of another package is known by its own and its name."""
+    if any(group.get("maximize", False) for group in optimizer.param_groups):
+        raise InvalidInputError(
+            "the optimizer has maximize=True, so that its step is +lr P P^T g: minimize the loss with the other sign"
+        )
     for kind, reader in READERS.items():
-        if isinstance(optimizer, kind):
+        if steps_as(optimizer, kind):
             return reader
     home, name = type(optimizer).__module__.partition(".")[0], type(optimizer).__name__
     foreign = FOREIGN.get((home, name))
@@ -100,6 +109,16 @@ def _reader(optimizer: torch.optim.Optimizer) -> Reader:
         f"{', '.join(sorted(own for _, own in FOREIGN))}. Give its scales to diagonal_preconditioner(risk, tensor), or "
         "P itself as a DensePreconditioner"
     )
+
+
+def _sgd(optimizer: torch.optim.Optimizer, space: ParameterSpace, model: nn.Module | None) -> NetworkPreconditioner:
+    if len({float(group["lr"]) for group in optimizer.param_groups}) == 1:
+        return identity_preconditioner(space)  # which needs no names
+    found, uncovered = read_states(optimizer, space, model, lambda p, group, state, rate: torch.full_like(p, rate**0.5))
+    scales = {name: found.get(name, torch.ones(shape)).detach().cpu() for name, shape in space.shapes.items()}
+    return DiagonalPreconditioner(
+        space.flatten(scales).to(space.device, space.dtype), space, settings={"source": "SGD"}, uncovered=uncovered
+    )  # fmt: skip
 
 
 def _lbfgs(optimizer: torch.optim.Optimizer, space: ParameterSpace, model: nn.Module | None) -> NetworkPreconditioner:
@@ -184,6 +203,10 @@ def _soap(
     return factors, divisor.rsqrt()
 
 
+def _at_rate(roots: Roots | None, rate: float) -> Roots | None:
+    return None if roots is None else ([roots[0][0] * rate**0.5, *roots[0][1:]], roots[1])
+
+
 def _by_tensor(
     optimizer: torch.optim.Optimizer,
     space: ParameterSpace,
@@ -192,7 +215,9 @@ def _by_tensor(
     read: Callable[[torch.optim.Optimizer, Tensor, Mapping[str, Any], Mapping[str, Any]], Roots | None],
 ) -> NetworkPreconditioner:
     """`P` of an optimizer that multiplies each tensor by a Kronecker product, which `read` finds."""
-    found, uncovered = read_states(optimizer, space, model, partial(read, optimizer))
+    found, uncovered = read_states(
+        optimizer, space, model, lambda p, group, state, rate: _at_rate(read(optimizer, p, group, state), rate)
+    )
     blocks: dict[str, Entry] = {}
     for name, (factors, scales) in found.items():
         part = space.slice_of(name)
@@ -213,7 +238,7 @@ def _muon(optimizer: torch.optim.Optimizer, space: ParameterSpace, model: nn.Mod
 
 #: Kind of optimizer -> what reads its state.
 READERS: dict[type, Reader] = dict.fromkeys(ADAPTIVE, adaptive_preconditioner)
-READERS[torch.optim.SGD] = lambda optimizer, space, model: identity_preconditioner(space)  # which needs no names
+READERS[torch.optim.SGD] = _sgd
 READERS[torch.optim.LBFGS] = _lbfgs
 if hasattr(torch.optim, "Muon"):  # since torch 2.9
     READERS[torch.optim.Muon] = _muon

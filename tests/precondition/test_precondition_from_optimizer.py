@@ -338,3 +338,60 @@ def test_a_report_refuses_a_curvature_that_has_no_positive_inverse() -> None:
             bnp.diagnose.preconditioner_report(P, A)
     singular = bnp.DenseOperator(torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64)))
     assert 0 < (bnp.diagnose.preconditioner_report(P, singular, damping=1e-2).cosine or 0) < 1
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.RMSprop, Shampoo])
+def test_rates_of_groups_are_part_of_the_map(kind: Any) -> None:
+    model, x, y = network("dense")
+    optimizer = kind(model.parameters(), lr=0.5)
+    first, *others = optimizer.param_groups[0]["params"]
+    if kind is Shampoo:  # the stand-in steps its first group only
+        optimizer.param_groups[0]["params"] = others
+        optimizer.state[first] = {
+            f"inv_pre_cond_{i}": torch.eye(n, dtype=first.dtype) for i, n in enumerate(first.shape)
+        }
+        optimizer.param_groups.append({"params": [first], "lr": 0.125})
+    else:
+        optimizer.param_groups[0]["params"] = [first]
+        optimizer.add_param_group({"params": others, "lr": 0.125})
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    nn.functional.cross_entropy(model(x), y).backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    optimizer.step()
+    step = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+    if kind is Shampoo:
+        step[: first.numel()] = -0.125 * gradient[: first.numel()]
+    P = bnp.optimizer_preconditioner(optimizer, model)
+    torch.testing.assert_close(-0.5 * P.direction(gradient), step, rtol=1e-8, atol=1e-12)
+
+
+def test_a_parameter_without_a_rate_is_named() -> None:
+    model, *_ = network("dense")
+    first, *others = model.parameters()
+    optimizer = torch.optim.SGD([{"params": [first], "lr": 0.0}, {"params": others}], lr=0.1)
+    P = bnp.optimizer_preconditioner(optimizer, model)
+    assert list(P.uncovered.values()) == ["its learning rate is zero"]
+    assert bool((P.to_dense() == torch.eye(P.dim)).all())
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad])
+def test_steps_along_the_gradient_and_steps_of_ones_own_are_refused(kind: Any) -> None:
+    class Signs(kind):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for p in self.param_groups[0]["params"]:
+                p.sub_(p.grad.sign(), alpha=0.1)
+
+    class Renamed(kind):
+        """A class without a step of its own is its parent's."""
+
+    model, x, y = network("dense")
+    nn.functional.cross_entropy(model(x), y).backward()
+    climbs, signs, renamed = (make(model.parameters(), lr=0.1) for make in (kind, Signs, Renamed))
+    climbs.param_groups[0]["maximize"] = True
+    for optimizer, words in ((climbs, "maximize"), (signs, "not known")):
+        optimizer.step()
+        with pytest.raises(InvalidInputError, match=words):
+            bnp.optimizer_preconditioner(optimizer, model)
+    renamed.step()
+    assert bnp.optimizer_preconditioner(renamed, model).dim == sum(p.numel() for p in model.parameters())

@@ -550,6 +550,12 @@ def test_losses_that_ignore_a_shift() -> None:
         (lambda z, y: F.nll_loss(1.5 * torch.log_softmax(z, 1), y), True),
         (lambda z, y: F.mse_loss(z, F.one_hot(y, 4).double()), False),
         (lambda z, y: F.cross_entropy(z, y) + 1e-6 * z.square().mean(), False),
+        # A shift by one is lost in the rounding of these.
+        (lambda z, y: F.mse_loss(z, 1e20 * F.one_hot(y, 4).double()), False),
+        (lambda z, y: F.mse_loss(1e60 * z, F.one_hot(y, 4).double()), False),
+        (lambda z, y: F.l1_loss(z, 1e150 * F.one_hot(y, 4).double()), False),
+        (lambda z, y: F.cross_entropy(1e20 * z, y), True),
+        (lambda z, y: -(z.exp() / z.exp().sum(1, keepdim=True)).log()[:, 0].mean(), True),  # overflows
     ]
     for loss, expected in losses:
         assert shift_invariant(bnp.EmpiricalRisk(model, loss, (x, torch.arange(6) % 4)), 1) is expected

@@ -9,16 +9,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from theory_check_problems import AWKWARD, COSTLY, NETWORKS, checks, relu
-from torch import nn
+from theory_check_problems import AWKWARD, COSTLY, NETWORKS, checks, inputs, relu
+from torch import Tensor, nn
 
-from bnp_analysis.theory.check import Source
+import bnp_analysis as bnp
+from bnp_analysis.theory.check import Check, Source
 from bnp_analysis.theory.statements import STATEMENTS, spectra, symmetry
-from bnp_analysis.theory.statements.setting import Problem, Statement
+from bnp_analysis.theory.statements import layers as layer_statements
+from bnp_analysis.theory.statements.setting import NotApplicable, Problem, Statement, attempted, distance, refused
 
 HOMOGENEOUS = {"relu", "deep", "constant feature", "conv", "conv, circular", "conv, groups, zero padding"}
 COUPLED = {"batch norm, live"}
@@ -268,3 +271,67 @@ def test_a_layer_that_is_reused_is_not_covered() -> None:
     assert "tied" in check.reason
     (found,) = (c for c in checks(source("T11"), risk) if "explained" in c.statement)
     assert found.holds, "the null space needs no covered layer"
+
+
+def _at_scale(size: float, loss: Callable[..., Tensor] = nn.functional.mse_loss) -> bnp.EmpiricalRisk:
+    model = bnp.models.mlp([4, 5, 3], dtype=torch.float64)
+    return bnp.EmpiricalRisk(model, loss, (size * inputs(20, 4), inputs(20, 3, seed=1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "words"),
+    [
+        ("T4", 1e150, "mixture of all rows"),
+        ("T5", 1e-150, "its q^2"),
+        ("Algorithm 2", 1e-20, "does not see a per-feature map"),
+    ],
+)
+def test_verdicts_do_not_depend_on_the_size_of_the_inputs(name: str, size: float, words: str) -> None:
+    found = checks(source(name), _at_scale(size))
+    assert any(check.holds and words in check.statement for check in found), [str(check) for check in found]
+    assert not [str(check) for check in found if check.holds is False]
+
+
+def test_a_shift_that_large_targets_hide_is_no_symmetry() -> None:
+    found = checks(source("T11"), _at_scale(1.0, lambda z, y: nn.functional.mse_loss(z, 1e150 * y)))
+    assert not [str(check) for check in found if check.holds is False]
+
+
+def test_what_leaves_the_floats_is_no_error() -> None:
+    found = checks(source("T11"), _at_scale(1.0, lambda z, y: 0 * (z * y).sum(dim=1).mean()))
+    assert any("the Hessian is zero" in check.reason for check in found)
+
+    def beyond() -> Iterator[Check]:
+        yield refused("", f"{1e200**2}")
+
+    assert [check.holds for check in attempted("", beyond())] == [None]
+
+
+@pytest.mark.parametrize("size", [1e-200, 1.0, 1e200])
+def test_distances_of_all_sizes(size: float) -> None:
+    one = size * torch.tensor([3.0, 4.0], dtype=torch.float64)
+    assert distance(one, one) == 0
+    assert distance(2 * one, one) == pytest.approx(1.0)
+    assert distance(one, 0 * one) == math.inf
+    assert distance(one / 0, one) == math.inf
+    assert distance(0 * one, 0 * one) == 0
+    with pytest.raises(NotApplicable, match="range of floats"):
+        distance(one, one / 0)
+
+
+def test_rounding_that_large_means_amplify_gives_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = bnp.models.mlp([4, 3], dtype=torch.float64)
+    risk = bnp.EmpiricalRisk(model, nn.functional.mse_loss, (1e6 + inputs(20, 4), inputs(20, 3, seed=1)))
+    found = checks(source("Algorithm 2"), risk)
+    assert any("leave" in check.reason and "to rounding" in check.reason for check in found)
+    assert not [str(check) for check in found if check.holds is False]
+    # More than rounding fails here too.
+    monkeypatch.setattr(layer_statements, "_formula", lambda g, *rest: 1e6 * g)
+    assert [check for check in checks(source("Algorithm 2"), risk) if check.holds is False]
+
+
+def test_condition_numbers_that_rounding_hides_give_no_verdict() -> None:
+    # Five inputs of rank four, to rounding.
+    model = bnp.models.mlp([4, 5, 3], activation="identity", dtype=torch.float64, seed=2)
+    risk = bnp.EmpiricalRisk(model, nn.functional.mse_loss, (1e4 + inputs(20, 4), inputs(20, 3, seed=1)))
+    assert not [str(check) for check in checks(source("Prop. 11"), risk) if check.holds is False]

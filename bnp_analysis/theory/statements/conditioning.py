@@ -286,6 +286,12 @@ def _through(problem: Problem, layer: Layer) -> Iterator[Check]:
         of_rows = singular(hat).value
         found = [(singular(s[:, None] * hat).value ** 2, of_S, i) for i, s, of_S in units]
         worst, of_S, unit = max(found, key=lambda one: one[0] / one[1])
+        if 1 + _SLACK < worst / (of_rows**2 * of_S) < 1 + 100 * torch.finfo(hat.dtype).eps * of_rows:
+            why = (
+                f"kappa*({name}) = {of_rows:.2g} is known only to {torch.finfo(hat.dtype).eps * of_rows:.2g} of itself"
+            )
+            yield refused(_THROUGH.replace("H^", name), why)
+            continue
         yield at_most(
             _THROUGH.replace("H^", name),
             worst,

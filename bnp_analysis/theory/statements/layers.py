@@ -312,9 +312,12 @@ def _invariance(problem: Problem, layer: Layer) -> Check:
         return refused(_INVARIANT, "zero padding: padded entries are not mapped")
     if problem.activations.on_kink:
         return refused(_INVARIANT, f"{problem.activations.on_kink} pre-activations lie exactly on a kink")
-    g, count, held = problem.random(31), channels(layer), own_moments(problem, layer).constant
+    g, count, moments = problem.random(31), channels(layer), own_moments(problem, layer)
+    held = moments.constant
     d = 10 ** (2 * torch.rand(count, generator=g, dtype=torch.float64) - 1)
-    c = 3 * torch.randn(count, generator=g, dtype=torch.float64)
+    # In deviations: a larger shift of small features would leave their digits to rounding.
+    deviations = moments.damped().sqrt().view(count, layer.patch)[:, 0]
+    c = 3 * torch.randn(count, generator=g, dtype=torch.float64) * deviations
     # A constant feature has scale 1 whatever it is multiplied by: it may be shifted, not scaled.
     d = torch.where(held.view(count, layer.patch)[:, 0], torch.ones_like(d), d)
     D, C = (per_unit(per_entry(t, layer), layer) for t in (d, c))
@@ -367,7 +370,7 @@ def _without_bias(problem: Problem, layer: Layer) -> Iterator[Check]:
     norms = (diagonal.q * columns * rms)[live]
     words = "the diagonal form gives every column of H P the norm sqrt R / q"
     yield agreement(words, norms, torch.ones_like(norms), details={"R": len(rows)})
-    survives = torch.where(live, moments.mean**2 / rms.square().clamp_min(1e-300), torch.zeros_like(rms))
+    survives = torch.where(live, moments.mean / rms, torch.zeros_like(rms)).square()
     expected = max(layer.features / len(rows), 1.0) + float(survives.sum(dim=1).max())
     yield equals("its q^2 = max(m/R, 1) + sum_j mu_j^2 / rms_j^2", diagonal.q**2, expected, tolerance=1e-9)
 

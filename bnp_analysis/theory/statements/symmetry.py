@@ -301,7 +301,10 @@ def _shift(problem: Problem) -> Iterator[Check]:
     if not directions.shape[1]:
         raise NotApplicable("the loss does not ignore a shift of the outputs of a last layer")
     H = hessian(problem.risk)
-    found = float((H @ directions).norm(dim=0).max()) / norm_estimate(H)
+    size = norm_estimate(H)
+    if size == 0:
+        raise NotApplicable("the Hessian is zero")
+    found = float((H @ directions).norm(dim=0).max()) / size
     yield at_most(_SHIFT, found, 1e-10, given=("a translation",), details={"directions": directions.shape[1]})
 
 
