@@ -11,7 +11,7 @@ from paper_figures import style
 from paper_figures.frame import FigureData, Report, Settings
 from paper_figures.gallery import DIGITS, WIDE, entries
 
-TITLE = "Reported against certified: published condition numbers and ranks"
+TITLE = "Reported and certified condition numbers and ranks"
 CLAIM = (
     "Every certified interval is two-sided and contains the result of exact arithmetic or of 50 digits, where one was "
     "computed. The sources' routines agree with the interval to six digits where they are stable (ranks and "
@@ -71,7 +71,7 @@ def failure(data: FigureData) -> str:
 
 
 def note(data: FigureData) -> str:
-    """Where the words are."""
+    """Numbers, checks, and where sources and settings are described."""
     checked = np.isfinite(data["numbers"][:, NUMBERS.index("exact")]).sum()
     return (
         f"{len(data['numbers'])} numbers of {len(set(data.words('entry')))} sources, {checked} of them checked in "

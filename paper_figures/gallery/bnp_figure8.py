@@ -50,7 +50,7 @@ ENTRY = Entry(
         "unit. The numbers are those of the figure `paper_fig8`."
     ),
     naive="`cond` of the matrix formed in float32. This is our inference: the paper does not state its procedure.",
-    certified="`condition_number` by factor-svd of the 60 rows, with constant features as null directions.",
+    certified="`condition_number` by factor-svd of the 60 rows, without the features that are constant on the batch.",
     check="none here; `tests/test_paper_fig8.py` compares the measurement with independent computations.",
     why=(
         "A 101 x 101 Hessian from 60 rows has at least 41 zero eigenvalues. The plotted number is the largest "
