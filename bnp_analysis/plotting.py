@@ -97,9 +97,9 @@ def plot_spectral_density(
 ) -> Axes:
     """The density with a band that contains the true density at 95 % of the points, on a logarithmic vertical axis.
 
-    The band counts quadrature and sampling; it reaches down to the axis where the density cannot tell eigenvalues from
-    none. On an axis of logarithms the part that is not resolved, whose peaks are places of quadrature nodes and not of
-    eigenvalues, is grey.
+    The band includes quadrature and sampling errors; where it reaches the axis there may be no eigenvalues. On a
+    logarithmic axis the range that is not resolved is grey: peaks there are positions of quadrature nodes, not of
+    eigenvalues.
 
     Args:
         density: from `spectral_density`.
