@@ -95,11 +95,11 @@ def plot_spectral_density(
     axis: str = "own",
     floor: float | None = None,
 ) -> Axes:
-    """The density with the band that contains the truth at 95 % of the points, on a logarithmic vertical axis.
+    """The density with a band that contains the true density at 95 % of the points, on a logarithmic vertical axis.
 
-    The band counts quadrature and sampling; it reaches down to the axis where the density cannot tell eigenvalues from
-    none. On an axis of logarithms the part that is not resolved, whose peaks are places of quadrature nodes and not of
-    eigenvalues, is grey.
+    The band includes quadrature and sampling errors; where it reaches the axis there may be no eigenvalues. On a
+    logarithmic axis the range that is not resolved is grey: peaks there are positions of quadrature nodes, not of
+    eigenvalues.
 
     Args:
         density: from `spectral_density`.
@@ -125,7 +125,7 @@ def plot_spectral_density(
 
 
 def _on_own_axis(density: SpectralDensity, ax: Axes, label: str | None, color: str) -> None:
-    """The density with its band; grey: what an axis of logarithms does not resolve."""
+    """The density with its band; grey: the range that a logarithmic axis does not resolve."""
     top = float(density.density.max())
     ax.semilogy(density.grid, np.maximum(density.density, 1e-9 * top), color=color, label=label)
     low, high = (np.maximum(end, 1e-9 * top) for end in density.band())
@@ -223,7 +223,7 @@ def plot_block_distances(result: BlockSpectra, ax: Axes | None = None) -> Axes:
 
 @gated
 def plot_block_densities(result: BlockSpectra, ax: Axes | None = None) -> Axes:
-    """The share of each block's eigenvalues up to a value, on an axis of logarithms of both signs.
+    """The share of each block's eigenvalues up to a value, on a logarithmic axis for both signs.
 
     Args:
         result: from `block_spectra`.
@@ -310,7 +310,7 @@ def plot_slice(result: Slice, ax: Axes | None = None) -> Axes:
 
 @gated
 def plot_eigenvector_mass(result: EigenvectorMass, ax: Axes | None = None) -> Axes:
-    """A heat map of which part of each eigenvector lies in which layer.
+    """A heat map of the share of each eigenvector's squared length in each layer.
 
     Args:
         result: from `eigenvector_mass`.
@@ -324,13 +324,13 @@ def plot_eigenvector_mass(result: EigenvectorMass, ax: Axes | None = None) -> Ax
     ax.set_xticks(range(len(result.values)), [f"{v:.3g}" for v in result.values], rotation=90)
     ax.set_yticks(range(len(result.names)), list(result.names))
     ax.set_xlabel("eigenvalue")
-    ax.figure.colorbar(image, ax=ax, label="part of the eigenvector's squared length")
+    ax.figure.colorbar(image, ax=ax, label="share of the eigenvector's squared length")
     return ax
 
 
 @gated
 def plot_sharpness(result: Sharpness, ax: Axes | None = None) -> Axes:
-    """The tracked eigenvalues along training, with the threshold above which a quadratic would be unstable.
+    """The tracked eigenvalues along training, with the threshold above which steps on a quadratic are unstable.
 
     Args:
         result: from `SharpnessTracker.result()`.
@@ -352,7 +352,7 @@ def plot_sharpness(result: Sharpness, ax: Axes | None = None) -> Axes:
 
 @gated
 def save_comparison(result: Comparison, path: str | Path, title: str = "") -> None:
-    """Draw inputs and blocks side by side and write them to a file whose suffix says the format.
+    """Draw inputs and blocks side by side and write them to a file whose suffix selects the format.
 
     Args:
         result: from `compare`.
@@ -418,7 +418,7 @@ def _layer_axis(ax: Axes, table: LayerTable, more: Sequence[str] = ()) -> None:
 
 
 def _legend_above(ax: Axes, columns: int) -> None:
-    """Outside of the axes, where its markers cannot be taken for data."""
+    """Draw the legend outside of the axes, so that its markers are not mistaken for data."""
     ax.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns)
 
 

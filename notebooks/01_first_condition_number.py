@@ -13,9 +13,9 @@
 # %% [markdown]
 # # A first condition number
 #
-# **What this page answers.** How badly conditioned is the loss of a small network on real data, and what does Batch
-# Normalization Preconditioning (BNP) do to it? When is such a number certain, and when is it only a lower bound?
-# Everything here runs on the embedded `digits` in well under a minute.
+# **What this page answers.** How badly conditioned is the loss of a small network on real data, and how does Batch
+# Normalization Preconditioning (BNP) change its condition number? When is the number known between two bounds, and when
+# is it only a lower bound? All code runs on the embedded `digits` in well under a minute.
 #
 # | symbol | meaning |
 # |---|---|
@@ -38,8 +38,9 @@ bnp.training.fit(model, torch.nn.functional.cross_entropy, digits.tensors, epoch
 # %% [markdown]
 # ## The risk, and its curvature
 #
-# An `EmpiricalRisk` is the mean loss as a pure function of the flat parameter vector: a snapshot of model and data.
-# The Gauss-Newton matrix is an operator; nothing is computed until somebody multiplies with it.
+# An `EmpiricalRisk` is the mean loss as a pure function of the flat parameter vector, for a snapshot of the model and
+# the data. The Gauss-Newton matrix is an operator: nothing is computed until it is multiplied with a vector. `methods`
+# lists the ways to compute its condition number, with their costs.
 
 # %%
 risk = bnp.EmpiricalRisk(model, torch.nn.functional.cross_entropy, digits.tensors, dtype=torch.float64)
@@ -50,9 +51,9 @@ for cost in bnp.linalg.methods(A):
     print(cost)
 
 # %% [markdown]
-# `kappa* = a (b .. c)` claims that $\kappa^*$ lies between `b` and `c`; `kappa* >= b` claims a lower bound alone.
-# Without further words the smallest *nonzero* eigenvalue is not known: some eigenvalues lie below the noise floor,
-# and nothing says that they are zero. So the answer is one-sided.
+# `kappa* = a (b .. c)` states that $\kappa^*$ lies between `b` and `c`; `kappa* >= b` states only a lower bound. Here
+# some eigenvalues lie below the noise floor and are not known to be zero, so that the smallest *nonzero* eigenvalue is
+# unknown. The result is therefore one-sided.
 
 # %%
 undeclared = bnp.condition_number(A)
@@ -61,8 +62,9 @@ print(undeclared)
 # %% [markdown]
 # ## Known null directions
 #
-# ReLU units can be rescaled, the softmax ignores a common shift, some pixels are constant, some rows never reach a
-# unit: such directions are found from the structure, and each is verified by a product.
+# ReLU units can be rescaled, the softmax is invariant under a common shift, some pixels are constant or linearly
+# dependent, some units are never active. The package finds such null directions from the structure of the network and
+# verifies each by a product.
 
 # %%
 N = bnp.null_directions(risk)
@@ -73,8 +75,8 @@ print(declared)
 # %% [markdown]
 # ## With the preconditioner
 #
-# `P` is built from the mean and variance of each layer's inputs; the curvature in the variables `z` of `theta = P z`
-# is `P^T A P`. Null directions are transported along.
+# `P` is built from the means and variances of each layer's inputs. In the variables `z` of `theta = P z` the curvature
+# is `P^T A P`. Null directions are transformed to the same variables.
 
 # %%
 P = bnp.bnp_preconditioner(risk)
@@ -85,11 +87,11 @@ print(f"BNP divides kappa* by {declared.value / conditioned.value:.3g}")
 # %% [markdown]
 # ## Layer by layer
 #
-# $\hat H$ is the matrix of a layer's inputs, a row for each example, with a column of ones for the bias. $\hat H U$ are
-# the same with each feature centred, $\hat G$ centred and divided by its standard deviation. `k(.)` is the largest over
-# the smallest nonzero singular value, `R` and `m` are the numbers of rows and features, `units k*` is the median (the
-# largest) of the curvature blocks of single units. The inputs' condition numbers fall when they are centred and again
-# when they are scaled; so do those of the curvature blocks.
+# $\hat H$ is the matrix of a layer's inputs: one row per example, and a column of ones for the bias. In $\hat H U$ each
+# feature is centred; in $\hat G$ it is also divided by its standard deviation. `k(.)` is the ratio of the largest to
+# the smallest nonzero singular value, `R` and `m` are the numbers of rows and features, and `units k*` is the median
+# (and the maximum) of `kappa*` over the blocks of single units. Centring lowers the condition number of the inputs,
+# scaling lowers it further, and `P` lowers the condition number of the curvature blocks.
 
 # %%
 table = bnp.layer_table(risk, P)
@@ -109,7 +111,7 @@ ax = bnp.plotting.plot_blocks(table)
 # %% [markdown]
 # ## Your own model
 #
-# Ten lines: any module, any loss that is a mean over the batch, your data as `(x, y)` or a loader.
+# Ten lines are enough for any module, any loss that is a mean over the batch, and data as `(x, y)` or as a loader.
 
 
 # %%
@@ -133,7 +135,7 @@ print(f"without P: {without}\nwith P:    {with_bnp}")
 # %% [markdown]
 # ## To quote
 #
-# Each sentence is printed with the numbers of this run, and asserted below it.
+# Each sentence is printed with the numbers of this run, and the assertions below verify it.
 
 # %%
 print(f"* kappa* of the Gauss-Newton matrix of a 64-12-10 ReLU network on 1000 digits is {declared.value:.3g}.")

@@ -13,9 +13,9 @@
 # %% [markdown]
 # # What BNP does, layer by layer
 #
-# **What this page answers.** Why are layers ill-conditioned, what exactly does BNP do to their curvature and to the
-# gradients, why does that help, and when does it not? Each step of the derivation stands beside the same step in
-# numbers. T-numbers are those of the page *Theory* of the documentation.
+# **What this page answers.** Why are layers ill-conditioned, what does BNP do to their curvature and to the gradients,
+# why does this help, and when does it not? Each step of the derivation is followed by a numerical check. T-numbers
+# refer to the page *Theory* of the documentation.
 #
 # One unit of a layer computes $a_i = w_i \cdot h + b_i$. With $\hat w_i = [b_i, w_i]$ and $\hat h = [1, h]$ this is
 # $a_i = \hat w_i \cdot \hat h$. The rows $\hat h$ of all examples form the matrix $\hat H = [e, H]$, where $e$ is a
@@ -38,14 +38,15 @@ for name, h in inputs.items():
     print(f"{name}: H is {h.shape[0]} x {h.shape[1]}")
 
 # %% [markdown]
-# ## The layer's inputs stand on both sides of its Hessian (T1)
+# ## The Hessian of a unit is a product with the inputs on both sides (T1)
 #
 # The loss depends on $\hat w_i$ only through $a_i = \hat H \hat w_i$, so by the chain rule its block is
 #
 # $$ \nabla^2_{\hat w_i} L = \hat H^T S_i \hat H, \qquad S_i = \frac{\partial^2 L}{\partial a_i\, \partial a_i^T} . $$
 #
-# In the last layer $S_i$ is known: with softmax and cross-entropy it is $\mathrm{diag}(p_i (1 - p_i)) / N$. Compare
-# with the block that the package gets by differentiating the network twice, which knows nothing of this formula.
+# In the last layer $S_i$ is known: for softmax and cross-entropy it is $\mathrm{diag}(p_i (1 - p_i)) / N$. The code
+# compares this formula with the block that the package computes by differentiating the network twice, without the
+# formula.
 
 # %%
 layer, unit = "fc3", 2
@@ -62,12 +63,13 @@ t1 = float((block - H_hat.T @ S @ H_hat).norm() / block.norm())
 print(f"relative difference {t1:.1e}")
 
 # %% [markdown]
-# So a unit's Hessian is as badly conditioned as its *inputs*, squared, unless $S_i$ happens to help. Inputs of a hidden
-# layer are far from orthonormal columns: they have means (a ReLU never outputs a negative number) and different sizes.
+# Unless $S_i$ compensates, the condition number of a unit's Hessian is of the order of the squared condition number of
+# its *inputs*. The inputs of a hidden layer are far from orthonormal columns: their means are not zero (a ReLU never
+# outputs a negative number), and their scales differ.
 #
 # ## Change the variables, not the network (T2)
 #
-# BNP puts $\hat w = P z$ with
+# BNP substitutes $\hat w = P z$ with
 #
 # $$ P = \tfrac1q\, U D, \qquad U = \begin{pmatrix} 1 & -\mu^T \\ 0 & I \end{pmatrix}, \qquad
 # D = \mathrm{diag}(1, 1/\sigma_1, \dots, 1/\sigma_m) . $$
@@ -93,16 +95,16 @@ print(f"P^T A P against G^T S G / q^2: relative difference {t2:.1e}")
 print(f"the package's P against U D / q: {same_P:.1e}")
 
 # %% [markdown]
-# ## What is done to the gradients (T3)
+# ## What BNP does to the gradients (T3)
 #
-# Gradient descent in $z$ is $z \leftarrow z - \alpha P^T g$. In the network's own variables that is
-# $\hat w \leftarrow \hat w - \alpha P P^T g$: the forward pass and inference never change, the gradient is multiplied
-# by
+# Gradient descent in $z$ is $z \leftarrow z - \alpha P^T g$. In the variables of the network this is $\hat w \leftarrow
+# \hat w - \alpha P P^T g$: the forward pass and inference do not change, and the gradient is multiplied by
 #
 # $$ P P^T = \frac{1}{q^2} \begin{pmatrix} 1 & \mu^T \\ \mu & \mu\mu^T + \mathrm{diag}(\sigma^2) \end{pmatrix}^{-1} . $$
 #
 # The matrix in brackets is the second moment $\hat H^T \hat H / N$ of the inputs with the *covariance* replaced by its
-# diagonal. Below: this identity, then the update as a training loop does it, column by column, without any matrix.
+# diagonal. The code checks this identity, and then the update as a training loop computes it, column by column, without
+# forming a matrix.
 
 # %%
 M = torch.zeros(m + 1, m + 1, dtype=torch.float64)
@@ -122,7 +124,7 @@ t3_bias = float((ours[f"{layer}.bias"] - new_bias).norm() / new_bias.norm())
 print(f"P P^T g, weight and bias: relative differences {t3:.1e}, {t3_bias:.1e}")
 
 # %% [markdown]
-# ## Why it conditions (T7)
+# ## Why this lowers the condition number (T7)
 #
 # **Centring.** $\kappa(\hat H U) \le \kappa(\hat H)$: the singular values of $\hat H U$ are $\sqrt N$ and those of the
 # centred inputs; $\sqrt N$ and $\sigma_{\max}(H - e\mu^T)$ are both at most $\sigma_{\max}(\hat H)$, and for a unit
@@ -146,8 +148,9 @@ for name, h in inputs.items():
     print("{}: kappa(H^) {:.3g} -> kappa(H^U) {:.3g} -> kappa(G^) {:.3g}".format(name, *steps[name]))
 
 # %% [markdown]
-# Centring helps where the inputs have full column rank. Without it the *effective* number, over the nonzero singular
-# values, may grow, and at small batches ($N \le m$) rank is missing. Two examples with two features are enough:
+# Centring does not increase the condition number if $\hat H$ has full column rank. Without full column rank (as for
+# small batches, $N \le m$) the *effective* condition number, over the nonzero singular values, can grow. Two examples
+# with two features show this:
 
 # %%
 two = torch.tensor([[10.0, 3.0], [-10.0, 3.0]], dtype=torch.float64)
@@ -158,9 +161,10 @@ print(f"raw {raw:.4g}, centred {centred:.4g}")
 # %% [markdown]
 # ## The same for all layers, with bounds
 #
-# `layer_table` does all this for every layer and adds the curvature: the blocks of single units and of whole layers.
-# `>=` marks a lower bound: some eigenvalues below the noise floor are not known to be zero. Centring and scaling act on
-# the inputs; $S$ stays as it is, so the blocks gain in most layers, but nothing promises it for each unit.
+# `layer_table` computes these numbers for every layer and adds the condition numbers of the curvature blocks of single
+# units and whole layers. `>=` marks a lower bound: some eigenvalues below the noise floor are not known to be zero.
+# Centring and scaling change the inputs but not $S$. The condition numbers of most blocks fall, but no theorem
+# guarantees this for each unit.
 
 # %%
 comparison = bnp.compare(risk, P, progress=True)
@@ -181,12 +185,12 @@ ax = bnp.plotting.plot_blocks(comparison)
 # %% [markdown]
 # ## The factor `q` (T8), and invariance
 #
-# `q` levels the layers: $|\hat G|^2 / N$ lies between $\max(1, m/(N-1))$ and $m$ always, and for independent features
-# near $(1 + \sqrt{m/N})^2$, that is within $[q^2, 4 q^2]$ for $q^2 = \max(m/N, 1)$. Correlated inputs leave the upper
-# end.
+# `q` balances the layers: $|\hat G|^2 / N$ always lies between $\max(1, m/(N-1))$ and $m$, and for independent features
+# it is close to $(1 + \sqrt{m/N})^2$, which lies in $[q^2, 4 q^2]$ for $q^2 = \max(m/N, 1)$. Correlated inputs can
+# exceed the upper end.
 #
-# Undamped, the step does not see a shift or a scale of the inputs: multiply the pixels by 255 and add 3, let the first
-# layer undo it, and the curvature in $z$ is what it was.
+# Without damping the step is invariant under shifts and scalings of the inputs: if the pixels are multiplied by 255 and
+# increased by 3, and the first layer compensates for this, the curvature in $z$ does not change.
 
 # %%
 largest = {}
@@ -218,7 +222,7 @@ print("unit 0 of fc1, with BNP: {:.6g} -> {:.6g}".format(*with_bnp))
 # %% [markdown]
 # ## To quote
 #
-# Each sentence is printed with the numbers of this run, and asserted below it.
+# Each sentence is printed with the numbers of this run, and the assertions below verify it.
 
 # %%
 print(f"* The Hessian block of a unit is H^^T S H^ to {t1:.0e}, with BNP G^^T S G^ / q^2 to {t2:.0e}.")

@@ -13,9 +13,9 @@
 # %% [markdown]
 # # Your own model: what is covered, and what is not
 #
-# **What this page answers.** Which parameters of a model of your own does BNP act on, which null directions does the
-# package find, and what may be said about the blocks? Shown on a small convolutional network and a small transformer
-# block, both written as anybody would write them.
+# **What this page answers.** On which parameters of your own model does BNP act, which null directions does the package
+# find, and what is known about the curvature blocks? The examples are a small convolutional network and a small
+# transformer block, both written in plain PyTorch.
 
 # %%
 import torch
@@ -52,8 +52,9 @@ with torch.random.fork_rng():
 losses = bnp.training.fit(cnn, cross_entropy, (images, labels), epochs=10, lr=0.02)
 
 # %% [markdown]
-# `coverage` runs the model once and looks. A convolution sees one row per output position, its patch, so $R$ is the
-# number of examples times that of positions, and $m = k^2 c$.
+# `coverage` runs the model once and lists the layers on which BNP can act. A convolution has one row per example and
+# output position, the patch under its kernel, so that $R$ is the number of examples times the number of positions, and
+# $m = k^2 c$.
 
 # %%
 risk = bnp.EmpiricalRisk(cnn, cross_entropy, (images, labels), dtype=torch.float64)
@@ -63,15 +64,15 @@ for layer in coverage(risk):
 print("not covered:", coverage(risk).uncovered)
 
 # %% [markdown]
-# Null directions are read off the operations of the forward pass: units of a ReLU can be rescaled, the softmax ignores
-# a common shift, and so on. Each is verified by a product before it counts.
+# The package derives null directions from the operations of the forward pass: units of a ReLU can be rescaled, the
+# softmax is invariant under a common shift, and so on. It verifies each by a product before it counts it.
 
 # %%
 N = bnp.null_directions(risk)
 N
 
 # %% [markdown]
-# A unit of a convolution, or a layer, is asked for by its name; so is the part of `P` that belongs to it.
+# The block of a layer or of a single unit is selected by name, and so is the corresponding block of `P`.
 
 
 # %%
@@ -87,8 +88,8 @@ P = bnp.bnp_preconditioner(risk)
 cnn_blocks = {name: measure(risk, P, name) for name in [("conv1", 0), ("conv2", 0), "head"]}
 
 # %% [markdown]
-# As in the paper, statistics are those of each input *channel*. Zero padding gives the entries of a patch means and
-# variances of their own; `statistics="patch"` takes these (T6).
+# As in the paper, means and variances are taken per input *channel*. With zero padding the entries of a patch have
+# different means and variances; `statistics="patch"` uses those (T6).
 
 # %%
 P_patch = bnp.bnp_preconditioner(risk, statistics="patch")
@@ -97,8 +98,9 @@ by_patch = measure(risk, P_patch, ("conv2", 0))
 # %% [markdown]
 # ## A transformer block
 #
-# Eight tokens, the rows of an image. `nn.MultiheadAttention` keeps the weights of queries, keys and values in one
-# tensor and never runs its output layer as a module, so BNP cannot see their inputs. It says so, and leaves them alone.
+# The input is eight tokens, the rows of an image. `nn.MultiheadAttention` stores the weights of queries, keys and
+# values in one tensor and never calls its output layer as a module, so that BNP cannot observe their inputs. BNP
+# reports this and does not change these parameters.
 
 
 # %%
@@ -131,10 +133,11 @@ for name, reason in coverage(fused_risk).uncovered.items():
     print(f"  {name}: {reason}")
 
 # %% [markdown]
-# `P` leaves attention alone, its null directions are known all the same: queries and keys may be mixed against each
-# other, keys shifted, values mixed. But 30 sequences do not determine all parameters: what no symmetry explains is not
-# counted as zero, so the number of the whole network has no upper bound, and says why. The blocks of covered layers are
-# decided.
+# `P` is the identity on the attention parameters, but their null directions are known: an invertible matrix can be
+# moved between queries and keys, keys can be shifted, and an invertible matrix can be moved between values and outputs.
+# However, 30 sequences do not determine all parameters. Eigenvalues that no symmetry explains do not count as zero, so
+# the condition number of the whole network has no upper bound, and the result says why. The blocks of covered layers
+# have two-sided results.
 
 # %%
 few = bnp.EmpiricalRisk(fused, cross_entropy, (tokens[:30], labels[:30]), dtype=torch.float64)
@@ -148,7 +151,8 @@ fused_P = bnp.bnp_preconditioner(fused_risk)
 fused_blocks = {name: measure(fused_risk, fused_P, name) for name in ["embed", ("inner", 0), "head"]}
 
 # %% [markdown]
-# In training the same holds: `pre.uncovered` has a reason for each parameter, and their gradients stay what they are.
+# The same holds in training: `pre.uncovered` gives a reason for each uncovered parameter, and BNP does not change its
+# gradient.
 
 # %%
 pre = bnp.BNP(fused)
@@ -162,7 +166,7 @@ pre.close()
 # %% [markdown]
 # ## Attention from linear layers is covered
 #
-# With four `nn.Linear` modules in place of the fused one, each has inputs that can be seen, and is covered.
+# With four `nn.Linear` modules in place of the fused module, BNP observes the inputs of each and covers it.
 
 
 # %%
@@ -196,7 +200,7 @@ open_blocks = {name: measure(open_risk, open_P, name) for name in ["attention.v"
 # %% [markdown]
 # ## To quote
 #
-# Each sentence is printed with the numbers of this run, and asserted below it.
+# Each sentence is printed with the numbers of this run, and the assertions below verify it.
 
 # %%
 for words, name in (("one unit of conv2", ("conv2", 0)), ("the head", "head")):

@@ -13,11 +13,12 @@
 # %% [markdown]
 # # Checking the convergence theory
 #
-# **What this page answers.** Do the statements about conditioning hold for a network, do their rates of convergence
-# come true step by step, how many steps does BNP save at a minimizer, and where does the theory say nothing?
+# **What this page answers.** Do the statements about conditioning hold for a network, do runs converge at the predicted
+# rates, how many steps does BNP save near a minimizer, and where does the theory not apply?
 #
-# Every statement is tried: a prediction, an observation that shares as little as possible with it, a verdict. A
-# statement whose hypotheses fail is *not applicable*, with the reason; that is no success, and no failure either.
+# Each check compares a prediction with an observation that is computed as independently as possible, and gives a
+# verdict. A statement whose hypotheses fail is *not applicable*, with the reason; this counts neither as success nor as
+# failure.
 
 # %%
 import matplotlib.pyplot as plt
@@ -27,11 +28,11 @@ import bnp_analysis as bnp
 from bnp_analysis.theory import check_bnp_gain, problems
 
 # %% [markdown]
-# ## Statements over a network
+# ## Statements about a network
 #
-# A small network, inputs that are not centred. `check_theory` takes any risk; here it tries some of the statements
-# about layers, symmetries and orbits. `bnp-analysis check` does the same from the command line and says by its exit
-# status whether all of them hold.
+# The network is small and its inputs are not centred. `check_theory` accepts any risk; here it checks some of the
+# statements about layers, symmetries and orbits. `bnp-analysis check` does the same from the command line, and its exit
+# status says whether all of them hold.
 
 # %%
 g = torch.Generator().manual_seed(0)
@@ -43,7 +44,7 @@ checks = bnp.check_theory(risk, only=["T1", "T2", "T3", "T7", "T11"], progress=T
 checks
 
 # %% [markdown]
-# Each check carries its hypotheses and numbers:
+# Each check contains its hypotheses and numbers:
 
 # %%
 one = checks.checks[0]
@@ -54,12 +55,12 @@ print(one.details)
 # %% [markdown]
 # ## Rates (T14)
 #
-# Near a manifold of minimizers whose Hessian has no other null directions than those along it, gradient descent
+# Consider a manifold of minimizers whose tangent space is the null space of the Hessian. Near it, gradient descent
 # contracts by $r = \max_\lambda |1 - \alpha\lambda|$ over the *nonzero* eigenvalues, at best by
-# $(\kappa^*-1)/(\kappa^*+1)$, and heavy ball by $(\sqrt{\kappa^*}-1)/(\sqrt{\kappa^*}+1)$. So predict $r$ from the
-# spectrum at the limit point, run the nonlinear iteration, fit the tail.
+# $(\kappa^*-1)/(\kappa^*+1)$, and heavy ball by $(\sqrt{\kappa^*}-1)/(\sqrt{\kappa^*}+1)$. The check predicts $r$ from
+# the spectrum at the limit point, runs the nonlinear iteration, and fits the tail.
 #
-# It takes a minimizer that is attained: here a student that learns from a teacher of its own kind.
+# This requires that the minimum is attained. Here a student network learns from a teacher of the same architecture.
 
 # %%
 problem = problems.teacher_student((3, 3, 2), n=40)
@@ -88,8 +89,8 @@ ax.set_ylabel("gradient norm")
 legend = ax.legend(frameon=False)
 
 # %% [markdown]
-# The null space matters: with the smallest *computed* eigenvalue in place of the smallest nonzero one the predicted
-# rate would be that of noise.
+# The null space matters: if the smallest *computed* eigenvalue replaced the smallest nonzero one, the predicted rate
+# would be determined by rounding errors.
 
 # %%
 print(f"iterations per factor of e: observed {gd.observed:.5g}, predicted {gd.predicted:.5g}")
@@ -98,8 +99,8 @@ print("without deflation:", gd.without_deflation)
 # %% [markdown]
 # ## Rates with BNP (T15)
 #
-# With `P` the matrix is `P^T Hess P`. BNP with running statistics, in full batches, has the factor of the limit's `P`.
-# Inputs that are shifted by one and a half standard deviations make the difference:
+# With `P` the relevant matrix is `P^T Hess P`. BNP with running statistics, on full batches, has the rate of the `P` at
+# the limit point. Inputs that are shifted by one and a half standard deviations make BNP faster:
 
 # %%
 shifted = problems.teacher_student((3, 3, 2), shift=1.5, n=40)
@@ -109,9 +110,9 @@ for name, value in gain.details.items():
     print(f"  {name}: {value:.5g}")
 
 # %% [markdown]
-# ## Where the theory does not speak
+# ## Where the theory does not apply
 #
-# Cross-entropy on separable data has no minimizer: the weights grow for ever. The check finds out and does not invent a
+# Cross-entropy on separable data has no minimizer: the weights grow without bound. The check detects this and claims no
 # rate.
 
 # %%
@@ -125,7 +126,7 @@ print(silent)
 # %% [markdown]
 # ## To quote
 #
-# Each sentence is printed with the numbers of this run, and asserted below it.
+# Each sentence is printed with the numbers of this run, and the assertions below verify it.
 
 # %%
 print(f"* {sum(check.holds is True for check in checks.checks)} checks of five statements hold, none fails.")

@@ -13,12 +13,12 @@
 # %% [markdown]
 # # Training with BNP: small batches, one example at a time, a stream
 #
-# **What this page answers.** How is BNP put into a training loop, does it train better than plain SGD and than batch
-# normalization in equally many steps with equally many learning rates tried, and does it work where batch normalization
-# cannot: at batch size 1, on a stream whose inputs move, behind an optimizer that somebody else steps?
+# **What this page answers.** How is BNP added to a training loop? Does it train better than plain SGD and than batch
+# normalization in equally many steps, with equally many learning rates tried? Does it work where batch normalization
+# cannot: at batch size 1, on a stream whose inputs drift, and with an optimizer that other code steps?
 #
-# BNP changes gradients and nothing else, so it does not need batches. The options and their reasons are on the page
-# *Training* of the documentation.
+# BNP changes only gradients, so that it does not need batches. The page *Training* of the documentation describes the
+# options and their reasons.
 
 # %%
 import matplotlib.pyplot as plt
@@ -45,9 +45,9 @@ def accuracy(model):
 # %% [markdown]
 # ## A plain loop
 #
-# Two lines are new. `pre = bnp.BNP(model)` puts hooks on the layers, which see the inputs pass; `pre.step()` replaces
-# `.grad` by `P P^T .grad`, right before the optimizer reads it. Beside it a plain network, from the same start, sees
-# the same batches. Both take the rate 0.1; that is no comparison yet, since each method has a best rate of its own.
+# Two lines are new. `pre = bnp.BNP(model)` registers hooks that observe the inputs of the layers; `pre.step()` replaces
+# `.grad` by `P P^T .grad` before the optimizer reads it. A plain network with the same initialization sees the same
+# batches. Both use the learning rate 0.1; this is not yet a fair comparison, since each method has its own best rate.
 
 # %%
 model, beside = network(), network()
@@ -70,7 +70,7 @@ for _ in range(4):
 pre
 
 # %% [markdown]
-# No layer was added: what was trained is the plain network, and without BNP it computes the same.
+# BNP adds no layer: the trained model is the plain network, and it computes the same outputs without BNP.
 
 # %%
 bare = network()
@@ -82,10 +82,10 @@ print(list(model.state_dict()) == list(bare.state_dict()), same_inference)
 # %% [markdown]
 # ## The same loop as one call, at three batch sizes
 #
-# `bnp.train` is that loop with logs, checkpoints and evaluation. Every method gets the same learning rates, in factors
-# of two from 1/64 to 2, at every batch size; the best one is kept, and lies inside of the grid. Two epochs are 14 steps
-# of 60 examples, 134 of 6 or 800 of one. One seed, a small set, and rates chosen by the accuracy that is shown: a
-# picture of what happens, not a benchmark.
+# `bnp.train` is this loop with logs, checkpoints and evaluation. Every method is run at every batch size with the same
+# learning rates, in factors of two from 1/64 to 2. The best rate is kept; it lies in the interior of the grid. Two
+# epochs are 14 steps of 60 examples, 134 steps of 6, or 800 steps of one. There is one seed and a small data set, and
+# the rates are selected by the same accuracy that is shown: this is an illustration, not a benchmark.
 
 # %%
 METHODS = ("plain", "batch norm", "BNP")
@@ -143,10 +143,11 @@ legend = figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper 
 # %% [markdown]
 # ## Statistics from single examples (T4)
 #
-# One row has no variance, so averages of within-batch variances are zero. `variance="total"`, the default, adds what
-# the mean moved: the law of total variance. Fed one row at a time without any update of the weights, the statistics
-# approach those of the whole set. The paper's form, `BNP.paper`, takes $(h - \mu)^2$ with the running mean instead.
-# Plain averages within batches, `variance="within"`, are refused at one row, with the reason.
+# A single row has no variance, so averages of within-batch variances are zero. `variance="total"`, the default, adds
+# the changes of the running mean, by the law of total variance. When the statistics are updated one row at a time and
+# the weights are not, they approach those of the whole set. The paper's form, `BNP.paper`, uses $(h - \mu)^2$ with the
+# running mean instead. Plain averages within batches, `variance="within"`, raise an error that gives the reason if a
+# batch has one row.
 
 # %%
 model = network()
@@ -172,10 +173,10 @@ except bnp.errors.InvalidInputError as error:
 print(refused)
 
 # %% [markdown]
-# ## Online: a stream whose inputs move
+# ## Online: a stream whose inputs drift
 #
-# One example at a time, each seen once, while the brightness of the camera drifts: 1 is added to every pixel over the
-# stream. Running means follow; a common shift of a layer's inputs is exactly what centring takes out.
+# The network sees one example at a time, and each only once, while the images become brighter: over the stream 1 is
+# added to every pixel. The running means follow, and centring removes exactly a common shift of a layer's inputs.
 
 
 # %%
@@ -209,9 +210,9 @@ for name, values in streams.items():
     )
 
 # %% [markdown]
-# ## In a loop that is not yours
+# ## In a training loop that you cannot edit
 #
-# `attach` puts BNP before each step of an optimizer, for trainers that step where you do not see it.
+# `attach` runs BNP before each step of an optimizer, for trainers whose call of `optimizer.step()` you cannot edit.
 
 # %%
 model = network()
@@ -231,9 +232,10 @@ attached = accuracy(model)
 print(f"accuracy {attached:.3f}; {pre}")
 
 # %% [markdown]
-# ## What trains is what is measured
+# ## Measuring the P of a training run
 #
-# `pre.preconditioner()` is accepted wherever `preconditioner=` is. Damped as it trains, on the last layer:
+# Every function with an argument `preconditioner=` accepts `pre.preconditioner()`, with the damping used in training.
+# Here it is applied to the last layer:
 
 # %%
 risk = bnp.EmpiricalRisk(model, cross_entropy, train.tensors, dtype=torch.float64)
@@ -247,7 +249,8 @@ pre.close()
 # %% [markdown]
 # ## To quote
 #
-# Each sentence is printed with the numbers of this run, and asserted below it. All are of one seed and 400 digits.
+# Each sentence is printed with the numbers of this run, and the assertions below verify it. All numbers are of one seed
+# and 400 digits.
 
 # %%
 for size, steps in BATCHES.items():

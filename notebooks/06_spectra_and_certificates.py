@@ -16,9 +16,10 @@
 # **What this page answers.** When is a computed condition number right, to how many digits, and how would you notice
 # that it is not?
 #
-# `kappa*` is the largest over the smallest *nonzero* eigenvalue. Both words are hard for a computer: the smallest value
-# drowns in rounding first, and "nonzero" is no question that floating point can answer. Here are the ways to get it
-# wrong, on matrices whose answer is known, and what the package says in each case (T13).
+# `kappa*` is the ratio of the largest to the smallest *nonzero* eigenvalue. Both "smallest" and "nonzero" are difficult
+# in floating point: the smallest eigenvalue is the first to be lost in rounding errors, and rounding errors make it
+# undecidable whether a number is zero. This page shows wrong ways to compute `kappa*`, on matrices whose `kappa*` is
+# known, and what the package reports in each case (T13).
 
 # %%
 import torch
@@ -40,9 +41,10 @@ def widths(k):
 # %% [markdown]
 # ## The factor, not the matrix
 #
-# Curvature matrices come as $A = F^T F$. Eigenvalues of a computed $A$ carry an error of about $u\,\lambda_{\max}$,
-# where $u$ is the unit roundoff, so $\lambda_{\min}$ is known to a relative $u\,\kappa$. Singular values of $F$ carry
-# $u\,\sigma_{\max}$: that is $u \sqrt{\kappa}$. Beyond $\kappa = 10^{16}$ only the factor knows anything.
+# Curvature matrices have the form $A = F^T F$. Eigenvalues of a computed $A$ have an error of about
+# $u\,\lambda_{\max}$, where $u$ is the unit roundoff, so $\lambda_{\min}$ has a relative error of $u\,\kappa$. Singular
+# values of $F$ have an error of $u\,\sigma_{\max}$, so $\sigma_{\min}$ has a relative error of $u \sqrt{\kappa}$.
+# Beyond $\kappa = 10^{16}$ only the factor determines the smallest eigenvalue.
 
 # %%
 n = 40
@@ -58,8 +60,9 @@ for kappa in (1e4, 1e8, 1e12, 1e16, 1e20):
     print(f"{kappa:12.0e} {by_matrix:22.10g} {by_factor:22.10g}")
 
 # %% [markdown]
-# A negative "condition number", or one that is off by a factor, looks like any other number. Therefore
-# `condition_number` takes the factor where an operator has one, and without it says where its knowledge ends:
+# A "condition number" that is negative, or wrong by a factor, is printed like any other number. Therefore
+# `condition_number` uses the factor of an operator if there is one, and otherwise reports only the bound that it can
+# prove:
 
 # %%
 problem = symmetric_with_spectrum(spectrum("log", n, 1e20), generator, factor_rows=n + 10)
@@ -71,7 +74,7 @@ print(widths(without_factor))
 # %% [markdown]
 # ## Every method, before it runs
 #
-# `methods` lists what each way to the number would cost, and what it could claim.
+# `methods` lists every method with its cost and with the bounds that it can give, before any method runs.
 
 # %%
 for cost in bnp.linalg.methods(problem.operator):
@@ -80,9 +83,10 @@ for cost in bnp.linalg.methods(problem.operator):
 # %% [markdown]
 # ## Lanczos and a null space that nobody declared
 #
-# Networks have null spaces. Take 400 eigenvalues, 50 of them zero, the others with `kappa* = 1e4`. The ratio of the
-# largest to the smallest positive Ritz value is what many scripts print. It passes the truth and goes on: in floating
-# point the null space enters the run, and its Ritz values are noise.
+# Networks have null spaces. The matrix below has 400 eigenvalues; 50 are zero, and the others have `kappa* = 1e4`. Many
+# scripts print the ratio of the largest to the smallest positive Ritz value. This ratio exceeds the true `kappa*` and
+# keeps growing: rounding introduces components of the null space into the Krylov basis, and the corresponding Ritz
+# values are noise.
 
 # %%
 singular = symmetric_with_spectrum(spectrum("log", 400, 1e4, rank=350), generator)
@@ -94,10 +98,11 @@ for steps in (60, 100, 150):
     print(f"{steps} steps: ratio of Ritz values {ratios[steps]:.3g}\n  {widths(undeclared[steps])}")
 
 # %% [markdown]
-# The package starts in the range of the matrix, watches how far rounding leads it out, and claims a lower bound from
-# the clean part alone. With the null space declared, the run stays outside of it, and a random start gives an upper
-# bound that fails with a stated probability (Kuczynski and Wozniakowski 1992). It takes of the order of
-# $\sqrt{\kappa^*}$ steps; before that the upper bound is infinite, and the line says how many are missing.
+# The package starts the Lanczos process in the range of the matrix, monitors the components in the null space that
+# rounding introduces, and uses only the steps before these matter, for a lower bound. If the null space is declared,
+# the process stays in its orthogonal complement, and a random start gives an upper bound that fails with a stated
+# probability (Kuczynski and Wozniakowski 1992). This takes of the order of $\sqrt{\kappa^*}$ steps; with fewer steps
+# the upper bound is infinite, and the result states how many are needed.
 
 # %%
 for steps in (100, 350):
@@ -108,7 +113,7 @@ probable = bnp.condition_number(easy.operator, null=easy.null, method="lanczos",
 print(f"kappa* = 100:\n{widths(probable)}")
 
 # %% [markdown]
-# A direction that is declared but not null is refused, since it would make the number too small:
+# The package refuses a declared direction that is not null, since it would make the condition number too small:
 
 # %%
 try:
@@ -122,8 +127,8 @@ print(refused)
 # ## With a preconditioner: the term `|P|`
 #
 # The computed $F P$ differs from the exact one by about $u\, |F|\, |P|$, entry by entry. If $P$ is large and cancels
-# against $F$, that exceeds $u\, |F P|$ by far: a certificate that looks at the product alone is wrong. Below, many
-# $F = G P^{-1}$ with $|P|$ large; the truth of the *stored* $F$ and $P$ comes from arithmetic with 60 digits.
+# against $F$, this error exceeds $u\, |F P|$ by far, and a bound that uses only $|F P|$ is wrong. The code draws
+# matrices $F = G P^{-1}$ with large $|P|$; the exact `kappa*` of the *stored* $F$ and $P$ is computed with 60 digits.
 
 # %%
 import mpmath
@@ -158,11 +163,12 @@ print(f"the last one: truth {truth:.12g}\n{widths(k)}")
 # %% [markdown]
 # ## A spectral density is no condition number
 #
-# Stochastic Lanczos quadrature shows where the eigenvalues are, with error bars: for the probes drawn the quadrature of
-# $k$ steps leaves the mass below a bound open by a Christoffel function (Chebyshev, Markov, Stieltjes), and the choice
-# of the probes adds their scatter, whose distribution is known. A condition number depends on *one* small eigenvalue
-# among hundreds: a mass of 1/400, below the error bar. Both matrices here have the same density to the eye, and
-# condition numbers that differ by $10^6$.
+# Stochastic Lanczos quadrature shows where the eigenvalues are, with error bars. An error bar has two parts. For the
+# probes drawn, quadrature with $k$ steps determines the mass below any value up to an error that is bounded by a
+# Christoffel function (Chebyshev, Markov, Stieltjes). The random choice of the probes adds a sampling error with a
+# known distribution. A condition number depends on *one* small eigenvalue among hundreds, a mass of 1/400, which is
+# below the error bar. The two matrices below have visually identical densities, and condition numbers that differ by
+# $10^6$.
 
 # %%
 tame = spectrum("log", 400, 100.0)
@@ -187,7 +193,7 @@ for mass, truth in zip(masses, truths, strict=True):
 # %% [markdown]
 # ## To quote
 #
-# Each sentence is printed with the numbers of this run, and asserted below it.
+# Each sentence is printed with the numbers of this run, and the assertions below verify it.
 
 # %%
 print(f"* At kappa* = 1e16 eigenvalues of A are off by {errors[1e16][0]:.0%}, at 1e20 the ratio is meaningless;")

@@ -13,12 +13,12 @@
 # %% [markdown]
 # # From the paper to your network
 #
-# **What this page answers.** You have a network, and you read *Batch Normalization Preconditioning for Neural Network
-# Training* (Lange, Helfrich and Ye 2022). How badly conditioned is the loss of your network, and what does BNP change?
-# Which statements of the paper speak about your network, and do they hold there? Does it train better in equally many
-# steps? And what may you quote?
+# **What this page answers.** You have a network, and you have read *Batch Normalization Preconditioning for Neural
+# Network Training* (Lange, Helfrich and Ye 2022). How badly conditioned is the loss of your network, and how does BNP
+# change this? Which statements of the paper apply to your network, and do they hold there? Does it train better in
+# equally many steps? And which conclusions may you quote?
 #
-# The network below stands for yours: replace the class and the data, and run the page again.
+# The network below is a placeholder for yours: replace the class and the data, and run the page again.
 
 # %%
 import matplotlib.pyplot as plt
@@ -49,16 +49,17 @@ x, y = bnp.data.load("digits", n=200, flatten=False).tensors
 print(f"{len(x)} images of {x.shape[2]} x {x.shape[3]} pixels, {len(y.unique())} classes")
 
 # %% [markdown]
-# ## Its condition number, and what BNP does to it
+# ## The condition number, without and with BNP
 #
 # A *risk* $L(\theta)$ is the mean loss over the data as a function of all parameters $\theta$. Its curvature $A$ at
-# $\theta$ is here the Gauss-Newton matrix, the part of the Hessian that is never indefinite. $\kappa^*$ is the largest
-# eigenvalue of $A$ over its smallest *nonzero* one: gradient descent near a minimizer needs a number of steps in
-# proportion to it. BNP puts $\theta = P z$, with an invertible matrix $P$ made of the means and variances of each
-# layer's inputs; in the variables $z$ the curvature is $P^T A P$.
+# $\theta$ is here the Gauss-Newton matrix: the Hessian without the second derivatives of the network, which is never
+# indefinite. $\kappa^*$ is the ratio of the largest to the smallest *nonzero* eigenvalue of $A$; near a minimizer the
+# number of steps of gradient descent is proportional to it. BNP substitutes $\theta = P z$ with an invertible matrix
+# $P$ that is built from the means and variances of each layer's inputs; in the variables $z$ the curvature is $P^T A
+# P$.
 #
-# The table below goes rank by rank, from the ratio of the two largest eigenvalues to $\kappa^*$ in its last row;
-# brackets hold what is certain.
+# The table below lists the ratio of the largest eigenvalue to the $r$-th, by rank $r$, up to $\kappa^*$ in the last
+# row. The brackets contain the certified bounds.
 
 # %%
 model = yours(seed=0)
@@ -69,31 +70,34 @@ print(found.summary())
 found
 
 # %% [markdown]
-# ## Which statement says what, and of whom
+# ## The statements of the paper, and where they apply
 #
 # $H$ is the matrix of a layer's inputs, one row for each of the $N$ examples and one column for each of the $n$
 # features; $\hat H = [e, H]$ has a column of ones in front, for the bias. $\mu$ and $\sigma$ are the means and standard
 # deviations of the columns of $H$, and $\hat G = [e, G]$ where $G$ is $H$ centred and scaled by them. $\kappa$ of a
 # matrix that is not square is the ratio of its extreme singular values.
 #
-# * **Prop. 2** (p. 7): the Hessian of one unit of a dense layer is $\hat H^T S \hat H$, with $S$ from the loss behind
-#   it. So ill-conditioned inputs make ill-conditioned curvature. *It speaks of every dense layer of yours.*
-# * **Theorem 3** (p. 9): in $z$ the same block is $\hat G^T S \hat G / q^2$ with a number $q$ of the layer, and
-#   descent in $z$ multiplies the gradient by $P P^T$. *Every layer that BNP covers.*
-# * **Theorem 4** (p. 9): if $\hat H$ has full column rank, centring does not increase $\kappa(\hat H)$, and scaling
-#   then comes within $\sqrt{n+1}$ of the best diagonal. *Where the rank is full: the check decides.*
-# * **Theorem 1** (p. 7): near minimizers that differ by rescaling, gradient descent contracts at a rate that the
-#   nonzero eigenvalues give. *Only at a minimizer that is attained: see notebook 4.*
-# * **Prop. 5** (p. 11): a bound for the norm of $\hat G$ if its entries are independent. *Not of your network: the
-#   inputs of a layer are not independent.*
+# * **Prop. 2** (p. 7): the Hessian of one unit of a dense layer is $\hat H^T S \hat H$, where $S$ is the second
+#   derivative of the loss in the unit's outputs. So ill-conditioned inputs make ill-conditioned curvature. *It applies
+#   to every dense layer.*
+# * **Theorem 3** (p. 9): in $z$ the same block is $\hat G^T S \hat G / q^2$ with a number $q$ per layer, and descent in
+#   $z$ multiplies the gradient by $P P^T$. *It applies to every layer that BNP covers.*
+# * **Theorem 4** (p. 9): if $\hat H$ has full column rank, centring does not increase $\kappa(\hat H)$, and after
+#   scaling the condition number is within $\sqrt{n+1}$ of that of the best diagonal scaling. *It applies where the rank
+#   is full; the check decides this.*
+# * **Theorem 1** (p. 7): near minimizers that differ by rescaling, gradient descent contracts at a rate that depends on
+#   the nonzero eigenvalues. *It applies only at a minimum that is attained: see notebook 4.*
+# * **Prop. 5** (p. 11): a bound for the norm of $\hat G$ if its entries are independent. *It does not apply to your
+#   network: the inputs of a layer are not independent.*
 #
-# None of them says that $\kappa^*$ of the *whole* network falls, or that training ends sooner. Those two are measured.
+# None of them states that $\kappa^*$ of the *whole* network decreases, or that training takes fewer steps. This page
+# measures both.
 
 # %% [markdown]
 # ## Do they hold here?
 #
-# `check_theory` computes both sides of each statement for your risk, in ways that share as little as possible. A
-# statement whose hypotheses fail is *not applicable*, which is no success.
+# `check_theory` computes both sides of each statement for your risk, as independently of each other as possible. A
+# statement whose hypotheses fail is *not applicable*, which does not count as success.
 
 # %%
 checks = bnp.check_theory(risk, only=["Prop. 2", "Theorem 3", "Theorem 4"])
@@ -103,8 +107,8 @@ for check in checks.checks:
 # %% [markdown]
 # ## BNP in your loop
 #
-# Two lines are BNP's: the one that makes it, and `pre.step()`, right before the optimizer reads the gradients. Without
-# them the loop is plain SGD.
+# BNP needs two lines: the construction, and `pre.step()` before the optimizer reads the gradients. Without them the
+# loop is plain SGD.
 
 
 # %%
@@ -124,9 +128,9 @@ def train(seed, lr, with_bnp, steps=60, batch=20):
 
 
 # %% [markdown]
-# A comparison is fair if both sides have the same steps, the same batches, the same starts and the same grid of
-# learning rates, and neither takes its best rate from an end of the grid. Sixty steps, three starts, rates in factors
-# of two.
+# A comparison is fair if both methods have the same number of steps, the same batches, the same initializations and the
+# same grid of learning rates, and if the best rate of neither is an end of the grid. Here: sixty steps, three
+# initializations, rates in factors of two.
 
 # %%
 RATES = [2.0**k for k in range(-4, 3)]
@@ -162,9 +166,9 @@ legend = figure.legend(loc="outside upper center", ncols=2, frameon=False)
 # %% [markdown]
 # ## To quote
 #
-# A number without its setting is no result. Say the matrix, the data, the point, the bounds; for training say steps,
-# rates and starts; and say what was not measured. `found.summary()` and `found.settings` hold what the first sentence
-# needs.
+# A number without its setting is not a result. State the matrix, the data, the parameters and the bounds; for training
+# also the number of steps, the rates and the initializations; and what was not measured. `found.summary()` and
+# `found.settings` contain what the first sentence needs.
 
 # %%
 without, with_bnp, rank = found.without_P.value[-1], found.with_P.value[-1], found.ranks[-1]

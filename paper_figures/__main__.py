@@ -22,13 +22,15 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make figures; 0 done, 1 a figure's claim fails that is not about times, 2 bad input, 130 interrupted."""
+    """Make figures; 0 done, 1 a claim (other than on times) fails, 2 bad input, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="bnp-analysis figures", description="Make the figures of the theory.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"figures, default all: {', '.join(frame.names())}")
-    parser.add_argument("--preset", choices=frame.PRESETS, default="quick", help="how much to compute")
-    parser.add_argument("--force", action="store_true", help="compute again what is there")
-    parser.add_argument("--caption", action="store_true", help="draw the note of index.md below each picture too")
-    parser.add_argument("--out", type=Path, help="folder; default paper_figures/PRESET, of the checkout or from here")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"figures; default all: {', '.join(frame.names())}")
+    parser.add_argument("--preset", choices=frame.PRESETS, default="quick", help="size of the computation")
+    parser.add_argument("--force", action="store_true", help="recompute stored data")
+    parser.add_argument("--caption", action="store_true", help="draw the note of index.md below each figure")
+    parser.add_argument(
+        "--out", type=Path, help="output folder; default: paper_figures/PRESET in the checkout or the current folder"
+    )
     arguments = parser.parse_args(argv)
     return answered(lambda: make_all(arguments), "bnp-analysis figures")
 

@@ -10,10 +10,10 @@ job leaves `OUT/PANEL.METHOD.SEED.json` after each epoch, written atomically, an
 found as `bnp_analysis.data` finds them (`BNP_ANALYSIS_DATA`).
 
 Networks, data, batch sizes, lengths, initialization and rates are those of Lange, Helfrich and Ye 2022, section 5 and
-appendix B. Not stated there, so chosen: "same" padding and 64 hidden units of the convolutional network, pixels in
-[0, 1], normalization of the network's input too, and TensorFlow's defaults for BN and Batch Renormalization, momentum
-0.99 and epsilon 1e-3 (with torch's 0.9 and 1e-5 the loss of BN on MNIST after 5,000 iterations is three times the
-published one).
+appendix B. The paper does not state, and we chose: "same" padding and 64 hidden units of the convolutional network,
+pixels in [0, 1], normalization of the network's input too, and TensorFlow's defaults for BN and Batch Renormalization,
+momentum 0.99 and epsilon 1e-3 (with torch's 0.9 and 1e-5 the loss of BN on MNIST after 5,000 iterations is three times
+the published one).
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ PANELS: dict[str, Panel] = {
     "fig4_cnn_1": Panel("cnn", "cifar10", 1, 20, hidden=(64,)),
     "fig5_cnn_128": Panel("cnn", "cifar10", 128, 20, hidden=(64,)),
     "fig5_cnn_2": Panel("cnn", "cifar10", 2, 20, hidden=(64,)),
-    # What the paper does not say of the convolutional network, chosen otherwise.
+    # The convolutional network with other choices where the paper states none.
     "valid_cnn_128": Panel("cnn", "cifar10", 128, 20, hidden=(64,), padding="valid"),
     "wide_cnn_128": Panel("cnn", "cifar10", 128, 20, hidden=(128,)),
     # Ours, for the choice of the rule for q: 300, 540 and 1,438 steps on digits, 200, 600 and 2,000 on CIFAR-10.

@@ -1,6 +1,6 @@
 """Write docs/reproduction.md from the committed curves: `python -m paper_figures.reproduction [--check]`.
 
-`--check` writes nothing and exits with 1 where the page is not what the curves say.
+`--check` writes nothing and exits with 1 if the committed page differs from the page that the curves give.
 """
 
 from __future__ import annotations
@@ -29,33 +29,36 @@ FIGURES = {
 #: Where a curve is compared, in epochs or iterations; always also at the last point that both have.
 EPOCHS, ITERATIONS = (1, 5, 10, 20), (1_000, 5_000, 10_000)
 CHOICES = """
-## What the paper does not say, and what was taken
+## Settings that the paper does not state, and the values used here
 
 * **Pixels** lie in [0, 1], and nothing is subtracted. Vanilla on CIFAR-10 at batch size 60 then has 37.5, 39.3 and
-  39.7 % after epochs 2, 3 and 5 (published 38.7, 40.6 and 43.4). With the mean of each pixel subtracted it has 40.6,
-  43.0 and 46.7 % and LN 49.5 instead of 48.5 % after 5 (published 50.1; two seeds); with each pixel standardized
-  vanilla has 45.0 % after epoch 2, with pixels in [-1, 1] 43.4 %, with each image standardized 45.0 % (one seed each).
-  The published curves of vanilla lie between the first two.
-* **The training loss** is that of 10,000 training examples at the point, in evaluation mode. Of vanilla on MNIST it
-  is .0521 after 5,000 iterations (published .0503), where the mean over the epoch so far is .0624.
-* **BN and LN normalize the input of every layer**, that of the network included. Without the first, BN on CIFAR-10
-  has 43.2 % after epoch 2, with it 47.1 % (published 48.4; torch's momentum and epsilon in both).
-* **BN's momentum and epsilon** are TensorFlow's, .99 and 1e-3. On MNIST it is the epsilon that matters: the loss after
-  5,000 iterations is .026, .028 with momentum .9, .035 with epsilon 1e-5, .076 with both of torch's (two seeds;
-  published .026). On CIFAR-10 momentum .9 has 51.3 % after 20 epochs (three seeds) where .99 has 51.0 (published 53.0).
-* **Batch Renormalization** has the warm-up and the ramp of this package's `BatchRenorm`, and that momentum and epsilon.
-  On CIFAR-10 at batch size 6 it then has 42.3 % after one epoch (published 43.5); with torch's epsilon 38.8 %, without
-  limits of `r` and `d` 40.9 %, with limits that grow over ten times as many batches 38.5 % (one seed each). The
-  convolutional network at batch size 2 has 30.3 and 29.9 % after two epochs (published 40.0 and 44.6), without limits
-  23.0 and 28.3 %.
-* **The convolutional network** has "same" padding, 2 x 2 max pooling after the first two convolutions, 64 hidden
-  units, and BN normalizes the inputs of its dense layers too. With BN at batch size 2 the loss is 2.03 after one epoch
-  (published 1.89); without the one of the network's input 2.08, with running statistics ten times as slow 2.05; if
-  convolutions alone have BN 1.09, far below the published one (one seed each).
-* **BNP at one example** takes the running mean before its update; the other one multiplies those squares by .98.
+  39.7 % after epochs 2, 3 and 5 (published 38.7, 40.6 and 43.4). With the mean of each pixel subtracted, vanilla has
+  40.6, 43.0 and 46.7 %, and LN has 49.5 instead of 48.5 % after epoch 5 (published 50.1; two seeds). After epoch 2
+  vanilla has 45.0 % with each pixel standardized, 43.4 % with pixels in [-1, 1] and 45.0 % with each image
+  standardized (one seed each). The published curves of vanilla lie between those of the first two choices.
+* **The training loss** is the mean over 10,000 training examples at the current parameters, in evaluation mode. For
+  vanilla on MNIST it is .0521 after 5,000 iterations (published .0503), while the mean over the batches of the epoch
+  so far is .0624 (one seed).
+* **BN and LN normalize the input of every layer**, including the input of the network. On CIFAR-10 BN has 47.1 % after
+  epoch 2, and 43.2 % if the network's input is not normalized (published 48.4; both with torch's momentum and epsilon).
+* **BN's momentum and epsilon** are the defaults of TensorFlow, .99 and 1e-3. On MNIST the epsilon makes the larger
+  difference: the loss after 5,000 iterations is .026, with momentum .9 it is .028, with epsilon 1e-5 .035, and with
+  both of torch's defaults .076 (two seeds; published .026). On CIFAR-10 the accuracy after 20 epochs is 51.0 % with
+  momentum .99 and 51.3 % with .9 (three seeds; published 53.0).
+* **Batch Renormalization** uses the warm-up and the ramp of this package's `BatchRenorm`, and the same momentum and
+  epsilon. On CIFAR-10 at batch size 6 it then has 42.3 % after one epoch (published 43.5); with torch's epsilon
+  38.8 %, without limits of `r` and `d` 40.9 %, with limits that grow over ten times as many batches 38.5 % (one seed
+  each). The convolutional network at batch size 2 has 30.3 and 29.9 % after epochs 1 and 2 (published 40.0 and 44.6),
+  without limits 23.0 and 28.3 %.
+* **The convolutional network** has "same" padding, 2 x 2 max pooling after the first two convolutions, and 64 hidden
+  units; BN also normalizes the inputs of its dense layers. With BN at batch size 2 the loss after one epoch is 2.03
+  (published 1.89). It is 2.08 if the network's input is not normalized, 2.05 if the running statistics change ten
+  times as slowly, and 1.09, far below the published loss, if BN normalizes convolutions only (one seed each).
+* **BNP at batch size 1** measures the variance by `(h - mu)^2`, with the running mean `mu` before its update. The mean
+  after its update would multiply these squares by .98.
 
-BN with "4 things" (Summers and Dinneen 2020) is left out: a set of changes to BN that this package does not have. The
-ResNets of Figures 6 and 7 are out of reach of the machines that this was run on.
+BN with "4 things" (Summers and Dinneen 2020) is a set of changes to BN that this package does not contain; it was not
+run. The ResNets of Figures 6 and 7 exceed the machines that were used.
 """
 
 
@@ -110,16 +113,16 @@ def page() -> str:
     arrays = compute({"panels": panels, "inputs": []}, lambda _: None) if CURVES.exists() else {"panels": []}
     data = FigureData(arrays, {"settings": {}})
     lines = [
-        "# The paper's experiments, published and here",
+        "# The paper's experiments: published results and ours",
         "",
         "Written by `python -m paper_figures.reproduction` from `paper_figures/data/curves.json` (our runs, with "
         "settings, seeds, versions) and `paper_figures/data/published.json` (readings of the published figures, Lange, "
         "Helfrich and Ye, JMLR 23(72), 2022, CC-BY 4.0).",
         "",
-        "*Difference* is ours less the published mean; in brackets in units of the combined spread, `sqrt(s^2 (1/n + "
-        "1/5) + e^2)`, with the pooled variance `s^2` of single runs (ours over `n` seeds, theirs from the range of 5 "
-        f"tests) and the reading error `e`. *Agrees*: within {AGREES:g} spreads in test accuracy at the last point "
-        "that both curves have.",
+        "*Difference* is our mean minus the published mean, in brackets in units of the spread `sqrt(s^2 (1/n + 1/5) + "
+        "e^2)`. Here `s^2` is the pooled variance of single runs (ours over `n` seeds, the published ones from the "
+        "range of 5 tests), and `e` is the reading error. *Agrees* means a difference in test accuracy of at most "
+        f"{AGREES:g} spreads at the last point that both curves have.",
         "",
         "## Verdicts",
         "",
@@ -129,7 +132,7 @@ def page() -> str:
     for figure, names in FIGURES.items():
         for panel in names:
             for method in published["panels"][panel]["curves"]:
-                said = verdict(arrays, panel, method) if method in RATES[panel] else "not run: left out, see below"
+                said = verdict(arrays, panel, method) if method in RATES[panel] else "not run, see below"
                 lines.append(f"| {figure} | {TITLES[panel]} | {method} | {said} |")
     lines += [_times(), CHOICES.rstrip(), *_sensitivity(), *_rules()]
     for figure, names in FIGURES.items():
@@ -149,7 +152,7 @@ def page() -> str:
 
 
 def _sensitivity() -> list[str]:
-    """The convolutional network otherwise, beside the published curve."""
+    """The convolutional network with other settings, beside the published curve."""
     ours = _curves()
     lines = []
     for panel, like in LIKE.items():
@@ -164,8 +167,8 @@ def _sensitivity() -> list[str]:
                 shares = (f"{100 * v:.1f}" for v in (own, np.mean(other), there[reached - 1]))
                 cells = (panel.split("_")[0], method, reached, *shares)
                 lines.append("| " + " | ".join(map(str, cells)) + " |")
-    head = "### Sensitivity: no padding (valid), 128 hidden units (wide)"
-    columns = "| changed | method | epoch | accuracy, % | as taken | published |"
+    head = "### Sensitivity to no padding (valid) and to 128 hidden units (wide)"
+    columns = "| changed | method | epoch | accuracy, % | unchanged | published |"
     return ["", head, "", columns, "|---" * 6 + "|", *lines] if lines else []
 
 
@@ -185,9 +188,9 @@ def _rules() -> list[str]:
             cells = (panel[2:], rule, best.split("lr=")[1], len(losses), loss, f"{100 * np.mean(accuracies):.1f}")
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     said = (
-        "BNP on convolutional networks, each rule at its own best rate of a grid of half decades: on CIFAR-10 200 "
-        "steps at batch size 128, 600 at 16, 2,000 at 2; on digits, with 16-32-16 channels and 32 hidden units, 300, "
-        "540 and 1,438 steps."
+        "BNP on convolutional networks, each rule for `q` at its best learning rate from a grid of half decades. On "
+        "CIFAR-10: 200 steps at batch size 128, 600 at 16, 2,000 at 2. On digits, with 16-32-16 channels and 32 hidden "
+        "units: 300, 540 and 1,438 steps."
     )
     columns = "| batch | rule | rate | seeds | training loss, mean (range) | test accuracy, % |"
     return ["", "## Rules for q", "", said, "", columns, "|---" * 6 + "|", *lines] if lines else []
@@ -226,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = page()
     if parser.parse_args(argv).check:
         same = PAGE.exists() and PAGE.read_text() == text
-        print(f"{PAGE}: {'as' if same else 'not what'} the curves say")
+        print(f"{PAGE}: {'agrees with' if same else 'differs from'} the curves")
         return 0 if same else 1
     write_text(PAGE, text)
     print(PAGE)

@@ -1,7 +1,7 @@
 """The paper's training figures: its curves as published, in grey with their reading error, behind ours.
 
 `data/published.json` holds readings of the published figures, `data/curves.json` our runs
-(`python -m paper_figures.experiments`). The quick preset trains small networks on the digits, which the paper has not.
+(`python -m paper_figures.experiments`). The quick preset trains small networks on the digits.
 """
 
 from __future__ import annotations
@@ -220,10 +220,10 @@ def note(data: FigureData) -> str:
         said = ", ".join(f"{m} {len(c)} x {int(data[f'{panel}/{m}/ours/x'][c.min() - 1])}" for m, c in counts.items())
         parts.append(f"{TITLES[panel]}, seeds x {unit(data, panel)}s: {said}")
     return (
-        "Grey, with hollow marks of the method's shape: the published curves (Lange, Helfrich and Ye 2022, CC-BY 4.0), "
-        "read from the figures; band: their range of 5 tests and reading error. Colours: ours, float32, mean and range "
-        f"over seeds. {'. '.join(parts)}. The training loss is that of 10,000 training examples in evaluation mode; "
-        "the paper does not say which it plots. BN with 4 things is left out."
+        "Grey, hollow marks: the published curves (Lange, Helfrich and Ye 2022, CC-BY 4.0), read from the figures; "
+        "bands: range of 5 tests plus reading error. Colours: ours, float32, mean and range over seeds. "
+        f"{'. '.join(parts)}. The training loss is the mean over 10,000 training examples in evaluation mode; the "
+        "paper does not say which loss it plots. BN with 4 things was not run."
     )
 
 

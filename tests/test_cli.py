@@ -257,7 +257,7 @@ def test_module_and_help(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["condition", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "training examples used; all if not given (default: 1000)" in said
+    assert "number of training examples (default: 1000)" in said
     assert "no progress bars --" in said, "what is no value is no default"
 
 

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. A command's module is loaded when the command is given."""
+"""The command line: parse, call, print. The module of a command is loaded only when the command is run."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from bnp_analysis.cli.checkout import run_in_checkout
 from bnp_analysis.errors import BNPAnalysisError, InvalidInputError
 
-#: Every command: its module in this folder, and what it does. A module has a function of the command's name, which adds
-#: the options and the default `run` to a parser; commands without a module are what `checkout` runs.
+#: Every command: its module in this folder, and its description. A module has a function of the command's name, which
+#: adds the options and the default `run` to a parser; `checkout` runs commands without a module.
 COMMANDS = {
     "condition": (
         "measure",
@@ -20,14 +20,14 @@ COMMANDS = {
     "spectrum": ("measure", "largest eigenvalues and spectral density, without and with a preconditioner"),
     "train": (
         "train",
-        "train a network, with any normalization, preconditioner and optimizer; stop and resume bit for bit",
+        "train a network, with any normalization, preconditioner and optimizer; runs can be resumed bit for bit",
     ),
-    "check": ("check", "try every statement of the convergence theory on a network"),
+    "check": ("check", "check every statement of the convergence theory on a network"),
     "figures": ("", "make the figures of the theory and of the paper's experiments"),
     "bench": (
         "",
-        "run benchmarks by name, or products, krylov and truth --quick; --list names them "
-        "(in a checkout, found upward from here, or --root FOLDER)",
+        "run benchmarks by name (default: products, krylov, truth --quick); --list prints the names "
+        "(in a checkout: the current folder or a parent of it, or --root FOLDER)",
     ),
 }
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def answered(program: Callable[[], int | None], name: str = "bnp-analysis") -> int:
-    """Run a program; what it refuses becomes one sentence and the status 2, an interrupt the status 130.
+    """Run a program; an error of the package becomes one sentence and status 2, an interrupt status 130.
 
     Example:
         >>> answered(lambda: None)
@@ -64,21 +64,21 @@ def _run(words: list[str]) -> int:
         _require_one_process(command)
     if arguments is None:
         return run_in_checkout(command, words[1:])
-    from bnp_analysis.cli.options import require_arguments  # needs torch, an overview does not
+    from bnp_analysis.cli.options import require_arguments  # needs torch; the overview does not
 
     require_arguments(arguments)
     return int(arguments.run(arguments))
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """States defaults that are values; where there is none, the help of the option says what happens."""
+    """Appends default values to help texts; without a default value the help text itself says what happens."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
-    """The parser of the words behind a command that is not one of a checkout's.
+    """The parser of the arguments of a command that needs no checkout.
 
     Example:
         >>> parser_of("train").parse_args(["--batch-size", "1"]).batch_size
@@ -107,8 +107,8 @@ def _overview() -> argparse.ArgumentParser:
 
 
 def _require_one_process(command: str) -> None:
-    """Refuse several processes for a command that would do everything in each of them."""
-    # Commands need torch, an overview of them does not.
+    """Refuse several processes for a command that would do all work in each of them."""
+    # Commands need torch; the overview does not.
     from bnp_analysis.distributed import launched
 
     if launched() > 1:

@@ -27,15 +27,20 @@ def check(parser: argparse.ArgumentParser) -> None:
         ['T7', 'T11']
     """
     parser.epilog = (
-        "Exit status: 0 every applicable check holds, 1 a check fails, 2 bad input or nothing applies, "
-        "130 interrupted (the checks made are kept)."
+        "Exit status: 0 every applicable check holds, 1 a check fails, 2 bad input or no statement applies, "
+        "130 interrupted (finished checks are kept)."
     )
     problem_options(parser)
     add = parser.add_argument
-    names = "only these statements, by the paper's names or by T-numbers (quoted, or without spaces: prop10): "
+    names = "check only these statements, by the paper's names or T-numbers (quoted, or without spaces: prop10): "
     add("--only", nargs="+", metavar="NAME", help=names + ", ".join(Source))
-    add("--time-limit", type=float, metavar="SECONDS", help="begin no further statement after this")
-    add("--rates", type=float, metavar="SECONDS", help="observe rates on this network as well, so long for each")
+    add("--time-limit", type=float, metavar="SECONDS", help="start no further statement after this time")
+    add(
+        "--rates",
+        type=float,
+        metavar="SECONDS",
+        help="also measure convergence rates on this network, for this time each",
+    )
     add("--verbose", action="store_true", help="print hypotheses and details of every check")
     parser.set_defaults(run=_check, **SMALL)
 
@@ -72,7 +77,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _with(table: CheckTable, checks: Iterator[Check], report: Callable[[Check], None]) -> CheckTable:
-    """A table with more checks; Ctrl-C keeps those made."""
+    """The table with more checks appended; Ctrl-C keeps the finished ones."""
     began, found, stop = time.perf_counter(), list(table.checks), table.stop
     try:
         for check in checks:

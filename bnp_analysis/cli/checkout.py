@@ -1,4 +1,4 @@
-"""`bnp-analysis figures` and `bench`: scripts of a checkout; an installed package includes those of the figures."""
+"""`bnp-analysis figures` and `bench`: run scripts of a checkout; figures also run from an installed package."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from bnp_analysis.errors import InvalidInputError
 
 #: Commands that run files of a checkout, and the folder of each.
 FOLDERS = {"figures": "paper_figures", "bench": "benchmarks"}
-#: What `bench` runs without names, and the flags that it adds; `truth` is short for `truth_suite`.
+#: Benchmarks that `bench` runs by default, with the flags that it adds; `truth` is short for `truth_suite`.
 BY_DEFAULT = {"products": [], "krylov": [], "truth_suite": ["--quick"]}
 ALIASES = {"truth": "truth_suite"}
 _HELP = {
     "figures": "usage: bnp-analysis figures [NAME ...] [--preset quick|full] [--force] [--out FOLDER] [--root FOLDER]",
     "bench": "usage: bnp-analysis bench [NAME ... | --list] [--quick] [--gpu] [--root FOLDER]\n\n"
-    "Benchmarks are in a checkout only: run this inside one, or give its folder by --root.",
+    "Benchmarks need a checkout: run this inside one, or give its folder by --root.",
 }
 
 
 def run_in_checkout(command: str, words: list[str]) -> int:
     """Run `python -m paper_figures ...`, or `python benchmarks/NAME.py ...` for each name, from a checkout's root.
 
-    Outside of a checkout figures are made by the installed `paper_figures`, into the current folder.
+    Outside of a checkout the installed `paper_figures` makes figures, in the current folder.
     """
     here = Path.cwd()
     if "--root" in words:
@@ -60,7 +60,7 @@ def run_in_checkout(command: str, words: list[str]) -> int:
 
 
 def _bench(folder: Path, words: list[str], run: Callable[..., int]) -> int:
-    """Run the scripts named first, each with the words that follow; the worst of their exit statuses."""
+    """Run the scripts named first, each with the remaining arguments; return the largest exit status."""
     scripts = {path.stem: path.read_text() for path in sorted(folder.glob("*.py"))}
     scripts = {name: text for name, text in scripts.items() if 'if __name__ == "__main__"' in text}
     if words == ["--list"]:

@@ -31,10 +31,23 @@ def condition(parser: argparse.ArgumentParser) -> None:
     """Add the options of `condition`."""
     operator_options(parser)
     add = parser.add_argument
-    add("--layers", nargs="+", metavar="NAME", help="only these layers in the table")
+    add("--layers", nargs="+", metavar="NAME", help="layers in the table; all if not given")
     both = ["gauss_newton", "hessian"]
-    add("--curvature", nargs="+", type=_underscored, choices=CURVATURES, default=both, help="of the whole network")
-    add("--max-flops", type=float, default=MOST_WORK, metavar="N", help="that the table may take")
+    add(
+        "--curvature",
+        nargs="+",
+        type=_underscored,
+        choices=CURVATURES,
+        default=both,
+        help="matrices of the whole network",
+    )
+    add(
+        "--max-flops",
+        type=float,
+        default=MOST_WORK,
+        metavar="N",
+        help="limit of floating-point operations for the table",
+    )
     parser.set_defaults(run=_condition)
 
 
@@ -42,19 +55,19 @@ def spectrum(parser: argparse.ArgumentParser) -> None:
     """Add the options of `spectrum`."""
     operator_options(parser)
     add = parser.add_argument
-    add("--curvature", type=_underscored, choices=CURVATURES, default="hessian", help="the matrix")
-    add("--top", type=int, default=5, metavar="K", help="eigenvalues to print")
-    add("--probes", type=int, default=8, help="random vectors of the density")
-    add("--steps", type=int, default=64, help="Lanczos steps of each")
-    few = "keep three vectors of a density's run, not all of them"
+    add("--curvature", type=_underscored, choices=CURVATURES, default="hessian", help="matrix to measure")
+    add("--top", type=int, default=5, metavar="K", help="number of largest eigenvalues")
+    add("--probes", type=int, default=8, help="number of random vectors for the density")
+    add("--steps", type=int, default=64, help="Lanczos steps per random vector")
+    few = "store three Lanczos vectors for the density instead of all"
     add("--no-reorthogonalization", action="store_true", help=few)
-    every = "spectra of diagonal blocks in place of the whole: names or patterns, without any every parameter tensor"
+    every = "spectra of diagonal blocks instead of the network: names or patterns; without: every parameter tensor"
     add("--blocks", nargs="*", metavar="PATTERN", help=every)
     parser.set_defaults(run=_spectrum, outputs=_outputs)
 
 
 def _outputs(arguments: argparse.Namespace) -> Outputs:
-    """The files that `spectrum` writes: without `--blocks` four results, named after the one of `--json`."""
+    """The files that `spectrum` writes: without `--blocks` four results, with names derived from `--json`."""
     outputs = outputs_of(arguments)
     if arguments.blocks is None:
         for file in outputs.get("--json", [])[:]:
@@ -68,7 +81,7 @@ def _file(given: str | Path, what: str, with_P: bool) -> Path:
 
 
 def _keywords(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Those of operators, `engine` and `max_memory`, and those of searches, `seed` and `progress`."""
+    """Keyword arguments of operators, `engine` and `max_memory`, and of searches, `seed` and `progress`."""
     limit = None if arguments.max_memory is None else math.ceil(2**20 * arguments.max_memory)
     return {"engine": arguments.engine, "max_memory": limit}, {"seed": arguments.seed, "progress": not arguments.quiet}
 
@@ -94,7 +107,7 @@ def _condition(arguments: argparse.Namespace) -> int:
 
 
 def report(result: Comparison) -> str:
-    """The text that `condition` prints: table, bounds, methods and product counts; last the whole network, by rank."""
+    """The text that `condition` prints: table, bounds, methods, number of products, and the network's profile."""
     lines = ["", result.layers.table(), "", LEGEND]
     lines += [
         "Unit and layer blocks of the Gauss-Newton matrix are the Hessian's here: piecewise linear layers."

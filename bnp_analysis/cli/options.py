@@ -41,43 +41,48 @@ PRECONDITIONERS: dict[str, Callable[[EmpiricalRisk], Any]] = {
 
 
 def network_options(parser: argparse.ArgumentParser, *, samples: int | None, hidden: list[int], lr: float) -> None:
-    """The options of every command: data and network, with their defaults (`samples` None takes all), and output."""
+    """Add the options of every command: data and network (`samples=None` takes all examples), and output."""
     add = parser.add_argument
     add("--data", choices=data.names(), default="digits", help="data set; digits is embedded")
-    add("--data-dir", metavar="DIR", help="where its files are; default: the variable BNP_ANALYSIS_DATA")
+    add("--data-dir", metavar="DIR", help="folder of the data files; default: the variable BNP_ANALYSIS_DATA")
     add("--download", action="store_true", help="fetch missing files (needs the extra 'download')")
-    add("--samples", type=int, default=samples, metavar="N", help="training examples used; all if not given")
-    add("--standardize", action="store_true", help="standardize the inputs instead of raw pixels in [0, 1]")
+    number = "number of training examples" + ("; all if not given" if samples is None else "")
+    add("--samples", type=int, default=samples, metavar="N", help=number)
+    add("--standardize", action="store_true", help="standardize the inputs; otherwise pixels lie in [0, 1]")
     add("--model", choices=list(models.MODELS), default="mlp", help="network")
     add("--hidden", type=int, nargs="+", default=hidden, metavar="WIDTH", help="hidden widths of the mlp")
     add("--activation", choices=list(models.ACTIVATIONS), default="relu", help="activation")
     add("--norm", choices=list(models.NORMS), default="none", help="normalization layers")
     add("--lr", type=float, default=lr, help="learning rate of the training")
-    add("--device", default="cpu", help="of the training by train, else of the measurement")
-    add("--seed", type=int, default=0, help="of subset, initialization, training and random starts")
+    add("--device", default="cpu", help="device of the training (train) or of the measurement (other commands)")
+    add("--seed", type=int, default=0, help="random seed of subset, initialization, training and random starts")
     add("--json", metavar="FILE", help="write the result with its settings")
-    add("--quiet", action="store_true", help="no progress bars")
+    add("--quiet", action="store_true", help="show no progress bars")
 
 
 def problem_options(parser: argparse.ArgumentParser) -> None:
-    """The options that describe what is measured: data, network, point, preconditioner, precision."""
+    """Add the options of a measurement: data, network, parameters, preconditioner, precision."""
     network_options(parser, samples=1000, hidden=[16, 12], lr=0.05)
     add = parser.add_argument
-    add("--checkpoint", metavar="FILE", help="state dict to measure at; implies --epochs 0 unless given")
+    add(
+        "--checkpoint",
+        metavar="FILE",
+        help="state dict of the network to measure; without --epochs it is not trained further",
+    )
     add("--epochs", type=int, help="epochs of plain SGD before measuring (default: 3, or 0 with a checkpoint)")
-    add("--preconditioner", choices=list(PRECONDITIONERS), default="bnp", help="P")
+    add("--preconditioner", choices=list(PRECONDITIONERS), default="bnp", help="preconditioner P")
     add("--dtype", choices=list(DTYPES), default="float64", help="precision of the measurement")
 
 
 def operator_options(parser: argparse.ArgumentParser) -> None:
-    """Those of commands that measure operators: a problem, how products are computed, several processes, a figure."""
+    """Add the options of operators: a problem, the computation of products, several processes, a figure."""
     problem_options(parser)
     add = parser.add_argument
-    add("--engine", choices=ENGINES, default="auto", help="keep recorded graphs, or recompute them")
-    add("--max-memory", type=float, metavar="MIB", help="that kept graphs and a product may take")
-    late = "under torchrun: how late a process may be before the others end with an error"
+    add("--engine", choices=ENGINES, default="auto", help="keep autograd graphs between products, or recompute them")
+    add("--max-memory", type=float, metavar="MIB", help="memory limit for kept graphs and a product")
+    late = "under torchrun: time that processes wait for a late one before they fail"
     add("--timeout", type=float, default=600.0, metavar="SECONDS", help=late)
-    add("--figure", metavar="FILE", help="write the figure; the suffix says the format")
+    add("--figure", metavar="FILE", help="write a figure; the suffix selects the format")
     parser.set_defaults(group=ALONE)
 
 
@@ -106,7 +111,7 @@ def require_arguments(arguments: argparse.Namespace) -> None:
 
 
 def outputs_of(arguments: argparse.Namespace) -> Outputs:
-    """The files that a command writes, under their options; one that writes more has its own function as `outputs`.
+    """The files that a command writes, by option; a command that writes more sets its own function as `outputs`.
 
     Example:
         >>> outputs_of(argparse.Namespace(json="a.json", log=None, checkpoint="a.pt"))
@@ -118,7 +123,7 @@ def outputs_of(arguments: argparse.Namespace) -> Outputs:
 
 
 def experiment_of(arguments: argparse.Namespace, **given: Any) -> Experiment:
-    """The experiment that the options describe, but for what is given."""
+    """The experiment that the options describe, with `given` in place of some of them."""
     named = {name: value for name, value in vars(arguments).items() if name in Experiment.__dataclass_fields__}
     bnp = dict(_option(word) for word in named.get("bnp", ()))
     return Experiment(**{**named, "hidden": tuple(arguments.hidden), "bnp": bnp, **given})
@@ -135,7 +140,7 @@ def _option(word: str) -> tuple[str, str | float]:
 
 
 def risk_of(arguments: argparse.Namespace) -> EmpiricalRisk:
-    """Data, network, a little training, and the risk at the point reached."""
+    """Load data, build and train the network, and return the risk at the trained parameters."""
     group = getattr(arguments, "group", ALONE)
     if arguments.download and group.size > 1:
         raise InvalidInputError(
@@ -159,7 +164,7 @@ def risk_of(arguments: argparse.Namespace) -> EmpiricalRisk:
         _load(made.model, Path(arguments.checkpoint))
     losses = fit(made.model, made.loss, found.tensors, epochs=epochs, lr=experiment.lr, seed=experiment.seed)
     made.model.eval()
-    # Every process has trained on all of it; on unlike machines not to the same bits.
+    # Every process has trained on all data; on different machines the bits may differ.
     made.model.load_state_dict(group.from_first(made.model.state_dict(), "the trained parameters"))
     shard, dtype = group.shard(found.tensors), DTYPES[arguments.dtype]
     risk = EmpiricalRisk(made.model, made.loss, shard, dtype=dtype, device=arguments.device, group=group)
@@ -169,7 +174,7 @@ def risk_of(arguments: argparse.Namespace) -> EmpiricalRisk:
 
 
 def require_parts(model: torch.nn.Module, arguments: argparse.Namespace) -> None:
-    """Refuse names of layers and blocks that the network does not have, before it is trained.
+    """Refuse names of layers and blocks that the network does not have, before training.
 
     Raises:
         InvalidInputError: names the option.
@@ -206,21 +211,21 @@ def _load(model: torch.nn.Module, path: Path) -> None:
 
 
 def write(result: Result, path: str | Path | None) -> None:
-    """Save a result and say so, where a file is given."""
+    """Save a result and print the path, if a file is given."""
     if path is not None:
         print(f"wrote {result.save(path)}")
 
 
 def draw(save: str, result: Any, arguments: argparse.Namespace, title: str = "") -> None:
-    """Draw a result by a function of `plotting` and say so, where a file is given."""
+    """Draw a result by a function of `plotting` and print the path, if a file is given."""
     if arguments.figure:
-        plotting = importlib.import_module("bnp_analysis.plotting")  # matplotlib takes its time
+        plotting = importlib.import_module("bnp_analysis.plotting")  # importing matplotlib is slow
         getattr(plotting, save)(result, arguments.figure, f"{arguments.data}, {arguments.model}{title}")
         print(f"wrote {arguments.figure}")
 
 
 def in_processes(run: Command) -> Command:
-    """Let a command run in all processes that `torchrun` launched; the first one prints and writes."""
+    """Run a command in all processes that `torchrun` launched; the first one prints and writes."""
 
     @functools.wraps(run)
     def over_all(arguments: argparse.Namespace) -> int:

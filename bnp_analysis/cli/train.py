@@ -18,30 +18,44 @@ EXIT = {"finished": 0, "diverged": 1, "SIGINT": 130, "SIGTERM": 143}
 def train(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.epilog = (
-        "Exit status: 0 finished, 1 diverged, 2 bad input, 130 and 143 stopped by SIGINT and SIGTERM (saved)."
+        "Exit status: 0 finished, 1 diverged, 2 bad input, 130 stopped by SIGINT, 143 by SIGTERM (state saved)."
     )
     network_options(parser, samples=None, hidden=[100, 100, 100], lr=0.1)
     add = parser.add_argument
     add("--norm-at", choices=list(models.NORM_PLACES), default="preactivation", help="place of the normalization")
-    add("--preconditioner", choices=PRECONDITIONERS, default="none", help="of the gradients, beside any normalization")
-    add("--bnp", nargs="+", default=[], metavar="OPTION=VALUE", help="options of bnp, such as rho=0.9 q=measured")
-    add("--optimizer", choices=list(OPTIMIZERS), default="sgd", help="momentum is sgd with 0.9")
-    add("--weight-decay", type=float, default=0.0, help="of the optimizer")
-    add("--schedule", choices=SCHEDULES, default="constant", help="cosine goes to 0, step divides by 10 twice")
-    add("--batch-size", type=int, default=60, help="1 is allowed, but not with batch and renorm")
-    add("--epochs", type=int, default=10, help="in all, those before a resumed checkpoint included")
-    add("--probe", nargs="+", default=[], metavar="LAYER", help="measure the condition number of these layers")
+    add(
+        "--preconditioner",
+        choices=PRECONDITIONERS,
+        default="none",
+        help="preconditioner of the gradients, in addition to any normalization",
+    )
+    add("--bnp", nargs="+", default=[], metavar="OPTION=VALUE", help="options of BNP, such as rho=0.9 q=measured")
+    add("--optimizer", choices=list(OPTIMIZERS), default="sgd", help="momentum is SGD with momentum 0.9")
+    add("--weight-decay", type=float, default=0.0, help="weight decay of the optimizer")
+    add(
+        "--schedule",
+        choices=SCHEDULES,
+        default="constant",
+        help="of the learning rate: cosine decays to 0, step divides by 10 twice",
+    )
+    add("--batch-size", type=int, default=60, help="examples per step; 1 is not allowed with --norm batch or renorm")
+    add("--epochs", type=int, default=10, help="total number of epochs, including those before a resumed checkpoint")
+    add("--probe", nargs="+", default=[], metavar="LAYER", help="measure the condition numbers of these layers")
     add("--probe-every", type=int, default=100, metavar="STEPS", help="steps between measurements")
-    add("--probe-samples", type=int, default=200, metavar="N", help="training examples measured")
+    add("--probe-samples", type=int, default=200, metavar="N", help="training examples for the measurement")
     add("--log", metavar="FILE", help="write metrics of each step, epoch and probe as JSON lines")
-    add("--checkpoint", metavar="FILE", help="save here each epoch, at SIGINT and SIGTERM, and at the end")
-    add("--checkpoint-every", type=int, metavar="STEPS", help="save also after this many steps")
-    add("--resume", action="store_true", help="go on from the checkpoint, or start where there is none yet")
+    add(
+        "--checkpoint",
+        metavar="FILE",
+        help="file for the state, saved each epoch, at SIGINT and SIGTERM, and at the end",
+    )
+    add("--checkpoint-every", type=int, metavar="STEPS", help="also save every this many steps")
+    add("--resume", action="store_true", help="resume from the checkpoint if it exists, otherwise start")
     parser.set_defaults(run=run_train)
 
 
 def run_train(arguments: argparse.Namespace) -> int:
-    """Run the command; the exit status says why training stopped."""
+    """Run the command; the exit status gives the reason why training stopped."""
     experiment = experiment_of(arguments)
     exists = arguments.checkpoint is not None and Path(arguments.checkpoint).exists()
     if arguments.resume and arguments.checkpoint is None:
@@ -72,7 +86,7 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 
 def report(run: Run) -> str:
-    """The text that the command prints: a line per epoch and measurement, and how it ended."""
+    """The text that the command prints: a line per epoch and measurement, and how the run ended."""
     lines = []
     for row in run.records():
         words = "  ".join(f"{n} {row[n]:.4f}" for n in ("train_loss", "eval_loss", "accuracy") if n in row)

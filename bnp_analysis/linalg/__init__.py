@@ -1,7 +1,7 @@
 """Numerical linear algebra on flat vectors, independent of networks.
 
-`operators` are matrices known by their products, `preconditioner` the invertible maps `P` and `P^T A P`, `krylov` the
-processes, `spectra` eigenpairs, densities and traces, `condition` the condition number with its methods.
+`operators` defines matrices by their products, `preconditioner` invertible maps `P` and `P^T A P`, `krylov` Krylov
+processes, `spectra` eigenpairs, densities and traces, `condition` the condition number and its methods.
 """
 
 import lazy_loader

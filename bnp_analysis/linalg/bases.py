@@ -1,6 +1,6 @@
 """Orthonormal bases, stored as columns, rows or sparse blocks, and projection onto their complements.
 
-Blocks on few coordinates are grown some columns at a time.
+`LocalBasis` stores columns with few nonzero coordinates and orthogonalizes several new columns at a time.
 """
 
 from __future__ import annotations
@@ -176,15 +176,14 @@ _TOGETHER = 64
 _ROUNDING = 2.0**-52
 # Longer than this, a direction outside the others has lost no digit that counts; until all are, so often.
 _CLEAR, _PASSES = 0.1, 4
-# No longer than this, it is what rounding has left.
+# A remainder that is no longer than this is rounding error.
 _NOTHING = 1e-13
 
 
 class LocalBasis:
-    """Orthonormal columns, and what is orthogonal to them; some columns at a time, on the coordinates that count.
+    """Orthonormal columns with few nonzero coordinates; projects several columns at a time onto their complement.
 
-    A product of two sparse matrices costs ten times what a sparse one with a narrow dense one does, operation for
-    operation.
+    Per operation, a product of two sparse matrices costs ten times as much as that of a sparse and a narrow dense one.
     """
 
     def __init__(self, dim: int) -> None:
@@ -203,7 +202,7 @@ class LocalBasis:
     def taken_off(self, columns: Sparse) -> tuple[Sparse, Ints]:
         """Unit columns minus their part in the span, twice for rounding, and the numbers of those that have one.
 
-        What shares no coordinates keeps its exact zeros.
+        Columns that share no coordinates with the span keep their exact zeros.
         """
         parts, numbers = [columns[:, :0]], [np.zeros(0, np.int64)]
         for begin in range(0, columns.shape[1], _TOGETHER):

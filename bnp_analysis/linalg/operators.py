@@ -1,6 +1,6 @@
 """Matrix-free linear operators on flat vectors.
 
-One gate, `A @ v`, checks every argument; the formulas behind it (`_matmat`, `_rmatmat`) are clean.
+`A @ v` checks every argument; the formulas that it calls (`_matmat`, `_rmatmat`) check nothing.
 Operators add, scale and compose: `A + B`, `A - B`, `2 * A`, `A @ B`.
 """
 

@@ -1,7 +1,7 @@
 """Exact scaling of operators by powers of two, against over- and underflow, and out of half precision (T13).
 
-Squares, norms and products of numbers near the ends of the floats vanish or overflow. A verb measures `2^e A`, whose
-norm is near 1, and multiplies its results by `2^-e`.
+Squares, norms and products of numbers near the limits of the floating-point range underflow or overflow. A public
+function measures `2^e A`, whose norm is near 1, and multiplies its results by `2^-e`.
 """
 
 from __future__ import annotations

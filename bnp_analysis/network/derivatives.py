@@ -1,10 +1,10 @@
 """Comparison of autograd's derivatives of a risk with difference quotients along random directions.
 
-A derivative is refused when it is not that of the function: modules that run again in the backward pass, `detach`,
-straight-through estimators, wrong `autograd.Function`s. Quotients are taken in float64 where the model runs in it, at
-a point near `theta` (initial biases of zero put whole layers on the kink of a ReLU), along directions in which every
-tensor moves by the same share of its size. Steps over a kink, and rounding, show in quotients that disagree with one
-another: those say nothing, and other steps are tried. A refusal needs two directions.
+A risk is refused if autograd returns the derivative of another function: modules that run again in the backward pass,
+`detach`, straight-through estimators, wrong `autograd.Function`s. Quotients are computed in float64 if the model runs
+in it, at a point near `theta` (initial biases of zero put whole layers on the kink of a ReLU), along directions in
+which every tensor moves by the same relative amount. If a step crosses a kink or rounding dominates, quotients of
+different steps disagree; they decide nothing, and other steps are used. A refusal needs two directions.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Functions whose torch kernels lack a correct second derivative, rewritten in differentiable operations.
 
-The values are the same; so are the gradients, but for the one of torch's CTC in log-probabilities that are not
-normalized, which is the derivative of another function.
+Values and gradients are those of torch, with one exception: for log-probabilities that are not normalized, the
+gradient of torch's CTC loss is the derivative of another function.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The state of torch while a user's model and loss run, and the conversion of their exceptions.
 
-Everything of a user runs inside `explained`: forward, loss, `count=`, and the derivatives of all of them.
+All code of a user runs inside `explained`: the model, the loss, `count=`, and their derivatives.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Smooth functions whose derivatives stay accurate where they saturate.
 
-torch takes the derivative of `tanh` as `1 - y^2` and that of a sigmoid as `y (1 - y)`: where `y` is nearly 1 that is a
-difference of two near numbers, and at `tanh(20)` it is an exact 0. Inside `Accurate` such functions have torch's
-values, and first and second derivatives with a small relative error for all arguments: `sech^2 x`,
-`sigmoid(x) sigmoid(-x)`, the normal density. What torch computes accurately (ELU, exponentials, `atan`) is left to it.
+torch computes the derivative of `tanh` as `1 - y^2` and that of a sigmoid as `y (1 - y)`. For `y` near 1 this cancels,
+and at `tanh(20)` it is exactly 0. Inside `Accurate` such functions have the values of torch, and first and second
+derivatives with a small relative error for all arguments: `sech^2 x`, `sigmoid(x) sigmoid(-x)`, the normal density.
+Functions whose derivatives torch computes accurately (ELU, exponentials, `atan`) are not replaced.
 
-A derivative that underflows to zero is still no structure. `Monitor(structural=True)` runs the same functions with
-derivatives replaced by numbers of ordinary size: what is then zero is zero by a mask or a missing edge.
+A derivative that underflows to zero is no structural zero. `Monitor(structural=True)` runs the same functions with
+derivatives replaced by numbers of moderate size: zeros that remain come from a mask or a missing edge of the graph.
 """
 
 from __future__ import annotations

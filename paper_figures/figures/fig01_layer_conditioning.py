@@ -14,8 +14,8 @@ from paper_figures.frame import FigureData, Report, Settings
 
 TITLE = "Conditioning of each layer over training"
 CLAIM = (
-    "Centering never makes a layer's inputs worse conditioned where they have full column rank, and normalization "
-    "stays within sqrt(m) of the best scaling of columns; the unit blocks of the Hessian follow."
+    "Centring does not increase the condition number of a layer's inputs with full column rank, and normalization is "
+    "within sqrt(m) of the best column scaling; the median over the unit blocks of the Hessian decreases as well."
 )
 SHOWS = "T1, T1', T7a, T7b"
 PRESETS: dict[str, dict[str, Any]] = {
@@ -96,8 +96,8 @@ def note(data: FigureData) -> str:
     s = data.settings
     return (
         f"digits, {s['samples']} examples; ReLU perceptron 64-{'-'.join(map(str, s['hidden']))}-10, SGD with rate "
-        f"{s['lr']} and batch {s['batch']}, seed {s['seed']}. Constant pixels set aside. Below: median and 10 to 90 % "
-        f"of the units' Hessian blocks (equal to the Gauss-Newton blocks for ReLU), float64, "
+        f"{s['lr']} and batch {s['batch']}, seed {s['seed']}. Constant pixels are excluded. Below: median and 10 to "
+        f"90 % of the units' Hessian blocks (equal to the Gauss-Newton blocks for ReLU), float64, "
         f"{data['two_sided'].mean():.0%} of them with two-sided intervals."
     )
 

@@ -15,10 +15,10 @@ from paper_figures.frame import FigureData, Report, Settings
 
 TITLE = "Spectral density of curvature matrices, without and with preconditioning"
 CLAIM = (
-    "The share of the eigenvalues above any bound lies in the interval that stochastic Lanczos quadrature gives for it "
-    "(Chebyshev, Markov and Stieltjes, and the scatter of the probes), which is narrow only for large eigenvalues: no "
-    "condition number is read off a density. P narrows the Gauss-Newton spectrum: the largest over the median "
-    "eigenvalue falls."
+    "The share of the eigenvalues above any bound lies in the interval from stochastic Lanczos quadrature (quadrature "
+    "error by Chebyshev, Markov and Stieltjes, plus sampling error). The intervals are narrow for large eigenvalues "
+    "only: a density gives no condition number. P narrows the Gauss-Newton spectrum: the ratio of the largest to the "
+    "median eigenvalue decreases."
 )
 SHOWS = "T2, T7"
 PRESETS: dict[str, dict[str, Any]] = {
@@ -94,7 +94,7 @@ def note(data: FigureData) -> str:
         f"digits, {s['samples']} examples; ReLU perceptron {widths}, {int(data['dim'])} parameters, after 3 epochs, "
         f"seed {s['seed']}. Lines: {s['probes']} probes of {s['steps']} steps, bands at 95 %; bars: "
         f"eigvalsh of the dense matrix, float64 (zeros are left of the axis). Shaded: not "
-        "resolved, peaks there are places of quadrature nodes. Gauss-Newton: largest over median of "
+        "resolved, peaks there are positions of quadrature nodes. Gauss-Newton: ratio of the largest to the median of "
         f"the nonzero eigenvalues {without:.3g} without, {with_p:.3g} with P."
     )
 

@@ -16,9 +16,9 @@ from paper_figures.frame import ROOT, FigureData, Report, Settings
 
 TITLE = "Rates of convergence, predicted by the effective condition number"
 CLAIM = (
-    "Gradient descent, heavy ball and BNP contract near a flat minimizer as the effective condition number of their "
-    "Hessian at the limit point says: time constants within 3 % wherever the run reaches its tail. With badly scaled "
-    "and shifted inputs BNP is faster by the predicted factor."
+    "Near a minimizer with null directions, gradient descent, heavy ball and BNP contract at the rates predicted by "
+    "the effective condition number at the limit point: the time constants agree within 3 % for every run that reaches "
+    "its tail. With badly scaled and shifted inputs BNP is faster by the predicted factor."
 )
 SHOWS = "T14, T15"
 RECORDED = "benchmarks/results/convergence_rates.json"

@@ -15,9 +15,9 @@ from paper_figures.frame import FigureData, Report, Settings
 
 TITLE = "The condition number along an orbit of scale invariance"
 CLAIM = (
-    "Along the orbit of a ReLU unit the network is the same function, and kappa* of its Gauss-Newton matrix follows "
-    "the law kappa*(T^-T A T^-1) over many decades; BNP removes what the scale of the outgoing layer's inputs causes, "
-    "and with output scaling kappa* is constant to 1e-6."
+    "Rescaling a ReLU unit does not change the function of the network, and kappa* of the Gauss-Newton matrix follows "
+    "kappa*(T^-T A T^-1) over many decades. BNP removes the effect of the scale of the outgoing layer's inputs; with "
+    "output scaling kappa* is constant to 1e-6."
 )
 SHOWS = "T10, T12"
 PRESETS: dict[str, dict[str, Any]] = {
@@ -98,8 +98,8 @@ def note(data: FigureData) -> str:
     return (
         f"ReLU perceptron {'-'.join(map(str, s['widths']))} at its initialization, softmax cross-entropy, "
         f"{s['samples']} normal inputs, float64; median and range over seeds {s['seeds']}. All intervals two-sided "
-        f"with the null directions declared. Largest deviation from the law {error:.0e}, "
-        f"drift with output scaling {drift:.0e}, of the outputs {data['outputs'].max():.0e}."
+        f"with the null directions declared. Largest relative deviation from the formula "
+        f"{error:.0e}, change of kappa* with output scaling {drift:.0e}, of the outputs {data['outputs'].max():.0e}."
     )
 
 

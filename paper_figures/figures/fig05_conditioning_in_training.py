@@ -16,8 +16,8 @@ from paper_figures.frame import FigureData, Report, Settings
 
 TITLE = "Conditioning of layers during training"
 CLAIM = (
-    "Along its own run, at every measured point, the P that trains with BNP lowers the condition number of each "
-    "layer's block (median over the seeds)."
+    "At every measured point of the run with BNP, the P of that run lowers the condition number of each layer's block "
+    "(median over the seeds)."
 )
 SHOWS = "T2, T7, T9"
 PRESETS: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""What the inputs put into the largest eigenvalue: `|G^|^2 / R` against `m / R`, and the factor `q^2 = max(m/R, 1)`."""
+"""Largest eigenvalue of normalized inputs: `|G^|^2 / R` against `m / R`, and the factor `q^2 = max(m/R, 1)`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from paper_figures.frame import FigureData, Report, Settings
 
 TITLE = "Largest eigenvalue of normalized inputs against the size of the batch"
 CLAIM = (
-    "max(1, m/(R-1)) <= |G^|^2/R <= m always; for independent features it lies in [q^2, 4 q^2], q^2 = max(m/R, 1), and "
-    "correlated ones leave that band."
+    "max(1, m/(R-1)) <= |G^|^2/R <= m always. For independent features the mean of |G^|^2/R over batches lies in "
+    "[q^2, 4 q^2], q^2 = max(m/R, 1); correlated features exceed this interval."
 )
 SHOWS = "T8"
 PRESETS: dict[str, dict[str, Any]] = {

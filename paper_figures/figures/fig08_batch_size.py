@@ -14,8 +14,8 @@ from paper_figures.frame import ROOT, FigureData, Report, Settings
 
 TITLE = "Final accuracy against the size of the batch"
 CLAIM = (
-    "BNP trains at every batch size, one included, where BatchNorm and Batch Renormalization cannot run, and ends "
-    "above the vanilla network at each; it is not always the best method."
+    "BNP trains at every batch size, including 1, where BatchNorm and Batch Renormalization cannot run. At each batch "
+    "size its final accuracy is above that of the vanilla network; it is not always the best method."
 )
 SHOWS = "T3, T4"
 SERIES = {"digits": (60, 6, 1), "mnist": (60, 6, 1), "cifar": (128, 2)}

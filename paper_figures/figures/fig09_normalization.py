@@ -16,8 +16,8 @@ from paper_figures.frame import FigureData, Report, Settings
 
 TITLE = "BatchNorm on the layers' inputs against BNP"
 CLAIM = (
-    "With fixed statistics, gradient descent with BatchNorm on the layers' inputs and with BNP (q = 1) compute "
-    " the same function at every step, to rounding; with live statistics they part."
+    "With fixed statistics, gradient descent with BatchNorm on the layers' inputs and with BNP (q = 1) gives the same "
+    "function at every step, up to rounding; with updated statistics the two trajectories differ."
 )
 SHOWS = "T9"
 PRESETS: dict[str, dict[str, Any]] = {
@@ -137,8 +137,8 @@ def note(data: FigureData) -> str:
     widths = "-".join(map(str, [64, *s["hidden"], 10]))
     return (
         f"digits, {s['samples']} examples in one batch; ReLU perceptron {widths}, float64, rate {s['lr']}, median and "
-        f"range over seeds {s['seeds']}. Fixed: the statistics of the start. Live: those of the present weights, in "
-        f"BatchNorm differentiated as in training. Largest difference with fixed statistics: "
+        f"range over seeds {s['seeds']}. Fixed: statistics at the initial weights. Live: statistics at the current "
+        f"weights, differentiated in BatchNorm as in training. Largest difference with fixed statistics: "
         f"{data['difference'][0].max():.1e}."
     )
 

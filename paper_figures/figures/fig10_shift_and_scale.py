@@ -1,4 +1,4 @@
-"""Input shift and scale against the condition number of the first layer: the cliff that normalization removes."""
+"""Input shift and scale against the condition number of the first layer, without and with normalization."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from paper_figures.frame import FigureData, Report, Settings
 TITLE = "Shift and scale of the inputs against the condition number"
 CLAIM = (
     "The condition number of the first layer's block grows with the fourth power of the inputs' shift and the square "
-    "of the spread of their scales; with BNP it depends on neither, with diagonal scaling still on the shift, and with "
-    "K-FAC as soon as its damping shows."
+    "of the spread of their scales; with BNP it depends on neither; with diagonal scaling it depends on the shift, "
+    "and with K-FAC it depends on the shift once the damping is no longer negligible."
 )
 SHOWS = "T3, T7d"
 PRESETS: dict[str, dict[str, Any]] = {
@@ -95,9 +95,9 @@ def note(data: FigureData) -> str:
     flat = data["value"][:, WAYS.index("BNP")]
     return (
         f"Gauss-Newton block of one tanh unit with {s['features']} correlated Gaussian inputs, {s['samples']} "
-        f"examples, squared loss; the unit's values are the same at every point of a curve. Median and range over "
-        f"seeds {s['seeds']}; all intervals two-sided: {bool(np.isfinite(data['upper']).all())}. With BNP the "
-        f"largest change along a dial is {(flat.max(axis=-1) / flat.min(axis=-1)).max() - 1:.1g}."
+        f"examples, squared loss; the outputs of the unit are the same at every point of a curve. Median and range "
+        f"over seeds {s['seeds']}; all intervals two-sided: {bool(np.isfinite(data['upper']).all())}. With BNP the "
+        f"largest relative change along a curve is {(flat.max(axis=-1) / flat.min(axis=-1)).max() - 1:.1g}."
     )
 
 

@@ -1,4 +1,4 @@
-"""What things cost: a training step with BatchNorm and with BNP, and products with curvature matrices."""
+"""Costs: a training step with BatchNorm and with BNP, and products with curvature matrices."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from paper_figures.frame import FigureData, Report, Settings
 
 TITLE = "Cost of a training step and of a product with a curvature matrix"
 CLAIM = (
-    "A product with the Hessian or the Gauss-Newton matrix costs less than five gradients, and a step with BNP less "
-    "than three plain ones."
+    "A product with the Hessian or the Gauss-Newton matrix costs less than five gradients, and a training "
+    "step with BNP less than three steps without."
 )
 SHOWS = "T3"
 TIMED = True
@@ -137,7 +137,7 @@ def note(data: FigureData) -> str:
         f"Perceptron 784-100-100-100-10 and five-layer CNN on 3 x 32 x 32, random data, float32, one CPU thread; "
         f"BatchNorm cannot run at batch 1. Steps: median of {s['rounds']} interleaved rounds. Products: median and "
         f"quartiles of {s['repeats']} rounds, in units of one gradient of the same round; other packages compute the "
-        f"Hessian's. Times depend on the machine and on what else it does.{others}"
+        f"Hessian's. Times depend on the machine and its load.{others}"
     )
 
 

@@ -19,8 +19,8 @@ from paper_figures.frame import FigureData, Report, Settings
 
 TITLE = "Cost against size"
 CLAIM = (
-    "The time of a product grows linearly with the number of examples and with the number of parameters, as a "
-    "gradient's does, and what a Lanczos step adds to its product no faster than its basis."
+    "The time of a product grows linearly with the number of examples and of parameters, as the time of a gradient "
+    "does. The time of a Lanczos step beyond its product grows no faster than the number of basis vectors."
 )
 SHOWS = "T3"
 TIMED = True
@@ -125,9 +125,9 @@ def note(data: FigureData) -> str:
     """Networks and clocks."""
     s = data.settings
     return (
-        f"Random data, float32, one CPU thread, processor time, least of {s['repeats']} turns. Left: perceptron "
-        f"784-100-100-100-10. Middle: 784-w-w-10 on {s['batch']} examples. Right: a diagonal matrix of the left "
-        f"network's size, in gradients of {s['fixed']} examples. Slopes: the {s['last']} largest sizes."
+        f"Random data, float32, one CPU thread, processor time, minimum of {s['repeats']} repetitions. Left: "
+        f"perceptron 784-100-100-100-10. Middle: 784-w-w-10 on {s['batch']} examples. Right: a diagonal matrix of the "
+        f"left network's size, in gradients of {s['fixed']} examples. Slopes: the {s['last']} largest sizes."
     )
 
 

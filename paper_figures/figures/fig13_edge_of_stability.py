@@ -18,8 +18,8 @@ from paper_figures.frame import FigureData, Report, Settings, scratch
 
 TITLE = "The edge of stability, for three optimizers and their own preconditioners"
 CLAIM = (
-    "The largest eigenvalue of P^T H P, P the optimizer's own, rises to its threshold of stability (2/lr for gradient "
-    "descent and RMSprop, 38/lr for Adam) and stays near it."
+    "With the P of the optimizer, the largest eigenvalue of P^T H P rises to the stability threshold (2/lr for "
+    "gradient descent and RMSprop, 38/lr for Adam) and stays near it."
 )
 SHOWS = "T15"
 _RUNS = {
@@ -134,8 +134,8 @@ def note(data: FigureData) -> str:
         f"{own['examples']} examples of {own['classes']} classes of {own['data']}, MLP {own['hidden']}-{own['hidden']} "
         f"with GELU, squared error, full batch, seed {own['seed']}. In units of the threshold (median of the last "
         f"third): {ends}. Tracked in float64 to residuals of 1 %, every {own['runs']['Adam']['every']} steps; the runs "
-        "are short, so that how many eigenvalues reach the edge is a lower bound. They may have gone on from saved "
-        "states: the time on record is that of the last piece."
+        "are short, so that the number of eigenvalues at the threshold is a lower bound. Runs may have been resumed: "
+        "the recorded time is that of the last part."
     )
 
 

@@ -11,12 +11,12 @@ from paper_figures import style
 from paper_figures.frame import FigureData, Report, Settings
 from paper_figures.gallery import DIGITS, WIDE, entries
 
-TITLE = "Reported against certified: published condition numbers and ranks"
+TITLE = "Reported and certified condition numbers and ranks"
 CLAIM = (
-    "Every certified interval is two-sided and contains the number that exact arithmetic or 50 digits give. The "
-    "routines of the sources agree with it to six digits where they are stable (ranks and regressions in float64, "
-    "whitened inputs), and miss it by more than a tenth where they are not (deflated power iteration, eigenvalues of "
-    "a product that is not symmetric, float32)."
+    "Every certified interval is two-sided and contains the result of exact arithmetic or of 50 digits, where one was "
+    "computed. The sources' routines agree with the interval to six digits where they are stable (ranks and "
+    "regressions in float64, whitened inputs), and differ by more than a tenth where they are not (deflated power "
+    "iteration, eigenvalues of a nonsymmetric product, float32)."
 )
 SHOWS = "T13"
 _INPUTS = [f"paper_figures/gallery/{name}.py" for name in entries()]
@@ -71,7 +71,7 @@ def failure(data: FigureData) -> str:
 
 
 def note(data: FigureData) -> str:
-    """Where the words are."""
+    """Numbers, checks, and where sources and settings are described."""
     checked = np.isfinite(data["numbers"][:, NUMBERS.index("exact")]).sum()
     return (
         f"{len(data['numbers'])} numbers of {len(set(data.words('entry')))} sources, {checked} of them checked in "

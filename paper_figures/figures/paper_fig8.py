@@ -1,4 +1,4 @@
-"""Figure 8 of the paper, certified: the Hessian of one output unit on a mini-batch, as plotted and as it is."""
+"""Figure 8 of the paper, certified: the Hessian of one output unit on a mini-batch, as plotted and certified."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from paper_figures.frame import FigureData, Report, Settings, scratch
 
 TITLE = "The paper's Figure 8, certified: conditioning of one output unit's Hessian"
 CLAIM = (
-    "The Hessian has rank at most the batch, so that the condition number that float32 plots exceeds the certified one "
-    "by a factor of more than a thousand (median); BNP with exact and with its running statistics lowers the certified "
-    "one (medians of each run), far less than by the square of the condition number of D."
+    "The rank of the Hessian is at most the batch size, so that the condition number computed in float32 exceeds the "
+    "certified one by a factor of more than a thousand (median). BNP with exact and with running statistics lowers the "
+    "certified condition number (medians of each run), by a factor far below the squared condition number of D."
 )
 SHOWS = "Theorem 4, T7, T13"
 _COMMON = {"published": "paper_figures/data/published.json", "inputs": ["paper_figures/data/published.json"]}
@@ -234,12 +234,12 @@ def note(data: FigureData) -> str:
     return (
         f"{s['data']}, standardized; dense 100-100-10, Glorot uniform, SGD at {rates}, batch {s['batch']}, "
         f"{s['epochs']} epochs, seeds {s['seeds']['BNP']}; first output unit on the current mini-batch, every "
-        f"{s['every']} iterations. Confirmed: P lowers the condition number. Not confirmed: the published sizes, "
-        "which are rounding errors of zero eigenvalues, and kappa(D)^2 as the explanation. "
+        f"{s['every']} iterations. Confirmed: P lowers the condition number. Not confirmed: the published values, "
+        "which are determined by rounding errors of zero eigenvalues, and kappa(D)^2 as the explanation. "
         f"{_summary(data)}. Published curves in grey (CIFAR-10), read off the figure; the paper does not state how "
-        "they were computed: that the Hessian was formed in float32, with cond by SVD and deviations floored at 1e-5, "
-        "is inferred from their shape, two clusters of kappa(D) and of what is plotted, and reproduces that alone: "
-        f"medians ours against published {beside}; a dead unit in {shares[0]:.0%} of the points against "
+        "they were computed. From their shape (two clusters of kappa(D) and of the plotted numbers) we infer a Hessian "
+        "formed in float32, cond by SVD, and standard deviations of at least 1e-5; this reproduces only the shape: "
+        f"medians, ours against published, {beside}; a dead unit in {shares[0]:.0%} of the points against "
         f"{shares[1]:.0%}."
     )
 

@@ -20,7 +20,7 @@ from paper_figures.training_panels import PUBLISHED
 
 TITLE = "The paper's Figure 9 and Table 1: time of BNP over that of BN"
 CLAIM = (
-    "A training step of the dense 100-100-10 network takes with BNP at most half as long again as with BatchNorm, at "
+    "A training step of the dense 100-100-10 network with BNP takes at most 1.5 times as long as with BatchNorm, at "
     "batch sizes 16, 256 and 512."
 )
 SHOWS = "T3, T9"
@@ -90,9 +90,9 @@ def note(data: FigureData) -> str:
     """The network, the turns, and the published machine."""
     s = data.settings
     return (
-        f"Dense 100-100-10 on {s['features']} random inputs, one CPU thread, float32; {s['rounds']} turns of "
+        f"Dense 100-100-10 on {s['features']} random inputs, one CPU thread, float32; {s['rounds']} rounds of "
         f"{s['steps']} steps, in which the methods alternate; medians, bars from the first to the third quartile. "
-        "Grey: seconds an epoch of Table 1, on a V100."
+        "Grey: seconds per epoch from Table 1, on a V100."
     )
 
 

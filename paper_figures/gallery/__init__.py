@@ -1,7 +1,7 @@
 """Published condition numbers and ranks beside certified ones: one file per source, and the registry of all.
 
-A file holds the functions that measure and ends with its `Entry`. What an entry measures is stored by the figure
-`fig14_reported`; `python -m paper_figures.gallery` writes docs/reported.md from what is stored.
+A file contains the functions that measure, and ends with its `Entry`. The figure `fig14_reported` runs and stores all
+measurements; `python -m paper_figures.gallery` writes docs/reported.md from the stored data.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Settings = Mapping[str, Any]
-#: A reported number agrees within this relative distance of the certified interval, and is wrong beyond the second.
+#: A reported number agrees within the first relative distance of the certified interval, is wrong beyond the second.
 DIGITS, WIDE = 1e-6, 0.1
 
 
@@ -23,11 +23,11 @@ class Row:
     """One number, as the source has it and certified.
 
     Attributes:
-        case: which one it is.
+        case: name of the number.
         printed: what the source prints; NaN where it prints none for this case.
         reported: what the routine of the source gives here, in its precision.
         lower, upper: the certified interval.
-        exact: the independent check, computed another way in exact arithmetic or with 50 digits; NaN without one.
+        exact: an independent check in exact arithmetic or with 50 digits; NaN without one.
         quantity: `"kappa"` or `"rank"`.
         agrees: whether `reported` lies in the certified interval up to `DIGITS`, or misses it by more than `WIDE`; None
             where that depends on the BLAS and is not claimed.
@@ -48,13 +48,13 @@ class Entry:
     """One source of numbers.
 
     Attributes:
-        title: of what.
+        title: heading of the section.
         source: publication with page or section.
-        setting: what is measured, and where it departs from the source.
-        naive, certified, check: how the source got its number, how this package does, how the result is checked.
-        why: what differs, and why.
-        presets: settings by preset, plain data.
-        measure: the rows from the settings.
+        setting: what is measured, and how the setting differs from the source's.
+        naive, certified, check: method of the source, method of this package, independent check.
+        why: which numbers differ, and why.
+        presets: settings of each preset, plain data.
+        measure: computes the rows from the settings.
     """
 
     title: str

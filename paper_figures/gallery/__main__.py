@@ -1,6 +1,6 @@
 """Write docs/reported.md from the committed data: `python -m paper_figures.gallery [--check]`.
 
-`--check` writes nothing and exits with 1 where the page is not what the data say.
+`--check` writes nothing and exits with 1 if the committed page differs from the page that the data give.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _HEAD = "| case | printed | the source's routine | certified | exact | outside b
 
 
 def page(data: FigureData) -> str:
-    """The page: the picture, and for each source its words and its numbers."""
+    """The page: the figure, and for each source its texts and its numbers."""
     about = data.about
     lines = [
-        *("# Reported against certified", ""),
+        *("# Reported and certified numbers", ""),
         f"Written by `python -m paper_figures.gallery` from the data of `{about['command']}` (torch "
-        f"{about['versions']['torch']}, revision {about['revision']}, {about['seconds']:.0f} s); with `--preset "
-        "quick` the same on small settings takes seconds. A source is one file in `paper_figures/gallery`.",
+        f"{about['versions']['torch']}, revision {about['revision']}, {about['seconds']:.0f} s); `--preset quick` "
+        "uses smaller settings and takes seconds. Each source is one file in `paper_figures/gallery`.",
         *("", figure.CLAIM, ""),
         *(f"![Published numbers beside certified intervals](../paper_figures/full/{NAME}.png)", ""),
-        "*Printed* is what the source prints, *the source's routine* what that routine gives here in its precision, "
-        "*certified* the interval of this package, *exact* an independent check, *outside by* how far the routine's "
-        "number is from the interval: relative, or as a factor.",
+        "*Printed* is the number in the source, *the source's routine* the result of the source's method here, in the "
+        "source's precision, *certified* the interval of this package, *exact* an independent check, and *outside by* "
+        "the distance of the routine's result from the interval, relative or as a factor.",
         "",
     ]
     failure = figure.failure(data)
@@ -41,16 +41,16 @@ def page(data: FigureData) -> str:
     for name, entry in entries().items():
         rows = [k for k, word in enumerate(data.words("entry")) if word == name]
         lines += [f"## {entry.title}", "", f"**Source.** {entry.source}", "", f"**Setting.** {entry.setting}", ""]
-        lines += [f"**How the source has it:** {entry.naive}", "", f"**Certified:** {entry.certified}", ""]
+        lines += [f"**Method of the source:** {entry.naive}", "", f"**Certified by:** {entry.certified}", ""]
         lines += [f"**Check:** {entry.check}", "", _HEAD]
         lines += [_line(data.words("case")[k], data["numbers"][k].tolist()) for k in rows]
-        lines += ["", f"**What differs, and why.** {entry.why}", ""]
+        lines += ["", f"**Differences and their causes.** {entry.why}", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _line(case: str, numbers: Sequence[float]) -> str:
     printed, reported, lower, upper, exact = numbers
-    # Two digits more than the interval is certain of; three of a number that is far off.
+    # Two digits more than the interval determines; three for a number far outside of it.
     digits = 4 if lower == upper else min(max(2 - math.floor(math.log10(upper / lower - 1)), 4), 14)
 
     def shown(x: float) -> str:
@@ -67,7 +67,7 @@ def _line(case: str, numbers: Sequence[float]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write or check the page; 2 where there are no committed data."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where the page is another")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the committed page differs")
     arguments = parser.parse_args(argv)
     data = stored(NAME, HERE / "full")
     if data is None:

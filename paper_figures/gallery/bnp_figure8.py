@@ -43,19 +43,19 @@ ENTRY = Entry(
     title="The Hessian of one output unit in training with and without BNP",
     source=(
         "S. Lange, K. Helfrich, Q. Ye, *Batch Normalization Preconditioning for Neural Network Training*, JMLR 23(72), "
-        "2022, Figure 8, centre: readings of the curves at the nearest iteration."
+        "2022, Figure 8, centre; the printed numbers were read off the curves at the nearest iteration."
     ),
     setting=(
         "ReLU perceptron with 100 and 100 hidden units on CIFAR-10, batch 60; 101 x 101 Hessian of the first output "
-        "unit. Taken from the committed data of the figure `paper_fig8`."
+        "unit. The numbers are those of the figure `paper_fig8`."
     ),
-    naive="`cond` of the matrix formed in float32. This is inferred: the paper does not state its procedure.",
-    certified="`condition_number` by factor-svd of the 60 rows, constant features set aside.",
-    check="none here; `tests/test_paper_fig8.py` compares the measurement with other ones.",
+    naive="`cond` of the matrix formed in float32. This is our inference: the paper does not state its procedure.",
+    certified="`condition_number` by factor-svd of the 60 rows, without the features that are constant on the batch.",
+    check="none here; `tests/test_paper_fig8.py` compares the measurement with independent computations.",
     why=(
-        "60 rows make a matrix of 101 rows that has at least 41 eigenvalues 0: what is plotted is the largest "
-        "eigenvalue over the rounding of zeros. The condition number on the range is smaller by factors of 1e3 to "
-        "1e19 than what is printed."
+        "A 101 x 101 Hessian from 60 rows has at least 41 zero eigenvalues. The plotted number is the largest "
+        "eigenvalue over the rounding error of a zero. The ratio of nonzero eigenvalues is smaller than the printed "
+        "numbers by factors of 1e3 to 1e19."
     ),
     presets={"quick": {"points": [0.0, 0.5, 1.0]}, "full": {"points": [0.0, 0.5, 1.0]}},
     measure=measure,

@@ -62,23 +62,23 @@ ENTRY = Entry(
         "J. Zhao, S. P. Singh, A. Lucchi, *Theoretical characterisation of the Gauss-Newton conditioning in Neural "
         "Networks*, NeurIPS 2024 (arXiv 2411.02139), Lemma 2 and Figure 2; its experiment code for linear networks, "
         "`calc_cond_num_outer_prod_hess_explicit_linearNN`. Most published curves are for whitened inputs, the first "
-        "case here; one compares them with inputs that are not."
+        "case here; one figure compares them with inputs that are not whitened."
     ),
     setting=(
-        f"Linear network {INPUTS}-{HIDDEN}-{OUTPUTS}, Kaiming normal, squared loss, {EXAMPLES} inputs whose second "
-        "moments have the condition number 1, 1e2, 1e6: ours, since the source's inputs are images."
+        f"Linear network {INPUTS}-{HIDDEN}-{OUTPUTS}, Kaiming normal, squared loss, {EXAMPLES} inputs whose second-"
+        "moment matrix `S` has condition number 1, 1e2, 1e6. These inputs are ours; the source uses images."
     ),
     naive=(
         "the nonzero eigenvalues are those of `kron(W W^T, S) + kron(I, V^T V S)`, which is not symmetric unless `S` "
-        "is a multiple of the identity. Of this product the code takes `linalg.cond`, and in lines that are "
-        "commented out beside it and in its variant for convolutions `|eigvalsh|` above a threshold for the rank. In "
-        "float64."
+        "is a multiple of the identity. The code applies `linalg.cond` to this matrix. Commented lines next to it, and "
+        "the variant for convolutions, use `|eigvalsh|` above a threshold for the rank. In float64."
     ),
     certified="`condition_number(gauss_newton(risk), null=null_directions(risk))`: singular values of the factor.",
-    check="the same product made symmetric by a Cholesky factor of `S`, all in 50 digits.",
+    check="the same matrix, made symmetric by a Cholesky factor of `S`, with 50 digits.",
     why=(
-        "Of a matrix that is not symmetric `cond` is a ratio of singular values, no ratio of eigenvalues, and "
-        "`eigvalsh` reads one triangle only: the eigenvalues of another matrix. For whitened inputs both are right."
+        "For a nonsymmetric matrix, `cond` returns the ratio of singular values, which is not that of eigenvalues, and "
+        "`eigvalsh` reads one triangle only, so that it returns the eigenvalues of another matrix. For whitened inputs "
+        "both are right."
     ),
     presets={"quick": {"seed": 0, "spreads": [1.0, 1e6]}, "full": {"seed": 0, "spreads": [1.0, 1e2, 1e6]}},
     measure=measure,

@@ -81,16 +81,16 @@ ENTRY = Entry(
     ),
     setting="16 rows, an intercept and 6 columns; for the Hessian a linear layer with bias and the squared loss.",
     naive=(
-        "`Cond. No.`: singular values. The documentation's number: `sqrt(max/min)` of `eigvals(X.T @ X)`, columns of "
-        "unit length; the Hessian's, the same without the root. In float64."
+        "`Cond. No.` is a ratio of singular values. The documentation's number is `sqrt(max/min)` of "
+        "`eigvals(X.T @ X)` with columns of unit length; for the Hessian the same without the root. In float64."
     ),
     certified="`condition_number(gauss_newton(risk))`: singular values of the factor, never of the Gram matrix.",
     check="eigenvalues of the Gram matrix of the same floats, with 50 digits.",
     why=(
-        "`4.86e+09` is right. `56240.8685449` is right to seven digits: the rest is rounding of the Gram matrix, "
-        "`u kappa^2 = 4e-7`. The Hessian's 2.4e19 is above `1/u`: eigenvalues of the matrix have no digits that are "
-        "owed to them (here 6 % off, with the intercept as the last column right to eight digits, since the matrix is "
-        "graded), while the factor has some left."
+        "`4.86e+09` is right. `56240.8685449` is right to seven digits; the error is the rounding of the Gram matrix, "
+        "`u kappa^2 = 4e-7`. For the Hessian, `kappa = 2.4e19` exceeds `1/u`, so that no digit of the smallest "
+        "computed eigenvalue is guaranteed. Here the ratio is 6 % off; with the intercept as the last column it is "
+        "right to eight digits, since the matrix is graded. The singular values of the factor keep correct digits."
     ),
     presets={"quick": {}, "full": {}},
     measure=measure,

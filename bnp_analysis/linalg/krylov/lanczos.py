@@ -1,6 +1,6 @@
 """The Lanczos process with full reorthogonalization, and its three-term recurrence alone.
 
-What a run leaves is data: a tridiagonal matrix, its basis, residual, products, the reason it stopped.
+A run returns plain data: tridiagonal matrix, basis, residual, number of products, and the reason it stopped.
 """
 
 from __future__ import annotations

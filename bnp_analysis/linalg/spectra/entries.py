@@ -1,6 +1,6 @@
 """Trace, diagonal and off-block share of a symmetric operator, exact where cheap.
 
-Exact where a dense side is cheap, else estimated from products with random signs.
+Exact where the matrix or a factor can be formed cheaply, otherwise estimated from products with random signs.
 """
 
 from __future__ import annotations

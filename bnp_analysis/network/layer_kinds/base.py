@@ -1,8 +1,8 @@
 """The interface of a kind of layer, and the registry of the known kinds.
 
-A covered layer computes `a_i = w_i . h + b_i` for every row `h` that it makes of its input. Its kind says how inputs
-become rows, how many units, features and groups there are, and how the layer's parameters are called and stored.
-Statistics, preconditioners, curvature factors, tables and training ask these questions and know no type of layer.
+A covered layer computes `a_i = w_i . h + b_i` for every row `h` of its input. The kind defines how inputs become rows,
+the numbers of units, features and groups, and the names and layout of the parameters. Statistics, preconditioners,
+curvature factors, tables and training use only this interface and check no type of layer.
 """
 
 from __future__ import annotations
