@@ -11,7 +11,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PosixPath
 from typing import IO, Any, TypeVar
 
@@ -149,34 +149,26 @@ def sole_writer(path: str | os.PathLike[str] | None, argument: str = "checkpoint
         return
     target = Path(path).resolve()
     lock = target.with_name(f".{target.name}.lock")
-    handle: IO[bytes] | None = None
-    try:
+    with ExitStack() as held:
         with writing(lock):
             target.parent.mkdir(parents=True, exist_ok=True)
-            handle = _locked(lock, f"{argument}={os.fspath(path)}")
+            held.enter_context(_locked(lock, f"{argument}={os.fspath(path)}"))
+            held.callback(lock.unlink, missing_ok=True)
         for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):  # by a run that was killed
             left.unlink(missing_ok=True)
         yield
-    finally:
-        if handle is not None:
-            lock.unlink(missing_ok=True)
-            handle.close()
 
 
-def _locked(lock: Path, said: str) -> IO[bytes]:
-    """The open file that holds the lock, with the number of this process in it."""
+def _locked(lock: Path, said: str) -> ExitStack:
+    """What closes the file that holds the lock, with the number of this process in it; an interrupt closes it too."""
     while True:
         if lock.exists() and not lock.is_file():
             raise InvalidInputError(f"{said} is locked by {lock}, which is no ordinary file: delete it")
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        handle = os.fdopen(os.open(lock, flags, 0o666), "r+b", buffering=0)
-        try:
+        with ExitStack() as closing:
+            handle = closing.enter_context(os.fdopen(os.open(lock, flags, 0o666), "r+b", buffering=0))
             if _is_held(handle, lock, said):
-                return handle
-        except BaseException:  # an interrupt too frees the lock
-            handle.close()
-            raise
-        handle.close()
+                return closing.pop_all()
 
 
 def _is_held(handle: IO[bytes], lock: Path, said: str) -> bool:
