@@ -65,7 +65,7 @@ class ThickRestart:
         self.size, self.matvecs, self.stop = 0, 0, "steps"
         self.checks = 0  # products that compared saved searches with the operator
         # How far the products contradict the symmetry of `H`, in the Frobenius norm: what residuals do not know of.
-        self.scale = self.noise = self.drift = 0.0
+        self.scale = self.drift = 0.0
         self.full = self.width == room
         self.seen: Floats | None = None  # the wanted values before the multiplicity check that goes on
         self.longest_verification, self.verify_until = 0, 0
@@ -117,7 +117,7 @@ class ThickRestart:
             "chain": self.chain,
             "seen": None if self.seen is None else torch.from_numpy(np.asarray(self.seen).copy()),
             "counts": [self.size, self.matvecs, self.checks, self.longest_verification, self.verify_until],
-            "sizes": [self.scale, self.noise, self.drift],
+            "sizes": [self.scale, self.drift],
             "generator": self.g.get_state(),
         }
 
@@ -134,7 +134,7 @@ class ThickRestart:
         self.chain = state["chain"]
         self.seen = None if state["seen"] is None else state["seen"].numpy()
         self.size, self.matvecs, self.checks, self.longest_verification, self.verify_until = state["counts"]
-        self.scale, self.noise, self.drift = state["sizes"]
+        self.scale, self.drift = state["sizes"]
         self.g.set_state(state["generator"])
         first = torch.eye(self.size, 1, dtype=self.H.dtype, device=self.H.device)
         image = (self.H[: self.size, :1].to(self.V.dtype).T @ self.V[: self.size] + self._residuals(first))[0]
@@ -197,7 +197,6 @@ class ThickRestart:
         if not math.isfinite(norm):
             raise NonFiniteError(f"product {self.matvecs} with {self.A!r} has NaN or infinite entries")
         self.scale, self.drift = max(self.scale, size), math.hypot(self.drift, gap)
-        self.noise = self.rounding * self.scale
         self.H[: j + 1, j] = self.H[j, : j + 1] = column
         self.open = []
         for r, g in kept:
@@ -276,6 +275,11 @@ class ThickRestart:
         values, vectors, wanted = self._decompose()
         residuals = self._residual_norms(self._coefficients(vectors, wanted)).cpu().numpy()
         return bool(np.all(residuals <= self._tolerance(values[wanted], self.least)))
+
+    @property
+    def noise(self) -> float:
+        """What products are certain to."""
+        return self.rounding * self.scale
 
     @property
     def least(self) -> float:
